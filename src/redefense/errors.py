@@ -1,0 +1,48 @@
+"""What can go wrong, as one tree. The command line prints the one line and exits with `code`.
+
+RedefenseError
+├── ConfigError      a setting, recipe or option is wrong                      exit 2
+├── InputError       images, labels or arguments handed to the API are wrong   exit 2
+├── DataError        a data set or a run is missing, damaged or refused        exit 3
+│   └── CheckpointError  a checkpoint is missing, truncated or altered         exit 3
+└── TrainingError    training cannot go on (non-finite loss, no gradient)      exit 1
+    └── Interrupted  stopped by a signal after saving                          exit 130 or 143
+"""
+
+
+class RedefenseError(Exception):
+    """Base of all errors a caller may want to catch; `str()` is one plain line."""
+
+    code = 2
+
+
+class ConfigError(RedefenseError, ValueError):
+    """A setting has the wrong name, type or value."""
+
+
+class InputError(RedefenseError, ValueError):
+    """Images, labels or other arguments break the input contract."""
+
+
+class DataError(RedefenseError):
+    """A data set or stored file is missing, damaged or refused as unsafe."""
+
+    code = 3
+
+
+class CheckpointError(DataError):
+    """A checkpoint is missing, truncated or altered."""
+
+
+class TrainingError(RedefenseError):
+    """Training cannot go on: the message names stage and step."""
+
+    code = 1
+
+
+class Interrupted(RedefenseError):  # noqa: N818 - an interruption is not an error
+    """A signal arrived; everything was saved first."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal_number

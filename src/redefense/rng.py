@@ -1,0 +1,126 @@
+"""Named random streams, streams of single images, and the operating system's entropy.
+
+Nothing here, and nothing in this package, touches torch's, numpy's or Python's global generators.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number
+_MIX_1 = -4658895280553007687  # the two multipliers of the splitmix64 finaliser
+_MIX_2 = -7723592293110705685
+
+
+def stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator for one named purpose, e.g. `stream(seed, "attack", "pgd", 512)`.
+
+    Equal (seed, path) give equal streams; different ones are unrelated, so that work can be split,
+    reordered, resumed or repeated alone and still give the same bits.
+    """
+    digest = hashlib.sha256("/".join(map(str, (seed, *path))).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def draw_seed(rng: torch.Generator) -> int:
+    """One 63-bit seed drawn from `rng`: what an attack takes from its generator."""
+    return int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of 64-bit numbers that torch holds as signed."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix64(z: Tensor) -> Tensor:
+    """The splitmix64 finaliser (Steele, Lea & Flood, 2014) on int64, wrapping around."""
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+@dataclass(slots=True)
+class ImageStreams:
+    """One random stream per image, so that a result does not depend on batch mates.
+
+    Counter-based: the n-th number of an image's stream is a hash of (its key, n); all images are
+    served in one vectorised call, with the same bits on every device.
+
+    Attributes:
+        keys: (B,) int64, one per image.
+        counter: how many numbers each image has consumed; common to all.
+    """
+
+    keys: Tensor
+    counter: int = 0
+
+    @classmethod
+    def of(cls, rng: torch.Generator, x: Tensor, y: Tensor) -> "ImageStreams":
+        """Streams from one seed drawn from `rng` and each image's bits and label."""
+        bits = x.detach().to(torch.float32).contiguous().flatten(1).view(torch.int32).long()
+        place = mix64(torch.arange(1, bits.shape[1] + 1, device=x.device) * _GOLDEN)
+        content = (mix64(bits * _GOLDEN + place)).sum(1)
+        return cls(mix64(mix64(content + y.long() * _GOLDEN) ^ draw_seed(rng)))
+
+    def _next(self, count: int) -> Tensor:
+        steps = torch.arange(self.counter + 1, self.counter + count + 1, device=self.keys.device)
+        self.counter += count
+        return mix64(self.keys[:, None] + steps * _GOLDEN)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(B, *shape) float64 in [0, 1): 53 random bits each."""
+        count = int(torch.Size(shape).numel())
+        return (_shift(self._next(count), 11).double() * 2.0**-53).view(-1, *shape)
+
+    def integers(self, low: Tensor | int, high: Tensor | int, *shape: int) -> Tensor:
+        """(B, *shape) int64 in [low, high); the bias is at most (high - low) / 2**53."""
+        span = torch.as_tensor(high, device=self.keys.device) - low
+        return (self.uniform(*shape) * span).long().minimum(span.long() - 1) + low
+
+    def select(self, rows: Tensor) -> "ImageStreams":
+        """The same streams, at the same place, for some of the images (mask or indices)."""
+        return ImageStreams(self.keys[rows], self.counter)
+
+
+def system_uniform(count: int) -> Tensor:
+    """(count,) float64 in [0, 1) from the operating system's entropy: for draws to be kept secret."""
+    raw = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
+    return _shift(raw, 11).double() * 2.0**-53
+
+
+def system_integers(bound: int, count: int) -> Tensor:
+    """(count,) int64 in [0, bound) from the operating system's entropy, by rejection: no bias.
+
+    Raises:
+        ValueError: unless 1 <= bound <= 2**32.
+    """
+    if not 1 <= bound <= 2**32:
+        raise ValueError(f"bound must lie in [1, 2**32], got {bound}")
+    limit = (2**63 // bound) * bound
+    parts: list[Tensor] = []
+    while (missing := count - sum(map(len, parts))) > 0:
+        raw = torch.frombuffer(bytearray(os.urandom(8 * missing)), dtype=torch.int64)
+        raw = _shift(raw, 1)
+        parts.append(raw[raw < limit] % bound)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def draw_members(mixture: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
+    """(count,) int64 indices of members drawn with probabilities `mixture` (M,), on the CPU.
+
+    The only place that draws members. With `rng` the draw is reproducible; without, it comes from
+    the operating system's entropy (by rejection where the mixture is uniform).
+    """
+    probs = mixture.detach().double().cpu()
+    if rng is None and bool((probs == probs[0]).all()):
+        return system_integers(len(probs), count)
+    if rng is None:
+        u = system_uniform(count)
+    else:
+        u = torch.rand(count, dtype=torch.float64, generator=rng, device=rng.device).cpu()
+    edges = probs.cumsum(0)
+    # u * total: rounding of the sum can never select a member beyond the last possible one
+    return torch.searchsorted(edges, u * edges[-1], right=True)

@@ -1,0 +1,74 @@
+"""What the adversary may do: one object, shared by every attack and by the harness."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from redefense.errors import ConfigError
+from redefense.types import Float, Images
+
+TINY = 1e-12
+
+
+def per_image(values: Float[Tensor, " B"], like: Tensor) -> Tensor:
+    """Reshape one value per image so that it broadcasts over `like` (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def norms(delta: Tensor, p: float) -> Float[Tensor, " B"]:
+    """(B,) p-norm of each image's perturbation, flattened; p = 0 counts changed pixels (B,ch,H,W)."""
+    if p == 0:
+        return (delta != 0).any(1).flatten(1).sum(1).to(delta.dtype)
+    return torch.linalg.vector_norm(delta.flatten(1), ord=p, dim=1)
+
+
+def steepest(grad: Tensor, norm: float) -> Tensor:
+    """Steepest ascent direction of unit length in `norm` (inf or 2), per image; 0 where grad is."""
+    if norm == math.inf:
+        return grad.sign()
+    # scaled first: squares of tiny gradients underflow
+    scaled = grad / per_image(norms(grad, math.inf).clamp_min(torch.finfo(grad.dtype).tiny), grad)
+    return scaled / per_image(norms(scaled, 2).clamp_min(TINY), scaled)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Threat:
+    """The adversary may move an image at most `eps` in `norm` (inf or 2), within [0, 1].
+
+    Raises:
+        ConfigError: unless norm is inf or 2 and eps is finite and not negative.
+    """
+
+    norm: float = math.inf
+    eps: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", float(self.norm))
+        object.__setattr__(self, "eps", float(self.eps))
+        if self.norm not in (2.0, math.inf):
+            raise ConfigError(f"threat norm must be inf or 2, got {self.norm:g}")
+        if not 0 <= self.eps < math.inf:
+            raise ConfigError(f"threat eps must be finite and not negative, got {self.eps}")
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """Nearest allowed point of the ball, then of the box; allowed points stay where they are."""
+        delta = x_adv - x
+        if self.norm == math.inf:
+            delta = delta.clamp(-self.eps, self.eps)
+        else:
+            shrink = (self.eps / norms(delta, 2).clamp_min(TINY)).clamp_max(1.0)
+            delta = delta * per_image(shrink, delta)
+        return (x + delta).clamp(0.0, 1.0)
+
+    def noise(self, uniform: Tensor) -> Tensor:
+        """A random start from uniform numbers (B, ch, H, W) in [0, 1), inside the ball.
+
+        Uniform in the L-inf ball; for L2 a uniform cube direction of uniform radius.
+        """
+        cube = 2 * uniform - 1
+        if self.norm == math.inf:
+            return self.eps * cube
+        radius = self.eps * uniform.flatten(1)[:, 0]
+        return steepest(cube, 2.0) * per_image(radius, cube)

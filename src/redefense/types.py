@@ -1,0 +1,131 @@
+"""The nouns that cross module borders, and the one legend of tensor axes.
+
+Axes: M members, B batch, C classes, D flattened pixels, S random samples; images are
+`B ch H W`. Images are floats in [0, 1], outputs are logits, normalisation is a member's own
+first layer.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from redefense.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
+else:
+    try:
+        from jaxtyping import Bool, Float, Int, UInt8
+    except ImportError:  # shapes are checked in test runs; users need not install the checker
+
+        class _Unchecked:
+            def __class_getitem__(cls, item: tuple[type, str]) -> type:
+                return item[0]
+
+        Bool = Float = Int = UInt8 = _Unchecked
+
+__all__ = [
+    "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss",
+    "UInt8", "Victim", "check_images", "check_labels",
+]  # fmt: skip
+
+Images = Float[Tensor, "B ch H W"]
+Labels = Int[Tensor, " B"]
+Logits = Float[Tensor, "B C"]
+
+Victim = nn.Module
+"""What an attack may query: any module from images in [0, 1] to logits (B, C)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images (B, ch, H, W) in [0, 1], integer labels (B,) and their indices in the data set."""
+
+    x: Images
+    y: Labels
+    index: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One addend of a training loss.
+
+    A defence yields its loss as parts whose gradients add up; the loop backpropagates each before
+    it asks for the next, so that only one member's graph is alive. `terms` are detached scalars for
+    the log and add up over the parts as well.
+    """
+
+    total: Float[Tensor, ""]
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Ensemble(Protocol):
+    """M classifiers and the probabilities with which each answers a query."""
+
+    @property
+    def num_members(self) -> int: ...
+
+    @property
+    def mixture(self) -> Tensor:
+        """(M,) sampling probabilities."""
+        ...
+
+    def logits_of(self, m: int, x: Tensor) -> Tensor:
+        """(B, C) logits of member m; checks nothing."""
+        ...
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """(M, B, C) logits of all members; checks nothing."""
+        ...
+
+    def member(self, m: int) -> nn.Module: ...
+
+    def averaged(self) -> nn.Module: ...
+
+    def sampled(self, *, rng: torch.Generator | None = None, per: str = "call") -> nn.Module: ...
+
+    def parameters_of(self, m: int) -> list[nn.Parameter]: ...
+
+    parameters: Callable[..., object]
+
+
+def check_images(x: Tensor, what: str = "images") -> None:
+    """Refuse anything but a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
+
+    Raises:
+        InputError: naming the rule and the offending shape, type or value.
+    """
+    if not isinstance(x, Tensor):
+        raise InputError(f"{what} must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim != 4 or x.numel() == 0:
+        raise InputError(f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise InputError(f"{what} must be floating point in [0, 1], got dtype {x.dtype}")
+    low, high = (float(v) for v in x.detach().aminmax())
+    # NaN compares false with everything, so this also catches it
+    if not (low >= 0.0 and high <= 1.0):
+        bad = low if not low >= 0.0 else high
+        raise InputError(f"{what} must be finite and lie in [0, 1], found the value {bad:g}")
+
+
+def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> None:
+    """Refuse anything but integer labels (B,), one per image, in [0, num_classes).
+
+    Raises:
+        InputError: naming the rule and the offending shape, type or value.
+    """
+    if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(
+            "labels must be a vector of integers, got "
+            + (f"shape {tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__)
+        )
+    if len(y) != num_images:
+        raise InputError(f"need one label per image, got {len(y)} labels for {num_images} images")
+    low, high = (int(v) for v in y.aminmax())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        bound = f"[0, {num_classes})" if num_classes is not None else "[0, ...)"
+        raise InputError(f"labels must lie in {bound}, found {low if low < 0 else high}")
