@@ -1,0 +1,1 @@
+"""Honest evaluation: suites, metrics, checks, report and audit."""

@@ -1,0 +1,128 @@
+"""Intervals for accuracies: Wilson for counts, bootstrap for expectations, paired for comparisons.
+
+Every function is deterministic and needs numpy alone. Accuracies are fractions in [0, 1].
+"""
+
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from redefense.errors import InputError
+
+_MAX_DRAWS = 2_000_000  # multinomial counts held in memory at once
+
+
+class Estimate(NamedTuple):
+    """A figure and its interval; `low` and `high` are None where the interval is unknown."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def _z(level: float) -> float:
+    if not 0 < level < 1:
+        raise InputError(f"level must lie in (0, 1), got {level}")
+    return NormalDist().inv_cdf(0.5 + level / 2)
+
+
+def _vector(values: ArrayLike, what: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0 or not np.isfinite(array).all():
+        raise InputError(f"{what} must be a non-empty finite vector, got shape {array.shape}")
+    return array
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share of k successes in n independent trials (Wilson, 1927).
+
+    Never empty and never outside [0, 1]: with k = 0 it is [0, z^2 / (n + z^2)].
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise InputError(f"need 0 <= k <= n and n >= 1, got k = {k}, n = {n}")
+    z = _z(level)
+    share, denominator = k / n, 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / denominator
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / denominator
+    # the two ends below are exact; rounding would miss them by an ulp
+    low = 0.0 if k == 0 else max(0.0, centre - half)
+    return low, 1.0 if k == n else min(1.0, centre + half)
+
+
+def bootstrap_mean(
+    values: ArrayLike, seed: int, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` (n,), e.g. of expected correctness.
+
+    A resample is the multinomial count of each *distinct* value: equal in distribution to drawing n
+    images with replacement, and the M + 1 levels of an ensemble of M make it cheap for any n.
+    """
+    array = _vector(values, "values")
+    if resamples < 1:
+        raise InputError(f"resamples must be at least 1, got {resamples}")
+    tail = NormalDist().cdf(-_z(level))
+    distinct, counts = np.unique(array, return_counts=True)
+    rng = np.random.default_rng(seed)
+    rows = max(1, _MAX_DRAWS // len(distinct))
+    means = np.concatenate(
+        [
+            rng.multinomial(len(array), counts / len(array), min(rows, resamples - start))
+            @ distinct
+            / len(array)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> Estimate:
+    """Mean of per-image correctness (n,) in [0, 1] and its interval over images.
+
+    Wilson where every value is 0 or 1 (a bootstrap of all zeros would claim certainty), otherwise
+    the bootstrap.
+    """
+    array = _vector(values, "correctness")
+    if array.min() < 0 or array.max() > 1:
+        raise InputError(f"correctness must lie in [0, 1], found {array.min()}, {array.max()}")
+    if np.isin(array, (0.0, 1.0)).all():
+        interval = wilson(int(array.sum()), len(array), level)
+    else:
+        interval = bootstrap_mean(array, seed, level)
+    return Estimate(float(array.mean()), *interval)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
+    """Mean of a - b over the same images and its interval; a and b (n,) lie in [0, 1].
+
+    One pseudo-image won and one lost are added before the normal interval is taken: for 0/1 values
+    this is the interval of Bonett and Price (2012) for paired proportions, which keeps its coverage
+    when few images differ and never has width zero.
+    """
+    first, second = _vector(a, "a"), _vector(b, "b")
+    if len(first) != len(second):
+        raise InputError(f"paired values need the same images, got {len(first)} and {len(second)}")
+    difference = first - second
+    n = len(difference) + 2
+    centre = float(difference.sum()) / n
+    variance = (float(difference @ difference) + 2) / n - centre**2
+    half = _z(level) * (variance / n) ** 0.5
+    return Estimate(float(difference.mean()), max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def fooled_histogram(correct: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(M + 1,) number of images that fool 0, 1, ... M members, from correctness (M, n)."""
+    histogram: NDArray[Any] = np.bincount((~correct).sum(0), minlength=len(correct) + 1)
+    return histogram.astype(np.int64)
+
+
+def success_within(q: NDArray[np.float64], tries: int) -> NDArray[np.float64]:
+    """(tries,) chance that an attacker wins within K = 1 ... `tries` independent draws.
+
+    1 - mean_i q_i^K for expected correctness q (n,): he sends the same image K times.
+    """
+    exponents = np.arange(1, tries + 1)
+    success: NDArray[np.float64] = 1 - (q[None, :] ** exponents[:, None]).mean(1)
+    return success
