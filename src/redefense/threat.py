@@ -30,7 +30,7 @@ def steepest(grad: Tensor, norm: float) -> Tensor:
         return grad.sign()
     # scaled first: squares of tiny gradients underflow
     scaled = grad / per_image(norms(grad, math.inf).clamp_min(torch.finfo(grad.dtype).tiny), grad)
-    return scaled / per_image(norms(scaled, 2).clamp_min(TINY), scaled)
+    return scaled / per_image(norms(scaled, 2.0).clamp_min(TINY), scaled)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Threat:
         if self.norm == math.inf:
             delta = delta.clamp(-self.eps, self.eps)
         else:
-            shrink = (self.eps / norms(delta, 2).clamp_min(TINY)).clamp_max(1.0)
+            shrink = (self.eps / norms(delta, 2.0).clamp_min(TINY)).clamp_max(1.0)
             delta = delta * per_image(shrink, delta)
         return (x + delta).clamp(0.0, 1.0)
 

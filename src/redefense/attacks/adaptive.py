@@ -1,0 +1,213 @@
+"""Attacks that are given every member and the mixture, though not the draw.
+
+They climb a smooth stand-in and judge every point exactly: the probability that the drawn member
+answers right is the mixture's weight on the members that do. For each image they keep the point
+where it is lowest, ties going to the stand-in; the clean image wins only where it is strictly
+better. Support of probability zero are never asked.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from redefense.attacks.base import Attack, Best, Look, Looker, as_ensemble, input_gradient
+from redefense.attacks.gradient import PGD, check_steps, climb, random_starts
+from redefense.attacks.objectives import margin
+from redefense.threat import TINY, Threat, norms, per_image
+from redefense.types import Ensemble, Float, Images, Labels, Logits
+
+
+class Support:
+    """The members that can be drawn, with their probabilities: what an adaptive attack faces."""
+
+    def __init__(self, victim: nn.Module) -> None:
+        self.ensemble: Ensemble = as_ensemble(victim)
+        mixture = self.ensemble.mixture.detach().double().cpu()
+        self.indices: Sequence[int] = mixture.nonzero().flatten().tolist()
+        self.shares: Sequence[float] = (mixture / mixture.sum())[mixture != 0].tolist()
+
+    def each(self, x: Images) -> list[Logits]:
+        return [self.ensemble.logits_of(m, x) for m in self.indices]
+
+    def correct(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:
+        """(B,) probability that the drawn member answers right."""
+        right = torch.stack([z.detach().argmax(1) == y for z in logits])
+        return torch.tensor(self.shares, dtype=logits[0].dtype, device=y.device) @ right.to(
+            logits[0].dtype
+        )
+
+    def log_odds(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:
+        """(B,) log((1 - p) / p) of the true class's mean probability p under the mixture."""
+        logs = torch.stack(
+            [z.log_softmax(1) + math.log(s) for z, s in zip(logits, self.shares, strict=True)]
+        ).logsumexp(0)
+        others = logs.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+        return others - logs.gather(1, y[:, None]).squeeze(1)
+
+    def offer(self, best: Best, x: Images, y: Labels) -> None:
+        """Judge points by one pass over all members and keep those that are better."""
+        with torch.no_grad():
+            logits = self.each(x)
+            best.offer(x, self.correct(logits, y), self.log_odds(logits, y))
+
+    def offer_clean(self, best: Best, x: Images, y: Labels) -> None:
+        """Let the clean image win where it is strictly better."""
+        with torch.no_grad():
+            correct = self.correct(self.each(x), y)
+        best.offer(x, correct, torch.full_like(correct, -math.inf))
+
+
+def climb_members(
+    support: Support,
+    look: Looker,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    rng: torch.Generator,
+    *,
+    steps: int,
+    step_size: float,
+    restarts: int,
+) -> Images:
+    """Best point of `restarts` climbs from random starts, the clean image included."""
+    start, best = random_starts(x, y, threat, rng), Best.start(x)
+    for _ in range(restarts):
+        step = step_size * threat.eps
+        climb(look, start(), x, threat, steps=steps, step_size=step, best=best)
+    support.offer_clean(best, x, y)
+    return best.x
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanProbPGD(Attack):
+    """PGD on the mixture-weighted mean probability of the true class.
+
+    Its gradient weighs members by their probability of the true class, that is, it works on those
+    that are not fooled yet. Keeps the point of lowest exact expected accuracy.
+    """
+
+    steps: int = 20
+    step_size: float = 0.25
+    restarts: int = 1
+
+    adaptive: ClassVar[bool] = True
+    summary: ClassVar[str] = "PGD on the members' mean probability, scored exactly"
+
+    def check(self) -> None:
+        check_steps(self.steps, self.step_size, self.restarts)
+
+    def perturb(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        support = Support(victim)
+
+        def look(x: Tensor, with_grad: bool) -> Look:
+            x = x.detach().requires_grad_(with_grad)
+            with torch.set_grad_enabled(with_grad):
+                logits = support.each(x)
+                value = support.log_odds(logits, y)
+            grad = input_gradient(value.sum(), x) if with_grad else None
+            return Look(value.detach(), support.correct(logits, y), grad)
+
+        return climb_members(
+            support, look, x, y, threat, rng,
+            steps=self.steps, step_size=self.step_size, restarts=self.restarts,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hinge(Attack):
+    """PGD on the distances to the members not fooled yet.
+
+    Climbs -sum_m share_m relu(gap_m + kappa) / |grad gap_m|, where gap_m is the true logit minus
+    the best other one and the gradient's norm is dual to the threat's: to first order, what is
+    left to move until every member errs. One member's graph is alive at a time.
+
+    Attributes:
+        steps: gradients per restart.
+        step_size: as a fraction of eps.
+        restarts: independent starts.
+        kappa: members count as fooled only beyond this logit gap, >= 0.
+    """
+
+    steps: int = 20
+    step_size: float = 0.25
+    restarts: int = 1
+    kappa: float = 0.0
+
+    adaptive: ClassVar[bool] = True
+    summary: ClassVar[str] = "PGD on the normalised margins of the members not fooled yet"
+
+    def check(self) -> None:
+        check_steps(self.steps, self.step_size, self.restarts)
+
+    def perturb(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        support = Support(victim)
+        dual = 1.0 if threat.norm == math.inf else 2.0
+
+        def look(x: Tensor, with_grad: bool) -> Look:
+            x = x.detach().requires_grad_(with_grad)
+            value, total, logits = torch.zeros_like(x[:, 0, 0, 0]), torch.zeros_like(x), []
+            for m, share in zip(support.indices, support.shares, strict=True):
+                with torch.set_grad_enabled(with_grad):
+                    z = support.ensemble.logits_of(m, x)
+                    gap = -margin(z, y)
+                left = (gap.detach() + self.kappa).relu()
+                logits.append(z.detach())
+                if not with_grad:
+                    value -= share * left
+                    continue
+                grad = input_gradient(gap.sum(), x)
+                unit = grad / per_image(norms(grad, dual).clamp_min(TINY), grad)
+                total -= share * per_image((left > 0).to(x.dtype), x) * unit
+                value -= share * left
+            return Look(value, support.correct(logits, y), total if with_grad else None)
+
+        return climb_members(
+            support, look, x, y, threat, rng,
+            steps=self.steps, step_size=self.step_size, restarts=self.restarts,
+        )  # fmt: skip
+
+
+class _Only(nn.Module):
+    """One member as a victim: no copy of its weights is written."""
+
+    def __init__(self, ensemble: Ensemble, index: int) -> None:
+        super().__init__()
+        self._answer = partial(ensemble.logits_of, index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._answer(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Attack):
+    """The best of an attack on each single member, all judged on all members.
+
+    Attributes:
+        attack: the attack on single members.
+    """
+
+    attack: Attack = field(default_factory=PGD)
+
+    adaptive: ClassVar[bool] = True
+    summary: ClassVar[str] = "best of the attacks on single members, scored on all"
+
+    def perturb(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        support, best = Support(victim), Best.start(x)
+        state = rng.get_state()
+        for m in support.indices:
+            rng.set_state(state)  # equal members get equal attacks
+            only = _Only(support.ensemble, m)
+            support.offer(best, self.attack.perturb(only, x, y, threat, rng=rng), y)
+        support.offer_clean(best, x, y)
+        return best.x

@@ -1,0 +1,213 @@
+"""What an attack is: frozen settings, one checked entrance, one pure computation.
+
+An attack is a frozen, keyword-only dataclass derived from `Attack`; its fields are its settings,
+its class attributes say what it promises, and `perturb` does the work. Add one line to `ATTACKS`
+and the conformance table holds it to the contract.
+
+Presets, decided once for all attacks: a class that reproduces published settings has the field
+`preset: str | None = None` and the class attribute `presets`, a mapping from the preset's name to
+the values it fixes:
+
+    presets: ClassVar[Presets] = {"torchattacks-3.5.1": {"steps": 50, "c": 1.0}}
+
+`Attack.__post_init__` refuses unknown names, refuses a field that contradicts the preset and fills
+the fixed fields in, so that `repr` shows what runs; then it calls `check()`, where a class
+validates its fields. Quirks (noise shared by the batch, success filters, ...) are switched on
+`self.preset is not None` inside `perturb`. A preset may depend on the batch mates.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from typing import ClassVar, Final, NamedTuple, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from redefense.errors import ConfigError
+from redefense.threat import Threat
+from redefense.types import Bool, Ensemble, Float, Images, Labels, check_images, check_labels
+
+Presets = Mapping[str, Mapping[str, object]]
+
+TORCHATTACKS: Final = "torchattacks-3.5.1"
+OFFICIAL: Final = "autoattack-official"
+RED_RELEASED: Final = "red-released"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """Finds, for each image, a point on which the victim errs; called with a threat and a stream.
+
+    Attacks run in the mode the victim is in and never change it: put the victim in eval mode
+    first, or its batch norm will learn from the attack. Nothing else is left behind: parameter
+    gradients, `requires_grad` flags and the global generators are as before.
+
+    Attributes:
+        adaptive: is given the ensemble with all its members; a bare module counts as one member.
+        bounded: the result stays inside the threat's ball.
+        norms: the threat norms it can attack in.
+        randomized: draws from `rng`.
+        summary: one line for `redefense list attacks`.
+        presets: published settings by name, see the module's docstring.
+    """
+
+    adaptive: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
+    norms: ClassVar[tuple[float, ...]] = (math.inf, 2.0)
+    randomized: ClassVar[bool] = True
+    summary: ClassVar[str] = ""
+    presets: ClassVar[Presets] = {}
+
+    def __post_init__(self) -> None:
+        if (name := getattr(self, "preset", None)) is not None:
+            self._fill_in(name)
+        self.check()
+
+    def _fill_in(self, name: str) -> None:
+        if name not in self.presets:
+            known = ", ".join(self.presets) or "none"
+            raise ConfigError(f"{type(self).__name__} has no preset {name!r}; known: {known}")
+        defaults = {f.name: f.default for f in fields(self)}
+        for key, value in self.presets[name].items():
+            given = getattr(self, key)
+            if defaults[key] is not MISSING and given not in (defaults[key], value):
+                raise ConfigError(f"preset {name!r} fixes {key}={value!r}, got {given!r}")
+            object.__setattr__(self, key, value)
+
+    def check(self) -> None:  # noqa: B027 - not every attack has something to validate
+        """Refuse settings that make no sense.
+
+        Raises:
+            ConfigError: naming the field, the rule and the value.
+        """
+
+    @final
+    def __call__(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        """Check the input once, then perturb.
+
+        Args:
+            victim: images in [0, 1] to logits (B, C); adaptive attacks take an `Ensemble` too.
+            x: clean images in [0, 1].
+            y: their labels, in [0, C).
+            threat: what the adversary may do.
+            rng: the source of all randomness; advanced by a fixed amount.
+
+        Returns:
+            Perturbed images in [0, 1], detached, same shape and type as `x`.
+
+        Raises:
+            InputError: the images or labels break the contract.
+            ConfigError: the attack does not know the threat's norm or the victim's class count.
+        """
+        check_images(x)
+        check_labels(y, len(x))
+        if threat.norm not in self.norms:
+            known = ", ".join(f"{n:g}" for n in self.norms)
+            raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
+        with torch.inference_mode(False), torch.no_grad(), frozen(victim):
+            x = x.detach().clone() if x.is_inference() else x.detach()
+            y = y.clone() if y.is_inference() else y
+            return self.perturb(victim, x, y, threat, rng=rng).detach()
+
+    @abstractmethod
+    def perturb(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        """The attack itself, unchecked: no host wait before the first step.
+
+        Training calls this directly, with the weights' gradients already off (see `frozen`).
+        """
+
+
+@contextmanager
+def frozen(victim: nn.Module | Ensemble) -> Iterator[None]:
+    """Weights need no gradient inside; on the way out every flag is what it was."""
+    params = cast("Iterable[nn.Parameter]", victim.parameters())
+    trainable = [p for p in params if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def as_ensemble(victim: nn.Module) -> Ensemble:
+    """The victim as an ensemble: itself if it is one, else an ensemble of this one member."""
+    if isinstance(victim, Ensemble):
+        return victim
+    from redefense.ensembles import Independent  # only adaptive attacks need it
+
+    return cast("Ensemble", Independent([victim]))
+
+
+class Look(NamedTuple):
+    """What an attack learns from one visit to a batch of points.
+
+    Attributes:
+        value: (B,) the objective, larger is better for the attacker.
+        correct: (B,) probability that the victim answers right (0 or 1 for a plain module).
+        grad: (B, ch, H, W) gradient of the summed objective, finite; None if it was not asked for.
+    """
+
+    value: Float[Tensor, " B"]
+    correct: Float[Tensor, " B"]
+    grad: Tensor | None
+
+
+Looker = Callable[[Tensor, bool], Look]
+"""Visits points (B, ch, H, W); the flag asks for the gradient."""
+
+
+def input_gradient(total: Float[Tensor, ""], x: Images, *, keep_graph: bool = False) -> Images:
+    """Gradient of a scalar with respect to `x`, zero where it is undefined.
+
+    A victim whose output does not depend on the input, or whose gradient is not finite, gives
+    zeros and not an error: the attacks then rely on their random starts.
+    """
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad.nan_to_num_(nan=0.0)
+
+
+@dataclass
+class Best:
+    """The best point seen so far for each image: least often answered right, then by objective.
+
+    Starts from any points without an opinion about them, so the first offer is taken. An offer
+    replaces only if strictly better, so with `value=-inf` it wins on correctness alone.
+    """
+
+    x: Tensor
+    correct: Tensor
+    value: Tensor
+
+    @classmethod
+    def start(cls, x: Images) -> "Best":
+        worst = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
+        return cls(x, worst, -worst)
+
+    def offer(
+        self, x: Images, correct: Float[Tensor, " B"], value: Float[Tensor, " B"]
+    ) -> Bool[Tensor, " B"]:
+        """Take over the points that are better; returns which were."""
+        value = value.to(self.value.dtype)
+        correct = correct.to(self.correct.dtype)
+        better = (correct < self.correct) | ((correct == self.correct) & (value > self.value))
+        self.x = torch.where(better.view(-1, 1, 1, 1), x, self.x)
+        self.correct = torch.where(better, correct, self.correct)
+        self.value = torch.where(better, value, self.value)
+        return better
+
+
+def batch_noise(x: Images, low: float, high: float, rng: torch.Generator) -> Images:
+    """Uniform numbers in [low, high), one tensor for the batch: the presets' way to draw."""
+    noise = torch.empty(x.shape, dtype=x.dtype, device=rng.device)
+    return noise.uniform_(low, high, generator=rng).to(x.device)
