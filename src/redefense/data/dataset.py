@@ -1,0 +1,169 @@
+"""A data set: all images as bytes, the labels, and the one place where splits are made."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from redefense.errors import ConfigError
+from redefense.rng import stream
+from redefense.types import Float, Int, UInt8
+
+HASH_CHUNK = 64 * 2**20
+"""Bytes hashed at a time, so that a memory-mapped set is never held whole."""
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False, eq=False)
+class Split:
+    """N labelled images.
+
+    A selection of another split shares its storage, so that a set larger than memory can be
+    divided without being copied.
+
+    Attributes:
+        store: the bytes that are shared with other splits, (R, ch, H, W).
+        labels: class of each of the N images.
+        rows: which rows of the store are meant, None for all.
+    """
+
+    store: UInt8[Tensor, "R ch H W"]
+    labels: Int[Tensor, " N"]
+    rows: Int[Tensor, " N"] | None
+
+    def __init__(self, images: Tensor, labels: Tensor, rows: Tensor | None = None) -> None:
+        if len(labels) != len(images if rows is None else rows):
+            raise ConfigError(f"need one label per image, got {len(labels)} for {len(images)}")
+        object.__setattr__(self, "store", images)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "rows", rows)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images of shape {self.shape})"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.store.shape[1:]
+        return channels, height, width
+
+    @property
+    def images(self) -> UInt8[Tensor, "N ch H W"]:
+        """All images; a selection copies them, so prefer `take` on large sets."""
+        return self.store if self.rows is None else self.store[self.rows]
+
+    def take(self, index: Int[Tensor, " B"]) -> UInt8[Tensor, "B ch H W"]:
+        """Some images, as bytes."""
+        return self.store[index if self.rows is None else self.rows[index]]
+
+    def float(self, index: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B ch H W"]:
+        """Some images (all, without `index`) as float32 in [0, 1]."""
+        raw = self.images if index is None else self.take(index)
+        return raw.to(torch.float32).div_(255.0)
+
+    def select(self, index: Int[Tensor, " B"]) -> "Split":
+        """Some images as a split of their own, without a copy."""
+        rows = index if self.rows is None else self.rows[index]
+        return Split(self.store, self.labels[index], rows)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images of one set.
+
+    Attributes:
+        name: the set's name, which also names its validation split.
+        classes: name of each class, in the order of the labels.
+        found: in words, what was found where.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    found: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.train.shape
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.classes, self.shape]).encode())
+        for split in (self.train, self.test):
+            per_chunk = max(1, HASH_CHUNK // max(1, split.store[:1].numel()))
+            for index in torch.arange(len(split)).split(per_chunk):
+                digest.update(split.take(index).contiguous().numpy().data)
+            digest.update(split.labels.to(torch.int64).contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def checksum(self) -> str:
+        """Hex SHA-256 over classes, shape, images and labels: equal content, equal checksum."""
+        return self._digest
+
+
+def stratified_order(labels: Int[Tensor, " N"], rng: torch.Generator) -> Int[Tensor, " N"]:
+    """A random order of which every beginning holds the classes in their overall proportions.
+
+    An image that is the r-th of the n of its class (in a random permutation) is placed at
+    (r + 1/2) / n; so any prefix is within one image per class of the exact share.
+    """
+    perm = torch.randperm(len(labels), generator=rng)
+    by_class = labels[perm].argsort(stable=True)
+    counts = labels.bincount()
+    starts = counts.cumsum(0) - counts
+    of_class = labels[perm][by_class]
+    place = (torch.arange(len(labels)) - starts[of_class] + 0.5) / counts[of_class]
+    # back to the order of the permutation first, so that ties between classes fall at random
+    shuffled = torch.empty_like(place)
+    shuffled[by_class] = place
+    return perm[shuffled.argsort(stable=True)]
+
+
+def train_validation(
+    dataset: Dataset, fraction: float = 0.1
+) -> tuple[Split, Split, Int[Tensor, " V"]]:
+    """Divide the training images into those to learn from and those to choose with.
+
+    The choice depends on the data set's name and labels alone, never on a run's seed, and keeps
+    the proportions of the classes.
+
+    Returns:
+        The training split, the validation split, and the latter's indices in `dataset.train`.
+
+    Raises:
+        ConfigError: unless both parts get at least one image.
+    """
+    total = len(dataset.train)
+    size = round(fraction * total)
+    if not 0 < size < total:
+        raise ConfigError(
+            f"a validation fraction of {fraction:g} of {total} training images leaves a part empty"
+        )
+    order = stratified_order(dataset.train.labels, stream(0, "split", dataset.name))
+    held, kept = order[:size].sort().values, order[size:].sort().values
+    return dataset.train.select(kept), dataset.train.select(held), held
+
+
+def test_indices(total: int, count: int) -> Int[Tensor, " n"]:
+    """The first `count` of one published permutation of `total` test images.
+
+    Raises:
+        ConfigError: unless 1 <= count <= total.
+    """
+    if not 1 <= count <= total:
+        raise ConfigError(f"the number of test images must lie in [1, {total}], got {count}")
+    return torch.randperm(total, generator=stream(0, "test images"))[:count]
+
+
+test_indices.__test__ = False  # type: ignore[attr-defined]  # its name makes pytest collect it

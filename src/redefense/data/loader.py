@@ -1,0 +1,127 @@
+"""Batches whose order and augmentation depend on (seed, epoch, image) alone.
+
+No worker processes and no state: an epoch can be entered at any step, and every rank computes its
+slice of the same global batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redefense.data.dataset import Split
+from redefense.errors import ConfigError
+from redefense.rng import ImageStreams, draw_seed, mix64, stream
+from redefense.types import Batch, Int, UInt8
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """Random crops and flips.
+
+    Attributes:
+        pad: pixels of zeros on each side, out of which a crop of the original size is taken.
+        flip: mirror half of the images left to right.
+    """
+
+    pad: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pad < 0:
+            raise ConfigError(f"augmentation pad must not be negative, got {self.pad}")
+
+    def __call__(self, raw: UInt8[Tensor, "B ch H W"], streams: ImageStreams) -> Tensor:
+        """Augmented bytes of the same shape; three numbers are drawn from each image's stream."""
+        height, width = raw.shape[2:]
+        corner = streams.integers(0, 2 * self.pad + 1, 2)
+        mirrored = (streams.uniform() < 0.5) if self.flip else torch.zeros_like(corner[:, 0]) > 0
+        padded = F.pad(raw, [self.pad] * 4)
+        down = torch.arange(height, device=raw.device)
+        right = torch.arange(width, device=raw.device)
+        rows = corner[:, :1] + down
+        columns = corner[:, 1:] + torch.where(mirrored[:, None], width - 1 - right, right)
+        index = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+        flat = index.flatten(1)[:, None].expand(-1, raw.shape[1], -1)
+        return padded.flatten(2).gather(2, flat).view_as(raw)
+
+
+class Loader:
+    """Shuffled, augmented batches of one split.
+
+    Args:
+        split: the images; `Batch.index` counts within it.
+        batch_size: images of the global batch, over all ranks.
+        seed: of the run; order and augmentation follow from it.
+        augment: `True` for a crop out of 4 pixels of zeros and a flip, or (pad, flip).
+        device: where batches are put (as bytes) and augmented.
+        rank: of this process.
+        world_size: number of processes that share each batch.
+        limit: use only this many images, the same in all epochs and for all seeds.
+
+    The last, incomplete batch of an epoch is dropped, unless it is the only one.
+
+    Raises:
+        ConfigError: for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Augment | tuple[int, bool] | bool,
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        total = len(split) if limit is None else min(limit, len(split))
+        if batch_size < 1 or total < 1:
+            raise ConfigError(f"need images and a batch size, got {total} and {batch_size}")
+        self.batch_size = min(batch_size, total)
+        if not 0 <= rank < world_size or self.batch_size % world_size:
+            raise ConfigError(
+                f"a batch of {self.batch_size} images cannot be shared equally by {world_size} "
+                f"processes (this is rank {rank})"
+            )
+        self.split, self.seed, self.device = split, seed, torch.device(device)
+        self.share = slice(
+            rank * self.batch_size // world_size, (rank + 1) * self.batch_size // world_size
+        )
+        self.augment = _as_augment(augment)
+        subset = torch.randperm(len(split), generator=stream(0, "training subset"))
+        self.subset = torch.arange(len(split)) if total == len(split) else subset[:total]
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+        return len(self.subset) // self.batch_size
+
+    def order(self, epoch: int) -> Int[Tensor, " N"]:
+        """The indices of all images of an epoch, in order."""
+        perm = torch.randperm(len(self.subset), generator=stream(self.seed, "order", epoch))
+        return self.subset[perm]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's share of each batch of an epoch, from step `start_step` on."""
+        order = self.order(epoch)
+        salt = draw_seed(stream(self.seed, "augment", epoch))
+        for step in range(start_step, len(self)):
+            first = step * self.batch_size
+            yield self._batch(order[first : first + self.batch_size][self.share], salt)
+
+    def _batch(self, index: Tensor, salt: int) -> Batch:
+        raw = self.split.take(index).to(self.device)
+        labels, index = self.split.labels[index].to(self.device), index.to(self.device)
+        if self.augment is not None:
+            raw = self.augment(raw, ImageStreams(mix64(mix64(index) ^ salt)))
+        return Batch(raw.to(torch.float32).div_(255.0), labels, index)
+
+
+def _as_augment(augment: Augment | tuple[int, bool] | bool) -> Augment | None:
+    if isinstance(augment, bool):
+        return Augment() if augment else None
+    return augment if isinstance(augment, Augment) else Augment(*augment)

@@ -1,0 +1,160 @@
+"""Networks by name: images (B, ch, H, W) in [0, 1] to logits, normalisation inside."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from torch import nn
+
+from redefense.errors import ConfigError
+from redefense.models import tiny
+from redefense.models.layers import ACTIVATIONS, Normalise, Tapped, activation_named, initialise
+from redefense.models.resnet import ResNet
+from redefense.rng import draw_seed
+
+__all__ = ["ACTIVATIONS", "MODELS", "Model", "Tapped", "build"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """How one network is made.
+
+    Attributes:
+        summary: a line for the user.
+        make: from (num_classes, shape, width, activation) to a network without values.
+        width: channels of the first stage unless asked otherwise.
+    """
+
+    summary: str
+    make: Callable[[int, tuple[int, int, int], int, str], nn.Module]
+    width: int = 16
+
+
+def _resnet(
+    depths: Sequence[int], *, large_stem: bool = False
+) -> Callable[[int, tuple[int, int, int], int, str], nn.Module]:
+    def make(num_classes: int, shape: tuple[int, int, int], width: int, act: str) -> nn.Module:
+        return ResNet(
+            num_classes=num_classes,
+            channels=shape[0],
+            widths=[width * 2**stage for stage in range(len(depths))],
+            depths=depths,
+            large_stem=large_stem,
+            activation=act,
+        )
+
+    return make
+
+
+MODELS: Final[Mapping[str, Model]] = MappingProxyType(
+    {
+        "linear": Model(
+            summary="one linear layer",
+            make=lambda c, shape, _, act: tiny.linear(num_classes=c, shape=shape, activation=act),
+        ),
+        "mlp": Model(
+            summary="two hidden layers",
+            make=lambda c, shape, w, act: tiny.mlp(
+                num_classes=c, shape=shape, width=w, activation=act
+            ),
+            width=64,
+        ),
+        "digits-cnn": Model(
+            summary="three convolutions, for small grey images",
+            make=lambda c, shape, w, act: tiny.digits_cnn(
+                num_classes=c, shape=shape, width=w, activation=act
+            ),
+        ),
+        "resnet8": Model(summary="CIFAR ResNet-8", make=_resnet([1, 1, 1])),
+        "resnet20": Model(summary="CIFAR ResNet-20", make=_resnet([3, 3, 3])),
+        "resnet32": Model(summary="CIFAR ResNet-32", make=_resnet([5, 5, 5])),
+        "resnet56": Model(summary="CIFAR ResNet-56", make=_resnet([9, 9, 9])),
+        "resnet18": Model(
+            summary="ResNet-18 with a 3x3 stem and no max-pool, for 32x32 images",
+            make=_resnet([2, 2, 2, 2]),
+            width=64,
+        ),
+        "resnet18-64": Model(
+            summary="ResNet-18 with a 7x7 stem of stride 2 and max-pool, for 64x64 images",
+            make=_resnet([2, 2, 2, 2], large_stem=True),
+            width=64,
+        ),
+    }
+)
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    generator: torch.Generator,
+    width: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    activation: str = "relu",
+) -> nn.Module:
+    """A freshly initialised network on the CPU; equal generators give equal weights.
+
+    Args:
+        name: a key of `MODELS`, or `timm:NAME` if timm is installed.
+        num_classes: number of logits.
+        shape: channels, height and width of the images.
+        generator: all initial weights are drawn from it; torch's global one stays as it is.
+        width: channels of the first stage (hidden units of `mlp`); the model's own by default.
+        mean: of each channel, subtracted by the first layer; 0.5 by default.
+        std: of each channel, divided by in the first layer; 0.25 by default.
+        activation: a key of `ACTIVATIONS`.
+
+    Raises:
+        ConfigError: for an unknown name or values that do not fit.
+    """
+    if num_classes < 1 or min(shape) < 1 or (width is not None and width < 1):
+        raise ConfigError(
+            f"classes, image sizes and width must be positive, got {num_classes}, {shape}, {width}"
+        )
+    activation_named(activation)
+    if name.startswith("timm:"):
+        if width is not None or activation != "relu":
+            raise ConfigError(f"{name} has its own width and activation")
+        net = _timm(name.removeprefix("timm:"), num_classes, shape[0], generator)
+    elif name in MODELS:
+        model = MODELS[name]
+        with torch.device("meta"):  # no values yet, so torch's global generator is not touched
+            net = model.make(num_classes, shape, width or model.width, activation)
+        net.to_empty(device="cpu")
+        initialise(net, generator)
+    else:
+        raise ConfigError(f"unknown model {name!r}; choose from {', '.join(MODELS)}, timm:NAME")
+    _set_normalisation(net, shape[0], mean, std)
+    return net
+
+
+def _set_normalisation(
+    net: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    mean, std = mean or [0.5] * channels, std or [0.25] * channels
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise ConfigError(f"need {channels} means and positive deviations, got {mean} and {std}")
+    (layer,) = (module for module in net.modules() if isinstance(module, Normalise))
+    layer.mean.copy_(torch.tensor(mean))
+    layer.std.copy_(torch.tensor(std))
+
+
+def _timm(name: str, num_classes: int, channels: int, rng: torch.Generator) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(f"timm:{name} needs timm: pip install timm") from error
+    # timm draws from the global generator, which is put back as it was
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw_seed(rng))
+        try:
+            net = timm.create_model(
+                name, pretrained=False, num_classes=num_classes, in_chans=channels
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"timm has no model {name!r}: {error}") from error
+    return nn.Sequential(Normalise(channels), net)
