@@ -1,4 +1,4 @@
-"""Gradient ascent on a victim's loss: one loop, from which FGSM to the adaptive attacks are made.
+"""Gradient ascent on a victim's loss: one loop, of which a dozen attacks are settings.
 
 Steps are fractions of the budget. The loop climbs a *sum* over images, so that an image's path
 does not depend on its batch mates, and reuses the forward pass of each step to judge the point it
@@ -6,12 +6,12 @@ was taken at.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from redefense.attacks.base import (
     RED_RELEASED,
@@ -29,6 +29,16 @@ from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import Threat, per_image, steepest
 from redefense.types import Images, Labels, Victim
+
+PUBLISHED: Final = (TORCHATTACKS, RED_RELEASED)
+"""Both publish the same settings; the budget (8/255, 0.03) is the threat's."""
+
+TEN_STEPS: Final[Mapping[str, object]] = {
+    "steps": 10,
+    "step_size": 0.25,
+    "keep_best": False,
+    "loss": "cross_entropy",
+}
 
 
 def look_at(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) -> Looker:
@@ -68,6 +78,7 @@ def climb(
     step_size: float,
     decay: float | None = None,
     best: Best | None = None,
+    guard: bool = True,
 ) -> Images:
     """Projected steepest ascent inside the ball around `x`.
 
@@ -82,6 +93,8 @@ def climb(
             climbs the plain gradient.
         best: keeps the best of all points visited, the last one included at the cost of one more
             forward pass; None costs nothing and leaves the caller with the last point.
+        guard: keep zero gradients out of the momentum; without, they become NaN there and the
+            image stands still from then on, as in published code.
 
     Returns:
         The last point.
@@ -92,7 +105,9 @@ def climb(
         if best is not None:
             best.offer(point, seen.correct, seen.value)
         assert seen.grad is not None
-        velocity = seen.grad if decay is None else unit_mean(seen.grad) + decay * velocity
+        velocity = (
+            seen.grad if decay is None else unit_mean(seen.grad, guard=guard) + decay * velocity
+        )
         point = threat.project(point + step_size * steepest(velocity, threat.norm), x)
     if best is not None:
         seen = look(point, False)
@@ -100,92 +115,39 @@ def climb(
     return point
 
 
-def unit_mean(grad: Images) -> Images:
-    """Gradient divided by its mean magnitude, per image; zero stays zero and never becomes NaN."""
-    size = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
+def unit_mean(grad: Images, *, guard: bool = True) -> Images:
+    """Gradient divided by its mean magnitude, per image; guarded, zero stays zero."""
+    size = grad.abs().flatten(1).mean(1)
+    if guard:
+        size = size.clamp_min(torch.finfo(grad.dtype).tiny)
     return grad / per_image(size, grad)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FGSM(Attack):
-    """One step of the whole budget along the steepest direction (Goodfellow et al., 2015)."""
-
-    loss: str = "log_odds"
-    preset: str | None = None
-
-    randomized: ClassVar[bool] = False
-    summary: ClassVar[str] = "one gradient step of the whole budget"
-    presets: ClassVar[Presets] = {
-        TORCHATTACKS: {"loss": "cross_entropy"},
-        RED_RELEASED: {"loss": "cross_entropy"},
-    }
-
-    def check(self) -> None:
-        objective_named(self.loss)
-
-    def perturb(
-        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
-    ) -> Images:
-        look = look_at(victim, y, objective_named(self.loss))
-        return climb(look, x, x, threat, steps=1, step_size=threat.eps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
-    """Projected gradient ascent from random starts (Madry et al., 2018).
-
-    Attributes:
-        steps: gradients per restart.
-        step_size: as a fraction of eps.
-        random_start: start at a random point of the ball instead of the image.
-        restarts: independent starts; the best point of all is kept.
-        keep_best: return the best point visited (fooled first, then by loss) instead of the last;
-            costs one more forward pass.
-        loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
-        preset: published settings; noise is then one tensor for the batch, drawn from `rng`.
-    """
-
-    steps: int = 20
-    step_size: float = 0.25
-    random_start: bool = True
-    restarts: int = 1
-    keep_best: bool = True
-    loss: str = "log_odds"
-    preset: str | None = None
-
-    summary: ClassVar[str] = "projected gradient ascent from random starts"
-    presets: ClassVar[Presets] = {
-        TORCHATTACKS: {"steps": 10, "keep_best": False, "loss": "cross_entropy"},
-        RED_RELEASED: {"steps": 10, "keep_best": False, "loss": "cross_entropy"},
-    }
-
-    def check(self) -> None:
-        objective_named(self.loss)
-        check_steps(self.steps, self.step_size, self.restarts)
-        if self.restarts > 1 and not (self.keep_best and self.random_start):
-            raise ConfigError("more than one restart needs random_start and keep_best")
-
-    def perturb(
-        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
-    ) -> Images:
-        look = look_at(victim, y, objective_named(self.loss))
-        start = random_starts(x, y, threat, rng, of_batch=self.preset is not None)
-        best = Best.start(x) if self.keep_best else None
-        for _ in range(self.restarts):
-            last = climb(
-                look,
-                start() if self.random_start else x,
-                x,
-                threat,
-                steps=self.steps,
-                step_size=self.step_size * threat.eps,
-                best=best,
-            )
-        return last if best is None else best.x
+def climb_from(
+    starts: Iterable[Images],
+    look: Looker,
+    x: Images,
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float,
+    keep_best: bool,
+    decay: float | None = None,
+    guard: bool = True,
+) -> Images:
+    """Climb from each start, in steps of a fraction of eps; the best point of all, or the last."""
+    best = Best.start(x) if keep_best else None
+    last = x
+    for start in starts:
+        last = climb(
+            look, start, x, threat, steps=steps, step_size=step_size * threat.eps, decay=decay,
+            best=best, guard=guard,
+        )  # fmt: skip
+    return last if best is None else best.x
 
 
 def random_starts(
-    x: Images, y: Labels, threat: Threat, rng: torch.Generator, *, of_batch: bool = False
+    x: Images, y: Labels, threat: Threat, rng: Generator, *, of_batch: bool = False
 ) -> Callable[[], Tensor]:
     """Makes random points of the ball, each image from its own stream, or all from `rng`."""
     if of_batch:
@@ -210,3 +172,179 @@ def check_steps(steps: int, step_size: float, restarts: int = 1) -> None:
         raise ConfigError(f"step_size must be positive, got {step_size}")
     if restarts < 1:
         raise ConfigError(f"restarts must be at least 1, got {restarts}")
+
+
+def check_decay(decay: float) -> None:
+    """Refuse a momentum that grows without reason or alternates.
+
+    Raises:
+        ConfigError: unless it is finite and not negative.
+    """
+    if not 0 <= decay < math.inf:
+        raise ConfigError(f"decay must be finite and not negative, got {decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(Attack):
+    """One step of the whole budget along the steepest direction (Goodfellow et al., 2015)."""
+
+    loss: str = "log_odds"
+    preset: str | None = None
+
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "one gradient step of the whole budget"
+    presets: ClassVar[Presets] = {name: {"loss": "cross_entropy"} for name in PUBLISHED}
+
+    def check(self) -> None:
+        objective_named(self.loss)
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        look = look_at(victim, y, objective_named(self.loss))
+        return climb(look, x, x, threat, steps=1, step_size=threat.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ascent(Attack):
+    """What the attacks made of `climb` share.
+
+    Attributes:
+        steps: number of gradients, per restart where there are restarts.
+        step_size: as a fraction of eps.
+        keep_best: return the best point visited (fooled first, then by loss) instead of the last;
+            costs one more forward pass.
+        loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
+        preset: published settings; random numbers are then drawn for the batch, from `rng`.
+    """
+
+    steps: int = 20
+    step_size: float = 0.25
+    keep_best: bool = True
+    loss: str = "log_odds"
+    preset: str | None = None
+
+    presets: ClassVar[Presets] = {name: TEN_STEPS for name in PUBLISHED}
+
+    def check(self) -> None:
+        objective_named(self.loss)
+        check_steps(self.steps, self.step_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BIM(Ascent):
+    """Projected steepest ascent from the image itself (Kurakin et al., 2017)."""
+
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "projected gradient ascent from the image itself"
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        return climb_from(
+            [x], look_at(victim, y, objective_named(self.loss)), x, threat,
+            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MIM(Ascent):
+    """BIM along a running sum of normalised gradients (MI-FGSM, Dong et al., 2018).
+
+    Attributes:
+        decay: of the running sum, >= 0.
+    """
+
+    decay: float = 1.0
+
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "BIM with momentum"
+    presets: ClassVar[Presets] = {name: {**TEN_STEPS, "decay": 1.0} for name in PUBLISHED}
+
+    def check(self) -> None:
+        Ascent.check(self)
+        check_decay(self.decay)
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        return climb_from(
+            [x], look_at(victim, y, objective_named(self.loss)), x, threat,
+            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
+            decay=self.decay, guard=self.preset is None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomAscent(Ascent):
+    """PGD's share: ascent from random starts.
+
+    Attributes:
+        random_start: start at a random point of the ball instead of the image.
+        restarts: independent starts; the best point of all is kept.
+    """
+
+    random_start: bool = True
+    restarts: int = 1
+
+    presets: ClassVar[Presets] = {
+        name: {**TEN_STEPS, "random_start": True, "restarts": 1} for name in PUBLISHED
+    }
+
+    def check(self) -> None:
+        Ascent.check(self)
+        check_steps(self.steps, self.step_size, self.restarts)
+        if self.restarts > 1 and not (self.keep_best and self.random_start):
+            raise ConfigError("more than one restart needs random_start and keep_best")
+
+    def climb(self, look: Looker, x: Images, y: Labels, threat: Threat, rng: Generator) -> Images:
+        starts: Iterable[Images] = [x]
+        if self.random_start:
+            start = random_starts(x, y, threat, rng, of_batch=self.preset is not None)
+            starts = (start() for _ in range(self.restarts))
+        return climb_from(
+            starts, look, x, threat,
+            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(RandomAscent):
+    """Projected gradient ascent from random starts (Madry et al., 2018)."""
+
+    summary: ClassVar[str] = "projected gradient ascent from random starts"
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        return self.climb(look_at(victim, y, objective_named(self.loss)), x, y, threat, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EOTPGD(RandomAscent):
+    """PGD along the mean gradient of several queries of a random victim (Athalye et al., 2018).
+
+    On a deterministic victim it is PGD at a multiple of the cost; where the members are known,
+    `meanprob_pgd` has the exact expectation.
+
+    Attributes:
+        draws: queries per gradient.
+    """
+
+    draws: int = 10
+
+    summary: ClassVar[str] = "PGD on the mean gradient of several queries of a random victim"
+    presets: ClassVar[Presets] = {
+        name: {**settings, "draws": 2} for name, settings in RandomAscent.presets.items()
+    }
+
+    def check(self) -> None:
+        RandomAscent.check(self)
+        if self.draws < 1:
+            raise ConfigError(f"draws must be at least 1, got {self.draws}")
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        look = look_at(victim, y, objective_named(self.loss), draws=self.draws)
+        return self.climb(look, x, y, threat, rng)
