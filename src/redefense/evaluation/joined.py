@@ -1,0 +1,274 @@
+"""The suites of a run joined image by image: both headlines and what stands beside them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.evaluation.records import (
+    AGREE,
+    Check,
+    Evaluation,
+    Headline,
+    Scored,
+    Source,
+    Stored,
+    load_all,
+)
+from redefense.evaluation.statistics import (
+    Estimate,
+    accuracy_interval,
+    fooled_histogram,
+    paired_difference,
+    success_within,
+)
+
+TRIES = 10
+
+Budget = tuple[str, float | None]
+"""Norm and eps of a threat."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Result:
+    """One run at one threat on one set of images. Accuracies are fractions; None is unknown.
+
+    Attributes:
+        unaware: lowest exact expected accuracy over the bounded unaware cells.
+        aware: mean over images of the lowest expected correctness over all bounded cells and the
+            clean image; both headlines are None without a bounded aware cell.
+        single, averaged: the best single member and the averaged ensemble under attack.
+        over_single, over_averaged: aware minus each, paired over images.
+        fooled: (M + 1,) images by the number of members fooled at the worst case.
+        tries_aware, tries_unaware: (TRIES,) attacker's success within K draws.
+        notes: what the reader must know about how the figures came about.
+    """
+
+    name: str
+    norm: str
+    eps: float | None
+    suites: tuple[Stored, ...]
+    cells: tuple[Scored, ...]
+    clean: Estimate | None
+    clean_averaged: float | None
+    clean_members: tuple[float, ...]
+    unaware: Estimate | None
+    unaware_label: str | None
+    aware: Estimate | None
+    single: Estimate | None
+    single_index: int | None
+    chosen_on: str | None
+    averaged: Estimate | None
+    over_single: Estimate | None
+    over_averaged: Estimate | None
+    fooled: NDArray[np.int64] | None
+    tries_aware: NDArray[np.float64] | None
+    tries_unaware: NDArray[np.float64] | None
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        return tuple(stored.evaluation for stored in self.suites)
+
+    @property
+    def num_images(self) -> int:
+        return self.evaluations[0].data.num_images
+
+    @property
+    def num_members(self) -> int | None:
+        counts = [len(c.correct) for c in self.cells if c.correct is not None]
+        return (counts or [len(self.clean_members)])[0] or None
+
+    @property
+    def bounded(self) -> tuple[Scored, ...]:
+        return tuple(c for c in self.cells if c.cell.bounded)
+
+    @property
+    def threat(self) -> str:
+        """The budget in words, e.g. `linf 0.03`."""
+        return "threat unknown" if self.eps is None else f"l{self.norm} {self.eps:g}"
+
+    @property
+    def transfer(self) -> tuple[tuple[float | None, ...], ...] | None:
+        return next((e.transfer for e in self.evaluations if e.transfer), None)
+
+    @property
+    def curve(self) -> tuple[tuple[float, ...], ...] | None:
+        return next((e.curve for e in self.evaluations if e.curve), None)
+
+
+def join(sources: Iterable[Source]) -> list[Result]:
+    """One result for each run, threat and set of images, in the order of the runs.
+
+    Raises:
+        DataError: if a run holds no evaluation or a file is damaged.
+    """
+    return [result for run in load_all(sources) for result in _results(run)]
+
+
+def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
+    """A bounded cell's own threat; an unbounded one belongs to what its suite is about."""
+    threat = scored.cell.threat
+    if not scored.cell.bounded or threat is None or threat.eps is None:
+        return stored.budget
+    return threat.norm, round(threat.eps, 9)
+
+
+def _results(run: Sequence[Stored]) -> list[Result]:
+    groups: dict[tuple[object, ...], tuple[Budget, list[Stored], list[Scored]]] = {}
+    for stored in run:
+        own = {_budget_of(scored, stored): None for scored in stored.cells} or {stored.budget: None}
+        for budget in own:
+            _, suites, cells = groups.setdefault((stored.images, budget), (budget, [], []))
+            suites.append(stored)
+            cells.extend(c for c in stored.cells if _budget_of(c, stored) == budget)
+    return [_result(*group) for group in groups.values()]
+
+
+def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
+    first = suites[0]
+    home = [stored for stored in suites if stored.budget == budget]
+    pair = _joined_headline(suites, cells) or _stored_headline(suites, home)
+    q_aware, q_unaware = pair.q_aware, pair.q_unaware
+    single, single_q, single_from = _beside(home, "single")
+    averaged, averaged_q, _ = _beside(home, "averaged")
+    clean = next((s.clean for s in suites if s.clean.expected is not None), first.clean)
+    chosen = single_from.headline if single_from is not None else None
+    return Result(
+        name=first.name,
+        norm=budget[0],
+        eps=budget[1],
+        suites=tuple(suites),
+        cells=tuple(cells),
+        clean=clean.expected,
+        clean_averaged=first.evaluation.clean.averaged,
+        clean_members=first.evaluation.clean.per_member,
+        unaware=pair.unaware,
+        unaware_label=pair.unaware_label,
+        aware=pair.aware,
+        single=single,
+        single_index=chosen.best_single_member_index if chosen is not None else None,
+        chosen_on=chosen.chosen_on if chosen is not None else None,
+        averaged=averaged,
+        over_single=_over(q_aware, single_q),
+        over_averaged=_over(q_aware, averaged_q),
+        fooled=pair.fooled,
+        tries_aware=None if q_aware is None else success_within(q_aware, TRIES),
+        tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
+        checks=_merged_checks(suites),
+        notes=tuple(_notes(pair, home, cells)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Pair:
+    unaware: Estimate | None = None
+    unaware_label: str | None = None
+    aware: Estimate | None = None
+    q_aware: NDArray[np.float64] | None = None
+    q_unaware: NDArray[np.float64] | None = None
+    fooled: NDArray[np.int64] | None = None
+
+
+def _joined_headline(suites: Sequence[Stored], cells: Sequence[Scored]) -> _Pair | None:
+    """Both headlines image by image; None unless every bounded cell has its records."""
+    bounded = [c for c in cells if c.cell.bounded]
+    if not bounded or any(c.q is None for c in bounded):
+        return None
+    if not any(c.cell.aware for c in bounded):
+        return _Pair()
+    clean = [s.clean for s in suites if s.clean.q is not None][:1]
+    scored = [(c, c.q, c.correct) for c in [*bounded, *clean]]
+    qs = np.stack([q for _, q, _ in scored if q is not None])
+    worst = qs.argmin(0)
+    # (M, n): the members' correctness on the image of the attack that hurts it most
+    correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
+    unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
+    pair = _Pair(
+        aware=accuracy_interval(qs.min(0)), q_aware=qs.min(0), fooled=fooled_histogram(correct.T)
+    )
+    if not unaware:
+        return pair
+    lowest = min(unaware, key=lambda i: float(qs[i].mean()))
+    return replace(
+        pair,
+        unaware=accuracy_interval(qs[lowest]),
+        unaware_label=bounded[lowest].label,
+        q_unaware=qs[lowest],
+    )
+
+
+def _estimate(value: float | None, interval: tuple[float, float] | None) -> Estimate | None:
+    if value is None:
+        return None
+    return Estimate(value, *interval) if interval is not None else Estimate(value)
+
+
+def _stored_headline(suites: Sequence[Stored], home: Sequence[Stored]) -> _Pair:
+    """What a single suite says of itself: all there is without per-image records."""
+    headline = home[0].evaluation.headline if len(suites) == len(home) == 1 else None
+    if headline is None:
+        return _Pair()
+    return _Pair(
+        unaware=_estimate(headline.unaware, None),
+        aware=_estimate(headline.aware, headline.aware_interval),
+    )
+
+
+def _beside(
+    home: Sequence[Stored], which: str
+) -> tuple[Estimate | None, NDArray[np.float64] | None, Evaluation | None]:
+    """The lowest accuracy any suite found for the best single member or the averaged ensemble."""
+    found: list[tuple[Estimate, NDArray[np.float64] | None, Evaluation]] = []
+    key = {"single": "best_single_member", "averaged": "averaged"}[which]
+    for stored in home:
+        per_image: NDArray[np.float64] | None = getattr(stored, which)
+        headline = stored.evaluation.headline or Headline()
+        summary = _estimate(getattr(headline, key), getattr(headline, f"{key}_interval"))
+        if per_image is not None:
+            found.append((accuracy_interval(per_image), per_image, stored.evaluation))
+        elif summary is not None:
+            found.append((summary, None, stored.evaluation))
+    return min(found, key=lambda entry: entry[0].value, default=(None, None, None))
+
+
+def _over(q: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> Estimate | None:
+    return None if q is None or other is None else paired_difference(q, other)
+
+
+def _merged_checks(suites: Sequence[Stored]) -> tuple[Check, ...]:
+    """One line for each check: red if it is red in any suite."""
+    rank = {False: 0, True: 1, None: 2}
+    checks: dict[str, Check] = {}
+    for stored in suites:
+        for check in stored.evaluation.checks:
+            before = checks.get(check.id)
+            if before is None or rank[check.passed] < rank[before.passed]:
+                checks[check.id] = check
+    return tuple(checks[key] for key in sorted(checks))
+
+
+def _notes(pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored]) -> list[str]:
+    notes = []
+    bounded = [c for c in cells if c.cell.bounded]
+    if not any(c.cell.aware for c in bounded):
+        notes.append(
+            "No attack that knows the ensemble was run at this threat, so there is no headline: "
+            "what the others say about a randomized defence is not a claim of robustness."
+        )
+    elif pair.aware is None:
+        notes.append("Per-image records are missing, so the suites cannot be joined.")
+    elif pair.q_aware is None:
+        notes.append("Per-image records are missing: the headline is the one the suite stored.")
+    if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
+        stored = home[0].evaluation.headline
+        if stored is not None and stored.aware is not None and pair.aware is not None:
+            gap = abs(stored.aware - pair.aware.value)
+            if gap > AGREE:
+                notes.append(
+                    f"The suite stored an aware accuracy of {100 * stored.aware:.2f} %; its "
+                    f"per-image records give {100 * pair.aware.value:.2f} %, which is shown."
+                )
+    return notes

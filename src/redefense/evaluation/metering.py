@@ -1,0 +1,61 @@
+"""Counts what an attack costs: passes of one image through one member, forward and backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redefense.ensembles import Members
+from redefense.types import Ensemble, Images, Logits
+
+
+class Meter:
+    """Running counts, in single-member passes of single images."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.backwards = 0
+
+
+class _CountBackward(torch.autograd.Function):
+    """Identity that counts each time a gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, meter: Meter) -> Tensor:  # noqa: ANN401
+        ctx.meter = meter
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.meter.backwards += len(grads[0])
+        return grads[0], None
+
+
+class Metered(Members):
+    """An ensemble that counts; every view of it counts too."""
+
+    def __init__(self, ensemble: Ensemble, meter: Meter) -> None:
+        super().__init__(ensemble.num_members, ensemble.mixture)
+        self.ensemble, self.meter = ensemble, meter
+        self.to(ensemble.mixture.device)
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        self.meter.forwards += len(x)
+        logits = self.ensemble.logits_of(m, x)
+        if not logits.requires_grad:
+            return logits
+        counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]
+        return counted
+
+    def member(self, m: int) -> nn.Module:
+        """Member m, counted."""
+        return _Member(self, m)
+
+
+class _Member(nn.Module):
+    def __init__(self, ensemble: Metered, m: int) -> None:
+        super().__init__()
+        self.ensemble, self.m = ensemble, m
+
+    def forward(self, x: Images) -> Logits:
+        return self.ensemble.logits_of(self.m, x)

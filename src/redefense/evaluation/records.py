@@ -1,0 +1,336 @@
+"""Stored evaluations: read, checked and joined image by image. Needs neither torch nor a model.
+
+One *result* is a run at one threat on one set of images. The suites of a run that share all three
+are joined, so that the worst case is taken per image over every attack that was ever run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from redefense.errors import DataError
+from redefense.evaluation.statistics import Estimate, accuracy_interval
+
+Source = Path | Mapping[str, Any]
+"""A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
+
+AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Budget(_Record):
+    """The threat of a cell as stored; eps is None where the attack has none."""
+
+    norm: str = "inf"
+    eps: float | None = None
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> str:
+        return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+class Accuracy(_Record):
+    """Accuracies of one cell, fractions in [0, 1]; None is unknown."""
+
+    protocol: float | None = None
+    protocol_sd: float | None = None
+    expected: float | None = None
+    averaged: float | None = None
+    worst_member: float | None = None
+    best_member: float | None = None
+    any: float | None = None
+    all: float | None = None
+
+
+class Cell(_Record):
+    """One attack at one threat on one view."""
+
+    id: str
+    attack: str
+    repr: str = ""
+    view: str = ""
+    label: str | None = None
+    aware: bool = False
+    bounded: bool = True
+    distortion: dict[str, float | None] | None = None
+    threat: Budget | None = None
+    accuracy: Accuracy = Accuracy()
+    interval: tuple[float, float] | None = None
+    unchanged: float | None = None
+    forwards: float | None = None
+    backwards: float | None = None
+    seconds: float | None = None
+    per_image: str | None = None
+
+
+class Data(_Record):
+    name: str
+    split: str = "test"
+    num_images: int = Field(ge=1)
+
+
+class Clean(_Record):
+    expected: float | None = None
+    averaged: float | None = None
+    per_member: tuple[float, ...] = ()
+    interval: tuple[float, float] | None = None
+    per_image: str | None = None
+
+
+class Headline(_Record):
+    unaware: float | None = None
+    aware: float | None = None
+    aware_interval: tuple[float, float] | None = None
+    best_single_member: float | None = None
+    best_single_member_interval: tuple[float, float] | None = None
+    best_single_member_index: int | None = None
+    chosen_on: str | None = None
+    averaged: float | None = None
+    averaged_interval: tuple[float, float] | None = None
+
+
+class Check(_Record):
+    id: str
+    passed: bool | None = None
+    detail: str = ""
+
+
+class Evaluation(_Record):
+    """`DIR/evaluation/SUITE.json`, schema 1. Keys this version does not know are ignored."""
+
+    version: Literal[1] = Field(alias="schema")
+    suite: str
+    run: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    data: Data
+    clean: Clean = Clean()
+    cells: tuple[Cell, ...] = ()
+    headline: Headline | None = None
+    checks: tuple[Check, ...] = ()
+    mixture: tuple[float, ...] | None = None
+    transfer: tuple[tuple[float | None, ...], ...] | None = None
+    curve: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """A cell with its per-image records, where they were found.
+
+    Attributes:
+        correct: (M, n) correctness of every member; None where only the summary is known.
+        q: (n,) exact expected correctness, the mixture-weighted mean of `correct`.
+    """
+
+    cell: Cell
+    suite: str
+    correct: NDArray[np.bool_] | None
+    q: NDArray[np.float64] | None
+
+    @property
+    def expected(self) -> Estimate | None:
+        value = self.cell.accuracy.expected
+        if value is not None and self.cell.interval is not None:
+            return Estimate(value, *self.cell.interval)
+        if self.q is not None:
+            return accuracy_interval(self.q)
+        return None if value is None else Estimate(value)
+
+    @property
+    def label(self) -> str:
+        return self.cell.label or f"{self.cell.attack} ({self.cell.view or 'view unknown'})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Stored:
+    """One suite of one run as found on disk, or handed over as JSON (then without records)."""
+
+    name: str
+    folder: Path | None
+    evaluation: Evaluation
+    index: NDArray[np.int64] | None
+    clean: Scored
+    cells: tuple[Scored, ...]
+    single: NDArray[np.float64] | None
+    averaged: NDArray[np.float64] | None
+
+    @property
+    def budget(self) -> tuple[str, float | None]:
+        """The threat the suite is about: that of its bounded cells, aware ones first."""
+        bounded = [c.cell for c in self.cells if c.cell.bounded and c.cell.threat is not None]
+        first = min(bounded, key=lambda cell: not cell.aware, default=None)
+        return _budget(first.threat) if first is not None else ("inf", None)
+
+    @property
+    def images(self) -> tuple[str, str, int, str]:
+        """What makes two suites be about the same images."""
+        data = self.evaluation.data
+        digest = "" if self.index is None else hashlib.sha256(self.index.tobytes()).hexdigest()
+        return data.name, data.split, data.num_images, digest
+
+
+def _budget(threat: Budget | None) -> tuple[str, float | None]:
+    if threat is None:
+        return "inf", None
+    return threat.norm, None if threat.eps is None else round(threat.eps, 9)
+
+
+def parse(document: object, where: str = "evaluation") -> Evaluation:
+    """One stored evaluation from decoded JSON.
+
+    Raises:
+        DataError: naming the file and the first key that is missing or has a wrong value.
+    """
+    if not isinstance(document, Mapping):
+        raise DataError(f"{where} is not an evaluation: expected an object")
+    if document.get("schema") != 1:
+        raise DataError(f"{where} has schema {document.get('schema')!r}, this version reads 1")
+    try:
+        return Evaluation.model_validate(dict(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{where} is not a valid evaluation: {key}: {first['msg']}") from None
+
+
+def read_json(path: Path) -> object:
+    """Decoded JSON of a file.
+
+    Raises:
+        DataError: if the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]]:
+    """Arrays of one npz below `folder`; empty where there is none."""
+    if folder is None or relative is None:
+        return {}
+    path = (folder / relative).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{relative} points outside {folder}: refused")
+    if not path.is_file():
+        return {}
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _mixture(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
+    """(M,) sampling probabilities: those stored, else uniform."""
+    stored = evaluation.mixture
+    if stored is None:
+        ensemble = evaluation.run.get("ensemble")
+        stored = ensemble.get("mixture") if isinstance(ensemble, dict) else None
+    if not stored:
+        return np.full(num_members, 1 / num_members)
+    weights = np.asarray(stored, dtype=np.float64)
+    if weights.shape != (num_members,) or weights.min() < 0 or abs(weights.sum() - 1) > 1e-6:
+        raise DataError(f"mixture {list(stored)} is no distribution over {num_members} members")
+    return weights
+
+
+def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any]]) -> Scored:
+    if "correct" not in arrays:
+        return Scored(cell=cell, suite=evaluation.suite, correct=None, q=None)
+    correct = arrays["correct"].astype(bool)
+    n = evaluation.data.num_images
+    if correct.ndim != 2 or correct.shape[1] != n:
+        raise DataError(f"records of {cell.id} have shape {correct.shape}, expected (M, {n})")
+    q = _mixture(evaluation, len(correct)) @ correct.astype(np.float64)
+    stored = cell.accuracy.expected
+    if stored is not None and abs(float(q.mean()) - stored) > AGREE:
+        raise DataError(
+            f"{evaluation.suite}: {cell.id} states an accuracy of {stored:.4f}, "
+            f"its per-image records give {q.mean():.4f}"
+        )
+    return Scored(cell=cell, suite=evaluation.suite, correct=correct, q=q)
+
+
+def _stored(name: str, folder: Path | None, evaluation: Evaluation) -> Stored:
+    suite, n = evaluation.suite, evaluation.data.num_images
+    clean_cell = Cell(
+        id="clean",
+        attack="clean",
+        accuracy=Accuracy(expected=evaluation.clean.expected),
+        interval=evaluation.clean.interval,
+    )
+    clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
+    arrays = [_arrays(folder, cell.per_image) for cell in evaluation.cells]
+    clean = _arrays(folder, clean_file)
+    beside = _arrays(folder, f"{suite}/beside.npz")
+    indices = [a["index"] for a in [clean, *arrays] if "index" in a]
+    if any(not np.array_equal(indices[0], other) for other in indices):
+        raise DataError(f"{name}: cells of suite {suite} were run on different images")
+    for key in beside.keys() & {"single", "averaged"}:
+        if beside[key].shape != (n,):
+            raise DataError(f"{name}: {suite}/beside.npz: {key} must have shape ({n},)")
+    return Stored(
+        name=name,
+        folder=folder,
+        evaluation=evaluation,
+        index=indices[0].astype(np.int64) if indices else None,
+        clean=_scored(evaluation, clean_cell, clean),
+        cells=tuple(
+            _scored(evaluation, cell, a)
+            for cell, a in zip(evaluation.cells, arrays, strict=True)
+            if cell.attack != "clean"
+        ),
+        single=beside["single"].astype(np.float64) if "single" in beside else None,
+        averaged=beside["averaged"].astype(np.float64) if "averaged" in beside else None,
+    )
+
+
+def _is_evaluation(document: object) -> bool:
+    return isinstance(document, Mapping) and {"schema", "suite", "cells"} <= document.keys()
+
+
+def load(source: Source, position: int = 1) -> list[Stored]:
+    """All suites stored for one run, in the order of their file names.
+
+    Raises:
+        DataError: if there is none, or one is damaged or contradicts its per-image records.
+    """
+    if isinstance(source, Mapping):
+        evaluation = parse(source)
+        return [_stored(str(evaluation.run.get("name") or f"run {position}"), None, evaluation)]
+    if source.is_file():
+        evaluation = parse(read_json(source), str(source))
+        run = source.parent.parent if source.parent.name == "evaluation" else source
+        return [_stored(run.resolve().stem, source.parent, evaluation)]
+    folder = source / "evaluation"
+    found = {path: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
+    stored = [
+        _stored(source.resolve().name, folder, parse(document, str(path)))
+        for path, document in found.items()
+        if _is_evaluation(document)
+    ]
+    if not stored:
+        raise DataError(f"{source} holds no evaluation: run `redefense evaluate {source}` first")
+    return stored
+
+
+def load_all(sources: Iterable[Source]) -> list[Sequence[Stored]]:
+    """The suites of every run; runs of the same name are told apart by their position."""
+    runs = [load(source, position) for position, source in enumerate(sources, 1)]
+    names = [run[0].name for run in runs]
+    return [
+        [replace(s, name=f"{s.name} #{i}") for s in run] if names.count(run[0].name) > 1 else run
+        for i, run in enumerate(runs, 1)
+    ]

@@ -1,0 +1,202 @@
+"""One offline page about one or many runs, and Markdown, CSV and JSON beside it.
+
+The figures are joined image by image from what `redefense evaluate` stored; no model is loaded and
+torch is not imported. The page makes no request: styles, script and drawings are inside it, and its
+content policy forbids anything else.
+"""
+
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from redefense import __version__
+from redefense.errors import ConfigError
+from redefense.evaluation import charts, tables, wording
+from redefense.evaluation.joined import TRIES, Result, join
+from redefense.evaluation.records import Source, Stored
+from redefense.evaluation.tables import format_table, summary_table
+
+__all__ = ["format_table", "summary_table", "write_report"]
+
+
+def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
+    """Write the page to `out` and `.md`, `.csv`, `.json` of the same name beside it.
+
+    Args:
+        run_dirs: run directories, evaluation files, or evaluations loaded from JSON (these come
+            without per-image records, so that their suites are not joined).
+        out: where the page goes; its folder is made.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        DataError: if a run holds no evaluation or a file is damaged; nothing is written then.
+        ConfigError: if there is no run, or the extra `report` is not installed.
+    """
+    if not run_dirs:
+        raise ConfigError("a report needs at least one run")
+    results = join(run_dirs)
+    told = wording.answers(results)
+    reproduce = commands(results, out)
+    texts = {
+        out: html(results, reproduce),
+        out.with_suffix(".md"): tables.markdown(results, told, reproduce),
+        out.with_suffix(".csv"): tables.to_csv(results),
+        out.with_suffix(".json"): tables.to_json(results),
+    }
+    if len(texts) < 4:
+        raise ConfigError(f"--out must name the HTML page, got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        # written aside and renamed: an interrupted report leaves no half page
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    return list(texts)
+
+
+def _where(stored: Stored) -> str:
+    """The run as the user named it; an absolute path would tell about his machine."""
+    if stored.folder is None or stored.folder.is_absolute():
+        return stored.name
+    return str(stored.folder.parent)
+
+
+def command(stored: Stored) -> str:
+    """The command that makes this suite's figures again."""
+    evaluation = stored.evaluation
+    recorded = evaluation.provenance.get("command")
+    if isinstance(recorded, str) and recorded:
+        return " ".join(recorded.split())
+    words = ["redefense", "evaluate", _where(stored), "--suite", evaluation.suite]
+    words += ["--data", evaluation.data.name, "--images", str(evaluation.data.num_images)]
+    norm, eps = stored.budget
+    words += [] if eps is None else ["--eps", f"{eps:g}", "--norm", norm]
+    seed = evaluation.provenance.get("seed")
+    words += [] if seed is None else ["--seed", str(seed)]
+    return shlex.join(words)
+
+
+def commands(results: Sequence[Result], out: Path) -> list[str]:
+    """Every command needed to make the whole report again, in order."""
+    stored = [s for result in results for s in result.suites]
+    runs = dict.fromkeys(_where(s) for s in stored)
+    evaluate = dict.fromkeys(command(s) for s in stored)
+    return [*evaluate, shlex.join(["redefense", "report", *runs, "--out", out.name])]
+
+
+def _lines(results: Sequence[Result]) -> list[charts.Line]:
+    lines = []
+    for style, result in enumerate(results):
+        for success, who in ((result.tries_aware, "aware"), (result.tries_unaware, "unaware")):
+            if success is not None:
+                points = [(float(k), float(y)) for k, y in enumerate(success, 1)]
+                label = f"{result.name}, {who}"
+                lines.append(
+                    charts.Line(label=label, points=points, style=style, dashed=who == "unaware")
+                )
+    return lines
+
+
+def _tries_chart(results: Sequence[Result]) -> tuple[str, str] | None:
+    lines = _lines(results)
+    if not lines:
+        return None
+    chart = charts.line_chart(
+        lines,
+        title="Attacker's success within K tries",
+        x_label="tries K with the same image",
+        y_label="attacker succeeds, %",
+        x_ticks=[float(k) for k in range(1, TRIES + 1)],
+    )
+    return chart, charts.legend(lines)
+
+
+def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
+    lines = [
+        charts.Line(label=result.name, points=result.curve, style=style)
+        for style, result in enumerate(results)
+        if result.curve is not None
+    ]
+    if not lines:
+        return None
+    xs = sorted({point[0] for line in lines for point in line.points})
+    ticks = xs if len(xs) <= 8 else xs[:: -(-len(xs) // 8)]
+    chart = charts.line_chart(
+        lines,
+        title="Accuracy against the size of the perturbation",
+        x_label="eps",
+        y_label="accuracy, %",
+        x_ticks=ticks,
+        at=results[0].eps,
+    )
+    return chart, charts.legend(lines)
+
+
+def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
+    return [
+        (
+            result.name,
+            charts.histogram(
+                result.fooled.tolist(),
+                title=f"{result.name}: members fooled by one image",
+                x_label="members fooled at once",
+                y_label="images, %",
+            ),
+        )
+        for result in results
+        if result.fooled is not None
+    ]
+
+
+def _facts(result: Result) -> list[tuple[str, str]]:
+    """Provenance of a result as (name, value), in reading order."""
+    facts = []
+    for evaluation in result.evaluations:
+        data, provenance = evaluation.data, evaluation.provenance
+        told = f"{data.name}, {data.split} split, {data.num_images} images"
+        facts.append((f"suite {evaluation.suite}", told))
+        keys = ("version", "commit", "torch", "machine", "seed", "date")
+        facts += [
+            (key, str(provenance[key])) for key in keys if provenance.get(key) not in ("", None)
+        ]
+    return list(dict.fromkeys(facts))
+
+
+def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
+    """The page.
+
+    Raises:
+        ConfigError: if jinja2, of the extra `report`, is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise ConfigError("the report page needs jinja2: pip install 'redefense[report]'") from None
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": tables.percent, "interval": tables.interval}
+    source = files("redefense.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    columns = tables.attack_columns(results)
+    context: dict[str, Any] = {
+        "answers": wording.answers(results),
+        "bar": charts.bar,
+        "best": wording.best(results),
+        "budget": wording.budget,
+        "columns": columns,
+        "command": command,
+        "commands": reproduce,
+        "curve": _curve_chart(results),
+        "facts": _facts,
+        "grid": [[tables.at(result, *column) for column in columns] for result in results],
+        "histograms": _histograms(results),
+        "results": results,
+        "tries": _tries_chart(results),
+        "verdict": wording.verdict,
+        "version": __version__,
+    }
+    return environment.from_string(source).render(context)

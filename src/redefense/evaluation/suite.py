@@ -1,0 +1,109 @@
+"""Suites: which attacks, on which view of the ensemble, under which threat. Plain data."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from redefense.config import ThreatConfig, suggestion
+from redefense.errors import ConfigError
+
+View = Literal["sampled", "averaged", "members"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CellSpec(_Data):
+    """One attack of a suite.
+
+    Attributes:
+        attack: name in `ATTACKS`.
+        settings: of the attack; its strong defaults unless given.
+        view: what the attacker queries: "sampled" draws a fresh member per call, "averaged" is the
+            mean probability, "members" hands over all members (adaptive attacks).
+        threat: fixes the threat; the run's own if None.
+        label: how tables name it.
+    """
+
+    attack: str
+    view: View
+    settings: dict[str, Any] = {}
+    threat: ThreatConfig | None = None
+    label: str | None = None
+
+    def identity(self, threat: ThreatConfig) -> str:
+        """Name of the cell, unique within a suite."""
+        eps = f"{threat.eps:.6f}".rstrip("0").rstrip(".")
+        extra = "".join(
+            f"-{key}-{value}" for key, value in sorted(self.settings.items()) if key == "preset"
+        )
+        return f"{self.attack}-{self.view}-{'linf' if threat.norm == 'inf' else 'l2'}-{eps}{extra}"
+
+
+class Suite(_Data):
+    """A list of cells, and the attacks by which single deterministic classifiers are measured.
+
+    Attributes:
+        name: of its file in `DIR/evaluation`.
+        summary: one line for `redefense list suites`.
+        cells: what is run.
+        beside: adaptive cells that the best single member and the averaged ensemble must face
+            too, so that the worth of the randomness can be read off.
+    """
+
+    name: str
+    summary: str = ""
+    cells: tuple[CellSpec, ...]
+    beside: tuple[CellSpec, ...] = ()
+
+
+_MEANPROB = CellSpec(
+    attack="meanprob_pgd", view="members", settings={"steps": 20}, label="meanprob PGD-20"
+)
+_HINGE = CellSpec(attack="hinge", view="members", settings={"steps": 20}, label="hinge-20")
+# what an attacker who does not know of the draw runs: the last iterate, as he cannot compare
+# points that different members have judged
+_PGD = CellSpec(
+    attack="pgd", view="sampled", settings={"steps": 10, "keep_best": False}, label="PGD-10"
+)
+
+QUICK: Final = Suite(
+    name="quick",
+    summary="FGSM and PGD-10 unaware of the draw, meanprob PGD-20 and hinge-20 aware of it",
+    cells=(CellSpec(attack="fgsm", view="sampled", label="FGSM"), _PGD, _MEANPROB, _HINGE),
+    beside=(_MEANPROB, _HINGE),
+)
+
+SUITES: Final[Mapping[str, Suite]] = MappingProxyType({suite.name: suite for suite in (QUICK,)})
+
+
+def suite_named(name: str) -> Suite:
+    """A suite by name, or one of the user's own from a `.json` file.
+
+    Raises:
+        ConfigError: if there is none of that name, or the file is not a suite.
+    """
+    if name in SUITES:
+        return SUITES[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ConfigError(
+            f"unknown suite {name!r}{suggestion(name, list(SUITES))}; "
+            f"there are {', '.join(SUITES)}, or a .json file of your own"
+        )
+    try:
+        suite = Suite.model_validate({"name": path.stem, **json.loads(path.read_text())})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path} is not a suite: {place} {first['msg']}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read the suite {path}: {error}") from None
+    if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"a suite of your own needs a plain name of its own, got {suite.name!r}")
+    return suite

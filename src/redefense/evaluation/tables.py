@@ -1,0 +1,256 @@
+"""The report as rows: for the terminal, Markdown, CSV and JSON. Percent in every table."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from redefense.evaluation.joined import Result, join
+from redefense.evaluation.records import Scored, Source
+from redefense.evaluation.statistics import Estimate
+
+COLUMNS: Mapping[str, str] = {
+    "clean": "clean",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "unaware": "unaware",
+    "aware": "aware",
+    "best_single_member": "best single member",
+    "averaged": "averaged",
+}
+"""Keys of a row of `summary_table` and their headings."""
+
+DASH = "\u2013"
+
+
+def percent(estimate: Estimate | float | None, digits: int = 1) -> str:
+    """A fraction as percent without the sign, a dash where it is unknown."""
+    if estimate is None:
+        return DASH
+    value = estimate.value if isinstance(estimate, Estimate) else estimate
+    return f"{100 * value:.{digits}f}"
+
+
+def interval(estimate: Estimate | None, digits: int = 1) -> str:
+    """The 95 % interval in percent, e.g. `36.9 to 45.6`; empty where it is unknown."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"{100 * estimate.low:.{digits}f} to {100 * estimate.high:.{digits}f}"
+
+
+def with_interval(estimate: Estimate | None) -> str:
+    """Figure and interval on one line, e.g. `41.2 [36.9, 45.6]`."""
+    known = interval(estimate)
+    return percent(estimate) + (f" [{known.replace(' to ', ', ')}]" if known else "")
+
+
+def of_attack(result: Result, attack: str) -> Scored | None:
+    """The bounded cell of one attack: on the sampled view if there is one, else the strongest."""
+    cells = [c for c in result.bounded if c.cell.attack == attack and c.expected is not None]
+    return min(
+        cells,
+        key=lambda c: (c.cell.view != "sampled", c.expected.value if c.expected else 1.0),
+        default=None,
+    )
+
+
+def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        fgsm, pgd = of_attack(result, "fgsm"), of_attack(result, "pgd")
+        rows.append(
+            {
+                "run": result.name,
+                "threat": result.threat,
+                "num_images": result.num_images,
+                "clean": result.clean,
+                "fgsm": fgsm.expected if fgsm else None,
+                "pgd": pgd.expected if pgd else None,
+                "unaware": result.unaware,
+                "aware": result.aware,
+                "best_single_member": result.single,
+                "averaged": result.averaged,
+            }
+        )
+    return rows
+
+
+def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
+    """One row for each run and threat: `run`, `threat`, `num_images` and the keys of `COLUMNS`.
+
+    Each of the latter is an `Estimate` (fractions in [0, 1]) or None where it is unknown.
+
+    Raises:
+        DataError: if a run holds no evaluation or a file is damaged.
+    """
+    return summary_rows(join(run_dirs))
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of `summary_table` for the terminal: print it with rich."""
+    threats = sorted({str(row["threat"]) for row in rows})
+    images = sorted({int(row["num_images"]) for row in rows})
+    table = Table(
+        title=f"Accuracy in percent with 95 % intervals · {', '.join(threats)} · "
+        f"{', '.join(map(str, images))} images",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("run", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        name = str(row["run"]) if len(threats) == 1 else f"{row['run']} ({row['threat']})"
+        cells = [f"{percent(row[key])}\n{interval(row[key])}" for key in COLUMNS]
+        table.add_row(name, *cells)
+    return table
+
+
+def attack_columns(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """(attack, view) of every cell of any run: bounded unaware, bounded aware, then unbounded."""
+    cells = [c.cell for result in results for c in result.cells]
+    cells.sort(key=lambda cell: (not cell.bounded, cell.aware))  # stable: keeps the suite's order
+    return list(dict.fromkeys((cell.attack, cell.view) for cell in cells))
+
+
+def at(result: Result, attack: str, view: str) -> Scored | None:
+    """The lowest cell of this attack and view: several suites may hold it."""
+    same = [c for c in result.cells if (c.cell.attack, c.cell.view) == (attack, view)]
+    return min(same, key=lambda c: c.expected.value if c.expected else 1.0, default=None)
+
+
+def _escape_markdown(text: str) -> str:
+    for mark in "\\`*_{}[]<>|":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; every cell is escaped."""
+    lines = [header, ["---"] * len(header)]
+    lines += [[_escape_markdown(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown(
+    results: Sequence[Result], answers: Sequence[tuple[str, str]], commands: Sequence[str]
+) -> str:
+    """The report as Markdown: answers, summary, methods x attacks, checks, commands."""
+    parts = ["# Robustness report", ""]
+    for question, answer in answers:
+        parts += [f"**{_escape_markdown(question)}** {_escape_markdown(answer)}", ""]
+    rows = summary_rows(results)
+    parts += [
+        "Accuracy in percent, 95 % intervals in brackets.",
+        "",
+        markdown_table(
+            ["run", "threat", "images", *COLUMNS.values()],
+            [
+                [row["run"], row["threat"], str(row["num_images"])]
+                + [with_interval(row[key]) for key in COLUMNS]
+                for row in rows
+            ],
+        ),
+        "",
+        "## Every attack",
+        "",
+    ]
+    columns = attack_columns(results)
+    body = []
+    for result in results:
+        cells = [at(result, *column) for column in columns]
+        body.append([result.name, *(with_interval(c.expected if c else None) for c in cells)])
+    header = ["run", *(_escape_markdown(f"{attack} ({view})") for attack, view in columns)]
+    parts += [markdown_table(header, body), ""]
+    for result in results:
+        parts += [f"## {_escape_markdown(result.name)}, {_escape_markdown(result.threat)}", ""]
+        parts += [f"- {_escape_markdown(note)}" for note in result.notes]
+        word = {True: "pass", False: "**FAIL**", None: "not run"}
+        parts += [
+            f"- {check.id}: {word[check.passed]} {_escape_markdown(check.detail)}".rstrip()
+            for check in result.checks
+        ]
+        parts.append("")
+    parts += ["## Reproduce", "", *(f"    {' '.join(c.split())}" for c in commands), ""]
+    return "\n".join(parts)
+
+
+_CSV_COLUMNS = (
+    "run", "data", "split", "num_images", "norm", "eps", "suite", "cell", "attack", "view",
+    "aware", "bounded", "accuracy", "low", "high", "protocol", "protocol_sd", "averaged",
+    "worst_member", "best_member", "any", "all", "unchanged", "l0", "l2", "linf", "forwards",
+    "backwards", "seconds",
+)  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """A spreadsheet must not take a name for a formula."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, object]:
+    data = result.evaluations[0].data
+    row: dict[str, object] = {
+        "run": result.name, "data": data.name, "split": data.split,
+        "num_images": data.num_images, "norm": result.norm, "eps": result.eps, "attack": attack,
+    }  # fmt: skip
+    if estimate is not None:
+        scaled = [None if v is None else round(100 * v, 4) for v in estimate]
+        row |= dict(zip(("accuracy", "low", "high"), scaled, strict=True))
+    return row
+
+
+def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
+    """One row for each figure, accuracies in percent: the headlines first, then every cell."""
+    rows = []
+    for result in results:
+        heads = {
+            "clean": result.clean,
+            "headline-unaware": result.unaware,
+            "headline-aware": result.aware,
+            "best-single-member": result.single,
+            "averaged-ensemble": result.averaged,
+        }
+        rows += [_row(result, name, estimate) for name, estimate in heads.items()]
+        for scored in result.cells:
+            cell, accuracy = scored.cell, scored.cell.accuracy
+            row = _row(result, cell.attack, scored.expected)
+            row |= {"suite": scored.suite, "cell": cell.id, "view": cell.view}
+            row |= {"aware": cell.aware, "bounded": cell.bounded}
+            if cell.threat is not None and not cell.bounded:
+                row |= {"norm": cell.threat.norm, "eps": cell.threat.eps}
+            figures = accuracy.model_dump(exclude={"expected"}) | {"unchanged": cell.unchanged}
+            row |= {k: None if v is None else round(100 * v, 4) for k, v in figures.items()}
+            row |= dict(cell.distortion or {})
+            row |= {key: getattr(cell, key) for key in ("forwards", "backwards", "seconds")}
+            rows.append(row)
+    return [{key: row.get(key) for key in _CSV_COLUMNS} for row in rows]
+
+
+def to_csv(results: Iterable[Result]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _plain(v) for k, v in row.items()} for row in csv_rows(results))
+    return text.getvalue()
+
+
+def to_json(results: Sequence[Result]) -> str:
+    """The joined figures as data: fractions in [0, 1], an estimate as {value, low, high}."""
+    rows = [
+        {k: v._asdict() if isinstance(v, Estimate) else v for k, v in row.items()}
+        | {"over_single": r.over_single and r.over_single._asdict()}
+        | {"over_averaged": r.over_averaged and r.over_averaged._asdict()}
+        | {"members_fooled": None if r.fooled is None else r.fooled.tolist()}
+        | {"success_within_tries": None if r.tries_aware is None else r.tries_aware.tolist()}
+        | {"notes": list(r.notes)}
+        for row, r in zip(summary_rows(results), results, strict=True)
+    ]
+    return json.dumps({"schema": 1, "results": rows}, indent=1) + "\n"

@@ -1,0 +1,423 @@
+"""The report: figures joined image by image, and a page that is whole, offline and escaped."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from redefense.errors import ConfigError, DataError
+from redefense.evaluation import wording
+from redefense.evaluation.joined import join
+from redefense.evaluation.report import command, format_table, summary_table, write_report
+from redefense.evaluation.statistics import Estimate, accuracy_interval, wilson
+from redefense.evaluation.tables import DASH
+
+Attacks = dict[tuple[str, str, bool], float]  # (attack, view, aware): a member's accuracy
+QUICK: Attacks = {
+    ("fgsm", "sampled", False): 0.7,
+    ("pgd", "sampled", False): 0.55,
+    ("meanprob_pgd", "all members", True): 0.4,
+    ("hinge", "all members", True): 0.38,
+}
+
+
+def _cell(run: Path, suite: str, key: tuple[str, str, bool], correct: Any, eps: float) -> Any:
+    attack, view, aware = key
+    name = f"{attack}-{view.replace(' ', '')}-linf-{eps:g}"
+    record = f"{suite}/{name}.npz"
+    (run / "evaluation" / suite).mkdir(parents=True, exist_ok=True)
+    np.savez(run / "evaluation" / record, correct=correct, index=np.arange(correct.shape[1]) * 3)
+    bounded = attack not in ("cw", "deepfool")
+    means = correct.mean(1)
+    return {
+        "id": name, "attack": attack, "repr": f"{attack.upper()}(steps=10)", "view": view,
+        "label": f"{attack.upper()}, {view}", "aware": aware, "bounded": bounded,
+        "distortion": {"l0": 30.0, "l2": 0.41, "linf": eps},
+        "threat": {"norm": "inf", "eps": eps if bounded else None},
+        "accuracy": {
+            "protocol": float(means.mean()) + 0.01, "protocol_sd": 0.012,
+            "expected": float(correct.mean()), "averaged": float(means.max()),
+            "worst_member": float(means.min()), "best_member": float(means.max()),
+            "any": float(correct.any(0).mean()), "all": float(correct.all(0).mean()),
+        },
+        "interval": list(accuracy_interval(correct.mean(0)))[1:],
+        "unchanged": 0.0, "forwards": 30.0, "backwards": 30.0, "seconds": 2.5, "per_image": record,
+    }  # fmt: skip
+
+
+def build_run(
+    run: Path,
+    attacks: Attacks = QUICK,
+    *,
+    suite: str = "quick",
+    n: int = 360,
+    members: int = 3,
+    eps: float = 0.2,
+    seed: int = 0,
+    clean: float = 0.96,
+    single: float = 0.3,
+    averaged: float = 0.25,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Store a made-up evaluation under `run` as the harness would, and return its JSON."""
+    rng = np.random.default_rng(seed)
+    ease = rng.random((1, n))  # some images are easy for every attack and member
+    noise = rng.normal(0, 0.15, (members, n))
+    draw = {key: (ease + noise) < share for key, share in attacks.items()}
+    cells = [_cell(run, suite, key, correct, eps) for key, correct in draw.items()]
+    correct = (ease + noise) < clean + 0.02
+    folder = run / "evaluation"
+    (folder / suite).mkdir(parents=True, exist_ok=True)
+    np.savez(folder / suite / "clean.npz", correct=correct, index=np.arange(n) * 3)
+    np.savez(
+        folder / suite / "beside.npz", single=ease[0] < single, averaged=ease[0] < averaged
+    )  # fmt: skip
+    aware = any(cell["aware"] and cell["bounded"] for cell in cells)
+    headline = {
+        "unaware": 0.5, "aware": 0.3, "aware_interval": [0.25, 0.35], "best_single_member": single,
+        "averaged": averaged, "best_single_member_index": 1, "chosen_on": "validation",
+    }  # fmt: skip
+    document = {
+        "schema": 1, "suite": suite, "run": {"name": run.name},
+        "provenance": {"version": "0.1.0", "commit": "abc1234", "torch": "2.13.0",
+                       "machine": "2 cores", "seed": 0, "date": "2026-11-22"},
+        "data": {"name": "digits", "split": "test", "num_images": n},
+        "clean": {"expected": float(correct.mean()), "averaged": 0.97,
+                  "per_member": correct.mean(1).tolist()},
+        "cells": cells,
+        "headline": headline if aware else None,
+        "checks": [{"id": "S01", "passed": True, "detail": "largest excess 3e-8"},
+                   {"id": "S34", "passed": False, "detail": "12 % returned unchanged"}],
+        "from_a_later_version": 1,
+        **(extra or {}),
+    }  # fmt: skip
+    (folder / f"{suite}.json").write_text(json.dumps(document), encoding="utf-8")
+    return document
+
+
+def q_of(run: Path, suite: str) -> Any:
+    """(cells + clean, n) expected correctness, read back without the library."""
+    document = json.loads((run / "evaluation" / f"{suite}.json").read_text())
+    names = [c["per_image"] for c in document["cells"] if c["bounded"]] + [f"{suite}/clean.npz"]
+    return np.stack([np.load(run / "evaluation" / name)["correct"].mean(0) for name in names])
+
+
+def test_headlines_are_recomputed_per_image(tmp_path: Path) -> None:
+    build_run(tmp_path / "red")
+    (result,) = join([tmp_path / "red"])
+    q = q_of(tmp_path / "red", "quick")
+    assert result.aware == accuracy_interval(q.min(0))
+    assert result.unaware == accuracy_interval(q[1])  # PGD, the lower of the two unaware ones
+    assert result.aware.value <= q.mean(1).min()  # the mean of minima, not the least mean
+
+
+def test_suites_of_a_run_join_and_the_worst_case_can_only_fall(tmp_path: Path) -> None:
+    run = tmp_path / "red"
+    build_run(run)
+    before = summary_table([run])
+    build_run(run, {("arc", "all members", True): 0.39, ("square", "sampled", False): 0.8},
+              suite="aware", seed=5)  # fmt: skip
+    after = summary_table([run])
+    assert len(before) == len(after) == 1
+    expected = np.concatenate([q_of(run, "aware"), q_of(run, "quick")]).min(0).mean()
+    assert after[0]["aware"].value == pytest.approx(expected)
+    assert after[0]["aware"].value < before[0]["aware"].value
+
+
+@pytest.mark.parametrize("change", [{"eps": 0.1}, {"n": 200}])
+def test_other_threats_and_other_images_are_never_joined(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    build_run(tmp_path / "red")
+    build_run(tmp_path / "red", suite="other", **change)
+    rows = summary_table([tmp_path / "red"])
+    assert len(rows) == 2
+    assert len({(row["threat"], row["num_images"]) for row in rows}) == 2
+
+
+def test_suites_on_different_choices_of_as_many_images_are_not_joined(tmp_path: Path) -> None:
+    run = tmp_path / "red"
+    build_run(run)
+    build_run(run, suite="other")
+    for path in (run / "evaluation" / "other").glob("*.npz"):
+        arrays = dict(np.load(path))
+        np.savez(path, **{k: v + 1 if k == "index" else v for k, v in arrays.items()})
+    assert len(summary_table([run])) == 2
+
+
+def test_without_an_aware_attack_there_is_no_headline(tmp_path: Path) -> None:
+    build_run(tmp_path / "red", {("pgd", "sampled", False): 0.6})
+    (row,) = summary_table([tmp_path / "red"])
+    assert row["pgd"] is not None
+    assert row["aware"] is None
+    assert row["unaware"] is None
+    (result,) = join([tmp_path / "red"])
+    assert "cannot be said" in dict(wording.answers([result]))["How robust is it?"]
+
+
+def test_unbounded_attacks_enter_no_headline(tmp_path: Path) -> None:
+    build_run(tmp_path / "a")
+    build_run(tmp_path / "b", {**QUICK, ("cw", "sampled", False): 0.01})
+    a, b = summary_table([tmp_path / "a", tmp_path / "b"])
+    assert (a["aware"], a["unaware"]) == (b["aware"], b["unaware"])
+
+
+def test_a_mixture_weighs_the_members(tmp_path: Path) -> None:
+    mixture = [0.7, 0.2, 0.1]
+    document = build_run(tmp_path / "red", extra={"mixture": mixture})
+    for cell in document["cells"]:
+        correct = np.load(tmp_path / "red" / "evaluation" / cell["per_image"])["correct"]
+        cell["accuracy"]["expected"] = float((np.array(mixture) @ correct).mean())
+    clean = np.load(tmp_path / "red" / "evaluation" / "quick" / "clean.npz")["correct"]
+    document["clean"]["expected"] = float((np.array(mixture) @ clean).mean())
+    path = tmp_path / "red" / "evaluation" / "quick.json"
+    path.write_text(json.dumps(document))
+    (result,) = join([tmp_path / "red"])
+    for scored in result.cells:
+        assert scored.q is not None
+        assert scored.q.mean() == pytest.approx(scored.cell.accuracy.expected)
+
+
+def test_summary_of_loaded_json_takes_the_stored_headline(tmp_path: Path) -> None:
+    document = build_run(tmp_path / "red")
+    (row,) = summary_table([document])
+    assert row["aware"] == Estimate(0.3, 0.25, 0.35)
+    assert row["unaware"] == Estimate(0.5)
+    assert row["best_single_member"] == Estimate(0.3)
+
+
+def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_path: Path) -> None:
+    build_run(tmp_path / "weak", single=0.1, averaged=0.05)
+    build_run(tmp_path / "strong", single=0.6, averaged=0.05)
+    weak, strong = join([tmp_path / "weak", tmp_path / "strong"])
+    hits = int(np.load(tmp_path / "weak" / "evaluation" / "quick" / "beside.npz")["single"].sum())
+    assert weak.single == Estimate(hits / 360, *wilson(hits, 360))
+    assert weak.over_single is not None
+    assert weak.over_single.low is not None
+    assert weak.over_single.low > 0
+    assert wording.verdict(weak).answer == "yes"
+    assert wording.verdict(strong).answer == "no"
+    assert "its best single member does better" in wording.verdict(strong).sentence
+
+
+def test_histogram_and_tries_follow_from_the_worst_case(tmp_path: Path) -> None:
+    build_run(tmp_path / "red")
+    (result,) = join([tmp_path / "red"])
+    q = q_of(tmp_path / "red", "quick").min(0)
+    assert result.fooled is not None
+    assert result.fooled.tolist() == np.bincount(np.rint(3 * (1 - q)).astype(int)).tolist()
+    assert result.tries_aware is not None
+    assert result.tries_aware[0] == pytest.approx(1 - q.mean())
+    assert (np.diff(result.tries_aware) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "rule"),
+    [
+        (lambda d: d["cells"][0]["accuracy"].update(expected=0.99), "per-image records give"),
+        (lambda d: d.update(schema=2), "schema 2"),
+        (lambda d: d["data"].pop("name"), "data.name"),
+        (lambda d: d["cells"][0].update(per_image="../../secret.npz"), "points outside"),
+        (lambda d: d.update(mixture=[0.5, 0.5]), "no distribution over 3 members"),
+    ],
+)
+def test_a_damaged_evaluation_is_refused_and_nothing_is_written(
+    tmp_path: Path, damage: Any, rule: str
+) -> None:
+    document = build_run(tmp_path / "red")
+    damage(document)
+    (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=rule):
+        write_report([tmp_path / "red"], tmp_path / "out" / "report.html")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_runs_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no evaluation"):
+        summary_table([tmp_path / "nowhere"])
+    build_run(tmp_path / "red")
+    record = tmp_path / "red" / "evaluation" / "quick" / "clean.npz"
+    record.write_bytes(record.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"clean\.npz"):
+        summary_table([tmp_path / "red"])
+    with pytest.raises(ConfigError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+
+
+class Page(HTMLParser):
+    """Collects what a browser would act on, and checks that tags nest."""
+
+    VOID = frozenset({"meta", "link", "br"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: Counter[str] = Counter()
+        self.references: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.sortable = 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags[tag] += 1
+        if tag == "button" and self.open[-1] == "th":
+            self.sortable += 1
+        if values.get("id"):
+            self.ids[str(values["id"])] += 1
+        self.references += [
+            str(values[k]) for k in ("src", "href", "srcset", "data", "action") if values.get(k)
+        ]
+        assert not any(name.startswith("on") for name in values), "inline event handler"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def full_report(folder: Path) -> tuple[Path, str]:
+    curve = [
+        [0.0, 0.96, 0.93, 0.98],
+        [0.1, 0.6, 0.55, 0.65],
+        [0.2, 0.3, 0.25, 0.35],
+        [0.4, 0, 0, 0.01],
+    ]
+    extra = {"transfer": [[0.9, 0.4, 0.3], [0.35, 0.92, None], [0.4, 0.2, 0.95]], "curve": curve}
+    attacks = {**QUICK, ("cw", "sampled", False): 0.05}
+    build_run(folder / "digits-red", attacks, extra=extra)
+    build_run(folder / "digits-vanilla", {k: v / 20 for k, v in QUICK.items()}, seed=1, single=0.02)
+    files = write_report([folder / "digits-red", folder / "digits-vanilla"], folder / "report.html")
+    assert [path.suffix for path in files] == [".html", ".md", ".csv", ".json"]
+    assert all(path.is_file() for path in files)
+    return files[0], files[0].read_text(encoding="utf-8")
+
+
+def test_page_is_whole_offline_and_sortable(tmp_path: Path) -> None:
+    _, text = full_report(tmp_path)
+    page = Page(text)
+    assert page.open == []
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert "url(" not in text
+    assert all(ref.startswith(("#", "data:")) for ref in page.references)
+    assert all(ref[1:] in page.ids for ref in page.references if ref.startswith("#"))
+    assert set(page.ids.values()) == {1}
+    assert page.sortable == text.count('aria-sort="none"><button type="button">') > 10
+    assert page.tags["h1"] == page.tags["main"] == page.tags["title"] == 1
+    assert page.tags["caption"] >= 3
+    for needed in ('name="viewport"', "prefers-color-scheme: dark", "@media print",
+                   "default-src 'none'", 'lang="en"'):  # fmt: skip
+        assert needed in text
+
+
+def test_page_answers_the_three_questions_with_the_joined_figures(tmp_path: Path) -> None:
+    _, text = full_report(tmp_path)
+    row = summary_table([tmp_path / "digits-red"])[0]
+    for question in ("How robust is it?", "Against whom?", "Is the randomness worth it?"):
+        assert question in text
+    for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
+        estimate = row[key]
+        assert f"{100 * estimate.value:.1f}" in text
+        assert f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}" in text
+    assert "✗ FAIL" in text
+    assert "✓ pass" in text
+    assert "redefense evaluate digits-red --suite quick" in text
+    assert "transfer between members" in text
+    assert "Accuracy against the size" in text
+
+
+def test_names_cannot_inject_markup_or_formulas(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|=1+1"
+    document = build_run(tmp_path / "red")
+    document["run"]["name"] = evil
+    document["cells"][0] |= {"label": evil, "repr": evil, "view": evil}
+    document["checks"][0]["detail"] = evil
+    document["provenance"] |= {"machine": evil, "command": "=cmd|' /C calc'!A0"}
+    html, md, table, _ = write_report([document], tmp_path / "report.html")
+    text = html.read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert text.count("<script>") == 1
+    assert Page(text).open == []
+    prose = [line for line in md.read_text(encoding="utf-8").split("\n") if line[:4] != "    "]
+    assert not any("<script" in line.replace("\\<", "") for line in prose)
+    assert not any(
+        cell.startswith(("=", "+", "@"))
+        for row in csv.reader(io.StringIO(table.read_text(encoding="utf-8")))
+        for cell in row
+    )
+
+
+def test_a_missing_figure_is_a_dash_never_a_zero(tmp_path: Path) -> None:
+    document = build_run(tmp_path / "red")
+    document["headline"] = {"unaware": None, "aware": None}
+    document["cells"][0]["accuracy"] = {"expected": None}
+    document["cells"][0]["interval"] = None
+    html, md, table, _ = write_report([document], tmp_path / "report.html")
+    assert DASH in html.read_text(encoding="utf-8")
+    assert f"| {DASH} |" in md.read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))
+    assert next(r for r in rows if r["attack"] == "headline-aware")["accuracy"] == ""
+
+
+def test_csv_holds_every_figure_in_percent(tmp_path: Path) -> None:
+    path, _ = full_report(tmp_path)
+    rows = list(csv.DictReader(io.StringIO(path.with_suffix(".csv").read_text())))
+    row = summary_table([tmp_path / "digits-red"])[0]
+    (aware,) = [r for r in rows if r["run"] == "digits-red" and r["attack"] == "headline-aware"]
+    assert float(aware["accuracy"]) == pytest.approx(100 * row["aware"].value, abs=1e-3)
+    assert len(rows) == 2 * 5 + 5 + 4
+
+
+def test_terminal_table_shows_every_column_with_its_interval(tmp_path: Path) -> None:
+    full_report(tmp_path)
+    rows = summary_table([tmp_path / "digits-red", tmp_path / "digits-vanilla"])
+    console = Console(width=130, file=io.StringIO(), record=True)
+    console.print(format_table(rows))
+    text = console.export_text()
+    for word in ("digits-red", "clean", "FGSM", "PGD", "unaware", "aware", "averaged"):
+        assert word in text
+    aware = rows[0]["aware"]
+    assert f"{100 * aware.low:.1f} to {100 * aware.high:.1f}" in text
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    first, text = full_report(tmp_path)
+    assert full_report(tmp_path)[1] == text
+    assert not list(first.parent.glob(".*.part"))
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    build_run(tmp_path / "a" / "red")
+    build_run(tmp_path / "b" / "red", seed=3)
+    rows = summary_table([tmp_path / "a" / "red", tmp_path / "b" / "red"])
+    assert [row["run"] for row in rows] == ["red #1", "red #2"]
+
+
+def test_the_command_repeats_the_suite(tmp_path: Path) -> None:
+    build_run(tmp_path / "my run")
+    (result,) = join([tmp_path / "my run"])
+    assert command(result.suites[0]) == (
+        "redefense evaluate 'my run' --suite quick --data digits --images 360 --eps 0.2 "
+        "--norm inf --seed 0"
+    )
+
+
+def test_the_report_does_not_import_torch() -> None:
+    code = "import redefense.evaluation.report, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
