@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +63,13 @@ class Split:
         """Some images, as bytes."""
         return self.store[index if self.rows is None else self.rows[index]]
 
+    def chunks(self, size: int) -> Iterator[UInt8[Tensor, "B ch H W"]]:
+        """All images in order, as bytes, `size` at a time; nothing is copied where it can be."""
+        if self.rows is None:
+            yield from self.store.split(size)
+        else:
+            yield from (self.store[rows] for rows in self.rows.split(size))
+
     def float(self, index: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B ch H W"]:
         """Some images (all, without `index`) as float32 in [0, 1]."""
         raw = self.images if index is None else self.take(index)
@@ -80,6 +89,7 @@ class Dataset:
         name: the set's name, which also names its validation split.
         classes: name of each class, in the order of the labels.
         found: in words, what was found where.
+        known_checksum: what `checksum` answers, where it was computed before.
     """
 
     name: str
@@ -87,6 +97,7 @@ class Dataset:
     train: Split
     test: Split
     found: str
+    known_checksum: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -99,17 +110,30 @@ class Dataset:
 
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.classes, self.shape]).encode())
+        digest = content_digest(self.classes, self.shape)
         for split in (self.train, self.test):
             per_chunk = max(1, HASH_CHUNK // max(1, split.store[:1].numel()))
-            for index in torch.arange(len(split)).split(per_chunk):
-                digest.update(split.take(index).contiguous().numpy().data)
+            for some in split.chunks(per_chunk):
+                digest.update(some.contiguous().numpy().data)
             digest.update(split.labels.to(torch.int64).contiguous().numpy().data)
         return digest.hexdigest()
 
     def checksum(self) -> str:
         """Hex SHA-256 over classes, shape, images and labels: equal content, equal checksum."""
-        return self._digest
+        return self.known_checksum or self._digest
+
+
+class Digest(Protocol):
+    """A running SHA-256."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def content_digest(classes: Sequence[str], shape: tuple[int, int, int]) -> Digest:
+    """What `Dataset.checksum` starts with; training images, their labels, and the test's follow."""
+    return hashlib.sha256(json.dumps([list(classes), list(shape)]).encode())
 
 
 def stratified_order(labels: Int[Tensor, " N"], rng: torch.Generator) -> Int[Tensor, " N"]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from redefense.data.source import Part, Source
+from redefense.data.source import Part, Refuse, Source
 
 
-def read(path: Path | None) -> Source:
+def read(path: Path, refuse: Refuse) -> Source:
     """1x8x8 digits in 10 classes; the 360 test images are fixed and keep the class proportions."""
     file = resources.files("redefense.data") / "digits.npz"
     with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:

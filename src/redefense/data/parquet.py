@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from redefense.data.source import Block, Part, Source, decoded, measure
+from redefense.data.labels import SPLITS, check_classes, check_labels
+from redefense.data.source import Part, Refuse, Source, common_shape, encoded, spread
+from redefense.data.tree import allowed_root, link_fault
 from redefense.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("validation", "valid", "val"),
-}
 LABELS = ("label", "labels", "fine_label")
 """Names tried in this order where a table has several integer columns."""
 
+MAX_UNNAMED = 10_000
 
-def read(path: Path | None, name: str = "parquet") -> Source:
-    """All parquet files below a folder (or one split's folder layout), of any column names.
+
+def read(path: Path, refuse: Refuse, name: str = "parquet") -> Source:
+    """All parquet files below a folder, of any column names.
 
     The image column is the struct with a field `bytes`, the label an integer column; the names of
     the classes come from the schema's `huggingface` metadata, or are the numbers.
@@ -31,19 +30,17 @@ def read(path: Path | None, name: str = "parquet") -> Source:
     Raises:
         DataError: if pyarrow is missing, or files, splits, columns or labels are not as needed.
     """
-    if path is None:
-        raise DataError(f"{name} needs a folder: write {name}:PATH")
-    pq = _pyarrow_parquet()
     files = split_files(path)
-    train = _Table(files["train"], pq)
-    test = _Table(files["test"], pq)
+    pq = _pyarrow_parquet()
+    train, test = (_Table(files[split], pq) for split in ("train", "test"))
     if train.classes != test.classes:
         raise DataError(f"{path}: the classes of train and test differ")
     classes = train.classes or _numbered(path, train.labels, test.labels)
-    for table in (train, test):
-        table.check_labels(len(classes))
-    name_of_first, first = next(train.images())
-    shape = measure(first, name_of_first)
+    check_classes(classes, str(path), refuse)
+    check_labels(train.labels, classes, f"{path} train", refuse, full=True)
+    check_labels(test.labels, classes, f"{path} test", refuse, full=False)
+    shape = common_shape((*train.sample(), *test.sample()), refuse, str(path))
+    everything = (*files["train"], *files["test"])
     return Source(
         name=name,
         classes=classes,
@@ -51,31 +48,33 @@ def read(path: Path | None, name: str = "parquet") -> Source:
         train=train.part(shape),
         test=test.part(shape),
         found=f"hub parquet in {path}: image column {train.image!r}, label column {train.label!r}",
-        files=(*files["train"], *files["test"]),
+        files=(*sorted({file.parent for file in everything}), *everything),
     )
 
 
 def split_files(path: Path) -> dict[str, list[Path]]:
     """Parquet files below `path` by split, found by file name (train-...) or folder (train/...).
 
-    The validation files serve as test where there are no others.
-
     Raises:
-        DataError: if there is no training or no test file.
+        DataError: if there is no training or no test file, or a link leads elsewhere.
     """
+    if not path.is_dir():
+        raise DataError(f"{path}: not a folder of parquet files")
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    everything = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    everything = sorted(path.rglob("*.parquet"))
     for file in everything:
+        if fault := link_fault(file, allowed_root(path)):
+            raise DataError(fault)
+        first = file.stem.replace("_", "-").replace(".", "-").split("-")[0]
         for split, words in SPLITS.items():
-            if file.stem.split("-")[0].split("_")[0] in words or file.parent.name in words:
+            if first in words or (first.isdigit() and file.parent.name in words):
                 found[split].append(file)
-    if not found["test"]:
-        found["test"] = found["validation"]
+    found["test"] = found["test"] or found["validation"]
     for split in ("train", "test"):
         if not found[split]:
             raise DataError(
                 f"{path}: no {split} file among {len(everything)} parquet files; "
-                f"expected {split}-*.parquet or {split}/*.parquet"
+                f"expected {split}-*.parquet or {split}/0000.parquet"
             )
     return found
 
@@ -92,7 +91,7 @@ def _pyarrow_parquet() -> Any:
 
 def _numbered(path: Path, *labels: np.ndarray) -> tuple[str, ...]:
     top = max(int(some.max(initial=-1)) for some in labels)
-    if top > 9999:
+    if top >= MAX_UNNAMED:
         raise DataError(f"{path}: labels up to {top} without names of classes")
     return tuple(str(number) for number in range(top + 1))
 
@@ -104,18 +103,24 @@ class _Table:
         self.files, self.pq = files, pq
         schema = self._open(files[0]).schema_arrow
         self.image = self._image_column(schema)
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        self.features = features.get("info", {}).get("features", {})
         self.label = self._label_column(schema)
-        self.classes = tuple(self.features.get(self.label, {}).get("names", ()))
-        parts = [self._open(file).read(columns=[self.label]).column(0).to_numpy() for file in files]
-        self.labels = np.concatenate(parts).astype(np.int64)
+        self.classes = self._class_names(schema)
+        self.labels = np.concatenate([self._labels(file) for file in files])
 
     def _open(self, file: Path) -> Any:
         try:
             return self.pq.ParquetFile(file)
         except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
             raise DataError(f"{file}: not a readable parquet file") from error
+
+    def _labels(self, file: Path) -> np.ndarray:
+        try:
+            column = self._open(file).read(columns=[self.label]).column(0)
+        except (OSError, ValueError, IndexError) as error:
+            raise DataError(f"{file}: column {self.label!r} cannot be read ({error})") from error
+        if column.null_count:
+            raise DataError(f"{file}: {column.null_count} images without a label")
+        return np.asarray(column.to_numpy(), np.int64)
 
     def _image_column(self, schema: "pa.Schema") -> str:
         fields = [f.name for f in schema if str(f.type).startswith("struct<bytes: binary")]
@@ -136,26 +141,33 @@ class _Table:
             )
         return str(fields[0])
 
-    def check_labels(self, num_classes: int) -> None:
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
-        if len(wrong):
-            raise DataError(
-                f"{self.files[0]}: {len(wrong)} labels outside [0, {num_classes}), "
-                f"the first is {self.labels[wrong[0]]} at row {wrong[0]}"
-            )
+    def _class_names(self, schema: "pa.Schema") -> tuple[str, ...]:
+        raw = (schema.metadata or {}).get(b"huggingface", b"{}")
+        try:
+            names = json.loads(raw).get("info", {}).get("features", {}).get(self.label, {})
+            return tuple(str(name) for name in names.get("names", ()))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DataError(f"{self.files[0]}: damaged huggingface metadata") from error
 
     def images(self) -> Iterator[tuple[str, bytes]]:
         for file in self.files:
             row = 0
-            for batch in self._open(file).iter_batches(1024, columns=[self.image]):
-                for raw in batch.column(0).field("bytes").to_pylist():
-                    if raw is None:
-                        raise DataError(f"{file} row {row}: no image bytes")
-                    yield f"{file} row {row}", raw
-                    row += 1
+            try:
+                for batch in self._open(file).iter_batches(1024, columns=[self.image]):
+                    for raw in batch.column(0).field("bytes").to_pylist():
+                        yield f"{file} row {row}", raw or b""
+                        row += 1
+            except (OSError, ValueError) as error:
+                raise DataError(f"{file}: damaged after row {row} ({error})") from error
+
+    def sample(self) -> list[tuple[str, bytes]]:
+        """Some images, from the first rows of each of some files."""
+        found: list[tuple[str, bytes]] = []
+        for file in spread(self.files):
+            batch = next(self._open(file).iter_batches(8, columns=[self.image]), None)
+            rows = [] if batch is None else batch.column(0).field("bytes").to_pylist()
+            found += [(f"{file} row {row}", raw or b"") for row, raw in enumerate(rows)]
+        return found
 
     def part(self, shape: tuple[int, int, int]) -> Part:
-        def blocks() -> Iterator[Block]:
-            return decoded(self.images(), shape)
-
-        return Part(labels=self.labels, blocks=blocks)
+        return encoded(self.labels, self.images, shape)

@@ -1,4 +1,4 @@
-"""What a reader finds before any image is decoded, and how it becomes a data set."""
+"""What a reader finds before images are decoded, and how images are decoded."""
 
 import os
 import warnings
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -21,89 +21,163 @@ from redefense.errors import DataError
 Block = NDArray[np.uint8]
 """Some images of one split, (n, ch, H, W), in order."""
 
+Shape = tuple[int, int, int]
+"""Channels, height and width."""
+
+Refuse = Callable[[str], None]
+"""What a reader does with a fault it finds: `strict` raises; a check notes it and goes on."""
+
+Items = Callable[[], Iterator[tuple[str, bytes]]]
+"""A way to go through pairs (name, encoded image) once, in order."""
+
 T = TypeVar("T")
 
-BLOCK = 1024  # images decoded between two looks at the clock
+BLOCK = 1024  # images decoded at a time
 MAX_PIXELS = 2**24  # of one image; a photograph of 16 megapixels is no input for a classifier
+SAMPLED = 64  # images looked at to find the common shape
+GREY = ("1", "L", "LA", "La")
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One split as found: the labels, and a way to go through the images once, in order."""
+    """One split as found: the labels, and a way to go through the images once, in order.
+
+    Attributes:
+        labels: (N,) class of each image.
+        blocks: the decoded images.
+        items: the encoded images, where there is one file for each.
+    """
 
     labels: NDArray[np.int64]
     blocks: Callable[[], Iterator[Block]]
+    items: Items | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A data set as found: everything but the images, and the files it depends on."""
+    """A data set as found: everything but the decoded images, and the files it depends on."""
 
     name: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]
+    shape: Shape
     train: Part
     test: Part
     found: str
     files: tuple[Path, ...] = ()
 
 
-def decode(raw: bytes, name: str, shape: tuple[int, int, int]) -> Block:
+def strict(message: str) -> NoReturn:
+    """Refuse the whole set.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(message)
+
+
+def encoded(labels: Sequence[int] | NDArray[np.int64], items: Items, shape: Shape) -> Part:
+    """A split with one encoded file for each image."""
+    return Part(
+        labels=np.asarray(labels, np.int64), blocks=lambda: decoded(items(), shape), items=items
+    )
+
+
+def decode(raw: bytes, name: str, shape: Shape) -> Block:
     """One encoded image as bytes (ch, H, W); grey becomes RGB where three channels are asked for.
 
     Raises:
-        DataError: naming the image, if it is damaged, too large or of another size than `shape`.
+        DataError: naming the image, if it is damaged, too large or of another kind than `shape`.
     """
     channels, height, width = shape
-    try:
-        with Image.open(BytesIO(raw)) as image:
-            if image.size != (width, height):
-                raise DataError(
-                    f"{name}: is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
-                    "images of one set must have one size"
-                )
+    with _opened(raw, name) as image:
+        if image.size != (width, height):
+            raise DataError(
+                f"{name}: is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
+                "images of one set must have one size"
+            )
+        if channels == 1 and image.mode not in GREY:
+            raise DataError(f"{name}: a colour image among grey ones")
+        try:
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, *BOMBS) as error:
-        raise DataError(f"{name}: not a readable image ({_reason(error)})") from error
+        except (OSError, ValueError, SyntaxError, IndexError) as error:
+            raise DataError(f"{name}: damaged image ({error})") from error
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, BOMBS):
-        return "decompression bomb"
-    return "unknown format" if "cannot identify" in str(error) else str(error)
-
-
-def measure(raw: bytes, name: str) -> tuple[int, int, int]:
+def measure(raw: bytes, name: str) -> Shape:
     """Channels, height and width of one encoded image, from its header.
 
     Raises:
-        DataError: naming the image, if it is damaged or larger than 2**24 pixels.
+        DataError: naming the image, if it is damaged, too large or not 8 bits deep.
     """
+    with _opened(raw, name) as image:
+        return 1 if image.mode in GREY else 3, image.size[1], image.size[0]
+
+
+def _opened(raw: bytes, name: str) -> Image.Image:
+    if not raw:
+        raise DataError(f"{name}: empty file")
     try:
-        with Image.open(BytesIO(raw)) as image:
-            width, height = image.size
-            grey = image.mode in ("1", "L", "I", "F", "I;16", "LA")
-    except (OSError, ValueError, SyntaxError, *BOMBS) as error:
-        raise DataError(f"{name}: not a readable image ({_reason(error)})") from error
+        image = Image.open(BytesIO(raw))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{name}: not an image of a known format") from error
+    except BOMBS as error:
+        raise DataError(f"{name}: decompression bomb, refused ({error})") from error
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width}x{height} is more than {MAX_PIXELS} pixels, refused")
-    return 1 if grey else 3, height, width
+        raise DataError(
+            f"{name}: decompression bomb, refused: {width}x{height} pixels, at most {MAX_PIXELS}"
+        )
+    if image.mode in DEEP:
+        raise DataError(f"{name}: more than 8 bits a pixel (mode {image.mode}), convert it first")
+    return image
 
 
-def decoded(
-    items: Iterable[tuple[str, bytes]], shape: tuple[int, int, int], block: int = BLOCK
-) -> Iterator[Block]:
+def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) -> Shape:
+    """The shape of most of some images; three channels if any of them is in colour.
+
+    Raises:
+        DataError: if none is readable.
+    """
+    shapes: list[Shape] = []
+    for name, raw in items:
+        try:
+            shapes.append(measure(raw, name))
+        except DataError as error:
+            refuse(str(error))
+    if not shapes:
+        raise DataError(f"{what}: no readable image")
+    sizes = [shape[1:] for shape in shapes]
+    height, width = max(sizes, key=sizes.count)
+    return max(channels for channels, *_ in shapes), height, width
+
+
+def spread(names: Sequence[T]) -> list[T]:
+    """At most 64 of some names, evenly spread."""
+    places = np.linspace(0, len(names) - 1, min(len(names), SAMPLED)).round().astype(int)
+    return [names[place] for place in places]
+
+
+def decoded(items: Iterable[tuple[str, bytes]], shape: Shape) -> Iterator[Block]:
     """Blocks of decoded images from pairs (name, encoded bytes), by threads on all cores."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    for some in by_threads(items, lambda name, raw: decode(raw, name, shape)):
+        yield np.stack(some)
+
+
+def by_threads(
+    items: Iterable[tuple[str, bytes]], work: Callable[[str, bytes], T]
+) -> Iterator[list[T]]:
+    """Results of `work` on each pair, in order, 1024 at a time, by threads on all cores."""
+    cores = os.cpu_count() or 1
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for some in batched(items, block):
+        for some in batched(items, BLOCK):
             # a task per run of images: one per image costs as much as decoding a small one
-            runs = batched(some, max(1, len(some) // (4 * (os.cpu_count() or 1))))
-            yield np.concatenate(list(pool.map(lambda run: _decode_run(run, shape), runs)))
+            runs = batched(some, max(1, len(some) // (4 * cores)))
+            done = pool.map(lambda run: [work(name, raw) for name, raw in run], runs)
+            yield [result for run in done for result in run]
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -113,32 +187,27 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-def _decode_run(run: Sequence[tuple[str, bytes]], shape: tuple[int, int, int]) -> Block:
-    return np.stack([decode(raw, name, shape) for name, raw in run])
-
-
-def fill(target: Block, part: Part, what: str, tick: Callable[[int], None]) -> None:
-    """Write all images of a part into `target` (N, ch, H, W); `tick` hears of each block.
+def all_blocks(part: Part, what: str, tick: Callable[[int], None]) -> Iterator[Block]:
+    """The decoded images of a part, block by block; `tick` hears of each.
 
     Raises:
         DataError: if there are more or fewer images than labels.
     """
     done = 0
     for block in part.blocks():
-        if done + len(block) <= len(target):
-            target[done : done + len(block)] = block
         done += len(block)
+        if done <= len(part.labels):
+            yield block
         tick(len(block))
-    if done != len(target):
-        raise DataError(f"{what}: {done} images for {len(target)} labels")
+    if done != len(part.labels):
+        raise DataError(f"{what}: {done} images for {len(part.labels)} labels")
 
 
-def materialise(source: Source, tick: Callable[[int], None] = lambda count: None) -> Dataset:
+def materialise(source: Source, tick: Callable[[int], None]) -> Dataset:
     """Decode everything into memory."""
 
     def split(part: Part, what: str) -> Split:
-        images = np.empty((len(part.labels), *source.shape), np.uint8)
-        fill(images, part, f"{source.name} {what}", tick)
+        images = np.concatenate(list(all_blocks(part, f"{source.name} {what}", tick)))
         return Split(torch.from_numpy(images), torch.from_numpy(part.labels))
 
     return Dataset(

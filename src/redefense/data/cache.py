@@ -1,0 +1,218 @@
+"""Decoded sets on disk, memory-mapped, so that a second start takes no time.
+
+One folder a set: `meta.json` names the array files, with digests of their pieces, and the source
+files with size and time. It is replaced in one step after the arrays are complete; arrays are
+`.npy` and never pickled. What is stale or damaged is decoded again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from redefense.data.dataset import Dataset, Digest, Split, content_digest
+from redefense.data.source import Part, Source, all_blocks
+
+FORMAT = 1
+PIECE = 2**24  # bytes under one digest
+WHOLE = 2**31  # bytes up to which every piece is verified at each load
+SAMPLE = 64  # pieces verified, evenly spread, of what is larger
+ABANDONED = 24 * 3600.0  # seconds after which an unfinished file is removed
+
+Meta = dict[str, Any]
+Tick = Callable[[int], None]
+
+
+def default_folder() -> Path:
+    """`$REDEFENSE_CACHE`, or `redefense` in the user's cache folder."""
+    if own := os.environ.get("REDEFENSE_CACHE"):
+        return Path(own)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "redefense"
+    return Path.home() / ".cache" / "redefense"
+
+
+def entry(folder: Path, kind: str, path: Path) -> Path:
+    """The folder of one set's cache."""
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return folder / f"{kind}-{key}"
+
+
+def load(at: Path, *, whole: bool = False) -> Dataset | None:
+    """The set cached in `at`, or None if there is none, it is stale, or it is damaged.
+
+    Up to 2 GiB every byte is verified; of larger sets 64 pieces of 16 MiB, unless `whole` is set.
+    """
+    try:
+        meta: Meta = json.loads((at / "meta.json").read_bytes())
+        seal = meta.pop("seal")
+        if seal != _seal(meta) or meta["format"] != FORMAT:
+            return None
+        if meta["sources"] != stamps([Path(place) for place, *_ in meta["sources"]]):
+            return None
+        if not all(_intact(at / name, how, whole=whole) for name, how in meta["arrays"].items()):
+            return None
+        return _dataset(at, meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def store(at: Path, source: Source, tick: Tick) -> Dataset:
+    """Decode `source` into `at`, block by block; never more than some blocks are in memory.
+
+    Raises:
+        DataError: if the source is damaged.
+        OSError: if the cache cannot be written.
+    """
+    at.mkdir(parents=True, exist_ok=True)
+    sources = stamps(source.files)  # before reading: a change meanwhile makes the cache stale
+    token, arrays = uuid.uuid4().hex[:8], {}
+    previous = _names(at)
+    content = content_digest(source.classes, source.shape)
+    try:
+        for what, part in (("train", source.train), ("test", source.test)):
+            images, labels = (at / f"{what}-{token}-{kind}.npy" for kind in ("images", "labels"))
+            arrays[images.name] = _write_images(
+                images, source, part, f"{source.name} {what}", content, tick
+            )
+            np.save(labels, part.labels, allow_pickle=False)
+            content.update(np.ascontiguousarray(part.labels).data)
+            arrays[labels.name] = digests(labels)
+        meta: Meta = {
+            "format": FORMAT,
+            "name": source.name,
+            "classes": list(source.classes),
+            "found": source.found,
+            "sources": sources,
+            "arrays": arrays,
+            "checksum": content.hexdigest(),
+        }
+    except BaseException:
+        for left in at.glob(f"*-{token}-*.npy"):
+            left.unlink(missing_ok=True)
+        raise
+    aside = at / f"meta-{token}.json"
+    aside.write_text(json.dumps(meta | {"seal": _seal(meta)}))
+    aside.replace(at / "meta.json")
+    _clean(at, previous)
+    return _dataset(at, meta)
+
+
+@contextlib.contextmanager
+def locked(at: Path) -> Iterator[None]:
+    """Let one process build while the others wait for its result."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: all build, the last one's files count
+        yield
+        return
+    at.mkdir(parents=True, exist_ok=True)
+    with (at / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def stamps(files: "tuple[Path, ...] | list[Path]") -> list[list[Any]]:
+    """Absolute path, size (0 for a folder) and time of each file."""
+    found: list[list[Any]] = []
+    for file in files:
+        status = file.stat()
+        size = 0 if file.is_dir() else status.st_size
+        found.append([str(file.absolute()), size, status.st_mtime_ns])
+    return found
+
+
+def digests(file: Path) -> list[str]:
+    """SHA-256 of each 16 MiB of a file, computed on all cores."""
+    return _digests(file, range(_pieces(file)))
+
+
+def _pieces(file: Path) -> int:
+    return -(-file.stat().st_size // PIECE)
+
+
+def _digests(file: Path, which: "range | list[int]") -> list[str]:
+    def digest(piece: int) -> str:
+        with file.open("rb") as handle:
+            handle.seek(piece * PIECE)
+            return hashlib.sha256(handle.read(PIECE)).hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(digest, which))
+
+
+def _intact(file: Path, expected: list[str], *, whole: bool) -> bool:
+    count = _pieces(file)
+    if count != len(expected):
+        return False
+    if whole or count * PIECE <= WHOLE:
+        return _digests(file, range(count)) == expected
+    some = sorted({round(place) for place in np.linspace(0, count - 1, SAMPLE)})
+    return _digests(file, some) == [expected[piece] for piece in some]
+
+
+def _seal(meta: Meta) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _write_images(
+    file: Path, source: Source, part: Part, what: str, content: Digest, tick: Tick
+) -> list[str]:
+    size = (len(part.labels), *source.shape)
+    # written, not mapped: a full disk is then an error and not a signal
+    with file.open("wb") as handle:
+        header = {"descr": "|u1", "fortran_order": False, "shape": size}
+        np.lib.format.write_array_header_1_0(handle, header)
+        for block in all_blocks(part, what, tick):
+            whole = np.ascontiguousarray(block)
+            content.update(whole.data)
+            handle.write(whole.data)
+    return digests(file)
+
+
+def _dataset(at: Path, meta: Meta) -> Dataset:
+    splits = {}
+    for what in ("train", "test"):
+        names = [name for name in meta["arrays"] if name.startswith(what)]
+        (images,) = (name for name in names if name.endswith("-images.npy"))
+        (labels,) = (name for name in names if name.endswith("-labels.npy"))
+        # copy on write: torch wants memory it may write to, the file stays as it is
+        mapped = np.load(at / images, mmap_mode="c", allow_pickle=False)
+        splits[what] = Split(
+            torch.from_numpy(mapped), torch.from_numpy(np.load(at / labels, allow_pickle=False))
+        )
+    return Dataset(
+        name=meta["name"],
+        classes=tuple(meta["classes"]),
+        train=splits["train"],
+        test=splits["test"],
+        found=meta["found"],
+        known_checksum=meta["checksum"],
+    )
+
+
+def _names(at: Path) -> list[str]:
+    """Array files of the entry that is about to be replaced."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        return list(json.loads((at / "meta.json").read_bytes())["arrays"])
+    return []
+
+
+def _clean(at: Path, previous: list[str]) -> None:
+    for name in previous:
+        if Path(name).name == name:  # a damaged list must not reach beyond the folder
+            (at / name).unlink(missing_ok=True)
+    current = _names(at)
+    for file in at.glob("*.npy"):
+        with contextlib.suppress(OSError):
+            if file.name not in current and time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()

@@ -1,0 +1,196 @@
+"""Look through a whole data set and name everything that is wrong with it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense import data
+from redefense.data import cache
+from redefense.data.dataset import content_digest
+from redefense.data.source import Block, Part, Refuse, Source, by_threads, decode
+from redefense.errors import DataError
+
+SHOWN = 50  # problems printed; `as_dict` has them all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Images of one split, in all and for each class."""
+
+    num_images: int
+    per_class: tuple[int, ...]
+
+    def balance(self) -> str:
+        low, high = min(self.per_class, default=0), max(self.per_class, default=0)
+        return f"{low} images a class" if low == high else f"{low} to {high} images a class"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckReport:
+    """What `check_dataset` found.
+
+    Attributes:
+        spec: as asked.
+        found: in words, what was found where; empty if nothing was.
+        shape: channels, height and width.
+        checksum: SHA-256 of the content, None if there are problems.
+        problems: for each, the file and the rule it breaks; the set is refused if there are any.
+        notes: what one should know but may be meant so.
+    """
+
+    spec: str
+    found: str
+    name: str
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    train: Counts
+    test: Counts
+    checksum: str | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, fit for JSON."""
+        return {
+            "spec": self.spec,
+            "ok": not self.problems,
+            "name": self.name,
+            "found": self.found,
+            "shape": list(self.shape),
+            "classes": list(self.classes),
+            **{
+                what: {"num_images": counts.num_images, "per_class": list(counts.per_class)}
+                for what, counts in (("train", self.train), ("test", self.test))
+            },
+            "checksum": self.checksum,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> list[str]:
+        """All of it as text, without colours; at most 50 problems."""
+        lines = [f"{self.spec}: {self.found or 'nothing usable found'}"]
+        if self.classes:
+            size = "x".join(map(str, self.shape))
+            lines += [
+                f"{self.train.num_images} training and {self.test.num_images} test images, {size}",
+                f"{len(self.classes)} classes: {_shortened(self.classes)}",
+                f"balance: training {self.train.balance()}, test {self.test.balance()}",
+            ]
+        if self.checksum:
+            lines.append(f"checksum: sha256 {self.checksum}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"problem: {problem}" for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"... and {len(self.problems) - SHOWN} problems more")
+        return lines
+
+
+def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport:
+    """Read and decode everything, and go on where loading would stop.
+
+    Nothing is written. A decoded copy in the cache is verified whole, but not trusted.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    source: Source | None = None
+    checksum = None
+    try:
+        source = data.find(spec, problems.append)
+        checksum = _content(source, problems.append, notes)
+    except DataError as error:
+        problems.append(str(error))
+    if data.DATASETS[spec.partition(":")[0]].place if source else False:
+        notes += _cached(spec, cache_folder or cache.default_folder())
+    return CheckReport(
+        spec=spec,
+        found=source.found if source else "",
+        name=source.name if source else "",
+        shape=source.shape if source else (),
+        classes=source.classes if source else (),
+        train=_counts(source, source.train if source else None),
+        test=_counts(source, source.test if source else None),
+        checksum=None if problems else checksum,
+        problems=tuple(_printable(problem) for problem in dict.fromkeys(problems)),
+        notes=tuple(notes),
+    )
+
+
+def _counts(source: Source | None, part: Part | None) -> Counts:
+    if source is None or part is None:
+        return Counts(num_images=0, per_class=())
+    known = part.labels[(part.labels >= 0) & (part.labels < len(source.classes))]
+    per_class = np.bincount(known, minlength=len(source.classes))
+    return Counts(num_images=len(part.labels), per_class=tuple(int(n) for n in per_class))
+
+
+def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
+    """Checksum of the content, as `Dataset.checksum`; images in both splits are noted."""
+    content = content_digest(source.classes, source.shape)
+    prints: list[NDArray[np.int64]] = []
+    for what, part in (("train", source.train), ("test", source.test)):
+        marks: list[int] = []
+        for block in _readable(part, source.shape, refuse):
+            whole = np.ascontiguousarray(block)
+            content.update(whole.data)
+            marks += [_mark(image) for image in whole]
+        content.update(np.ascontiguousarray(part.labels).data)
+        if part.items is None and len(marks) != len(part.labels):
+            refuse(f"{source.name} {what}: {len(marks)} images for {len(part.labels)} labels")
+        prints.append(np.array(marks, np.int64))
+    train, test = prints
+    if twice := len(train) - len(np.unique(train)):
+        notes.append(f"{twice} training images are copies of others")
+    leaked = np.flatnonzero(np.isin(test, train))
+    if len(leaked):
+        notes.append(
+            f"{len(leaked)} test images are also training images, the first is number {leaked[0]}"
+        )
+    return content.hexdigest()
+
+
+def _readable(part: Part, shape: tuple[int, int, int], refuse: Refuse) -> Iterator[Block]:
+    """Blocks of a part without the images that cannot be decoded, which are refused by name."""
+    if part.items is None:
+        yield from part.blocks()
+        return
+
+    def attempt(name: str, raw: bytes) -> Block | str:
+        try:
+            return decode(raw, name, shape)
+        except DataError as error:
+            return str(error)
+
+    for results in by_threads(part.items(), attempt):
+        for fault in results:
+            if isinstance(fault, str):
+                refuse(fault)
+        if good := [image for image in results if not isinstance(image, str)]:
+            yield np.stack(good)
+
+
+def _mark(image: Block) -> int:
+    return int.from_bytes(blake2b(image.data, digest_size=8).digest(), "big", signed=True)
+
+
+def _cached(spec: str, folder: Path) -> list[str]:
+    at = cache.entry(folder, *data.parse(spec))
+    if not (at / "meta.json").exists():
+        return []
+    state = "intact" if cache.load(at, whole=True) else "stale or damaged, will be made again"
+    return [f"decoded copy in {at}: {state}"]
+
+
+def _shortened(classes: Sequence[str]) -> str:
+    shown = ", ".join(_printable(name) for name in classes[:10])
+    return shown if len(classes) <= 10 else f"{shown}, ..."
+
+
+def _printable(text: str) -> str:
+    """File names come from strangers: nothing in them may reach the terminal as a command."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,102 @@
+"""A folder (or zip or tar archive) of images sorted as split/class/file."""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from redefense.data.labels import SPLITS, check_classes, check_labels
+from redefense.data.source import Refuse, Source, common_shape, encoded, spread
+from redefense.data.tree import Tree, open_tree
+from redefense.errors import DataError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
+LITTER = ("thumbs.db", "desktop.ini")
+"""Left by file managers; like all hidden files they are passed over."""
+
+
+def read(path: Path, refuse: Refuse) -> Source:
+    """Images of one size in `train/CLASS/FILE` and `test/CLASS/FILE` (or `val/...`).
+
+    Classes are the folders of the training split in sorted order. Grey images become RGB unless
+    all are grey.
+
+    Raises:
+        DataError: naming the file or folder that breaks a rule.
+    """
+    tree = open_tree(path, refuse)
+    at, train_folder, test_folder = _splits(tree)
+    train = _images(tree, f"{at}{train_folder}/", refuse)
+    test = _images(tree, f"{at}{test_folder}/", refuse)
+    classes = tuple(sorted({label for _, label in train}))
+    where = str(tree.root)
+    check_classes(classes, f"{where}: {at}{train_folder}", refuse)
+    for label in sorted({label for _, label in test} - set(classes)):
+        refuse(f"{where}: {at}{test_folder}/{label}: unknown class, not among the training ones")
+    _refuse_empty(tree, at, (train_folder, test_folder), refuse)
+    number = {label: place for place, label in enumerate(classes)}
+    test = [(name, label) for name, label in test if label in number]
+    for what, listing in ((train_folder, train), (test_folder, test)):
+        if not listing:
+            raise DataError(f"{where}: no images below {at}{what}")
+    names = [name for name, _ in (*train, *test)]
+    shape = common_shape(tree.items(spread(names)), refuse, where)
+
+    def labels(listing: Sequence[tuple[str, str]]) -> np.ndarray:
+        return np.array([number[label] for _, label in listing], np.int64)
+
+    check_labels(labels(train), classes, where, refuse, full=True)
+    return Source(
+        name="folder",
+        classes=classes,
+        shape=shape,
+        train=encoded(labels(train), lambda: tree.items(names[: len(train)]), shape),
+        test=encoded(labels(test), lambda: tree.items(names[len(train) :]), shape),
+        found=f"images as split/class/file in {tree.kind} {tree.root}, test from {test_folder!r}",
+        files=tree.files(names),
+    )
+
+
+def _splits(tree: Tree) -> tuple[str, str, str]:
+    """Prefix of names, and the names of the two folders of splits."""
+    folders = {
+        "/".join(PurePosixPath(name).parts[:depth])
+        for name in (*tree.names, *tree.empty)
+        for depth in (1, 2)
+    }
+    for at in ("", *sorted(f"{folder}/" for folder in folders if "/" not in folder)):
+        found = {
+            split: next((word for word in words if f"{at}{word}" in folders), None)
+            for split, words in SPLITS.items()
+        }
+        train, test = found["train"], found["test"] or found["validation"]
+        if train and test:
+            return at, train, test
+    raise DataError(
+        f"{tree.root}: needs folders train/CLASS/FILE and test/CLASS/FILE (or val/CLASS/FILE)"
+    )
+
+
+def _images(tree: Tree, at: str, refuse: Refuse) -> list[tuple[str, str]]:
+    """Name and class of each image of a split."""
+    found = []
+    for name in tree.names:
+        if not name.startswith(at):
+            continue
+        parts = name.removeprefix(at).split("/")
+        if any(part.startswith(".") for part in parts) or parts[-1].lower() in LITTER:
+            continue
+        if not parts[-1].lower().endswith(ENDINGS):
+            refuse(f"{tree.root}: {name}: not an image by its name ({', '.join(ENDINGS[:3])} ...)")
+        elif len(parts) != 2:
+            refuse(f"{tree.root}: {name}: not at {at}CLASS/FILE")
+        else:
+            found.append((name, parts[0]))
+    return found
+
+
+def _refuse_empty(tree: Tree, at: str, splits: Sequence[str], refuse: Refuse) -> None:
+    for folder in tree.empty:
+        parent = str(PurePosixPath(folder).parent) + "/"
+        if parent in {f"{at}{split}/" for split in splits}:
+            refuse(f"{tree.root}: {folder}: empty class")

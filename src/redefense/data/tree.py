@@ -1,0 +1,236 @@
+"""Read a folder, a zip or a tar archive in the same way, in place, without trusting it."""
+
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol, runtime_checkable
+
+from redefense.data.source import Refuse
+from redefense.errors import DataError
+
+MAX_FILE = 2**28  # bytes of one file in an archive; CIFAR-100's largest has 155 MB
+MAX_FILES = 4_000_000
+RATIO = 200  # how far a file in an archive may expand, once it is larger than a mebibyte
+MAX_TAR = 2**30  # bytes held at once from a tar archive, which cannot be read out of order
+BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+
+
+@runtime_checkable
+class Tree(Protocol):
+    """Files below one root, by their names with forward slashes."""
+
+    root: Path
+    kind: str
+    names: Sequence[str]
+    empty: Sequence[str]
+    """Folders that hold nothing."""
+
+    def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Each file's name (as to be told to the user) and bytes, in the given order."""
+        ...
+
+    def files(self, names: Sequence[str]) -> tuple[Path, ...]:
+        """What on disk the content of these files depends on."""
+        ...
+
+
+def open_tree(path: Path, refuse: Refuse) -> Tree:
+    """Look what `path` is, list its files and refuse what is unsafe.
+
+    Raises:
+        DataError: for anything but a folder, a zip or a tar archive, and for damaged archives;
+            through `refuse` for names or links that lead out of the root and decompression bombs.
+    """
+    if path.is_dir():
+        return FolderTree(path, refuse)
+    try:
+        if zipfile.is_zipfile(path):
+            return ZipTree(path, refuse)
+        if tarfile.is_tarfile(path):
+            return TarTree(path, refuse)
+    except BROKEN as error:
+        raise DataError(f"{path}: damaged archive ({error})") from error
+    raise DataError(f"{path}: neither a folder nor a zip or tar archive, or a damaged one")
+
+
+def read_one(tree: Tree, name: str) -> bytes:
+    """The bytes of one file."""
+    ((_, raw),) = tree.items([name])
+    return raw
+
+
+def allowed_root(path: Path) -> Path:
+    """The folder that links below `path` must not leave.
+
+    That is `path`, or the repository's folder in a cache of the Hugging Face hub, whose snapshots
+    consist of links to `blobs`.
+    """
+    real = path.resolve()
+    for parent in real.parents:
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            return parent.parent
+    return real
+
+
+def link_fault(file: Path, root: Path) -> str:
+    """What is wrong with `file` if it is a link; empty if nothing is."""
+    if not file.is_symlink():
+        return ""
+    target = file.resolve()
+    if not target.is_relative_to(root):
+        return f"{file}: link out of {root}, refused"
+    if not target.exists():
+        return f"{file}: link to nothing, refused"
+    return "" if target.is_file() else f"{file}: link to a folder, refused"
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+class FolderTree:
+    """Files below a folder on disk."""
+
+    kind = "folder"
+
+    def __init__(self, root: Path, refuse: Refuse) -> None:
+        self.root = root
+        found: list[str] = []
+        empty: list[str] = []
+        limit = allowed_root(root)
+        for place, folders, files in os.walk(root, onerror=_unreadable):
+            folders.sort()
+            here = Path(place)
+            faults = {name: link_fault(here / name, limit) for name in (*folders, *files)}
+            for fault in filter(None, faults.values()):
+                refuse(fault)
+            prefix = here.relative_to(root).as_posix()
+            empty += [prefix] if not folders and not files else []
+            found += [
+                name if prefix == "." else f"{prefix}/{name}" for name in files if not faults[name]
+            ]
+            if len(found) > MAX_FILES:
+                raise DataError(f"{root}: more than {MAX_FILES} files")
+        self.names: Sequence[str] = sorted(found)
+        self.empty: Sequence[str] = sorted(empty)
+
+    def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        for name in names:
+            file = self.root / name
+            try:
+                yield str(file), file.read_bytes()
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+
+    def files(self, names: Sequence[str]) -> tuple[Path, ...]:
+        files = [self.root / name for name in names]
+        # a folder's time tells of files that were added or taken away
+        return (*sorted({file.parent for file in files}), *files)
+
+
+class ZipTree:
+    """Files in a zip archive, read in place."""
+
+    kind = "zip archive"
+
+    def __init__(self, root: Path, refuse: Refuse) -> None:
+        self.root = root
+        with zipfile.ZipFile(root) as archive:
+            everything = archive.infolist()
+        entries = [entry for entry in everything if not entry.is_dir()]
+        faults = {entry.filename: self._fault(entry) for entry in entries}
+        for name, count in Counter(entry.filename for entry in entries).items():
+            if fault := faults[name] or ("there twice" if count > 1 else ""):
+                refuse(f"{root}: {name}: {fault}")
+        self.names: Sequence[str] = sorted(name for name, fault in faults.items() if not fault)
+        self.empty = _empty({entry.filename for entry in everything if entry.is_dir()}, self.names)
+
+    def _fault(self, entry: zipfile.ZipInfo) -> str:
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            return "link in an archive, refused"
+        if entry.flag_bits & 1:
+            return "encrypted, refused"
+        return _name_fault(entry.filename) or size_fault(
+            entry.file_size, entry.compress_size, MAX_FILE
+        )
+
+    def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        with zipfile.ZipFile(self.root) as archive:
+            for name in names:
+                try:
+                    yield f"{self.root}: {name}", archive.read(name)
+                except (*BROKEN, NotImplementedError) as error:
+                    raise DataError(f"{self.root}: {name}: damaged ({error})") from error
+
+    def files(self, names: Sequence[str]) -> tuple[Path, ...]:
+        return (self.root,)
+
+
+class TarTree:
+    """Files in a tar archive, compressed or not, read in place."""
+
+    kind = "tar archive"
+
+    def __init__(self, root: Path, refuse: Refuse) -> None:
+        self.root = root
+        sizes: dict[str, int] = {}
+        folders: set[str] = set()
+        with tarfile.open(root) as archive:
+            for member in archive:
+                if fault := self._fault(member, sizes):
+                    refuse(f"{root}: {member.name}: {fault}")
+                elif member.isdir():
+                    folders.add(member.name)
+                else:
+                    sizes[member.name] = member.size
+                if sum(sizes.values()) > MAX_TAR:
+                    raise DataError(f"{root}: more than {MAX_TAR} bytes; extract it first")
+        self.names: Sequence[str] = sorted(sizes)
+        self.empty = _empty(folders, self.names)
+
+    def _fault(self, member: tarfile.TarInfo, known: Container[str]) -> str:
+        if member.issym() or member.islnk():
+            return "link in an archive, refused"
+        if not (member.isfile() or member.isdir()):
+            return "neither file nor folder, refused"
+        if member.name in known:
+            return "there twice"
+        # how far one member of a compressed tar archive expands is not known, only its size
+        return _name_fault(member.name) or size_fault(member.size, member.size, MAX_FILE)
+
+    def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        wanted, found = set(names), {}
+        with tarfile.open(self.root) as archive:
+            for member in archive:
+                if member.name in wanted and (handle := archive.extractfile(member)):
+                    found[member.name] = handle.read()
+        for name in names:
+            yield f"{self.root}: {name}", found.pop(name)
+
+    def files(self, names: Sequence[str]) -> tuple[Path, ...]:
+        return (self.root,)
+
+
+def _empty(folders: Iterable[str], names: Sequence[str]) -> Sequence[str]:
+    """Those of some folders of an archive that hold nothing."""
+    holders = {str(parent) for name in (*names, *folders) for parent in PurePosixPath(name).parents}
+    return sorted({folder.rstrip("/") for folder in folders} - holders)
+
+
+def _name_fault(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        return "name leads out of the archive, refused"
+    return "" if name.isprintable() else "unprintable name, refused"
+
+
+def size_fault(size: int, packed: int, most: int) -> str:
+    """What is wrong with a file in an archive that expands from `packed` to `size` bytes."""
+    if size > most or size > max(2**20, RATIO * packed):
+        return f"{size} bytes from {packed}: decompression bomb, refused"
+    return ""
