@@ -111,7 +111,7 @@ class MeanProbPGD(Attack):
             with torch.set_grad_enabled(with_grad):
                 logits = support.each(x)
                 value = support.log_odds(logits, y)
-            grad = input_gradient(value.sum(), x) if with_grad else None
+            grad = input_gradient(value, x) if with_grad else None
             return Look(value.detach(), support.correct(logits, y), grad)
 
         return climb_members(
@@ -164,7 +164,7 @@ class Hinge(Attack):
                 if not with_grad:
                     value -= share * left
                     continue
-                grad = input_gradient(gap.sum(), x)
+                grad = input_gradient(gap, x)
                 unit = grad / per_image(norms(grad, dual).clamp_min(TINY), grad)
                 total -= share * per_image((left > 0).to(x.dtype), x) * unit
                 value -= share * left

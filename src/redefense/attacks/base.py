@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from redefense.errors import ConfigError
 from redefense.threat import Threat
-from redefense.types import Bool, Ensemble, Float, Images, Labels, check_images, check_labels
+from redefense.types import Bool, Ensemble, Float, Images, Int, Labels, check_images, check_labels
 
 Presets = Mapping[str, Mapping[str, object]]
 
@@ -165,14 +165,16 @@ Looker = Callable[[Tensor, bool], Look]
 """Visits points (B, ch, H, W); the flag asks for the gradient."""
 
 
-def input_gradient(total: Float[Tensor, ""], x: Images, *, keep_graph: bool = False) -> Images:
-    """Gradient of a scalar with respect to `x`, zero where it is undefined.
+def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Images:
+    """Gradient of summed values with respect to `x`, zero where it is undefined.
 
     A victim whose output does not depend on the input, or whose gradient is not finite, gives
     zeros and not an error: the attacks then rely on their random starts.
     """
-    if not total.requires_grad:
+    if not values.requires_grad:
         return torch.zeros_like(x)
+    with torch.enable_grad():
+        total = values.sum()
     (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
     return torch.zeros_like(x) if grad is None else grad.nan_to_num_(nan=0.0)
 
@@ -193,6 +195,16 @@ class Best:
     def start(cls, x: Images) -> "Best":
         worst = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
         return cls(x, worst, -worst)
+
+    def select(self, rows: Int[Tensor, " K"]) -> "Best":
+        """The records of some of the images, to be worked on and handed back to `update`."""
+        return Best(self.x[rows], self.correct[rows], self.value[rows])
+
+    def update(self, rows: Int[Tensor, " K"], part: "Best") -> None:
+        """Take back the records of some of the images."""
+        self.x = self.x.index_copy(0, rows, part.x)
+        self.correct = self.correct.index_copy(0, rows, part.correct)
+        self.value = self.value.index_copy(0, rows, part.value)
 
     def offer(
         self, x: Images, correct: Float[Tensor, " B"], value: Float[Tensor, " B"]

@@ -96,7 +96,7 @@ def look_through(
         if with_grad:
             with torch.enable_grad():
                 value = objective(victim(transform(x)), y)
-            grad = input_gradient(value.sum(), x)
+            grad = input_gradient(value, x)
         if not judge:
             return Look(value.detach(), torch.ones_like(value), grad)
         with torch.no_grad():

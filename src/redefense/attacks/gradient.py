@@ -52,7 +52,7 @@ def look_at(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) 
                 logits = victim(x)
                 value = objective(logits, y)
             if with_grad:
-                grads.append(input_gradient(value.sum(), x))
+                grads.append(input_gradient(value, x))
             values.append(value.detach())
             correct.append((logits.detach().argmax(1) == y).to(x.dtype))
         grad = _mean(grads) if grads else None

@@ -61,9 +61,14 @@ def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Float[Tensor, " B
     """
     need_classes(logits, 4, "targeted dlr")
     top = logits.topk(4, dim=1).values
-    pair = logits.gather(1, torch.stack([y, target], dim=1))
     gap = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _FLOOR
-    return (pair[:, 1] - pair[:, 0]) / gap
+    return targeted_margin(logits, y, target) / gap
+
+
+def targeted_margin(logits: Logits, y: Labels, target: Labels) -> Float[Tensor, " B"]:
+    """Target minus true logit."""
+    pair = logits.gather(1, torch.stack([y, target], dim=1))
+    return pair[:, 1] - pair[:, 0]
 
 
 def need_classes(logits: Logits, count: int, what: str) -> None:
