@@ -14,6 +14,7 @@ from redefense.data import (
     cifar,
     digits,
     folder,
+    hub,
     npz,
     parquet,
     tiny_imagenet,
@@ -37,11 +38,13 @@ class Reader:
         summary: a line for the user.
         read: from a path, and what to do with faults, to what was found.
         place: the data need a path.
+        origin: where to get them, if there is one place.
     """
 
     summary: str
     read: Callable[[Path, Refuse], Source]
     place: bool = True
+    origin: str = ""
 
 
 DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
@@ -52,14 +55,17 @@ DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
         "cifar10": Reader(
             summary="CIFAR-10 as official batches, packed or not, or hub parquet: cifar10:PATH",
             read=cifar.read_cifar10,
+            origin="add --download, or get cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz",
         ),
         "cifar100": Reader(
             summary="CIFAR-100 with fine labels, in the same layouts: cifar100:PATH",
             read=cifar.read_cifar100,
+            origin="add --download, or get cifar-100-python.tar.gz from www.cs.toronto.edu/~kriz",
         ),
         "tiny-imagenet": Reader(
-            summary="TinyImageNet as its zip or folder: tiny-imagenet:PATH",
+            summary="TinyImageNet as its zip or folder, or hub parquet: tiny-imagenet:PATH",
             read=tiny_imagenet.read,
+            origin="get tiny-imagenet-200.zip from cs231n.stanford.edu",
         ),
         "folder": Reader(
             summary="images as split/class/file, packed or not: folder:PATH", read=folder.read
@@ -79,17 +85,14 @@ def parse(spec: str) -> tuple[str, Path]:
     """Kind and path of a spec such as `digits` or `cifar10:PATH`.
 
     Raises:
-        DataError: if the kind is unknown, or a path is missing, needless or leads nowhere.
+        DataError: if the kind is unknown, or a path is missing or needless.
     """
     kind, _, place = spec.partition(":")
     if kind not in DATASETS:
         raise DataError(f"unknown data set {kind!r}; choose from {', '.join(DATASETS)}")
     if DATASETS[kind].place != bool(place):
         raise DataError(f"{kind} needs a path: {kind}:PATH" if not place else f"{kind} has no path")
-    path = Path(place).expanduser()
-    if place and not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    return kind, path
+    return kind, Path(place).expanduser()
 
 
 def find(spec: str, refuse: Refuse = strict) -> Source:
@@ -99,6 +102,9 @@ def find(spec: str, refuse: Refuse = strict) -> Source:
         DataError: one line that names the file and the rule, unless `refuse` takes it.
     """
     kind, path = parse(spec)
+    if not path.exists():
+        origin = DATASETS[kind].origin
+        raise DataError(f"{path}: no such file or folder" + f" ({origin})" * bool(origin))
     return DATASETS[kind].read(path, refuse)
 
 
@@ -119,6 +125,8 @@ def load_dataset(
     kind, path = parse(spec)
     if not DATASETS[kind].place:
         return materialise(find(spec), _silent)
+    if download:
+        hub.fetch(kind, path)
     at = disk.entry(cache or disk.default_folder(), kind, path)
     if (kept := disk.load(at)) is not None:
         return kept

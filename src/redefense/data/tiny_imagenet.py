@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from redefense.data import parquet
 from redefense.data.labels import check_labels
 from redefense.data.source import Part, Refuse, Source, encoded
 from redefense.data.tree import Tree, open_tree, read_one
@@ -37,6 +38,8 @@ def read(path: Path, refuse: Refuse) -> Source:
         DataError: naming the file, if anything is missing, unknown, empty or there twice.
     """
     tree = open_tree(path, refuse)
+    if path.is_dir() and any(name.endswith(".parquet") for name in tree.names):
+        return _from_parquet(path, refuse)
     at = _root(tree)
     ids = _ids(tree, f"{at}wnids.txt", refuse)
     train = _foldered(tree, f"{at}train/", ids, refuse)
@@ -59,6 +62,13 @@ def read(path: Path, refuse: Refuse) -> Source:
         found=f"TinyImageNet, {tree.kind} {tree.root}, {form}",
         files=tree.files(used),
     )
+
+
+def _from_parquet(path: Path, refuse: Refuse) -> Source:
+    source = parquet.read(path, refuse, "tiny-imagenet")
+    if source.shape != SHAPE:
+        raise DataError(f"{path}: images are {source.shape}, expected {SHAPE}")
+    return replace(source, found=f"TinyImageNet, {source.found}")
 
 
 def _root(tree: Tree) -> str:

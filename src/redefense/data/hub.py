@@ -1,0 +1,91 @@
+"""Fetch sets from the Hugging Face hub, at a pinned revision, and only when asked to.
+
+The digests were published by several independent users of the same revisions.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from redefense.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubSet:
+    """A data set on the hub.
+
+    Attributes:
+        repo: its name there.
+        revision: commit, which never changes.
+        files: SHA-256 of each file that is needed.
+    """
+
+    repo: str
+    revision: str
+    files: Mapping[str, str]
+
+
+HUB: Final[Mapping[str, HubSet]] = MappingProxyType(
+    {
+        "cifar10": HubSet(
+            repo="uoft-cs/cifar10",
+            revision="0b2714987fa478483af9968de7c934580d0bb9a2",
+            files={
+                "plain_text/train-00000-of-00001.parquet": (
+                    "8428b53a88a11ac374111006708df51469e315a22ac6d66470afd9c78d2ae883"
+                ),
+                "plain_text/test-00000-of-00001.parquet": (
+                    "841389e6f2d64f28bf17310e430aebac20ec3ba611a3c5e231dc93c645ce84de"
+                ),
+            },
+        ),
+        "cifar100": HubSet(
+            repo="uoft-cs/cifar100",
+            revision="aadb3af77e9048adbea6b47c21a81e47dd092ae5",
+            files={
+                "cifar100/train-00000-of-00001.parquet": (
+                    "694865d6b990e234804f01268586c41e88bcbbb75e20858432c05ad4081aca23"
+                ),
+                "cifar100/test-00000-of-00001.parquet": (
+                    "98776c529bb146a9c791229df74a5cf076be9b43d82dbbd334b6a7788d73dc68"
+                ),
+            },
+        ),
+    }
+)
+
+
+def fetch(kind: str, path: Path) -> None:
+    """Fetch a set into the folder `path`, unless something else is there already.
+
+    What was interrupted goes on where it stopped; a file with another digest is removed.
+
+    Raises:
+        DataError: if the set is not on our list, huggingface_hub is missing, the hub cannot be
+            reached or sends something else.
+    """
+    ours = path / ".cache" / "huggingface"  # where the hub's client keeps its marks
+    if path.exists() and not (path.is_dir() and (ours.is_dir() or not any(path.iterdir()))):
+        return
+    if kind not in HUB:
+        raise DataError(f"{kind} cannot be downloaded; choose from {', '.join(HUB)}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise DataError("--download needs huggingface_hub: pip install 'redefense[hub]'") from error
+    what = HUB[kind]
+    for name, digest in what.files.items():
+        try:
+            hf_hub_download(
+                what.repo, name, repo_type="dataset", revision=what.revision, local_dir=path
+            )
+        except (OSError, ValueError) as error:  # the client's own errors derive from these
+            raise DataError(f"{what.repo}: {name}: download failed ({error})") from error
+        with (path / name).open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != digest:
+            (path / name).unlink()
+            raise DataError(f"{path / name}: SHA-256 {found}, expected {digest}; removed")
