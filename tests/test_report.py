@@ -161,7 +161,7 @@ def test_without_an_aware_attack_there_is_no_headline(tmp_path: Path) -> None:
     assert row["aware"] is None
     assert row["unaware"] is None
     (result,) = join([tmp_path / "red"])
-    assert "cannot be said" in dict(wording.answers([result]))["How robust is it?"]
+    assert "cannot be said" in wording.answers([result])[0].text
 
 
 def test_unbounded_attacks_enter_no_headline(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_page_is_whole_offline_and_sortable(tmp_path: Path) -> None:
     assert all(ref.startswith(("#", "data:")) for ref in page.references)
     assert all(ref[1:] in page.ids for ref in page.references if ref.startswith("#"))
     assert set(page.ids.values()) == {1}
-    assert page.sortable == text.count('aria-sort="none"><button type="button">') > 10
+    assert page.sortable == text.count('aria-sort="none"><button type="button"><span>') > 10
     assert page.tags["h1"] == page.tags["main"] == page.tags["title"] == 1
     assert page.tags["caption"] >= 3
     for needed in ('name="viewport"', "prefers-color-scheme: dark", "@media print",
@@ -413,8 +413,7 @@ def test_the_command_repeats_the_suite(tmp_path: Path) -> None:
     build_run(tmp_path / "my run")
     (result,) = join([tmp_path / "my run"])
     assert command(result.suites[0]) == (
-        "redefense evaluate 'my run' --suite quick --data digits --images 360 --eps 0.2 "
-        "--norm inf --seed 0"
+        "redefense evaluate 'my run' --suite quick --images 360 --eps 0.2 --norm inf --seed 0"
     )
 
 

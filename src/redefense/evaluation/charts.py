@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from redefense.evaluation.statistics import Estimate
 
-WIDTH, HEIGHT = 440, 270
+WIDTH, HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 12, 12, 44
 
 
@@ -72,8 +72,8 @@ def legend(lines: Sequence[Line]) -> str:
         dash = " dashed" if line.dashed else ""
         sample = (
             '<svg class="key" viewBox="0 0 34 12" aria-hidden="true">'
-            f'<path class="line s{line.style % 6}{dash}" d="M1 6H33"/>{_marker(line.style, 17.0, 6.0)}'
-            "</svg>"
+            f'<path class="line s{line.style % 6}{dash}" d="M1 6H33"/>'
+            f"{_marker(line.style, 17.0, 6.0)}</svg>"
         )
         items.append(f"<li>{sample}{escape(line.label)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'

@@ -30,6 +30,13 @@ Budget = tuple[str, float | None]
 """Norm and eps of a threat."""
 
 
+def eps_text(eps: float) -> str:
+    """The shortest exact name of a budget: as a decimal, or as a fraction of 255 levels."""
+    levels = round(eps * 255)
+    long = len(f"{eps:g}") > 5
+    return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Result:
     """One run at one threat on one set of images. Accuracies are fractions; None is unknown.
@@ -87,8 +94,8 @@ class Result:
 
     @property
     def threat(self) -> str:
-        """The budget in words, e.g. `linf 0.03`."""
-        return "threat unknown" if self.eps is None else f"l{self.norm} {self.eps:g}"
+        """The budget, e.g. `linf 0.03` or `linf 8/255`."""
+        return "threat unknown" if self.eps is None else f"l{self.norm} {eps_text(self.eps)}"
 
     @property
     def transfer(self) -> tuple[tuple[float | None, ...], ...] | None:

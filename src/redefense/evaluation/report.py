@@ -5,6 +5,7 @@ torch is not imported. The page makes no request: styles, script and drawings ar
 content policy forbids anything else.
 """
 
+import json
 import shlex
 from collections.abc import Sequence
 from importlib.resources import files
@@ -72,7 +73,7 @@ def command(stored: Stored) -> str:
     if isinstance(recorded, str) and recorded:
         return " ".join(recorded.split())
     words = ["redefense", "evaluate", _where(stored), "--suite", evaluation.suite]
-    words += ["--data", evaluation.data.name, "--images", str(evaluation.data.num_images)]
+    words += ["--images", str(evaluation.data.num_images)]
     norm, eps = stored.budget
     words += [] if eps is None else ["--eps", f"{eps:g}", "--norm", norm]
     seed = evaluation.provenance.get("seed")
@@ -86,6 +87,12 @@ def commands(results: Sequence[Result], out: Path) -> list[str]:
     runs = dict.fromkeys(_where(s) for s in stored)
     evaluate = dict.fromkeys(command(s) for s in stored)
     return [*evaluate, shlex.join(["redefense", "report", *runs, "--out", out.name])]
+
+
+def _run_settings(result: Result) -> str:
+    """The resolved run as stored with the evaluation; empty where it was not."""
+    run = next((e.run for e in result.evaluations if e.run), None)
+    return json.dumps(run, indent=1) if run else ""
 
 
 def _lines(results: Sequence[Result]) -> list[charts.Line]:
@@ -195,6 +202,7 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
         "histograms": _histograms(results),
         "results": results,
+        "settings": _run_settings,
         "tries": _tries_chart(results),
         "verdict": wording.verdict,
         "version": __version__,

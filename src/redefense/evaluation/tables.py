@@ -138,12 +138,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def markdown(
-    results: Sequence[Result], answers: Sequence[tuple[str, str]], commands: Sequence[str]
+    results: Sequence[Result], answers: Sequence[tuple[str, str, str]], commands: Sequence[str]
 ) -> str:
     """The report as Markdown: answers, summary, methods x attacks, checks, commands."""
     parts = ["# Robustness report", ""]
-    for question, answer in answers:
-        parts += [f"**{_escape_markdown(question)}** {_escape_markdown(answer)}", ""]
+    for question, lead, text in answers:
+        parts += [f"**{question} {_escape_markdown(lead)}.** {_escape_markdown(text)}", ""]
     rows = summary_rows(results)
     parts += [
         "Accuracy in percent, 95 % intervals in brackets.",

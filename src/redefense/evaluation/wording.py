@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from redefense.evaluation.joined import Result
+from redefense.evaluation.joined import Result, eps_text
 from redefense.evaluation.statistics import Estimate
 from redefense.evaluation.tables import interval, percent
+
+PERCENT = "\u00a0%"
+"""The sign, on the line of its figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +26,8 @@ def budget(result: Result) -> str:
     if result.eps is None:
         return "change an image by an amount that was not recorded"
     if result.norm == "inf":
-        levels = result.eps * 255
-        whole = abs(levels - round(levels)) < 1e-6 and round(levels) > 0
-        size = f"{round(levels)}/255" if whole else f"{result.eps:g}"
-        return f"change every pixel by at most {size} of its range"
-    return f"move an image by at most {result.eps:g} in the l{result.norm} norm"
+        return f"change every pixel by at most {eps_text(result.eps)} of its range"
+    return f"move an image by at most {eps_text(result.eps)} in the l{result.norm} norm"
 
 
 def _points(estimate: Estimate) -> str:
@@ -54,16 +55,15 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="open",
             short="not measured",
-            sentence="Not measured: the best single member and the averaged ensemble were not "
-            "attacked beside it.",
+            sentence="Neither the best single member nor the averaged ensemble was attacked.",
         )
     gains = [(name, gain) for name, _, gain in rivals if gain is not None]
     if not gains:
-        figures = " and ".join(f"{name} {percent(figure)} %" for name, figure, _ in rivals)
+        figures = " and ".join(f"{name} {percent(figure)}{PERCENT}" for name, figure, _ in rivals)
         return Verdict(
             answer="open",
             short="no paired figures",
-            sentence=f"Beside its {percent(result.aware)} %, {figures} stay right; without "
+            sentence=f"Beside its {percent(result.aware)}{PERCENT}, {figures} stay right; without "
             "per-image records the difference has no interval.",
         )
     told = ", ".join(f"{_points(gain)} against {name}" for name, gain in gains)
@@ -72,20 +72,19 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="no",
             short="no",
-            sentence=f"No: under attack {' and '.join(worse)} "
-            f"{'does' if len(worse) == 1 else 'do'} better without any draw ({told}).",
+            sentence=f"Under attack {' and '.join(worse)} "
+            f"{'does' if len(worse) == 1 else 'do'} better without any draw: {told}.",
         )
     if len(gains) == 2 and all(gain.low is not None and gain.low > 0 for _, gain in gains):
         return Verdict(
             answer="yes",
             short="yes",
-            sentence=f"Yes: drawing a member keeps more images right ({told}).",
+            sentence=f"Under attack, drawing a member keeps more images right: {told}.",
         )
     return Verdict(
         answer="open",
         short="not shown",
-        sentence=f"Not shown: on {result.num_images} images the difference cannot be told from "
-        f"nothing everywhere ({told}).",
+        sentence=f"On {result.num_images} images it is not clearly better than both: {told}.",
     )
 
 
@@ -96,11 +95,19 @@ def best(results: Sequence[Result]) -> Result:
 
 def _with_interval(estimate: Estimate | None) -> str:
     ends = interval(estimate)
-    return f"{percent(estimate)} %" + (f" ({ends})" if ends else "")
+    return f"{percent(estimate)}{PERCENT}" + (f" ({ends})" if ends else "")
 
 
-def answers(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """The three questions of the first screen and their answers, about the best of the runs."""
+class Answer(NamedTuple):
+    """One question of the first screen: the answer in a word or figure, then in sentences."""
+
+    question: str
+    lead: str
+    text: str
+
+
+def answers(results: Sequence[Result]) -> list[Answer]:
+    """The three questions of the first screen, answered about the best of the runs."""
     top = best(results)
     if top.aware is None:
         how = (
@@ -112,11 +119,15 @@ def answers(results: Sequence[Result]) -> list[tuple[str, str]]:
             f"{top.name} still answers {_with_interval(top.aware)} of the images correctly when "
             "each is attacked by whatever worked best against it"
         )
-        clean = f"; untouched, it answers {percent(top.clean)} %." if top.clean else "."
+        clean = f"; untouched, it answers {percent(top.clean)}{PERCENT}." if top.clean else "."
         how += clean
     others = [r for r in results if r is not top and r.aware is not None]
     if others and top.aware is not None:
-        how += " Beside it: " + ", ".join(f"{r.name} {percent(r.aware)} %" for r in others) + "."
+        how += (
+            " Beside it: "
+            + ", ".join(f"{r.name} {percent(r.aware)}{PERCENT}" for r in others)
+            + "."
+        )
     attackers = len(top.bounded)
     members = f"all {top.num_members} members" if top.num_members else "all members"
     whom = (
@@ -130,8 +141,13 @@ def answers(results: Sequence[Result]) -> list[tuple[str, str]]:
             f" One who does not know about the draw leaves {_with_interval(top.unaware)} right: "
             f"the {gap:.1f} points between the two rest on his ignorance, not on robustness."
         )
+    worth = verdict(top)
     return [
-        ("How robust is it?", how),
-        ("Against whom?", whom),
-        ("Is the randomness worth it?", verdict(top).sentence),
+        Answer(
+            question="How robust is it?",
+            lead=f"{percent(top.aware)}{PERCENT}" if top.aware is not None else "unknown",
+            text=how,
+        ),
+        Answer(question="Against whom?", lead=f"one who knows, {top.threat}", text=whom),
+        Answer(question="Is the randomness worth it?", lead=worth.short, text=worth.sentence),
     ]
