@@ -1,3 +1,36 @@
-"""Train, attack, measure and deploy robust classifier ensembles, above all randomized ones."""
+"""Train, attack, measure and deploy robust classifier ensembles, above all randomized ones.
+
+Public names load on first use, so that `import redefense` and the command line stay quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redefense.ensembles import Independent
+    from redefense.errors import RedefenseError
+    from redefense.evaluation.api import evaluate
+    from redefense.threat import Threat
+    from redefense.train.run import load, train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Independent": "redefense.ensembles",
+    "RedefenseError": "redefense.errors",
+    "Threat": "redefense.threat",
+    "evaluate": "redefense.evaluation.api",
+    "load": "redefense.train.run",
+    "train": "redefense.train.run",
+}
+
+__all__ = ["Independent", "RedefenseError", "Threat", "__version__", "evaluate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # a submodule of the same name as a function (train) must not shadow it once it is imported
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'redefense' has no attribute {name!r}")

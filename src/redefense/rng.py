@@ -86,7 +86,7 @@ class ImageStreams:
 
 
 def system_uniform(count: int) -> Tensor:
-    """(count,) float64 in [0, 1) from the operating system's entropy: for draws to be kept secret."""
+    """(count,) float64 in [0, 1) from the operating system's entropy, for secret draws."""
     raw = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
     return _shift(raw, 11).double() * 2.0**-53
 

@@ -18,7 +18,7 @@ def per_image(values: Float[Tensor, " B"], like: Tensor) -> Tensor:
 
 
 def norms(delta: Tensor, p: float) -> Float[Tensor, " B"]:
-    """(B,) p-norm of each image's perturbation, flattened; p = 0 counts changed pixels (B,ch,H,W)."""
+    """(B,) p-norm of each image's perturbation, p = 0 counts changed pixels of (B, ch, H, W)."""
     if p == 0:
         return (delta != 0).any(1).flatten(1).sum(1).to(delta.dtype)
     return torch.linalg.vector_norm(delta.flatten(1), ord=p, dim=1)
@@ -53,7 +53,7 @@ class Threat:
             raise ConfigError(f"threat eps must be finite and not negative, got {self.eps}")
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """Nearest allowed point of the ball, then of the box; allowed points stay where they are."""
+        """Nearest point of the ball, then of the box; allowed points stay where they are."""
         delta = x_adv - x
         if self.norm == math.inf:
             delta = delta.clamp(-self.eps, self.eps)

@@ -5,9 +5,9 @@ Axes: M members, B batch, C classes, D flattened pixels, S random samples; image
 first layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,12 @@ else:
         Bool = Float = Int = UInt8 = _Unchecked
 
 __all__ = [
-    "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss",
+    "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
     "UInt8", "Victim", "check_images", "check_labels",
 ]  # fmt: skip
+
+Per = Literal["call", "image"]
+"""How often a member is drawn."""
 
 Images = Float[Tensor, "B ch H W"]
 Labels = Int[Tensor, " B"]
@@ -86,11 +89,11 @@ class Ensemble(Protocol):
 
     def averaged(self) -> nn.Module: ...
 
-    def sampled(self, *, rng: torch.Generator | None = None, per: str = "call") -> nn.Module: ...
+    def sampled(self, *, rng: torch.Generator | None = None, per: "Per" = "call") -> nn.Module: ...
 
     def parameters_of(self, m: int) -> list[nn.Parameter]: ...
 
-    parameters: Callable[..., object]
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 
 def check_images(x: Tensor, what: str = "images") -> None:
@@ -119,10 +122,8 @@ def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> 
         InputError: naming the rule and the offending shape, type or value.
     """
     if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise InputError(
-            "labels must be a vector of integers, got "
-            + (f"shape {tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__)
-        )
+        got = f"shape {tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise InputError(f"labels must be a vector of integers, got {got}")
     if len(y) != num_images:
         raise InputError(f"need one label per image, got {len(y)} labels for {num_images} images")
     low, high = (int(v) for v in y.aminmax())

@@ -21,7 +21,7 @@ class _CountBackward(torch.autograd.Function):
     """Identity that counts each time a gradient passes."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, meter: Meter) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, logits: Tensor, meter: Meter) -> Tensor:
         ctx.meter = meter
         return logits.view_as(logits)
 

@@ -1,5 +1,6 @@
 """Runs a suite on an ensemble, cell by cell, and keeps what every member said to every image."""
 
+import html
 import json
 import math
 import os
@@ -79,9 +80,9 @@ class Cell:
     @classmethod
     def read(cls, path: Path) -> "Cell":
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files if key != "index"}
-        scalars = {key: float(arrays.pop(key)) for key in ("forwards", "backwards", "seconds")}
-        return cls(**arrays, **scalars)
+            fields = {key: stored[key] for key in stored.files if key != "index"}
+        values: dict[str, Any] = {k: v if v.ndim else float(v) for k, v in fields.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{c['label'] or c['id']}</td><td>{100 * c['accuracy']['expected']:.1f} %</td></tr>"
+            f"<tr><td>{html.escape(c['label'] or c['id'])}</td>"
+            f"<td>{100 * c['accuracy']['expected']:.1f} %</td></tr>"
             for c in self.data["cells"]
         )
         return f"<table>{rows}</table>"
@@ -282,7 +284,7 @@ def attack_cell(
         if attack.bounded:
             verify_ball(x_adv, x, budget, name)
         found.append(judge(subject.ensemble, x_adv, x, y))
-    merged = {
+    merged: dict[str, Any] = {
         key: np.concatenate([f[key] for f in found], axis=-1)
         for key in ("correct", "averaged", "linf", "l2", "l0")
     }
@@ -461,7 +463,7 @@ def robust_correctness(
     seed: int,
     name: str,
 ) -> Bools:
-    """(n,) whether a deterministic classifier is right on the clean image and after every attack."""
+    """(n,) whether a deterministic classifier is right on the image and after every attack."""
     alone = as_ensemble(model)
     with evaluating(model):
         parts = []

@@ -1,0 +1,5 @@
+"""`python -m redefense`."""
+
+from redefense.cli import main
+
+main()

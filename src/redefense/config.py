@@ -1,0 +1,258 @@
+"""A `Run`: everything that decides a training, as frozen data that goes to JSON and back.
+
+Imports no torch, so that the command line can check a configuration at once. Names of models,
+defences and so on are resolved through mappings given by the caller, never through import paths.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from redefense.errors import ConfigError
+
+T = TypeVar("T")
+Settings = dict[str, Any]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataConfig(_Frozen):
+    """Which images, and how they are fed.
+
+    Attributes:
+        spec: data specification, e.g. `digits` or `cifar10:PATH`.
+        images: train on the first N of a fixed permutation of the training split; all if None.
+        augment: random crop with 4 pixels of padding, and horizontal flip.
+        validation: share of the training images held out, always.
+    """
+
+    spec: str
+    images: int | None = Field(default=None, ge=1)
+    augment: bool = False
+    validation: float = Field(default=0.1, gt=0, lt=1)
+
+
+class ThreatConfig(_Frozen):
+    """The adversary that the run is measured against."""
+
+    norm: Literal["inf", "2"] = "inf"
+    eps: float = Field(default=0.03, ge=0, le=100)
+
+
+class OptimConfig(_Frozen):
+    """Optimizer and learning-rate schedule, both functions of the step.
+
+    Attributes:
+        name: "sgd" (momentum) or "adam".
+        lr: peak learning rate.
+        momentum: of SGD.
+        nesterov: Nesterov's form of it.
+        weight_decay: L2 on all parameters.
+        eps: Adam's.
+        schedule: "constant"; "one-cycle" (linear up over `warmup`, linear down to 0); "cosine";
+            "steps" (times `gamma` at each share of the stage in `milestones`).
+        warmup: share of the stage, for one-cycle.
+        milestones: shares of the stage in (0, 1), for steps.
+        gamma: factor at each milestone.
+        clip: largest norm of the gradient over all parameters; no clipping if None.
+    """
+
+    name: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=1e-4, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["constant", "one-cycle", "cosine", "steps"] = "one-cycle"
+    warmup: float = Field(default=0.3, ge=0, lt=1)
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    clip: float | None = Field(default=None, gt=0)
+
+
+class Run(_Frozen):
+    """One training run.
+
+    Attributes:
+        recipe: the name it came from, for reports.
+        ensemble: `{"name": kind, ...}` with the settings of that kind of ensemble.
+        defence: `{"name": method, ...}` with the settings of that method.
+        precision: "bf16" computes forward passes under autocast; weights stay in single precision.
+        epochs: passes over the training images in all, whatever the number of stages.
+    """
+
+    recipe: str = "custom"
+    data: DataConfig
+    ensemble: Settings
+    defence: Settings
+    threat: ThreatConfig = ThreatConfig()
+    optim: OptimConfig = OptimConfig()
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+def to_json(run: Run) -> str:
+    """The record that is written beside every checkpoint, and can be trained again."""
+    return json.dumps(run.model_dump(mode="json"), indent=1) + "\n"
+
+
+def parse_run(data: Any, source: str = "run") -> Run:
+    """A `Run` from JSON data.
+
+    Raises:
+        ConfigError: one line naming the first wrong setting, the rule and its value.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} must be a JSON object, got {type(data).__name__}")
+    _check_keys(data, Run, source)
+    try:
+        return Run.model_validate_json(json.dumps(data))
+    except (ValidationError, TypeError) as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from None
+
+
+def read_run(path: Path) -> Run:
+    """A `Run` from a JSON file.
+
+    Raises:
+        ConfigError: if it cannot be read or is not a valid run.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read a run from {path}: {error}") from None
+    return parse_run(data, str(path))
+
+
+def override(run: Run, assignments: Sequence[str]) -> Run:
+    """Apply `a.b=value` assignments; a value is JSON, or a string if it is not.
+
+    Raises:
+        ConfigError: for a malformed assignment, an unknown path or a value of the wrong type.
+    """
+    data = run.model_dump(mode="json")
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set takes PATH=VALUE, e.g. --set epochs=3, got {assignment!r}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        here = data
+        for depth, key in enumerate(keys[:-1]):
+            here = here.setdefault(key, {})
+            if not isinstance(here, dict):
+                where = ".".join(keys[: depth + 1])
+                raise ConfigError(
+                    f"--set {path}: {where} is a value and has no settings of its own"
+                )
+        if keys == ["defence", "name"] and here.get("name") != value:
+            here.clear()  # another method has other settings
+        here[keys[-1]] = value
+        _check_keys(data, Run, f"--set {path}")
+    return parse_run(data, f"--set {' '.join(assignments)}" if assignments else "run")
+
+
+def choose(mapping: Mapping[str, type[T]], settings: Mapping[str, Any], where: str) -> T:
+    """The object that `{"name": ..., settings}` describes, resolved through `mapping`.
+
+    Raises:
+        ConfigError: for an unknown name or setting, or a value of the wrong type.
+    """
+    rest = dict(settings)
+    name = rest.pop("name", None)
+    if name not in mapping:
+        raise ConfigError(
+            f"unknown {where} {name!r}{suggestion(str(name), list(mapping))}; "
+            f"there are {', '.join(mapping)}"
+        )
+    return construct(mapping[name], rest, where)
+
+
+def construct(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """A keyword-only dataclass from JSON data, nested ones included; types are checked strictly.
+
+    Raises:
+        ConfigError: naming the setting, the rule and the value.
+    """
+    fields = _init_fields(cls)
+    values: Settings = {}
+    for key, value in settings.items():
+        if key not in fields:
+            raise ConfigError(
+                f"unknown setting {where}.{key}{suggestion(key, list(fields))}; "
+                f"there are {', '.join(fields) or 'none'}"
+            )
+        kind = fields[key]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}.{key} must be a group of settings, got {value!r}")
+            values[key] = construct(kind, value, f"{where}.{key}")
+            continue
+        try:
+            values[key] = TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+        except (ValidationError, TypeError) as error:
+            raise ConfigError(f"{where}.{key}: {_one_line(error)}") from None
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: {str(error).partition(')')[2].strip() or error}") from None
+
+
+def settings_of(mapping: Mapping[str, type[Any]], value: Any) -> Settings:
+    """The inverse of `choose`: name and all settings, defaults included, as JSON data."""
+    name = next(key for key, cls in mapping.items() if cls is type(value))
+    fields = {key: getattr(value, key) for key in _init_fields(type(value))}
+    plain = {
+        key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # type: ignore[arg-type]  # an instance, never a class
+        for key, v in fields.items()
+    }
+    return {"name": name, **json.loads(json.dumps(plain))}
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """A question naming the nearest known word, for a near miss; else nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _init_fields(cls: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _check_keys(data: Mapping[str, Any], model: type[BaseModel], source: str) -> None:
+    """Unknown keys are named with the nearest known one, which pydantic's own message lacks."""
+    for key, value in data.items():
+        known = list(model.model_fields)
+        if key not in known:
+            raise ConfigError(
+                f"{source}: unknown setting {key!r}{suggestion(key, known)}; "
+                f"there are {', '.join(known)}"
+            )
+        kind = model.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, Mapping):
+            _check_keys(value, kind, f"{source}: {key}")
+
+
+def _one_line(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Input ")
+    return f"{place + ' ' if place else ''}{message}, got {first['input']!r}"

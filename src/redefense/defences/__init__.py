@@ -1,0 +1,20 @@
+"""Training methods by name: one file and one line each."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from redefense.defences.at import AdversarialTraining
+from redefense.defences.base import Adversary, Defence, Stage
+from redefense.defences.red import RED
+from redefense.defences.vanilla import Vanilla
+
+__all__ = ["DEFENCES", "Adversary", "Defence", "Stage"]
+
+DEFENCES: Final[Mapping[str, type[Defence]]] = MappingProxyType(
+    {
+        "vanilla": Vanilla,
+        "at": AdversarialTraining,
+        "red": RED,
+    }
+)

@@ -1,0 +1,50 @@
+"""Adversarial training of an ensemble (Madry et al., 2018), in its three published forms."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+
+from redefense.defences.base import Adversary, Defence, terms
+from redefense.errors import ConfigError
+from redefense.types import Batch, Ensemble, Loss
+
+Variant = Literal["shared", "independent", "joint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialTraining(Defence):
+    """Cross-entropy on adversarial examples only.
+
+    Attributes:
+        variant: "shared": examples on the averaged ensemble, each member learns from them (the
+            baseline of DVERGE); "independent": each member makes its own (the comparison of BARRE);
+            "joint": examples on the averaged ensemble, which learns as one classifier (MRBoost).
+        adversary: who makes the examples.
+    """
+
+    summary: ClassVar[str] = "adversarial training on PGD examples: shared, independent or joint"
+
+    variant: Variant = "shared"
+    adversary: Adversary = field(default_factory=Adversary)
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("shared", "independent", "joint"):
+            raise ConfigError(f"variant must be shared, independent or joint, got {self.variant!r}")
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """One part a member, its own cross-entropy; one part in all for `joint`."""
+        x, y = batch.x, batch.y
+        if self.variant != "independent":
+            x = self.adversary.craft(ensemble.averaged(), x, y, rng)
+        if self.variant == "joint":
+            ce = F.nll_loss(ensemble.averaged()(x), y)
+            yield Loss(ce, terms(ce=ce, total=ce))
+            return
+        for m in range(ensemble.num_members):
+            if self.variant == "independent":
+                x = self.adversary.craft(ensemble.member(m), batch.x, y, rng)
+            ce = F.cross_entropy(ensemble.logits_of(m, x), y)
+            yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))

@@ -1,0 +1,95 @@
+"""What a defence is: settings, and the loss of each of its stages."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from redefense.attacks.gradient import PGD
+from redefense.ensembles import evaluating, frozen_weights
+from redefense.errors import ConfigError
+from redefense.threat import Threat
+from redefense.types import Batch, Ensemble, Images, Labels, Loss
+
+LossFn = Callable[[Ensemble, Batch, torch.Generator], Iterator[Loss]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adversary:
+    """Who makes the training examples: PGD on cross-entropy (Madry et al., 2018).
+
+    Attributes:
+        eps: radius of the ball, in pixel units of [0, 1].
+        steps: gradient steps.
+        step_size: length of a step as a fraction of eps.
+    """
+
+    eps: float = 0.03
+    steps: int = 10
+    step_size: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps <= 1:
+            raise ConfigError(f"adversary.eps must lie in [0, 1], got {self.eps}")
+        if self.steps < 1:
+            raise ConfigError(f"adversary.steps must be at least 1, got {self.steps}")
+        if not self.step_size > 0:
+            raise ConfigError(f"adversary.step_size must be positive, got {self.step_size}")
+
+    def craft(self, victim: nn.Module, x: Images, y: Labels, rng: torch.Generator) -> Images:
+        """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off."""
+        if len(x) == 0:
+            return x
+        attack = PGD(
+            steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
+        )
+        with evaluating(victim), frozen_weights(victim):
+            return attack.perturb(victim, x, y, Threat(eps=self.eps), rng=rng).detach()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stretch of training: who learns, for how long, from which loss.
+
+    Attributes:
+        name: what errors and logs call it; unique within a run.
+        epochs: passes over the training split.
+        members: whose parameters the optimizer owns.
+        loss: yields parts whose gradients add up; each is backpropagated before the next is made.
+    """
+
+    name: str
+    epochs: int
+    members: tuple[int, ...]
+    loss: LossFn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defence(ABC):
+    """A training method. Subclasses are final, hold settings only and are one file each.
+
+    Attributes:
+        summary: one line for `redefense list defences`.
+        randomized: whether the method answers queries by a member drawn at random; if not, its
+            deterministic form is the averaged ensemble.
+    """
+
+    summary: ClassVar[str] = ""
+    randomized: ClassVar[bool] = False
+
+    def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
+        """One joint stage of all members, unless a method says otherwise."""
+        everyone = tuple(range(num_members))
+        return (Stage(name="joint", epochs=epochs, members=everyone, loss=self.loss),)
+
+    @abstractmethod
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """Yield the loss of one batch in parts."""
+
+
+def terms(**values: Tensor) -> dict[str, Tensor]:
+    """Detached scalars for the log."""
+    return {name: value.detach() for name, value in values.items()}

@@ -1,0 +1,159 @@
+"""Losses that couple members through their input gradients (RED, GAL, TRS), two ways.
+
+`joint` is the definition: one graph that holds all members. `parts` is the engine: the same
+gradient, one member's graph at a time. With R the regularizer, a function of the gradients g_m,
+
+    d/dtheta_m R(g_1, ..., g_M) = d/dtheta_m <g_m(theta_m), v_m>,    v_m = dR/dg_m held constant,
+
+so the detached gradients are computed first, R is differentiated with respect to them (tiny
+tensors), and each member is then trained on its cross-entropy plus <g_m, v_m>.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redefense.ensembles import frozen_statistics, frozen_weights
+from redefense.threat import norms, per_image
+from redefense.types import Ensemble, Float, Labels, Loss
+
+Differentiate = Literal["exact", "finite"]
+PerMember = Tensor | Sequence[Tensor]
+"""Images for all members, or one batch of images a member."""
+
+FINITE_STEP = 0.1
+"""L2 length of the finite difference, in pixel units; see docs/engine.md for the measurement."""
+
+
+def _of(images: PerMember, m: int) -> Tensor:
+    return images if isinstance(images, Tensor) else images[m]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coupled:
+    """A cross-entropy and a regularizer of the members' input gradients at given images.
+
+    Attributes:
+        y: labels (B,).
+        ce_images: where the cross-entropy is taken.
+        ce_weight: weight of each member's batch-mean cross-entropy (1 / M or 1).
+        points: where input gradients are taken. A forward pass is shared where a point *is*
+            `ce_images`; only forward passes of the cross-entropy move batch norm's running moments.
+        penalty: from the gradients (M, B, D) at each point to named scalars, weights not included.
+        weights: weight of each named scalar in the total.
+    """
+
+    y: Labels
+    ce_images: PerMember
+    ce_weight: float
+    points: tuple[PerMember, ...]
+    penalty: Callable[..., dict[str, Tensor]]
+    weights: Mapping[str, float]
+
+    def joint(self, ensemble: Ensemble) -> dict[str, Tensor]:
+        """All members in one graph: `ce`, the penalty's terms, and `total` with the weights."""
+        ces: list[Tensor] = []
+        grads: list[list[Tensor]] = [[] for _ in self.points]
+        for m in range(ensemble.num_members):
+            ce, member_grads = self._member(ensemble, m, create_graph=True)
+            ces.append(ce)
+            for collected, grad in zip(grads, member_grads, strict=True):
+                collected.append(grad)
+        named = self.penalty(*(torch.stack(g) for g in grads))
+        ce = torch.stack(ces).sum() * self.ce_weight
+        total = ce + cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
+        return {"ce": ce, **named, "total": total}
+
+    def parts(self, ensemble: Ensemble, differentiate: Differentiate) -> Iterator[Loss]:
+        """One part a member; the sum of their gradients is that of `joint`'s total."""
+        grads = [self._detached(ensemble, point).requires_grad_() for point in self.points]
+        named = self.penalty(*grads)
+        regularizer = cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
+        active = [k for k, v in named.items() if self.weights[k] != 0 and v.requires_grad]
+        pulls = (
+            torch.autograd.grad(regularizer, grads, materialize_grads=True)
+            if active
+            else [torch.zeros_like(g) for g in grads]
+        )
+        logged = {k: v.detach() for k, v in named.items()}
+        logged["total"] = regularizer.detach()
+        for m in range(ensemble.num_members):
+            if not active:
+                ce = self.ce_weight * self._cross_entropy(ensemble, m)
+                coupling = torch.zeros_like(ce)
+            elif differentiate == "exact":
+                ce, member_grads = self._member(ensemble, m, create_graph=True)
+                ce = self.ce_weight * ce
+                inner = [(g * v[m]).sum() for g, v in zip(member_grads, pulls, strict=True)]
+                coupling = torch.stack(inner).sum()
+            else:
+                ce = self.ce_weight * self._cross_entropy(ensemble, m)
+                with frozen_statistics(cast(nn.Module, ensemble)):
+                    coupling = torch.stack(
+                        [
+                            directional(ensemble, m, _of(p, m), self.y, v[m])
+                            for p, v in zip(self.points, pulls, strict=True)
+                        ]
+                    ).sum()
+            # the regularizer is logged once, not once a member: terms of parts add up
+            terms = {"ce": ce.detach(), "total": ce.detach()}
+            if m == 0:
+                terms = {**logged, **terms, "total": logged["total"] + ce.detach()}
+            yield Loss(ce + coupling, terms)
+
+    def _cross_entropy(self, ensemble: Ensemble, m: int) -> Tensor:
+        return F.cross_entropy(ensemble.logits_of(m, _of(self.ce_images, m)), self.y)
+
+    def _member(
+        self, ensemble: Ensemble, m: int, *, create_graph: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Cross-entropy of member m, and its input gradient (B, D) at every point."""
+        ce: Tensor | None = None
+        grads = []
+        for point in self.points:
+            shared = point is self.ce_images
+            x = _of(point, m).detach().requires_grad_()
+            module = cast(nn.Module, ensemble)
+            with nullcontext() if shared else frozen_statistics(module):
+                loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
+            if shared:
+                ce = loss / len(self.y)
+            (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+            grads.append(grad.flatten(1))
+        if ce is None:
+            ce = self._cross_entropy(ensemble, m)
+        return ce, grads
+
+    def _detached(self, ensemble: Ensemble, point: PerMember) -> Float[Tensor, "M B D"]:
+        """Input gradients of all members with nothing kept for the weights."""
+        module = cast(nn.Module, ensemble)
+        grads = []
+        with frozen_weights(module), frozen_statistics(module):
+            for m in range(ensemble.num_members):
+                x = _of(point, m).detach().requires_grad_()
+                loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
+                grads.append(torch.autograd.grad(loss, x)[0].flatten(1))
+        return torch.stack(grads)
+
+
+def directional(
+    ensemble: Ensemble, m: int, x: Tensor, y: Labels, v: Float[Tensor, "B D"]
+) -> Float[Tensor, ""]:
+    """<g_m, v> summed over images, by central differences of the losses (Finlay & Oberman, 2021).
+
+    Each image moves by `FINITE_STEP` along its own v / |v|; images with v = 0 contribute nothing.
+    The value approximates the inner product, its gradient that of the inner product.
+    """
+    length = norms(v, 2)
+    unit = (v / length.clamp_min(1e-30)[:, None]).view_as(x)
+    loss: list[Tensor] = []
+    for sign in (1.0, -1.0):
+        logits = ensemble.logits_of(m, x + sign * FINITE_STEP * unit)
+        loss.append(F.cross_entropy(logits, y, reduction="none"))
+    slope = (loss[0] - loss[1]) / (2 * FINITE_STEP)
+    return (slope * per_image(length, slope)).sum()

@@ -1,0 +1,215 @@
+"""Ensembles of M classifiers and the views of them that attacks, reports and users query."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from redefense.errors import ConfigError, InputError
+from redefense.rng import draw_members
+from redefense.types import Ensemble, Float, Images, Logits, Per, check_images
+
+
+class Members(nn.Module):
+    """What every kind of ensemble shares: the mixture and the views. Subclasses are final.
+
+    Attributes:
+        mixture: (M,) float64 probabilities with which members answer.
+    """
+
+    mixture: Tensor
+
+    def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
+        super().__init__()
+        if num_members < 1:
+            raise ConfigError(f"an ensemble needs at least one member, got {num_members}")
+        self.num_members = num_members
+        self.register_buffer("mixture", check_mixture(mixture, num_members))
+
+    def set_mixture(self, mixture: Sequence[float] | Tensor) -> None:
+        """Replace the sampling probabilities, in place."""
+        self.mixture.copy_(check_mixture(mixture, self.num_members))
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        return cast(Tensor, self.member(m)(x))
+
+    def member(self, m: int) -> nn.Module:
+        """Member m as a plain network."""
+        raise TypeError(f"{type(self).__name__} does not say what a member is")
+
+    def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
+        """Logits of all members. Checks nothing."""
+        return torch.stack([self.logits_of(m, x) for m in range(self.num_members)])
+
+    def parameters_of(self, m: int) -> list[nn.Parameter]:
+        """What training member m alone would change."""
+        return list(self.member(m).parameters())
+
+    def train_members(self, members: Sequence[int]) -> None:
+        """Train mode for these members, evaluation mode for all others."""
+        for m in range(self.num_members):
+            self.member(m).train(m in members)
+
+    def averaged(self) -> nn.Module:
+        """The deterministic ensemble: log of the mixture-weighted mean probability."""
+        return Averaged(self)
+
+    def sampled(self, *, rng: torch.Generator | None = None, per: Per = "call") -> nn.Module:
+        """Random sampling inference: a fresh member per forward call, or per image.
+
+        Without `rng` members are drawn from the operating system's entropy.
+        """
+        return Sampled(self, rng=rng, per=per)
+
+    def forward(self, x: Images) -> Logits:
+        """(B, C) logits, each image answered by a member of its own, drawn in secret.
+
+        Raises:
+            InputError: unless x is (B, ch, H, W), floating point, finite and in [0, 1].
+        """
+        check_images(x)
+        return cast(Tensor, self.sampled(per="image")(x))
+
+
+class Independent(Members):
+    """M separate networks.
+
+    Args:
+        members: networks from images in [0, 1] to logits; may differ in architecture.
+        mixture: M probabilities, uniform unless given.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], mixture: Sequence[float] | Tensor | None = None
+    ) -> None:
+        super().__init__(len(members), mixture)
+        self.members = nn.ModuleList(members)
+
+    def member(self, m: int) -> nn.Module:
+        """Member m itself, sharing its weights with the ensemble."""
+        return self.members[m]
+
+
+class Averaged(nn.Module):
+    """log sum_m p_m softmax(z_m), by logsumexp: finite and exact for logits of any size."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, x: Images) -> Logits:
+        return mean_log_probs(self.ensemble.member_logits(x), self.ensemble.mixture)
+
+
+class Sampled(nn.Module):
+    """Answers with one member drawn at random per call, or one per image."""
+
+    def __init__(self, ensemble: Ensemble, *, rng: torch.Generator | None, per: Per) -> None:
+        super().__init__()
+        if per not in ("call", "image"):
+            raise ConfigError(f'a member is drawn per "call" or per "image", got {per!r}')
+        self.ensemble, self.rng, self.per = ensemble, rng, per
+
+    def forward(self, x: Images) -> Logits:
+        if self.per == "call":
+            m = int(draw_members(self.ensemble.mixture, 1, self.rng))
+            return self.ensemble.logits_of(m, x)
+        drawn = draw_members(self.ensemble.mixture, len(x), self.rng)
+        return logits_of_drawn(self.ensemble, x, drawn)
+
+
+def logits_of_drawn(ensemble: Ensemble, x: Images, drawn: Tensor) -> Logits:
+    """(B, C) logits where member drawn[b] answers image b: the work of one member, not of M."""
+    groups = [(drawn == m).nonzero().flatten().to(x.device) for m in drawn.unique().tolist()]
+    logits = [
+        ensemble.logits_of(m, x[rows])
+        for m, rows in zip(drawn.unique().tolist(), groups, strict=True)
+    ]
+    order = torch.cat(groups)
+    return torch.cat(logits)[order.argsort()]
+
+
+def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
+    """Log of the mixture-weighted mean of the members' probabilities; usable as logits."""
+    # members that never answer are left out: log 0 would make their gradients nan
+    answering = mixture > 0
+    if not bool(answering.all()):
+        logits, mixture = logits[answering], mixture[answering]
+    log_probs = F.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
+    return torch.logsumexp(log_probs + mixture.log().to(log_probs)[:, None, None], dim=0)
+
+
+def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) -> Tensor:
+    """(M,) float64 probabilities that sum to 1; uniform for None.
+
+    Raises:
+        ConfigError: for a wrong length, a negative or non-finite entry, or a sum other than 1.
+    """
+    if mixture is None:
+        return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
+    probs = torch.as_tensor(mixture, dtype=torch.float64).detach().clone()
+    if probs.shape != (num_members,):
+        raise ConfigError(
+            f"the mixture needs one probability for each of {num_members} members, "
+            f"got shape {tuple(probs.shape)}"
+        )
+    if not bool((probs >= 0).all()) or abs(float(probs.sum()) - 1) > 1e-5:
+        raise ConfigError(
+            f"the mixture must hold probabilities that sum to 1, got {probs.tolist()}"
+        )
+    return probs / probs.sum()
+
+
+def as_ensemble(model: nn.Module | Ensemble | Sequence[nn.Module]) -> Ensemble:
+    """An ensemble as it is; a bare network as an ensemble of one; a list as independent members."""
+    if isinstance(model, nn.Module):
+        return model if isinstance(model, Ensemble) else Independent([model])
+    if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
+        return Independent(model)
+    raise InputError(
+        "expected a network (torch.nn.Module), an ensemble or a list of networks, "
+        f"got {type(model).__name__}"
+    )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; every submodule then gets its own mode back."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+@contextmanager
+def frozen_weights(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient within the block, so none is computed or stored."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode uses the batch's moments but leaves its running ones alone."""
+    norms = [c for c in module.modules() if isinstance(c, _BatchNorm) and c.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

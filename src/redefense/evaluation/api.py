@@ -1,0 +1,218 @@
+"""`evaluate` and `evaluate_run`: anybody's model, or a trained run, under a suite."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from redefense.config import Run, ThreatConfig
+from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
+from redefense.ensembles import Independent, Members, as_ensemble, evaluating
+from redefense.errors import ConfigError, DataError, InputError
+from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, Subject, run_suite
+from redefense.evaluation.suite import suite_named
+from redefense.threat import Threat
+from redefense.train.run import Signature, find_final, input_check, load_checkpoint
+
+
+def evaluate(
+    model: nn.Module | Sequence[nn.Module],
+    data: str | tuple[Tensor, Tensor],
+    suite: str = "quick",
+    threat: Threat | None = None,
+    mixture: Sequence[float] | None = None,
+    seed: int = 0,
+    *,
+    images: int | None = None,
+    checks: str = "quick",
+) -> Report:
+    """Measure any classifier, ensemble or list of classifiers.
+
+    Args:
+        model: a network from images in [0, 1] to logits, an ensemble, or a list of networks of
+            which each query meets one at random.
+        data: a data specification, whose test split is used, or (images, labels).
+        suite: a name of `SUITES`, or a `.json` file.
+        threat: what the adversary may do; L-inf 8/255 unless given.
+        mixture: sampling probabilities of a list of networks; uniform unless given.
+        seed: of every draw.
+        images: the first N of one published permutation of the test split.
+        checks: "quick" or "full".
+
+    Returns:
+        The report; nothing is written.
+
+    Raises:
+        InputError: for models, images or labels that break the input contract.
+        ConfigError: for an unknown suite or setting.
+        DataError: if the data cannot be read.
+    """
+    plan = suite_named(suite)
+    ensemble = _ensemble(model, mixture)
+    allowed = _config(threat or Threat())
+    if isinstance(data, str):
+        subject = _subject(ensemble, load_dataset(data), images, {})
+    else:
+        x, y = data
+        count = len(x) if images is None else images
+        index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
+        subject = Subject(ensemble, x[index], y[index], index, "given images", "given")
+    with evaluating(ensemble):
+        return run_suite(subject, plan, allowed, seed=seed, checks=checks)
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    suite: str = "quick",
+    data: str | None = None,
+    images: int | None = None,
+    eps: float | None = None,
+    norm: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    checks: str = "quick",
+    say: Say = lambda _: None,
+) -> tuple[Report, Path]:
+    """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
+
+    Cells are saved one by one; called again with the same settings, the evaluation goes on.
+
+    Returns:
+        The report and the file it was written to.
+
+    Raises:
+        ConfigError: if an evaluation with other settings is stored there.
+        DataError: if the run or its data is missing, damaged or does not fit.
+    """
+    plan = suite_named(suite)
+    checkpoint = find_final(path)
+    run = checkpoint.run
+    threat = _override(run.threat, eps, norm)
+    target = out if out is not None else path / "evaluation" / f"{plan.name}.json"
+    if target.suffix != ".json":
+        raise ConfigError(f"--out must name a .json file, got {target}")
+    ensemble = load_checkpoint(checkpoint, device=device)
+    dataset = load_dataset(data or run.data.spec)
+    input_check(ensemble, dataset, checkpoint)
+    if data is None and dataset.checksum() != Signature.stored(checkpoint.state).checksum:
+        raise DataError(f"{run.data.spec} is not the data that {path} was trained on")
+    settings = {
+        "suite": plan.model_dump(mode="json"),
+        "threat": threat.model_dump(mode="json"),
+        "data": dataset.checksum(),
+        "images": images,
+        "seed": seed,
+        "checks": checks,
+        "weights": _manifest(checkpoint.path),
+    }
+    store = target.with_suffix("")
+    _claim(store, target, settings)
+    subject = _subject(ensemble, dataset, images, _run_json(path, run), run, device)
+    say(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
+    renamed = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
+    report = run_suite(subject, renamed, threat, seed=seed, store=store, checks=checks, say=say)
+    report.data["suite"] = plan.name
+    _write(target, report.to_json())
+    return report, target
+
+
+def _ensemble(model: Any, mixture: Sequence[float] | None) -> Members:
+    if mixture is not None:
+        if isinstance(model, nn.Module):
+            raise InputError("a mixture goes with a list of networks, one probability each")
+        return Independent(model, mixture)
+    ensemble = as_ensemble(model)
+    if not isinstance(ensemble, Members):
+        raise InputError(f"cannot evaluate a {type(model).__name__}")
+    return ensemble
+
+
+def _subject(
+    ensemble: Members,
+    dataset: Dataset,
+    images: int | None,
+    run_json: Mapping[str, Any],
+    run: Run | None = None,
+    device: str = "cpu",
+) -> Subject:
+    total = len(dataset.test)
+    index = torch.arange(total) if images is None else test_indices(total, images)
+    fraction = run.data.validation if run is not None else 0.1
+    _, validation, _ = train_validation(dataset, fraction)
+    return Subject(
+        ensemble,
+        *_images(dataset.test, index, device),
+        index.numpy(),
+        dataset.name,
+        "test",
+        run_json,
+        # a stranger's model may have been trained on these images
+        _images(validation, torch.arange(min(SELECTION_IMAGES, len(validation))), device)
+        if run is not None
+        else None,
+    )
+
+
+def _images(split: Split, index: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    return split.float(index).to(device), split.labels[index].to(device)
+
+
+def _run_json(path: Path, run: Run) -> dict[str, Any]:
+    return {"name": path.resolve().name, **run.model_dump(mode="json")}
+
+
+def _config(threat: Threat) -> ThreatConfig:
+    return ThreatConfig(norm="2" if threat.norm == 2 else "inf", eps=threat.eps)
+
+
+def _override(threat: ThreatConfig, eps: float | None, norm: str | None) -> ThreatConfig:
+    if norm not in (None, "inf", "2"):
+        raise ConfigError(f"--norm must be inf or 2, got {norm}")
+    if norm is not None and norm != threat.norm and eps is None:
+        raise ConfigError(f"--norm {norm} needs --eps: the run's own eps is for another norm")
+    if eps is not None and not 0 <= eps <= 100:
+        raise ConfigError(f"--eps must lie in [0, 100], got {eps}")
+    return ThreatConfig.model_validate(
+        {"norm": norm or threat.norm, "eps": threat.eps if eps is None else eps}
+    )
+
+
+def _words(threat: ThreatConfig) -> str:
+    return f"{'L-inf' if threat.norm == 'inf' else 'L2'} eps {threat.eps:g}"
+
+
+def _manifest(folder: Path) -> str:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest: str = manifest["sha256"]["weights.safetensors"]
+    return digest
+
+
+def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to mix settings: cells that lie there must come from this very plan."""
+    plan = store / "plan.json"
+    if plan.is_file():
+        stored = json.loads(plan.read_text())
+        if stored != settings:
+            keys = [k for k in settings if stored.get(k) != settings[k]]
+            raise ConfigError(
+                f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
+                "name another file with --out"
+            )
+        return
+    if target.exists():
+        raise ConfigError(f"{target} exists and is not ours; name another file with --out")
+    store.mkdir(parents=True, exist_ok=True)
+    _write(plan, json.dumps(settings, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.rename(path)

@@ -1,0 +1,80 @@
+"""CIFAR-10: `mini` (minutes on two cores) and the published settings.
+
+The data's place is given on the command line: `--data cifar10:PATH`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from redefense.config import DataConfig, OptimConfig, Run, ThreatConfig
+
+EPS = 0.03
+PUBLISHED: Final = {"eps": EPS, "steps": 10, "step_size": 0.25}
+MINI: Final = {"eps": EPS, "steps": 5, "step_size": 0.5}
+"""The training adversary of the mini recipes: five steps, the same for all methods."""
+
+
+def _mini(defence: Mapping[str, Any], **changes: Any) -> Run:
+    """ResNet-8 of width 16, M = 3; the same number of images for every method."""
+    base = Run(
+        data=DataConfig(spec="cifar10:cifar10", images=20_000, augment=True),
+        ensemble={"name": "independent", "model": "resnet8", "num_members": 3},
+        defence=dict(defence),
+        threat=ThreatConfig(eps=EPS),
+        optim=OptimConfig(lr=0.2, weight_decay=5e-4, schedule="one-cycle"),
+        epochs=3,
+        batch_size=128,
+        precision="bf16",
+    )
+    return base.model_copy(update=changes)
+
+
+def _full(defence: Mapping[str, Any], **changes: Any) -> Run:
+    """ResNet-18, M = 8, 120 epochs: the run documented with the released code."""
+    base = Run(
+        data=DataConfig(spec="cifar10:cifar10", augment=True),
+        ensemble={"name": "independent", "model": "resnet18", "num_members": 8},
+        defence=dict(defence),
+        threat=ThreatConfig(eps=EPS),
+        optim=OptimConfig(
+            lr=0.1, weight_decay=1e-4, schedule="steps", milestones=(80 / 120, 110 / 120)
+        ),
+        epochs=120,
+        batch_size=256,
+        precision="bf16",
+    )
+    return base.model_copy(update=changes)
+
+
+def _red(adversary: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    return {"name": "red", "adversary": dict(adversary), **settings}
+
+
+# Published: SGD 0.1, 200 epochs, drops at 100 and 150, batch 128 (methods of DVERGE's code)
+_SGD_200: Final = {
+    "optim": OptimConfig(lr=0.1, weight_decay=1e-4, schedule="steps", milestones=(0.5, 0.75)),
+    "epochs": 200,
+    "batch_size": 128,
+}
+_AT: Final = {"name": "at", "adversary": {"eps": 8 / 255, "steps": 10, "step_size": 0.25}}
+# the finite difference is what fits the mini recipes' ten minutes
+_MINI_RED: Final = {"differentiate": "finite"}
+
+CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
+    "cifar10-mini-vanilla": partial(_mini, {"name": "vanilla"}),
+    "cifar10-mini-at": partial(_mini, {"name": "at", "adversary": MINI}),
+    "cifar10-mini-red": partial(_mini, _red(MINI, **_MINI_RED)),
+    "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released", **_MINI_RED)),
+    "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed", **_MINI_RED)),
+    "cifar10-mini-red-at": partial(_mini, _red(MINI, adversarial_training=True, **_MINI_RED)),
+}
+
+CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
+    "cifar10-vanilla": partial(_full, {"name": "vanilla"}, **_SGD_200),
+    "cifar10-at": partial(_full, _AT, **_SGD_200),
+    "cifar10-red": partial(_full, _red(PUBLISHED)),
+    "cifar10-red-released": partial(_full, _red(PUBLISHED, preset="released")),
+    "cifar10-red-printed": partial(_full, _red(PUBLISHED, preset="printed")),
+    "cifar10-red-at": partial(_full, _red(PUBLISHED, adversarial_training=True)),
+}

@@ -1,0 +1,192 @@
+"""Checkpoints: folders of safetensors and JSON with a manifest of SHA-256. No pickle anywhere.
+
+A checkpoint is written aside, flushed to disk and renamed, so a killed or full disk leaves the
+previous one; an altered or truncated one is refused by name and the one before it is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from redefense.config import Run, parse_run, to_json
+from redefense.errors import CheckpointError
+
+FORMAT = 1
+KEEP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a folder holds, verified.
+
+    Attributes:
+        path: the folder.
+        run: the resolved run.
+        weights: the ensemble's state by name.
+        optimizer: optimizer tensors as `KEY/PARAMETER`; empty in `final/`.
+        state: where training stood, and the shape of the data.
+    """
+
+    path: Path
+    run: Run
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+def save(
+    target: Path,
+    *,
+    run: Run,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    optimizer: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint folder at `target`, replacing one that is there.
+
+    Raises:
+        CheckpointError: if it cannot be written; `target` is then as it was.
+    """
+    aside = target.parent / f".saving-{target.name}-{os.getpid()}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _tensors(aside / "weights.safetensors", weights)
+        if optimizer is not None:
+            _tensors(aside / "optimizer.safetensors", optimizer)
+        (aside / "run.json").write_text(to_json(run))
+        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+        files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps({"sha256": files}, indent=1) + "\n")
+        for path in aside.iterdir():
+            _flush(path)
+        _flush(aside)
+        if target.exists():
+            replaced = target.parent / f".replaced-{target.name}-{os.getpid()}"
+            target.rename(replaced)
+            aside.rename(target)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            aside.rename(target)
+        _flush(target.parent)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"cannot write checkpoint {target}: {error}") from None
+
+
+def read(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint folder.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated, altered or not as the format says.
+    """
+    try:
+        state, data, weights, optimizer = _read(path)
+        run = parse_run(data, f"{path}/run.json")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} lacks {Path(error.filename).name}") from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"checkpoint {path} holds non-finite numbers in {name}")
+    return Checkpoint(path, run, weights, optimizer, state)
+
+
+def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
+    """State, run, weights and optimizer of a folder whose hashes hold."""
+    manifest = json.loads((path / "manifest.json").read_text())["sha256"]
+    if not {"weights.safetensors", "run.json", "state.json"} <= set(manifest):
+        raise CheckpointError(f"checkpoint {path} is not complete: {sorted(manifest)}")
+    for name, expected in manifest.items():
+        if Path(name).name != name or _sha256(path / name) != expected:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} has another hash")
+    state = json.loads((path / "state.json").read_text())
+    if not 1 <= state["format"] <= FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
+    run = json.loads((path / "run.json").read_text())
+    stored = path / "optimizer.safetensors"
+    optimizer = load_file(stored) if stored.name in manifest else {}
+    return state, run, load_file(path / "weights.safetensors"), optimizer
+
+
+def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest sound checkpoint of a run's `checkpoints/`; damaged ones are named and skipped."""
+    for path in reversed(_stored(folder)):
+        try:
+            return read(path)
+        except CheckpointError as error:
+            warn(f"{error}; trying the one before it")
+    return None
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Name of the checkpoint after `step` optimizer steps; names sort by step."""
+    return folder / f"step-{step:09d}"
+
+
+def prune(folder: Path) -> None:
+    """Remove all but the last two checkpoints, and what killed saves have left."""
+    for path in [*_stored(folder)[:-KEEP], *folder.glob(".saving-*"), *folder.glob(".replaced-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
+) -> dict[str, Tensor]:
+    """The optimizer's state as `KEY/PARAMETER` tensors."""
+    return {
+        f"{key}/{names[p]}": torch.as_tensor(value)
+        for p, slots in optimizer.state.items()
+        for key, value in slots.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[torch.nn.Parameter, str],
+) -> None:
+    """Put stored tensors back; momentum follows its parameter's device and memory format."""
+    by_name = {name: p for p, name in names.items()}
+    for full, tensor in tensors.items():
+        key, _, name = full.partition("/")
+        p = by_name[name]
+        value = tensor.clone() if tensor.ndim == 0 else torch.empty_like(p).copy_(tensor)
+        optimizer.state[p][key] = value
+
+
+def _stored(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []
+
+
+def _tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:  # its own name for a failed write
+        raise OSError(str(error)) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

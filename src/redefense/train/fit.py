@@ -1,0 +1,210 @@
+"""The training loop. It knows stages and losses, and no method."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from redefense.config import OptimConfig
+from redefense.defences import Stage
+from redefense.ensembles import Members
+from redefense.errors import Interrupted, TrainingError
+from redefense.rng import stream
+from redefense.train.optim import learning_rate, make_optimizer
+from redefense.types import Batch, Loss
+
+SAVE_INTERVAL = 30.0
+
+
+class Loader(Protocol):
+    """What the loop asks of a loader: batches that depend on (epoch, step) alone."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where training stands: the next step to take.
+
+    Attributes:
+        stage: index of the stage.
+        epoch: epoch within the stage.
+        step: step within the epoch.
+        total: optimizer steps taken in all.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    total: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+Save = Callable[[Position, torch.optim.Optimizer, Mapping[str, float]], None]
+EndOfEpoch = Callable[[Stage, Position, Mapping[str, float]], None]
+
+
+def fit(
+    ensemble: Members,
+    stages: Sequence[Stage],
+    loader: Loader,
+    *,
+    optim: OptimConfig,
+    seed: int,
+    precision: Literal["fp32", "bf16"],
+    start: Position,
+    start_totals: Mapping[str, float],
+    restore: Callable[[torch.optim.Optimizer], None],
+    save: Save,
+    on_step: Callable[[Position, Mapping[str, float]], None],
+    on_epoch: EndOfEpoch,
+) -> None:
+    """Train through all stages from `start`, saving every epoch and every half minute.
+
+    Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.
+
+    `start_totals` are the running sums of the epoch that `start` is in the middle of.
+
+    Raises:
+        TrainingError: for a non-finite loss, before the optimizer step; or if, on the first step of
+            a stage, a trainable parameter got no finite gradient.
+        Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    position = start
+    with stop_signals() as stopping:
+        for index in range(start.stage, len(stages)):
+            stage = stages[index]
+            params = [p for m in stage.members for p in ensemble.parameters_of(m)]
+            params = [p for p in dict.fromkeys(params) if p.requires_grad]
+            optimizer = make_optimizer(params, optim)
+            num_steps = max(1, stage.epochs * len(loader))
+            if index == start.stage and start.epoch + start.step:
+                restore(optimizer)
+            saved = time.monotonic()
+            for epoch in range(position.epoch, stage.epochs):
+                totals, start_totals = dict(start_totals), {}
+                for step, batch in enumerate(
+                    loader.epoch(_epoch_number(stages, index, epoch), position.step), position.step
+                ):
+                    lr = learning_rate(optim, epoch * len(loader) + step, num_steps)
+                    terms = take_step(
+                        ensemble, stage, batch, optimizer, params,
+                        lr=lr, clip=optim.clip, precision=precision, total=position.total,
+                        rng=stream(seed, "step", position.total),
+                        first=epoch == step == 0,
+                    )  # fmt: skip
+                    position = Position(index, epoch, step + 1, position.total + 1)
+                    for name, value in terms.items():
+                        totals[name] = totals.get(name, 0.0) + value / len(loader)
+                    on_step(position, {**terms, "lr": lr})
+                    if stopping:
+                        save(position, optimizer, totals)
+                        raise Interrupted(
+                            f"stopped after step {position.total}; go on with --resume", stopping[0]
+                        )
+                    if time.monotonic() - saved > SAVE_INTERVAL:
+                        save(position, optimizer, totals)
+                        saved = time.monotonic()
+                position = Position(index, epoch + 1, 0, position.total)
+                on_epoch(stage, position, totals)
+                if epoch + 1 < stage.epochs:
+                    save(position, optimizer, {})
+                    saved = time.monotonic()
+            position = Position(index + 1, 0, 0, position.total)
+            save(position, optimizer, {})
+
+
+def take_step(
+    ensemble: Members,
+    stage: Stage,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[nn.Parameter],
+    *,
+    lr: float,
+    clip: float | None,
+    precision: Literal["fp32", "bf16"],
+    total: int,
+    rng: torch.Generator,
+    first: bool,
+) -> dict[str, float]:
+    """One optimizer step; returns the summed terms of the loss."""
+    ensemble.train_members(stage.members)
+    optimizer.zero_grad(set_to_none=True)
+    summed: dict[str, Tensor] = {}
+    # no cache: weights cast while they ask for no gradient must not serve passes that need one
+    autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
+    with autocast if precision == "bf16" else nullcontext():
+        for part in stage.loss(ensemble, batch, rng):
+            _backward(part)
+            for name, value in part.terms.items():
+                summed[name] = summed[name] + value if name in summed else value
+    terms = {name: float(value) for name, value in summed.items()}
+    where = f"in stage {stage.name!r} at step {total + 1}"
+    bad = [f"{name} = {value}" for name, value in terms.items() if value - value != 0]
+    if bad:
+        raise TrainingError(f"non-finite loss {where}: {', '.join(bad)}")
+    if first:
+        check_gradients(ensemble, params, where)
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(params, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return terms
+
+
+def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: str) -> None:
+    """Refuse to go on when a parameter that should learn got no gradient, or a non-finite one.
+
+    Raises:
+        TrainingError: naming the parameters.
+    """
+    names = {p: name for name, p in ensemble.named_parameters()}
+    missing = [names.get(p, "?") for p in params if p.grad is None]
+    if missing:
+        raise TrainingError(f"no gradient {where} for {', '.join(missing[:5])}")
+    broken = [names.get(p, "?") for p in params if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]  # checked above
+    if broken:
+        raise TrainingError(f"non-finite gradient {where} for {', '.join(broken[:5])}")
+
+
+def _backward(part: Loss) -> None:
+    part.total.backward()
+
+
+def _epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
+    """Epochs are numbered through all stages, so that no stage repeats another's order."""
+    return sum(stage.epochs for stage in stages[:index]) + epoch
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one acts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        try:
+            previous[number] = signal.signal(number, handle)
+        except ValueError:  # not in the main thread: whoever owns the process handles signals
+            continue
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
