@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -123,6 +123,7 @@ class Dataset:
         return self.known_checksum or self._digest
 
 
+@runtime_checkable
 class Digest(Protocol):
     """A running SHA-256."""
 

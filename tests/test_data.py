@@ -1,0 +1,306 @@
+"""The digits, the splits, and batches that depend on (seed, epoch, image) alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from redefense.data import (
+    DATASETS,
+    Augment,
+    Dataset,
+    Loader,
+    Split,
+    load_dataset,
+    test_indices,
+    train_validation,
+)
+from redefense.data.dataset import stratified_order
+from redefense.errors import ConfigError, DataError
+from redefense.rng import ImageStreams, mix64, stream
+
+
+def numbered(count: int, shape: tuple[int, int, int] = (3, 32, 32)) -> Split:
+    """Random images with labels 0..9 in turn."""
+    rng = stream(0, "numbered", count)
+    images = torch.randint(256, (count, *shape), generator=rng, dtype=torch.uint8)
+    return Split(images, torch.arange(count) % 10)
+
+
+def plain(split: Split, **changes: object) -> Loader:
+    chosen = {"batch_size": 8, "seed": 0, "augment": False} | changes
+    return Loader(split, **chosen)  # type: ignore[arg-type]  # mixed values
+
+
+# digits
+
+
+def test_the_shipped_digits_are_sklearns() -> None:
+    ours, theirs = load_dataset("digits"), load_digits()
+    images = np.concatenate([ours.train.images.numpy(), ours.test.images.numpy()])[:, 0]
+    labels = np.concatenate([ours.train.labels.numpy(), ours.test.labels.numpy()])
+
+    def keyed(pixels: np.ndarray, classes: np.ndarray) -> list[bytes]:
+        return sorted(p.tobytes() + bytes([c]) for p, c in zip(pixels, classes, strict=True))
+
+    expected = np.round(theirs.images * 255 / 16).astype(np.uint8)
+    assert keyed(images, labels) == keyed(expected, theirs.target)
+
+
+def test_the_digits_test_split_is_fixed_and_keeps_the_proportions() -> None:
+    digits = load_dataset("digits")
+    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    everything = digits.train.labels.bincount() + digits.test.labels.bincount()
+    exact = everything * 360 / 1797
+    assert ((digits.test.labels.bincount() - exact).abs() < 1).all()
+    # content, so that neither split can change unseen
+    assert digits.checksum() == load_dataset("digits").checksum()
+    assert digits.checksum().startswith("bb27075c6309db09")
+
+
+def test_the_checksum_sees_every_part() -> None:
+    split, classes = numbered(6), tuple("abcdefghij")
+    base = Dataset("x", classes, split, split, "")
+    images, labels = split.images.clone(), split.labels.clone()
+    images[5, 2, 31, 31] ^= 1
+    labels[0] = 9
+    others = [
+        Dataset("x", classes, Split(images, split.labels), split, ""),
+        Dataset("x", classes, split, Split(images, split.labels), ""),
+        Dataset("x", classes, split, Split(split.images, labels), ""),
+        Dataset("x", tuple("jihgfedcba"), split, split, ""),
+    ]
+    assert len({base.checksum(), *(other.checksum() for other in others)}) == 5
+    assert Dataset("other name", classes, split, split, "").checksum() == base.checksum()
+
+
+# splits
+
+
+def test_selections_share_storage_and_compose() -> None:
+    split = numbered(20)
+    some = split.select(torch.tensor([7, 3, 11])).select(torch.tensor([2, 0]))
+    assert some.store is split.store
+    assert torch.equal(some.images, split.images[[11, 7]])
+    assert some.labels.tolist() == [1, 7]
+    assert torch.equal(some.float(torch.tensor([1])), split.images[[7]].float() / 255)
+    assert torch.equal(torch.cat(list(some.chunks(1))), some.images)
+    with pytest.raises(ConfigError, match="one label per image"):
+        Split(split.images, split.labels[:3])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=2, max_size=6),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_every_beginning_of_a_stratified_order_keeps_the_proportions(
+    counts: list[int], seed: int, data: st.DataObject
+) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    order = stratified_order(labels, stream(seed))
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    size = data.draw(st.integers(1, len(labels)))
+    taken = labels[order[:size]].bincount(minlength=len(counts))
+    exact = torch.tensor(counts) * size / len(labels)
+    assert ((taken - exact).abs() <= 1).all()
+
+
+def test_validation_is_disjoint_and_named_by_the_data_set() -> None:
+    digits = load_dataset("digits")
+    train, validation, held = train_validation(digits)
+    again = train_validation(digits)[2]
+    assert torch.equal(held, again)
+    assert len(validation) == 144
+    assert len(train) + len(validation) == len(digits.train)
+    assert torch.equal(validation.images, digits.train.images[held])
+    assert train.rows is not None
+    assert not set(train.rows.tolist()) & set(held.tolist())
+    renamed = Dataset("other", digits.classes, digits.train, digits.test, "")
+    assert not torch.equal(train_validation(renamed)[2], held)
+    with pytest.raises(ConfigError, match="leaves a part empty"):
+        train_validation(digits, 1.0)
+
+
+def test_fewer_test_images_are_a_beginning_of_more() -> None:
+    assert torch.equal(test_indices(1000, 500)[:100], test_indices(1000, 100))
+    assert sorted(test_indices(360, 360).tolist()) == list(range(360))
+    with pytest.raises(ConfigError, match=r"\[1, 360\], got 361"):
+        test_indices(360, 361)
+
+
+# batches
+
+
+def test_an_epoch_shows_each_image_once_with_its_label() -> None:
+    split = numbered(40)
+    batches = list(plain(split).epoch(0))
+    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
+    for batch in batches:
+        assert torch.equal(batch.x, split.float(batch.index))
+        assert torch.equal(batch.y, split.labels[batch.index])
+
+
+def test_the_last_incomplete_batch_is_dropped_unless_it_is_the_only_one() -> None:
+    loader = plain(numbered(30))
+    assert [len(b.y) for b in loader.epoch(0)] == [8, 8, 8]
+    assert len(loader) == 3
+    small = plain(numbered(5))
+    assert [len(b.y) for b in small.epoch(0)] == [5]
+    assert len(small) == 1
+
+
+def test_order_follows_from_seed_and_epoch_alone() -> None:
+    split = numbered(64)
+    orders = [plain(split, seed=s).order(e) for s in range(2) for e in range(3)]
+    assert len({tuple(order.tolist()) for order in orders}) == 6
+    loader = plain(split)
+    list(loader.epoch(5))  # what was asked before leaves no trace
+    assert torch.equal(loader.order(1), orders[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_concatenated_are_the_global_batch(world_size: int) -> None:
+    split = numbered(64)
+    whole = list(plain(split, augment=True, batch_size=16).epoch(3))
+    ranks = [
+        list(plain(split, augment=True, batch_size=16, rank=r, world_size=world_size).epoch(3))
+        for r in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([rank[step].x for rank in ranks]), batch.x)
+        assert torch.equal(torch.cat([rank[step].y for rank in ranks]), batch.y)
+        assert torch.equal(torch.cat([rank[step].index for rank in ranks]), batch.index)
+
+
+def test_an_epoch_can_be_entered_at_any_step() -> None:
+    loader = plain(numbered(64), augment=True)
+    whole = list(loader.epoch(2))
+    for start in (0, 3, 8):
+        rest = list(loader.epoch(2, start))
+        assert len(rest) == len(whole) - start
+        for one, other in zip(rest, whole[start:], strict=True):
+            assert torch.equal(one.x, other.x)
+
+
+def by_image(loader: Loader, epoch: int) -> dict[int, Tensor]:
+    return {
+        index: image
+        for batch in loader.epoch(epoch)
+        for index, image in zip(batch.index.tolist(), batch.x, strict=True)
+    }
+
+
+def test_augmentation_of_an_image_does_not_depend_on_its_batch() -> None:
+    split = numbered(48)
+    small = by_image(plain(split, augment=True, batch_size=4), 1)
+    large = by_image(plain(split, augment=True, batch_size=24), 1)
+    assert all(torch.equal(small[index], large[index]) for index in range(48))
+    other_epoch = by_image(plain(split, augment=True), 2)
+    other_seed = by_image(plain(split, augment=True, seed=1), 1)
+    assert sum(torch.equal(small[i], other_epoch[i]) for i in range(48)) < 6
+    assert sum(torch.equal(small[i], other_seed[i]) for i in range(48)) < 6
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(4, True), (2, False), (0, True), (0, False)])
+def test_crops_and_flips_equal_their_definition(pad: int, flip: bool) -> None:
+    split = numbered(200, (3, 10, 12))
+    keys = mix64(torch.arange(200))
+    augmented = Augment(pad, flip)(split.images, ImageStreams(keys))
+    corners = ImageStreams(keys)
+    corner = corners.integers(0, 2 * pad + 1, 2)
+    mirrored = corners.uniform() < 0.5
+    seen = set()
+    for image, out, (top, left), mirror in zip(
+        split.images.numpy(), augmented.numpy(), corner.tolist(), mirrored.tolist(), strict=True
+    ):
+        wide = np.pad(image, [(0, 0), (pad, pad), (pad, pad)])
+        expected = wide[:, top : top + 10, left : left + 12]
+        expected = expected[:, :, ::-1] if mirror and flip else expected
+        assert np.array_equal(out, expected)
+        seen.add((top, left))
+    assert len(seen) == (1 if pad == 0 else min((2 * pad + 1) ** 2, len(seen)))
+
+
+def test_crops_are_uniform_and_half_of_the_images_are_mirrored() -> None:
+    count = 20_000
+    ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8) + 1
+    streams = ImageStreams(mix64(torch.arange(count)))
+    out = Augment(1, True)(ramp.expand(count, 1, 8, 8).contiguous(), streams)
+    # the pixel at the centre of a crop names its corner and whether it is mirrored
+    centres, counts = out[:, 0, 4, 4].unique(return_counts=True)
+    assert len(centres) == 12  # 3 rows by 3 columns, whose mirror images overlap in 2 of 4
+    assert int(counts.sum()) == count
+    rows = (centres.long() - 1) // 8
+    for row in rows.unique():
+        share = counts[rows == row].sum().item() / count
+        assert abs(share - 1 / 3) < 5 * math.sqrt(2 / 9 / count)
+
+
+def test_a_limit_is_one_choice_for_all_epochs_and_seeds() -> None:
+    split = numbered(100)
+    chosen = [
+        set(plain(split, limit=32, seed=seed).order(epoch).tolist())
+        for seed in range(2)
+        for epoch in range(2)
+    ]
+    assert all(some == chosen[0] for some in chosen)
+    assert len(chosen[0]) == 32
+    assert chosen[0] < set(plain(split, limit=64).order(0).tolist())
+    assert len(plain(split, limit=32)) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 0},
+        {"batch_size": 9, "world_size": 2},
+        {"rank": 2, "world_size": 2},
+        {"limit": 0},
+        {"augment": (-1, True)},
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        plain(numbered(40), **changes)
+
+
+def test_nothing_touches_the_global_generators() -> None:
+    before = torch.random.get_rng_state(), repr(np.random.get_state())
+    list(plain(numbered(16), augment=True).epoch(0))
+    train_validation(load_dataset("digits"))
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert repr(np.random.get_state()) == before[1]
+
+
+# specs
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mnist", "unknown data set 'mnist'; choose from digits, cifar10"),
+        ("digits:/tmp", "digits has no path"),
+        ("cifar10", "cifar10 needs a path: cifar10:PATH"),
+        ("cifar10:/no/such/place", "no such file or folder.*--download"),
+        ("tiny-imagenet:/no/such/place", "no such file or folder.*tiny-imagenet-200.zip"),
+    ],
+)
+def test_wrong_specs_are_refused_in_one_line(spec: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(spec)
+    assert caught.value.code == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_every_kind_has_a_line_for_the_user() -> None:
+    assert list(DATASETS) == [
+        "digits", "cifar10", "cifar100", "tiny-imagenet", "folder", "parquet", "npz",
+    ]  # fmt: skip
+    assert all(reader.summary for reader in DATASETS.values())
