@@ -9,7 +9,7 @@ import numpy as np
 
 from redefense.data.labels import SPLITS, check_classes, check_labels
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, spread
-from redefense.data.tree import allowed_root, link_fault
+from redefense.data.tree import allowed_root, folders_above, link_fault
 from redefense.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read(path: Path, refuse: Refuse, name: str = "parquet") -> Source:
         train=train.part(shape),
         test=test.part(shape),
         found=f"hub parquet in {path}: image column {train.image!r}, label column {train.label!r}",
-        files=(*sorted({file.parent for file in everything}), *everything),
+        files=(*folders_above(everything, path), *everything),
     )
 
 

@@ -58,6 +58,12 @@ def open_tree(path: Path, refuse: Refuse) -> Tree:
     raise DataError(f"{path}: neither a folder nor a zip or tar archive, or a damaged one")
 
 
+def folders_above(files: Iterable[Path], root: Path) -> Sequence[Path]:
+    """All folders between `root` and some files: their times tell what was added or taken away."""
+    above = {parent for file in files for parent in file.parents}
+    return sorted(folder for folder in above if folder.is_relative_to(root))
+
+
 def read_one(tree: Tree, name: str) -> bytes:
     """The bytes of one file."""
     ((_, raw),) = tree.items([name])
@@ -129,8 +135,7 @@ class FolderTree:
 
     def files(self, names: Sequence[str]) -> tuple[Path, ...]:
         files = [self.root / name for name in names]
-        # a folder's time tells of files that were added or taken away
-        return (*sorted({file.parent for file in files}), *files)
+        return (*folders_above(files, self.root), *files)
 
 
 class ZipTree:
