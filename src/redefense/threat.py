@@ -12,8 +12,8 @@ from redefense.types import Float, Images
 TINY = 1e-12
 
 
-def per_image(values: Float[Tensor, " B"], like: Tensor) -> Tensor:
-    """Reshape one value per image so that it broadcasts over `like` (B, ...)."""
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape (B,) values, one per image, so that they broadcast over `like` (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -21,7 +21,8 @@ def norms(delta: Tensor, p: float) -> Float[Tensor, " B"]:
     """(B,) p-norm of each image's perturbation, p = 0 counts changed pixels of (B, ch, H, W)."""
     if p == 0:
         return (delta != 0).any(1).flatten(1).sum(1).to(delta.dtype)
-    return torch.linalg.vector_norm(delta.flatten(1), ord=p, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=p, dim=1)
+    return lengths
 
 
 def steepest(grad: Tensor, norm: float) -> Tensor:

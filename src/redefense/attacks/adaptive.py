@@ -15,9 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.base import Attack, Best, Look, Looker, as_ensemble, input_gradient
-from redefense.attacks.gradient import PGD, check_steps, climb, random_starts
+from redefense.attacks.apgd import AutoAscent, face_starts
+from redefense.attacks.base import Attack, Best, Look, Looker, as_ensemble, dual, input_gradient
+from redefense.attacks.gradient import PGD, check_shrink, check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
+from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image
 from redefense.types import Ensemble, Float, Images, Labels, Logits
 
@@ -35,11 +37,12 @@ class Support:
         return [self.ensemble.logits_of(m, x) for m in self.indices]
 
     def correct(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:
-        """(B,) probability that the drawn member answers right."""
-        right = torch.stack([z.detach().argmax(1) == y for z in logits])
-        return torch.tensor(self.shares, dtype=logits[0].dtype, device=y.device) @ right.to(
-            logits[0].dtype
-        )
+        """(B,) probability that the drawn member answers right, to nine decimals.
+
+        Rounded, so that equal sums over different members compare as equal.
+        """
+        right = torch.stack([z.detach().argmax(1) == y for z in logits], dim=1).double()
+        return (right @ torch.tensor(self.shares, device=y.device).double()).round(decimals=9)
 
     def log_odds(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:
         """(B,) log((1 - p) / p) of the true class's mean probability p under the mixture."""
@@ -49,17 +52,37 @@ class Support:
         others = logs.scatter(1, y[:, None], -torch.inf).logsumexp(1)
         return others - logs.gather(1, y[:, None]).squeeze(1)
 
-    def offer(self, best: Best, x: Images, y: Labels) -> None:
-        """Judge points by one pass over all members and keep those that are better."""
+    def offer(self, best: Best, x: Images, y: Labels) -> Float[Tensor, " B"]:
+        """Judge points by one pass over all members and keep those that are better.
+
+        Returns:
+            (B,) probability that the drawn member answers right.
+        """
         with torch.no_grad():
             logits = self.each(x)
-            best.offer(x, self.correct(logits, y), self.log_odds(logits, y))
+            correct = self.correct(logits, y)
+            best.offer(x, correct, self.log_odds(logits, y))
+        return correct
 
     def offer_clean(self, best: Best, x: Images, y: Labels) -> None:
         """Let the clean image win where it is strictly better."""
         with torch.no_grad():
             correct = self.correct(self.each(x), y)
         best.offer(x, correct, torch.full_like(correct, -math.inf))
+
+
+def look_at_mean(support: Support, y: Labels) -> Looker:
+    """Looks at the log odds of the mean probability, judged exactly."""
+
+    def look(x: Tensor, with_grad: bool) -> Look:
+        x = x.detach().requires_grad_(with_grad)
+        with torch.set_grad_enabled(with_grad):
+            logits = support.each(x)
+            value = support.log_odds(logits, y)
+        grad = input_gradient(value, x) if with_grad else None
+        return Look(value.detach(), support.correct(logits, y), grad)
+
+    return look
 
 
 def climb_members(
@@ -73,12 +96,15 @@ def climb_members(
     steps: int,
     step_size: float,
     restarts: int,
+    shrink: float = 1.0,
 ) -> Images:
     """Best point of `restarts` climbs from random starts, the clean image included."""
     start, best = random_starts(x, y, threat, rng), Best.start(x)
     for _ in range(restarts):
-        step = step_size * threat.eps
-        climb(look, start(), x, threat, steps=steps, step_size=step, best=best)
+        climb(
+            look, start(), x, threat,
+            steps=steps, step_size=step_size * threat.eps, shrink=shrink, best=best,
+        )  # fmt: skip
     support.offer_clean(best, x, y)
     return best.x
 
@@ -105,19 +131,63 @@ class MeanProbPGD(Attack):
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
         support = Support(victim)
-
-        def look(x: Tensor, with_grad: bool) -> Look:
-            x = x.detach().requires_grad_(with_grad)
-            with torch.set_grad_enabled(with_grad):
-                logits = support.each(x)
-                value = support.log_odds(logits, y)
-            grad = input_gradient(value, x) if with_grad else None
-            return Look(value.detach(), support.correct(logits, y), grad)
-
         return climb_members(
-            support, look, x, y, threat, rng,
+            support, look_at_mean(support, y), x, y, threat, rng,
             steps=self.steps, step_size=self.step_size, restarts=self.restarts,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanProbAPGD(AutoAscent):
+    """Auto-PGD on the same objective, judged the same way."""
+
+    adaptive: ClassVar[bool] = True
+    summary: ClassVar[str] = "auto-PGD on the members' mean probability, scored exactly"
+
+    def perturb(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        support, best = Support(victim), Best.start(x)
+        looks = [lambda rows: look_at_mean(support, y[rows])]
+        self.improve(best, looks, x, face_starts(x, y, threat, rng), threat)
+        support.offer_clean(best, x, y)
+        return best.x
+
+
+def look_at_hinge(support: Support, y: Labels, norm: float, kappa: float) -> Looker:
+    """Looks at what is left of the members' margins, one member's graph at a time.
+
+    The gradient adds up unit slopes of the members not fooled yet, weighted by their shares. Where
+    these cancel, it is the slope of the nearest of them.
+    """
+
+    def look(x: Tensor, with_grad: bool) -> Look:
+        x = x.detach().requires_grad_(with_grad)
+        total, single, logits = torch.zeros_like(x), torch.zeros_like(x), []
+        value = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        nearest = torch.full_like(value, math.inf)
+        for m, share in zip(support.indices, support.shares, strict=True):
+            with torch.set_grad_enabled(with_grad):
+                z = support.ensemble.logits_of(m, x)
+                gap = -margin(z, y)
+            logits.append(z.detach())
+            left = (gap.detach() + kappa).relu().to(x.dtype)
+            value -= share * left
+            if not with_grad:
+                continue
+            grad = input_gradient(gap, x)
+            slope = norms(grad, dual(norm)).clamp_min(TINY)
+            unit = -grad * per_image((left > 0) / slope, grad)
+            total += share * unit
+            distance = torch.where(left > 0, left / slope, math.inf)
+            single = torch.where((distance < nearest).view(-1, 1, 1, 1), unit, single)
+            nearest = nearest.minimum(distance)
+        if with_grad:
+            cancel = norms(total, math.inf) <= 1e-6 * norms(single, math.inf)
+            total = torch.where(cancel.view(-1, 1, 1, 1), single, total)
+        return Look(value, support.correct(logits, y), total if with_grad else None)
+
+    return look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +196,20 @@ class Hinge(Attack):
 
     Climbs -sum_m share_m relu(gap_m + kappa) / |grad gap_m|, where gap_m is the true logit minus
     the best other one and the gradient's norm is dual to the threat's: to first order, what is
-    left to move until every member errs. One member's graph is alive at a time.
+    left to move until every member errs. The steps shrink, since the slopes do not as the goal
+    comes near.
 
     Attributes:
         steps: gradients per restart.
-        step_size: as a fraction of eps.
+        step_size: of the first step, as a fraction of eps.
+        shrink: share of it that the last steps come down to, in (0, 1].
         restarts: independent starts.
         kappa: members count as fooled only beyond this logit gap, >= 0.
     """
 
     steps: int = 20
-    step_size: float = 0.25
+    step_size: float = 0.5
+    shrink: float = 0.02
     restarts: int = 1
     kappa: float = 0.0
 
@@ -145,34 +218,18 @@ class Hinge(Attack):
 
     def check(self) -> None:
         check_steps(self.steps, self.step_size, self.restarts)
+        check_shrink(self.shrink)
+        if not 0 <= self.kappa < math.inf:
+            raise ConfigError(f"kappa must be finite and not negative, got {self.kappa}")
 
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
         support = Support(victim)
-        dual = 1.0 if threat.norm == math.inf else 2.0
-
-        def look(x: Tensor, with_grad: bool) -> Look:
-            x = x.detach().requires_grad_(with_grad)
-            value, total, logits = torch.zeros_like(x[:, 0, 0, 0]), torch.zeros_like(x), []
-            for m, share in zip(support.indices, support.shares, strict=True):
-                with torch.set_grad_enabled(with_grad):
-                    z = support.ensemble.logits_of(m, x)
-                    gap = -margin(z, y)
-                left = (gap.detach() + self.kappa).relu()
-                logits.append(z.detach())
-                if not with_grad:
-                    value -= share * left
-                    continue
-                grad = input_gradient(gap, x)
-                unit = grad / per_image(norms(grad, dual).clamp_min(TINY), grad)
-                total -= share * per_image((left > 0).to(x.dtype), x) * unit
-                value -= share * left
-            return Look(value, support.correct(logits, y), total if with_grad else None)
-
         return climb_members(
-            support, look, x, y, threat, rng,
-            steps=self.steps, step_size=self.step_size, restarts=self.restarts,
+            support, look_at_hinge(support, y, threat.norm, self.kappa), x, y, threat, rng,
+            steps=self.steps, step_size=self.step_size, shrink=self.shrink,
+            restarts=self.restarts,
         )  # fmt: skip
 
 

@@ -195,49 +195,46 @@ class AutoAscent(Attack):
         steps: number of gradients, per restart.
         restarts: independent starts, spent on images not fooled yet.
         rho: share of rising steps below which the step is halved, in (0, 1].
-        preset: published settings: one noise tensor for the batch, the last fooling point, and
-            the clean image where none was seen.
     """
 
     steps: int = 100
     restarts: int = 1
     rho: float = 0.75
-    preset: str | None = None
 
     def check(self) -> None:
         check_steps(self.steps, 1.0, self.restarts)
         if not 0 < self.rho <= 1:
             raise ConfigError(f"rho must lie in (0, 1], got {self.rho}")
 
-    def best_of(
+    def improve(
         self,
+        best: Best,
         looks: Iterable[Callable[[Tensor], Looker]],
         x: Images,
         start: Callable[[], Images],
         threat: Threat,
-    ) -> Images:
-        """Best point of the climbs, each from `restarts` starts, on images not fooled yet.
+    ) -> None:
+        """Climb from `restarts` starts, with the images not fooled yet.
 
         Args:
+            best: record of all images, updated.
             looks: makes, from the indices of the images attacked, what to climb.
             x: clean images.
             start: makes starting points for all images.
             threat: the ball.
         """
-        best = Best.start(x)
         for look in looks:
             for _ in range(self.restarts):
                 points = start()  # for all, so that streams do not depend on who is left
                 rows = (best.correct > 0).nonzero().flatten()
                 if len(rows) == 0:
-                    return best.x
+                    return
                 part = best.select(rows)
                 auto_climb(
                     look(rows), points[rows], x[rows], threat,
                     steps=self.steps, rho=self.rho, keeper=part,
                 )  # fmt: skip
                 best.update(rows, part)
-        return best.x
 
     def last_fooled(
         self, look: Looker, start: Images, x: Images, threat: Threat, *, one_size: bool = False
@@ -258,10 +255,13 @@ class APGD(AutoAscent):
     Attributes:
         loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
         draws: queries per gradient, for random victims.
+        preset: published settings: one noise tensor for the batch, the last fooling point, and
+            the clean image where none was seen.
     """
 
     loss: str = "log_odds"
     draws: int = 1
+    preset: str | None = None
 
     summary: ClassVar[str] = "ascent that sets its own step size"
     presets: ClassVar[Presets] = {
@@ -281,7 +281,9 @@ class APGD(AutoAscent):
         objective = objective_named(self.loss)
         if self.preset is None:
             looks = [lambda rows: look_at(victim, y[rows], objective, draws=self.draws)]
-            return self.best_of(looks, x, face_starts(x, y, threat, rng), threat)
+            best = Best.start(x)
+            self.improve(best, looks, x, face_starts(x, y, threat, rng), threat)
+            return best.x
 
         def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
             start = batch_face_start(x, threat, rng)
@@ -297,11 +299,15 @@ class APGDT(AutoAscent):
     Attributes:
         num_targets: wrong classes tried; all there are if fewer.
         loss: `targeted_dlr` (4 classes or more) or `targeted_margin` (any number).
+        preset: published settings: one noise tensor for the batch, the last fooling point, and
+            the clean image where none was seen.
     """
 
     num_targets: int = 9
     loss: str = "targeted_dlr"
+    preset: str | None = None
 
+    needs_classes: ClassVar[int] = 4
     summary: ClassVar[str] = "auto-PGD towards the nine likeliest wrong classes"
     presets: ClassVar[Presets] = {
         name: {
@@ -337,7 +343,9 @@ class APGDT(AutoAscent):
             return lambda rows: self._look(victim, y[rows], target[rows])
 
         looks = [towards(target) for target in targets]
-        return self.best_of(looks, x, face_starts(x, y, threat, rng), threat)
+        best = Best.start(x)
+        self.improve(best, looks, x, face_starts(x, y, threat, rng), threat)
+        return best.x
 
     def _published(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, rng: Generator

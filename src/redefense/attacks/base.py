@@ -50,6 +50,7 @@ class Attack(ABC):
         bounded: the result stays inside the threat's ball.
         norms: the threat norms it can attack in.
         randomized: draws from `rng`.
+        needs_classes: fewest classes its default settings can do with; fewer raise ConfigError.
         summary: one line for `redefense list attacks`.
         presets: published settings by name, see the module's docstring.
     """
@@ -58,6 +59,7 @@ class Attack(ABC):
     bounded: ClassVar[bool] = True
     norms: ClassVar[tuple[float, ...]] = (math.inf, 2.0)
     randomized: ClassVar[bool] = True
+    needs_classes: ClassVar[int] = 2
     summary: ClassVar[str] = ""
     presets: ClassVar[Presets] = {}
 
@@ -177,6 +179,11 @@ def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Im
         total = values.sum()
     (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
     return torch.zeros_like(x) if grad is None else grad.nan_to_num_(nan=0.0)
+
+
+def dual(norm: float) -> float:
+    """The norm of gradients that measures distances in `norm` (inf or 2)."""
+    return 1.0 if norm == math.inf else 2.0
 
 
 @dataclass

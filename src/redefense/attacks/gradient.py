@@ -76,6 +76,7 @@ def climb(
     *,
     steps: int,
     step_size: float,
+    shrink: float = 1.0,
     decay: float | None = None,
     best: Best | None = None,
     guard: bool = True,
@@ -88,7 +89,8 @@ def climb(
         x: centre of the ball.
         threat: the ball.
         steps: number of gradients.
-        step_size: length of a step in the threat's norm.
+        step_size: length of the first step in the threat's norm.
+        shrink: the steps fall geometrically towards this share of the first one; 1 keeps them.
         decay: of the momentum over gradients of unit mean magnitude (Dong et al., 2018); None
             climbs the plain gradient.
         best: keeps the best of all points visited, the last one included at the cost of one more
@@ -100,7 +102,7 @@ def climb(
         The last point.
     """
     point, velocity = start, torch.zeros_like(x)
-    for _ in range(steps):
+    for step in range(steps):
         seen = look(point, True)
         if best is not None:
             best.offer(point, seen.correct, seen.value)
@@ -108,7 +110,8 @@ def climb(
         velocity = (
             seen.grad if decay is None else unit_mean(seen.grad, guard=guard) + decay * velocity
         )
-        point = threat.project(point + step_size * steepest(velocity, threat.norm), x)
+        size = step_size * shrink ** (step / steps)
+        point = threat.project(point + size * steepest(velocity, threat.norm), x)
     if best is not None:
         seen = look(point, False)
         best.offer(point, seen.correct, seen.value)
@@ -172,6 +175,16 @@ def check_steps(steps: int, step_size: float, restarts: int = 1) -> None:
         raise ConfigError(f"step_size must be positive, got {step_size}")
     if restarts < 1:
         raise ConfigError(f"restarts must be at least 1, got {restarts}")
+
+
+def check_shrink(shrink: float) -> None:
+    """Refuse steps that grow or vanish.
+
+    Raises:
+        ConfigError: unless it lies in (0, 1].
+    """
+    if not 0 < shrink <= 1:
+        raise ConfigError(f"shrink must lie in (0, 1], got {shrink}")
 
 
 def check_decay(decay: float) -> None:

@@ -1,0 +1,130 @@
+"""ARC, the attack on randomized classifiers that goes member by member (Dbouk & Shanbhag, 2022)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from redefense.attacks.adaptive import Support
+from redefense.attacks.base import Attack, Best, dual, input_gradient
+from redefense.attacks.gradient import check_steps, random_starts
+from redefense.errors import ConfigError
+from redefense.threat import TINY, Threat, norms, per_image, steepest
+from redefense.types import Ensemble, Float, Images, Labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARC(Attack):
+    """Bends one perturbation over the nearest boundary of one member after the other.
+
+    Each step starts a local perturbation at zero and, member by member in order of falling
+    probability, turns it towards that member's nearest decision boundary, by just as much as a
+    linear member needs; a turn counts only where it does not raise the exact expected accuracy.
+
+    Attributes:
+        steps: rounds over all members.
+        radius: of the local perturbation, as a fraction of eps.
+        competitors: nearest other classes whose boundaries are measured, by logit; all if fewer.
+        overshoot: added to the turn, as a fraction of eps.
+        restarts: the first from the image, further ones from random points; the best is kept.
+    """
+
+    steps: int = 20
+    radius: float = 1.0
+    competitors: int = 9
+    overshoot: float = 0.05
+    restarts: int = 1
+
+    adaptive: ClassVar[bool] = True
+    summary: ClassVar[str] = "over the nearest boundary of one member after the other"
+
+    def check(self) -> None:
+        check_steps(self.steps, self.radius, self.restarts)
+        if self.competitors < 1:
+            raise ConfigError(f"competitors must be at least 1, got {self.competitors}")
+        if not 0 <= self.overshoot < math.inf:
+            raise ConfigError(f"overshoot must be finite and not negative, got {self.overshoot}")
+
+    def perturb(
+        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        support, best = Support(victim), Best.start(x)
+        start = random_starts(x, y, threat, rng)
+        for restart in range(self.restarts):
+            point = x if restart == 0 else start()
+            with torch.no_grad():
+                correct = support.correct(support.each(point), y)
+            for _ in range(self.steps):
+                turn, local = self._turns(support, best, point, correct, x, y, threat)
+                moved = threat.project(point + turn, x)
+                point = torch.where((local <= correct).view(-1, 1, 1, 1), moved, point)
+                correct = local.minimum(correct)
+        support.offer_clean(best, x, y)
+        return best.x
+
+    def _turns(
+        self,
+        support: Support,
+        best: Best,
+        point: Images,
+        correct: Float[Tensor, " B"],
+        x: Images,
+        y: Labels,
+        threat: Threat,
+    ) -> tuple[Images, Float[Tensor, " B"]]:
+        """One round: the local perturbation, and how often it is answered right."""
+        radius, local = self.radius * threat.eps, correct
+        turn = torch.zeros_like(x)
+        shares = support.shares
+        order = sorted(range(len(shares)), key=shares.__getitem__, reverse=True)
+        for place, m in enumerate(order):
+            distance, slope = nearest_boundary(
+                support.ensemble, support.indices[m], point + turn, threat, self.competitors
+            )
+            unit = steepest(-slope, threat.norm)
+            amount = torch.full_like(distance, radius)
+            if place > 0:
+                along = self._along(slope, turn, threat)
+                needed = radius / (radius - distance).clamp_min(TINY) * (distance - along).abs()
+                needed = needed + self.overshoot * threat.eps
+                amount = torch.where(distance < radius, needed, amount)
+            bent = turn + per_image(amount, x) * unit
+            bent = radius * bent / per_image(norms(bent, threat.norm).clamp_min(TINY), x)
+            candidate = support.offer(best, threat.project(point + bent, x), y)
+            accepted = candidate <= local
+            turn = torch.where(accepted.view(-1, 1, 1, 1), bent, turn)
+            local = torch.where(accepted, candidate, local)
+        return turn, local
+
+    @staticmethod
+    def _along(slope: Images, turn: Images, threat: Threat) -> Float[Tensor, " B"]:
+        """How far the perturbation so far already goes towards the boundary."""
+        unit = -slope / per_image(norms(slope, dual(threat.norm)).clamp_min(TINY), slope)
+        return (unit * turn).flatten(1).sum(1)
+
+
+def nearest_boundary(
+    ensemble: Ensemble, m: int, x: Images, threat: Threat, competitors: int
+) -> tuple[Float[Tensor, " B"], Images]:
+    """A member's nearest decision boundary, to first order.
+
+    Returns:
+        The distance to it in the threat's norm, and the gradient of the answer's logit minus that
+        of the class beyond it.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = ensemble.logits_of(m, x)
+        count = min(competitors, logits.shape[1] - 1) + 1
+        top = logits.topk(count, dim=1).values
+        gaps = [top[:, 0] - top[:, j] for j in range(1, count)]
+    nearest, slope = torch.full_like(x[:, 0, 0, 0], math.inf).detach(), torch.zeros_like(x)
+    for i, gap in enumerate(gaps):
+        grad = input_gradient(gap, x, keep_graph=i + 1 < len(gaps))
+        distance = gap.detach() / norms(grad, dual(threat.norm)).clamp_min(TINY)
+        closer = distance < nearest
+        nearest = torch.where(closer, distance, nearest)
+        slope = torch.where(closer.view(-1, 1, 1, 1), grad, slope)
+    return nearest, slope.detach()
