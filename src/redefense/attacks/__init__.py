@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from redefense.attacks.adaptive import Hinge, MeanProbPGD, Transfer
+from redefense.attacks.adaptive import Hinge, MeanProbAPGD, MeanProbPGD, Transfer
 from redefense.attacks.apgd import APGD, APGDT
+from redefense.attacks.arc import ARC
 from redefense.attacks.base import Attack, as_ensemble, frozen
 from redefense.attacks.diverse import DI2FGSM
 from redefense.attacks.gradient import BIM, EOTPGD, FGSM, MIM, PGD
+from redefense.attacks.minimal import CW, DeepFool
+from redefense.attacks.pixels import OnePixel
+from redefense.attacks.pixle import Pixle
+from redefense.attacks.sparse import SparseFool
 
 __all__ = ["ATTACKS", "Attack", "as_ensemble", "frozen"]
 
@@ -22,8 +27,16 @@ ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
         "eotpgd": EOTPGD,
         "apgd": APGD,
         "apgdt": APGDT,
+        # not bounded by the threat
+        "cw": CW,
+        "deepfool": DeepFool,
+        "sparsefool": SparseFool,
+        "onepixel": OnePixel,
+        "pixle": Pixle,
         # given all members
+        "arc": ARC,
         "hinge": Hinge,
+        "meanprob_apgd": MeanProbAPGD,
         "meanprob_pgd": MeanProbPGD,
         "transfer": Transfer,
     }

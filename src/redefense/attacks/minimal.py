@@ -1,0 +1,400 @@
+"""Attacks that look for the smallest change in L2: DeepFool, and Carlini and Wagner's.
+
+They are not bounded by the threat: report the distortion beside the accuracy. Every image has its
+own step sizes, trade-off and end, and leaves the batch when it is done, so that a result does not
+depend on batch mates and no forward pass is spent on a finished image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redefense.attacks.base import RED_RELEASED, TORCHATTACKS, Attack, Presets, input_gradient
+from redefense.attacks.objectives import margin
+from redefense.errors import ConfigError
+from redefense.threat import Threat, per_image
+from redefense.types import Float, Images, Int, Labels, Logits, Victim
+
+_NUDGE = 1e-5  # added to DeepFool's distance, in pixel units: a point on the boundary must cross it
+_CONVERGED = 0.9999  # CW: a loss above this share of the last one has stopped falling
+
+
+def gaps_and_slopes(
+    victim: Victim, x: Images, y: Labels, rivals: Int[Tensor, "B R"] | int
+) -> tuple[Logits, Int[Tensor, "B R"], Float[Tensor, "B R"], Float[Tensor, "B R ch H W"]]:
+    """How far rivals are behind the true class, and how that changes with the input.
+
+    Args:
+        victim: images to logits.
+        x: points.
+        y: labels.
+        rivals: wrong classes to look at, per image, or how many of the highest.
+
+    Returns:
+        Logits; rivals; gaps z_r - z_y; the gradients of the gaps, finite.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = cast(Tensor, victim(x))
+        if isinstance(rivals, int):
+            wrong = logits.detach().scatter(1, y[:, None], -math.inf)
+            rivals = wrong.topk(min(rivals, logits.shape[1] - 1), dim=1).indices
+        gaps = logits.gather(1, rivals) - logits.gather(1, y[:, None])
+        totals = gaps.sum(0).unbind()
+    slopes = [input_gradient(total, x, keep_graph=True) for total in totals]
+    return logits.detach(), rivals, gaps.detach(), torch.stack(slopes, dim=1)
+
+
+def to_nearest(
+    gaps: Float[Tensor, "B R"], slopes: Float[Tensor, "B R ch H W"], nudge: float
+) -> tuple[Tensor, Int[Tensor, " B"]]:
+    """The shortest step that closes a gap if gaps are linear; zero where no slope is.
+
+    Returns:
+        The step (B, ch, H, W) and the position (B,) of the gap it closes.
+    """
+    size = torch.linalg.vector_norm(slopes.flatten(2), dim=2)
+    distance = (gaps.abs() / size).nan_to_num(nan=math.inf)
+    pick = distance.argmin(1)
+    rows = torch.arange(len(pick), device=pick.device)
+    slope, size = slopes[rows, pick], size[rows, pick]
+    # in this order of operations the library's steps come out to the last bit but one
+    length = gaps[rows, pick].abs() + nudge * size
+    step = per_image(length, slope) * slope / per_image(size**2, slope)
+    return torch.where(per_image(size > 0, step), step, torch.zeros_like(step)), pick
+
+
+def free_slopes(slopes: Float[Tensor, "B R ch H W"], x: Images) -> Tensor:
+    """Slopes without the pixels that stand at the border of the box and would be pushed out."""
+    x = x[:, None]
+    return slopes.masked_fill(((x <= 0) & (slopes < 0)) | ((x >= 1) & (slopes > 0)), 0.0)
+
+
+def deepfool(
+    victim: Victim, x: Images, y: Labels, *, steps: int, overshoot: float, rivals: int
+) -> Images:
+    """Repeated steps to the nearest linearised boundary, within the box.
+
+    Each image stops where it is first misclassified; after the last step it is looked at once
+    more, and a failure gives the point that came closest in margin. Steps spare the pixels that
+    cannot move further, without which images with many black pixels are never fooled.
+    """
+    best, best_margin = x.clone(), torch.full_like(y, -math.inf, dtype=x.dtype)
+    active, point = torch.arange(len(x), device=x.device), x
+    for step in range(steps + 1):
+        with torch.no_grad():
+            reached = margin(victim(point), y[active])
+        better = reached > best_margin[active]
+        best[active[better]] = point[better]
+        best_margin[active[better]] = reached[better].to(x.dtype)
+        still = reached <= 0
+        active, point = active[still], point[still]
+        if step == steps or not len(active):
+            break
+        _, _, gaps, slopes = gaps_and_slopes(victim, point, y[active], rivals)
+        move, _ = to_nearest(gaps, free_slopes(slopes, point), _NUDGE)
+        point = (point + (1 + overshoot) * move).clamp(0.0, 1.0)
+    return best
+
+
+def deepfool_published(
+    victim: Victim, x: Images, y: Labels, *, steps: int, overshoot: float
+) -> tuple[Images, Labels]:
+    """DeepFool as TorchAttacks 3.5.1 has it: all classes, the last step goes unchecked.
+
+    The one deviation: an image without a gradient stays where it is instead of becoming NaN.
+
+    Returns:
+        The points and the class each has reached or was last sent to.
+    """
+    point, target = x.clone(), y.clone()
+    active = torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        with torch.enable_grad():
+            here = point[active].requires_grad_()
+            logits = cast(Tensor, victim(here))
+            totals = logits.sum(0).unbind()
+        predicted = logits.detach().argmax(1)
+        target[active] = predicted
+        still = predicted == y[active]
+        if not bool(still.any()):
+            break
+        rows = [input_gradient(total, here, keep_graph=True) for total in totals]
+        active, logits = active[still], logits.detach()[still]
+        jacobian = torch.stack([row[still] for row in rows], dim=1)
+        wrong = wrong_classes(y[active], logits.shape[1])
+        each = torch.arange(len(active), device=x.device)[:, None]
+        own = y[active, None]
+        gaps = logits.gather(1, wrong) - logits.gather(1, own)
+        move, pick = to_nearest(gaps, jacobian[each, wrong] - jacobian[each, own], 0.0)
+        target[active] = wrong.gather(1, pick[:, None]).squeeze(1)
+        point[active] = (point[active] + (1 + overshoot) * move).clamp(0.0, 1.0)
+    return point, target
+
+
+def wrong_classes(y: Labels, num_classes: int) -> Int[Tensor, "B R"]:
+    """(B, C - 1) all classes but the true one, ascending."""
+    k = torch.arange(num_classes - 1, device=y.device).expand(len(y), -1)
+    return k + (k >= y[:, None]).long()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFool(Attack):
+    """Smallest L2 change by repeated linearisation (Moosavi-Dezfooli et al., 2016).
+
+    Images that are misclassified already come back unchanged: nothing is smaller.
+
+    Attributes:
+        steps: linearisations at most; each costs one forward and `rivals` backward passes, and
+            one more forward pass to look at the result.
+        overshoot: by how much each step goes beyond the boundary, as a share of the step.
+        rivals: how many of the highest wrong classes are linearised, as in the paper.
+        preset: published settings: all classes, the last step unchecked.
+    """
+
+    steps: int = 50
+    overshoot: float = 0.02
+    rivals: int = 9
+    preset: str | None = None
+
+    bounded: ClassVar[bool] = False
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "smallest L2 change by steps to the nearest linearised boundary"
+    presets: ClassVar[Presets] = {
+        TORCHATTACKS: {"steps": 50, "overshoot": 0.02},
+        RED_RELEASED: {"steps": 50, "overshoot": 0.02},
+    }
+
+    def check(self) -> None:
+        if self.steps < 1 or self.rivals < 1:
+            raise ConfigError(
+                f"steps and rivals must be at least 1, got {self.steps} and {self.rivals}"
+            )
+        if not 0 <= self.overshoot < math.inf:
+            raise ConfigError(f"overshoot must be finite and not negative, got {self.overshoot}")
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        if self.preset is not None:
+            return deepfool_published(victim, x, y, steps=self.steps, overshoot=self.overshoot)[0]
+        return deepfool(
+            victim, x, y, steps=self.steps, overshoot=self.overshoot, rivals=self.rivals
+        )
+
+
+def to_box(w: Tensor) -> Tensor:
+    """Any real number to (0, 1): the change of variables that keeps CW inside the box."""
+    return 0.5 * (torch.tanh(w) + 1)
+
+
+@dataclass
+class _Adam:
+    """Adam (Kingma & Ba, 2015) on a batch from which images can leave."""
+
+    rate: float
+    mean: Tensor
+    square: Tensor
+    count: int = 0
+
+    def move(self, w: Tensor, grad: Tensor) -> Tensor:
+        self.count += 1
+        self.mean = 0.9 * self.mean + 0.1 * grad
+        self.square = 0.999 * self.square + 0.001 * grad**2
+        mean = self.mean / (1 - 0.9**self.count)
+        square = self.square / (1 - 0.999**self.count)
+        return w - self.rate * mean / (square.sqrt() + 1e-8)
+
+    def select(self, rows: Tensor) -> None:
+        self.mean, self.square = self.mean[rows], self.square[rows]
+
+
+@dataclass
+class _Smallest:
+    """Per image the smallest change that fooled, or else the point of the highest margin."""
+
+    x: Tensor
+    size: Tensor
+    margin: Tensor
+
+    def offer(self, rows: Tensor, point: Tensor, size: Tensor, margin: Tensor) -> Tensor:
+        """Take over what is better among the given rows; returns which points fooled."""
+        fooled = margin > 0
+        closer = torch.isinf(self.size[rows]) & (margin > self.margin[rows])
+        better = torch.where(fooled, size < self.size[rows], closer)
+        taken = rows[better]
+        self.x[taken], self.margin[taken] = point[better], margin[better]
+        self.size[taken] = torch.where(fooled, size, math.inf)[better]
+        return fooled
+
+
+def cw_descent(
+    victim: Victim,
+    x: Images,
+    y: Labels,
+    c: Float[Tensor, " B"],
+    best: _Smallest,
+    *,
+    steps: int,
+    rate: float,
+    kappa: float,
+) -> Tensor:
+    """One descent on |x' - x|^2 + c * max(margin of the true class, -kappa), from the image.
+
+    An image leaves when its loss has stopped falling, looked at every tenth of the steps; the
+    point after the last step counts too.
+
+    Returns:
+        (B,) which images were fooled with this c.
+    """
+    # short of the border, where the change of variables has no slope and pixels could never move
+    w = torch.atanh((2 * x - 1) * (1 - 1e-6))
+    rows = torch.arange(len(x), device=x.device)
+    adam = _Adam(rate, torch.zeros_like(w), torch.zeros_like(w))
+    success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    last = torch.full_like(c, math.inf)
+    for step in range(steps + 1):
+        with torch.set_grad_enabled(step < steps):
+            w = w.detach().requires_grad_()
+            point = to_box(w)
+            size = (point - x[rows]).square().flatten(1).sum(1)
+            gain = margin(victim(point), y[rows]).to(size.dtype)
+            loss = size + c[rows] * (-gain).clamp_min(-kappa)
+        fooled = best.offer(rows, point.detach(), size.detach(), gain.detach())
+        success[rows] |= fooled & (gain.detach() >= kappa)
+        if step == steps:
+            break
+        w = adam.move(w.detach(), input_gradient(loss.sum(), w))
+        if step % max(steps // 10, 1) == 0:
+            falling = loss.detach() < _CONVERGED * last[rows]
+            last[rows] = loss.detach()
+            w, rows = w[falling], rows[falling]
+            adam.select(falling)
+            if not len(rows):
+                break
+    return success
+
+
+def carlini_wagner(
+    victim: Victim, x: Images, y: Labels, *, searches: int, steps: int, rate: float, c: float,
+    kappa: float,
+) -> Images:  # fmt: skip
+    """Descents with a bisected trade-off c per image; see `CW`."""
+    best = _Smallest(
+        x.clone(),
+        torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device),
+        torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device),
+    )
+    with torch.no_grad():
+        gain = margin(victim(x), y).to(x.dtype)
+    rows = torch.arange(len(x), device=x.device)
+    # what is wrong already has distance zero
+    fooled = best.offer(rows, x, torch.zeros_like(gain), gain)
+    rows = rows[~fooled]
+    low, high = torch.zeros_like(gain), torch.full_like(gain, math.inf)
+    now = torch.full_like(gain, c)
+    for _ in range(searches if len(rows) else 0):
+        part = _Smallest(best.x[rows], best.size[rows], best.margin[rows])
+        success = cw_descent(
+            victim, x[rows], y[rows], now[rows], part, steps=steps, rate=rate, kappa=kappa
+        )
+        best.x[rows], best.size[rows], best.margin[rows] = part.x, part.size, part.margin
+        won, lost = rows[success], rows[~success]
+        high[won], low[lost] = now[won], now[lost]
+        now[rows] = torch.where(
+            high[rows].isinf(), 10 * now[rows], torch.sqrt(high[rows] * low[rows].clamp_min(1e-3))
+        )
+    return best.x
+
+
+def carlini_wagner_published(
+    victim: Victim, x: Images, y: Labels, *, steps: int, rate: float, c: float, kappa: float
+) -> Images:
+    """CW as TorchAttacks 3.5.1 has it: one c, a margin blind to logits <= 0, one end.
+
+    The descent of the whole batch ends when its summed loss has risen between two looks; images
+    that were not fooled by then come back clean.
+    """
+    scaled = (2 * x - 1).clamp(-1.0, 1.0)
+    w = (0.5 * torch.log((1 + scaled) / (1 - scaled))).requires_grad_()
+    optimizer = torch.optim.Adam([w], lr=rate)
+    best, best_size, last = x.clone(), torch.full((len(x),), 1e10, dtype=x.dtype), math.inf
+    best_size = best_size.to(x.device)
+    for step in range(steps):
+        with torch.enable_grad():
+            point = to_box(w)
+            size = F.mse_loss(point.flatten(1), x.flatten(1), reduction="none").sum(1)
+            logits = cast(Tensor, victim(point))
+            true = F.one_hot(y, logits.shape[1]).to(logits.dtype)
+            own, other = (true * logits).max(1)[0], ((1 - true) * logits).max(1)[0]
+            loss = size.sum() + c * (own - other).clamp_min(-kappa).sum()
+            (w.grad,) = torch.autograd.grad(loss, w)
+        optimizer.step()
+        better = (logits.detach().argmax(1) != y) & (size.detach() < best_size)
+        best_size = torch.where(better, size.detach(), best_size)
+        best = torch.where(per_image(better, x), point.detach(), best)
+        if step % max(steps // 10, 1) == 0:
+            if loss.item() > last:
+                break
+            last = loss.item()
+    return best
+
+
+@dataclass(frozen=True, kw_only=True)
+class CW(Attack):
+    """Smallest L2 change by gradient descent (Carlini & Wagner, 2017).
+
+    Minimises |x' - x|^2 + c * max(z_y - max_{k != y} z_k, -kappa) over tanh-transformed pixels
+    with Adam; c is bisected per image and the smallest success of all descents is kept. A failure
+    gives the point of the highest margin. Right for logits of any sign, log-probabilities too.
+
+    Attributes:
+        searches: descents, each with a c of its own.
+        steps: Adam steps of a descent; each costs a forward and a backward pass.
+        rate: Adam's learning rate.
+        c: first trade-off; times 10 until an image is fooled, then bisected on a log scale.
+        kappa: margin a point must have before the loss is content with it, in logits.
+        preset: published settings: a single descent, the library's margin and end of the batch.
+    """
+
+    searches: int = 6
+    steps: int = 50
+    rate: float = 0.05
+    c: float = 1.0
+    kappa: float = 0.0
+    preset: str | None = None
+
+    bounded: ClassVar[bool] = False
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "smallest L2 change by Adam on distance and margin, c bisected"
+    presets: ClassVar[Presets] = {
+        TORCHATTACKS: {"searches": 1, "steps": 50, "rate": 0.01, "c": 1.0, "kappa": 0.0},
+        RED_RELEASED: {"searches": 1, "steps": 50, "rate": 0.01, "c": 0.1, "kappa": 0.0},
+    }
+
+    def check(self) -> None:
+        if self.steps < 1 or self.searches < 1:
+            raise ConfigError(
+                f"steps and searches must be at least 1, got {self.steps} and {self.searches}"
+            )
+        if not (self.rate > 0 and self.c > 0 and self.kappa >= 0):
+            raise ConfigError(
+                "rate and c must be positive and kappa not negative, "
+                f"got {self.rate}, {self.c} and {self.kappa}"
+            )
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        if self.preset is not None:
+            return carlini_wagner_published(
+                victim, x, y, steps=self.steps, rate=self.rate, c=self.c, kappa=self.kappa
+            )
+        return carlini_wagner(
+            victim, x, y, searches=self.searches, steps=self.steps, rate=self.rate, c=self.c,
+            kappa=self.kappa,
+        )  # fmt: skip

@@ -1,0 +1,293 @@
+"""OnePixel, and what the black-box attacks that change few pixels share.
+
+All images take their n-th step together, one forward pass for the candidates of all, and leave
+when they are fooled. Each image has its own random stream, so that its result does not depend on
+who else is in the batch. Nothing is bounded by the threat: OnePixel bounds the number of pixels,
+Pixle (in `pixle`) not even that.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from redefense.attacks.base import TORCHATTACKS, Attack, Presets
+from redefense.attacks.objectives import margin
+from redefense.errors import ConfigError
+from redefense.rng import ImageStreams
+from redefense.threat import Threat
+from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim
+
+_QUERIES = {"cpu": 64}  # candidates in one forward pass: larger ones leave a processor's cache
+_QUERIES_ELSEWHERE = 1024  # fills an accelerator and bounds the memory
+
+
+def logits_at(victim: Victim, x: Images) -> Logits:
+    """(B, C) logits without a graph, in forward passes of bounded size."""
+    size = _QUERIES.get(x.device.type, _QUERIES_ELSEWHERE)
+    with torch.no_grad():
+        return torch.cat([cast(Tensor, victim(part)) for part in x.split(size)])
+
+
+def format_of(x: Images) -> torch.memory_format:
+    """The memory format the images came in: candidates keep it, convolutions run faster in one."""
+    dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if dense else torch.channels_last
+
+
+def numpy_states(rng: torch.Generator, x: Images, y: Labels) -> list[np.random.RandomState]:
+    """One numpy stream per image, for presets of libraries that draw from numpy."""
+    seeds = ImageStreams.of(rng, x, y).integers(0, 2**32)
+    return [np.random.RandomState(seed) for seed in seeds.tolist()]
+
+
+def rechecks(recheck: bool | None, preset: str | None) -> bool:
+    """Whether success is asked for a second time."""
+    return preset is not None if recheck is None else recheck
+
+
+def true_probs(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
+    """(B,) probability of the true class."""
+    return logits.softmax(1).gather(1, y[:, None]).squeeze(1)
+
+
+def true_margins(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
+    """(B,) true logit minus the best wrong one; negative means fooled."""
+    return -margin(logits, y)
+
+
+def paint(
+    x: Images,
+    rows: Int[Tensor, "B P k"],
+    columns: Int[Tensor, "B P k"],
+    colours: Float[Tensor, "B P k ch"],
+) -> Float[Tensor, "B*P ch H W"]:
+    """P copies of each image with k pixels set; where two coincide the later one wins."""
+    count, copies, pixels = rows.shape
+    out = x.repeat_interleave(copies, dim=0).contiguous(memory_format=format_of(x))
+    each = torch.arange(count * copies, device=x.device)
+    for i in range(pixels):
+        place = (each, slice(None), rows[..., i].flatten(), columns[..., i].flatten())
+        out[place] = colours[:, :, i].flatten(0, 1).to(x.dtype)
+    return out
+
+
+def paint_genes(x: Images, genes: Float[Tensor, "B P V"]) -> Float[Tensor, "B*P ch H W"]:
+    """Paint candidates given by numbers in [0, 1]: row, column and colour of each pixel."""
+    channels, height, width = x.shape[1:]
+    pixel = genes.unflatten(2, (-1, 2 + channels))
+    rows, columns = (
+        (0.5 * size + (pixel[..., i] - 0.5) * size).long().clamp(0, size - 1)
+        for i, size in enumerate((height, width))
+    )
+    return paint(x, rows, columns, 0.5 + (pixel[..., 2:] - 0.5))
+
+
+@runtime_checkable
+class Proposals(Protocol):
+    """Where an evolution's candidates come from."""
+
+    def first(self) -> Float[Tensor, "B P V"]:
+        """The first population."""
+        ...
+
+    def trials(self, population: Tensor, rows: Tensor) -> Float[Tensor, "A P V"]:
+        """Candidates for the images `rows`; the best of a population stands at place 0."""
+        ...
+
+
+@dataclass
+class StreamProposals:
+    """best + F (a - b) with F in [0.5, 1) drawn per image, from streams of the images.
+
+    Places outside the image are redrawn; colours outside [0, 1] become black or white, which are
+    the strongest ones.
+    """
+
+    streams: ImageStreams
+    size: int
+    pixels: int
+    channels: int
+
+    def first(self) -> Tensor:
+        return self.streams.uniform(self.size, self.pixels * (2 + self.channels))
+
+    def trials(self, population: Tensor, rows: Tensor) -> Tensor:
+        mine = self.streams.select(rows)
+        a = mine.integers(0, self.size - 1, self.size)
+        b = mine.integers(0, self.size - 2, self.size)
+        scale = 0.5 + 0.5 * mine.uniform(1, 1)
+        fresh = mine.uniform(*population.shape[1:])
+        self.streams.counter = mine.counter
+        own = torch.arange(self.size, device=a.device)
+        a = a + (a >= own).long()
+        low, high = torch.minimum(a, own), torch.maximum(a, own)
+        b = b + (b >= low).long()
+        b = b + (b >= high).long()
+        each = torch.arange(len(rows), device=a.device)[:, None]
+        trial = population[:, :1] + scale * (population[each, a] - population[each, b])
+        place = torch.arange(trial.shape[2], device=a.device) % (2 + self.channels) < 2
+        outside = place & ((trial < 0) | (trial > 1))
+        return torch.where(outside, fresh, trial.clamp(0.0, 1.0))
+
+
+@dataclass
+class NumpyProposals:
+    """The same step as SciPy's solver in TorchAttacks draws it, number for number."""
+
+    states: list[np.random.RandomState]
+    size: int
+    genes: int
+    device: torch.device
+
+    def first(self) -> Tensor:
+        rows = [state.random_sample((self.size, self.genes)) for state in self.states]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+    def trials(self, population: Tensor, rows: Tensor) -> Tensor:
+        numbers = population.cpu().numpy()
+        trials = [self._of(self.states[i], numbers[j]) for j, i in enumerate(rows.tolist())]
+        return torch.from_numpy(np.stack(trials)).to(self.device)
+
+    def _of(self, state: np.random.RandomState, pop: NDArray[np.float64]) -> NDArray[np.float64]:
+        scale = state.rand() * 0.5 + 0.5
+        pairs = np.empty((self.size, 2), dtype=np.int64)
+        for i in range(self.size):
+            state.randint(0, self.genes)  # where a crossover would begin
+            others = [j for j in range(self.size) if j != i]
+            state.shuffle(others)
+            pairs[i] = others[:2]
+            state.rand(self.genes)  # the crossover, which takes every gene
+        trial = pop[0] + scale * (pop[pairs[:, 0]] - pop[pairs[:, 1]])
+        outside = (trial < 0) | (trial > 1)
+        trial[outside] = state.rand(int(outside.sum()))
+        return cast(NDArray[np.float64], trial)
+
+
+Score = Callable[[Tensor, Tensor], tuple[Float[Tensor, "A P"], Bool[Tensor, "A P"]]]
+"""Energies, lower is better, and successes of candidates (A, P, V) for the images `rows` (A,)."""
+
+
+def evolve(
+    proposals: Proposals,
+    score: Score,
+    recheck: Callable[[Tensor, Tensor], Bool[Tensor, " A"]] | None,
+    *,
+    generations: int,
+    look_first: bool,
+) -> Float[Tensor, "B V"]:
+    """Differential evolution of all images in lock-step.
+
+    Args:
+        proposals: candidates.
+        score: their energies and successes.
+        recheck: asks again whether the best genes (A, V) of the images `rows` fool; None trusts
+            the answer given when they were scored.
+        generations: at most; an image stops after one in which its best candidate fools.
+        look_first: an image may stop before the first one, too.
+
+    Returns:
+        The best genes of each image.
+    """
+    population = proposals.first()
+    rows = torch.arange(len(population), device=population.device)
+    energy, fooled = score(population, rows)
+    lead = energy.argmin(1)
+    for values in (population, energy, fooled):
+        values[rows, 0], values[rows, lead] = values[rows, lead], values[rows, 0]
+    for generation in range(generations + 1):
+        if generation > 0:
+            mine, level, wins = population[rows], energy[rows], fooled[rows]
+            trials = proposals.trials(mine, rows)
+            values, hits = score(trials, rows)
+            better = values < level
+            mine = torch.where(better[..., None], trials, mine)
+            level, wins = torch.where(better, values, level), torch.where(better, hits, wins)
+            # the first of the lowest accepted ones takes the lead, if it is below the leader
+            value, lead = level.masked_fill(~better, math.inf).min(1)
+            lead = torch.where(value < level[:, 0], lead, 0)
+            each = torch.arange(len(rows), device=rows.device)
+            for values in (mine, level, wins):
+                values[:, 0] = values[each, lead]
+            population[rows], energy[rows], fooled[rows] = mine, level, wins
+        if generation > 0 or look_first:
+            stop = fooled[rows, 0] if recheck is None else recheck(population[rows, 0], rows)
+            rows = rows[~stop]
+        if not len(rows):
+            break
+    return population[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePixel(Attack):
+    """Few pixels of any colour, found by differential evolution (Su et al., 2019).
+
+    The default asks at most popsize * (steps + 1) = 5,100 times, about Square's budget, and stops
+    at the first candidate that fools. It always returns the best candidate found.
+
+    Attributes:
+        pixels: how many pixels may change.
+        steps: generations.
+        popsize: candidates per generation.
+        recheck: ask the victim once more whether the best candidate fools before an image stops,
+            as the library does; only a randomized victim can tell. None: in presets only.
+        preset: published settings: 120 queries, on probabilities, and a population of
+            max(5, popsize rounded down to a multiple of the genes).
+    """
+
+    pixels: int = 1
+    steps: int = 50
+    popsize: int = 100
+    recheck: bool | None = None
+    preset: str | None = None
+
+    bounded: ClassVar[bool] = False
+    summary: ClassVar[str] = "few pixels of any colour by differential evolution, black box"
+    presets: ClassVar[Presets] = {TORCHATTACKS: {"steps": 10, "popsize": 10}}
+
+    def check(self) -> None:
+        if self.pixels < 1 or self.steps < 0:
+            raise ConfigError(
+                f"pixels must be at least 1 and steps not negative, "
+                f"got {self.pixels} and {self.steps}"
+            )
+        if self.popsize < 4:
+            raise ConfigError(f"popsize must be at least 4, got {self.popsize}")
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        published = self.preset is not None
+        energy_of = true_probs if published else true_margins
+
+        def score(genes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            copies = genes.shape[1]
+            logits = logits_at(victim, paint_genes(x[rows], genes))
+            true = y[rows].repeat_interleave(copies)
+            energy, fooled = energy_of(logits, true), logits.argmax(1) != true
+            return energy.view(-1, copies), fooled.view(-1, copies)
+
+        def fools(genes: Tensor, rows: Tensor) -> Tensor:
+            return logits_at(victim, paint_genes(x[rows], genes[:, None])).argmax(1) != y[rows]
+
+        genes = evolve(
+            self._numpy_proposals(x, y, rng) if published else self._proposals(x, y, rng),
+            score,
+            fools if rechecks(self.recheck, self.preset) else None,
+            generations=self.steps,
+            look_first=not published,
+        )
+        return paint_genes(x, genes[:, None])
+
+    def _proposals(self, x: Images, y: Labels, rng: torch.Generator) -> Proposals:
+        return StreamProposals(ImageStreams.of(rng, x, y), self.popsize, self.pixels, x.shape[1])
+
+    def _numpy_proposals(self, x: Images, y: Labels, rng: torch.Generator) -> Proposals:
+        genes = self.pixels * (2 + x.shape[1])
+        size = max(5, max(1, self.popsize // genes) * genes)
+        return NumpyProposals(numpy_states(rng, x, y), size, genes, x.device)

@@ -1,0 +1,194 @@
+"""SparseFool: few changed coordinates, by DeepFool and a linear programme with a closed form."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from redefense.attacks.base import TORCHATTACKS, Attack, Presets, input_gradient
+from redefense.attacks.minimal import deepfool, deepfool_published
+from redefense.attacks.objectives import margin
+from redefense.errors import ConfigError
+from redefense.threat import Threat, norms, per_image
+from redefense.types import Images, Labels, Victim
+
+_BEYOND = 1e-3  # how far the solver goes beyond the hyperplane, along its unit normal
+_LEAST = 1e-4  # the smallest move of a coordinate
+
+
+def cross_hyperplane(x: Images, normal: Images, point: Images) -> Images:
+    """Move as few coordinates as a greedy choice allows until a hyperplane is crossed.
+
+    The hyperplane goes through `point` with unit `normal` (zero: the image stays). Coordinates move
+    one after the other, largest share of the normal first, along the normal's sign and within
+    [0, 1]: each as far as the crossing needs, or as its room allows. Sorting by share and a running
+    sum of share times room give in one go what the published loop finds coordinate by coordinate.
+
+    Returns:
+        The moved images; where `x` is beyond the hyperplane already, the loop's answer for that
+        odd case: it walks on until no coordinate is left.
+    """
+    flat, n = x.flatten(1).double(), normal.flatten(1).double()
+    start = (n * (flat - point.flatten(1).double())).sum(1)
+    share, order = n.abs().sort(dim=1, descending=True, stable=True)
+    sign = n.gather(1, order).sign()
+    here = flat.gather(1, order)
+    room = torch.where(sign > 0, 1 - here, here).masked_fill(share == 0, 0.0)
+    value = start[:, None] + (share * room).cumsum(1) - share * room  # before each coordinate
+    need = ((value - _BEYOND).abs() / share.clamp_min(1e-300)).clamp_min(_LEAST)
+    length = torch.minimum(need, room)
+    crossed = value + share * length >= 0
+    rank = torch.arange(flat.shape[1], device=x.device)
+    stop = torch.where(crossed.any(1), crossed.long().argmax(1), flat.shape[1])
+    length = length.masked_fill(rank > stop[:, None], 0.0)
+    beyond = start > 0
+    if bool(beyond.any()):
+        length[beyond] = _walk_away(start[beyond], share[beyond], room[beyond])
+    moved = flat.scatter_add(1, order, sign * length)
+    return moved.to(x.dtype).clamp(0.0, 1.0).view_as(x)
+
+
+def _walk_away(value: Tensor, share: Tensor, room: Tensor) -> Tensor:
+    """(B, D) moves of the published loop from beyond the hyperplane: the sign never changes."""
+    lengths = []
+    for s, r in zip(share.unbind(1), room.unbind(1), strict=True):
+        need = ((value + _BEYOND) / s.clamp_min(1e-300)).clamp_min(_LEAST)
+        lengths.append(torch.minimum(need, r))
+        value = value + s * lengths[-1]
+    return torch.stack(lengths, dim=1)
+
+
+def boundary_normal(victim: Victim, x: Images, y: Labels, other: Labels) -> Images:
+    """(B, ch, H, W) unit gradient of z_k - z_y, k the class at `x` or, where that is y, `other`.
+
+    Zero where there is no gradient.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = cast(Tensor, victim(x))
+        top = logits.detach().argmax(1)
+        pair = torch.stack([torch.where(top == y, other, top), y], dim=1)
+        chosen = logits.gather(1, pair)
+        total = (chosen[:, 0] - chosen[:, 1]).sum()
+    grad = input_gradient(total, x)
+    size = per_image(norms(grad, 2.0), grad)
+    return torch.where(size > 0, grad / size.clamp_min(torch.finfo(grad.dtype).tiny), grad)
+
+
+def sparsefool(
+    victim: Victim, x: Images, y: Labels, *, steps: int, lam: float, overshoot: float,
+    inner_steps: int,
+) -> Images:  # fmt: skip
+    """SparseFool as in the paper: each round goes on from where the last one ended.
+
+    A failure gives the point that came closest in margin.
+    """
+    best, best_margin = x.clone(), torch.full_like(y, -math.inf, dtype=x.dtype)
+    rows, point, shown = torch.arange(len(x), device=x.device), x, x
+    for step in range(steps + 1):
+        with torch.no_grad():
+            logits = cast(Tensor, victim(shown))
+        reached = margin(logits, y[rows])
+        better = reached > best_margin[rows]
+        best[rows[better]] = shown[better]
+        best_margin[rows[better]] = reached[better].to(x.dtype)
+        still = reached <= 0
+        rows, point, logits = rows[still], point[still], logits[still]
+        if step == steps or not len(rows):
+            break
+        own = y[rows]
+        fooling = deepfool(victim, point, own, steps=inner_steps, overshoot=overshoot, rivals=9)
+        runner_up = logits.scatter(1, own[:, None], -math.inf).argmax(1)
+        away = fooling - point
+        normal = boundary_normal(victim, fooling, own, runner_up)
+        # behind a fold of the boundary its normal points back: the way there is the better guide
+        back = (normal * away).flatten(1).sum(1) <= 0
+        length = norms(away, 2.0).clamp_min(torch.finfo(away.dtype).tiny)
+        normal = torch.where(per_image(back, x), away / per_image(length, away), normal)
+        point = cross_hyperplane(point, normal, point + lam * away)
+        shown = (x[rows] + (1 + overshoot) * (point - x[rows])).clamp(0.0, 1.0)
+    return best
+
+
+def sparsefool_published(
+    victim: Victim, x: Images, y: Labels, *, steps: int, lam: float, overshoot: float,
+    inner_steps: int,
+) -> Images:  # fmt: skip
+    """SparseFool as TorchAttacks 3.5.1 has it.
+
+    The hyperplane is scaled from, and the solver restarted at, the clean image; the normal is
+    taken beyond the boundary; the last round goes unchecked; and while any image of the batch has
+    never been fooled, all of it is asked again, which matters on a randomized victim. The one
+    deviation: without a gradient an image stays where it is.
+    """
+    point = x.clone()
+    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(steps):
+        if bool(done.all()):
+            break
+        with torch.no_grad():
+            wrong = cast(Tensor, victim(point)).argmax(1) != y
+        done |= wrong
+        rows = (~wrong).nonzero().flatten()
+        if not len(rows):
+            continue
+        clean, own = x[rows], y[rows]
+        fooling, target = deepfool_published(
+            victim, point[rows], own, steps=inner_steps, overshoot=0.02
+        )
+        far = clean + lam * (fooling - clean)
+        crossed = cross_hyperplane(clean, boundary_normal(victim, far, own, target), far)
+        point[rows] = (clean + (1 + overshoot) * (crossed - clean)).clamp(0.0, 1.0)
+    return point
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseFool(Attack):
+    """Few changed coordinates, by linearised boundaries (Modas et al., 2019).
+
+    Each round finds a boundary point with DeepFool and crosses the tangent there with a greedy
+    choice of coordinates. Images that are misclassified already come back unchanged.
+
+    Attributes:
+        steps: rounds.
+        lam: how far beyond DeepFool's point the hyperplane is moved; larger fools more images in
+            fewer rounds with more coordinates.
+        overshoot: final stretch of the whole change, as a share of it.
+        inner_steps: DeepFool's steps in each round.
+        preset: published settings, see `sparsefool_published`.
+    """
+
+    steps: int = 20
+    lam: float = 3.0
+    overshoot: float = 0.02
+    inner_steps: int = 50
+    preset: str | None = None
+
+    bounded: ClassVar[bool] = False
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "few changed coordinates by linearised boundaries"
+    presets: ClassVar[Presets] = {
+        TORCHATTACKS: {"steps": 10, "lam": 3.0, "overshoot": 0.02, "inner_steps": 50},
+    }
+
+    def check(self) -> None:
+        if self.steps < 1 or self.inner_steps < 1:
+            raise ConfigError(
+                f"steps and inner_steps must be at least 1, got {self.steps}, {self.inner_steps}"
+            )
+        if not (1 <= self.lam < math.inf and 0 <= self.overshoot < math.inf):
+            raise ConfigError(
+                "lam must be at least 1 and overshoot not negative, "
+                f"got {self.lam} and {self.overshoot}"
+            )
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+    ) -> Images:
+        run = sparsefool if self.preset is None else sparsefool_published
+        return run(
+            victim, x, y, steps=self.steps, lam=self.lam, overshoot=self.overshoot,
+            inner_steps=self.inner_steps,
+        )  # fmt: skip
