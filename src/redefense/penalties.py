@@ -56,7 +56,8 @@ def lipschitz(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
     """
     if grads.shape[1] == 0:
         return _full(grads).new_zeros(())
-    return torch.linalg.vector_norm(_full(grads), dim=-1).mean()
+    lengths: Tensor = torch.linalg.vector_norm(_full(grads), dim=-1)
+    return lengths.mean()
 
 
 def squared_lipschitz(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:

@@ -284,13 +284,9 @@ def attack_cell(
         if attack.bounded:
             verify_ball(x_adv, x, budget, name)
         found.append(judge(subject.ensemble, x_adv, x, y))
-    merged: dict[str, Any] = {
-        key: np.concatenate([f[key] for f in found], axis=-1)
-        for key in ("correct", "averaged", "linf", "l2", "l0")
-    }
     count = len(subject.x)
     return Cell(
-        **merged,
+        **_merge(found),
         forwards=meter.forwards / count,
         backwards=meter.backwards / count,
         seconds=seconds,
@@ -329,7 +325,11 @@ def _clean(subject: Subject) -> Cell:
     for start in range(0, len(subject.x), CHUNK):
         x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]
         parts.append(judge(subject.ensemble, x, x, y))
-    return Cell(**{k: np.concatenate([p[k] for p in parts], axis=-1) for k in parts[0]})
+    return Cell(**_merge(parts))
+
+
+def _merge(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+    return {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
 
 
 def _cell_json(

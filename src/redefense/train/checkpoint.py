@@ -146,9 +146,9 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """The optimizer's state as `KEY/PARAMETER` tensors."""
     return {
-        f"{key}/{names[p]}": torch.as_tensor(value)
-        for p, slots in optimizer.state.items()
-        for key, value in slots.items()
+        f"{key}/{name}": torch.as_tensor(value)
+        for p, name in names.items()
+        for key, value in optimizer.state.get(p, {}).items()
         if value is not None
     }
 
