@@ -66,6 +66,9 @@ def test_tiny_imagenet_is_one_set_in_all_layouts(tmp_path: Path) -> None:
     inner = load_dataset(f"tiny-imagenet:{root / 'tiny-imagenet-200'}")
     folders = load_dataset(f"tiny-imagenet:{tiny(tmp_path / 'folders', refoldered=True)}")
     assert official.checksum() == archive.checksum() == inner.checksum()
+    (tmp_path / "around").mkdir()
+    zipped(root, tmp_path / "around" / "tiny-imagenet-200.zip")
+    assert load_dataset(f"tiny-imagenet:{tmp_path / 'around'}").checksum() == official.checksum()
     assert torch.equal(official.train.images, folders.train.images)
     assert images_by_label(official) == images_by_label(folders)
     assert "zip archive" in archive.found
@@ -82,6 +85,16 @@ def test_tiny_imagenet_sorts_ids_and_makes_grey_images_rgb(tmp_path: Path) -> No
     assert torch.equal(grey[0], grey[1])
     assert torch.equal(grey[0], grey[2])
     assert not torch.equal(found.train.images[1][0], found.train.images[1][1])
+
+
+def test_tiny_imagenet_may_be_hub_parquet(tmp_path: Path) -> None:
+    rows = [(png(image), n % 2) for n, image in enumerate(some_pixels(4, 3, 64, 64))]
+    root = write_parquet(tmp_path / "a", rows, rows, ["n01", "n02"], image="image")
+    found = load_dataset(f"tiny-imagenet:{root}")
+    assert (found.name, found.classes) == ("tiny-imagenet", ("n01", "n02"))
+    small = [(png(image), n % 2) for n, image in enumerate(some_pixels(4, 3, 8, 8))]
+    other = write_parquet(tmp_path / "b", small, small, ["n01", "n02"])
+    refused(f"tiny-imagenet:{other}", "images are 3x8x8, expected 3x64x64")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,11 @@ def read(path: Path, refuse: Refuse) -> Source:
         DataError: naming the file, if anything is missing, unknown, empty or there twice.
     """
     tree = open_tree(path, refuse)
-    if path.is_dir() and any(name.endswith(".parquet") for name in tree.names):
-        return _from_parquet(path, refuse)
+    if path.is_dir() and not _ids_files(tree):
+        if any(name.endswith(".parquet") for name in tree.names):
+            return _from_parquet(path, refuse)
+        if archives := sorted(path.glob("tiny-imagenet*.zip")):
+            tree = open_tree(archives[0], refuse)
     at = _root(tree)
     ids = _ids(tree, f"{at}wnids.txt", refuse)
     train = _foldered(tree, f"{at}train/", ids, refuse)
@@ -67,13 +70,18 @@ def read(path: Path, refuse: Refuse) -> Source:
 def _from_parquet(path: Path, refuse: Refuse) -> Source:
     source = parquet.read(path, refuse, "tiny-imagenet")
     if source.shape != SHAPE:
-        raise DataError(f"{path}: images are {source.shape}, expected {SHAPE}")
+        size = "x".join(map(str, source.shape))
+        raise DataError(f"{path}: images are {size}, expected 3x64x64")
     return replace(source, found=f"TinyImageNet, {source.found}")
+
+
+def _ids_files(tree: Tree) -> list[str]:
+    return [name for name in tree.names if PurePosixPath(name).name == "wnids.txt"]
 
 
 def _root(tree: Tree) -> str:
     """The folder that holds wnids.txt, as a prefix of names."""
-    found = [name for name in tree.names if PurePosixPath(name).name == "wnids.txt"]
+    found = _ids_files(tree)
     if not found:
         raise DataError(f"{tree.root}: no wnids.txt in this {tree.kind}, so no TinyImageNet")
     return min(found, key=len).removesuffix("wnids.txt")
