@@ -1,0 +1,147 @@
+"""The claim linter: which figures of a table cannot be believed, and why.
+
+It reads an evaluation of ours or a small CSV typed in from a paper (columns in `claims.COLUMNS`;
+one row a figure, accuracy in percent, empty where the source is silent; a method that was trained
+in two ways needs two names). The rules are those that need no model, only the figures.
+
+Shipped in `examples/`: `red_table1.csv`, `red_table2.csv` and `red_table3.csv` are Tables 1 to 3 of
+the RED paper (accuracies of eight ResNet-18 on CIFAR-10, three on TinyImageNet; the paper states
+neither eps nor the number of images), and do not hold. `sound_table.csv` holds: it was measured on
+a linear classifier fitted to the digits' training split, on the 360 test images at eps 0.1, with
+this package's gradient attacks and with Square and AutoAttack of TorchAttacks 3.5.1; in whole
+percent, because one image is worth 0.28 points.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from redefense.errors import DataError
+from redefense.evaluation.claims import grouped, of_evaluation, read_csv
+from redefense.evaluation.records import Cell, Evaluation, load, parse, read_json
+from redefense.evaluation.rules import Finding, findings_of
+
+__all__ = ["Finding", "audit", "exit_code"]
+
+_AGREE = 1e-3  # figures of one file, fractions, differ by rounding only
+
+
+def audit(path: Path) -> list[Finding]:
+    """All findings about a CSV of claims, an evaluation, or a run directory; errors first.
+
+    Raises:
+        DataError: if the file is missing or cannot be read as one of these.
+    """
+    if path.is_dir():
+        files = sorted((path / "evaluation").glob("[!.]*.json"))
+        if not files:
+            raise DataError(f"{path} holds no evaluation: run `redefense evaluate {path}` first")
+        found = [finding for file in files for finding in _audit_evaluation(file)]
+    elif path.suffix.lower() == ".json":
+        found = _audit_evaluation(path)
+    else:
+        found = [finding for group in grouped(read_csv(path)) for finding in findings_of(group)]
+    return sorted(found, key=lambda finding: finding.severity)  # stable: errors before notes
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """1 if a claim does not hold, else 0: notes alone do not fail."""
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+def _audit_evaluation(path: Path) -> list[Finding]:
+    evaluation = parse(read_json(path), str(path))
+    findings = [f for group in grouped(of_evaluation(evaluation)) for f in findings_of(group)]
+    findings += _headline(evaluation)
+    for cell in evaluation.cells:
+        findings += _cell(evaluation, cell)
+    findings += _red_checks(evaluation)
+    try:
+        load(path)
+    except DataError as error:
+        findings.append(_about(evaluation, "records-contradict", f"{error}."))
+    return findings
+
+
+def _about(
+    evaluation: Evaluation,
+    rule: str,
+    why: str,
+    *,
+    rows: Iterable[str] = (),
+    severity: Literal["error", "note"] = "error",
+    **figures: float,
+) -> Finding:
+    return Finding(
+        id=rule,
+        severity=severity,
+        subject=f"{evaluation.data.name}, suite {evaluation.suite}",
+        rows=tuple(rows),
+        figures={name: 100 * value for name, value in figures.items()},
+        why=why,
+    )
+
+
+def _headline(evaluation: Evaluation) -> Iterator[Finding]:
+    """The pair against the cells that it sums up."""
+    headline = evaluation.headline
+    expected = [
+        (cell, cell.accuracy.expected)
+        for cell in evaluation.cells
+        if cell.accuracy.expected is not None
+    ]
+    bounded = [(cell, value) for cell, value in expected if cell.bounded]
+    if headline is None or not bounded:
+        return
+    lowest, floor = min(bounded, key=lambda pair: pair[1])
+    unaware, aware = headline.unaware, headline.aware
+    if aware is not None and aware > floor + _AGREE:
+        why = "The aware headline lies above a bounded attack that it must include."
+        yield _about(
+            evaluation, "headline-above-attack", why, rows=[lowest.id], aware=aware, attack=floor
+        )
+    if aware is not None and not any(cell.aware for cell, _ in bounded):
+        why = "An aware headline is stated, but no attack that knows the ensemble was run."
+        yield _about(evaluation, "aware-without-attack", why, aware=aware)
+    if aware is not None and unaware is not None and aware > unaware + _AGREE:
+        why = "Knowing the ensemble cannot help the defender: the aware figure exceeds the unaware."
+        yield _about(evaluation, "headlines-swapped", why, aware=aware, unaware=unaware)
+    ignorant = [value for cell, value in bounded if not cell.aware]
+    if unaware is not None and ignorant and abs(unaware - min(ignorant)) > _AGREE:
+        free = [value for cell, value in expected if not cell.bounded]
+        if any(abs(unaware - value) <= _AGREE for value in free):
+            why = "The unaware headline is the figure of an attack that nothing bounds."
+            yield _about(evaluation, "unbounded-in-headline", why, unaware=unaware)
+        else:
+            why = "The unaware headline is not the lowest of the bounded unaware attacks."
+            yield _about(
+                evaluation, "headline-mismatch", why, unaware=unaware, lowest=min(ignorant)
+            )
+
+
+def _cell(evaluation: Evaluation, cell: Cell) -> Iterator[Finding]:
+    accuracy = cell.accuracy
+    names = ("all", "worst_member", "expected", "best_member", "any")
+    ladder = [(name, value) for name in names if (value := getattr(accuracy, name)) is not None]
+    values = [value for _, value in ladder]
+    if any(a > b + 1e-6 for a, b in pairwise(values)):
+        why = "All members <= worst member <= expected <= best member <= any member does not hold."
+        yield _about(evaluation, "impossible-order", why, rows=[cell.id], **dict(ladder))
+    if cell.bounded and cell.unchanged is not None and cell.unchanged > 0.01:
+        why = (
+            f"{100 * cell.unchanged:.1f} % of the images came back unchanged: the attack gave them "
+            "up, or its successes were filtered by random answers."
+        )
+        yield _about(
+            evaluation, "images-unchanged", why, rows=[cell.id], severity="note",
+            unchanged=cell.unchanged,
+        )  # fmt: skip
+
+
+def _red_checks(evaluation: Evaluation) -> Iterator[Finding]:
+    for check in evaluation.checks:
+        if check.passed is False:
+            detail = check.detail.rstrip(".") or "failed"
+            why = f"The evaluation's own check is red: {detail}."
+            yield _about(evaluation, "red-check", why, rows=[check.id], severity="note")
