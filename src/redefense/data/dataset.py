@@ -57,18 +57,19 @@ class Split:
     @property
     def images(self) -> UInt8[Tensor, "N ch H W"]:
         """All images; a selection copies them, so prefer `take` on large sets."""
-        return self.store if self.rows is None else self.store[self.rows]
+        return self.store if self.rows is None else self.store.index_select(0, self.rows)
 
     def take(self, index: Int[Tensor, " B"]) -> UInt8[Tensor, "B ch H W"]:
         """Some images, as bytes."""
-        return self.store[index if self.rows is None else self.rows[index]]
+        rows = index if self.rows is None else self.rows[index]
+        return self.store.index_select(0, rows)  # copies whole images, unlike indexing
 
     def chunks(self, size: int) -> Iterator[UInt8[Tensor, "B ch H W"]]:
         """All images in order, as bytes, `size` at a time; nothing is copied where it can be."""
         if self.rows is None:
             yield from self.store.split(size)
         else:
-            yield from (self.store[rows] for rows in self.rows.split(size))
+            yield from (self.store.index_select(0, rows) for rows in self.rows.split(size))
 
     def float(self, index: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B ch H W"]:
         """Some images (all, without `index`) as float32 in [0, 1]."""
