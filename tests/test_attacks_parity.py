@@ -1,5 +1,6 @@
 """The presets do what TorchAttacks 3.5.1 does, on one network and on a recorded run of members."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,12 +9,13 @@ import torchattacks
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
+from redefense.attacks.auto import AutoAttack
+from redefense.attacks.square import Square
 from redefense.rng import stream
 from redefense.threat import Threat
 
-EPS, CLASSES = 8 / 255, 10
+CLASSES = 10
 PRESET = "torchattacks-3.5.1"
-L2 = {"norm": "L2", "eps": 0.5}
 
 
 def network(seed: int) -> nn.Module:
@@ -42,7 +44,7 @@ class Recorded(nn.Module):
         return logits
 
 
-def batch(count: int = 24) -> tuple[Tensor, Tensor]:
+def batch(count: int = 12) -> tuple[Tensor, Tensor]:
     """Images, labelled by the network so that most are right, by more or less."""
     rng = stream(1, "images")
     x = torch.rand(count, 3, 16, 16, generator=rng)
@@ -51,57 +53,108 @@ def batch(count: int = 24) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def ours(name: str, victim: nn.Module, seed: int = 3, threat: Threat | None = None) -> Tensor:
-    attack = ATTACKS[name](preset=PRESET)  # type: ignore[call-arg]  # every one here has presets
-    rng = torch.Generator().manual_seed(seed)
-    return attack(victim, *batch(), threat or Threat(eps=EPS), rng=rng)
+def ours(name: str, victim: nn.Module, threat: Threat, preset: str = PRESET) -> Tensor:
+    attack = ATTACKS[name](preset=preset)  # type: ignore[call-arg]  # every one here has presets
+    return attack(victim, *batch(), threat, rng=torch.Generator().manual_seed(3))
 
 
-def theirs(name: str, victim: nn.Module, **settings: Any) -> Tensor:
+def theirs(name: str, victim: nn.Module, threat: Threat, **settings: Any) -> Tensor:
+    """Their attack, seeded as ours; `n_queries` reaches the Square inside AutoAttack too."""
     state, (x, y) = torch.get_rng_state(), batch()
     torch.manual_seed(3)
-    x_adv: Tensor = getattr(torchattacks, name)(victim, **settings)(x, y)
+    if name in ("APGD", "APGDT", "FAB", "Square", "AutoAttack"):
+        settings |= {"norm": "L2" if threat.norm == 2 else "Linf", "eps": threat.eps, "seed": 3}
+    queries = settings.pop("n_queries", None)
+    attack = getattr(torchattacks, name)(victim, **settings)
+    if queries is not None:
+        square = attack if name == "Square" else attack._autoattack.attacks[3]
+        square.n_queries = queries
+    x_adv: Tensor = attack(x, y)
     torch.set_rng_state(state)
     return x_adv
 
 
+LINF, L2 = Threat(eps=8 / 255), Threat(norm=2.0, eps=0.5)
 SAME = [
-    ("fgsm", "FGSM", {}),
-    ("bim", "BIM", {}),
-    ("mim", "MIFGSM", {}),
-    ("pgd", "PGD", {}),
-    ("di2fgsm", "DIFGSM", {}),
-    ("eotpgd", "EOTPGD", {}),
-    ("apgd", "APGD", {"seed": 3}),
-    ("apgdt", "APGDT", {"seed": 3}),
+    ("fgsm", "FGSM", LINF, {}),
+    ("bim", "BIM", LINF, {}),
+    ("mim", "MIFGSM", LINF, {}),
+    ("pgd", "PGD", LINF, {}),
+    ("di2fgsm", "DIFGSM", LINF, {}),
+    ("eotpgd", "EOTPGD", LINF, {}),
+    *(
+        (ours, theirs, threat, settings)
+        for threat in (LINF, L2)
+        for ours, theirs, settings in (
+            ("apgd", "APGD", {}),
+            ("apgdt", "APGDT", {}),
+            ("fab", "FAB", {"multi_targeted": True}),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "their_name", "settings"), SAME)
-def test_preset_equals_torchattacks(name: str, their_name: str, settings: dict[str, Any]) -> None:
-    net = network(0)
-    torch.testing.assert_close(
-        ours(name, net), theirs(their_name, net, **settings), rtol=0, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(("name", "their_name", "settings"), SAME)
-def test_preset_asks_a_random_victim_the_same_questions(
-    name: str, their_name: str, settings: dict[str, Any]
-) -> None:
+def recorded() -> tuple[Recorded, Recorded]:
+    """Twice the same sequence of members."""
     members = [network(seed) for seed in range(3)]
     order = torch.randint(3, (997,), generator=stream(2, "order")).tolist()
-    one, two = Recorded(members, order), Recorded(members, order)
-    torch.testing.assert_close(
-        ours(name, one), theirs(their_name, two, **settings), rtol=0, atol=1e-6
-    )
+    return Recorded(members, order), Recorded(members, order)
+
+
+def assert_same(one: Tensor, two: Tensor) -> None:
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "their_name", "threat", "settings"), SAME)
+def test_preset_equals_torchattacks(
+    name: str, their_name: str, threat: Threat, settings: dict[str, Any]
+) -> None:
+    net = network(0)
+    assert_same(ours(name, net, threat), theirs(their_name, net, threat, **settings))
+
+
+@pytest.mark.parametrize(("name", "their_name", "threat", "settings"), SAME)
+def test_preset_asks_a_random_victim_the_same_questions(
+    name: str, their_name: str, threat: Threat, settings: dict[str, Any]
+) -> None:
+    one, two = recorded()
+    assert_same(ours(name, one, threat), theirs(their_name, two, threat, **settings))
     assert one.calls == two.calls
 
 
-@pytest.mark.parametrize(("name", "their_name"), [("apgd", "APGD"), ("apgdt", "APGDT")])
-def test_l2_preset_equals_torchattacks(name: str, their_name: str) -> None:
-    net = network(0)
-    threat = Threat(norm=2.0, eps=0.5)
-    torch.testing.assert_close(
-        ours(name, net, threat=threat), theirs(their_name, net, seed=3, **L2), rtol=0, atol=1e-5
+# these two make thousands of queries; red-released differs only in making 200
+@pytest.mark.parametrize("threat", [LINF, L2])
+@pytest.mark.parametrize("random", [False, True])
+def test_autoattack_preset_equals_torchattacks(threat: Threat, random: bool) -> None:
+    one, two = recorded() if random else (network(0), network(0))
+    assert_same(
+        ours("autoattack", one, threat, "red-released"),
+        theirs("AutoAttack", two, threat, n_queries=200),
     )
+
+
+@pytest.mark.parametrize("threat", [LINF, L2])
+@pytest.mark.parametrize("random", [False, True])
+def test_square_preset_equals_torchattacks(threat: Threat, random: bool) -> None:
+    one, two = recorded() if random else (network(0), network(0))
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        x_adv = Square(queries=200).published(one, *batch(), threat, rng=rng)
+    assert_same(x_adv, theirs("Square", two, threat, n_queries=200))
+
+
+def test_presets_are_the_published_numbers() -> None:
+    assert repr(Square(preset=PRESET)) == repr(replace(Square(), preset=PRESET))
+    assert AutoAttack(preset=PRESET).steps == 10
+    assert AutoAttack(preset="autoattack-official").steps == 100
+    assert AutoAttack(preset="red-released").queries == 200
+    assert not Square(preset="autoattack-official").rescale
+
+
+def test_success_filter_returns_clean_images_only_in_presets() -> None:
+    x, y = batch()
+    tiny = Threat(eps=1e-4)
+    for name in ("apgd", "apgdt"):
+        assert torch.equal(ours(name, network(0), tiny), x)
+        x_adv = ATTACKS[name]()(network(0), x, y, tiny, rng=stream(0, name))
+        assert ((x_adv - x).flatten(1).abs().amax(1) > 0.5e-4).all()

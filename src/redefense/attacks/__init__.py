@@ -7,13 +7,16 @@ from typing import Final
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD, MeanProbPGD, Transfer
 from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.arc import ARC
+from redefense.attacks.auto import AutoAttack
 from redefense.attacks.base import Attack, as_ensemble, frozen
 from redefense.attacks.diverse import DI2FGSM
+from redefense.attacks.fab import FAB
 from redefense.attacks.gradient import BIM, EOTPGD, FGSM, MIM, PGD
 from redefense.attacks.minimal import CW, DeepFool
 from redefense.attacks.pixels import OnePixel
 from redefense.attacks.pixle import Pixle
 from redefense.attacks.sparse import SparseFool
+from redefense.attacks.square import Square
 
 __all__ = ["ATTACKS", "Attack", "as_ensemble", "frozen"]
 
@@ -27,6 +30,9 @@ ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
         "eotpgd": EOTPGD,
         "apgd": APGD,
         "apgdt": APGDT,
+        "fab": FAB,
+        "square": Square,
+        "autoattack": AutoAttack,
         # not bounded by the threat
         "cw": CW,
         "deepfool": DeepFool,

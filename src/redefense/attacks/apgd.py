@@ -170,14 +170,22 @@ def onto_face(direction: Images, x: Images, threat: Threat) -> Images:
     return (x + threat.eps * direction / per_image(length, x)).clamp(0.0, 1.0)
 
 
-def filtered(victim: Victim, x: Images, y: Labels, attempts: Iterable[Attempt]) -> Images:
+def filtered(
+    victim: Victim, x: Images, y: Labels, attempts: Callable[[int], Iterable[Attempt]]
+) -> Images:
     """The published cascade: attack what is still answered right, hand the rest back clean.
 
     On a random victim each answer is one draw, which is why the defaults do not do this.
+
+    Args:
+        victim: what is attacked.
+        x: clean images.
+        y: their labels.
+        attempts: the attempts for a given number of classes.
     """
-    x_adv = x.clone()
-    right = victim(x).argmax(1) == y
-    for attempt in attempts:
+    logits = victim(x)
+    x_adv, right = x.clone(), logits.argmax(1) == y
+    for attempt in attempts(logits.shape[1]):
         rows = right.nonzero().flatten()
         if len(rows) == 0:
             break
@@ -289,7 +297,7 @@ class APGD(AutoAscent):
             start = batch_face_start(x, threat, rng)
             return self.last_fooled(look_at(victim, y, objective), start, x, threat)
 
-        return filtered(victim, x, y, [attempt] * self.restarts)
+        return filtered(victim, x, y, lambda _: [attempt] * self.restarts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,8 +370,11 @@ class APGDT(AutoAscent):
 
             return attempt
 
-        ranks = range(2, self.num_targets + 2)
-        return filtered(victim, x, y, [towards(r) for r in ranks for _ in range(self.restarts)])
+        def attempts(classes: int) -> list[Attempt]:
+            ranks = range(2, min(self.num_targets, classes - 1) + 2)
+            return [towards(rank) for rank in ranks for _ in range(self.restarts)]
+
+        return filtered(victim, x, y, attempts)
 
 
 def wrong_classes(logits: Logits, y: Labels, count: int) -> Int[Tensor, "T B"]:

@@ -97,7 +97,7 @@ class Attack(ABC):
             x: clean images in [0, 1].
             y: their labels, in [0, C).
             threat: what the adversary may do.
-            rng: the source of all randomness; advanced by a fixed amount.
+            rng: the source of all randomness.
 
         Returns:
             Perturbed images in [0, 1], detached, same shape and type as `x`.

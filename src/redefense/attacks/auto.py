@@ -1,0 +1,92 @@
+"""AutoAttack: APGD, targeted APGD, FAB and Square, one after the other (Croce & Hein, 2020)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator
+
+from redefense.attacks.apgd import APGD, APGDT
+from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Best, Presets
+from redefense.attacks.fab import FAB
+from redefense.attacks.gradient import check_steps
+from redefense.attacks.objectives import margin
+from redefense.attacks.square import Square
+from redefense.threat import Threat
+from redefense.types import Images, Labels, Victim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(Attack):
+    """Four attacks of different kinds, each on the images that the ones before did not fool.
+
+    Every image gets the best point that any of them found. A preset hands back clean images where
+    its last look found none, and is meant for comparison with published numbers only.
+
+    Attributes:
+        steps: gradients per run of APGD, APGD-T and FAB.
+        queries: of Square.
+        preset: published settings.
+    """
+
+    steps: int = 100
+    queries: int = 5000
+    preset: str | None = None
+
+    summary: ClassVar[str] = "APGD, targeted APGD, FAB and Square on what is left"
+    presets: ClassVar[Presets] = {
+        TORCHATTACKS: {"steps": 10, "queries": 5000},
+        OFFICIAL: {"steps": 100, "queries": 5000},
+        RED_RELEASED: {"steps": 10, "queries": 200},
+    }
+
+    def check(self) -> None:
+        check_steps(self.steps, 1.0)
+        check_steps(self.queries, 1.0)
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        if self.preset is not None:
+            return self._published(victim, x, y, threat, rng)
+        best = Best.start(x)
+        with torch.no_grad():
+            few = victim(x[:1]).shape[1] < APGDT.needs_classes
+        for attack in (
+            APGD(steps=self.steps),
+            APGDT(steps=self.steps, loss="targeted_margin" if few else "targeted_dlr"),
+            FAB(steps=self.steps),
+            Square(queries=self.queries),
+        ):
+            rows = (best.correct > 0).nonzero().flatten()
+            if len(rows) == 0:
+                break
+            point = attack.perturb(victim, x[rows], y[rows], threat, rng=rng)
+            with torch.no_grad():
+                logits = victim(point)
+            part = best.select(rows)
+            part.offer(point, (logits.argmax(1) == y[rows]).to(x.dtype), margin(logits, y[rows]))
+            best.update(rows, part)
+        return best.x
+
+    def _published(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, rng: Generator
+    ) -> Images:
+        square = Square(queries=self.queries, rescale=self.preset != OFFICIAL)
+        parts = (
+            APGD(preset=self.preset).perturb,
+            APGDT(preset=self.preset).perturb,
+            FAB(preset=self.preset).perturb,
+            square.published,
+        )
+        x_adv, state = x.clone(), rng.get_state()
+        rows = torch.arange(len(x), device=x.device)
+        for part in parts:
+            rng.set_state(state)  # every part seeds anew
+            point = part(victim, x[rows], y[rows], threat, rng=rng)
+            fooled = victim(point).argmax(1) != y[rows]
+            x_adv[rows[fooled]] = point[fooled]
+            rows = rows[~fooled]
+            if len(rows) == 0:
+                break
+        return x_adv

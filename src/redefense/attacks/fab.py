@@ -1,0 +1,181 @@
+"""FAB: walks along a decision boundary towards the image (Croce & Hein, 2020)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from redefense.attacks.apgd import Attempt, filtered, wrong_classes
+from redefense.attacks.base import (
+    OFFICIAL,
+    RED_RELEASED,
+    TORCHATTACKS,
+    Attack,
+    Best,
+    Presets,
+    input_gradient,
+)
+from redefense.attacks.gradient import check_steps
+from redefense.attacks.objectives import margin, targeted_margin
+from redefense.errors import ConfigError
+from redefense.threat import Threat, norms, per_image
+from redefense.types import Bool, Float, Images, Labels, Victim
+
+
+def to_hyperplane(
+    points: Float[Tensor, "B D"], slope: Float[Tensor, "B D"], gap: Float[Tensor, " B"], norm: float
+) -> Float[Tensor, "B D"]:
+    """Shortest move, inside the box [0, 1], onto the hyperplane `gap + <slope, move> = 0`.
+
+    In L-inf and L2 the shortest move is min(t * speed, room) per pixel for some length t, where
+    speed is 1 or |slope| and room the way to the box. What it gains, |slope| times the move, rises
+    piecewise linearly in t: sorted by where the pixels hit the box, t is found in closed form.
+    Where the box keeps the hyperplane out of reach, all the room is used.
+    """
+    size = slope.abs()
+    way = -slope.sign() * torch.where(gap >= 0, 1.0, -1.0).to(slope.dtype)[:, None]
+    room = torch.where(way > 0, 1 - points, points)
+    speed = torch.ones_like(size) if norm == math.inf else size
+    tiny = torch.finfo(size.dtype).tiny
+    hit, order = torch.where(size > 0, room / speed.clamp_min(tiny), math.inf).sort(dim=1)
+    rate = (size * speed).gather(1, order)
+    done = (size * room).gather(1, order)
+    # gain and rate just before the k-th pixel hits the box
+    spent = done.cumsum(1) - done
+    moving = rate.flip(1).cumsum(1).flip(1)
+    need = gap.abs()[:, None]
+    enough = spent + moving * hit.nan_to_num(posinf=0.0) >= need
+    first = enough.to(torch.uint8).argmax(1, keepdim=True)
+    reached = enough.any(1, keepdim=True)
+    length = (need - spent.gather(1, first)) / moving.gather(1, first).clamp_min(tiny)
+    move = torch.where(reached, (length * speed).minimum(room), room)
+    return way * move
+
+
+class Found(NamedTuple):
+    """Closest point that fools (the image where there is none), its distance, the last point."""
+
+    point: Tensor
+    distance: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAB(Attack):
+    """Targeted FAB: nearest points beyond the boundaries to the likeliest wrong classes.
+
+    It minimises the distance and so may come out beyond the budget; what it finds is then
+    projected back. A preset hands back the clean image instead.
+
+    Attributes:
+        steps: gradients per target.
+        num_targets: wrong classes tried, on images not fooled yet; all there are if fewer.
+        alpha_max: largest weight of the way from the image, against the way from the last point.
+        eta: overshoot beyond the boundary, >= 1.
+        beta: share of the way kept after a success, in (0, 1).
+        preset: published settings.
+    """
+
+    steps: int = 100
+    num_targets: int = 9
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+    preset: str | None = None
+
+    randomized: ClassVar[bool] = False
+    summary: ClassVar[str] = "along the boundaries to the likeliest wrong classes"
+    presets: ClassVar[Presets] = {
+        name: {"steps": steps, "num_targets": 9, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
+        for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
+    }
+
+    def check(self) -> None:
+        check_steps(self.steps, 1.0)
+        if self.num_targets < 1:
+            raise ConfigError(f"num_targets must be at least 1, got {self.num_targets}")
+        if not 0 <= self.alpha_max <= 1:
+            raise ConfigError(f"alpha_max must lie in [0, 1], got {self.alpha_max}")
+        if not self.eta >= 1:
+            raise ConfigError(f"eta must be at least 1, got {self.eta}")
+        if not 0 < self.beta < 1:
+            raise ConfigError(f"beta must lie in (0, 1), got {self.beta}")
+
+    def perturb(
+        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
+    ) -> Images:
+        if self.preset is not None:
+            return filtered(victim, x, y, self._attempts(victim, threat))
+        best = Best.start(x)
+        with torch.no_grad():
+            targets = wrong_classes(victim(x), y, self.num_targets)
+        for target in targets:
+            rows = (best.correct > 0).nonzero().flatten()
+            if len(rows) == 0:
+                break
+            found = self.walk(victim, x[rows], y[rows], target[rows], threat)
+            beyond = torch.isfinite(found.distance).view(-1, 1, 1, 1)
+            point = threat.project(torch.where(beyond, found.point, found.last), x[rows])
+            with torch.no_grad():
+                logits = victim(point)
+            part = best.select(rows)
+            part.offer(point, (logits.argmax(1) == y[rows]).to(x.dtype), margin(logits, y[rows]))
+            best.update(rows, part)
+        return best.x
+
+    def walk(self, victim: Victim, x: Images, y: Labels, target: Labels, threat: Threat) -> Found:
+        """`steps` moves for one target class per image."""
+        point, nearest = x, x
+        distance = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
+        for _ in range(self.steps):
+            point = self._move(victim, point, x, y, target, threat.norm)
+            with torch.no_grad():
+                fooled = victim(point).argmax(1) != y
+            length = norms(point - x, threat.norm)
+            closer = fooled & (length < distance)
+            nearest = torch.where(closer.view(-1, 1, 1, 1), point, nearest)
+            distance = torch.where(closer, length, distance)
+            # after a success, part of the way back
+            back = x + (point - x) * self.beta
+            point = torch.where(fooled.view(-1, 1, 1, 1), back, point)
+        return Found(nearest, distance, point)
+
+    def _move(
+        self, victim: Victim, point: Images, x: Images, y: Labels, target: Labels, norm: float
+    ) -> Images:
+        """A mean of two moves beyond the linearised boundary, from the last point and the image."""
+        with torch.enable_grad():
+            here = point.detach().requires_grad_()
+            gap = targeted_margin(victim(here), y, target)
+        slope = input_gradient(gap, here).flatten(1)
+        gap = gap.detach()
+        at_image = gap + (slope * (x - point).flatten(1)).sum(1)
+        near = to_hyperplane(point.flatten(1), slope, gap, norm).view_as(x)
+        far = to_hyperplane(x.flatten(1), slope, at_image, norm).view_as(x)
+        a, b = (norms(move, norm).clamp_min(1e-8) for move in (near, far))
+        share = per_image((a / (a + b)).clamp(0.0, self.alpha_max), x)
+        mixed = (point + self.eta * near) * (1 - share) + (x + self.eta * far) * share
+        return mixed.clamp(0.0, 1.0)
+
+    def _attempts(self, victim: Victim, threat: Threat) -> Callable[[int], list[Attempt]]:
+        """One attempt per class rank, with all the queries of the published code."""
+
+        def towards(rank: int) -> Attempt:
+            def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
+                found = x.clone()
+                rows = (victim(x).argmax(1) == y).nonzero().flatten()
+                if len(rows) > 0:
+                    target = victim(x).sort(dim=1).indices[:, -rank]
+                    walk = self.walk(victim, x[rows], y[rows], target[rows], threat)
+                    found[rows] = walk.point
+                length = norms(found - x, threat.norm)
+                return found, (victim(found).argmax(1) != y) & (length <= threat.eps)
+
+            return attempt
+
+        return lambda classes: [
+            towards(rank) for rank in range(2, min(self.num_targets, classes - 1) + 2)
+        ]
