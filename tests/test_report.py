@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,10 +16,15 @@ import pytest
 from rich.console import Console
 
 from redefense.errors import ConfigError, DataError
-from redefense.evaluation import wording
+from redefense.evaluation import charts, wording
 from redefense.evaluation.joined import join
 from redefense.evaluation.report import command, format_table, summary_table, write_report
-from redefense.evaluation.statistics import Estimate, accuracy_interval, wilson
+from redefense.evaluation.statistics import (
+    Estimate,
+    accuracy_interval,
+    paired_difference,
+    wilson,
+)
 from redefense.evaluation.tables import DASH
 
 Attacks = dict[tuple[str, str, bool], float]  # (attack, view, aware): a member's accuracy
@@ -207,6 +213,55 @@ def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_pat
     assert wording.verdict(weak).answer == "yes"
     assert wording.verdict(strong).answer == "no"
     assert "its best single member does better" in wording.verdict(strong).sentence
+    assert wording.verdict(strong).short == "no"
+
+
+def test_rivals_are_compared_under_the_attacks_they_faced(tmp_path: Path) -> None:
+    build_run(tmp_path / "red", {**QUICK, ("pgd", "sampled", False): 0.2})
+    (result,) = join([tmp_path / "red"])
+    q = q_of(tmp_path / "red", "quick")
+    folder = tmp_path / "red" / "evaluation" / "quick"
+    single = np.load(folder / "beside.npz")["single"].astype(float)
+    assert result.knowing == accuracy_interval(q[2:].min(0))
+    assert result.over_single == paired_difference(q[2:].min(0), single)
+    assert result.aware is not None
+    assert result.aware.value < result.knowing.value
+    # on equal terms it is clearly ahead, but its headline is not: that is no yes
+    assert result.over_single.low is not None
+    assert result.over_single.low > 0
+    assert wording.verdict(result).answer == "open"
+
+
+def test_one_member_draws_nothing(tmp_path: Path) -> None:
+    build_run(tmp_path / "one", members=1)
+    (result,) = join([tmp_path / "one"])
+    assert wording.verdict(result).short == "nothing is drawn"
+
+
+def test_bars_and_lines_stand_where_their_figures_say() -> None:
+    bar = charts.bar(Estimate(0.5, 0.4, 0.7), "aware")
+    assert 'class="fill aware" x="0" y="3" width="50.00"' in bar
+    assert 'x="40.00" y="5.2" width="30.00"' in bar
+    lines = [charts.Line(label="a<b", points=[(0.0, 1.0), (1.0, 0.0)])]
+    drawn = charts.line_chart(lines, title="t", x_label="x", y_label="y", x_ticks=[0.0, 1.0])
+    (path,) = re.findall(r'class="line s0" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', drawn)
+    x0, y0, x1, y1 = map(float, path)
+    assert x0 < x1
+    assert y0 < y1  # the picture's y runs downwards
+    assert charts.legend(lines).count("a&lt;b") == 1
+    columns = charts.histogram([1, 3], title="t", x_label="x", y_label="y")
+    low, high = (float(v) for v in re.findall(r'class="column".*?height="([\d.]+)"', columns))
+    assert high == pytest.approx(3 * low, abs=0.2)
+
+
+def test_without_jinja_the_page_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_run(tmp_path / "red")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigError, match=r"pip install 'redefense\[report\]'"):
+        write_report([tmp_path / "red"], tmp_path / "out" / "report.html")
+    assert not (tmp_path / "out").exists()
 
 
 def test_histogram_and_tries_follow_from_the_worst_case(tmp_path: Path) -> None:

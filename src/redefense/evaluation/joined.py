@@ -46,7 +46,8 @@ class Result:
         aware: mean over images of the lowest expected correctness over all bounded cells and the
             clean image; both headlines are None without a bounded aware cell.
         single, averaged: the best single member and the averaged ensemble under attack.
-        over_single, over_averaged: aware minus each, paired over images.
+        knowing: the ensemble under the aware attacks alone, as its two rivals were attacked.
+        over_single, over_averaged: `knowing` minus each, paired over images.
         fooled: (M + 1,) images by the number of members fooled at the worst case.
         tries_aware, tries_unaware: (TRIES,) attacker's success within K draws.
         notes: what the reader must know about how the figures came about.
@@ -67,6 +68,7 @@ class Result:
     single_index: int | None
     chosen_on: str | None
     averaged: Estimate | None
+    knowing: Estimate | None
     over_single: Estimate | None
     over_averaged: Estimate | None
     fooled: NDArray[np.int64] | None
@@ -159,8 +161,9 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         single_index=chosen.best_single_member_index if chosen is not None else None,
         chosen_on=chosen.chosen_on if chosen is not None else None,
         averaged=averaged,
-        over_single=_over(q_aware, single_q),
-        over_averaged=_over(q_aware, averaged_q),
+        knowing=None if pair.q_knowing is None else accuracy_interval(pair.q_knowing),
+        over_single=_over(pair.q_knowing, single_q),
+        over_averaged=_over(pair.q_knowing, averaged_q),
         fooled=pair.fooled,
         tries_aware=None if q_aware is None else success_within(q_aware, TRIES),
         tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
@@ -176,6 +179,7 @@ class _Pair:
     aware: Estimate | None = None
     q_aware: NDArray[np.float64] | None = None
     q_unaware: NDArray[np.float64] | None = None
+    q_knowing: NDArray[np.float64] | None = None
     fooled: NDArray[np.int64] | None = None
 
 
@@ -194,7 +198,10 @@ def _joined_headline(suites: Sequence[Stored], cells: Sequence[Scored]) -> _Pair
     correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
     unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
     pair = _Pair(
-        aware=accuracy_interval(qs.min(0)), q_aware=qs.min(0), fooled=fooled_histogram(correct.T)
+        aware=accuracy_interval(qs.min(0)),
+        q_aware=qs.min(0),
+        q_knowing=np.delete(qs, unaware, axis=0).min(0),
+        fooled=fooled_histogram(correct.T),
     )
     if not unaware:
         return pair

@@ -124,7 +124,8 @@ def at(result: Result, attack: str, view: str) -> Scored | None:
     return min(same, key=lambda c: c.expected.value if c.expected else 1.0, default=None)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Text on one line that Markdown shows as it is."""
     for mark in "\\`*_{}[]<>|":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
@@ -133,7 +134,7 @@ def _escape_markdown(text: str) -> str:
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; every cell is escaped."""
     lines = [header, ["---"] * len(header)]
-    lines += [[_escape_markdown(cell) for cell in row] for row in rows]
+    lines += [[escape_markdown(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -143,7 +144,7 @@ def markdown(
     """The report as Markdown: answers, summary, methods x attacks, checks, commands."""
     parts = ["# Robustness report", ""]
     for question, lead, text in answers:
-        parts += [f"**{question} {_escape_markdown(lead)}.** {_escape_markdown(text)}", ""]
+        parts += [f"**{question} {escape_markdown(lead)}.** {escape_markdown(text)}", ""]
     rows = summary_rows(results)
     parts += [
         "Accuracy in percent, 95 % intervals in brackets.",
@@ -165,14 +166,17 @@ def markdown(
     for result in results:
         cells = [at(result, *column) for column in columns]
         body.append([result.name, *(with_interval(c.expected if c else None) for c in cells)])
-    header = ["run", *(_escape_markdown(f"{attack} ({view})") for attack, view in columns)]
+    header = ["run", *(escape_markdown(f"{attack} ({view})") for attack, view in columns)]
     parts += [markdown_table(header, body), ""]
     for result in results:
-        parts += [f"## {_escape_markdown(result.name)}, {_escape_markdown(result.threat)}", ""]
-        parts += [f"- {_escape_markdown(note)}" for note in result.notes]
+        parts += [
+            f"## Checks of {escape_markdown(result.name)}, {escape_markdown(result.threat)}",
+            "",
+        ]
+        parts += [f"- {escape_markdown(note)}" for note in result.notes]
         word = {True: "pass", False: "**FAIL**", None: "not run"}
         parts += [
-            f"- {check.id}: {word[check.passed]} {_escape_markdown(check.detail)}".rstrip()
+            f"- {check.id}: {word[check.passed]} {escape_markdown(check.detail)}".rstrip()
             for check in result.checks
         ]
         parts.append("")
@@ -246,8 +250,14 @@ def to_json(results: Sequence[Result]) -> str:
     """The joined figures as data: fractions in [0, 1], an estimate as {value, low, high}."""
     rows = [
         {k: v._asdict() if isinstance(v, Estimate) else v for k, v in row.items()}
-        | {"over_single": r.over_single and r.over_single._asdict()}
-        | {"over_averaged": r.over_averaged and r.over_averaged._asdict()}
+        | {
+            key: estimate and estimate._asdict()
+            for key, estimate in (
+                ("knowing", r.knowing),
+                ("over_single", r.over_single),
+                ("over_averaged", r.over_averaged),
+            )
+        }
         | {"members_fooled": None if r.fooled is None else r.fooled.tolist()}
         | {"success_within_tries": None if r.tries_aware is None else r.tries_aware.tolist()}
         | {"notes": list(r.notes)}

@@ -42,7 +42,13 @@ def _points(estimate: Estimate) -> str:
 
 
 def verdict(result: Result) -> Verdict:
-    """Sampled members against the best single member and the averaged ensemble, paired."""
+    """Sampled members against the best single member and the averaged ensemble, paired.
+
+    On equal terms: all three under the attacks that know the model. A yes asks for more: the
+    headline, which faces every attack, must lie above both as well.
+    """
+    if result.num_members == 1:
+        return Verdict(answer="open", short="nothing is drawn", sentence="There is one member.")
     rivals = [
         (name, figure, gain)
         for name, figure, gain in (
@@ -67,24 +73,26 @@ def verdict(result: Result) -> Verdict:
             "per-image records the difference has no interval.",
         )
     told = ", ".join(f"{_points(gain)} against {name}" for name, gain in gains)
+    equal = f"Under the attacks that know the model it keeps {_with_interval(result.knowing)}"
     worse = [name for name, gain in gains if gain.high is not None and gain.high < 0]
     if worse:
         return Verdict(
             answer="no",
             short="no",
-            sentence=f"Under attack {' and '.join(worse)} "
-            f"{'does' if len(worse) == 1 else 'do'} better without any draw: {told}.",
+            sentence=f"{equal}; {' and '.join(worse)} {'does' if len(worse) == 1 else 'do'} "
+            f"better without any draw: {told}.",
         )
-    if len(gains) == 2 and all(gain.low is not None and gain.low > 0 for _, gain in gains):
+    clear = len(gains) == 2 and all(gain.low is not None and gain.low > 0 for _, gain in gains)
+    if clear and all(result.aware.value > figure.value for _, figure, _ in rivals):
         return Verdict(
             answer="yes",
             short="yes",
-            sentence=f"Under attack, drawing a member keeps more images right: {told}.",
+            sentence=f"{equal}, more than without the draw: {told}.",
         )
     return Verdict(
         answer="open",
         short="not shown",
-        sentence=f"On {result.num_images} images it is not clearly better than both: {told}.",
+        sentence=f"{equal}, on {result.num_images} images not clearly more than both: {told}.",
     )
 
 
@@ -145,9 +153,13 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     return [
         Answer(
             question="How robust is it?",
-            lead=f"{percent(top.aware)}{PERCENT}" if top.aware is not None else "unknown",
+            lead=f"{percent(top.aware)}{PERCENT}" if top.aware is not None else "Unknown",
             text=how,
         ),
-        Answer(question="Against whom?", lead=f"one who knows, {top.threat}", text=whom),
-        Answer(question="Is the randomness worth it?", lead=worth.short, text=worth.sentence),
+        Answer(question="Against whom?", lead=f"One who knows, {top.threat}", text=whom),
+        Answer(
+            question="Is the randomness worth it?",
+            lead=worth.short.capitalize(),
+            text=worth.sentence,
+        ),
     ]

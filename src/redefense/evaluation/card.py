@@ -1,0 +1,171 @@
+"""The model card of a run, written from its stored evaluation: the two cannot differ.
+
+A card is a README.md with a YAML head, as model hubs read it. No figure is typed or passed in; each
+comes from the same joined records as the report. Needs neither torch nor jinja2.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from redefense.errors import ConfigError
+from redefense.evaluation import tables, wording
+from redefense.evaluation.joined import Result, join
+from redefense.evaluation.report import commands
+from redefense.evaluation.statistics import Estimate
+
+HUB_NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "cifar10": "uoft-cs/cifar10",
+        "cifar100": "uoft-cs/cifar100",
+        "tiny-imagenet": "zh-plus/tiny-imagenet",
+    }
+)
+"""What the hub calls our data sets; one it does not have keeps its own name."""
+
+METRICS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "clean": "accuracy, untouched images",
+        "unaware": "robust accuracy, attacker unaware of the draw",
+        "aware": "robust accuracy, attacker aware of it",
+        "best_single_member": "robust accuracy, best single member alone",
+        "averaged": "robust accuracy, averaged ensemble",
+    }
+)
+"""Rows of the card's summary, by the keys of `tables.summary_table`."""
+
+
+def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "mit") -> Path:
+    """Write the card of a run to `out` (`RUN/README.md` by default) and return its path.
+
+    Args:
+        run_dir: a run with at least one stored evaluation.
+        out: where the card goes.
+        license_name: of the weights, as an SPDX identifier in lower case.
+
+    Raises:
+        DataError: if the run holds no evaluation or a file is damaged; nothing is written then.
+        ConfigError: if the licence is not a plain identifier.
+    """
+    text = card(run_dir, license_name=license_name)
+    path = out if out is not None else run_dir / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def card(run_dir: Path, *, license_name: str = "mit") -> str:
+    """The card's text; see `write_card`."""
+    if not license_name.replace("-", "").replace(".", "").isalnum():
+        raise ConfigError(f"license must be an SPDX identifier, got {license_name!r}")
+    results = join([run_dir])
+    head = "\n".join(_yaml(_head(results, license_name.lower())))
+    return f"---\n{head}\n---\n\n{_body(results)}"
+
+
+def _settings(result: Result, *path: str) -> str:
+    """One setting of the stored run, e.g. ("defence", "name"), as Markdown; empty if not stored."""
+    value: object = next((e.run for e in result.evaluations if e.run), {})
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return tables.escape_markdown(str(value)) if value is not None else ""
+
+
+def _head(results: Sequence[Result], license_name: str) -> dict[str, Any]:
+    first = results[0]
+    data = first.evaluations[0].data.name
+    method = _settings(first, "defence", "name")
+    tags = ["adversarial-robustness", "ensemble", "randomized-ensemble", "image-classification"]
+    return {
+        "library_name": "redefense",
+        "pipeline_tag": "image-classification",
+        "license": license_name,
+        "tags": tags + ([method] if method else []),
+        "datasets": [HUB_NAMES.get(data, data)],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": first.name, "results": [_index(r) for r in results]}],
+    }
+
+
+def _index(result: Result) -> dict[str, Any]:
+    data = result.evaluations[0].data
+    (row,) = tables.summary_rows([result])
+    return {
+        "task": {"type": "image-classification", "name": f"under attack, {result.threat}"},
+        "dataset": {
+            "type": HUB_NAMES.get(data.name, data.name),
+            "name": data.name,
+            "split": data.split,
+        },
+        "metrics": [
+            {
+                "type": "accuracy",
+                "name": name,
+                "value": round(100 * row[key].value, 2),
+                "args": _arguments(result, row[key], attacked=key != "clean"),
+            }
+            for key, name in METRICS.items()
+            if row[key] is not None
+        ],
+    }
+
+
+def _arguments(result: Result, estimate: Estimate, *, attacked: bool) -> dict[str, Any]:
+    """What a bare figure would hide: how many images, which budget, which interval."""
+    arguments: dict[str, Any] = {"num_images": result.num_images}
+    if attacked and result.eps is not None:
+        arguments |= {"norm": result.norm, "eps": result.eps}
+    if estimate.low is not None and estimate.high is not None:
+        arguments["interval_95"] = [round(100 * estimate.low, 2), round(100 * estimate.high, 2)]
+    return arguments
+
+
+def _yaml(value: object, indent: str = "") -> list[str]:
+    """Lines of block YAML for mappings, sequences and scalars; strings are quoted as in JSON."""
+    if isinstance(value, Mapping):
+        lines = []
+        for key, inner in value.items():
+            if isinstance(inner, Mapping | list) and inner:
+                lines += [f"{indent}{key}:", *_yaml(inner, indent + "  ")]
+            else:
+                lines.append(f"{indent}{key}: {json.dumps(inner)}")
+        return lines
+    if isinstance(value, list):
+        lines = []
+        for inner in value:
+            first, *rest = _yaml(inner, indent + "  ")
+            lines += [f"{indent}- {first[len(indent) + 2 :]}", *rest]
+        return lines
+    return [f"{indent}{json.dumps(value)}"]
+
+
+def _body(results: Sequence[Result]) -> str:
+    first = results[0]
+    members = first.num_members or "several"
+    model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
+    made = f", each a {model}" * bool(model) + f", trained with the method {method}" * bool(method)
+    intended = (
+        f"An ensemble of {members} classifiers{made}. Each query is answered by one of them, drawn "
+        "at random from the operating system's entropy; the draw is not revealed."
+    )
+    report = tables.markdown(
+        results, wording.answers(results), commands(results, Path("report.html"))
+    )
+    # the report's own title gives way to the card's
+    _, _, report = report.partition("\n\n")
+    limits = (
+        "Accuracy under attack holds for the stated budget, images and attacks only; a stronger "
+        "attack can lower it, none can raise it. The figure to quote is the aware one. An attacker "
+        "who may send the same image again wins more often: another member may answer."
+    )
+    name = tables.escape_markdown(first.name)
+    return (
+        f"# {name}\n\n{intended}\n\n## Use\n\n    import redefense\n"
+        f"    ensemble = redefense.load({json.dumps(first.name)})\n"
+        "    logits = ensemble(images)  # (B, channels, H, W), floats in [0, 1]\n\n"
+        f"## Robustness\n\n{report}\n## Limits\n\n{limits}\n"
+    )
