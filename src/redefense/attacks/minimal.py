@@ -20,7 +20,8 @@ from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Int, Labels, Logits, Victim
 
 _NUDGE = 1e-5  # added to DeepFool's distance, in pixel units: a point on the boundary must cross it
-_CONVERGED = 0.9999  # CW: a loss above this share of the last one has stopped falling
+_CONVERGED = 0.9999  # CW: a loss above this share of the lowest one is not falling
+_HALVINGS = 8  # CW: looks at points on the way back to the image, at the very end
 
 
 def gaps_and_slopes(
@@ -201,13 +202,14 @@ class _Adam:
     square: Tensor
     count: int = 0
 
-    def move(self, w: Tensor, grad: Tensor) -> Tensor:
+    def move(self, w: Tensor, grad: Tensor, share: float) -> Tensor:
+        """One step at a share of the rate."""
         self.count += 1
         self.mean = 0.9 * self.mean + 0.1 * grad
         self.square = 0.999 * self.square + 0.001 * grad**2
         mean = self.mean / (1 - 0.9**self.count)
         square = self.square / (1 - 0.999**self.count)
-        return w - self.rate * mean / (square.sqrt() + 1e-8)
+        return w - share * self.rate * mean / (square.sqrt() + 1e-8)
 
     def select(self, rows: Tensor) -> None:
         self.mean, self.square = self.mean[rows], self.square[rows]
@@ -215,7 +217,10 @@ class _Adam:
 
 @dataclass
 class _Smallest:
-    """Per image the smallest change that fooled, or else the point of the highest margin."""
+    """Per image the smallest change that fooled, or else the point of the highest margin.
+
+    Margins are the wrong class's lead less the lead asked for; above zero they fool.
+    """
 
     x: Tensor
     size: Tensor
@@ -243,10 +248,10 @@ def cw_descent(
     rate: float,
     kappa: float,
 ) -> Tensor:
-    """One descent on |x' - x|^2 + c * max(margin of the true class, -kappa), from the image.
+    """One descent on |x' - x|^2 + c * max(margin of the true class + kappa, 0), from the image.
 
-    An image leaves when its loss has stopped falling, looked at every tenth of the steps; the
-    point after the last step counts too.
+    The rate falls linearly to zero. An image leaves when its loss has not fallen for half of the
+    steps; the point after the last step counts too.
 
     Returns:
         (B,) which images were fooled with this c.
@@ -256,24 +261,27 @@ def cw_descent(
     rows = torch.arange(len(x), device=x.device)
     adam = _Adam(rate, torch.zeros_like(w), torch.zeros_like(w))
     success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    last = torch.full_like(c, math.inf)
+    lowest, since = torch.full_like(c, math.inf), torch.zeros_like(y)
     for step in range(steps + 1):
         with torch.set_grad_enabled(step < steps):
             w = w.detach().requires_grad_()
             point = to_box(w)
             size = (point - x[rows]).square().flatten(1).sum(1)
-            gain = margin(victim(point), y[rows]).to(size.dtype)
-            loss = size + c[rows] * (-gain).clamp_min(-kappa)
+            gain = margin(victim(point), y[rows]).to(size.dtype) - kappa
+            loss = size + c[rows] * (-gain).clamp_min(0.0)
+            total = loss.sum()
         fooled = best.offer(rows, point.detach(), size.detach(), gain.detach())
-        success[rows] |= fooled & (gain.detach() >= kappa)
+        success[rows] |= fooled
         if step == steps:
             break
-        w = adam.move(w.detach(), input_gradient(loss.sum(), w))
-        if step % max(steps // 10, 1) == 0:
-            falling = loss.detach() < _CONVERGED * last[rows]
-            last[rows] = loss.detach()
-            w, rows = w[falling], rows[falling]
-            adam.select(falling)
+        w = adam.move(w.detach(), input_gradient(total, w), 1 - step / steps)
+        falling = loss.detach() < _CONVERGED * lowest[rows]
+        lowest[rows] = torch.minimum(loss.detach(), lowest[rows])
+        since[rows] = torch.where(falling, step, since[rows])
+        patient = step - since[rows] < max(steps // 2, 1)
+        if not bool(patient.all()):
+            w, rows = w[patient], rows[patient]
+            adam.select(patient)
             if not len(rows):
                 break
     return success
@@ -290,7 +298,7 @@ def carlini_wagner(
         torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device),
     )
     with torch.no_grad():
-        gain = margin(victim(x), y).to(x.dtype)
+        gain = margin(victim(x), y).to(x.dtype) - kappa
     rows = torch.arange(len(x), device=x.device)
     # what is wrong already has distance zero
     fooled = best.offer(rows, x, torch.zeros_like(gain), gain)
@@ -308,7 +316,25 @@ def carlini_wagner(
         now[rows] = torch.where(
             high[rows].isinf(), 10 * now[rows], torch.sqrt(high[rows] * low[rows].clamp_min(1e-3))
         )
+    shorten(victim, x, y, best, kappa)
     return best.x
+
+
+def shorten(victim: Victim, x: Images, y: Labels, best: _Smallest, kappa: float) -> None:
+    """Go back towards the image as far as the victim stays fooled, by halving."""
+    rows = ((best.size > 0) & ~best.size.isinf()).nonzero().flatten()
+    if not len(rows):
+        return
+    x, y, far = x[rows], y[rows], best.x[rows]
+    low, high = torch.zeros_like(best.size[rows]), torch.ones_like(best.size[rows])
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        point = x + per_image(middle, x) * (far - x)
+        with torch.no_grad():
+            gain = margin(victim(point), y).to(x.dtype) - kappa
+        size = (point - x).square().flatten(1).sum(1)
+        fooled = best.offer(rows, point, size, gain)
+        low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
 
 
 def carlini_wagner_published(
@@ -348,22 +374,23 @@ def carlini_wagner_published(
 class CW(Attack):
     """Smallest L2 change by gradient descent (Carlini & Wagner, 2017).
 
-    Minimises |x' - x|^2 + c * max(z_y - max_{k != y} z_k, -kappa) over tanh-transformed pixels
-    with Adam; c is bisected per image and the smallest success of all descents is kept. A failure
-    gives the point of the highest margin. Right for logits of any sign, log-probabilities too.
+    Minimises |x' - x|^2 + c * max(z_y - max_{k != y} z_k + kappa, 0) over tanh-transformed pixels
+    with Adam; c is bisected per image, the smallest success of all descents is kept and moved back
+    to the boundary. A failure gives the point of the highest margin. Right for logits of any sign,
+    log-probabilities too.
 
     Attributes:
         searches: descents, each with a c of its own.
         steps: Adam steps of a descent; each costs a forward and a backward pass.
         rate: Adam's learning rate.
         c: first trade-off; times 10 until an image is fooled, then bisected on a log scale.
-        kappa: margin a point must have before the loss is content with it, in logits.
+        kappa: lead in logits that a wrong class must have before an image counts as fooled.
         preset: published settings: a single descent, the library's margin and end of the batch.
     """
 
     searches: int = 6
     steps: int = 50
-    rate: float = 0.05
+    rate: float = 0.02
     c: float = 1.0
     kappa: float = 0.0
     preset: str | None = None

@@ -37,9 +37,10 @@ def cross_hyperplane(x: Images, normal: Images, point: Images) -> Images:
     here = flat.gather(1, order)
     room = torch.where(sign > 0, 1 - here, here).masked_fill(share == 0, 0.0)
     value = start[:, None] + (share * room).cumsum(1) - share * room  # before each coordinate
-    need = ((value - _BEYOND).abs() / share.clamp_min(1e-300)).clamp_min(_LEAST)
+    side = start.sign()[:, None]
+    need = ((value + side * _BEYOND).abs() / share.clamp_min(1e-300)).clamp_min(_LEAST)
     length = torch.minimum(need, room)
-    crossed = value + share * length >= 0
+    crossed = (value + share * length).sign() != side
     rank = torch.arange(flat.shape[1], device=x.device)
     stop = torch.where(crossed.any(1), crossed.long().argmax(1), flat.shape[1])
     length = length.masked_fill(rank > stop[:, None], 0.0)
