@@ -66,7 +66,10 @@ def write_parquet(
     for split, rows in (("train", train), ("test", test)):
         table = pa.table(
             {
-                image: [{"bytes": raw, "path": None} for raw, _ in rows],
+                image: pa.array(
+                    [{"path": None, "bytes": raw} for raw, _ in rows],
+                    pa.struct({"path": pa.string(), "bytes": pa.binary()}),
+                ),
                 label: pa.array([y for _, y in rows], pa.int64()),
                 "coarse": pa.array([0] * len(rows), pa.int64()),
             }

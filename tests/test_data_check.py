@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -51,8 +52,8 @@ def sixteen_bits() -> bytes:
     return buffer.getvalue()
 
 
-def broken_in_twelve_ways(root: Path) -> dict[str, str]:
-    """A set with twelve kinds of damage: a part of the file's name, and what is said of it."""
+def broken_in_thirteen_ways(root: Path) -> dict[str, str]:
+    """A set with thirteen kinds of damage: a part of the file's name, and what is said of it."""
     cat = sound(root) / "train" / "cat"
     whole = (cat / "0.png").read_bytes()
     (cat / "empty.png").write_bytes(b"")
@@ -67,6 +68,7 @@ def broken_in_twelve_ways(root: Path) -> dict[str, str]:
     outside.write_bytes(whole)
     (cat / "outside.png").symlink_to(outside)
     (cat / "nothing.png").symlink_to(cat / "gone.png")
+    os.mkfifo(cat / "pipe.png")
     (root / "train" / "fox").mkdir()
     (root / "test" / "gnu").mkdir()
     (root / "test" / "gnu" / "0.png").write_bytes(whole)
@@ -81,28 +83,29 @@ def broken_in_twelve_ways(root: Path) -> dict[str, str]:
         "train/loose.png": "not at train/CLASS/FILE",
         "train/cat/outside.png": "link out of",
         "train/cat/nothing.png": "link to nothing",
+        "train/cat/pipe.png": "neither file nor folder",
         "train/fox": "empty class",
         "test/gnu": "unknown class",
     }
 
 
-def test_twelve_kinds_of_damage_are_each_named(tmp_path: Path) -> None:
-    expected = broken_in_twelve_ways(tmp_path / "set")
+def test_thirteen_kinds_of_damage_are_each_named(tmp_path: Path) -> None:
+    expected = broken_in_thirteen_ways(tmp_path / "set")
     report = check_dataset(f"folder:{tmp_path / 'set'}")
-    assert len(expected) == 12
+    assert len(expected) == 13
     for name, rule in expected.items():
         (problem,) = (problem for problem in report.problems if name in problem)
         assert rule in problem
-    assert len(report.problems) == 12
+    assert len(report.problems) == 13
     assert report.checksum is None
     assert json.loads(json.dumps(report.as_dict()))["ok"] is False
     text = "\n".join(report.lines())
     assert all(name in text for name in expected)
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize("number", range(13))
 def test_each_kind_of_damage_alone_is_refused(number: int, tmp_path: Path) -> None:
-    expected = broken_in_twelve_ways(tmp_path / "set")
+    expected = broken_in_thirteen_ways(tmp_path / "set")
     kept = list(expected)[number]
     for name in expected:
         if name != kept:
@@ -120,6 +123,14 @@ def _remove(file: Path) -> None:
         file.rmdir()
     else:
         file.unlink()
+
+
+def test_formats_that_call_other_programs_are_not_tried(tmp_path: Path) -> None:
+    root = sound(tmp_path)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+    (root / "train" / "cat" / "script.png").write_bytes(script)
+    (problem,) = check_dataset(f"folder:{root}").problems
+    assert "script.png: not an image of a known format" in problem
 
 
 def test_a_sound_set_is_counted_and_has_the_checksum_of_its_load(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """TinyImageNet, folders, parquet and npz in all layouts; what is wrong is refused by name."""
 
+import io
 import sys
 import zipfile
 from pathlib import Path
@@ -242,6 +243,8 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     root = write_parquet(tmp_path / "c", rows, rows, ["no", "yes"])
     (root / "test-00000-of-00001.parquet").rename(root / "rest.parquet")
     refused(f"parquet:{root}", "no test file among 2 parquet files")
+    empty = write_parquet(tmp_path / "d", rows, [], ["no", "yes"])
+    refused(f"parquet:{empty}", "test: no images")
     (root / "test-0.parquet").write_bytes(b"PAR1 nothing")
     refused(f"parquet:{root}", "test-0.parquet: not a readable parquet file")
     (root / "test-0.parquet").unlink()
@@ -324,5 +327,11 @@ def test_wrong_arrays_are_refused(changes: dict[str, object], message: str, tmp_
 def test_npz_bombs_and_other_files_are_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", x_train=np.zeros((100, 200, 200, 3), np.uint8))
     refused(f"npz:{tmp_path / 'bomb.npz'}", "x_train.npy: .* decompression bomb")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (10**15, 32, 32)}
+    np.lib.format.write_array_header_1_0(claimed := io.BytesIO(), header)
+    place = npz(tmp_path / "claims.npz", x_train=None)
+    with zipfile.ZipFile(place, "a") as archive:
+        archive.writestr("x_train.npy", claimed.getvalue())
+    refused(f"npz:{place}", "x_train: damaged")
     (tmp_path / "text.npz").write_text("nothing")
     refused(f"npz:{tmp_path / 'text.npz'}", "not a readable .npz file")

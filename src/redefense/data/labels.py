@@ -18,11 +18,13 @@ SPLITS = {
 def check_labels(
     labels: NDArray[np.int64], classes: Sequence[str], where: str, refuse: Refuse, *, full: bool
 ) -> None:
-    """Refuse labels outside the classes and, for `full`, classes without images.
+    """Refuse no labels at all, labels outside the classes and, if `full`, classes without images.
 
     Raises:
         DataError: through `refuse`, naming the place, label or class.
     """
+    if not len(labels):
+        refuse(f"{where}: no images")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):
         refuse(

@@ -1,7 +1,6 @@
 """Arrays of images and labels in one .npz file."""
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from redefense.data.labels import check_classes, check_labels
 from redefense.data.source import Block, Part, Refuse, Source
-from redefense.data.tree import size_fault
+from redefense.data.tree import BROKEN, size_fault
 from redefense.errors import DataError
 
 KEYS = (
@@ -71,7 +70,7 @@ class _Arrays:
                         raise DataError(f"{path}: {entry.filename}: {fault}")
             with np.load(path, allow_pickle=False) as stored:
                 self.names = sorted(stored.files)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: not a readable .npz file ({error})") from error
 
     def __getitem__(self, key: str) -> NDArray[Any]:
@@ -84,7 +83,7 @@ class _Arrays:
                 if "pickle" in str(error)
                 else f"{self.path}: {key}: damaged ({error})"
             ) from error
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except (*BROKEN, RuntimeError, MemoryError) as error:  # e.g. encrypted, or absurdly large
             raise DataError(f"{self.path}: {key}: damaged ({error})") from error
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from redefense.data.labels import SPLITS, check_classes, check_labels
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, spread
-from redefense.data.tree import allowed_root, folders_above, link_fault
+from redefense.data.tree import allowed_root, file_fault, folders_above
 from redefense.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def split_files(path: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     everything = sorted(path.rglob("*.parquet"))
     for file in everything:
-        if fault := link_fault(file, allowed_root(path)):
+        if fault := file_fault(file, allowed_root(path)):
             raise DataError(fault)
         first = file.stem.replace("_", "-").replace(".", "-").split("-")[0]
         for split, words in SPLITS.items():
@@ -123,7 +123,11 @@ class _Table:
         return np.asarray(column.to_numpy(), np.int64)
 
     def _image_column(self, schema: "pa.Schema") -> str:
-        fields = [f.name for f in schema if str(f.type).startswith("struct<bytes: binary")]
+        fields = [
+            f.name
+            for f in schema
+            if str(f.type).startswith("struct<") and f.type.get_field_index("bytes") >= 0
+        ]
         if len(fields) != 1:
             raise DataError(
                 f"{self.files[0]}: needs one image column (a struct with bytes), "
@@ -144,9 +148,12 @@ class _Table:
     def _class_names(self, schema: "pa.Schema") -> tuple[str, ...]:
         raw = (schema.metadata or {}).get(b"huggingface", b"{}")
         try:
-            names = json.loads(raw).get("info", {}).get("features", {}).get(self.label, {})
-            return tuple(str(name) for name in names.get("names", ()))
-        except (ValueError, AttributeError, TypeError) as error:
+            feature = json.loads(raw).get("info", {}).get("features", {}).get(self.label, {})
+            names = feature.get("names", ())
+            if isinstance(names, dict):  # number to name, as some cards have it
+                names = [names[str(number)] for number in range(len(names))]
+            return tuple(str(name) for name in names)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise DataError(f"{self.files[0]}: damaged huggingface metadata") from error
 
     def images(self) -> Iterator[tuple[str, bytes]]:

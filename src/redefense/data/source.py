@@ -35,6 +35,8 @@ T = TypeVar("T")
 BLOCK = 1024  # images decoded at a time
 MAX_PIXELS = 2**24  # of one image; a photograph of 16 megapixels is no input for a classifier
 SAMPLED = 64  # images looked at to find the common shape
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
+"""No others are even tried: some call external programs."""
 GREY = ("1", "L", "LA", "La")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -120,7 +122,7 @@ def _opened(raw: bytes, name: str) -> Image.Image:
     if not raw:
         raise DataError(f"{name}: empty file")
     try:
-        image = Image.open(BytesIO(raw))
+        image = Image.open(BytesIO(raw), formats=FORMATS)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{name}: not an image of a known format") from error
     except BOMBS as error:

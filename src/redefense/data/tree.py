@@ -83,10 +83,13 @@ def allowed_root(path: Path) -> Path:
     return real
 
 
-def link_fault(file: Path, root: Path) -> str:
-    """What is wrong with `file` if it is a link; empty if nothing is."""
-    if not file.is_symlink():
+def file_fault(file: Path, root: Path) -> str:
+    """What is wrong with `file`, should it be a link or a device; empty if nothing is."""
+    mode = file.lstat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return ""
+    if not stat.S_ISLNK(mode):
+        return f"{file}: neither file nor folder, refused"
     target = file.resolve()
     if not target.is_relative_to(root):
         return f"{file}: link out of {root}, refused"
@@ -112,7 +115,7 @@ class FolderTree:
         for place, folders, files in os.walk(root, onerror=_unreadable):
             folders.sort()
             here = Path(place)
-            faults = {name: link_fault(here / name, limit) for name in (*folders, *files)}
+            faults = {name: file_fault(here / name, limit) for name in (*folders, *files)}
             for fault in filter(None, faults.values()):
                 refuse(fault)
             prefix = here.relative_to(root).as_posix()
@@ -129,6 +132,8 @@ class FolderTree:
         for name in names:
             file = self.root / name
             try:
+                if fault := size_fault(size := file.stat().st_size, size, MAX_FILE):
+                    raise DataError(f"{file}: {fault}")
                 yield str(file), file.read_bytes()
             except OSError as error:
                 raise DataError(f"{file}: cannot be read ({error.strerror})") from error
@@ -236,6 +241,8 @@ def _name_fault(name: str) -> str:
 
 def size_fault(size: int, packed: int, most: int) -> str:
     """What is wrong with a file in an archive that expands from `packed` to `size` bytes."""
-    if size > most or size > max(2**20, RATIO * packed):
+    if size > most:
+        return f"{size} bytes, more than {most}, refused"
+    if size > max(2**20, RATIO * packed):
         return f"{size} bytes from {packed}: decompression bomb, refused"
     return ""
