@@ -66,7 +66,7 @@ class Members(nn.Module):
         """
         return Sampled(self, rng=rng, per=per)
 
-    def forward(self, x: Images) -> Logits:
+    def forward(self, x: Tensor) -> Logits:
         """(B, C) logits, each image answered by a member of its own, drawn in secret.
 
         Raises:

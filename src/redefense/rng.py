@@ -99,12 +99,13 @@ def system_integers(bound: int, count: int) -> Tensor:
     """
     if not 1 <= bound <= 2**32:
         raise ValueError(f"bound must lie in [1, 2**32], got {bound}")
-    limit = (2**63 // bound) * bound
+    # the largest number accepted, not the first refused: 2**63 itself does not fit an int64
+    largest = (2**63 // bound) * bound - 1
     parts: list[Tensor] = []
     while (missing := count - sum(map(len, parts))) > 0:
         raw = torch.frombuffer(bytearray(os.urandom(8 * missing)), dtype=torch.int64)
         raw = _shift(raw, 1)
-        parts.append(raw[raw < limit] % bound)
+        parts.append(raw[raw <= largest] % bound)
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 

@@ -149,7 +149,7 @@ def directional(
     Each image moves by `FINITE_STEP` along its own v / |v|; images with v = 0 contribute nothing.
     The value approximates the inner product, its gradient that of the inner product.
     """
-    length = norms(v, 2)
+    length = norms(v, 2.0)
     unit = (v / length.clamp_min(1e-30)[:, None]).view_as(x)
     loss: list[Tensor] = []
     for sign in (1.0, -1.0):

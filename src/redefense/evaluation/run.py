@@ -315,8 +315,8 @@ def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, 
         "correct": (logits.argmax(-1) == y).cpu().numpy(),
         "averaged": (averaged.argmax(-1) == y).cpu().numpy(),
         "linf": norms(delta, math.inf).double().cpu().numpy(),
-        "l2": norms(delta, 2).double().cpu().numpy(),
-        "l0": norms(delta, 0).double().cpu().numpy(),
+        "l2": norms(delta, 2.0).double().cpu().numpy(),
+        "l0": norms(delta, 0.0).double().cpu().numpy(),
     }
 
 
