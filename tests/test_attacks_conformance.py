@@ -1,18 +1,27 @@
 """Every attack in `ATTACKS`, present and future, keeps the contract of `attacks/base.py`."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
 from redefense.ensembles import Independent
-from redefense.errors import InputError
+from redefense.errors import ConfigError, InputError
 from redefense.rng import stream
 from redefense.threat import Threat, norms
 
 NAMES = sorted(ATTACKS)
+# the default but for the budget, where the default takes thousands of queries
+QUICK: dict[str, dict[str, Any]] = {
+    "autoattack": {"steps": 20, "queries": 50},
+    "meanprob_apgd": {"steps": 40},
+    "fab": {"steps": 20},
+    "square": {"queries": 300},
+}
 EPS = 0.1
 CASES = [(name, norm) for name in NAMES for norm in ATTACKS[name].norms]
 
@@ -38,7 +47,8 @@ def images(count: int = 4, classes: int = 5) -> tuple[Tensor, Tensor]:
 def run(
     name: str, victim: nn.Module, x: Tensor, y: Tensor, norm: float = math.inf, eps: float = EPS
 ) -> Tensor:
-    return ATTACKS[name]()(victim, x, y, Threat(norm=norm, eps=eps), rng=stream(0, name))
+    attack = ATTACKS[name](**QUICK.get(name, {}))
+    return attack(victim, x, y, Threat(norm=norm, eps=eps), rng=stream(0, name))
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
@@ -77,6 +87,10 @@ def test_an_image_does_not_depend_on_its_batch_mates(name: str) -> None:  # S08
         torch.testing.assert_close(alone, together[i : i + 1])
 
 
+def numpy_state() -> object:
+    return np.random.get_state(legacy=False)["state"]["key"].tolist()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_side_effects(name: str) -> None:  # S05
     x, y = images()
@@ -86,16 +100,98 @@ def test_no_side_effects(name: str) -> None:  # S05
     flags = [p.requires_grad for p in net.parameters()]
     modes = [m.training for m in net.modules()]
     state, kept = torch.get_rng_state(), x.clone()
+    kept_numpy = numpy_state()
     with torch.no_grad():
         run(name, net, x, y)
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
+    # Python's own generator is not compared: the shape checker of this test run draws from it
+    assert numpy_state() == kept_numpy
     assert torch.equal(x, kept)
     assert all(p.grad is None for p in net.parameters())
     assert [p.requires_grad for p in net.parameters()] == flags
     assert [m.training for m in net.modules()] == modes
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_float32_image_inside_inference_mode(name: str) -> None:
+    (x, y), net = images(1), small_net(0).float()
+    with torch.inference_mode():
+        x_adv = run(name, net, x.float(), y)
+    assert x_adv.dtype == torch.float32
+    assert torch.isfinite(x_adv).all()
+    assert not x_adv.is_inference()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_classes_suffice_or_are_refused(name: str) -> None:
+    x, y = images(classes=2)
+    if ATTACKS[name].needs_classes > 2:
+        with pytest.raises(ConfigError, match="at least 4 classes"):
+            run(name, small_net(0, classes=2), x, y)
+    else:
+        assert torch.isfinite(run(name, small_net(0, classes=2), x, y)).all()
+
+
+class Constant(nn.Module):
+    """Always the true answer, whatever it sees; no gradient at all."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.functional.one_hot(y, 5).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[torch.arange(len(x)) % len(self.logits)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_victim_without_gradients_yields_images_not_nan(name: str) -> None:  # S22
+    x, y = images()
+    x_adv = run(name, Constant(y), x, y)
+    assert torch.isfinite(x_adv).all()
+    assert ((x_adv >= 0) & (x_adv <= 1)).all()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if ATTACKS[n].bounded])
+def test_failure_is_no_reason_to_hand_back_the_image(name: str) -> None:  # S34
+    x, y = images()
+    net = small_net(0)
+    y = net(x).argmax(1)
+    x_adv = run(name, net, x, y, eps=1e-3)
+    assert ((x_adv - x).flatten(1).abs().amax(1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("name", sorted(n for n in NAMES if not ATTACKS[n].adaptive))
+def test_a_pinned_draw_is_that_member(name: str) -> None:  # S29
+    x, y = images()
+    net = small_net(0)
+    pinned = Independent([small_net(1), net], mixture=[0.0, 1.0]).sampled(rng=stream(3, "draw"))
+    torch.testing.assert_close(run(name, pinned, x, y), run(name, net, x, y))
+
+
+def test_names_and_summaries_are_complete() -> None:
+    paper = "fgsm bim mim pgd di2fgsm eotpgd apgd autoattack square cw deepfool sparsefool"
+    others = "onepixel pixle apgdt fab arc hinge meanprob_pgd meanprob_apgd transfer"
+    assert set(ATTACKS) >= {*paper.split(), *others.split()}
+    for attack in ATTACKS.values():
+        assert attack.summary
+        assert "\n" not in attack.summary
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if ATTACKS[n].presets])
+def test_presets_fix_settings_and_refuse_others(name: str) -> None:
+    attack: Any = ATTACKS[name]
+    with pytest.raises(ConfigError, match="no preset 'mine'"):
+        attack(preset="mine")
+    for preset, settings in attack.presets.items():
+        made = attack(preset=preset)
+        assert {key: getattr(made, key) for key in settings} == dict(settings)
+        for key, value in settings.items():
+            if type(value) in (int, float) and value + 1 != getattr(attack(), key):
+                with pytest.raises(ConfigError, match=f"fixes {key}="):
+                    attack(preset=preset, **{key: value + 1})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +233,9 @@ def test_a_linear_victim_falls_as_far_as_the_ball_allows(name: str, norm: float)
     x = torch.full((2, 1, 3, 3), 0.5, dtype=torch.float64)
     y = torch.zeros(2, dtype=torch.long)
     reach = EPS * torch.linalg.vector_norm(w, ord=1.0 if norm == math.inf else 2.0).item()
-    for share, fooled in ((0.97, True), (1.03, False)):
+    # patches of 3 pixels and more cannot follow the steepest direction
+    enough = 0.6 if (name, norm) == ("square", 2.0) else 0.97
+    for share, fooled in ((enough, True), (1.03, False)):
         victim = plane(w, float(w.sum()) / 2 - share * reach)
         x_adv = run(name, victim, x, y, norm)
         assert ((victim(x_adv).argmax(1) != y) == fooled).all(), share
