@@ -9,7 +9,8 @@ import torchattacks
 from torch import Tensor, nn
 
 from redefense.attacks.base import Attack
-from redefense.attacks.minimal import CW, DeepFool, deepfool_published
+from redefense.attacks.cw import CW
+from redefense.attacks.minimal import DeepFool, deepfool_published
 from redefense.attacks.objectives import margin
 from redefense.attacks.sparse import SparseFool, cross_hyperplane
 from redefense.errors import ConfigError

@@ -9,10 +9,11 @@ from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.arc import ARC
 from redefense.attacks.auto import AutoAttack
 from redefense.attacks.base import Attack, as_ensemble, frozen
+from redefense.attacks.cw import CW
 from redefense.attacks.diverse import DI2FGSM
 from redefense.attacks.fab import FAB
 from redefense.attacks.gradient import BIM, EOTPGD, FGSM, MIM, PGD
-from redefense.attacks.minimal import CW, DeepFool
+from redefense.attacks.minimal import DeepFool
 from redefense.attacks.pixels import OnePixel
 from redefense.attacks.pixle import Pixle
 from redefense.attacks.sparse import SparseFool

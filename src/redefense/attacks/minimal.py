@@ -1,16 +1,16 @@
-"""Attacks that look for the smallest change in L2: DeepFool, and Carlini and Wagner's.
+"""DeepFool, which looks for the smallest change in L2, and what attacks of its kind share.
 
 They are not bounded by the threat: report the distortion beside the accuracy. Every image has its
-own step sizes, trade-off and end, and leaves the batch when it is done, so that a result does not
+own steps and end, and leaves the batch when it is done, so that a result does not
 depend on batch mates and no forward pass is spent on a finished image.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from redefense.attacks.base import RED_RELEASED, TORCHATTACKS, Attack, Presets, input_gradient
@@ -19,9 +19,15 @@ from redefense.errors import ConfigError
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Int, Labels, Logits, Victim
 
+_BLOCK = {"cpu": 64}  # images attacked at a time: larger batches leave a processor's cache
+_BLOCK_ELSEWHERE = 512  # fills an accelerator and bounds the memory of the jacobians
 _NUDGE = 1e-5  # added to DeepFool's distance, in pixel units: a point on the boundary must cross it
-_CONVERGED = 0.9999  # CW: a loss above this share of the lowest one is not falling
-_HALVINGS = 8  # CW: looks at points on the way back to the image, at the very end
+
+
+def in_blocks(x: Images, y: Labels, run: Callable[[Images, Labels], Images]) -> Images:
+    """Attack images that do not depend on each other in batches of bounded size."""
+    size = _BLOCK.get(x.device.type, _BLOCK_ELSEWHERE)
+    return torch.cat(list(map(run, x.split(size), y.split(size))))
 
 
 def gaps_and_slopes(
@@ -181,247 +187,11 @@ class DeepFool(Attack):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        if self.preset is not None:
-            return deepfool_published(victim, x, y, steps=self.steps, overshoot=self.overshoot)[0]
-        return deepfool(
-            victim, x, y, steps=self.steps, overshoot=self.overshoot, rivals=self.rivals
-        )
+        steps, overshoot, rivals = self.steps, self.overshoot, self.rivals
 
+        def run(x: Images, y: Labels) -> Images:
+            if self.preset is not None:
+                return deepfool_published(victim, x, y, steps=steps, overshoot=overshoot)[0]
+            return deepfool(victim, x, y, steps=steps, overshoot=overshoot, rivals=rivals)
 
-def to_box(w: Tensor) -> Tensor:
-    """Any real number to (0, 1): the change of variables that keeps CW inside the box."""
-    return 0.5 * (torch.tanh(w) + 1)
-
-
-@dataclass
-class _Adam:
-    """Adam (Kingma & Ba, 2015) on a batch from which images can leave."""
-
-    rate: float
-    mean: Tensor
-    square: Tensor
-    count: int = 0
-
-    def move(self, w: Tensor, grad: Tensor, share: float) -> Tensor:
-        """One step at a share of the rate."""
-        self.count += 1
-        self.mean = 0.9 * self.mean + 0.1 * grad
-        self.square = 0.999 * self.square + 0.001 * grad**2
-        mean = self.mean / (1 - 0.9**self.count)
-        square = self.square / (1 - 0.999**self.count)
-        return w - share * self.rate * mean / (square.sqrt() + 1e-8)
-
-    def select(self, rows: Tensor) -> None:
-        self.mean, self.square = self.mean[rows], self.square[rows]
-
-
-@dataclass
-class _Smallest:
-    """Per image the smallest change that fooled, or else the point of the highest margin.
-
-    Margins are the wrong class's lead less the lead asked for; above zero they fool.
-    """
-
-    x: Tensor
-    size: Tensor
-    margin: Tensor
-
-    def offer(self, rows: Tensor, point: Tensor, size: Tensor, margin: Tensor) -> Tensor:
-        """Take over what is better among the given rows; returns which points fooled."""
-        fooled = margin > 0
-        closer = torch.isinf(self.size[rows]) & (margin > self.margin[rows])
-        better = torch.where(fooled, size < self.size[rows], closer)
-        taken = rows[better]
-        self.x[taken], self.margin[taken] = point[better], margin[better]
-        self.size[taken] = torch.where(fooled, size, math.inf)[better]
-        return fooled
-
-
-def cw_descent(
-    victim: Victim,
-    x: Images,
-    y: Labels,
-    c: Float[Tensor, " B"],
-    best: _Smallest,
-    *,
-    steps: int,
-    rate: float,
-    kappa: float,
-) -> Tensor:
-    """One descent on |x' - x|^2 + c * max(margin of the true class + kappa, 0), from the image.
-
-    The rate falls linearly to zero. An image leaves when its loss has not fallen for half of the
-    steps; the point after the last step counts too.
-
-    Returns:
-        (B,) which images were fooled with this c.
-    """
-    # short of the border, where the change of variables has no slope and pixels could never move
-    w = torch.atanh((2 * x - 1) * (1 - 1e-6))
-    rows = torch.arange(len(x), device=x.device)
-    adam = _Adam(rate, torch.zeros_like(w), torch.zeros_like(w))
-    success = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    lowest, since = torch.full_like(c, math.inf), torch.zeros_like(y)
-    for step in range(steps + 1):
-        with torch.set_grad_enabled(step < steps):
-            w = w.detach().requires_grad_()
-            point = to_box(w)
-            size = (point - x[rows]).square().flatten(1).sum(1)
-            gain = margin(victim(point), y[rows]).to(size.dtype) - kappa
-            loss = size + c[rows] * (-gain).clamp_min(0.0)
-            total = loss.sum()
-        fooled = best.offer(rows, point.detach(), size.detach(), gain.detach())
-        success[rows] |= fooled
-        if step == steps:
-            break
-        w = adam.move(w.detach(), input_gradient(total, w), 1 - step / steps)
-        falling = loss.detach() < _CONVERGED * lowest[rows]
-        lowest[rows] = torch.minimum(loss.detach(), lowest[rows])
-        since[rows] = torch.where(falling, step, since[rows])
-        patient = step - since[rows] < max(steps // 2, 1)
-        if not bool(patient.all()):
-            w, rows = w[patient], rows[patient]
-            adam.select(patient)
-            if not len(rows):
-                break
-    return success
-
-
-def carlini_wagner(
-    victim: Victim, x: Images, y: Labels, *, searches: int, steps: int, rate: float, c: float,
-    kappa: float,
-) -> Images:  # fmt: skip
-    """Descents with a bisected trade-off c per image; see `CW`."""
-    best = _Smallest(
-        x.clone(),
-        torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device),
-        torch.full((len(x),), -math.inf, dtype=x.dtype, device=x.device),
-    )
-    with torch.no_grad():
-        gain = margin(victim(x), y).to(x.dtype) - kappa
-    rows = torch.arange(len(x), device=x.device)
-    # what is wrong already has distance zero
-    fooled = best.offer(rows, x, torch.zeros_like(gain), gain)
-    rows = rows[~fooled]
-    low, high = torch.zeros_like(gain), torch.full_like(gain, math.inf)
-    now = torch.full_like(gain, c)
-    for _ in range(searches if len(rows) else 0):
-        part = _Smallest(best.x[rows], best.size[rows], best.margin[rows])
-        success = cw_descent(
-            victim, x[rows], y[rows], now[rows], part, steps=steps, rate=rate, kappa=kappa
-        )
-        best.x[rows], best.size[rows], best.margin[rows] = part.x, part.size, part.margin
-        won, lost = rows[success], rows[~success]
-        high[won], low[lost] = now[won], now[lost]
-        now[rows] = torch.where(
-            high[rows].isinf(), 10 * now[rows], torch.sqrt(high[rows] * low[rows].clamp_min(1e-3))
-        )
-    shorten(victim, x, y, best, kappa)
-    return best.x
-
-
-def shorten(victim: Victim, x: Images, y: Labels, best: _Smallest, kappa: float) -> None:
-    """Go back towards the image as far as the victim stays fooled, by halving."""
-    rows = ((best.size > 0) & ~best.size.isinf()).nonzero().flatten()
-    if not len(rows):
-        return
-    x, y, far = x[rows], y[rows], best.x[rows]
-    low, high = torch.zeros_like(best.size[rows]), torch.ones_like(best.size[rows])
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        point = x + per_image(middle, x) * (far - x)
-        with torch.no_grad():
-            gain = margin(victim(point), y).to(x.dtype) - kappa
-        size = (point - x).square().flatten(1).sum(1)
-        fooled = best.offer(rows, point, size, gain)
-        low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
-
-
-def carlini_wagner_published(
-    victim: Victim, x: Images, y: Labels, *, steps: int, rate: float, c: float, kappa: float
-) -> Images:
-    """CW as TorchAttacks 3.5.1 has it: one c, a margin blind to logits <= 0, one end.
-
-    The descent of the whole batch ends when its summed loss has risen between two looks; images
-    that were not fooled by then come back clean.
-    """
-    scaled = (2 * x - 1).clamp(-1.0, 1.0)
-    w = (0.5 * torch.log((1 + scaled) / (1 - scaled))).requires_grad_()
-    optimizer = torch.optim.Adam([w], lr=rate)
-    best, best_size, last = x.clone(), torch.full((len(x),), 1e10, dtype=x.dtype), math.inf
-    best_size = best_size.to(x.device)
-    for step in range(steps):
-        with torch.enable_grad():
-            point = to_box(w)
-            size = F.mse_loss(point.flatten(1), x.flatten(1), reduction="none").sum(1)
-            logits = cast(Tensor, victim(point))
-            true = F.one_hot(y, logits.shape[1]).to(logits.dtype)
-            own, other = (true * logits).max(1)[0], ((1 - true) * logits).max(1)[0]
-            loss = size.sum() + c * (own - other).clamp_min(-kappa).sum()
-            (w.grad,) = torch.autograd.grad(loss, w)
-        optimizer.step()
-        better = (logits.detach().argmax(1) != y) & (size.detach() < best_size)
-        best_size = torch.where(better, size.detach(), best_size)
-        best = torch.where(per_image(better, x), point.detach(), best)
-        if step % max(steps // 10, 1) == 0:
-            if loss.item() > last:
-                break
-            last = loss.item()
-    return best
-
-
-@dataclass(frozen=True, kw_only=True)
-class CW(Attack):
-    """Smallest L2 change by gradient descent (Carlini & Wagner, 2017).
-
-    Minimises |x' - x|^2 + c * max(z_y - max_{k != y} z_k + kappa, 0) over tanh-transformed pixels
-    with Adam; c is bisected per image, the smallest success of all descents is kept and moved back
-    to the boundary. A failure gives the point of the highest margin. Right for logits of any sign,
-    log-probabilities too.
-
-    Attributes:
-        searches: descents, each with a c of its own.
-        steps: Adam steps of a descent; each costs a forward and a backward pass.
-        rate: Adam's learning rate.
-        c: first trade-off; times 10 until an image is fooled, then bisected on a log scale.
-        kappa: lead in logits that a wrong class must have before an image counts as fooled.
-        preset: published settings: a single descent, the library's margin and end of the batch.
-    """
-
-    searches: int = 6
-    steps: int = 50
-    rate: float = 0.02
-    c: float = 1.0
-    kappa: float = 0.0
-    preset: str | None = None
-
-    bounded: ClassVar[bool] = False
-    randomized: ClassVar[bool] = False
-    summary: ClassVar[str] = "smallest L2 change by Adam on distance and margin, c bisected"
-    presets: ClassVar[Presets] = {
-        TORCHATTACKS: {"searches": 1, "steps": 50, "rate": 0.01, "c": 1.0, "kappa": 0.0},
-        RED_RELEASED: {"searches": 1, "steps": 50, "rate": 0.01, "c": 0.1, "kappa": 0.0},
-    }
-
-    def check(self) -> None:
-        if self.steps < 1 or self.searches < 1:
-            raise ConfigError(
-                f"steps and searches must be at least 1, got {self.steps} and {self.searches}"
-            )
-        if not (self.rate > 0 and self.c > 0 and self.kappa >= 0):
-            raise ConfigError(
-                "rate and c must be positive and kappa not negative, "
-                f"got {self.rate}, {self.c} and {self.kappa}"
-            )
-
-    def perturb(
-        self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
-    ) -> Images:
-        if self.preset is not None:
-            return carlini_wagner_published(
-                victim, x, y, steps=self.steps, rate=self.rate, c=self.c, kappa=self.kappa
-            )
-        return carlini_wagner(
-            victim, x, y, searches=self.searches, steps=self.steps, rate=self.rate, c=self.c,
-            kappa=self.kappa,
-        )  # fmt: skip
+        return in_blocks(x, y, run)

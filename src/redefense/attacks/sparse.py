@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from redefense.attacks.base import TORCHATTACKS, Attack, Presets, input_gradient
-from redefense.attacks.minimal import deepfool, deepfool_published
+from redefense.attacks.minimal import deepfool, deepfool_published, in_blocks
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, norms, per_image
@@ -188,8 +188,13 @@ class SparseFool(Attack):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        run = sparsefool if self.preset is None else sparsefool_published
-        return run(
-            victim, x, y, steps=self.steps, lam=self.lam, overshoot=self.overshoot,
-            inner_steps=self.inner_steps,
-        )  # fmt: skip
+        attack = sparsefool if self.preset is None else sparsefool_published
+
+        def run(x: Images, y: Labels) -> Images:
+            return attack(
+                victim, x, y, steps=self.steps, lam=self.lam, overshoot=self.overshoot,
+                inner_steps=self.inner_steps,
+            )  # fmt: skip
+
+        # the published form couples the images of a batch
+        return in_blocks(x, y, run) if self.preset is None else run(x, y)

@@ -1,0 +1,376 @@
+"""How strong, how costly and how fast our attacks are, beside TorchAttacks in the same process.
+
+Two tables. The first attacks one network with our default, our preset and the library: accuracy
+left, passes per image, seconds. The second attacks a random ensemble, with the presets on the view
+that draws a member per call and with the attacks that are given all members: the gap between the
+two is what a naive evaluation flatters such an ensemble by.
+"""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from types import MappingProxyType, ModuleType
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redefense.attacks import ATTACKS, Attack
+from redefense.attacks.base import TORCHATTACKS
+from redefense.attacks.pixels import OnePixel
+from redefense.attacks.pixle import Pixle
+from redefense.data import load_dataset
+from redefense.data.dataset import Dataset, test_indices
+from redefense.ensembles import Independent
+from redefense.errors import ConfigError
+from redefense.evaluation.metering import Meter, Metered
+from redefense.evaluation.statistics import paired_difference
+from redefense.models import build
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.types import Images, Labels
+
+MEMBERS: Final = 4
+LIBRARY: Final = "torchattacks==3.5.1"
+HOW_TO_INSTALL: Final = (
+    f"without {LIBRARY} the columns of the library stay empty: "
+    f"pip install --no-deps {LIBRARY}; pip install scipy tqdm"
+)
+
+# undefended networks are all at zero for larger budgets, where nothing can be compared
+EPS: Final[Mapping[str, float]] = MappingProxyType({"digits": 0.1, "cifar10": 2 / 255})
+EPOCHS: Final[Mapping[str, int]] = MappingProxyType({"digits": 12, "cifar10": 1})
+
+Theirs = Callable[[ModuleType, nn.Module, float, int], Any]
+
+THEIRS: Final[Mapping[str, Theirs]] = MappingProxyType(
+    {
+        "fgsm": lambda ta, net, eps, _: ta.FGSM(net, eps=eps),
+        "bim": lambda ta, net, eps, _: ta.BIM(net, eps=eps, alpha=eps / 4),
+        "mim": lambda ta, net, eps, _: ta.MIFGSM(net, eps=eps, alpha=eps / 4),
+        "pgd": lambda ta, net, eps, _: ta.PGD(net, eps=eps, alpha=eps / 4),
+        "di2fgsm": lambda ta, net, eps, _: ta.DIFGSM(net, eps=eps, alpha=eps / 4),
+        "eotpgd": lambda ta, net, eps, _: ta.EOTPGD(net, eps=eps, alpha=eps / 4),
+        "apgd": lambda ta, net, eps, _: ta.APGD(net, eps=eps),
+        "apgdt": lambda ta, net, eps, k: ta.APGDT(net, eps=eps, n_classes=k),
+        "fab": lambda ta, net, eps, k: ta.FAB(net, eps=eps, n_classes=k),
+        "square": lambda ta, net, eps, _: ta.Square(net, eps=eps),
+        "autoattack": lambda ta, net, eps, k: ta.AutoAttack(net, eps=eps, n_classes=k, seed=0),
+        "cw": lambda ta, net, *_: ta.CW(net),
+        "deepfool": lambda ta, net, *_: ta.DeepFool(net),
+        "sparsefool": lambda ta, net, *_: ta.SparseFool(net),
+        "onepixel": lambda ta, net, *_: ta.OnePixel(net),
+        "pixle": lambda ta, net, *_: ta.Pixle(net),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What one attack did.
+
+    Attributes:
+        accuracy: left after the attack, in [0, 1]; exact expectation for a random ensemble.
+        unchanged: share of images that came back as they were, to 1e-6.
+        forwards: passes per image through one member.
+        backwards: likewise.
+        seconds: for all images.
+    """
+
+    accuracy: float
+    unchanged: float
+    forwards: float
+    backwards: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """Who is attacked, and on what."""
+
+    members: Independent
+    x: Images
+    y: Labels
+    eps: float
+    num_classes: int
+    seed: int
+
+    def expected(self, x: Images) -> Tensor:
+        """(B,) probability that a random member is right."""
+        with torch.no_grad():
+            parts = [self.members.member_logits(part) for part in x.split(64)]
+        right = torch.cat(parts, dim=1).argmax(2) == self.y
+        return self.members.mixture @ right.to(self.members.mixture.dtype)
+
+    def figures(self, attack: Callable[[Metered], Tensor]) -> tuple[Figures, Tensor]:
+        """Run an attack on the counted members; also each image's expected correctness."""
+        meter = Meter()
+        victim = Metered(self.members, meter).eval()
+        start = time.perf_counter()
+        x_adv = attack(victim).detach()
+        seconds = time.perf_counter() - start
+        self.members.zero_grad(set_to_none=True)  # the library leaves gradients behind
+        left = self.expected(x_adv)
+        return Figures(
+            accuracy=float(left.mean()),
+            unchanged=float(((x_adv - self.x).abs().flatten(1).amax(1) <= 1e-6).double().mean()),
+            forwards=meter.forwards / len(self.x),
+            backwards=meter.backwards / len(self.x),
+            seconds=seconds,
+        ), left
+
+
+def run(
+    *,
+    images: int = 256,
+    model: str = "auto",
+    data: str | None = None,
+    seed: int = 0,
+    json: bool = False,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Train the victims briefly, attack them, and gather both tables.
+
+    Args:
+        images: how many test images, the first of the published permutation.
+        model: name in `MODELS`; "auto" takes a small one that fits the data.
+        data: a spec, e.g. `cifar10:PATH`; None takes the shipped digits.
+        seed: of the trainings and of every attack.
+        json: keeps quiet; else each finished line goes to stderr.
+        names: attacks to run; None runs all.
+
+    Returns:
+        JSON-ready: `settings`, `single` (one row an attack), `random` and `notes`.
+
+    Raises:
+        ConfigError: an unknown attack.
+    """
+    chosen = list(ATTACKS) if names is None else list(names)
+    if unknown := set(chosen) - set(ATTACKS):
+        raise ConfigError(f"no attack named {', '.join(sorted(unknown))}")
+    tell = _silent if json else _to_stderr
+    dataset = load_dataset(data or "digits")
+    if model == "auto":
+        model = "digits-cnn" if dataset.name == "digits" else "resnet8"
+    library = _library()
+    notes = [] if library is not None else [HOW_TO_INSTALL]
+    for note in notes:
+        tell(note)
+    members = [train_member(dataset, model, seed + m, tell) for m in range(MEMBERS)]
+    scene = _scene(dataset, members, images, seed)
+    alone = _scene(dataset, members[:1], images, seed)
+    single = [
+        single_row(alone, name, library, tell) for name in chosen if not ATTACKS[name].adaptive
+    ]
+    random = [random_row(scene, name, tell) for name in chosen if _in_second(name)]
+    return {
+        "settings": {
+            "data": dataset.name,
+            "model": model,
+            "images": len(scene.y),
+            "eps": scene.eps,
+            "members": MEMBERS,
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "library": LIBRARY if library is not None else None,
+        },
+        "single": {"clean": float(alone.expected(alone.x).mean()), "rows": single},
+        "random": {"clean": float(scene.expected(scene.x).mean()), "rows": random},
+        "notes": notes,
+    }
+
+
+def _library() -> ModuleType | None:
+    try:
+        return importlib.import_module("torchattacks")
+    except ImportError:
+        return None
+
+
+def _scene(dataset: Dataset, members: list[nn.Module], images: int, seed: int) -> Scene:
+    index = test_indices(len(dataset.test), images)
+    return Scene(
+        members=Independent(members),
+        x=dataset.test.float(index),
+        y=dataset.test.labels[index].long(),
+        eps=EPS.get(dataset.name, 2 / 255),
+        num_classes=dataset.num_classes,
+        seed=seed,
+    )
+
+
+def train_member(dataset: Dataset, model: str, seed: int, tell: Callable[[str], None]) -> nn.Module:
+    """A network trained just long enough to be worth attacking."""
+    rng = stream(seed, "bench", "member")
+    net = build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=rng).train()
+    x, y = dataset.train, dataset.train.labels.long()
+    size, epochs = 128, EPOCHS.get(dataset.name, 1)
+    per_epoch = len(x) // size
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.15, total_steps=epochs * per_epoch
+    )
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=rng)
+        for index in order.split(size)[:per_epoch]:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(net(x.float(index)), y[index]).backward()
+            optimizer.step()
+            schedule.step()
+    tell(f"trained {model} on {len(x)} images, {epochs} epoch(s), seed {seed}")
+    return net.eval()
+
+
+def single_row(
+    scene: Scene, name: str, library: ModuleType | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """One attack on one network: our default, our preset, the library."""
+    row: dict[str, Any] = {"attack": name}
+    default, left = scene.figures(_ours(scene, ATTACKS[name](), name))
+    row["default"] = asdict(default)
+    preset = _preset(name)
+    if preset is not None:
+        row["preset"] = asdict(scene.figures(_ours(scene, preset, name))[0])
+    if library is not None and name in THEIRS:
+        theirs, theirs_left = scene.figures(_theirs(scene, name, library))
+        row["theirs"] = asdict(theirs)
+        row["times_faster"] = theirs.seconds / row.get("preset", row["default"])["seconds"]
+        gap = paired_difference(left.numpy(), theirs_left.numpy())
+        row["default_minus_theirs"] = [gap.value, gap.low, gap.high]
+    tell(single_line(row))
+    return row
+
+
+def _preset(name: str) -> Attack | None:
+    kind = ATTACKS[name]
+    if TORCHATTACKS not in kind.presets:
+        return None
+    # one network answers a question the same way twice, so nothing is asked twice
+    return _with_preset(kind, **({"recheck": False} if kind in (OnePixel, Pixle) else {}))
+
+
+def _with_preset(kind: Callable[..., Attack], **settings: bool) -> Attack:
+    return kind(preset=TORCHATTACKS, **settings)
+
+
+def _ours(scene: Scene, attack: Attack, name: str) -> Callable[[Metered], Tensor]:
+    threat = Threat(eps=scene.eps)
+
+    def go(victim: Metered) -> Tensor:
+        rng = stream(scene.seed, "bench", name)
+        return attack(victim.member(0), scene.x, scene.y, threat, rng=rng)
+
+    return go
+
+
+def _theirs(scene: Scene, name: str, library: ModuleType) -> Callable[[Metered], Tensor]:
+    def go(victim: Metered) -> Tensor:
+        net = victim.member(0).eval()
+        # the library draws from the global streams, which are put back as they were
+        numpy_state = np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(scene.seed)
+            np.random.seed(scene.seed)
+            attack = THEIRS[name](library, net, scene.eps, scene.num_classes)
+            x_adv: Tensor = attack(scene.x.clone(), scene.y.clone())
+        np.random.set_state(numpy_state)
+        return x_adv
+
+    return go
+
+
+def _in_second(name: str) -> bool:
+    return ATTACKS[name].adaptive or TORCHATTACKS in ATTACKS[name].presets
+
+
+def random_row(scene: Scene, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The preset on a random member per call, or an attack that knows all members."""
+    kind = ATTACKS[name]
+    attack = kind() if kind.adaptive else _with_preset(kind)
+    threat = Threat(eps=scene.eps)
+
+    def go(victim: Metered) -> Tensor:
+        draws = stream(scene.seed, "bench", "draws", name)
+        seen = victim if kind.adaptive else victim.sampled(rng=draws, per="call")
+        return attack(seen, scene.x, scene.y, threat, rng=stream(scene.seed, "bench", name))
+
+    row: dict[str, Any] = {"attack": name, "aware": kind.adaptive, "bounded": kind.bounded}
+    row |= asdict(scene.figures(go)[0])
+    tell(random_line(row))
+    return row
+
+
+THREE: Final = ("default", "preset", "theirs")
+SINGLE_HEAD: Final = (
+    f"{'':<14}{'accuracy left, %':>27}{'forward + backward passes':>45}{'seconds':>27}\n"
+    f"{'attack':<14}"
+    + "".join(f"{kind:>{width}}" for width in (9, 15, 9) for kind in THREE)
+    + "  faster"
+)
+RANDOM_HEAD: Final = (
+    f"{'attack':<14}{'knows all':>10}{'expected accuracy, %':>22}{'unchanged, %':>14}"
+    f"{'forwards':>10}{'backwards':>11}{'seconds':>9}"
+)
+
+
+def single_line(row: Mapping[str, Any]) -> str:
+    """A row of the first table as text."""
+    cells: list[list[str]] = [[], [], []]
+    for kind in THREE:
+        if (it := row.get(kind)) is not None:
+            accuracy = f"{100 * it['accuracy']:>9.1f}"
+            passes = f"{it['forwards']:.1f} + {it['backwards']:.1f}".rjust(15)
+            seconds = f"{it['seconds']:>9.2f}"
+        else:
+            accuracy, passes, seconds = (f"{'-':>{width}}" for width in (9, 15, 9))
+        for column, text in zip(cells, (accuracy, passes, seconds), strict=True):
+            column.append(text)
+    times = row.get("times_faster")
+    end = f"{'-':>8}" if times is None else f"{times:>7.1f}x"
+    return f"{row['attack']:<14}" + "".join(chain(*cells)) + end
+
+
+def random_line(row: Mapping[str, Any]) -> str:
+    """A row of the second table as text."""
+    return (
+        f"{row['attack']:<14}{'yes' if row['aware'] else 'no':>10}{100 * row['accuracy']:>22.1f}"
+        f"{100 * row['unchanged']:>14.1f}{row['forwards']:>10.1f}{row['backwards']:>11.1f}"
+        f"{row['seconds']:>9.2f}"
+    )
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """Both tables as plain text, with what they were measured on."""
+    it = result["settings"]
+    where = (
+        f"{it['model']} on {it['data']}, {it['images']} images, L-inf eps {it['eps']:.4g}, "
+        f"seed {it['seed']}, {it['threads']} thread(s), torch {it['torch']}"
+    )
+    single, random = result["single"], result["random"]
+    return "\n".join(
+        [
+            f"One network: {where}; clean {100 * single['clean']:.1f} %",
+            "theirs: " + (it["library"] or HOW_TO_INSTALL) + "; faster: their seconds over ours",
+            SINGLE_HEAD,
+            *map(single_line, single["rows"]),
+            "",
+            f"A random ensemble of {it['members']}: {where}; clean {100 * random['clean']:.1f} %",
+            "knows all: no - our preset, a member drawn per call; yes - given all members",
+            RANDOM_HEAD,
+            *map(random_line, random["rows"]),
+        ]
+    )
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
