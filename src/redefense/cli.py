@@ -1,5 +1,6 @@
 """The command line. Torch is imported by the commands that need it, never for `--help`."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -152,6 +153,45 @@ def report(
         width = None if sys.stdout.isatty() else 160
         Console(width=width).print(format_table(rows))
         typer.echo(f"report: {written[0]}")
+
+
+@app.command()
+def audit(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An evaluation, a run, or a CSV of claims.")
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List which claims cannot be believed, and why; exit 1 if one does not hold."""
+    from redefense.evaluation.audit import audit as findings_of
+    from redefense.evaluation.audit import exit_code
+
+    findings = findings_of(path)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if as_json:
+        shown = {"holds": not errors, "findings": [dataclasses.asdict(f) for f in findings]}
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        for finding in findings:
+            rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
+            typer.echo(f"{finding.severity} {finding.id}: {finding.subject}{rows}: {finding.why}")
+        _say(f"{path}: {errors} claims do not hold, {len(findings) - errors} notes", quiet)
+    raise typer.Exit(exit_code(findings))
+
+
+@app.command()
+def card(
+    path: RunDir,
+    out: Annotated[Path | None, typer.Option(help="Where it goes; DIR/README.md.")] = None,
+    license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
+    quiet: Quiet = False,
+) -> None:
+    """Write the model card of an evaluated run."""
+    from redefense.evaluation.card import write_card
+
+    written = write_card(path, out, license_name=license_name)
+    _say(f"wrote {written}", quiet)
 
 
 @app.command("list")

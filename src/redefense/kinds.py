@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 from redefense.ensembles import Independent, Members
 from redefense.errors import ConfigError
@@ -11,6 +11,7 @@ from redefense.models import build
 from redefense.rng import stream
 
 
+@runtime_checkable
 class Kind(Protocol):
     """Settings from which an untrained ensemble can be built."""
 

@@ -1,1 +1,1 @@
-"""Honest evaluation: suites, metrics, checks, report and audit."""
+"""Honest measurement: suites, records, headlines, checks and reports."""

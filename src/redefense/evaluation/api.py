@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, Subject, run
 from redefense.evaluation.suite import suite_named
 from redefense.threat import Threat
 from redefense.train.run import Signature, find_final, input_check, load_checkpoint
+from redefense.types import check_images, check_labels
 
 
 def evaluate(
@@ -59,6 +61,8 @@ def evaluate(
         subject = _subject(ensemble, load_dataset(data), images, {})
     else:
         x, y = data
+        check_images(x)
+        check_labels(y, len(x))
         count = len(x) if images is None else images
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
         subject = Subject(ensemble, x[index], y[index], index, "given images", "given")
@@ -113,12 +117,13 @@ def evaluate_run(
         "weights": _manifest(checkpoint.path),
     }
     store = target.with_suffix("")
-    _claim(store, target, settings)
+    started = _claim(store, target, settings)
     subject = _subject(ensemble, dataset, images, _run_json(path, run), run, device)
     say(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
     renamed = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
     report = run_suite(subject, renamed, threat, seed=seed, store=store, checks=checks, say=say)
     report.data["suite"] = plan.name
+    report.data["provenance"]["date"] = started
     _write(target, report.to_json())
     return report, target
 
@@ -194,22 +199,29 @@ def _manifest(folder: Path) -> str:
     return digest
 
 
-def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to mix settings: cells that lie there must come from this very plan."""
+def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> str:
+    """Refuse to mix settings: cells that lie there must come from this very plan.
+
+    Returns:
+        When the evaluation was first started, so that one that was killed tells the same date.
+    """
     plan = store / "plan.json"
     if plan.is_file():
         stored = json.loads(plan.read_text())
+        started = str(stored.pop("started", ""))
         if stored != settings:
             keys = [k for k in settings if stored.get(k) != settings[k]]
             raise ConfigError(
                 f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
                 "name another file with --out"
             )
-        return
+        return started
     if target.exists():
         raise ConfigError(f"{target} exists and is not ours; name another file with --out")
     store.mkdir(parents=True, exist_ok=True)
-    _write(plan, json.dumps(settings, indent=1) + "\n")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    _write(plan, json.dumps({**settings, "started": now}, indent=1) + "\n")
+    return now
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ SAMPLE = 32
 GAP_POINTS = 5.0
 
 
+@runtime_checkable
 class Records(Protocol):
     """Per-image records of one cell."""
 

@@ -4,9 +4,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Members
 from redefense.errors import Interrupted, TrainingError
-from redefense.rng import stream
+from redefense.rng import draw_seed, stream
 from redefense.train.optim import learning_rate, make_optimizer
-from redefense.types import Batch, Loss
+from redefense.types import Batch, Loss, Progress
 
 SAVE_INTERVAL = 30.0
 
 
+@runtime_checkable
 class Loader(Protocol):
     """What the loop asks of a loader: batches that depend on (epoch, step) alone."""
 
@@ -88,17 +89,20 @@ def fit(
             params = [p for p in dict.fromkeys(params) if p.requires_grad]
             optimizer = make_optimizer(params, optim)
             num_steps = max(1, stage.epochs * len(loader))
-            if index == start.stage and start.epoch + start.step:
+            if position.epoch + position.step:
                 restore(optimizer)
+            elif stage.before is not None:
+                stage.before(ensemble)
             saved = time.monotonic()
             for epoch in range(position.epoch, stage.epochs):
                 totals, start_totals = dict(start_totals), {}
-                for step, batch in enumerate(
-                    loader.epoch(_epoch_number(stages, index, epoch), position.step), position.step
-                ):
+                number = _epoch_number(stages, index, epoch)
+                progress = Progress(epoch, stage.epochs, draw_seed(stream(seed, "epoch", number)))
+                batches = loader.epoch(number, position.step)
+                for step, batch in enumerate(batches, position.step):
                     lr = learning_rate(optim, epoch * len(loader) + step, num_steps)
                     terms = take_step(
-                        ensemble, stage, batch, optimizer, params,
+                        ensemble, stage, replace(batch, progress=progress), optimizer, params,
                         lr=lr, clip=optim.clip, precision=precision, total=position.total,
                         rng=stream(seed, "step", position.total),
                         first=epoch == step == 0,
@@ -120,6 +124,8 @@ def fit(
                 if epoch + 1 < stage.epochs:
                     save(position, optimizer, {})
                     saved = time.monotonic()
+            if stage.after is not None:
+                stage.after(ensemble, loader.epoch(0), stream(seed, "after", stage.name))
             position = Position(index + 1, 0, 0, position.total)
             save(position, optimizer, {})
 

@@ -1,0 +1,296 @@
+"""The harness: hand-made ensembles whose every figure is known are scored exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redefense.attacks import ATTACKS
+from redefense.attacks.gradient import FGSM
+from redefense.config import ThreatConfig
+from redefense.ensembles import Independent
+from redefense.errors import ConfigError, InputError
+from redefense.evaluation.api import evaluate
+from redefense.evaluation.run import Cell, Subject, attack_cell, run_suite, verify_ball
+from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
+from redefense.threat import Threat
+
+EPS = 0.2
+
+
+class Ramp(nn.Module):
+    """Class 1 if a pixel is above one half: its distance to the boundary can be read off."""
+
+    def __init__(self, pixel: int = 0, sign: float = 1.0) -> None:
+        super().__init__()
+        self.pixel = pixel
+        self.weight = nn.Parameter(torch.tensor(4.0 * sign))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.weight * (x.flatten(1)[:, self.pixel] - 0.5)
+        return torch.stack([-z, z], 1)
+
+
+class Constant(nn.Module):
+    """Always answers one class; its output does not depend on the image."""
+
+    def __init__(self, answer: int) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.zeros(len(x), 2, dtype=x.dtype)
+        logits[:, self.answer] = 1.0
+        return logits
+
+
+def images(distances: list[float], side: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(n, 1, 2, 2) images at these distances on the side of class 1 (or 0) of every ramp."""
+    value = 0.5 + side * torch.tensor(distances)
+    return value[:, None, None, None].expand(-1, 1, 2, 2).clone(), torch.full(
+        (len(distances),), int(side > 0)
+    )
+
+
+def quick(model: Any, x: Tensor, y: Tensor, **settings: Any) -> dict[str, Any]:
+    return evaluate(model, (x, y), threat=Threat(eps=EPS), **settings).data
+
+
+def expected(data: dict[str, Any]) -> list[float]:
+    return [cell["accuracy"]["expected"] for cell in data["cells"]]
+
+
+def test_a_constant_classifier_keeps_its_accuracy_under_every_attack() -> None:
+    x, _ = images([0.1] * 8)
+    y = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    data = quick(Constant(0), x, y)
+    assert expected(data) == [0.75] * 4
+    assert data["clean"]["expected"] == 0.75
+    assert data["headline"]["aware"] == data["headline"]["unaware"] == 0.75
+
+
+def test_a_linear_classifier_falls_exactly_where_the_ball_reaches_the_boundary() -> None:
+    x, y = images([0.05, 0.1, 0.15, 0.19, 0.21, 0.3, 0.4, 0.5])
+    data = quick(Ramp(), x, y)
+    assert expected(data) == [0.5] * 4
+    assert data["clean"]["per_member"] == [1.0]
+    headline = data["headline"]
+    assert headline["aware"] == headline["best_single_member"] == headline["averaged"] == 0.5
+
+
+def test_one_perfect_and_one_blind_member() -> None:
+    x, y = images([0.5] * 6)
+    data = quick([Ramp(), Constant(0)], x, y)
+    for cell in data["cells"]:
+        accuracy = cell["accuracy"]
+        assert accuracy["expected"] == 0.5
+        assert (accuracy["worst_member"], accuracy["best_member"]) == (0.0, 1.0)
+        assert (accuracy["all"], accuracy["any"]) == (0.0, 1.0)
+    headline = data["headline"]
+    assert headline["aware"] == 0.5
+    assert (headline["best_single_member"], headline["best_single_member_index"]) == (1.0, 0)
+    assert next(c["passed"] for c in data["checks"] if c["id"] == "S38") is False
+
+
+def test_a_mixture_weighs_the_members() -> None:
+    x, y = images([0.5] * 4)
+    data = quick([Ramp(), Constant(0)], x, y, mixture=[0.75, 0.25])
+    assert expected(data) == [0.75] * 4
+    alone = quick([Ramp(), Constant(0)], x, y, mixture=[1.0, 0.0])
+    assert alone["cells"][0]["accuracy"]["worst_member"] == 1.0  # never asked, never counted
+
+
+def test_copies_of_one_member_are_that_member() -> None:
+    x, y = images([0.05, 0.15, 0.25, 0.35])
+    ramp = Ramp()
+    many, one = quick([ramp] * 3, x, y), quick(ramp, x, y)
+    assert expected(many) == expected(one) == [0.5] * 4
+    for cell in many["cells"]:
+        assert cell["accuracy"]["protocol_sd"] == 0.0
+        assert cell["accuracy"]["all"] == cell["accuracy"]["any"]
+    assert many["headline"]["aware"] == many["headline"]["best_single_member"]
+
+
+def test_members_that_no_point_fools_together_leave_half_to_chance() -> None:
+    """Opposite slopes: whoever leaves the one boundary behind moves away from the other."""
+    x, y = images([0.1] * 4)
+    x[:, :, 1, 1] = 0.4  # the second member reads this pixel upside down
+    data = quick([Ramp(0), Ramp(3, -1.0)], x, y)
+    aware = [c for c in data["cells"] if c["aware"]]
+    assert [c["accuracy"]["expected"] for c in aware] == [0.0, 0.0]  # two pixels: both can be moved
+    x[:, :, 1, 1] = 0.6
+    same_pixel = quick([Ramp(0), Ramp(0, -1.0)], x, y)
+    assert same_pixel["clean"]["expected"] == 0.5
+    assert same_pixel["headline"]["aware"] == 0.5
+
+
+def test_aware_is_at_most_unaware_and_at_most_every_bounded_cell() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(40, 1, 2, 2, generator=generator)
+    y = (x.flatten(1)[:, 0] > 0.5).long()
+    data = quick([Ramp(0), Ramp(1), Ramp(2)], x, y)
+    headline = data["headline"]
+    assert headline["aware"] <= headline["unaware"] <= data["clean"]["expected"]
+    assert headline["aware"] <= min(expected(data)) + 1e-12
+    low, high = headline["aware_interval"]
+    assert low <= headline["aware"] <= high
+
+
+def test_equal_seeds_give_equal_reports_and_other_seeds_other_draws() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.rand(30, 1, 2, 2, generator=generator)
+    y = (x.flatten(1)[:, 0] > 0.5).long()
+
+    def figures(seed: int) -> list[Any]:
+        data = quick([Ramp(0), Constant(1), Ramp(3)], x, y, seed=seed)
+        return [c["accuracy"] for c in data["cells"]] + [data["headline"]]
+
+    assert figures(0) == figures(0)
+    assert figures(0) != figures(1)
+
+
+def test_an_evaluation_leaves_modes_gradients_and_global_generators_alone() -> None:
+    x, y = images([0.1] * 4)
+    model = Ramp().train()
+    before = torch.get_rng_state()
+    quick(model, x, y)
+    assert model.training
+    assert model.weight.grad is None
+    assert model.weight.requires_grad
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def _subject(x: Tensor, y: Tensor) -> Subject:
+    members = Independent([Ramp(0), Ramp(1)]).eval()
+    return Subject(members, x, y, np.arange(len(x)) * 2, "made up")
+
+
+def _run(store: Path | None, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    x, y = images([0.05, 0.15, 0.25, 0.35])
+    report = run_suite(
+        _subject(x, y), SUITES["quick"], ThreatConfig(eps=EPS), seed=seed, store=store, **settings
+    )
+    report.data["provenance"].pop("date")
+    return report.data
+
+
+def test_a_resumed_evaluation_gives_the_same_file(tmp_path: Path) -> None:
+    whole = _run(tmp_path / "quick")
+    files = sorted((tmp_path / "quick").iterdir())
+    for lost in (files[1], files[-1]):
+        lost.unlink()
+    again = _run(tmp_path / "quick")
+    for data in (whole, again):  # two cells were attacked again, at another speed
+        for cell in data["cells"]:
+            cell.pop("seconds")
+    assert again == whole
+    assert sorted((tmp_path / "quick").iterdir()) == files
+
+
+def test_a_finished_evaluation_is_read_not_repeated(tmp_path: Path) -> None:
+    whole = _run(tmp_path / "quick")
+    said: list[str] = []
+    assert _run(tmp_path / "quick", say=said.append) == whole
+    assert not said
+
+
+def test_records_hold_what_every_member_said_to_every_image(tmp_path: Path) -> None:
+    data = _run(tmp_path / "quick")
+    for cell in data["cells"]:
+        stored = np.load(tmp_path / cell["per_image"])
+        assert stored["correct"].shape == (2, 4)
+        assert stored["index"].tolist() == [0, 2, 4, 6]
+        assert stored["correct"].mean() == cell["accuracy"]["expected"]
+        assert (stored["linf"] <= EPS + 1e-6).all()
+        assert cell["forwards"] >= 1
+    back = Cell.read(tmp_path / data["cells"][0]["per_image"])
+    assert back.correct.dtype == bool
+    assert isinstance(back.seconds, float)
+
+
+def test_a_breach_of_the_ball_is_an_error_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = images([0.1, 0.2])
+    with pytest.raises(InputError, match=r"left the ball: 0\.3"):
+        verify_ball(x - 0.3, x, Threat(eps=EPS), "greedy")
+    with pytest.raises(InputError, match="greedy"):
+        verify_ball(x + 5, x, Threat(eps=EPS), "greedy")
+
+    def too_far(
+        self: Any, victim: Any, x: Tensor, y: Tensor, threat: Threat, *, rng: Any
+    ) -> Tensor:
+        return x - 2 * threat.eps
+
+    monkeypatch.setattr(FGSM, "perturb", too_far)
+    with pytest.raises(InputError, match="left the ball"):
+        attack_cell(_subject(x, y), FGSM(), ThreatConfig(eps=EPS), "averaged", seed=0, name="fgsm")
+
+
+def test_a_suite_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    cells = [
+        {"attack": "pgd", "view": "averaged", "settings": {"steps": 5}},
+        {"attack": "arc", "view": "members", "threat": {"eps": 0.3}},
+        {"attack": "pgd", "view": "averaged", "settings": {"steps": 6}},
+    ]
+    path.write_text(json.dumps({"cells": cells}))
+    x, y = images([0.1, 0.25, 0.4])
+    data = quick(Ramp(), x, y, suite=str(path))
+    assert data["suite"] == "mine"
+    assert expected(data) == [pytest.approx(2 / 3), pytest.approx(1 / 3), pytest.approx(2 / 3)]
+    assert len({cell["id"] for cell in data["cells"]}) == 3
+    assert "steps=5" in data["cells"][0]["repr"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot read"),
+        ('{"cells": [{"attack": "pgd"}]}', "cells.0.view"),
+        ('{"cells": [], "colour": 1}', "colour"),
+        ('{"name": "quick", "cells": []}', "name of its own"),
+    ],
+)
+def test_a_bad_suite_file_is_refused_by_name(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        suite_named(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ({"attack": "pgdd", "view": "sampled"}, "did you mean pgd"),
+        ({"attack": "pgd", "view": "members"}, "cannot be given"),
+        ({"attack": "hinge", "view": "sampled"}, "needs"),
+        ({"attack": "pgd", "view": "sampled", "settings": {"step": 3}}, "steps"),
+    ],
+)
+def test_a_suite_that_makes_no_sense_is_refused(cell: dict[str, Any], reason: str) -> None:
+    x, y = images([0.1, 0.2])
+    suite = Suite(name="odd", cells=(CellSpec(**cell),))
+    with pytest.raises(ConfigError, match=reason):
+        run_suite(_subject(x, y), suite, ThreatConfig(eps=EPS))
+
+
+def test_what_cannot_be_evaluated_is_refused() -> None:
+    x, y = images([0.1, 0.2])
+    with pytest.raises(InputError, match="lie in"):
+        quick(Ramp(), x + 1, y)
+    with pytest.raises(InputError, match="one label per image"):
+        quick(Ramp(), x, y[:1])
+    with pytest.raises(InputError, match="list of networks"):
+        evaluate("resnet", (x, y))  # type: ignore[arg-type]  # the user's mistake
+    with pytest.raises(InputError, match="mixture"):
+        quick(Ramp(), x, y, mixture=[1.0])
+    with pytest.raises(ConfigError, match="did you mean quick"):
+        quick(Ramp(), x, y, suite="quik")
+
+
+def test_every_cell_of_every_suite_can_be_built() -> None:
+    for suite in SUITES.values():
+        for spec in (*suite.cells, *suite.beside):
+            assert spec.attack in ATTACKS
