@@ -126,6 +126,16 @@ def test_one_float32_image_inside_inference_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_memory_layout_and_label_type_do_not_matter(name: str) -> None:
+    x, y = images()
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not turned.is_contiguous()
+    torch.testing.assert_close(
+        run(name, small_net(0), turned, y.int()), run(name, small_net(0), x, y)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_two_classes_suffice_or_are_refused(name: str) -> None:
     x, y = images(classes=2)
     if ATTACKS[name].needs_classes > 2:

@@ -143,6 +143,18 @@ def test_square_preset_equals_torchattacks(threat: Threat, random: bool) -> None
     assert_same(x_adv, theirs("Square", two, threat, n_queries=200))
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [("fgsm", 1), ("mim", 10), ("pgd", 10), ("eotpgd", 20), ("apgd", 12), ("apgdt", 109),
+     ("fab", 208)],
+)  # fmt: skip
+def test_presets_cost_what_the_library_costs_on_images_that_hold(name: str, calls: int) -> None:
+    (x, y), victim = batch(), Recorded([network(0)], [0])
+    tiny = Threat(eps=1e-6)
+    ATTACKS[name](preset=PRESET)(victim, x, y, tiny, rng=stream(0, name))  # type: ignore[call-arg]
+    assert victim.calls == calls
+
+
 def test_presets_are_the_published_numbers() -> None:
     assert repr(Square(preset=PRESET)) == repr(replace(Square(), preset=PRESET))
     assert AutoAttack(preset=PRESET).steps == 10

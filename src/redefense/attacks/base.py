@@ -113,7 +113,7 @@ class Attack(ABC):
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
         with torch.inference_mode(False), torch.no_grad(), frozen(victim):
             x = x.detach().clone() if x.is_inference() else x.detach()
-            y = y.clone() if y.is_inference() else y
+            y = (y.clone() if y.is_inference() else y).long()
             return self.perturb(victim, x, y, threat, rng=rng).detach()
 
     @abstractmethod

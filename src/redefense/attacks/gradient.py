@@ -226,7 +226,8 @@ class Ascent(Attack):
         steps: number of gradients, per restart where there are restarts.
         step_size: as a fraction of eps.
         keep_best: return the best point visited (fooled first, then by loss) instead of the last;
-            costs one more forward pass.
+            costs one more forward pass. On a victim that draws a member per call "best" is one
+            draw's opinion, and the last point, to which all draws contributed, is as strong.
         loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
         preset: published settings; random numbers are then drawn for the batch, from `rng`.
     """
