@@ -108,8 +108,9 @@ def test_every_beginning_of_a_stratified_order_keeps_the_proportions(
     assert sorted(order.tolist()) == list(range(len(labels)))
     size = data.draw(st.integers(1, len(labels)))
     taken = labels[order[:size]].bincount(minlength=len(counts))
-    exact = torch.tensor(counts) * size / len(labels)
-    assert ((taken - exact).abs() <= 1).all()
+    share = torch.tensor(counts) / len(labels)
+    # half an image for the class, and its share of all classes' halves
+    assert ((taken - share * size).abs() <= 0.5 + share * len(counts) / 2 + 1e-5).all()
 
 
 def test_validation_is_disjoint_and_named_by_the_data_set() -> None:

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data_files import png, some_pixels, write_parquet
+from data_files import png, some_pixels, write_parquet, zipped
 from redefense.data import load_dataset
 from redefense.data.check import check_dataset
 from redefense.errors import DataError
+from redefense.rng import stream
 
 
 @pytest.fixture(autouse=True)
@@ -210,3 +213,53 @@ def test_checking_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
     check_dataset("digits")
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def zip_of(root: Path, place: Path) -> Path:
+    return zipped(sound(root), place)
+
+
+def tar_of(root: Path, place: Path) -> Path:
+    sound(root)
+    with tarfile.open(place, "w:gz") as archive:
+        archive.add(root, ".")
+    return place
+
+
+def arrays_of(root: Path, place: Path) -> Path:
+    root.mkdir()
+    x, y = some_pixels(6, 8, 8), np.arange(6) % 2
+    np.savez(place, x_train=x, y_train=y, x_test=x, y_test=y)
+    return place
+
+
+def table_of(root: Path, place: Path) -> Path:
+    rows = [(png(image), n % 2) for n, image in enumerate(some_pixels(6, 3, 8, 8))]
+    return write_parquet(root, rows, rows, ["no", "yes"]) / "train-00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("folder", zip_of), ("folder", tar_of), ("npz", arrays_of), ("parquet", table_of)],
+)
+def test_no_damage_whatever_ends_in_a_traceback(
+    kind: str, write: Callable[[Path, Path], Path], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "set", tmp_path / "packed")
+    if kind == "npz":
+        file = (tmp_path / "packed.npz").rename(tmp_path / "packed")
+    sound_bytes, rng = file.read_bytes(), stream(0, "damage", kind)
+    spec = f"{kind}:{file.parent if kind == 'parquet' else file}"
+    assert check_dataset(spec).problems == ()
+    refusals = 0
+    for _ in range(60):
+        raw = torch.tensor(list(sound_bytes), dtype=torch.uint8)
+        # most structure is at both ends
+        place = torch.randint(min(400, len(raw)), (8,), generator=rng)
+        place = torch.where(torch.rand(8, generator=rng) < 0.5, place, len(raw) - 1 - place)
+        raw[place] = torch.randint(256, (8,), generator=rng, dtype=torch.uint8)
+        file.write_bytes(raw.numpy().tobytes())
+        report = check_dataset(spec)
+        refusals += bool(report.problems)
+        assert all(line.isprintable() for line in report.lines())
+    assert refusals > 30

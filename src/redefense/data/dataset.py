@@ -142,7 +142,8 @@ def stratified_order(labels: Int[Tensor, " N"], rng: torch.Generator) -> Int[Ten
     """A random order of which every beginning holds the classes in their overall proportions.
 
     An image that is the r-th of the n of its class (in a random permutation) is placed at
-    (r + 1/2) / n; so any prefix is within one image per class of the exact share.
+    (r + 1/2) / n. So any prefix takes within half an image of the same fraction of each class, and
+    within one image of the exact share where all C classes are of one size.
     """
     perm = torch.randperm(len(labels), generator=rng)
     by_class = labels[perm].argsort(stable=True)

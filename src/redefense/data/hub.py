@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from redefense.data.source import one_line
 from redefense.errors import DataError
 
 
@@ -83,7 +84,7 @@ def fetch(kind: str, path: Path) -> None:
                 what.repo, name, repo_type="dataset", revision=what.revision, local_dir=path
             )
         except (OSError, ValueError) as error:  # the client's own errors derive from these
-            raise DataError(f"{what.repo}: {name}: download failed ({error})") from error
+            raise DataError(f"{what.repo}: {name}: download failed ({one_line(error)})") from error
         with (path / name).open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
         if found != digest:

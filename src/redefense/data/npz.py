@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redefense.data.labels import check_classes, check_labels
-from redefense.data.source import Block, Part, Refuse, Source
+from redefense.data.source import Block, Part, Refuse, Source, one_line
 from redefense.data.tree import BROKEN, size_fault
 from redefense.errors import DataError
 
@@ -70,8 +70,8 @@ class _Arrays:
                         raise DataError(f"{path}: {entry.filename}: {fault}")
             with np.load(path, allow_pickle=False) as stored:
                 self.names = sorted(stored.files)
-        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: not a readable .npz file ({error})") from error
+        except (*BROKEN, RuntimeError) as error:
+            raise DataError(f"{path}: not a readable .npz file ({one_line(error)})") from error
 
     def __getitem__(self, key: str) -> NDArray[Any]:
         try:
@@ -81,10 +81,10 @@ class _Arrays:
             raise DataError(
                 f"{self.path}: {key}: holds Python objects (a pickle), refused"
                 if "pickle" in str(error)
-                else f"{self.path}: {key}: damaged ({error})"
+                else f"{self.path}: {key}: damaged ({one_line(error)})"
             ) from error
         except (*BROKEN, RuntimeError, MemoryError) as error:  # e.g. encrypted, or absurdly large
-            raise DataError(f"{self.path}: {key}: damaged ({error})") from error
+            raise DataError(f"{self.path}: {key}: damaged ({one_line(error)})") from error
 
 
 def _channels_first(images: NDArray[Any], where: str) -> Block:

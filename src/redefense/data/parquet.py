@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from redefense.data.labels import SPLITS, check_classes, check_labels
-from redefense.data.source import Part, Refuse, Source, common_shape, encoded, spread
+from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above
 from redefense.errors import DataError
 
@@ -117,7 +118,9 @@ class _Table:
         try:
             column = self._open(file).read(columns=[self.label]).column(0)
         except (OSError, ValueError, IndexError) as error:
-            raise DataError(f"{file}: column {self.label!r} cannot be read ({error})") from error
+            raise DataError(
+                f"{file}: column {self.label!r} cannot be read ({one_line(error)})"
+            ) from error
         if column.null_count:
             raise DataError(f"{file}: {column.null_count} images without a label")
         return np.asarray(column.to_numpy(), np.int64)
@@ -158,23 +161,21 @@ class _Table:
 
     def images(self) -> Iterator[tuple[str, bytes]]:
         for file in self.files:
-            row = 0
-            try:
-                for batch in self._open(file).iter_batches(1024, columns=[self.image]):
-                    for raw in batch.column(0).field("bytes").to_pylist():
-                        yield f"{file} row {row}", raw or b""
-                        row += 1
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file}: damaged after row {row} ({error})") from error
+            yield from self._rows(file, 1024)
+
+    def _rows(self, file: Path, size: int) -> Iterator[tuple[str, bytes]]:
+        row = 0
+        try:
+            for batch in self._open(file).iter_batches(size, columns=[self.image]):
+                for raw in batch.column(0).field("bytes").to_pylist():
+                    yield f"{file} row {row}", raw or b""
+                    row += 1
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: damaged after row {row} ({one_line(error)})") from error
 
     def sample(self) -> list[tuple[str, bytes]]:
         """Some images, from the first rows of each of some files."""
-        found: list[tuple[str, bytes]] = []
-        for file in spread(self.files):
-            batch = next(self._open(file).iter_batches(8, columns=[self.image]), None)
-            rows = [] if batch is None else batch.column(0).field("bytes").to_pylist()
-            found += [(f"{file} row {row}", raw or b"") for row, raw in enumerate(rows)]
-        return found
+        return [row for file in spread(self.files) for row in islice(self._rows(file, 8), 8)]
 
     def part(self, shape: tuple[int, int, int]) -> Part:
         return encoded(self.labels, self.images, shape)

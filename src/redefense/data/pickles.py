@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from redefense.data.source import one_line
 from redefense.errors import DataError
 
 
@@ -72,11 +73,13 @@ def load(raw: bytes, where: str) -> dict[str, Any]:
         found = _Reader(BytesIO(raw), encoding="bytes").load()
         return {_text(key): _value(value) for key, value in found.items()}
     except pickle.UnpicklingError as error:
-        raise DataError(f"{where}: refused as unsafe or damaged: the pickle {error}") from error
+        raise DataError(
+            f"{where}: refused as unsafe or damaged: the pickle {one_line(error)}"
+        ) from error
     except (
         ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError
     ) as error:  # fmt: skip
-        raise DataError(f"{where}: damaged pickle ({error})") from error
+        raise DataError(f"{where}: damaged pickle ({one_line(error)})") from error
 
 
 def _text(key: Any) -> str:

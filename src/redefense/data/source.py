@@ -79,6 +79,11 @@ def strict(message: str) -> NoReturn:
     raise DataError(message)
 
 
+def one_line(error: Exception) -> str:
+    """What another library says of an error, fit to stand inside our one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def encoded(labels: Sequence[int] | NDArray[np.int64], items: Items, shape: Shape) -> Part:
     """A split with one encoded file for each image."""
     return Part(
@@ -104,7 +109,7 @@ def decode(raw: bytes, name: str, shape: Shape) -> Block:
         try:
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
         except (OSError, ValueError, SyntaxError, IndexError) as error:
-            raise DataError(f"{name}: damaged image ({error})") from error
+            raise DataError(f"{name}: damaged image ({one_line(error)})") from error
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
@@ -126,7 +131,7 @@ def _opened(raw: bytes, name: str) -> Image.Image:
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{name}: not an image of a known format") from error
     except BOMBS as error:
-        raise DataError(f"{name}: decompression bomb, refused ({error})") from error
+        raise DataError(f"{name}: decompression bomb, refused ({one_line(error)})") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(

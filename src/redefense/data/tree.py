@@ -2,22 +2,26 @@
 
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from redefense.data.source import Refuse
+from redefense.data.source import Refuse, one_line
 from redefense.errors import DataError
 
 MAX_FILE = 2**28  # bytes of one file in an archive; CIFAR-100's largest has 155 MB
 MAX_FILES = 4_000_000
 RATIO = 200  # how far a file in an archive may expand, once it is larger than a mebibyte
 MAX_TAR = 2**30  # bytes held at once from a tar archive, which cannot be read out of order
-BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+BROKEN = (
+    OSError, EOFError, ValueError, LookupError, ArithmeticError, NotImplementedError,
+    struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError,
+)  # fmt: skip
+"""What the standard library raises on archives that are damaged or made to confuse it."""
 
 
 @runtime_checkable
@@ -54,7 +58,7 @@ def open_tree(path: Path, refuse: Refuse) -> Tree:
         if tarfile.is_tarfile(path):
             return TarTree(path, refuse)
     except BROKEN as error:
-        raise DataError(f"{path}: damaged archive ({error})") from error
+        raise DataError(f"{path}: damaged archive ({one_line(error)})") from error
     raise DataError(f"{path}: neither a folder nor a zip or tar archive, or a damaged one")
 
 
@@ -152,15 +156,18 @@ class ZipTree:
         self.root = root
         with zipfile.ZipFile(root) as archive:
             everything = archive.infolist()
-        entries = [entry for entry in everything if not entry.is_dir()]
-        faults = {entry.filename: self._fault(entry) for entry in entries}
-        for name, count in Counter(entry.filename for entry in entries).items():
-            if fault := faults[name] or ("there twice" if count > 1 else ""):
-                refuse(f"{root}: {name}: {fault}")
-        self.names: Sequence[str] = sorted(name for name, fault in faults.items() if not fault)
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in everything:
+            if fault := self._fault(entry):
+                refuse(f"{root}: {entry.filename}: {fault}")
+            elif not entry.is_dir():
+                self._entries[_plain(entry.filename)] = entry
+        self.names: Sequence[str] = sorted(self._entries)
         self.empty = _empty({entry.filename for entry in everything if entry.is_dir()}, self.names)
 
     def _fault(self, entry: zipfile.ZipInfo) -> str:
+        if _plain(entry.filename) in self._entries:
+            return "there twice"
         if stat.S_ISLNK(entry.external_attr >> 16):
             return "link in an archive, refused"
         if entry.flag_bits & 1:
@@ -173,9 +180,9 @@ class ZipTree:
         with zipfile.ZipFile(self.root) as archive:
             for name in names:
                 try:
-                    yield f"{self.root}: {name}", archive.read(name)
-                except (*BROKEN, NotImplementedError) as error:
-                    raise DataError(f"{self.root}: {name}: damaged ({error})") from error
+                    yield f"{self.root}: {name}", archive.read(self._entries[name])
+                except BROKEN as error:
+                    raise DataError(f"{self.root}: {name}: damaged ({one_line(error)})") from error
 
     def files(self, names: Sequence[str]) -> tuple[Path, ...]:
         return (self.root,)
@@ -188,19 +195,19 @@ class TarTree:
 
     def __init__(self, root: Path, refuse: Refuse) -> None:
         self.root = root
-        sizes: dict[str, int] = {}
+        files: set[str] = set()
         folders: set[str] = set()
+        total = 0
         with tarfile.open(root) as archive:
             for member in archive:
-                if fault := self._fault(member, sizes):
+                if fault := self._fault(member, files):
                     refuse(f"{root}: {member.name}: {fault}")
-                elif member.isdir():
-                    folders.add(member.name)
-                else:
-                    sizes[member.name] = member.size
-                if sum(sizes.values()) > MAX_TAR:
+                    continue
+                (folders if member.isdir() else files).add(_plain(member.name))
+                total += member.size
+                if total > MAX_TAR:
                     raise DataError(f"{root}: more than {MAX_TAR} bytes; extract it first")
-        self.names: Sequence[str] = sorted(sizes)
+        self.names: Sequence[str] = sorted(files)
         self.empty = _empty(folders, self.names)
 
     def _fault(self, member: tarfile.TarInfo, known: Container[str]) -> str:
@@ -208,17 +215,21 @@ class TarTree:
             return "link in an archive, refused"
         if not (member.isfile() or member.isdir()):
             return "neither file nor folder, refused"
-        if member.name in known:
+        if _plain(member.name) in known:
             return "there twice"
         # how far one member of a compressed tar archive expands is not known, only its size
         return _name_fault(member.name) or size_fault(member.size, member.size, MAX_FILE)
 
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         wanted, found = set(names), {}
-        with tarfile.open(self.root) as archive:
-            for member in archive:
-                if member.name in wanted and (handle := archive.extractfile(member)):
-                    found[member.name] = handle.read()
+        try:
+            with tarfile.open(self.root) as archive:
+                for member in archive:
+                    name = _plain(member.name)
+                    if name in wanted and (handle := archive.extractfile(member)):
+                        found[name] = handle.read()
+        except BROKEN as error:
+            raise DataError(f"{self.root}: damaged archive ({one_line(error)})") from error
         for name in names:
             yield f"{self.root}: {name}", found.pop(name)
 
@@ -228,8 +239,14 @@ class TarTree:
 
 def _empty(folders: Iterable[str], names: Sequence[str]) -> Sequence[str]:
     """Those of some folders of an archive that hold nothing."""
-    holders = {str(parent) for name in (*names, *folders) for parent in PurePosixPath(name).parents}
-    return sorted({folder.rstrip("/") for folder in folders} - holders)
+    plain = {_plain(folder) for folder in folders}
+    holders = {str(parent) for name in (*names, *plain) for parent in PurePosixPath(name).parents}
+    return sorted(plain - holders)
+
+
+def _plain(name: str) -> str:
+    """One spelling for each file: archives also have ./a/b and a//b."""
+    return str(PurePosixPath(name))
 
 
 def _name_fault(name: str) -> str:
