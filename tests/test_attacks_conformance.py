@@ -17,9 +17,12 @@ from redefense.threat import Threat, norms
 NAMES = sorted(ATTACKS)
 # the default but for the budget, where the default takes thousands of queries
 QUICK: dict[str, dict[str, Any]] = {
-    "autoattack": {"steps": 20, "queries": 50},
-    "meanprob_apgd": {"steps": 40},
-    "fab": {"steps": 20},
+    "apgd": {"steps": 25},
+    "apgdt": {"steps": 10},
+    "autoattack": {"steps": 10, "queries": 50},
+    "eotpgd": {"draws": 2},
+    "fab": {"steps": 10},
+    "meanprob_apgd": {"steps": 25},
     "square": {"queries": 300},
 }
 EPS = 0.1
