@@ -1,8 +1,9 @@
 """Ensembles of M classifiers and the views of them that attacks, reports and users query."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from redefense.errors import ConfigError, InputError
+from redefense.models import hyper
 from redefense.rng import draw_members
 from redefense.types import Ensemble, Float, Images, Logits, Per, check_images
 
@@ -95,6 +97,124 @@ class Independent(Members):
         return self.members[m]
 
 
+class Hyper(Members):
+    """PS-RED: M networks whose convolutions, but the first, are written by hypernetworks.
+
+    Parameters, and what is saved, are stem, batch norm, classifier, embeddings and hypernetworks.
+    Kernels are written when first needed and again when those change; the copy that attacks and
+    inference use has no graph, and in training all passes of a member up to its backward pass
+    share one graph through its hypernetwork.
+
+    Args:
+        members: plain networks of any architecture of convolutions; their kernels are given up.
+        mixture: M probabilities, uniform unless given.
+        unit: channels of a unit, 16, 32 or 64; must divide those of all written kernels.
+        embedding: d, of embeddings and of the hypernetworks' inner layer.
+        taps: how nine taps become a 1x1 kernel: "mean", "max" or "sum".
+        shared: one hypernetwork for all members in place of one each. Members that are trained one
+            after another then change those before them.
+        rng: embeddings and hypernetworks are drawn from it.
+
+    Attributes:
+        grids: the written kernels of each member.
+
+    Raises:
+        ConfigError: if units cannot tile a kernel, or an option does not exist.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        mixture: Sequence[float] | Tensor | None = None,
+        *,
+        unit: int = 64,
+        embedding: int = 128,
+        taps: str = "mean",
+        shared: bool = False,
+        rng: torch.Generator,
+    ) -> None:
+        super().__init__(len(members), mixture)
+        if taps not in hyper.TAPS:
+            raise ConfigError(f"taps must be one of {', '.join(hyper.TAPS)}, got {taps!r}")
+        if embedding < 1:
+            raise ConfigError(f"embedding must be at least 1, got {embedding}")
+        self.unit, self.taps, self.shared = unit, taps, shared
+        self.grids = [hyper.grids_of(net, unit) for net in members]
+        for net, grids in zip(members, self.grids, strict=True):
+            hyper.strip(net, grids)
+        self.members = nn.ModuleList(members)
+        writers = range(1 if shared else len(members))
+        self.writers = nn.ModuleList([hyper.Hypernetwork(unit, embedding, rng) for _ in writers])
+        self.embeddings = nn.ParameterList(
+            [
+                nn.Parameter(hyper.embeddings(sum(g.num_units for g in grids), embedding, rng))
+                for grids in self.grids
+            ]
+        )
+        self._forget()
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        net, grids, sources = self.members[m], self.grids[m], self._sources(m)
+        written = self._written(m, sources)
+        if not (torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+            return cast(Tensor, net(x))
+        hyper.wear(net, grids, hyper.linked(written, grids, self.taps, sources))
+        try:
+            return cast(Tensor, net(x))
+        finally:
+            hyper.wear(net, grids, written.kernels)
+
+    def member(self, m: int) -> nn.Module:
+        """Member m written out: a plain network of its own, a copy as of now.
+
+        Train the ensemble through `logits_of`; what is done to this copy does not reach it.
+        """
+        self._written(m, self._sources(m))
+        net = copy.deepcopy(self.members[m])
+        hyper.own(net, self.grids[m])
+        return net
+
+    def parameters_of(self, m: int) -> list[nn.Parameter]:
+        """Stored parameters of member m, its hypernetwork's included (shared or not)."""
+        sources = cast(tuple[nn.Parameter, ...], self._sources(m))
+        return [*self.members[m].parameters(), *sources]
+
+    def train_members(self, members: Sequence[int]) -> None:
+        """Train mode for these members, evaluation mode for all others."""
+        for m, net in enumerate(self.members):
+            net.train(m in members)
+
+    def _sources(self, m: int) -> tuple[Tensor, ...]:
+        """What the kernels of member m are written from."""
+        writer = cast(hyper.Hypernetwork, self.writers[0 if self.shared else m])
+        return (self.embeddings[m], *writer.sources())
+
+    def _written(self, m: int, sources: Sequence[Tensor]) -> hyper.Written:
+        """The kernels of member m, which its network wears; written anew if a source changed."""
+        key, cached = hyper.key_of(sources), self._cache[m]
+        if cached is not None and cached.key == key:
+            return cached
+        # neither a graph nor inference tensors, which training could not use later
+        with torch.inference_mode(False), torch.no_grad():
+            kernels = hyper.write(self.grids[m], self.taps, sources)
+        hyper.wear(self.members[m], self.grids[m], kernels)
+        fresh = self._cache[m] = hyper.Written(key, kernels)
+        return fresh
+
+    def _forget(self) -> None:
+        self._cache: list[hyper.Written | None] = [None] * self.num_members
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Hyper":
+        # another device or type: kernels are written there
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies write their own kernels: a graph cannot be copied
+        return {**self.__dict__, "_cache": [None] * self.num_members}
+
+
 class Averaged(nn.Module):
     """log sum_m p_m softmax(z_m), by logsumexp: finite and exact for logits of any size."""
 
@@ -165,7 +285,7 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
     return probs / probs.sum()
 
 
-def as_ensemble(model: nn.Module | Ensemble | Sequence[nn.Module]) -> Ensemble:
+def as_ensemble(model: object) -> Ensemble:
     """An ensemble as it is; a bare network as an ensemble of one; a list as independent members."""
     if isinstance(model, nn.Module):
         return model if isinstance(model, Ensemble) else Independent([model])
