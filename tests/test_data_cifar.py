@@ -189,6 +189,15 @@ def test_only_five_names_can_be_asked_for(module: str, name: str, tmp_path: Path
     refused(f"cifar10:{root}", f"test_batch: refused as unsafe.*{module}.{name}")
 
 
+def test_pickles_that_only_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    root = write_python(tmp_path, "cifar10", as_python_3)
+    batch = root / "cifar-10-batches-py" / "test_batch"
+    batch.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    refused(f"cifar10:{root}", "made to fill the memory")
+    batch.write_bytes(b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".")
+    refused(f"cifar10:{root}", "test_batch: .*(BYTEARRAY8|damaged)")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -170,7 +170,7 @@ def test_damaged_zip_archives_are_refused(tmp_path: Path) -> None:
     refused(f"tiny-imagenet:{place}", "val_3.JPEG.*damaged")
 
 
-# folders (the twelve kinds of damage are in test_data_check.py)
+# folders (the kinds of damage are in test_data_check.py)
 
 
 def folder(root: Path, *, grey: bool = False, test: str = "test") -> Path:

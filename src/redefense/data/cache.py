@@ -22,7 +22,7 @@ import torch
 from redefense.data.dataset import Dataset, Digest, Split, content_digest
 from redefense.data.source import Part, Source, all_blocks
 
-FORMAT = 1
+FORMAT = 1  # raised whenever files, or what a source is decoded to, change
 PIECE = 2**24  # bytes under one digest
 WHOLE = 2**31  # bytes up to which every piece is verified at each load
 SAMPLE = 64  # pieces verified, evenly spread, of what is larger

@@ -166,7 +166,7 @@ def _readable(part: Part, shape: tuple[int, int, int], refuse: Refuse) -> Iterat
         except DataError as error:
             return str(error)
 
-    for results in by_threads(part.items(), attempt):
+    for results in by_threads(part.items(), attempt, shape):
         for fault in results:
             if isinstance(fault, str):
                 refuse(fault)

@@ -21,6 +21,9 @@ LABELS = ("label", "labels", "fine_label")
 
 MAX_UNNAMED = 10_000
 
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
+"""Bases of all errors of pyarrow."""
+
 
 def read(path: Path, refuse: Refuse, name: str = "parquet") -> Source:
     """All parquet files below a folder, of any column names.
@@ -111,13 +114,13 @@ class _Table:
     def _open(self, file: Path) -> Any:
         try:
             return self.pq.ParquetFile(file)
-        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        except UNREADABLE as error:
             raise DataError(f"{file}: not a readable parquet file") from error
 
     def _labels(self, file: Path) -> np.ndarray:
         try:
             column = self._open(file).read(columns=[self.label]).column(0)
-        except (OSError, ValueError, IndexError) as error:
+        except UNREADABLE as error:
             raise DataError(
                 f"{file}: column {self.label!r} cannot be read ({one_line(error)})"
             ) from error
@@ -170,7 +173,7 @@ class _Table:
                 for raw in batch.column(0).field("bytes").to_pylist():
                     yield f"{file} row {row}", raw or b""
                     row += 1
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{file}: damaged after row {row} ({one_line(error)})") from error
 
     def sample(self) -> list[tuple[str, bytes]]:

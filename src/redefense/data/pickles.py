@@ -1,6 +1,7 @@
 """Read CIFAR's python batches without running anything they ask for."""
 
 import pickle
+import pickletools
 from io import BytesIO
 from typing import Any
 
@@ -56,6 +57,27 @@ ALLOWED = {
 """The only names a batch may ask for, and what it gets: stand-ins, never the real thing."""
 
 
+REFUSED = (
+    "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4",
+    "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX",
+)  # fmt: skip
+"""Steps that no batch needs."""
+
+
+def _check_steps(raw: bytes) -> None:
+    """Look through a pickle without following it.
+
+    Raises:
+        pickle.UnpicklingError: for steps that no batch needs or that only fill the memory.
+    """
+    for step, argument, _ in pickletools.genops(raw):
+        if step.name in REFUSED:
+            raise pickle.UnpicklingError(f"has the step {step.name}")
+        # the reader makes a table as long as the largest number it is to remember
+        if step.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
+            raise pickle.UnpicklingError("is made to fill the memory")
+
+
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -70,6 +92,7 @@ def load(raw: bytes, where: str) -> dict[str, Any]:
         DataError: naming the file, if it is damaged or wants to import anything.
     """
     try:
+        _check_steps(raw)
         found = _Reader(BytesIO(raw), encoding="bytes").load()
         return {_text(key): _value(value) for key, value in found.items()}
     except pickle.UnpicklingError as error:

@@ -1,5 +1,6 @@
 """What a reader finds before images are decoded, and how images are decoded."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,8 @@ Items = Callable[[], Iterator[tuple[str, bytes]]]
 
 T = TypeVar("T")
 
-BLOCK = 1024  # images decoded at a time
+BLOCK = 1024  # images decoded at a time, and
+BLOCK_BYTES = 2**28  # at most so many bytes, where the images are large
 MAX_PIXELS = 2**24  # of one image; a photograph of 16 megapixels is no input for a classifier
 SAMPLED = 64  # images looked at to find the common shape
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
@@ -169,18 +171,19 @@ def spread(names: Sequence[T]) -> list[T]:
 
 def decoded(items: Iterable[tuple[str, bytes]], shape: Shape) -> Iterator[Block]:
     """Blocks of decoded images from pairs (name, encoded bytes), by threads on all cores."""
-    for some in by_threads(items, lambda name, raw: decode(raw, name, shape)):
+    for some in by_threads(items, lambda name, raw: decode(raw, name, shape), shape):
         yield np.stack(some)
 
 
 def by_threads(
-    items: Iterable[tuple[str, bytes]], work: Callable[[str, bytes], T]
+    items: Iterable[tuple[str, bytes]], work: Callable[[str, bytes], T], shape: Shape
 ) -> Iterator[list[T]]:
-    """Results of `work` on each pair, in order, 1024 at a time, by threads on all cores."""
+    """Results of `work` on each pair, in order, a block at a time, by threads on all cores."""
     cores = os.cpu_count() or 1
+    size = max(1, min(BLOCK, BLOCK_BYTES // math.prod(shape)))
     with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for some in batched(items, BLOCK):
+        for some in batched(items, size):
             # a task per run of images: one per image costs as much as decoding a small one
             runs = batched(some, max(1, len(some) // (4 * cores)))
             done = pool.map(lambda run: [work(name, raw) for name, raw in run], runs)
