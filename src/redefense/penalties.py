@@ -5,9 +5,10 @@ depends on the batch size nor needs rescaling. The member axis comes first.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from redefense.types import Float
+from redefense.types import Float, Labels
 
 TINY = 1e-12
 
@@ -70,3 +71,66 @@ def squared_lipschitz(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
     if num_images == 0:
         return _full(grads).new_zeros(())
     return 2 * _full(grads).div(num_images).square().sum(-1).mean()
+
+
+def gradient_alignment(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
+    """Mean over images of log sum_{i<j} exp cos(g_i, g_j): GAL's gradient alignment loss.
+
+    Args:
+        grads: gradient of each member's summed loss w.r.t. each image, flattened.
+
+    Returns:
+        Scalar between log P - 1 / (M - 1) and log P + 1 with P = M (M - 1) / 2 pairs: cosines are
+        signed, opposed gradients are best. 0 for a single member or an empty batch.
+    """
+    num_members, num_images = grads.shape[:2]
+    if num_members < 2 or num_images == 0:
+        return _full(grads).new_zeros(())
+    rows, columns = torch.triu_indices(num_members, num_members, 1, device=grads.device)
+    return pairwise_cosines(grads)[:, rows, columns].logsumexp(1).mean()
+
+
+def ensemble_entropy(logits: Float[Tensor, "M B C"]) -> Float[Tensor, ""]:
+    """Mean entropy of the members' mean probability, in nats (ADP's first term).
+
+    Returns:
+        Scalar in [0, log C], in float64.
+    """
+    mean = logits.double().softmax(-1).mean(0)
+    # the source's 1e-20 keeps the slope finite where a probability is 0
+    return -(mean * (mean + 1e-20).log()).sum(-1).mean()
+
+
+def log_det_diversity(logits: Float[Tensor, "M B C"], y: Labels) -> Float[Tensor, ""]:
+    """Mean log determinant of the members' Gram matrix of wrong-class predictions (ADP).
+
+    Each member's probabilities without the true class, at unit L2 length, are a column of Mt; the
+    value is log det(Mt^T Mt + 1e-6 I) by Cholesky in float64. Only the ratio of the wrong classes'
+    probabilities counts, so a softmax over these is as good, and never vanishes.
+
+    Returns:
+        Scalar <= M * 1e-6: about 0 for orthogonal columns, (M - 1) log 1e-6 + log M for equal ones.
+        With M >= C it measures the 1e-6 alone, since columns live in C - 1 dimensions.
+    """
+    mask = F.one_hot(y, logits.shape[-1]).bool()
+    wrong = logits.double().masked_fill(mask, -torch.inf).softmax(-1)
+    columns = F.normalize(wrong, dim=-1).transpose(0, 1)
+    gram = columns @ columns.mT
+    jitter = 1e-6 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor: Tensor = torch.linalg.cholesky(gram + jitter)
+    return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+
+
+def margin_cross_entropy(
+    logits: Float[Tensor, "B C"], y: Labels, other_weight: float
+) -> Float[Tensor, " B"]:
+    """MRBoost's MCE per image: CE(z) + w / (C - 1) * sum over wrong k of -log softmax(-z)_k.
+
+    The second part wants every wrong class's logit low; with w = 0 it is the cross-entropy.
+    """
+    ce = F.cross_entropy(logits, y, reduction="none")
+    if other_weight == 0:
+        return ce
+    low = -(-logits).log_softmax(-1)
+    others = low.sum(-1) - low.gather(1, y[:, None]).squeeze(1)
+    return ce + other_weight / (logits.shape[-1] - 1) * others

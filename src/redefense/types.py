@@ -29,7 +29,7 @@ else:
 
 __all__ = [
     "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
-    "UInt8", "Victim", "check_images", "check_labels",
+    "Progress", "UInt8", "Victim", "check_images", "check_labels",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -44,12 +44,31 @@ Victim = nn.Module
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """Where in its stage a training step stands; for losses that change as training goes on.
+
+    Attributes:
+        epoch: of the stage, from 0.
+        epochs: of the stage, at least 1.
+        seed: the same in all steps of one epoch, another in the next.
+    """
+
+    epoch: int = 0
+    epochs: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Images (B, ch, H, W) in [0, 1], integer labels (B,) and their indices in the data set."""
+    """Images (B, ch, H, W) in [0, 1], integer labels (B,) and their indices in the data set.
+
+    `progress` is filled in by the training loop.
+    """
 
     x: Images
     y: Labels
     index: Int[Tensor, " B"]
+    progress: Progress = Progress()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from redefense.defences.adp import ADP
 from redefense.defences.at import AdversarialTraining
 from redefense.defences.base import Adversary, Defence, Stage
+from redefense.defences.gal import GAL
 from redefense.defences.red import RED
+from redefense.defences.trs import TRS
 from redefense.defences.vanilla import Vanilla
 
 __all__ = ["DEFENCES", "Adversary", "Defence", "Stage"]
@@ -15,6 +18,9 @@ DEFENCES: Final[Mapping[str, type[Defence]]] = MappingProxyType(
     {
         "vanilla": Vanilla,
         "at": AdversarialTraining,
+        "gal": GAL,
+        "adp": ADP,
+        "trs": TRS,
         "red": RED,
     }
 )

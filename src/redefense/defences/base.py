@@ -1,5 +1,6 @@
 """What a defence is: settings, and the loss of each of its stages."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import PGD
-from redefense.ensembles import evaluating, frozen_weights
+from redefense.ensembles import Members, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
 from redefense.types import Batch, Ensemble, Images, Labels, Loss
 
 LossFn = Callable[[Ensemble, Batch, torch.Generator], Iterator[Loss]]
+Before = Callable[[Members], None]
+After = Callable[[Members, Iterator[Batch], torch.Generator], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +62,16 @@ class Stage:
         epochs: passes over the training split.
         members: whose parameters the optimizer owns.
         loss: yields parts whose gradients add up; each is backpropagated before the next is made.
+        before: prepares the ensemble at the stage's start; must give the same if done twice.
+        after: finishes it at the stage's end, given batches of training images.
     """
 
     name: str
     epochs: int
     members: tuple[int, ...]
     loss: LossFn
+    before: Before | None = None
+    after: After | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +100,14 @@ class Defence(ABC):
 def terms(**values: Tensor) -> dict[str, Tensor]:
     """Detached scalars for the log."""
     return {name: value.detach() for name, value in values.items()}
+
+
+def check_weights(**values: float) -> None:
+    """Refuse weights that are negative or not finite.
+
+    Raises:
+        ConfigError: naming the setting and its value.
+    """
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be finite and at least 0, got {value}")

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from redefense.defences.base import Defence, terms
+from redefense.defences.base import Defence, LossFn, Stage, terms
+from redefense.errors import ConfigError
 from redefense.types import Batch, Ensemble, Loss
 
 
@@ -22,3 +23,28 @@ class Vanilla(Defence):
         for m in range(ensemble.num_members):
             ce = F.cross_entropy(ensemble.logits_of(m, batch.x), batch.y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))
+
+
+def after_plain(
+    name: str, loss: LossFn, *, num_members: int, epochs: int, share: float
+) -> tuple[Stage, ...]:
+    """Stages of a method that starts from trained plain members.
+
+    Args:
+        name: of the method's own stage.
+        loss: of that stage.
+        num_members: M; both stages train all.
+        epochs: of both stages together.
+        share: of the epochs that the plain stage takes, rounded; the method keeps at least one.
+
+    Raises:
+        ConfigError: unless the share lies in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(f"the share of plain epochs must lie in [0, 1), got {share}")
+    everyone = tuple(range(num_members))
+    plain = min(round(share * epochs), epochs - 1)
+    own = Stage(name=name, epochs=epochs - plain, members=everyone, loss=loss)
+    if plain == 0:
+        return (own,)
+    return (Stage(name="plain", epochs=plain, members=everyone, loss=Vanilla().loss), own)

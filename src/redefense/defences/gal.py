@@ -1,0 +1,96 @@
+"""GAL: members whose input gradients point away from each other.
+
+Source: Kariyappa & Qureshi, "Improving Adversarial Robustness of Ensembles with Diversity
+Training", 2019, the gradient alignment loss. With c_ij[b] the signed cosine between the input
+gradients of members i and j,
+
+    loss = R_m CE_m + weight * mean_b log sum_{i<j} exp c_ij[b].
+
+No code of the authors is known, so presets are named by who wrote the version:
+
+| preset | R, cross-entropy over members | noise |
+|---|---|---|
+| dverge (the code of DVERGE) | mean | half of the images get N(0, 0.045^2) |
+| trs (the code of TRS and RED) | sum | none |
+
+It needs members with leaky ReLU (`ensemble.activation=leaky`, as the recipes set it): through ReLU
+the penalty trains active units alone. The trs version's authors left that out too.
+
+Departures: one forward pass serves cross-entropy and gradients (DVERGE's code makes two, which also
+updates batch norm twice), and images with noise are clamped to [0, 1].
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor
+
+from redefense.defences.base import Defence, check_weights
+from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.errors import ConfigError
+from redefense.penalties import gradient_alignment
+from redefense.threat import per_image
+from redefense.types import Batch, Ensemble, Images, Labels, Loss
+
+NOISE: Final[Mapping[str, float]] = MappingProxyType({"dverge": 0.045, "trs": 0.0})
+"""Standard deviation of each preset's noise, in pixel units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAL(Defence):
+    """Gradient alignment loss.
+
+    Attributes:
+        preset: whose version, see the module's table.
+        weight: of the alignment; 0.5 in all published code.
+        noise: standard deviation of the noise that each image gets with probability 1/2; the
+            preset's unless given.
+        differentiate: "exact" double backward, or "finite" differences of losses.
+    """
+
+    summary: ClassVar[str] = "gradient alignment loss: input gradients that oppose each other"
+
+    preset: str = "dverge"
+    weight: float = 0.5
+    noise: float | None = None
+    differentiate: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.preset not in NOISE:
+            raise ConfigError(f"preset must be one of {', '.join(NOISE)}, got {self.preset!r}")
+        if self.noise is None:
+            object.__setattr__(self, "noise", NOISE[self.preset])
+        check_weights(weight=self.weight, noise=self.noise or 0.0)
+        check_differentiate(self.differentiate)
+
+    def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
+        """The definition at given images: `ce`, `alignment` without its weight, `total` with it."""
+        return self._coupled(ensemble.num_members, x, y).joint(ensemble)
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The gradient of `terms`' total at noisy images, one member's graph at a time."""
+        x = with_noise(batch.x, self.noise or 0.0, rng)
+        coupled = self._coupled(ensemble.num_members, x, batch.y)
+        yield from coupled.parts(ensemble, self.differentiate)
+
+    def _coupled(self, num_members: int, x: Images, y: Labels) -> Coupled:
+        return Coupled(
+            y=y,
+            ce_images=x,
+            ce_weight=1 / num_members if self.preset == "dverge" else 1.0,
+            points=(x,),
+            penalty=lambda grads: {"alignment": gradient_alignment(grads)},
+            weights={"alignment": self.weight},
+        )
+
+
+def with_noise(x: Images, deviation: float, rng: torch.Generator) -> Images:
+    """Images of which each gets Gaussian noise with probability 1/2, clamped to [0, 1]."""
+    if deviation == 0:
+        return x
+    noise = torch.randn(x.shape, generator=rng, device=rng.device, dtype=x.dtype).to(x.device)
+    chosen = torch.rand(len(x), generator=rng, device=rng.device).to(x.device) < 0.5
+    return torch.where(per_image(chosen, x), (x + deviation * noise).clamp(0.0, 1.0), x)

@@ -1,0 +1,177 @@
+"""TRS: members with dissimilar input gradients that are small in the worst place nearby.
+
+Source: Yang et al., "TRS: Transferability Reduced Ensemble via Promoting Gradient Diversity and
+Model Smoothness", NeurIPS 2021, and the code released with it. With s the mean pairwise |cosine|
+of input gradients on clean images and x' the point of an L-inf ball around x where the members'
+gradients are largest:
+
+| preset | cross-entropy over members | similarity | smoothness |
+|---|---|---|---|
+| printed | mean | s(x) | 2 * mean over members and images of |g(x')| |
+| released | sum | s(x) | mean over members of 2 |grad of batch-mean CE|^2, half x, half x' |
+
+The 2 comes from the paper's mean over pairs of S_i + S_j. Published weights for CIFAR-10 are 40 and
+2.5, with the ball growing linearly from 0.01 to 0.03 over the epochs (the authors' answer to a
+question about their code). In the released form the smoothness is then about a hundredth of the
+cross-entropy or less, in the printed form many times as large: recipes say what they use.
+
+x' is shared by all members and found by six steps of a third of the radius from a random start,
+climbing the mean over members of |g|^2; that needs second derivatives at each step, which are taken
+in single precision at least. With `warm_start` the first epochs train plain members (the released
+code's optional resume from them).
+
+Departures from the released code: any number of members (it has three, by index); gradients of the
+search do not pile up over its steps; no weight gradients inside it; it runs with batch norm in
+evaluation mode; the released form uses x' always (the released commands compute it and throw it
+away). The printed form's own maximum for each member is replaced by the shared x', as in the code.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Final, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redefense.attacks.gradient import random_starts
+from redefense.defences.base import Defence, Stage, check_weights
+from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.defences.vanilla import after_plain
+from redefense.ensembles import evaluating, frozen_weights
+from redefense.errors import ConfigError
+from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
+from redefense.threat import Threat
+from redefense.types import Batch, Ensemble, Images, Labels, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRS(Defence):
+    """Transferability Reduced Smooth ensemble.
+
+    Attributes:
+        preset: printed or released, see the module's table.
+        similarity: weight of the gradients' similarity.
+        smoothness: weight of their size at x'.
+        first_eps: radius of the ball around an image in the first epoch, in pixel units.
+        last_eps: what the radius grows to.
+        steps: of the search for x'.
+        step_size: length of its steps, as a fraction of the radius.
+        warm_start: share of the epochs that train plain members first.
+        differentiate: "exact" double backward, or "finite" differences of losses.
+    """
+
+    summary: ClassVar[str] = (
+        "transferability reduced smoothness: dissimilar gradients, small in the worst place nearby"
+    )
+
+    preset: str = "released"
+    similarity: float = 40.0
+    smoothness: float = 2.5
+    first_eps: float = 0.01
+    last_eps: float = 0.03
+    steps: int = 6
+    step_size: float = 1 / 3
+    warm_start: float = 0.0
+    differentiate: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.preset not in _SMOOTHNESS:
+            known = ", ".join(_SMOOTHNESS)
+            raise ConfigError(f"preset must be one of {known}, got {self.preset!r}")
+        check_weights(similarity=self.similarity, smoothness=self.smoothness)
+        for name in ("first_eps", "last_eps"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.steps < 1 or not self.step_size > 0:
+            raise ConfigError(
+                f"steps and step_size must be positive, got {self.steps} and {self.step_size}"
+            )
+        if not 0 <= self.warm_start < 1:
+            raise ConfigError(f"warm_start must lie in [0, 1), got {self.warm_start}")
+        check_differentiate(self.differentiate)
+
+    def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
+        """Plain members for the share `warm_start` of the epochs, then the method."""
+        return after_plain(
+            "trs", self.loss, num_members=num_members, epochs=epochs, share=self.warm_start
+        )
+
+    def terms(self, ensemble: Ensemble, x: Images, y: Labels, rough: Tensor) -> dict[str, Tensor]:
+        """The definition, as one joint graph over all members.
+
+        Args:
+            ensemble: M members, used in the mode they are in.
+            x: clean images.
+            y: labels.
+            rough: x', one point per image, as `x`; the released preset uses rows B // 2 onwards.
+
+        Returns:
+            `ce`, `similarity` and `smoothness` without their weights, `total` with them.
+        """
+        return self._coupled(ensemble.num_members, x, y, rough).joint(ensemble)
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The gradient of `terms`' total, one member's graph at a time."""
+        x, y = batch.x, batch.y
+        first = 0 if self.preset == "printed" else len(x) // 2
+        eps = self.eps(batch.progress.epoch, batch.progress.epochs)
+        rough = x.clone()
+        rough[first:] = self.search(ensemble, x[first:], y[first:], eps, rng)
+        coupled = self._coupled(ensemble.num_members, x, y, rough)
+        yield from coupled.parts(ensemble, self.differentiate)
+
+    def eps(self, epoch: int, epochs: int) -> float:
+        """Radius of the ball in an epoch, counted from 0."""
+        return self.first_eps + (self.last_eps - self.first_eps) * epoch / epochs
+
+    def search(
+        self, ensemble: Ensemble, x: Images, y: Labels, eps: float, rng: torch.Generator
+    ) -> Images:
+        """The points of the ball where the members' squared gradient norms add up to most."""
+        threat, module = Threat(eps=eps), cast(nn.Module, ensemble)
+        with evaluating(module), frozen_weights(module):
+            point = random_starts(x, y, threat, rng)()
+            for _ in range(self.steps):
+                ascent = roughness_gradient(ensemble, point, y).sign()
+                point = threat.project(point + self.step_size * eps * ascent, x)
+        return point
+
+    def _coupled(self, num_members: int, x: Images, y: Labels, rough: Images) -> Coupled:
+        half = len(x) // 2
+        released = self.preset == "released"
+        return Coupled(
+            y=y,
+            ce_images=x,
+            ce_weight=1.0 if released else 1 / num_members,
+            points=(x, torch.cat([x[:half], rough[half:]]) if released else rough),
+            penalty=lambda clean, worst: {
+                "similarity": gradient_similarity(clean),
+                "smoothness": _SMOOTHNESS[self.preset](worst),
+            },
+            weights={"similarity": self.similarity, "smoothness": self.smoothness},
+        )
+
+
+def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
+    """Gradient in x of the sum over members and images of |g|^2, one member's graph at a time."""
+    total = torch.zeros_like(x)
+    # no autocast: second derivatives in half precision are noise
+    with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+        for m in range(ensemble.num_members):
+            point = x.detach().requires_grad_()
+            loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
+            (grad,) = torch.autograd.grad(loss, point, create_graph=True)
+            if grad.requires_grad:  # it does not depend on the point where the loss is linear
+                total += torch.autograd.grad(grad.square().sum(), point)[0]
+    return total
+
+
+def _printed_smoothness(grads: Tensor) -> Tensor:
+    return 2 * lipschitz(grads)
+
+
+_SMOOTHNESS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = MappingProxyType(
+    {"printed": _printed_smoothness, "released": squared_lipschitz}
+)
