@@ -92,6 +92,7 @@ def evaluate(
     eps: Annotated[float | None, typer.Option(help="Radius of the threat; the run's own.")] = None,
     norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of every draw of the evaluation.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each attack is run.")] = 1,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
     checks: Annotated[str, typer.Option(help="quick, or full.")] = "quick",
@@ -113,6 +114,7 @@ def evaluate(
             eps=eps,
             norm=norm,
             seed=seed,
+            seeds=seeds,
             device=device,
             out=out,
             checks=checks,
@@ -230,12 +232,29 @@ def show(
     if parameters:
         from redefense.train.describe import count_parameters
 
-        shown = count_parameters(what, kind)
+        shown = count_parameters(what, resolved, kind)
     if as_json or not parameters:
         typer.echo(json.dumps(shown, indent=1))
     else:
+        parts = shown.pop("parts")
         for key, value in shown.items():
-            typer.echo(f"{key:<24} {value:,}" if isinstance(value, int) else f"{key:<24} {value}")
+            typer.echo(f"{key:<38} {value:>14,}")
+        for name, sizes in parts.items():
+            counts = ", ".join(f"{value:,} {key}" for key, value in sizes.items())
+            typer.echo(f"  {name:<16} {counts}")
+
+
+@app.command()
+def materialise(
+    path: RunDir,
+    out: Annotated[Path, typer.Option(help="Directory of the new run.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write the members of a PS-RED run out as plain networks."""
+    from redefense.train.materialise import materialise as write_out
+
+    write_out(path, out)
+    _say(f"wrote {out}; next: redefense evaluate {out}", quiet)
 
 
 @data_app.command("check")

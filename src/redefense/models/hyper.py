@@ -135,7 +135,8 @@ class Hypernetwork(nn.Module):
 def embeddings(num_units: int, size: int, rng: torch.Generator) -> Float[Tensor, "U d"]:
     """Random directions of length sqrt(size): the second moment of standard normal vectors."""
     z = torch.randn(num_units, size, generator=rng)
-    return z * (math.sqrt(size) / z.norm(dim=1, keepdim=True))
+    scale: Tensor = math.sqrt(size) / z.norm(dim=1, keepdim=True)
+    return z * scale
 
 
 def write_units(
@@ -147,8 +148,8 @@ def write_units(
 ) -> Float[Tensor, "U n n 3 3"]:
     """Units of all embeddings; axis 1 is the output channel."""
     inner = F.linear(z, first, first_bias).unflatten(1, (-1, z.shape[1]))
-    taps = F.linear(inner, second, second_bias)
-    return taps.unflatten(2, (-1, 3, 3))
+    units: Tensor = F.linear(inner, second, second_bias).unflatten(2, (-1, 3, 3))
+    return units
 
 
 def tile(

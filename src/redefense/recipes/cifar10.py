@@ -61,6 +61,14 @@ _AT: Final = {"name": "at", "adversary": {"eps": 8 / 255, "steps": 10, "step_siz
 # the finite difference is what fits the mini recipes' ten minutes
 _MINI_RED: Final = {"differentiate": "finite"}
 
+# units as wide as ResNet-8's first stage, embeddings so short that a tenth is stored
+_MINI_HYPER: Final = {
+    "name": "hyper", "model": "resnet8", "num_members": 3, "unit": 16, "embedding": 16,
+}  # fmt: skip
+_HYPER: Final = {
+    "name": "hyper", "model": "resnet18", "num_members": 8, "unit": 64, "embedding": 128,
+}  # fmt: skip
+
 CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-vanilla": partial(_mini, {"name": "vanilla"}),
     "cifar10-mini-at": partial(_mini, {"name": "at", "adversary": MINI}),
@@ -68,6 +76,7 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released", **_MINI_RED)),
     "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed", **_MINI_RED)),
     "cifar10-mini-red-at": partial(_mini, _red(MINI, adversarial_training=True, **_MINI_RED)),
+    "cifar10-mini-ps-red": partial(_mini, _red(MINI, **_MINI_RED), ensemble=_MINI_HYPER),
 }
 
 CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
@@ -77,4 +86,5 @@ CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-red-released": partial(_full, _red(PUBLISHED, preset="released")),
     "cifar10-red-printed": partial(_full, _red(PUBLISHED, preset="printed")),
     "cifar10-red-at": partial(_full, _red(PUBLISHED, adversarial_training=True)),
+    "cifar10-ps-red": partial(_full, _red(PUBLISHED), ensemble=_HYPER),
 }

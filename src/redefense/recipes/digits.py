@@ -25,6 +25,10 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
 
 _RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 1.0, "lipschitz": 1.0}
 
+_HYPER: Final = {
+    "name": "hyper", "model": "digits-cnn", "num_members": 3, "unit": 16, "embedding": 8,
+}  # fmt: skip
+
 DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-vanilla": partial(_run, {"name": "vanilla"}),
     "digits-at": partial(_run, {"name": "at", "adversary": ADVERSARY}),
@@ -36,4 +40,5 @@ DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
         _run, {"name": "red", "preset": "printed", "adversary": ADVERSARY}
     ),
     "digits-red-at": partial(_run, {**_RED, "adversarial_training": True}),
+    "digits-ps-red": partial(_run, _RED, ensemble=_HYPER),
 }

@@ -7,15 +7,14 @@ from typing import Any, Final
 from redefense.config import DataConfig, Run
 from redefense.recipes.cifar10 import CIFAR10
 
-_ENSEMBLE: Final = {"name": "independent", "model": "resnet18-64", "num_members": 3}
-
 
 def _from(source: Callable[[], Run]) -> Run:
+    run = source()
     changes: dict[str, Any] = {
         "data": DataConfig(spec="tiny-imagenet:tiny-imagenet-200.zip", augment=True),
-        "ensemble": dict(_ENSEMBLE),
+        "ensemble": {**run.ensemble, "model": "resnet18-64", "num_members": 3},
     }
-    return source().model_copy(update=changes)
+    return run.model_copy(update=changes)
 
 
 TINY_IMAGENET: Final[Mapping[str, Callable[[], Run]]] = {

@@ -1,27 +1,110 @@
-"""How large a run's ensemble is."""
+"""How large a run's ensemble is: parameters by part, on disk and in memory."""
 
 from pathlib import Path
+from typing import Any, Final
 
+from torch import nn
+
+from redefense.config import Run
+from redefense.ensembles import Hyper, Members
+from redefense.errors import ConfigError
 from redefense.kinds import Kind
 from redefense.train.run import Signature, find_final
 
-_SHAPES = {"digits": (10, (1, 8, 8)), "cifar10": (10, (3, 32, 32)), "tiny": (200, (3, 64, 64))}
+_SHAPES: Final = {
+    "digits": (10, (1, 8, 8)),
+    "cifar10": (10, (3, 32, 32)),
+    "tiny-imagenet": (200, (3, 64, 64)),
+}
 
 
-def count_parameters(what: str, kind: Kind) -> dict[str, int]:
-    """Trainable parameters of all members, and of one, of a run directory or a recipe."""
-    if Path(what).is_dir():
-        signature = Signature.stored(find_final(Path(what)).state)
+def count_parameters(what: str, run: Run, kind: Kind) -> dict[str, Any]:
+    """Sizes of the ensemble of a run directory, or of a recipe or record not yet trained.
+
+    Returns:
+        Numbers of parameters, *stored* (trained and saved) and *written* (computed from those by a
+        hypernetwork); the share `saved` against plain members; bytes of the weights' file (of
+        its tensors, if there is none yet) and, in single precision, in memory. `parts` are those
+        of member 0; with a shared hypernetwork each member's parameters count it.
+
+    Raises:
+        ConfigError: for data of unknown shape, before a run is trained on it.
+    """
+    checkpoint = find_final(Path(what)) if Path(what).is_dir() else None
+    family = run.data.spec.partition(":")[0]
+    if checkpoint is not None:
+        signature = Signature.stored(checkpoint.state)
         num_classes, shape = len(signature.classes), signature.shape
-    else:
-        family = next((f for f in _SHAPES if what.startswith(f)), "cifar10")
+    elif family in _SHAPES:
         num_classes, shape = _SHAPES[family]
+    else:
+        raise ConfigError(
+            f"the shape of {family} data is known once a run is trained: give its DIR"
+        )
     ensemble = kind.build(num_classes=num_classes, shape=shape, seed=0)
-    per_member = [
-        sum(p.numel() for p in ensemble.parameters_of(m)) for m in range(kind.num_members)
-    ]
-    return {
-        "members": kind.num_members,
-        "parameters": sum(p.numel() for p in ensemble.parameters()),
-        "parameters of a member": per_member[0],
+    sizes = _sizes(ensemble)
+    if checkpoint is not None:
+        sizes["bytes on disk"] = (checkpoint.path / "weights.safetensors").stat().st_size
+    return sizes
+
+
+def _sizes(ensemble: Members) -> dict[str, Any]:
+    everyone = range(ensemble.num_members)
+    written = [_written(ensemble, m) for m in everyone]
+    # all but the kernels that are written, embeddings and hypernetworks is in plain members too
+    common = sum(p.numel() for n, p in ensemble.named_parameters() if n.startswith("members."))
+    stored = sum(p.numel() for p in ensemble.parameters())
+    state = sum(t.numel() * t.element_size() for t in ensemble.state_dict().values())
+    plain = common + sum(written)
+    sizes: dict[str, Any] = {
+        "members": ensemble.num_members,
+        "parameters": stored,
+        "parameters of a member": sum(p.numel() for p in ensemble.parameters_of(0)),
+        "written": sum(written),
+        "written for a member": written[0],
     }
+    if isinstance(ensemble, Hyper):
+        sizes["units of a member"] = sum(grid.num_units for grid in ensemble.grids[0])
+    return {
+        **sizes,
+        "parameters of plain members": plain,
+        "saved": round(1 - stored / plain, 6),
+        "bytes on disk": state,
+        "bytes on disk of plain members": state + 4 * (plain - stored),
+        "bytes in memory, all members written": state + 4 * sum(written),
+        "bytes in memory, one member written": state + 4 * max(written),
+        "parts": _parts(ensemble),
+    }
+
+
+def _written(ensemble: Members, m: int) -> int:
+    if not isinstance(ensemble, Hyper):
+        return 0
+    return sum(grid.num_weights(ensemble.unit) for grid in ensemble.grids[m])
+
+
+def _parts(ensemble: Members) -> dict[str, dict[str, int]]:
+    """Stored and written parameters of member 0 by part."""
+    net = ensemble.get_submodule("members.0")
+    stored: dict[str, int] = {}
+    convolutions = 0
+    for module in net.modules():
+        count = sum(p.numel() for p in module.parameters(recurse=False))
+        if isinstance(module, nn.Conv2d):
+            part = "convolutions" if convolutions else "stem"
+            convolutions += 1
+        elif isinstance(module, nn.BatchNorm2d):
+            part = "batch norm"
+        else:
+            part = "other layers"
+        if count:
+            stored[part] = stored.get(part, 0) + count
+    written = _written(ensemble, 0)
+    parts = {name: {"stored": count, "written": 0} for name, count in stored.items()}
+    if isinstance(ensemble, Hyper):
+        parts.setdefault("convolutions", {"stored": 0})["written"] = written
+        embeddings = ensemble.embeddings[0].numel()
+        writer = sum(p.numel() for p in ensemble.writers[0].parameters())
+        parts["embeddings"] = {"stored": embeddings, "written": 0}
+        parts["hypernetwork"] = {"stored": writer, "written": 0}
+    return parts
