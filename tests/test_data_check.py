@@ -206,7 +206,10 @@ def test_names_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
     (root / "train" / "cat" / "\x1b[2J.png").write_bytes(b"x")
     (problem,) = check_dataset(f"folder:{root}").problems
     assert "\x1b" not in problem
-    assert "\\x1b[2J.png" in problem
+    assert "\\x1b[2J.png: unprintable name" in problem
+    with pytest.raises(DataError, match="unprintable name") as caught:
+        load_dataset(f"folder:{root}")
+    assert str(caught.value).isprintable()
 
 
 def test_checking_leaves_the_global_generator_alone() -> None:

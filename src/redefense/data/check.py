@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from redefense import data
 from redefense.data import cache
 from redefense.data.dataset import content_digest
-from redefense.data.source import Block, Part, Refuse, Source, by_threads, decode
+from redefense.data.source import Block, Part, Refuse, Source, by_threads, decode, printable
 from redefense.errors import DataError
 
 SHOWN = 50  # problems printed; `as_dict` has them all
@@ -116,7 +116,7 @@ def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport
         train=_counts(source, source.train if source else None),
         test=_counts(source, source.test if source else None),
         checksum=None if problems else checksum,
-        problems=tuple(_printable(problem) for problem in dict.fromkeys(problems)),
+        problems=tuple(printable(problem) for problem in dict.fromkeys(problems)),
         notes=tuple(notes),
     )
 
@@ -187,10 +187,5 @@ def _cached(spec: str, folder: Path) -> list[str]:
 
 
 def _shortened(classes: Sequence[str]) -> str:
-    shown = ", ".join(_printable(name) for name in classes[:10])
+    shown = ", ".join(printable(name) for name in classes[:10])
     return shown if len(classes) <= 10 else f"{shown}, ..."
-
-
-def _printable(text: str) -> str:
-    """File names come from strangers: nothing in them may reach the terminal as a command."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -86,6 +86,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Text of strangers, such as file names: nothing in it may reach a terminal as a command."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 def encoded(labels: Sequence[int] | NDArray[np.int64], items: Items, shape: Shape) -> Part:
     """A split with one encoded file for each image."""
     return Part(

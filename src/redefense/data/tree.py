@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from redefense.data.source import Refuse, one_line
+from redefense.data.source import Refuse, one_line, printable
 from redefense.errors import DataError
 
 MAX_FILE = 2**28  # bytes of one file in an archive; CIFAR-100's largest has 155 MB
@@ -88,7 +88,9 @@ def allowed_root(path: Path) -> Path:
 
 
 def file_fault(file: Path, root: Path) -> str:
-    """What is wrong with `file`, should it be a link or a device; empty if nothing is."""
+    """What is wrong with the name or kind of `file`; empty if nothing is."""
+    if not file.name.isprintable():
+        return f"{printable(str(file))}: unprintable name, refused"
     mode = file.lstat().st_mode
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return ""
@@ -159,7 +161,7 @@ class ZipTree:
         self._entries: dict[str, zipfile.ZipInfo] = {}
         for entry in everything:
             if fault := self._fault(entry):
-                refuse(f"{root}: {entry.filename}: {fault}")
+                refuse(f"{root}: {printable(entry.filename)}: {fault}")
             elif not entry.is_dir():
                 self._entries[_plain(entry.filename)] = entry
         self.names: Sequence[str] = sorted(self._entries)
@@ -201,7 +203,7 @@ class TarTree:
         with tarfile.open(root) as archive:
             for member in archive:
                 if fault := self._fault(member, files):
-                    refuse(f"{root}: {member.name}: {fault}")
+                    refuse(f"{root}: {printable(member.name)}: {fault}")
                     continue
                 (folders if member.isdir() else files).add(_plain(member.name))
                 total += member.size
