@@ -15,7 +15,8 @@ from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.api import evaluate
-from redefense.evaluation.run import Cell, Subject, attack_cell, run_suite, verify_ball
+from redefense.evaluation.cells import Cell, Subject, attack_cell, verify_ball
+from redefense.evaluation.run import run_suite
 from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
 from redefense.threat import Threat
 
@@ -283,7 +284,7 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
     with pytest.raises(InputError, match="one label per image"):
         quick(Ramp(), x, y[:1])
     with pytest.raises(InputError, match="list of networks"):
-        evaluate("resnet", (x, y))  # type: ignore[arg-type]  # the user's mistake
+        evaluate([], (x, y))
     with pytest.raises(InputError, match="mixture"):
         quick(Ramp(), x, y, mixture=[1.0])
     with pytest.raises(ConfigError, match="did you mean quick"):
@@ -294,3 +295,81 @@ def test_every_cell_of_every_suite_can_be_built() -> None:
     for suite in SUITES.values():
         for spec in (*suite.cells, *suite.beside):
             assert spec.attack in ATTACKS
+
+
+def test_the_suites_are_the_promised_ones() -> None:
+    assert list(SUITES) == ["quick", "paper", "torchattacks", "aware", "full"]
+    paper = {spec.attack for spec in SUITES["paper"].cells}
+    assert len(paper) == 14
+    assert paper == {spec.attack for spec in SUITES["torchattacks"].cells}
+    for name in ("paper", "torchattacks"):
+        presets = [spec.settings["preset"] for spec in SUITES[name].cells]
+        for spec, preset in zip(SUITES[name].cells, presets, strict=True):
+            assert preset in ATTACKS[spec.attack].presets
+    assert {spec.threat for spec in SUITES["torchattacks"].cells} == {ThreatConfig(eps=8 / 255)}
+    aware = {spec.attack for spec in SUITES["aware"].cells}
+    assert aware == {"pgd", "arc", "hinge", "meanprob_apgd", "transfer", "autoattack"}
+    full = SUITES["full"]
+    for suite in SUITES.values():
+        assert all(spec in full.cells for spec in suite.cells)
+
+
+def test_a_deterministic_method_is_attacked_by_its_average() -> None:
+    x, y = images([0.05, 0.3])
+    suite = Suite(name="one", cells=(CellSpec(attack="fgsm", view="protocol"),))
+    ensemble = Independent([Ramp(0), Ramp(1)])
+    for randomized, view in ((True, "sampled"), (False, "averaged")):
+        subject = Subject(ensemble, x, y, np.arange(2), "made up", randomized=randomized)
+        data = run_suite(subject, suite, ThreatConfig(eps=EPS)).data
+        assert data["cells"][0]["view"] == view
+        assert data["headline"]["unaware"] is None  # no aware attack, no headline
+
+
+def test_unbounded_attacks_are_scored_at_a_stated_distortion_and_enter_no_headline() -> None:
+    x, y = images([0.1, 0.3, 0.5])
+    cells = (CellSpec(attack="deepfool", view="averaged"), CellSpec(attack="hinge", view="members"))
+    suite = Suite(name="two", cells=cells)
+    subject = Subject(Independent([Ramp()]), x, y, np.arange(3), "made up")
+    data = run_suite(subject, suite, ThreatConfig(eps=EPS)).data
+    free, bounded = data["cells"]
+    assert free["accuracy"]["expected"] == 0.0  # it may go as far as it likes
+    # one pixel must move 0.1, 0.3 or just beyond 0.5: the limit is 0.5
+    assert free["stated"] == {"norm": "l2", "limit": 0.5, "accuracy": pytest.approx(1 / 3)}
+    assert "stated" not in bounded
+    assert data["headline"]["aware"] == pytest.approx(2 / 3)
+
+
+def test_the_headline_is_at_the_threat_of_the_aware_attacks() -> None:
+    x, y = images([0.1, 0.3, 0.45, 0.5])
+    far = ThreatConfig(eps=0.4)
+    cells = (
+        CellSpec(attack="fgsm", view="averaged"),
+        CellSpec(attack="fgsm", view="averaged", threat=far),
+        CellSpec(attack="hinge", view="members"),
+    )
+    subject = Subject(Independent([Ramp()]), x, y, np.arange(4), "made up")
+    data = run_suite(subject, Suite(name="two", cells=cells), ThreatConfig(eps=EPS)).data
+    assert expected(data) == [0.75, 0.5, 0.75]
+    assert data["headline"]["unaware"] == data["headline"]["aware"] == 0.75
+
+
+def test_an_attacker_may_be_called_aware_who_attacks_the_average() -> None:
+    x, y = images([0.1, 0.3])
+    cells = (CellSpec(attack="pgd", view="averaged", aware=True),)
+    subject = Subject(Independent([Ramp(0), Ramp(1)]), x, y, np.arange(2), "made up")
+    data = run_suite(subject, Suite(name="avg", cells=cells), ThreatConfig(eps=EPS)).data
+    assert data["cells"][0]["aware"] is True
+    assert (data["headline"]["unaware"], data["headline"]["aware"]) == (None, 0.5)
+
+
+def test_seeds_repeat_the_attack(tmp_path: Path) -> None:
+    data = _run(tmp_path / "quick", seeds=3)
+    for cell in data["cells"]:
+        seeds = cell["seeds"]
+        assert len(seeds["expected"]) == 3
+        assert seeds["expected"][0] == cell["accuracy"]["expected"]
+        assert seeds["mean"] == pytest.approx(np.mean(seeds["expected"]))
+    assert len(list((tmp_path / "quick").glob("*.seed2.npz"))) == 4
+    assert _run(tmp_path / "quick", seeds=3) == data
+    once = _run(None)
+    assert [c["accuracy"] for c in once["cells"]] == [c["accuracy"] for c in data["cells"]]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from redefense.config import Run, ThreatConfig
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
+from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
 from redefense.errors import ConfigError, DataError, InputError
-from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, Subject, run_suite
+from redefense.evaluation.cells import Subject
+from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, run_suite
 from redefense.evaluation.suite import suite_named
+from redefense.evaluation.workers import workers
 from redefense.threat import Threat
 from redefense.train.run import Signature, find_final, input_check, load_checkpoint
 from redefense.types import check_images, check_labels
@@ -31,6 +35,7 @@ def evaluate(
     seed: int = 0,
     *,
     images: int | None = None,
+    seeds: int = 1,
     checks: str = "quick",
 ) -> Report:
     """Measure any classifier, ensemble or list of classifiers.
@@ -44,6 +49,7 @@ def evaluate(
         mixture: sampling probabilities of a list of networks; uniform unless given.
         seed: of every draw.
         images: the first N of one published permutation of the test split.
+        seeds: how often each attack is run.
         checks: "quick" or "full".
 
     Returns:
@@ -66,8 +72,9 @@ def evaluate(
         count = len(x) if images is None else images
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
         subject = Subject(ensemble, x[index], y[index], index, "given images", "given")
+    subject = replace(subject, randomized=ensemble.num_members > 1)
     with evaluating(ensemble):
-        return run_suite(subject, plan, allowed, seed=seed, checks=checks)
+        return run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
 
 
 def evaluate_run(
@@ -79,6 +86,7 @@ def evaluate_run(
     eps: float | None = None,
     norm: str | None = None,
     seed: int = 0,
+    seeds: int = 1,
     device: str = "cpu",
     out: Path | None = None,
     checks: str = "quick",
@@ -113,19 +121,40 @@ def evaluate_run(
         "data": dataset.checksum(),
         "images": images,
         "seed": seed,
+        "seeds": seeds,
         "checks": checks,
         "weights": _manifest(checkpoint.path),
     }
     store = target.with_suffix("")
-    started = _claim(store, target, settings)
-    subject = _subject(ensemble, dataset, images, _run_json(path, run), run, device)
-    say(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
-    renamed = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
-    report = run_suite(subject, renamed, threat, seed=seed, store=store, checks=checks, say=say)
-    report.data["suite"] = plan.name
-    report.data["provenance"]["date"] = started
-    _write(target, report.to_json())
+    with workers() as team:
+        if team.first:
+            _claim(store, target, settings)
+        team.wait()
+        # every process reads what the first one wrote, so that all see the same refusal
+        started = _claim(store, target, settings)
+        subject = _subject(ensemble, dataset, images, _run_json(path, run), run, device)
+        subject = replace(subject, workers=team, randomized=_randomized(run))
+        tell = say if team.first else _silent
+        tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
+        named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
+        report = run_suite(
+            subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks, say=tell
+        )
+        report.data["suite"] = plan.name
+        report.data["provenance"]["date"] = started
+        if team.first:
+            _write(target, report.to_json())
     return report, target
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _randomized(run: Run) -> bool:
+    """Whether the method that made this run answers with a member drawn at random."""
+    defence = DEFENCES.get(str(run.defence.get("name")))
+    return defence is None or defence.randomized
 
 
 def _ensemble(model: Any, mixture: Sequence[float] | None) -> Members:

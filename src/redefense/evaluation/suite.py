@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from redefense.config import ThreatConfig, suggestion
 from redefense.errors import ConfigError
 
-View = Literal["sampled", "averaged", "members"]
+View = Literal["sampled", "averaged", "members", "protocol"]
 
 
 class _Data(BaseModel):
@@ -25,9 +25,12 @@ class CellSpec(_Data):
         attack: name in `ATTACKS`.
         settings: of the attack; its strong defaults unless given.
         view: what the attacker queries: "sampled" draws a fresh member per call, "averaged" is the
-            mean probability, "members" hands over all members (adaptive attacks).
+            mean probability, "members" hands over all members (adaptive attacks), "protocol" is
+            the way the defence answers: "sampled" if it is randomized, else "averaged".
         threat: fixes the threat; the run's own if None.
         label: how tables name it.
+        aware: whether its attacker counts as one who knows the ensemble; those who are given all
+            members do unless said otherwise.
     """
 
     attack: str
@@ -35,6 +38,13 @@ class CellSpec(_Data):
     settings: dict[str, Any] = {}
     threat: ThreatConfig | None = None
     label: str | None = None
+    aware: bool | None = None
+
+    def answered(self, randomized: bool) -> "CellSpec":
+        """With the view that "protocol" means for this defence."""
+        if self.view != "protocol":
+            return self
+        return self.model_copy(update={"view": "sampled" if randomized else "averaged"})
 
     def identity(self, threat: ThreatConfig) -> str:
         """Name of the cell, unique within a suite."""
@@ -54,12 +64,15 @@ class Suite(_Data):
         cells: what is run.
         beside: adaptive cells that the best single member and the averaged ensemble must face
             too, so that the worth of the randomness can be read off.
+        measures: whether the members are measured too: transfer, diversity, each alone under
+            attack, and accuracy against eps.
     """
 
     name: str
     summary: str = ""
     cells: tuple[CellSpec, ...]
     beside: tuple[CellSpec, ...] = ()
+    measures: bool = False
 
 
 _MEANPROB = CellSpec(
@@ -79,7 +92,81 @@ QUICK: Final = Suite(
     beside=(_MEANPROB, _HINGE),
 )
 
-SUITES: Final[Mapping[str, Suite]] = MappingProxyType({suite.name: suite for suite in (QUICK,)})
+_LABELS: Final = {
+    "fgsm": "FGSM", "mim": "MIM", "bim": "BIM", "pgd": "PGD", "cw": "CW", "deepfool": "DeepFool",
+    "autoattack": "AutoAttack", "onepixel": "OnePixel", "square": "Square", "pixle": "Pixle",
+    "di2fgsm": "DI2-FGSM", "eotpgd": "EoT-PGD", "apgd": "APGD", "sparsefool": "SparseFool",
+}  # fmt: skip
+"""The 14 attacks of the paper, in its order."""
+
+# the released evaluation has no settings of its own for these: it ran the library's defaults
+_LIBRARY_ONLY = frozenset({"onepixel", "pixle", "sparsefool"})
+
+
+def _published(preset: str, threat: ThreatConfig | None) -> tuple[CellSpec, ...]:
+    return tuple(
+        CellSpec(
+            attack=name,
+            view="protocol",
+            settings={"preset": "torchattacks-3.5.1" if name in _LIBRARY_ONLY else preset},
+            threat=threat,
+            label=label,
+        )
+        for name, label in _LABELS.items()
+    )
+
+
+PAPER: Final = Suite(
+    name="paper",
+    summary="the paper's 14 attacks in the settings of its released evaluation; no headline",
+    cells=_published("red-released", None),
+)
+
+LIBRARY: Final = Suite(
+    name="torchattacks",
+    summary="the same 14 with the defaults of TorchAttacks 3.5.1, eps 8/255; no headline",
+    cells=_published("torchattacks-3.5.1", ThreatConfig(eps=8 / 255)),
+)
+
+_AWARE_BUDGET = (
+    CellSpec(attack="hinge", view="members", settings={"steps": 50, "restarts": 2}, label="hinge"),
+    CellSpec(
+        attack="meanprob_apgd",
+        view="members",
+        settings={"steps": 100, "restarts": 2},
+        label="meanprob APGD",
+    ),
+)
+
+AWARE: Final = Suite(
+    name="aware",
+    summary="attackers who know the ensemble: ARC, hinge, meanprob APGD, transfer, AutoAttack",
+    cells=(
+        _PGD,
+        CellSpec(attack="arc", view="members", settings={"restarts": 2}, label="ARC"),
+        *_AWARE_BUDGET,
+        CellSpec(attack="transfer", view="members", label="transfer"),
+        # who attacks the average knows all members, though the attack does not
+        CellSpec(
+            attack="autoattack", view="averaged", label="AutoAttack on the average", aware=True
+        ),
+    ),
+    beside=_AWARE_BUDGET,
+    measures=True,
+)
+
+FULL: Final = Suite(
+    name="full",
+    summary="all of quick, paper, torchattacks and aware",
+    # PGD-10 is in two of them
+    cells=(*QUICK.cells, *PAPER.cells, *LIBRARY.cells, *(c for c in AWARE.cells if c != _PGD)),
+    beside=AWARE.beside,
+    measures=True,
+)
+
+SUITES: Final[Mapping[str, Suite]] = MappingProxyType(
+    {suite.name: suite for suite in (QUICK, PAPER, LIBRARY, AWARE, FULL)}
+)
 
 
 def suite_named(name: str) -> Suite:
