@@ -101,8 +101,14 @@ def recorded() -> tuple[Recorded, Recorded]:
     return Recorded(members, order), Recorded(members, order)
 
 
-def assert_same(one: Tensor, two: Tensor) -> None:
-    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+def assert_same(one: Tensor, two: Tensor, name: str, threat: Threat) -> None:
+    """Bit for bit where the arithmetic is the library's.
+
+    Not so in L2 (lengths are formed otherwise), in BIM (its own way to clip) and in FAB (closed
+    form against bisection).
+    """
+    rounded = threat.norm == 2 or name in ("bim", "fab")
+    torch.testing.assert_close(one, two, rtol=0, atol=2e-6 if rounded else 0)
 
 
 @pytest.mark.parametrize(("name", "their_name", "threat", "settings"), SAME)
@@ -110,7 +116,8 @@ def test_preset_equals_torchattacks(
     name: str, their_name: str, threat: Threat, settings: dict[str, Any]
 ) -> None:
     net = network(0)
-    assert_same(ours(name, net, threat), theirs(their_name, net, threat, **settings))
+    x_adv = ours(name, net, threat)
+    assert_same(x_adv, theirs(their_name, net, threat, **settings), name, threat)
 
 
 @pytest.mark.parametrize(("name", "their_name", "threat", "settings"), SAME)
@@ -118,7 +125,8 @@ def test_preset_asks_a_random_victim_the_same_questions(
     name: str, their_name: str, threat: Threat, settings: dict[str, Any]
 ) -> None:
     one, two = recorded()
-    assert_same(ours(name, one, threat), theirs(their_name, two, threat, **settings))
+    x_adv = ours(name, one, threat)
+    assert_same(x_adv, theirs(their_name, two, threat, **settings), name, threat)
     assert one.calls == two.calls
 
 
@@ -127,10 +135,9 @@ def test_preset_asks_a_random_victim_the_same_questions(
 @pytest.mark.parametrize("random", [False, True])
 def test_autoattack_preset_equals_torchattacks(threat: Threat, random: bool) -> None:
     one, two = recorded() if random else (network(0), network(0))
-    assert_same(
-        ours("autoattack", one, threat, "red-released"),
-        theirs("AutoAttack", two, threat, n_queries=200),
-    )
+    x_adv = ours("autoattack", one, threat, "red-released")
+    # FAB is among its parts
+    assert_same(x_adv, theirs("AutoAttack", two, threat, n_queries=200), "fab", threat)
 
 
 @pytest.mark.parametrize("threat", [LINF, L2])
@@ -140,7 +147,7 @@ def test_square_preset_equals_torchattacks(threat: Threat, random: bool) -> None
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         x_adv = Square(queries=200).published(one, *batch(), threat, rng=rng)
-    assert_same(x_adv, theirs("Square", two, threat, n_queries=200))
+    assert_same(x_adv, theirs("Square", two, threat, n_queries=200), "square", threat)
 
 
 @pytest.mark.parametrize(
