@@ -17,6 +17,7 @@ from redefense.train.run import train
 
 NAMES = list(DEFENCES)
 MEMBERS = [2, 3, 8]
+QUICK: dict[str, dict[str, Any]] = {"barre": {"refit_images": 16, "refit_steps": 2}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,7 +104,7 @@ def tiny(defence: Defence) -> Run:
 def test_a_run_stopped_in_mid_stage_goes_on_to_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tiny(DEFENCES[name]())
+    run = tiny(DEFENCES[name](**QUICK.get(name, {})))
     whole = train(run, tmp_path / "whole", quiet=True)
     step, taken = fit.take_step, list[int]()
 

@@ -1,0 +1,180 @@
+"""BARRE: boosting for a randomized ensemble, with the best probabilities to draw its members.
+
+Source: Dbouk & Shanbhag, "On the Robustness of Randomized Ensembles to Adversarial Perturbations",
+ICML 2023, and its released code, which builds on that of MRBoost. Stage m trains member m alone,
+starting from member m - 1: examples are made by PGD on the log of the members' mean probability
+under the sampling probabilities so far, climbing the margin cross-entropy MCE, and member m
+minimises its own MCE there. Optimal sampling (OSP) then minimises the ensemble's adversarial risk
+
+    eta(alpha) = mean over images of sum_m alpha_m [member m errs at ARC's point for alpha]
+
+by projected sub-gradient on some training images, keeping the best alpha met. The mixture is part
+of the ensemble and travels with its checkpoints.
+
+Departures from the released code: the mixture is refitted at the end of each stage from the second
+member on (theirs from the fourth on, every ten epochs of a stage's second half), and the next stage
+keeps its proportions, the newcomer getting 1 / m (theirs goes back to uniform); a constant first
+step of the sub-gradient (theirs follows the learning rate, 0.1 then 0.01); ARC visits members by
+falling probability and copes with probability zero; no epoch is selected on the test set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from redefense.attacks.arc import ARC
+from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
+from redefense.defences.mrboost import boosted_examples, copy_member, one_by_one
+from redefense.ensembles import Members, evaluating, frozen_weights, mean_log_probs
+from redefense.errors import ConfigError
+from redefense.penalties import margin_cross_entropy
+from redefense.threat import Threat
+from redefense.types import Batch, Ensemble, Float, Images, Labels, Logits, Loss
+
+ATTACK = ARC(steps=10, radius=1.0, competitors=2)
+"""The published settings of the attack inside optimal sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BARRE(Defence):
+    """Boosted randomized ensemble.
+
+    Attributes:
+        other_weight: weight of the wrong classes in MCE; 0 is cross-entropy.
+        adversary: who makes the examples; its eps is that of optimal sampling too.
+        refit_images: training images that optimal sampling looks at.
+        refit_steps: of its sub-gradient descent; 0 leaves the mixture uniform.
+        refit_rate: its first step; step t is refit_rate / (t + 1).
+    """
+
+    summary: ClassVar[str] = "boosting of a randomized ensemble, drawn with optimal probabilities"
+    randomized: ClassVar[bool] = True
+
+    other_weight: float = 1.0
+    adversary: Adversary = field(default_factory=lambda: Adversary(eps=8 / 255))
+    refit_images: int = 4096
+    refit_steps: int = 10
+    refit_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_weights(other_weight=self.other_weight, refit_rate=self.refit_rate)
+        if self.refit_images < 1 or self.refit_steps < 0:
+            raise ConfigError(
+                "refit_images must be positive and refit_steps not negative, "
+                f"got {self.refit_images} and {self.refit_steps}"
+            )
+
+    def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
+        """One stage a member, the mixture refitted at the end of each but the first."""
+        return one_by_one(
+            num_members,
+            epochs,
+            lambda m, share: Stage(
+                name=f"member {m + 1}",
+                epochs=share,
+                members=(m,),
+                loss=partial(self.newest, m),
+                before=partial(begin, m),
+                after=partial(self.refit, m + 1) if m > 0 and self.refit_steps else None,
+            ),
+        )
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The loss of the last stage, in which all members take part."""
+        yield from self.newest(ensemble.num_members - 1, ensemble, batch, rng)
+
+    def newest(
+        self, m: int, ensemble: Ensemble, batch: Batch, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        """The loss of stage m, of member m alone; examples meet the mixture as it is."""
+        view = Answering(ensemble)
+        x = boosted_examples(view, batch.x, batch.y, self.adversary, self.other_weight, rng)
+        mce = margin_cross_entropy(ensemble.logits_of(m, x), batch.y, self.other_weight).mean()
+        yield Loss(mce, terms(mce=mce, total=mce))
+
+    def refit(
+        self, count: int, ensemble: Members, batches: Iterator[Batch], rng: torch.Generator
+    ) -> None:
+        """Optimal sampling: set the mixture of the first `count` members, starting from its own."""
+        images = first_images(batches, self.refit_images)
+        shares = ensemble.mixture[:count].clone()
+        best, lowest = shares, float("inf")
+        for step in range(self.refit_steps):
+            _set(ensemble, shares)
+            errors = self.errors(ensemble, count, images, rng)
+            risk = float(shares @ errors)
+            if risk < lowest:
+                best, lowest = shares, risk
+            shares = project_simplex(shares - self.refit_rate / (step + 1) * errors)
+        _set(ensemble, best)
+
+    def errors(
+        self,
+        ensemble: Members,
+        count: int,
+        images: list[tuple[Images, Labels]],
+        rng: torch.Generator,
+    ) -> Float[Tensor, " N"]:
+        """How often each of the first members errs where ARC, knowing the mixture, moves images.
+
+        It is a sub-gradient of the adversarial risk in the mixture.
+        """
+        wrong, seen = torch.zeros_like(ensemble.mixture[:count]), 0
+        with evaluating(ensemble), frozen_weights(ensemble), torch.no_grad():
+            for x, y in images:
+                point = ATTACK(ensemble, x, y, Threat(eps=self.adversary.eps), rng=rng)
+                for m in range(count):
+                    wrong[m] += (ensemble.logits_of(m, point).argmax(1) != y).sum()
+                seen += len(y)
+        return wrong / seen
+
+
+class Answering(nn.Module):
+    """log of the mean probability of the members that can be drawn; the others are not asked."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, x: Images) -> Logits:
+        mixture = self.ensemble.mixture
+        support = mixture.nonzero().flatten()
+        logits = torch.stack([self.ensemble.logits_of(m, x) for m in support.tolist()])
+        return mean_log_probs(logits, mixture[support])
+
+
+def begin(m: int, ensemble: Members) -> None:
+    """Member m starts from the one before it and answers 1 / (m + 1) of the queries."""
+    if m > 0:
+        copy_member(ensemble, m - 1, m)
+    elders = ensemble.mixture[:m] / ensemble.mixture[:m].sum() * m / (m + 1)
+    newcomer = elders.new_full((1,), 1 / (m + 1))
+    _set(ensemble, torch.cat([elders, newcomer]))
+
+
+def first_images(batches: Iterator[Batch], count: int) -> list[tuple[Images, Labels]]:
+    """The first `count` images of the batches, or all if there are fewer."""
+    found: list[tuple[Images, Labels]] = []
+    for batch in batches:
+        found.append((batch.x[:count], batch.y[:count]))
+        count -= len(batch.y)
+        if count <= 0:
+            break
+    return found
+
+
+def project_simplex(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The nearest probabilities, in L2 (by sorting: Held, Wolfe & Crowder, 1974)."""
+    ordered = values.sort(descending=True).values
+    excess = (ordered.cumsum(0) - 1) / torch.arange(1, len(values) + 1).to(values)
+    return (values - excess[(ordered > excess).sum() - 1]).clamp_min(0)
+
+
+def _set(ensemble: Members, shares: Tensor) -> None:
+    mixture = torch.zeros_like(ensemble.mixture)
+    mixture[: len(shares)] = shares
+    ensemble.set_mixture(mixture)

@@ -1,0 +1,144 @@
+"""DVERGE: members that learn from images carrying the features that fool the other members.
+
+Source: Yang et al., "DVERGE: Diversifying Vulnerabilities for Enhanced Robust Generation of
+Ensembles", NeurIPS 2020, and its released code. For member j, a layer l, an image x and another
+image t, the distilled image looks like x to us and like t to the layer:
+
+    x'_j = argmin over |z - x|_inf <= eps of |f_j^l(z) - f_j^l(t)|^2,
+
+by ten momentum sign steps from x. Member i then minimises the sum over j != i of CE(f_i(x'_j), y);
+clean images are not used. With `adversarial_training` it adds CE on its own PGD examples.
+
+The layer (before its activation; the last one is the logits) is drawn anew each epoch and is the
+same for all members. Training starts from plain members, for `start` of the epochs (published: 200
+and 200 epochs).
+
+Departures from the released code: any network with feature taps; targets are other images of the
+same batch, which a random roll pairs, so no image is its own target; features of the targets are
+computed once; batch norm is in evaluation mode while images are distilled or attacked; no weight
+gradients there. The paper names Adam, the code uses SGD: recipes follow the code.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from redefense.attacks.base import Look, input_gradient
+from redefense.attacks.gradient import climb
+from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
+from redefense.defences.vanilla import after_plain
+from redefense.ensembles import evaluating, frozen_weights
+from redefense.errors import ConfigError
+from redefense.models import Tapped
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.types import Batch, Ensemble, Images, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVERGE(Defence):
+    """Diversified vulnerabilities by mutual distillation; needs at least two members.
+
+    Attributes:
+        weight: of the loss on distilled images; matters with `adversarial_training` only.
+        eps: radius of the distillation, in pixel units; published 0.07 for 3 members, 0.05 for 5
+            and 8.
+        steps: of the distillation.
+        step_size: length of its steps, as a fraction of eps (published: 0.007 of 0.07).
+        start: share of the epochs that train plain members first.
+        adversarial_training: add the cross-entropy on each member's own adversarial examples.
+        adversary: who makes these.
+    """
+
+    summary: ClassVar[str] = "members learn from images that carry what fools the others"
+
+    weight: float = 1.0
+    eps: float = 0.07
+    steps: int = 10
+    step_size: float = 0.1
+    start: float = 0.5
+    adversarial_training: bool = False
+    adversary: Adversary = field(default_factory=lambda: Adversary(eps=8 / 255))
+
+    def __post_init__(self) -> None:
+        check_weights(weight=self.weight)
+        if self.weight == 0 and not self.adversarial_training:
+            raise ConfigError("weight 0 without adversarial_training leaves nothing to learn from")
+        if not 0 <= self.eps <= 1:
+            raise ConfigError(f"eps must lie in [0, 1], got {self.eps}")
+        if self.steps < 1 or not self.step_size > 0:
+            raise ConfigError(
+                f"steps and step_size must be positive, got {self.steps} and {self.step_size}"
+            )
+        if not 0 <= self.start < 1:
+            raise ConfigError(f"start must lie in [0, 1), got {self.start}")
+
+    def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
+        """Plain members for the share `start` of the epochs, then the method.
+
+        Raises:
+            ConfigError: for a single member, which has no others to learn from.
+        """
+        if num_members < 2:
+            raise ConfigError(f"dverge needs at least 2 members, got {num_members}")
+        return after_plain(
+            "dverge", self.loss, num_members=num_members, epochs=epochs, share=self.start
+        )
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """One part for each pair of a learning member and one whose features it learns from."""
+        num_members, y = ensemble.num_members, batch.y
+        distilled = [] if self.weight == 0 else self.distil(ensemble, batch, rng)
+        # all examples first: the first backward pass must not come before the last crafting
+        own = (
+            [self.adversary.craft(ensemble.member(m), batch.x, y, rng) for m in range(num_members)]
+            if self.adversarial_training
+            else []
+        )
+        for m in range(num_members):
+            for source, x in enumerate(distilled):
+                if source == m:
+                    continue
+                ce = F.cross_entropy(ensemble.logits_of(m, x), y)
+                mean = ce / (num_members * (num_members - 1))
+                yield Loss(self.weight * ce, terms(distilled=mean, total=self.weight * ce))
+            if own:
+                ce = F.cross_entropy(ensemble.logits_of(m, own[m]), y)
+                yield Loss(ce, terms(adversarial=ce / num_members, total=ce))
+
+    def distil(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> list[Images]:
+        """x'_j of each member j: images of the batch with the features of other images."""
+        x, size = batch.x, len(batch.x)
+        roll = int(torch.randint(1, max(size, 2), (), generator=rng, device=rng.device))
+        layer = torch.rand((), generator=stream(batch.progress.seed, "layer")).item()
+        target = x.roll(roll, 0)
+        return [
+            self._distil(ensemble.member(m), x, target, layer) for m in range(ensemble.num_members)
+        ]
+
+    def _distil(self, net: nn.Module, x: Images, target: Images, layer: float) -> Images:
+        """Move x, within eps, to where the features at a place in [0, 1) are the target's."""
+        if not isinstance(net, Tapped):
+            raise ConfigError(
+                f"dverge needs networks with feature taps, {type(net).__name__} has none"
+            )
+        name = net.tap_names[int(layer * len(net.tap_names))]
+
+        def look(point: Images, with_grad: bool) -> Look:
+            point = point.detach().requires_grad_(with_grad)
+            with torch.set_grad_enabled(with_grad):
+                apart = (net.tap(point, name) - wanted).square().flatten(1).mean(1)
+            grad = input_gradient(-apart, point) if with_grad else None
+            return Look(-apart.detach(), torch.zeros_like(apart).detach(), grad)
+
+        with evaluating(net), frozen_weights(net):
+            with torch.no_grad():
+                wanted = net.tap(target, name)
+            return climb(
+                look, x, x, Threat(eps=self.eps),
+                steps=self.steps, step_size=self.step_size * self.eps, decay=1.0,
+            ).detach()  # fmt: skip
