@@ -287,7 +287,7 @@ def test_the_deepfool_preset_takes_their_steps(dtype: torch.dtype, atol: float) 
 @old_numpy
 def test_the_sparsefool_preset_moves_the_coordinates_theirs_moves() -> None:
     net = small_network(0)
-    x, y = labelled_images(net)
+    x, y = labelled_images(net, count=6)
     expected = torchattacks.SparseFool(net)(x, y)
     ours = attacked(SparseFool(preset=PRESET), net, x, y)
     assert torch.equal(ours != x, expected != x)
