@@ -61,6 +61,44 @@ _AT: Final = {"name": "at", "adversary": {"eps": 8 / 255, "steps": 10, "step_siz
 # the finite difference is what fits the mini recipes' ten minutes
 _MINI_RED: Final = {"differentiate": "finite"}
 
+# Published for GAL, ADP and TRS: Adam at 1e-3 with L2, one optimizer for all members. Single
+# precision, since input gradients are differentiated again.
+_ADAM: Final[Mapping[str, Any]] = {
+    "optim": OptimConfig(
+        name="adam", lr=1e-3, weight_decay=1e-4, eps=1e-7, schedule="steps", milestones=(0.5, 0.75)
+    ),
+    "epochs": 200,
+    "batch_size": 128,
+    "precision": "fp32",
+}
+_TRS_RUN: Final = {
+    **_ADAM,
+    "optim": _ADAM["optim"].model_copy(update={"milestones": (1 / 3, 2 / 3)}),
+    "epochs": 120,
+}
+_LEAKY: Final = {
+    "name": "independent", "model": "resnet18", "num_members": 8, "activation": "leaky",
+}  # fmt: skip
+# 200 plain epochs, then 200; 0.05 is the radius for 5 and 8 members
+_DVERGE: Final = {"name": "dverge", "eps": 0.05, "step_size": 0.1}
+_BOOST: Final = {
+    "optim": OptimConfig(lr=0.1, weight_decay=5e-4, schedule="steps", milestones=(0.5, 0.75)),
+    "epochs": 800,  # 100 a member
+}
+
+_MINI_LEAKY: Final = {
+    "name": "independent", "model": "resnet8", "num_members": 3, "activation": "leaky",
+}  # fmt: skip
+# ADP's determinant does not bear the other methods' SGD
+_MINI_ADAM: Final = {"optim": OptimConfig(name="adam", lr=3e-3, weight_decay=1e-4)}
+_MINI_TRS: Final = {
+    "name": "trs", "steps": 5, "step_size": 0.5, "differentiate": "finite",
+}  # fmt: skip
+# the printed form at the weights of our RED: its smoothness counts gradient norms twice
+_MINI_TRS_OURS: Final = {**_MINI_TRS, "preset": "printed", "similarity": 5.0, "smoothness": 0.25}
+_MINI_DVERGE: Final = {"name": "dverge", "start": 1 / 3, "steps": 5, "step_size": 0.2}
+_MINI_BARRE: Final = {"name": "barre", "adversary": MINI, "refit_images": 256, "refit_steps": 4}
+
 # units as wide as ResNet-8's first stage, embeddings so short that a tenth is stored
 _MINI_HYPER: Final = {
     "name": "hyper", "model": "resnet8", "num_members": 3, "unit": 16, "embedding": 16,
@@ -72,6 +110,28 @@ _HYPER: Final = {
 CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-vanilla": partial(_mini, {"name": "vanilla"}),
     "cifar10-mini-at": partial(_mini, {"name": "at", "adversary": MINI}),
+    "cifar10-mini-gal": partial(
+        _mini, {"name": "gal", "differentiate": "finite"}, ensemble=_MINI_LEAKY
+    ),
+    "cifar10-mini-adp": partial(_mini, {"name": "adp"}, **_MINI_ADAM),
+    "cifar10-mini-adp-at": partial(
+        _mini,
+        {
+            "name": "adp",
+            "adversarial_training": True,
+            "adversary": {"eps": 0.05, "steps": 5, "step_size": 0.2},
+        },
+        **_MINI_ADAM,
+    ),
+    "cifar10-mini-dverge": partial(_mini, _MINI_DVERGE),
+    "cifar10-mini-dverge-at": partial(
+        _mini, {**_MINI_DVERGE, "adversarial_training": True, "adversary": MINI}
+    ),
+    "cifar10-mini-trs": partial(_mini, _MINI_TRS_OURS),
+    "cifar10-mini-trs-released": partial(_mini, {**_MINI_TRS, "preset": "released"}),
+    "cifar10-mini-trs-printed": partial(_mini, {**_MINI_TRS, "preset": "printed"}),
+    "cifar10-mini-mrboost": partial(_mini, {"name": "mrboost", "adversary": MINI}),
+    "cifar10-mini-barre": partial(_mini, _MINI_BARRE),
     "cifar10-mini-red": partial(_mini, _red(MINI, **_MINI_RED)),
     "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released", **_MINI_RED)),
     "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed", **_MINI_RED)),
@@ -82,6 +142,19 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
 CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-vanilla": partial(_full, {"name": "vanilla"}, **_SGD_200),
     "cifar10-at": partial(_full, _AT, **_SGD_200),
+    "cifar10-gal": partial(_full, {"name": "gal"}, **_ADAM, ensemble=_LEAKY),
+    "cifar10-adp": partial(_full, {"name": "adp"}, **{**_ADAM, "batch_size": 64}),
+    "cifar10-adp-at": partial(
+        _full, {"name": "adp", "adversarial_training": True}, **{**_ADAM, "batch_size": 64}
+    ),
+    "cifar10-dverge": partial(_full, _DVERGE, **{**_SGD_200, "epochs": 400}),
+    "cifar10-dverge-at": partial(
+        _full, {**_DVERGE, "adversarial_training": True}, **{**_SGD_200, "epochs": 400}
+    ),
+    "cifar10-trs": partial(_full, {"name": "trs", "preset": "released"}, **_TRS_RUN),
+    "cifar10-trs-printed": partial(_full, {"name": "trs", "preset": "printed"}, **_TRS_RUN),
+    "cifar10-mrboost": partial(_full, {"name": "mrboost"}, **_BOOST, batch_size=128),
+    "cifar10-barre": partial(_full, {"name": "barre"}, **_BOOST),
     "cifar10-red": partial(_full, _red(PUBLISHED)),
     "cifar10-red-released": partial(_full, _red(PUBLISHED, preset="released")),
     "cifar10-red-printed": partial(_full, _red(PUBLISHED, preset="printed")),

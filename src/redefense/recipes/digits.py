@@ -25,6 +25,19 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
 
 _RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 1.0, "lipschitz": 1.0}
 
+_LEAKY: Final = {
+    "name": "independent", "model": "digits-cnn", "num_members": 3, "activation": "leaky",
+}  # fmt: skip
+_DVERGE: Final = {"name": "dverge", "eps": 0.3}
+_TRS: Final = {"name": "trs", "first_eps": EPS / 3, "last_eps": EPS}
+# the printed form at the weights of our RED: its smoothness counts gradient norms twice
+_TRS_OURS: Final = {**_TRS, "preset": "printed", "similarity": 1.0, "smoothness": 0.5}
+_ADP_AT: Final = {
+    "name": "adp", "adversarial_training": True, "smallest_eps": EPS / 5,
+    "adversary": {"eps": EPS, "steps": 10, "step_size": 0.1},
+}  # fmt: skip
+_BARRE: Final = {"name": "barre", "adversary": ADVERSARY, "refit_images": 256, "refit_steps": 5}
+
 _HYPER: Final = {
     "name": "hyper", "model": "digits-cnn", "num_members": 3, "unit": 16, "embedding": 8,
 }  # fmt: skip
@@ -32,6 +45,18 @@ _HYPER: Final = {
 DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-vanilla": partial(_run, {"name": "vanilla"}),
     "digits-at": partial(_run, {"name": "at", "adversary": ADVERSARY}),
+    "digits-gal": partial(_run, {"name": "gal"}, ensemble=_LEAKY),
+    "digits-adp": partial(_run, {"name": "adp"}),
+    "digits-adp-at": partial(_run, _ADP_AT),
+    "digits-dverge": partial(_run, _DVERGE),
+    "digits-dverge-at": partial(
+        _run, {**_DVERGE, "adversarial_training": True, "adversary": ADVERSARY}
+    ),
+    "digits-trs": partial(_run, _TRS_OURS),
+    "digits-trs-released": partial(_run, {**_TRS, "preset": "released"}),
+    "digits-trs-printed": partial(_run, {**_TRS, "preset": "printed"}),
+    "digits-mrboost": partial(_run, {"name": "mrboost", "adversary": ADVERSARY}),
+    "digits-barre": partial(_run, _BARRE),
     "digits-red": partial(_run, _RED),
     "digits-red-released": partial(
         _run, {"name": "red", "preset": "released", "adversary": ADVERSARY}
