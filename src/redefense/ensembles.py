@@ -109,7 +109,8 @@ class Hyper(Members):
         members: plain networks of any architecture of convolutions; their kernels are given up.
         mixture: M probabilities, uniform unless given.
         unit: channels of a unit, 16, 32 or 64; must divide those of all written kernels.
-        embedding: d, of embeddings and of the hypernetworks' inner layer.
+        embedding: numbers from which a unit is written.
+        hidden: width of the hypernetworks between their two layers, per output channel of a unit.
         taps: how nine taps become a 1x1 kernel: "mean", "max" or "sum".
         shared: one hypernetwork for all members in place of one each. Members that are trained one
             after another then change those before them.
@@ -129,6 +130,7 @@ class Hyper(Members):
         *,
         unit: int = 64,
         embedding: int = 128,
+        hidden: int = 128,
         taps: str = "mean",
         shared: bool = False,
         rng: torch.Generator,
@@ -136,15 +138,19 @@ class Hyper(Members):
         super().__init__(len(members), mixture)
         if taps not in hyper.TAPS:
             raise ConfigError(f"taps must be one of {', '.join(hyper.TAPS)}, got {taps!r}")
-        if embedding < 1:
-            raise ConfigError(f"embedding must be at least 1, got {embedding}")
+        if min(embedding, hidden) < 1:
+            raise ConfigError(
+                f"embedding and hidden must be at least 1, got {embedding} and {hidden}"
+            )
         self.unit, self.taps, self.shared = unit, taps, shared
         self.grids = [hyper.grids_of(net, unit) for net in members]
         for net, grids in zip(members, self.grids, strict=True):
             hyper.strip(net, grids)
         self.members = nn.ModuleList(members)
         writers = range(1 if shared else len(members))
-        self.writers = nn.ModuleList([hyper.Hypernetwork(unit, embedding, rng) for _ in writers])
+        self.writers = nn.ModuleList(
+            [hyper.Hypernetwork(unit, embedding, hidden, rng) for _ in writers]
+        )
         self.embeddings = nn.ParameterList(
             [
                 nn.Parameter(hyper.embeddings(sum(g.num_units for g in grids), embedding, rng))

@@ -1,11 +1,11 @@
 """Kernels written by a hypernetwork: the compact members of PS-RED.
 
-Two linear layers (Ha, Dai & Le, "HyperNetworks", 2017) turn an embedding z in R^d into a *unit*, a
+Two linear layers (Ha, Dai & Le, "HyperNetworks", 2017) turn an embedding z in R^e into a *unit*, a
 kernel of n x n x 3 x 3. Slice s of it, the weights of output channel s, is
 
     a_s = W_s z + b_s in R^d,    K_s = W_out a_s + b_out in R^(9 n),
 
-with W_out and b_out common to all slices: n d (d + 1) + 9 n (d + 1) parameters. A larger kernel is
+with W_out and b_out common to all slices: n d (e + 1) + 9 n (d + 1) parameters. A larger kernel is
 a grid of units: channel blocks within a row, rows stacked along the output channels. A 1x1 kernel
 is a grid whose nine taps are reduced to one. Stem, batch norm and classifier stay as they are.
 """
@@ -108,23 +108,24 @@ def grids_of(net: nn.Module, unit: int) -> tuple[Grid, ...]:
 
 
 class Hypernetwork(nn.Module):
-    """The two linear layers. At first, embeddings of length sqrt(d) give units of variance 1.
+    """The two linear layers. At first, embeddings of length sqrt(e) give units of variance 1.
 
     Args:
         unit: n, channels of a unit.
-        embedding: d, of the embeddings and of the layer between.
+        embedding: e, numbers in an embedding.
+        hidden: d, width of a slice between the two layers.
         rng: all weights are drawn from it.
     """
 
-    def __init__(self, unit: int, embedding: int, rng: torch.Generator) -> None:
+    def __init__(self, unit: int, embedding: int, hidden: int, rng: torch.Generator) -> None:
         super().__init__()
         with torch.device("meta"):  # torch would draw from its global generator
-            self.first = nn.Linear(embedding, unit * embedding)
-            self.second = nn.Linear(embedding, 9 * unit)
+            self.first = nn.Linear(embedding, unit * hidden)
+            self.second = nn.Linear(hidden, 9 * unit)
         self.to_empty(device="cpu")
         with torch.no_grad():
             for layer in (self.first, self.second):
-                layer.weight.normal_(0, 1 / math.sqrt(embedding), generator=rng)
+                layer.weight.normal_(0, 1 / math.sqrt(layer.in_features), generator=rng)
                 layer.bias.zero_()
 
     def sources(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,7 +133,7 @@ class Hypernetwork(nn.Module):
         return self.first.weight, self.first.bias, self.second.weight, self.second.bias
 
 
-def embeddings(num_units: int, size: int, rng: torch.Generator) -> Float[Tensor, "U d"]:
+def embeddings(num_units: int, size: int, rng: torch.Generator) -> Float[Tensor, "U e"]:
     """Random directions of length sqrt(size): the second moment of standard normal vectors."""
     z = torch.randn(num_units, size, generator=rng)
     scale: Tensor = math.sqrt(size) / z.norm(dim=1, keepdim=True)
@@ -140,14 +141,14 @@ def embeddings(num_units: int, size: int, rng: torch.Generator) -> Float[Tensor,
 
 
 def write_units(
-    z: Float[Tensor, "U d"],
-    first: Float[Tensor, "nd d"],
+    z: Float[Tensor, "U e"],
+    first: Float[Tensor, "nd e"],
     first_bias: Float[Tensor, " nd"],
     second: Float[Tensor, "t d"],
     second_bias: Float[Tensor, " t"],
 ) -> Float[Tensor, "U n n 3 3"]:
     """Units of all embeddings; axis 1 is the output channel."""
-    inner = F.linear(z, first, first_bias).unflatten(1, (-1, z.shape[1]))
+    inner = F.linear(z, first, first_bias).unflatten(1, (-1, second.shape[1]))
     units: Tensor = F.linear(inner, second, second_bias).unflatten(2, (-1, 3, 3))
     return units
 

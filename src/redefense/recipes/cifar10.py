@@ -102,9 +102,11 @@ _MINI_BARRE: Final = {"name": "barre", "adversary": MINI, "refit_images": 256, "
 # units as wide as ResNet-8's first stage, embeddings so short that a tenth is stored
 _MINI_HYPER: Final = {
     "name": "hyper", "model": "resnet8", "num_members": 3, "unit": 16, "embedding": 16,
+    "hidden": 16,
 }  # fmt: skip
 _HYPER: Final = {
     "name": "hyper", "model": "resnet18", "num_members": 8, "unit": 64, "embedding": 128,
+    "hidden": 128,
 }  # fmt: skip
 
 CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {

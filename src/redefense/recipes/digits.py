@@ -40,6 +40,7 @@ _BARRE: Final = {"name": "barre", "adversary": ADVERSARY, "refit_images": 256, "
 
 _HYPER: Final = {
     "name": "hyper", "model": "digits-cnn", "num_members": 3, "unit": 16, "embedding": 8,
+    "hidden": 8,
 }  # fmt: skip
 
 DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
