@@ -22,7 +22,7 @@ from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, run_suite
 from redefense.evaluation.suite import suite_named
 from redefense.evaluation.workers import workers
 from redefense.threat import Threat
-from redefense.train.run import Signature, find_final, input_check, load_checkpoint
+from redefense.train.run import Signature, accuracy, find_final, input_check, load_checkpoint
 from redefense.types import check_images, check_labels
 
 
@@ -133,7 +133,12 @@ def evaluate_run(
         # every process reads what the first one wrote, so that all see the same refusal
         started = _claim(store, target, settings)
         subject = _subject(ensemble, dataset, images, _run_json(path, run), run, device)
-        subject = replace(subject, workers=team, randomized=_randomized(run))
+        subject = replace(
+            subject,
+            workers=team,
+            randomized=_randomized(run),
+            drift=_drift(path, ensemble, dataset, run),
+        )
         tell = say if team.first else _silent
         tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
@@ -149,6 +154,17 @@ def evaluate_run(
 
 def _silent(line: str) -> None:
     pass
+
+
+def _drift(path: Path, ensemble: Members, dataset: Dataset, run: Run) -> float | None:
+    """Clean validation accuracy now minus as logged; None without a log."""
+    log = path / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    logged = [json.loads(line).get("validation_accuracy") for line in lines]
+    if not logged or logged[-1] is None:
+        return None
+    _, validation, _ = train_validation(dataset, run.data.validation)
+    return accuracy(ensemble, validation, run.batch_size) - float(logged[-1])
 
 
 def _randomized(run: Run) -> bool:

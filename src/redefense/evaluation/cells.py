@@ -75,6 +75,7 @@ class Subject:
         validation: images and labels on which the best single member may be chosen; without them it
             is chosen on the evaluated images, which flatters the single member, not the ensemble.
         randomized: whether queries are answered by a member drawn at random; else by the average.
+        drift: clean accuracy on all validation images, now minus as the training logged it.
         workers: the processes among which the chunks are spread.
     """
 
@@ -87,6 +88,7 @@ class Subject:
     run: Mapping[str, Any] = field(default_factory=dict)
     validation: tuple[Tensor, Tensor] | None = None
     randomized: bool = True
+    drift: float | None = None
     workers: Workers = ALONE
 
 

@@ -24,7 +24,9 @@ from redefense.evaluation.cells import (
     clean_cell,
     robust_correctness,
 )
-from redefense.evaluation.checks import after_run, before_run
+from redefense.evaluation.checks import after_run
+from redefense.evaluation.checks_full import full_checks
+from redefense.evaluation.checks_victim import before_run
 from redefense.evaluation.measures import joint_measures, member_measures
 from redefense.evaluation.metrics import (
     Bools,
@@ -111,7 +113,7 @@ def run_suite(
     plan = _plan(suite, threat, subject.randomized)
     before = before_run(ensemble, x, y)
     records, repeats = _records(subject, plan, mixture, seed, seeds, store, say)
-    beside, alone = _beside(subject, suite, threat, seed=seed, store=store, say=say)
+    beside, alone, single = _beside(subject, suite, threat, seed=seed, store=store, say=say)
     cells = [
         _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed)
         for planned in plan
@@ -145,7 +147,8 @@ def run_suite(
             data |= _measured(subject, suite, threat, found.worst, alone, seed, store, say)
     done = [
         *before,
-        *after_run(ensemble, x, y, data, records, mixture, full=checks == "full", seed=seed),
+        *after_run(data, records, mixture, worst=found.worst, single=single, log=subject.drift),
+        *(full_checks(ensemble, x, y, data, records, seed) if checks == "full" else ()),
     ]
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
     return Report(data, records)
@@ -376,17 +379,17 @@ def _beside(
     seed: int,
     store: Path | None,
     say: Say,
-) -> tuple[dict[str, Any], Bools | None]:
+) -> tuple[dict[str, Any], Bools | None, Bools | None]:
     """The best single member and the averaged ensemble under the suite's aware budget.
 
     Returns:
         What the headline says of them, and (M, n) every member alone under that budget on the
-        evaluated images, where it is known.
+        evaluated images, where it is known; (n,) the best of them.
     """
     keys = ("best_single_member", "averaged")
     nothing = {f"{k}{s}": None for k in keys for s in ("", "_interval")}
     if not suite.beside:
-        return nothing, None
+        return nothing, None, None
     members: Bools | None = None
     attacks = [_attack(spec) for spec in suite.beside]
     saved = store / "beside.npz" if store is not None else None
@@ -436,11 +439,15 @@ def _beside(
             f"averaged ensemble {100 * averaged.mean():.1f} % under the aware budget"
         )
         subject.workers.wait()
-    return {
-        "best_single_member": float(single.mean()),
-        "best_single_member_interval": _interval(single.astype(np.float64)),
-        "best_single_member_index": best,
-        "chosen_on": chosen_on,
-        "averaged": float(averaged.mean()),
-        "averaged_interval": _interval(averaged.astype(np.float64)),
-    }, members
+    return (
+        {
+            "best_single_member": float(single.mean()),
+            "best_single_member_interval": _interval(single.astype(np.float64)),
+            "best_single_member_index": best,
+            "chosen_on": chosen_on,
+            "averaged": float(averaged.mean()),
+            "averaged_interval": _interval(averaged.astype(np.float64)),
+        },
+        members,
+        single,
+    )
