@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import redefense
-from redefense.errors import ConfigError, RedefenseError
+from redefense.errors import ConfigError, DataError, RedefenseError
 
 if TYPE_CHECKING:  # what a command needs it imports itself, so that --help answers at once
     from redefense.config import Run
@@ -41,10 +41,11 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on s
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         typer.echo(redefense.__version__)
         raise typer.Exit
+    return value
 
 
 @app.callback()
@@ -183,6 +184,25 @@ def audit(
 
 
 @app.command()
+def landscape(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="DIR [DIR2]", help="Runs, drawn below each other.")
+    ],
+    out: Annotated[Path, typer.Option(help="An .svg or .png file.")] = Path("landscape.svg"),
+    image: Annotated[
+        int | None, typer.Option(help="Of the test split; the first that both members know.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the loss surfaces of two members over the plane of their gradients."""
+    with _torch():
+        from redefense.evaluation.landscape import write_landscape
+
+        written = write_landscape(paths, out, image=image)
+    _say(f"wrote {written}", quiet)
+
+
+@app.command()
 def card(
     path: RunDir,
     out: Annotated[Path | None, typer.Option(help="Where it goes; DIR/README.md.")] = None,
@@ -272,7 +292,9 @@ def data_check(
         for line in found.lines():
             typer.echo(line)
     if found.problems:
-        raise typer.Exit(3)
+        count = len(found.problems)
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        raise DataError(f"{spec} cannot be used: {found.problems[0]}{more}")
 
 
 def main() -> None:

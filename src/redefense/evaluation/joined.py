@@ -107,6 +107,26 @@ class Result:
     def curve(self) -> tuple[tuple[float, ...], ...] | None:
         return next((e.curve for e in self.evaluations if e.curve), None)
 
+    @property
+    def members(self) -> tuple[tuple[str, str], ...]:
+        """What is known of the members' likeness, and of better probabilities, as (name, text)."""
+        diversity = next((e.diversity for e in self.evaluations if e.diversity), {})
+        best = next((e.best_mixture for e in self.evaluations if e.best_mixture), None)
+        facts: list[tuple[str, str]] = []
+        for key, value in diversity.items():
+            group = value if isinstance(value, dict) else {key: value}
+            prefix = f"{key}: " if isinstance(value, dict) else ""
+            facts += [
+                (prefix + name.replace("_", " "), "unknown" if v is None else f"{v:.3g}")
+                for name, v in group.items()
+            ]
+        if best is not None:
+            shares = ", ".join(f"{100 * p:.0f}" for p in best["mixture"])
+            gain = f"{100 * best['accuracy']:.1f} % against {100 * best['present']:.1f} %"
+            text = f"{shares} % of the draws would leave {gain} now; {best['caveat']}"
+            facts.append(("best sampling probabilities", text))
+        return tuple(facts)
+
 
 def join(sources: Iterable[Source]) -> list[Result]:
     """One result for each run, threat and set of images, in the order of the runs.

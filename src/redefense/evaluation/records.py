@@ -122,6 +122,8 @@ class Evaluation(_Record):
     mixture: tuple[float, ...] | None = None
     transfer: tuple[tuple[float | None, ...], ...] | None = None
     curve: tuple[tuple[float, ...], ...] | None = None
+    diversity: dict[str, Any] | None = None
+    best_mixture: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
