@@ -167,7 +167,7 @@ def test_networks_and_lists_become_ensembles() -> None:
     assert as_ensemble([Constant(1.0), Constant(2.0)]).num_members == 2
     assert isinstance(ensemble, Ensemble)
     with pytest.raises(InputError, match="got str"):
-        as_ensemble("resnet8")  # type: ignore[arg-type]  # what a user may try
+        as_ensemble("resnet8")
 
 
 def test_modes_and_flags_come_back_as_they_were() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from redefense.defences.base import Adversary, Defence, terms
 from redefense.errors import ConfigError
 from redefense.types import Batch, Ensemble, Loss
-
-Variant = Literal["shared", "independent", "joint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +25,7 @@ class AdversarialTraining(Defence):
 
     summary: ClassVar[str] = "adversarial training on PGD examples: shared, independent or joint"
 
-    variant: Variant = "shared"
+    variant: str = "shared"
     adversary: Adversary = field(default_factory=Adversary)
 
     def __post_init__(self) -> None:

@@ -21,18 +21,16 @@ validation split.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Final, Literal, cast
+from typing import ClassVar, Final, cast
 
 import torch
 from torch import Tensor
 
 from redefense.defences.base import Adversary, Defence
-from redefense.defences.coupled import Coupled, Differentiate
+from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.errors import ConfigError, InputError
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
 from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
-
-Preset = Literal["printed", "released", "calibrated"]
 
 WEIGHTS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
     {"printed": (10.0, 10.0), "released": (10.0, 10.0), "calibrated": (5.0, 0.5)}
@@ -59,18 +57,17 @@ class RED(Defence):
     )
     randomized: ClassVar[bool] = True
 
-    preset: Preset = "calibrated"
+    preset: str = "calibrated"
     similarity: float | None = None
     lipschitz: float | None = None
     adversary: Adversary = field(default_factory=Adversary)
     adversarial_training: bool = False
-    differentiate: Differentiate = "exact"
+    differentiate: str = "exact"
 
     def __post_init__(self) -> None:
         if self.preset not in WEIGHTS:
             raise ConfigError(f"preset must be one of {', '.join(WEIGHTS)}, got {self.preset!r}")
-        if self.differentiate not in ("exact", "finite"):
-            raise ConfigError(f"differentiate must be exact or finite, got {self.differentiate!r}")
+        check_differentiate(self.differentiate)
         for name, default in zip(("similarity", "lipschitz"), WEIGHTS[self.preset], strict=True):
             value = getattr(self, name)
             if value is None:
@@ -83,7 +80,7 @@ class RED(Defence):
         ensemble: Ensemble,
         x: Images,
         y: Labels,
-        x_adv: Images,
+        x_adv: Tensor,
         x_own: Float[Tensor, "M B ch H W"] | None = None,
     ) -> dict[str, Tensor]:
         """The definition, as one joint graph over all members.
@@ -116,7 +113,7 @@ class RED(Defence):
         yield from coupled.parts(ensemble, self.differentiate)
 
     def _coupled(
-        self, num_members: int, x: Images, y: Labels, x_adv: Images, x_own: Tensor | None
+        self, num_members: int, x: Images, y: Labels, x_adv: Tensor, x_own: Tensor | None
     ) -> Coupled:
         if x_adv.shape != x.shape:
             raise InputError(

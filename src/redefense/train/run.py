@@ -108,6 +108,7 @@ def train(
     """
     run, kind, defence = resolve(run)
     stages = defence.stages(kind.num_members, run.epochs)
+    check_device(device)
     begun = _claim(run, out, resume)
     if (out / "final").is_dir():
         note(f"{out} is finished; nothing to do")
@@ -230,6 +231,18 @@ def accuracy(ensemble: Members, split: Split, batch_size: int) -> float:
     return float(right) / count
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is unknown or not there, before anything is done.
+
+    Raises:
+        ConfigError: naming the device.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+
+
 def load(path: str | Path, *, device: str = "cpu") -> Members:
     """The trained ensemble of a run directory (or of one checkpoint folder), in evaluation mode.
 
@@ -263,13 +276,11 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Members:
 
 def _fresh(kind: Kind, signature: Signature, seed: int, device: str) -> Members:
     ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
-    try:
-        return cast(
-            Members,
-            ensemble.to(torch.device(device)).to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stub lacks it
-        )
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+    check_device(device)
+    return cast(
+        Members,
+        ensemble.to(torch.device(device)).to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # torch's stub lacks it
+    )
 
 
 def _load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:

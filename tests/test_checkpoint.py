@@ -1,0 +1,111 @@
+"""Checkpoints: whole or refused, and the good one before is used."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from redefense.errors import CheckpointError
+from redefense.recipes import recipe
+from redefense.train import checkpoint
+from redefense.train.checkpoint import latest, prune, read, save, step_folder
+
+RUN = recipe("digits-vanilla")
+
+
+def store(folder: Path, step: int) -> Path:
+    target = step_folder(folder, step)
+    save(
+        target,
+        run=RUN,
+        weights={"w": torch.full((2, 3), float(step)), "n": torch.tensor(step)},
+        optimizer={"momentum_buffer/w": torch.ones(2, 3)},
+        state={"position": {"total": step}},
+    )
+    return target
+
+
+def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
+    found = read(store(tmp_path, 7))
+    assert torch.equal(found.weights["w"], torch.full((2, 3), 7.0))
+    assert torch.equal(found.optimizer["momentum_buffer/w"], torch.ones(2, 3))
+    assert found.run == RUN
+    assert found.state["position"] == {"total": 7}
+
+
+def flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+FILES = ["weights.safetensors", "optimizer.safetensors", "run.json", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, name: str, damage) -> None:  # type: ignore[no-untyped-def]  # three ways to break a file
+    store(tmp_path, 1)
+    damage(store(tmp_path, 2) / name)
+    said: list[str] = []
+    found = latest(tmp_path, said.append)
+    assert found is not None
+    assert found.state["position"]["total"] == 1
+    assert len(said) == 1
+    assert "step-000000002" in said[0]
+
+
+def test_no_sound_checkpoint_is_none(tmp_path: Path) -> None:
+    assert latest(tmp_path / "nowhere", print) is None
+    truncate(store(tmp_path, 1) / "state.json")
+    assert latest(tmp_path, lambda _: None) is None
+
+
+def test_a_save_killed_halfway_leaves_the_one_before(tmp_path: Path) -> None:
+    store(tmp_path, 1)
+    aside = tmp_path / ".saving-step-000000002-1"
+    aside.mkdir()
+    (aside / "weights.safetensors").write_bytes(b"half")
+    found = latest(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.path.name == "step-000000001"
+    prune(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tmp_path, 1)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        store(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_saving_again_replaces_and_only_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 3):
+        store(tmp_path, step)
+    prune(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    save(target, run=RUN, weights={"w": torch.tensor([1.0, float("nan")])}, state={})
+    with pytest.raises(CheckpointError, match="non-finite numbers in w"):
+        read(target)
+
+
+def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    target = store(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="format 99"):
+        read(target)

@@ -1,0 +1,160 @@
+"""The command line: exit codes, one-line errors, machine output."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from redefense import cli
+from redefense.cli import main
+from redefense.recipes import RECIPES
+
+QUICK = ["--set", "epochs=1", "--set", "ensemble.model=mlp", "--set", "batch_size=256", "--quiet"]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> "Runner":
+    monkeypatch.chdir(tmp_path)
+    return Runner(monkeypatch, capsys)
+
+
+class Runner:
+    """Calls the entry point as a shell would, in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str) -> Result:
+        self.monkeypatch.setattr(sys, "argv", ["redefense", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = self.capsys.readouterr()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+
+def test_the_whole_path_trains_evaluates_and_reports(run: Runner) -> None:
+    assert run("train", "digits-vanilla", "--out", "v", *QUICK).code == 0
+    done = run("evaluate", "v", "--images", "20", "--json", "--quiet")
+    assert done.code == 0
+    stored = json.loads(Path("v/evaluation/quick.json").read_text())
+    assert json.loads(done.out) == stored
+    assert stored["data"] == {"name": "digits", "split": "test", "num_images": 20}
+    assert stored["headline"]["aware"] <= stored["headline"]["unaware"]
+    written = run("report", "v", "--out", "page.html", "--json")
+    assert "page.html" in json.loads(written.out)["files"]
+    assert "://" not in Path("page.html").read_text().replace("http://www.w3.org", "")
+
+
+def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    run("evaluate", "v", "--images", "20", "--quiet")
+    refused = run("evaluate", "v", "--images", "21", "--quiet")
+    assert refused.code == 2
+    assert "images" in refused.err
+    assert run("evaluate", "v", "--images", "21", "--out", "other.json", "--quiet").code == 0
+    assert json.loads(Path("other.json").read_text())["data"]["num_images"] == 21
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["train", "digits-rde"], 2, "did you mean digits-red"),
+        (["train", "digits-red", "--set", "epoch=3"], 2, "did you mean epochs"),
+        (["train", "digits-red", "--set", "epochs=x"], 2, "valid integer, got 'x'"),
+        (["train", "digits-red", "--data", "digitz"], 3, "digitz"),
+        (["train", "cifar10-mini-red", "--data", "cifar10:nowhere"], 3, "nowhere"),
+        (["train", "digits-vanilla", "--device", "warp"], 2, "device 'warp'"),
+        (["train", "missing.json"], 2, "missing.json"),
+        (["evaluate", "nowhere"], 3, "no trained run at nowhere"),
+        (["evaluate", "nowhere", "--suite", "quik"], 2, "did you mean quick"),
+        (["evaluate", "nowhere", "--checks", "some"], 2, "quick or full"),
+        (["report", "nowhere"], 3, "nowhere"),
+        (["list", "colours"], 2, "cannot list 'colours'"),
+        (["show", "digits-rde"], 2, "digits-red"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Runner, words: list[str], code: int, says: str
+) -> None:
+    result = run(*words)
+    assert result.code == code
+    assert says in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert result.out == ""
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_data_that_cannot_be_used_is_refused_with_its_faults(run: Runner) -> None:
+    result = run("data", "check", "npz:nowhere.npz", "--json")
+    assert result.code == 3
+    assert "nowhere.npz" in json.loads(result.out)["problems"][0]
+    assert len(result.err.strip().splitlines()) == 1
+    assert run("data", "check", "digits").code == 0
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defences", "models", "data", "recipes", "suites"])
+def test_lists_are_names_with_summaries(run: Runner, kind: str) -> None:
+    entries = json.loads(run("list", kind, "--json").out)
+    assert entries
+    assert all(set(entry) == {"name", "summary"} and entry["summary"] for entry in entries)
+
+
+def test_show_gives_the_resolved_run_that_can_be_trained(run: Runner) -> None:
+    shown = run("show", "digits-red", "--set", "epochs=1").out
+    Path("mine.json").write_text(shown)
+    assert json.loads(shown)["epochs"] == 1
+    assert json.loads(run("show", "mine.json").out) == json.loads(shown)
+
+
+def test_a_defect_of_ours_keeps_its_traceback_and_exits_70(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_entries", broken)
+    result = run("list", "recipes")
+    assert result.code == 70
+    assert "ZeroDivisionError" in result.err
+    assert "report" in result.err
+
+
+def test_a_corrupted_run_is_refused_by_name(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    target = Path("v/final/weights.safetensors")
+    target.write_bytes(target.read_bytes()[:-1])
+    result = run("evaluate", "v")
+    assert result.code == 3
+    assert "weights.safetensors" in result.err
+
+
+def test_strict_turns_a_red_check_into_a_failure(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    words = ("evaluate", "v", "--images", "20", "--quiet")
+    red = [c for c in json.loads(run(*words, "--json").out)["checks"] if c["passed"] is False]
+    assert run(*words, "--strict").code == (1 if red else 0)
+
+
+def test_help_names_every_command_and_version_answers() -> None:
+    for words in (["--help"], ["--version"]):
+        command = [sys.executable, "-m", "redefense", *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "NO_COLOR": "1"}
+        )
+        expected = ["train", "evaluate", "report", "list", "show", "data"]
+        assert all(w in done.stdout for w in (expected if words == ["--help"] else ["0."]))
+
+
+def test_every_recipe_has_the_name_it_is_found_by() -> None:
+    assert all(name == name.lower() and " " not in name for name in RECIPES)

@@ -1,0 +1,91 @@
+"""Runs as data: round trips, overrides and one clear line for everything that is wrong."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from redefense.config import choose, override, parse_run, settings_of, to_json
+from redefense.defences import DEFENCES
+from redefense.errors import ConfigError
+from redefense.kinds import ENSEMBLES
+from redefense.recipes import RECIPES, recipe
+from redefense.train.run import resolve
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_resolves_and_its_record_can_be_trained_again(name: str) -> None:
+    run, kind, defence = resolve(recipe(name))
+    again, same_kind, same_defence = resolve(parse_run(json.loads(to_json(run))))
+    assert again == run
+    assert (same_kind, same_defence) == (kind, defence)
+    assert run.recipe == name
+
+
+def test_a_family_shows_every_method_the_same_number_of_images() -> None:
+    minis = [recipe(name) for name in RECIPES if name.startswith("cifar10-mini-")]
+    seen = {(run.data.images, run.epochs, run.batch_size, run.data.augment) for run in minis}
+    assert len(seen) == 1
+
+
+def test_overrides_reach_every_depth_and_keep_the_rest() -> None:
+    run = override(
+        recipe("digits-red"),
+        ["epochs=3", "optim.lr=0.5", "defence.adversary.steps=2", "data.spec=npz:x=y.npz"],
+    )
+    assert (run.epochs, run.optim.lr, run.data.spec) == (3, 0.5, "npz:x=y.npz")
+    assert run.defence["adversary"] == {**recipe("digits-red").defence["adversary"], "steps": 2}
+    assert run.threat == recipe("digits-red").threat
+
+
+def test_another_defence_brings_its_own_settings() -> None:
+    run = override(recipe("digits-red"), ["defence.name=vanilla"])
+    assert run.defence == {"name": "vanilla"}
+    resolve(run)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("epoch=3", "unknown setting 'epoch' (did you mean epochs?)"),
+        ("optim.learning=1", "unknown setting 'learning'"),
+        ("epochs=three", "valid integer, got 'three'"),
+        ("epochs=0", "greater than or equal to 1, got 0"),
+        ("epochs=2.5", "valid integer"),
+        ("epochs=true", "valid integer"),
+        ("optim.lr=fast", "optim.lr should be a valid number, got 'fast'"),
+        ("data.spec.path=x", "data.spec is a value"),
+        ("epochs", "PATH=VALUE"),
+        ("=3", "PATH=VALUE"),
+        ("threat.norm=1", "'inf' or '2'"),
+        ("defence.similarty=3", "unknown setting defence.similarty (did you mean similarity?)"),
+        ("defence.similarity=high", "defence.similarity"),
+        ("defence.adversary.step=3", "defence.adversary.step (did you mean steps?)"),
+        ("defence.adversary=3", "must be a group of settings, got 3"),
+        ("defence.preset=best", "preset must be one of printed, released, calibrated"),
+        ("defence.name=rde", "unknown defence 'rde' (did you mean red?)"),
+        ("ensemble.num_members=0", "num_members must be at least 1, got 0"),
+        ("ensemble.name=os.system", "unknown ensemble 'os.system'"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(assignment: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(override(recipe("digits-red"), [assignment]))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [[], 3, {"epochs": 1}, {"a": {}}, None])
+def test_what_is_not_a_run_is_refused(data: Any) -> None:
+    with pytest.raises(ConfigError):
+        parse_run(data)
+
+
+def test_settings_are_the_inverse_of_choosing() -> None:
+    mappings: list[Mapping[str, type[Any]]] = [DEFENCES, ENSEMBLES]
+    for mapping in mappings:
+        for name, cls in mapping.items():
+            value = cls()
+            assert settings_of(mapping, value)["name"] == name
+            assert choose(mapping, settings_of(mapping, value), "thing") == value

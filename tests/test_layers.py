@@ -1,0 +1,69 @@
+"""The shape of the house: imports point downhill, and what is public is a decision."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import redefense
+
+SRC = Path(redefense.__file__).parent
+
+LAYERS = [
+    {"types", "errors", "rng", "config", "threat"},
+    {"data", "models"},
+    {"ensembles", "penalties", "attacks", "written"},
+    {"kinds", "defences"},
+    {"train", "recipes"},
+    {"evaluation"},
+    {"bench"},
+    {"cli", "__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+# neither needs torch: a report must open at once
+TORCH_FREE = ["redefense", "redefense.cli", "redefense.recipes", "redefense.evaluation.report",
+              "redefense.evaluation.audit", "redefense.evaluation.card"]  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """First part below the package of everything that a file imports from it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("redefense."):
+            names.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("redefense.")}
+    return names
+
+
+def test_imports_point_downhill() -> None:
+    uphill = []
+    for path in SRC.rglob("*.py"):
+        here = path.relative_to(SRC).with_suffix("").parts[0]
+        if here != "__init__":
+            uphill += [
+                f"{path.relative_to(SRC)} imports {target}"
+                for target in imported(path)
+                if RANK[target] > RANK[here]
+            ]
+    assert uphill == []
+
+
+def test_public_names_exist_and_are_sorted() -> None:
+    assert list(redefense.__all__) == sorted(redefense.__all__)
+    assert all(getattr(redefense, name) is not None for name in redefense.__all__)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    text = (SRC.parents[1] / "CHANGELOG.md").read_text()
+    first = next(line for line in text.splitlines() if line.startswith("## "))
+    assert first.split()[1] == redefense.__version__
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_must_start_at_once_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
