@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redefense.ensembles import Independent
+    from redefense.ensembles import Hyper, Independent
     from redefense.errors import RedefenseError
     from redefense.evaluation.api import evaluate
     from redefense.threat import Threat
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Hyper": "redefense.ensembles",
     "Independent": "redefense.ensembles",
     "RedefenseError": "redefense.errors",
     "Threat": "redefense.threat",
@@ -24,7 +25,16 @@ _HOMES = {
     "train": "redefense.train.run",
 }
 
-__all__ = ["Independent", "RedefenseError", "Threat", "__version__", "evaluate", "load", "train"]
+__all__ = [
+    "Hyper",
+    "Independent",
+    "RedefenseError",
+    "Threat",
+    "__version__",
+    "evaluate",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
