@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data before using it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Set = Annotated[
     list[str] | None,
@@ -102,6 +104,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Attack a trained run, and write DIR/evaluation/SUITE.json."""
+    # of the processes that torchrun starts, one speaks
+    first = os.environ.get("RANK", "0") == "0"
+    quiet = quiet or not first
     if checks not in ("quick", "full"):
         raise ConfigError(f"--checks must be quick or full, got {checks}")
     with _torch():
@@ -124,9 +129,9 @@ def evaluate(
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
         _say(f"check {check['id']} failed: {check['detail']}", quiet)
-    if as_json:
+    if as_json and first:
         typer.echo(report.to_json(), nl=False)
-    else:
+    elif not as_json:
         _say(f"wrote {target}; next: redefense report {path}", quiet)
     if strict and red:
         raise typer.Exit(1)
@@ -275,6 +280,27 @@ def materialise(
 
     write_out(path, out)
     _say(f"wrote {out}; next: redefense evaluate {out}", quiet)
+
+
+@bench_app.command("attacks")
+def bench_attacks(
+    images: Annotated[int, typer.Option(min=1, help="How many test images.")] = 256,
+    model: Annotated[
+        str, typer.Option(help="A network's name; one that fits by default.")
+    ] = "auto",
+    data: DataSpec = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Only this attack; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ours beside TorchAttacks: accuracy, passes, seconds; and what the draw hides."""
+    with _torch():
+        from redefense.bench.attacks import run, tables
+
+        result = run(images=images, model=model, data=data, seed=seed, json=as_json, names=attack)
+    typer.echo(json.dumps(result, indent=1) if as_json else tables(result))
 
 
 @data_app.command("check")

@@ -135,6 +135,7 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
             axes.set_xlabel("along gradient 0 (L2)", fontsize=8)
             axes.set_ylabel("rest of gradient 1 (L2)", fontsize=8)
             axes.set_zlabel("cross-entropy", fontsize=8)
+            axes.set_box_aspect(None, zoom=0.82)  # or labels are cut off
             axes.set_zlim(0, float(found.losses.max()) or 1.0)
     stream = io.BytesIO()
     # equal surfaces give equal files
