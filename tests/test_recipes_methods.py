@@ -29,6 +29,7 @@ def test_mini_recipes_show_every_method_the_same_images_and_members(method: str)
     run, _, _ = resolve(recipe(f"cifar10-mini-{method}"))
     plain = recipe("cifar10-mini-vanilla")
     assert (run.epochs, run.data, run.batch_size) == (plain.epochs, plain.data, plain.batch_size)
+    assert run.optim == plain.optim
     assert run.ensemble["num_members"] == plain.ensemble["num_members"]
     assert run.ensemble["model"] == plain.ensemble["model"]
 

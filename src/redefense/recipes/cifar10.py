@@ -89,8 +89,6 @@ _BOOST: Final = {
 _MINI_LEAKY: Final = {
     "name": "independent", "model": "resnet8", "num_members": 3, "activation": "leaky",
 }  # fmt: skip
-# ADP's determinant does not bear the other methods' SGD
-_MINI_ADAM: Final = {"optim": OptimConfig(name="adam", lr=3e-3, weight_decay=1e-4)}
 _MINI_TRS: Final = {
     "name": "trs", "steps": 5, "step_size": 0.5, "differentiate": "finite",
 }  # fmt: skip
@@ -115,7 +113,7 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-gal": partial(
         _mini, {"name": "gal", "differentiate": "finite"}, ensemble=_MINI_LEAKY
     ),
-    "cifar10-mini-adp": partial(_mini, {"name": "adp"}, **_MINI_ADAM),
+    "cifar10-mini-adp": partial(_mini, {"name": "adp"}),
     "cifar10-mini-adp-at": partial(
         _mini,
         {
@@ -123,7 +121,6 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
             "adversarial_training": True,
             "adversary": {"eps": 0.05, "steps": 5, "step_size": 0.2},
         },
-        **_MINI_ADAM,
     ),
     "cifar10-mini-dverge": partial(_mini, _MINI_DVERGE),
     "cifar10-mini-dverge-at": partial(

@@ -23,7 +23,7 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
     return base.model_copy(update=changes)
 
 
-_RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 1.0, "lipschitz": 1.0}
+_RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 0.1, "lipschitz": 0.5}
 
 _LEAKY: Final = {
     "name": "independent", "model": "digits-cnn", "num_members": 3, "activation": "leaky",
