@@ -124,9 +124,7 @@ def test_transfer_follows_both_conventions() -> None:
 
 def test_the_curve_falls_where_the_boundaries_are_and_ends_at_zero() -> None:
     x, y = flat(0.55, 0.65, 0.9), torch.tensor([1, 1, 1])
-    rows = curve(
-        Independent([Ramp(0)]), x, y, Threat(eps=0.1), np.ones((1, 3), dtype=bool), seed=0
-    )
+    rows = curve(Independent([Ramp(0)]), x, y, Threat(eps=0.1), np.ones((1, 3), dtype=bool), seed=0)
     accuracies = {round(row[0], 3): row[1] for row in rows}
     assert accuracies[0.0] == 1.0
     assert accuracies[0.025] == 1.0
