@@ -8,7 +8,7 @@ from redefense.attacks.adaptive import Hinge, MeanProbAPGD, MeanProbPGD, Transfe
 from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.arc import ARC
 from redefense.attacks.auto import AutoAttack
-from redefense.attacks.base import Attack, as_ensemble, frozen
+from redefense.attacks.base import Attack
 from redefense.attacks.cw import CW
 from redefense.attacks.diverse import DI2FGSM
 from redefense.attacks.fab import FAB
@@ -19,7 +19,7 @@ from redefense.attacks.pixle import Pixle
 from redefense.attacks.sparse import SparseFool
 from redefense.attacks.square import Square
 
-__all__ = ["ATTACKS", "Attack", "as_ensemble", "frozen"]
+__all__ = ["ATTACKS", "Attack"]
 
 ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
     {

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.apgd import AutoAscent, face_starts
-from redefense.attacks.base import Attack, Best, Look, Looker, as_ensemble, dual, input_gradient
+from redefense.attacks.base import Attack, Best, Look, Looker, dual, input_gradient
 from redefense.attacks.gradient import PGD, check_shrink, check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
+from redefense.ensembles import as_ensemble
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image
 from redefense.types import Ensemble, Float, Images, Labels, Logits

@@ -18,17 +18,17 @@ validates its fields. Quirks (noise shared by the batch, success filters, ...) a
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Final, NamedTuple, cast, final
+from typing import ClassVar, Final, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from redefense.ensembles import frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
-from redefense.types import Bool, Ensemble, Float, Images, Int, Labels, check_images, check_labels
+from redefense.types import Bool, Float, Images, Int, Labels, check_images, check_labels
 
 Presets = Mapping[str, Mapping[str, object]]
 
@@ -111,7 +111,7 @@ class Attack(ABC):
         if threat.norm not in self.norms:
             known = ", ".join(f"{n:g}" for n in self.norms)
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
-        with torch.inference_mode(False), torch.no_grad(), frozen(victim):
+        with torch.inference_mode(False), torch.no_grad(), frozen_weights(victim):
             x = x.detach().clone() if x.is_inference() else x.detach()
             y = (y.clone() if y.is_inference() else y).long()
             return self.perturb(victim, x, y, threat, rng=rng).detach()
@@ -122,31 +122,8 @@ class Attack(ABC):
     ) -> Images:
         """The attack itself, unchecked: no host wait before the first step.
 
-        Training calls this directly, with the weights' gradients already off (see `frozen`).
+        Training calls this directly, with weights' gradients off (`ensembles.frozen_weights`).
         """
-
-
-@contextmanager
-def frozen(victim: nn.Module | Ensemble) -> Iterator[None]:
-    """Weights need no gradient inside; on the way out every flag is what it was."""
-    params = cast("Iterable[nn.Parameter]", victim.parameters())
-    trainable = [p for p in params if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-
-
-def as_ensemble(victim: nn.Module) -> Ensemble:
-    """The victim as an ensemble: itself if it is one, else an ensemble of this one member."""
-    if isinstance(victim, Ensemble):
-        return victim
-    from redefense.ensembles import Independent  # only adaptive attacks need it
-
-    return cast("Ensemble", Independent([victim]))
 
 
 class Look(NamedTuple):
