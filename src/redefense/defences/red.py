@@ -33,7 +33,7 @@ from redefense.penalties import gradient_similarity, lipschitz, squared_lipschit
 from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
 
 WEIGHTS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
-    {"printed": (10.0, 10.0), "released": (10.0, 10.0), "calibrated": (5.0, 0.5)}
+    {"printed": (10.0, 10.0), "released": (10.0, 10.0), "calibrated": (0.1, 0.5)}
 )
 """Published, or chosen by us: weights of similarity and Lipschitz of each preset."""
 

@@ -58,8 +58,6 @@ _SGD_200: Final = {
     "batch_size": 128,
 }
 _AT: Final = {"name": "at", "adversary": {"eps": 8 / 255, "steps": 10, "step_size": 0.25}}
-# the finite difference is what fits the mini recipes' ten minutes
-_MINI_RED: Final = {"differentiate": "finite"}
 
 # Published for GAL, ADP and TRS: Adam at 1e-3 with L2, one optimizer for all members. Single
 # precision, since input gradients are differentiated again.
@@ -90,7 +88,7 @@ _MINI_LEAKY: Final = {
     "name": "independent", "model": "resnet8", "num_members": 3, "activation": "leaky",
 }  # fmt: skip
 _MINI_TRS: Final = {
-    "name": "trs", "steps": 5, "step_size": 0.5, "differentiate": "finite",
+    "name": "trs", "steps": 5, "step_size": 0.5,
 }  # fmt: skip
 # the printed form at the weights of our RED: its smoothness counts gradient norms twice
 _MINI_TRS_OURS: Final = {**_MINI_TRS, "preset": "printed", "similarity": 5.0, "smoothness": 0.25}
@@ -110,9 +108,7 @@ _HYPER: Final = {
 CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-vanilla": partial(_mini, {"name": "vanilla"}),
     "cifar10-mini-at": partial(_mini, {"name": "at", "adversary": MINI}),
-    "cifar10-mini-gal": partial(
-        _mini, {"name": "gal", "differentiate": "finite"}, ensemble=_MINI_LEAKY
-    ),
+    "cifar10-mini-gal": partial(_mini, {"name": "gal"}, ensemble=_MINI_LEAKY),
     "cifar10-mini-adp": partial(_mini, {"name": "adp"}),
     "cifar10-mini-adp-at": partial(
         _mini,
@@ -131,11 +127,11 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-trs-printed": partial(_mini, {**_MINI_TRS, "preset": "printed"}),
     "cifar10-mini-mrboost": partial(_mini, {"name": "mrboost", "adversary": MINI}),
     "cifar10-mini-barre": partial(_mini, _MINI_BARRE),
-    "cifar10-mini-red": partial(_mini, _red(MINI, **_MINI_RED)),
-    "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released", **_MINI_RED)),
-    "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed", **_MINI_RED)),
-    "cifar10-mini-red-at": partial(_mini, _red(MINI, adversarial_training=True, **_MINI_RED)),
-    "cifar10-mini-ps-red": partial(_mini, _red(MINI, **_MINI_RED), ensemble=_MINI_HYPER),
+    "cifar10-mini-red": partial(_mini, _red(MINI)),
+    "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released")),
+    "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed")),
+    "cifar10-mini-red-at": partial(_mini, _red(MINI, adversarial_training=True)),
+    "cifar10-mini-ps-red": partial(_mini, _red(MINI), ensemble=_MINI_HYPER),
 }
 
 CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
