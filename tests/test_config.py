@@ -45,6 +45,12 @@ def test_another_defence_brings_its_own_settings() -> None:
     resolve(run)
 
 
+def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
+    run = override(recipe("digits-ps-red"), ["ensemble.name=independent"])
+    _, kind, _ = resolve(run)
+    assert kind.num_members == recipe("digits-ps-red").ensemble["num_members"]
+
+
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [

@@ -10,13 +10,17 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from redefense.errors import ConfigError
 
 T = TypeVar("T")
+_NAMED: Final[Mapping[str, set[str]]] = {
+    "defence": set(),
+    "ensemble": {"model", "num_members", "width", "activation"},
+}
 Settings = dict[str, Any]
 
 
@@ -158,8 +162,10 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
                 raise ConfigError(
                     f"--set {path}: {where} is a value and has no settings of its own"
                 )
-        if keys == ["defence", "name"] and here.get("name") != value:
-            here.clear()  # another method has other settings
+        if keys[1:] == ["name"] and keys[0] in _NAMED and here.get("name") != value:
+            # another method or kind has other settings: only what all share is kept
+            for setting in set(here) - _NAMED[keys[0]]:
+                del here[setting]
         here[keys[-1]] = value
         _check_keys(data, Run, f"--set {path}")
     return parse_run(data, f"--set {' '.join(assignments)}" if assignments else "run")

@@ -172,15 +172,17 @@ def look_at_hinge(support: Support, y: Labels, norm: float, kappa: float) -> Loo
                 z = support.ensemble.logits_of(m, x)
                 gap = -margin(z, y)
             logits.append(z.detach())
+            # at a tie the member may still answer right, so it still has to be pulled
+            standing = gap.detach() + kappa >= 0
             left = (gap.detach() + kappa).relu().to(x.dtype)
             value -= share * left
             if not with_grad:
                 continue
             grad = input_gradient(gap, x)
             slope = norms(grad, dual(norm)).clamp_min(TINY)
-            unit = -grad * per_image((left > 0) / slope, grad)
+            unit = -grad * per_image(standing / slope, grad)
             total += share * unit
-            distance = torch.where(left > 0, left / slope, math.inf)
+            distance = torch.where(standing, left / slope, math.inf)
             single = torch.where((distance < nearest).view(-1, 1, 1, 1), unit, single)
             nearest = nearest.minimum(distance)
         if with_grad:
