@@ -303,6 +303,22 @@ def bench_attacks(
     typer.echo(json.dumps(result, indent=1) if as_json else tables(result))
 
 
+@bench_app.command("inference")
+def bench_inference(
+    model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet18",
+    members: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Latency of the drawn member and of the average, over that of one plain member."""
+    with _torch():
+        from redefense.bench.inference import run, table
+
+        result = run(model=model, num_members=members, rounds=rounds, device=device)
+    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+
+
 @data_app.command("check")
 def data_check(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="e.g. cifar10:PATH.")],
