@@ -43,7 +43,7 @@ check: setup-dev
 	$(BIN)/mypy
 
 unit: setup-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 smoke: setup-dev
 	sh tests/smoke.sh $(BIN)

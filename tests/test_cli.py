@@ -49,7 +49,7 @@ def test_the_whole_path_trains_evaluates_and_reports(run: Runner) -> None:
     assert done.code == 0
     stored = json.loads(Path("v/evaluation/quick.json").read_text())
     assert json.loads(done.out) == stored
-    assert stored["data"] == {"name": "digits", "split": "test", "num_images": 20}
+    assert stored["data"].items() >= {"name": "digits", "split": "test", "num_images": 20}.items()
     assert stored["headline"]["aware"] <= stored["headline"]["unaware"]
     written = run("report", "v", "--out", "page.html", "--json")
     assert "page.html" in json.loads(written.out)["files"]
@@ -82,6 +82,13 @@ def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> No
         (["report", "nowhere"], 3, "nowhere"),
         (["list", "colours"], 2, "cannot list 'colours'"),
         (["show", "digits-rde"], 2, "digits-red"),
+        (["show", "x" * 300], 2, "xxx"),
+        (["show", "digits-red", "--set", "defence.name=[1]"], 2, "unknown defence [1]"),
+        (["train", "digits-red", "--set", "optim.lr=Infinity"], 2, "finite"),
+        (["train", "digits-red", "--bogus"], 2, "--bogus"),
+        (["train", "digits-red", "--seed", "-1"], 2, "-1"),
+        (["evaluate", "nowhere", "--images", "0"], 2, "--images"),
+        (["trian", "digits-red"], 2, "trian"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -101,6 +108,35 @@ def test_data_that_cannot_be_used_is_refused_with_its_faults(run: Runner) -> Non
     assert "nowhere.npz" in json.loads(result.out)["problems"][0]
     assert len(result.err.strip().splitlines()) == 1
     assert run("data", "check", "digits").code == 0
+
+
+def test_a_refused_evaluation_leaves_no_claim_behind(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    Path("mine.json").write_text('{"cells": [{"attack": "pdg", "view": "sampled"}]}')
+    Path("empty.json").write_text('{"cells": []}')
+    for words in (["--images", "400"], ["--suite", "mine.json"], ["--suite", "empty.json"]):
+        assert run("evaluate", "v", *words).code == 2
+    assert not Path("v/evaluation").exists()
+
+
+def test_a_file_where_a_folder_should_be_is_refused(run: Runner) -> None:
+    Path("file").write_text("")
+    result = run("train", "digits-vanilla", "--out", "file", *QUICK)
+    assert (result.code, len(result.err.strip().splitlines())) == (2, 1)
+
+
+def test_damaged_records_are_named_or_made_again(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    words = ("evaluate", "v", "--images", "20", "--quiet", "--json")
+    whole = json.loads(run(*words).out)["headline"]
+    cell = Path("v/evaluation/quick/pgd-sampled-linf-0.2.npz")
+    for damaged in (cell, cell.with_name("beside.npz")):
+        damaged.write_bytes(damaged.read_bytes()[:-30])
+    assert json.loads(run(*words).out)["headline"] == whole
+    cell.with_name("plan.json").write_text("{")
+    assert run(*words).code == 3
+    Path("v/run.json").write_text("{")
+    assert run("train", "digits-vanilla", "--out", "v", "--resume", *QUICK).code == 3
 
 
 @pytest.mark.parametrize("kind", ["attacks", "defences", "models", "data", "recipes", "suites"])

@@ -57,6 +57,10 @@ def test_public_names_exist_and_are_sorted() -> None:
     assert all(getattr(redefense, name) is not None for name in redefense.__all__)
 
 
+def test_no_public_name_is_hidden_by_a_subpackage() -> None:
+    assert not {path.stem for path in SRC.iterdir()} & set(redefense.__all__)
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     text = (SRC.parents[1] / "CHANGELOG.md").read_text()
     first = next(line for line in text.splitlines() if line.startswith("## "))

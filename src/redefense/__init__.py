@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from redefense.errors import RedefenseError
     from redefense.evaluation.api import evaluate
     from redefense.threat import Threat
-    from redefense.train.run import load, train
+    from redefense.train.run import load
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,6 @@ _HOMES = {
     "Threat": "redefense.threat",
     "evaluate": "redefense.evaluation.api",
     "load": "redefense.train.run",
-    "train": "redefense.train.run",
 }
 
 __all__ = [
@@ -33,12 +32,10 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
-    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # a submodule of the same name as a function (train) must not shadow it once it is imported
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -342,22 +342,34 @@ def data_check(
 def main() -> None:
     """Entry point: errors of the user's are one line, errors of ours keep their traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except RedefenseError as error:
-        typer.echo(f"redefense: {error}", err=True)
-        raise SystemExit(error.code) from None
+        _fail(str(error), error.code)
+    except typer.TyperException as error:
+        _fail(" ".join(error.format_message().split()), 2)
+    except typer.Abort:
+        raise SystemExit(130) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         # the reader has gone; what it did not read is not our failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        # a place that cannot be read or written is the user's to mend
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     except Exception:  # noqa: BLE001 - the last line of defence: say whose fault it is
         traceback.print_exc()
         typer.echo(
             "redefense: this is a defect of ours; please report it with the text above", err=True
         )
         raise SystemExit(70) from None
+    raise SystemExit(code or 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"redefense: {message}", err=True)
+    raise SystemExit(code) from None
 
 
 def _run(what: str, changes: list[str] | None, data: str | None, seed: int | None) -> "Run":

@@ -25,7 +25,7 @@ Settings = dict[str, Any]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Frozen):
@@ -179,7 +179,7 @@ def choose(mapping: Mapping[str, type[T]], settings: Mapping[str, Any], where: s
     """
     rest = dict(settings)
     name = rest.pop("name", None)
-    if name not in mapping:
+    if not isinstance(name, str) or name not in mapping:
         raise ConfigError(
             f"unknown {where} {name!r}{suggestion(str(name), list(mapping))}; "
             f"there are {', '.join(mapping)}"

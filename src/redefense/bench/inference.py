@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from redefense.kinds import IndependentKind
 from redefense.rng import stream
+from redefense.train.run import channels_last
 
 BATCHES = (1, 256)
 
@@ -37,6 +38,7 @@ def run(
     """
     kind = IndependentKind(model=model, num_members=num_members)
     ensemble = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(device).eval()
+    channels_last(ensemble)  # as `load` gives it
     views: dict[str, nn.Module] = {
         "member": ensemble.member(0),
         "sampled": ensemble.sampled(per="image"),

@@ -178,7 +178,8 @@ def train_validation(
             f"a validation fraction of {fraction:g} of {total} training images leaves a part empty"
         )
     order = stratified_order(dataset.train.labels, stream(0, "split", dataset.name))
-    held, kept = order[:size].sort().values, order[size:].sort().values
+    # the held-out ones stay in this order, of which every beginning is stratified
+    held, kept = order[:size], order[size:].sort().values
     return dataset.train.select(kept), dataset.train.select(held), held
 
 

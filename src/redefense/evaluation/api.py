@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import redefense
 from redefense.config import Run, ThreatConfig
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
 from redefense.errors import ConfigError, DataError, InputError
 from redefense.evaluation.cells import Subject
-from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, run_suite
+from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, check_plan, run_suite
 from redefense.evaluation.suite import suite_named
 from redefense.evaluation.workers import workers
 from redefense.threat import Threat
@@ -113,7 +114,8 @@ def evaluate_run(
     ensemble = load_checkpoint(checkpoint, device=device)
     dataset = load_dataset(data or run.data.spec)
     input_check(ensemble, dataset, checkpoint)
-    if data is None and dataset.checksum() != Signature.stored(checkpoint.state).checksum:
+    own = dataset.checksum() == Signature.stored(checkpoint.state).checksum
+    if data is None and not own:
         raise DataError(f"{run.data.spec} is not the data that {path} was trained on")
     settings = {
         "suite": plan.model_dump(mode="json"),
@@ -124,7 +126,15 @@ def evaluate_run(
         "seeds": seeds,
         "checks": checks,
         "weights": _manifest(checkpoint.path),
+        "version": redefense.__version__,
     }
+    subject = replace(
+        _subject(ensemble, dataset, images, _run_json(path, run), run if own else None, device),
+        randomized=_randomized(run),
+        # other data has no validation split that the run has kept its hands off
+        drift=_drift(path, ensemble, dataset, run) if own else None,
+    )
+    check_plan(subject, plan, threat)
     store = target.with_suffix("")
     with workers() as team:
         if team.first:
@@ -132,13 +142,7 @@ def evaluate_run(
         team.wait()
         # every process reads what the first one wrote, so that all see the same refusal
         started = _claim(store, target, settings)
-        subject = _subject(ensemble, dataset, images, _run_json(path, run), run, device)
-        subject = replace(
-            subject,
-            workers=team,
-            randomized=_randomized(run),
-            drift=_drift(path, ensemble, dataset, run),
-        )
+        subject = replace(subject, workers=team)
         tell = say if team.first else _silent
         tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
@@ -160,7 +164,10 @@ def _drift(path: Path, ensemble: Members, dataset: Dataset, run: Run) -> float |
     """Clean validation accuracy now minus as logged; None without a log."""
     log = path / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
-    logged = [json.loads(line).get("validation_accuracy") for line in lines]
+    try:
+        logged = [json.loads(line).get("validation_accuracy") for line in lines]
+    except (ValueError, AttributeError):  # a damaged log is no log
+        return None
     if not logged or logged[-1] is None:
         return None
     _, validation, _ = train_validation(dataset, run.data.validation)
@@ -193,7 +200,8 @@ def _subject(
     device: str = "cpu",
 ) -> Subject:
     total = len(dataset.test)
-    index = torch.arange(total) if images is None else test_indices(total, images)
+    # always in the published order: its beginnings, on which some measures look, are a fair sample
+    index = test_indices(total, total if images is None else images)
     fraction = run.data.validation if run is not None else 0.1
     _, validation, _ = train_validation(dataset, fraction)
     return Subject(
@@ -252,7 +260,10 @@ def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> str:
     """
     plan = store / "plan.json"
     if plan.is_file():
-        stored = json.loads(plan.read_text())
+        try:
+            stored = dict(json.loads(plan.read_text()))
+        except (ValueError, TypeError):
+            raise DataError(f"{plan} is damaged; remove {store} to start over") from None
         started = str(stored.pop("started", ""))
         if stored != settings:
             keys = [k for k in settings if stored.get(k) != settings[k]]

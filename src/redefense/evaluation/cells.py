@@ -1,12 +1,15 @@
 """What one attack does to every image: attacked in chunks, verified, and put to every member."""
 
+import hashlib
 import math
 import os
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from redefense.evaluation.metrics import Bools, Floats
 from redefense.evaluation.workers import ALONE, Workers
 from redefense.rng import stream
 from redefense.threat import Threat, norms
-from redefense.types import Ensemble, Images, Labels, Victim, check_images
+from redefense.types import Ensemble, Images, Labels, Victim, check_images, check_labels
 
 CHUNK = 100
 """Images attacked at a time. Streams are named by chunk, so it is part of every result."""
@@ -65,6 +68,45 @@ class Cell:
             fields = {key: stored[key] for key in stored.files if key != "index"}
         values: dict[str, Any] = {k: v if v.ndim else float(v) for k, v in fields.items()}
         return cls(**values)
+
+
+def image_digest(x: Images, y: Labels) -> str:
+    """SHA-256 of the evaluated images and labels: what makes two evaluations comparable."""
+    digest = hashlib.sha256(str(tuple(x.shape)).encode())
+    for tensor in (x.float(), y.long()):
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> None:
+    """Ask one image of every member, so that a misfit is one line and not a traceback later.
+
+    Raises:
+        InputError: if a member cannot take the images, does not give (B, C) logits, or a label
+            lies outside [0, C).
+    """
+    try:
+        with torch.no_grad():
+            logits = ensemble.member_logits(x[:1])
+    except (RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"the model cannot take images of {tuple(x.shape[1:])}: {first}") from None
+    if logits.ndim != 3 or logits.shape[1] != 1:
+        raise InputError(
+            f"members must give (B, C) logits, got {tuple(logits.shape[1:])} for B = 1"
+        )
+    check_labels(y, len(x), logits.shape[2])
+
+
+def whole(path: Path) -> bool:
+    """Whether records lie there and can be read; damaged ones are made again."""
+    if not path.is_file():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return all(stored[key] is not None for key in stored.files)
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,14 +76,14 @@ def after_run(
     cells: Sequence[Mapping[str, Any]] = data["cells"]
     q = {name: exact_expectation(record.correct, mixture) for name, record in records.items()}
     return [
-        Check("S01", True, f"{len(cells)} cells verified inside box and budget"),
+        _inside(cells, records),
         _as_logged(log),
         _curve_falls(data.get("curve")),
         _fgsm_is_weaker(cells, q),
         _black_box_is_weaker(cells, q),
         _transfer_is_weaker(cells, q),
         _aware_is_stronger(data["headline"], cells, q),
-        _worst_is_lowest(cells, q),
+        _worst_is_lowest(data["headline"], cells, q),
         _inert(cells),
         _draws_agree(cells, len(q["clean"])),
         _draws_repeat(cells, records, mixture),
@@ -246,8 +246,13 @@ def _aware_is_stronger(
     cells: Sequence[Mapping[str, Any]],
     q: Mapping[str, NDArray[np.float64]],
 ) -> Check:
+    threats = [c["threat"] for c in cells if c["aware"] and c["bounded"]]
     aware = [_mean(q, c["id"]) for c in cells if c["aware"] and c["bounded"]]
-    unaware = [_mean(q, c["id"]) for c in cells if not c["aware"] and c["bounded"]]
+    unaware = [
+        _mean(q, c["id"])
+        for c in cells
+        if not c["aware"] and c["bounded"] and c["threat"] in threats
+    ]
     if not aware or not unaware:
         return Check("S20", None, "needs attacks of both kinds")
     worst = headline["aware"]
@@ -261,12 +266,33 @@ def _aware_is_stronger(
 
 
 def _worst_is_lowest(
-    cells: Sequence[Mapping[str, Any]], q: Mapping[str, NDArray[np.float64]]
+    headline: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    q: Mapping[str, NDArray[np.float64]],
 ) -> Check:
-    bounded = [c["id"] for c in cells if c["bounded"]]
-    worst = worst_case([q["clean"], *(q[name] for name in bounded)])
-    lower = [name for name in bounded if _mean(q, name) < worst.mean() - 1e-12]
-    return Check("S21", not lower, "the per-image minimum is at most every single attack")
+    """The stated worst case against the records: the minimum per image, not of means."""
+    if headline["aware"] is None:
+        return Check("S21", None, "no headline")
+    threats = [c["threat"] for c in cells if c["aware"] and c["bounded"]]
+    same = [c["id"] for c in cells if c["bounded"] and c["threat"] in threats]
+    worst = float(worst_case([q["clean"], *(q[name] for name in same)]).mean())
+    return Check(
+        "S21",
+        abs(worst - headline["aware"]) < 1e-9,
+        f"minimum per image over {len(same)} attacks: {100 * worst:.1f} %",
+    )
+
+
+def _inside(cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records]) -> Check:
+    """The stored distances against the stated budget; box and ball were checked at each attack."""
+    bounded = [c for c in cells if c["bounded"]]
+    outside = [
+        c["id"]
+        for c in bounded
+        if getattr(records[c["id"]], "linf" if c["threat"]["norm"] == "inf" else "l2").max()
+        > c["threat"]["eps"] + 1e-5
+    ]
+    return Check("S01", not outside, ", ".join(outside) or f"{len(bounded)} cells inside the ball")
 
 
 def _draws_agree(cells: Sequence[Mapping[str, Any]], count: int) -> Check:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.data import load_dataset
+from redefense.data import load_dataset, train_validation
 from redefense.ensembles import Members
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.measures import input_gradients
@@ -85,10 +85,12 @@ def surface(
 
 
 def surface_of(path: Path, *, image: int | None = None) -> Surface:
-    """Around a test image of a run; by default the first that both members answer correctly."""
+    """Around a validation image of a run; by default the first that both members get right."""
     checkpoint = find_final(path)
     ensemble = load_checkpoint(checkpoint)
-    split = load_dataset(checkpoint.run.data.spec).test
+    # the test split is for `evaluate` alone
+    dataset = load_dataset(checkpoint.run.data.spec)
+    _, split, _ = train_validation(dataset, checkpoint.run.data.validation)
     if image is not None and not 0 <= image < len(split):
         raise ConfigError(f"--image must lie in [0, {len(split)}), got {image}")
     index = torch.arange(min(len(split), 200)) if image is None else torch.tensor([image])
@@ -97,7 +99,7 @@ def surface_of(path: Path, *, image: int | None = None) -> Surface:
         with torch.no_grad():
             right = (ensemble.member_logits(x)[:2].argmax(-1) == y).all(0).nonzero().flatten()
         if len(right) == 0:
-            raise DataError(f"{path}: no test image that both members answer correctly")
+            raise DataError(f"{path}: no validation image that both members answer correctly")
         x, y = x[right[:1]], y[right[:1]]
     # twice the length of a corner of the ball
     reach = 2 * checkpoint.run.threat.eps

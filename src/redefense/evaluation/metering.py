@@ -37,7 +37,6 @@ class Metered(Members):
     def __init__(self, ensemble: Ensemble, meter: Meter) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
         self.ensemble, self.meter = ensemble, meter
-        self.to(ensemble.mixture.device)
 
     def logits_of(self, m: int, x: Images) -> Logits:
         self.meter.forwards += len(x)

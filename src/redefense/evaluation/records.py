@@ -79,6 +79,7 @@ class Data(_Record):
     name: str
     split: str = "test"
     num_images: int = Field(ge=1)
+    sha256: str | None = None
 
 
 class Clean(_Record):
@@ -179,7 +180,7 @@ class Stored:
         """What makes two suites be about the same images."""
         data = self.evaluation.data
         digest = "" if self.index is None else hashlib.sha256(self.index.tobytes()).hexdigest()
-        return data.name, data.split, data.num_images, digest
+        return data.name, data.split, data.num_images, f"{digest} {data.sha256}"
 
 
 def _budget(threat: Budget | None) -> tuple[str, float | None]:

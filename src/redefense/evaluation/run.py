@@ -21,8 +21,11 @@ from redefense.evaluation.cells import (
     Subject,
     as_threat,
     attack_cell,
+    check_outputs,
     clean_cell,
+    image_digest,
     robust_correctness,
+    whole,
 )
 from redefense.evaluation.checks import after_run
 from redefense.evaluation.checks_full import full_checks
@@ -107,6 +110,7 @@ def run_suite(
     ensemble, x, y = subject.ensemble, subject.x, subject.y
     check_images(x)
     check_labels(y, len(x))
+    check_outputs(ensemble, x, y)
     if subject.workers.count > 1 and store is None:
         raise ConfigError("several processes need a store in which to meet")
     mixture = ensemble.mixture.detach().double().cpu().numpy()
@@ -126,7 +130,12 @@ def run_suite(
         "suite": suite.name,
         "run": dict(subject.run),
         "provenance": provenance(seed),
-        "data": {"name": subject.data_name, "split": subject.split, "num_images": len(x)},
+        "data": {
+            "name": subject.data_name,
+            "split": subject.split,
+            "num_images": len(x),
+            "sha256": image_digest(x, y),
+        },
         "mixture": mixture.tolist(),
         "clean": {
             "expected": accuracy["expected"],
@@ -173,7 +182,7 @@ def _records(
         for repeat in range(seeds):
             name = planned.identity + (f".seed{repeat}" if repeat else "")
             saved = store / f"{name}.npz" if store is not None else None
-            if saved is not None and saved.is_file():
+            if saved is not None and whole(saved):
                 again.append(Cell.read(saved))
                 continue
             cell = attack_cell(
@@ -206,6 +215,19 @@ class Planned:
     def aware(self) -> bool:
         """Whether its attacker knows the ensemble."""
         return self.attack.adaptive if self.spec.aware is None else self.spec.aware
+
+
+def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
+    """Refuse a suite or a subject that cannot be run, before anything is written.
+
+    Raises:
+        ConfigError: for an unknown attack, setting or view.
+        InputError: for images, labels or members that do not fit together.
+    """
+    _plan(suite, threat, subject.randomized)
+    for spec in suite.beside:
+        _attack(spec)
+    check_outputs(subject.ensemble, subject.x, subject.y)
 
 
 def _plan(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planned]:
@@ -393,7 +415,7 @@ def _beside(
     members: Bools | None = None
     attacks = [_attack(spec) for spec in suite.beside]
     saved = store / "beside.npz" if store is not None else None
-    if saved is not None and saved.is_file():
+    if saved is not None and whole(saved):
         with np.load(saved, allow_pickle=False) as stored:
             single, averaged = stored["single"], stored["averaged"]
             best, chosen_on = int(stored["best"]), str(stored["chosen_on"])

@@ -82,7 +82,7 @@ def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> 
     """Mean of per-image correctness (n,) in [0, 1] and its interval over images.
 
     Wilson where every value is 0 or 1 (a bootstrap of all zeros would claim certainty), otherwise
-    the bootstrap.
+    the bootstrap, widened to what n images can exclude at all.
     """
     array = _vector(values, "correctness")
     if array.min() < 0 or array.max() > 1:
@@ -90,7 +90,10 @@ def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> 
     if np.isin(array, (0.0, 1.0)).all():
         interval = wilson(int(array.sum()), len(array), level)
     else:
-        interval = bootstrap_mean(array, seed, level)
+        low, high = bootstrap_mean(array, seed, level)
+        # never surer than n images that are all wrong, or all right, would allow
+        n = len(array)
+        interval = min(low, wilson(n, n, level)[0]), max(high, wilson(0, n, level)[1])
     return Estimate(float(array.mean()), *interval)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redefense.config import ThreatConfig, suggestion
 from redefense.errors import ConfigError
@@ -70,7 +70,7 @@ class Suite(_Data):
 
     name: str
     summary: str = ""
-    cells: tuple[CellSpec, ...]
+    cells: tuple[CellSpec, ...] = Field(min_length=1)
     beside: tuple[CellSpec, ...] = ()
     measures: bool = False
 

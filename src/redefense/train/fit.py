@@ -120,12 +120,12 @@ def fit(
                         save(position, optimizer, totals)
                         saved = time.monotonic()
                 position = Position(index, epoch + 1, 0, position.total)
+                if stage.after is not None and epoch + 1 == stage.epochs:
+                    stage.after(ensemble, loader.epoch(0), stream(seed, "after", stage.name))
                 on_epoch(stage, position, totals)
                 if epoch + 1 < stage.epochs:
                     save(position, optimizer, {})
                     saved = time.monotonic()
-            if stage.after is not None:
-                stage.after(ensemble, loader.epoch(0), stream(seed, "after", stage.name))
             position = Position(index + 1, 0, 0, position.total)
             save(position, optimizer, {})
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def train(
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     run, kind, defence = resolve(run)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training runs in one process; torchrun would write one run many times")
     stages = defence.stages(kind.num_members, run.epochs)
     check_device(device)
     begun = _claim(run, out, resume)
@@ -161,11 +164,11 @@ class _Session:
 
     def fit(self, checkpoint: Checkpoint | None, totals: dict[str, float]) -> None:
         """Run the loop from the checkpoint, or from the beginning."""
-        torch.set_flush_denormal(True)
         names = {p: name for name, p in self.ensemble.named_parameters()}
         stored = checkpoint.optimizer if checkpoint is not None else {}
         steps = len(self.loader) * sum(stage.epochs for stage in self.stages)
-        metrics = Metrics(self.out, resume_step=self.start.total)
+        # within an epoch, even after its last step, that epoch's record is still to be written
+        metrics = Metrics(self.out, resume_step=self.start.total - bool(self.start.step))
         progress = ProgressLine(self.run.recipe, steps, done=self.start.total, quiet=self.quiet)
 
         def keep(
@@ -304,7 +307,10 @@ def _claim(run: Run, out: Path, resume: bool) -> bool:
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
     if not resume:
         raise ConfigError(f"{out} already holds a run; use --resume or another --out")
-    stored = json.loads((out / "run.json").read_text())
+    try:
+        stored = json.loads((out / "run.json").read_text())
+    except ValueError:
+        raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
     wanted = json.loads(to_json(run))
     # the same data may lie elsewhere today: its checksum is compared instead
     for settings in (stored, wanted):
