@@ -251,8 +251,8 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
     [
         ("{", "cannot read"),
         ('{"cells": [{"attack": "pgd"}]}', "cells.0.view"),
-        ('{"cells": [], "colour": 1}', "colour"),
-        ('{"name": "quick", "cells": []}', "name of its own"),
+        ('{"cells": [{"attack": "pgd", "view": "sampled"}], "colour": 1}', "colour"),
+        ('{"name": "quick", "cells": [{"attack": "pgd", "view": "sampled"}]}', "name of its own"),
     ],
 )
 def test_a_bad_suite_file_is_refused_by_name(text: str, reason: str, tmp_path: Path) -> None:

@@ -435,7 +435,10 @@ def _torch() -> Iterator[None]:
     import torch
 
     torch.set_flush_denormal(True)
-    yield
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _say(line: str, quiet: bool) -> None:

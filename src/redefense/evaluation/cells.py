@@ -103,7 +103,8 @@ def whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # opened here: numpy leaves a file that it cannot read to the garbage collector
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return all(stored[key] is not None for key in stored.files)
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
         return False
