@@ -17,7 +17,7 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
         defence=dict(defence),
         threat=ThreatConfig(eps=EPS),
         optim=OptimConfig(name="adam", lr=3e-3, weight_decay=0.0),
-        epochs=40,
+        epochs=30,
         batch_size=64,
     )
     return base.model_copy(update=changes)
