@@ -61,6 +61,11 @@ def test_no_public_name_is_hidden_by_a_subpackage() -> None:
     assert not {path.stem for path in SRC.iterdir()} & set(redefense.__all__)
 
 
+def test_no_page_holds_a_placeholder() -> None:
+    pages = [page for page in SRC.parents[1].glob("*.md") if "@@" in page.read_text()]
+    assert pages == []
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     text = (SRC.parents[1] / "CHANGELOG.md").read_text()
     first = next(line for line in text.splitlines() if line.startswith("## "))
