@@ -15,7 +15,7 @@ from redefense.attacks.fab import to_hyperplane
 from redefense.attacks.gradient import BIM, EOTPGD, FGSM, MIM, PGD, unit_mean
 from redefense.attacks.objectives import OBJECTIVES, log_odds, margin, targeted_dlr
 from redefense.attacks.square import Square, pyramid
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, InputError
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -208,3 +208,10 @@ def test_pyramid_has_two_halves_of_opposite_sign_and_unit_length() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float | str]) -> None:
     with pytest.raises(ConfigError):
         replace(PGD(), **wrong)  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.parametrize("attack", [FGSM(), PGD(steps=1), APGD(steps=2), Square(queries=5)])
+def test_a_label_that_is_no_class_is_named(attack: FGSM | PGD | APGD | Square) -> None:
+    x, y = batch()
+    with pytest.raises(InputError, match=r"labels must lie in \[0, 5\), found 99"):
+        attack(net(), x, torch.full_like(y, 99), LINF, rng=stream(0))

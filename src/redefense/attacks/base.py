@@ -25,7 +25,7 @@ from typing import ClassVar, Final, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import frozen_weights
+from redefense.ensembles import as_ensemble, frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
 from redefense.types import Bool, Float, Images, Int, Labels, check_images, check_labels
@@ -114,7 +114,13 @@ class Attack(ABC):
         with torch.inference_mode(False), torch.no_grad(), frozen_weights(victim):
             x = x.detach().clone() if x.is_inference() else x.detach()
             y = (y.clone() if y.is_inference() else y).long()
-            return self.perturb(victim, x, y, threat, rng=rng).detach()
+            try:
+                return self.perturb(victim, x, y, threat, rng=rng).detach()
+            except (IndexError, RuntimeError):
+                # looked at only now: asking the victim first would cost every attack a query
+                logits = as_ensemble(victim).logits_of(0, x[:1])
+                check_labels(y, len(x), logits.shape[-1])
+                raise
 
     @abstractmethod
     def perturb(
