@@ -214,7 +214,7 @@ class Hyper(Members):
     def _apply(self, fn: Any, recurse: bool = True) -> "Hyper":
         # another device or type: kernels are written there
         self._forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]  # torch leaves it untyped
 
     def __getstate__(self) -> dict[str, Any]:
         # copies write their own kernels: a graph cannot be copied

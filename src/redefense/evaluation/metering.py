@@ -43,7 +43,7 @@ class Metered(Members):
         logits = self.ensemble.logits_of(m, x)
         if not logits.requires_grad:
             return logits
-        counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]
+        counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]  # untyped in torch
         return counted
 
     def member(self, m: int) -> nn.Module:

@@ -239,7 +239,7 @@ def linked(
 ) -> tuple[Tensor, ...]:
     """The kernels with a graph to the sources; the same ones until a backward pass used them."""
     if written.linked is None:
-        written.linked = _Link.apply(grids, taps, written, *sources)  # type: ignore[no-untyped-call]
+        written.linked = _Link.apply(grids, taps, written, *sources)  # type: ignore[no-untyped-call]  # untyped in torch
     assert written.linked is not None
     return written.linked
 
