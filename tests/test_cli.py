@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from redefense import cli
 from redefense.cli import main
+from redefense.commands import looking
 from redefense.recipes import RECIPES
 
 QUICK = ["--set", "epochs=1", "--set", "ensemble.model=mlp", "--set", "batch_size=256", "--quiet"]
@@ -159,7 +159,7 @@ def test_a_defect_of_ours_keeps_its_traceback_and_exits_70(
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_entries", broken)
+    monkeypatch.setattr(looking, "_entries", broken)
     result = run("list", "recipes")
     assert result.code == 70
     assert "ZeroDivisionError" in result.err

@@ -18,7 +18,10 @@ LAYERS = [
     {"kinds", "defences"},
     {"train", "recipes"},
     {"evaluation"},
+    {"export", "hub"},
+    {"serve"},
     {"bench"},
+    {"commands"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

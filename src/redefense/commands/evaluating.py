@@ -1,0 +1,146 @@
+"""Judging ensembles: evaluate, report, audit, landscape, card."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, computing, say
+from redefense.errors import ConfigError
+
+
+def evaluate(
+    path: RunDir,
+    suite: Annotated[str, typer.Option(help="A suite's name, or a .json file.")] = "quick",
+    data: DataSpec = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="The first N of a fixed permutation of the test split."),
+    ] = None,
+    eps: Annotated[float | None, typer.Option(help="Radius of the threat; the run's own.")] = None,
+    norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw of the evaluation.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each attack is run.")] = 1,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
+    checks: Annotated[str, typer.Option(help="quick, or full.")] = "quick",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on a red check.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack a trained run, and write DIR/evaluation/SUITE.json."""
+    # of the processes that torchrun starts, one speaks
+    first = os.environ.get("RANK", "0") == "0"
+    quiet = quiet or not first
+    if checks not in ("quick", "full"):
+        raise ConfigError(f"--checks must be quick or full, got {checks}")
+    with computing():
+        from redefense.evaluation.api import evaluate_run
+
+        report, target = evaluate_run(
+            path,
+            suite=suite,
+            data=data,
+            images=images,
+            eps=eps,
+            norm=norm,
+            seed=seed,
+            seeds=seeds,
+            device=device,
+            out=out,
+            checks=checks,
+            say=lambda line: say(line, quiet),
+        )
+    red = [check for check in report.data["checks"] if check["passed"] is False]
+    for check in red:
+        say(f"check {check['id']} failed: {check['detail']}", quiet)
+    if as_json and first:
+        typer.echo(report.to_json(), nl=False)
+    elif not as_json:
+        say(f"wrote {target}; next: redefense report {path}", quiet)
+    if strict and red:
+        raise typer.Exit(1)
+
+
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Evaluated runs.")],
+    out: Annotated[Path, typer.Option(help="The page; .md and .csv are put beside it.")] = Path(
+        "report.html"
+    ),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one offline page (and Markdown and CSV) over one or many evaluated runs."""
+    from rich.console import Console
+
+    from redefense.evaluation.report import write_report
+    from redefense.evaluation.tables import format_table, summary_table
+
+    written = write_report(paths, out)
+    rows = summary_table(paths)
+    if as_json:
+        typer.echo(json.dumps({"files": [str(path) for path in written]}))
+    elif not quiet:
+        # a pipe has no width of its own, and a wrapped table cannot be read
+        width = None if sys.stdout.isatty() else 160
+        Console(width=width).print(format_table(rows))
+        typer.echo(f"report: {written[0]}")
+
+
+def audit(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An evaluation, a run, or a CSV of claims.")
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List which claims cannot be believed, and why; exit 1 if one does not hold."""
+    from redefense.evaluation.audit import audit as findings_of
+    from redefense.evaluation.audit import exit_code
+
+    findings = findings_of(path)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if as_json:
+        shown = {"holds": not errors, "findings": [dataclasses.asdict(f) for f in findings]}
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        for finding in findings:
+            rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
+            typer.echo(f"{finding.severity} {finding.id}: {finding.subject}{rows}: {finding.why}")
+        say(f"{path}: {errors} claims do not hold, {len(findings) - errors} notes", quiet)
+    raise typer.Exit(exit_code(findings))
+
+
+def landscape(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="DIR [DIR2]", help="Runs, drawn below each other.")
+    ],
+    out: Annotated[Path, typer.Option(help="An .svg or .png file.")] = Path("landscape.svg"),
+    image: Annotated[
+        int | None, typer.Option(help="Of the test split; the first that both members know.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the loss surfaces of two members over the plane of their gradients."""
+    with computing():
+        from redefense.evaluation.landscape import write_landscape
+
+        written = write_landscape(paths, out, image=image)
+    say(f"wrote {written}", quiet)
+
+
+def card(
+    path: RunDir,
+    out: Annotated[Path | None, typer.Option(help="Where it goes; DIR/README.md.")] = None,
+    license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
+    quiet: Quiet = False,
+) -> None:
+    """Write the model card of an evaluated run."""
+    from redefense.evaluation.card import write_card
+
+    written = write_card(path, out, license_name=license_name)
+    say(f"wrote {written}", quiet)

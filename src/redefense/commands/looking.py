@@ -1,0 +1,115 @@
+"""Looking before doing: list, show, data check."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from redefense.commands.options import DataSpec, Json, Set, resolve_run
+from redefense.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from redefense.config import Run
+
+
+def list_names(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="attacks|defences|models|data|recipes|suites")
+    ],
+    as_json: Json = False,
+) -> None:
+    """List what can be named, one line each."""
+    entries = _entries(kind)
+    if as_json:
+        typer.echo(json.dumps([{"name": n, "summary": s} for n, s in entries], indent=1))
+        return
+    width = max(len(name) for name, _ in entries)
+    for name, summary in entries:
+        typer.echo(f"{name:<{width}}  {summary}".rstrip())
+
+
+def show(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|DIR", help="What to show.")],
+    changes: Set = None,
+    data: DataSpec = None,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="Count parameters per member.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a recipe or a run with every setting resolved."""
+    run = resolve_run(what, changes, data, None)
+    from redefense.train.run import resolve
+
+    resolved, kind, _ = resolve(run)
+    shown: dict[str, Any] = resolved.model_dump(mode="json")
+    if parameters:
+        from redefense.train.describe import count_parameters
+
+        shown = count_parameters(what, resolved, kind)
+    if as_json or not parameters:
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        parts = shown.pop("parts")
+        for key, value in shown.items():
+            typer.echo(f"{key:<38} {value:>14,}")
+        for name, sizes in parts.items():
+            counts = ", ".join(f"{value:,} {key}" for key, value in sizes.items())
+            typer.echo(f"  {name:<16} {counts}")
+
+
+def data_check(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="e.g. cifar10:PATH.")],
+    as_json: Json = False,
+) -> None:
+    """Count, hash and judge a data set; exit 3 if it cannot be used."""
+    from redefense.data.check import check_dataset
+
+    found = check_dataset(spec)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        for line in found.lines():
+            typer.echo(line)
+    if found.problems:
+        count = len(found.problems)
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        raise DataError(f"{spec} cannot be used: {found.problems[0]}{more}")
+
+
+def _entries(kind: str) -> list[tuple[str, str]]:
+    if kind == "recipes":
+        from redefense.recipes import RECIPES, recipe
+
+        return [(name, _first_line(recipe(name))) for name in RECIPES]
+    if kind == "suites":
+        from redefense.evaluation.suite import SUITES
+
+        return [(name, suite.summary) for name, suite in SUITES.items()]
+    if kind == "attacks":
+        from redefense.attacks import ATTACKS
+
+        return [(name, attack.summary) for name, attack in ATTACKS.items()]
+    if kind == "defences":
+        from redefense.defences import DEFENCES
+
+        return [(name, defence.summary) for name, defence in DEFENCES.items()]
+    if kind == "models":
+        from redefense.models import MODELS
+
+        return [(name, model.summary) for name, model in MODELS.items()]
+    if kind == "data":
+        from redefense.data import DATASETS
+
+        return [(name, source.summary) for name, source in DATASETS.items()]
+    raise ConfigError(
+        f"cannot list {kind!r}; there are attacks, defences, models, data, recipes, suites"
+    )
+
+
+def _first_line(run: "Run") -> str:
+    ensemble = run.ensemble
+    return (
+        f"{run.defence['name']}, {ensemble['num_members']} x {ensemble['model']}, "
+        f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {run.threat.eps:g}"
+    )

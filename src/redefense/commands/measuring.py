@@ -1,0 +1,43 @@
+"""Measuring speed: bench."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from redefense.commands.options import DataSpec, Device, Json, computing
+
+
+def bench_attacks(
+    images: Annotated[int, typer.Option(min=1, help="How many test images.")] = 256,
+    model: Annotated[
+        str, typer.Option(help="A network's name; one that fits by default.")
+    ] = "auto",
+    data: DataSpec = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="Only this attack; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ours beside TorchAttacks: accuracy, passes, seconds; and what the draw hides."""
+    with computing():
+        from redefense.bench.attacks import run, tables
+
+        result = run(images=images, model=model, data=data, seed=seed, json=as_json, names=attack)
+    typer.echo(json.dumps(result, indent=1) if as_json else tables(result))
+
+
+def bench_inference(
+    model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet18",
+    members: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Latency of the drawn member and of the average, over that of one plain member."""
+    with computing():
+        from redefense.bench.inference import run, table
+
+        result = run(model=model, num_members=members, rounds=rounds, device=device)
+    typer.echo(json.dumps(result, indent=1) if as_json else table(result))

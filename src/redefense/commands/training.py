@@ -1,0 +1,52 @@
+"""Making ensembles: train, materialise."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redefense.commands.options import (
+    DataSpec,
+    Device,
+    Quiet,
+    RunDir,
+    Set,
+    computing,
+    resolve_run,
+    say,
+)
+
+
+def train(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|RUN.json", help="What to train.")],
+    changes: Set = None,
+    data: DataSpec = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; runs/RECIPE unless given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every draw of the training.")] = None,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a recipe, or a run from its JSON record."""
+    run = resolve_run(what, changes, data, seed)
+    target = out if out is not None else Path("runs") / run.recipe
+    with computing():
+        from redefense.train.run import train as train_run
+
+        train_run(run, target, resume=resume, device=device, quiet=quiet, download=download)
+    say(f"trained {target}; next: redefense evaluate {target}", quiet)
+
+
+def materialise(
+    path: RunDir,
+    out: Annotated[Path, typer.Option(help="Directory of the new run.")],
+    quiet: Quiet = False,
+) -> None:
+    """Write the members of a PS-RED run out as plain networks."""
+    from redefense.train.materialise import materialise as write_out
+
+    write_out(path, out)
+    say(f"wrote {out}; next: redefense evaluate {out}", quiet)
