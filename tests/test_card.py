@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from redefense.errors import ConfigError, DataError
-from redefense.evaluation.card import METRICS, _yaml, card, write_card
+from redefense.evaluation.card import METRICS, _yaml, card, unmeasured_card, write_card
 from redefense.evaluation.report import summary_table
 
 AWARE = {"hinge": True, "pgd": False, "fgsm": False}
@@ -114,3 +114,12 @@ def test_a_card_is_written_beside_the_run_or_not_at_all(tmp_path: Path) -> None:
 def test_the_card_does_not_import_torch() -> None:
     code = "import redefense.evaluation.card, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_card_without_an_evaluation_claims_nothing() -> None:
+    text = unmeasured_card("red", data="cifar10", num_members=3, model="resnet8", method="red")
+    assert "Nothing was measured." in text
+    assert "An ensemble of 3 classifiers, each a resnet8, trained with the method red" in text
+    assert "model-index" not in text
+    assert "metrics" not in text
+    assert not re.search(r"\d %", text)

@@ -58,13 +58,45 @@ def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "m
     return path
 
 
-def card(run_dir: Path, *, license_name: str = "mit") -> str:
-    """The card's text; see `write_card`."""
-    if not license_name.replace("-", "").replace(".", "").isalnum():
-        raise ConfigError(f"license must be an SPDX identifier, got {license_name!r}")
+def card(run_dir: Path, *, license_name: str = "mit", opened_by: str = "load") -> str:
+    """The card's text; see `write_card`.
+
+    Args:
+        run_dir: a run with at least one stored evaluation.
+        license_name: of the weights, as an SPDX identifier.
+        opened_by: the public function that loads what the card lies in.
+    """
     results = join([run_dir])
-    head = "\n".join(_yaml(_head(results, license_name.lower())))
-    return f"---\n{head}\n---\n\n{_body(results)}"
+    first = results[0]
+    data = first.evaluations[0].data.name
+    method = _settings(first, "defence", "name")
+    index = [{"name": first.name, "results": [_index(r) for r in results]}]
+    head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
+    return _page(head, _body(results, opened_by))
+
+
+def unmeasured_card(
+    name: str,
+    *,
+    data: str,
+    num_members: int,
+    model: str = "",
+    method: str = "",
+    license_name: str = "mit",
+    opened_by: str = "load",
+) -> str:
+    """The card of an ensemble that no stored evaluation speaks for: it claims nothing."""
+    text = (
+        f"{_title(name)}{_intended(str(num_members), model, method)}\n\n{_use(name, opened_by)}"
+        "## Robustness\n\n**Nothing was measured.** No evaluation of these weights is stored, so "
+        "nothing is claimed, neither for clean images nor under attack.\n"
+    )
+    return _page(_head(data, method, license_name), text)
+
+
+def _page(head: Mapping[str, Any], body: str) -> str:
+    lines = "\n".join(_yaml(head))
+    return f"---\n{lines}\n---\n\n{body}"
 
 
 def _settings(result: Result, *path: str) -> str:
@@ -75,19 +107,16 @@ def _settings(result: Result, *path: str) -> str:
     return tables.escape_markdown(str(value)) if value is not None else ""
 
 
-def _head(results: Sequence[Result], license_name: str) -> dict[str, Any]:
-    first = results[0]
-    data = first.evaluations[0].data.name
-    method = _settings(first, "defence", "name")
+def _head(data: str, method: str, license_name: str) -> dict[str, Any]:
+    if not license_name.replace("-", "").replace(".", "").isalnum():
+        raise ConfigError(f"license must be an SPDX identifier, got {license_name!r}")
     tags = ["adversarial-robustness", "ensemble", "randomized-ensemble", "image-classification"]
     return {
         "library_name": "redefense",
         "pipeline_tag": "image-classification",
-        "license": license_name,
+        "license": license_name.lower(),
         "tags": tags + ([method] if method else []),
         "datasets": [HUB_NAMES.get(data, data)],
-        "metrics": ["accuracy"],
-        "model-index": [{"name": first.name, "results": [_index(r) for r in results]}],
     }
 
 
@@ -143,15 +172,29 @@ def _yaml(value: object, indent: str = "") -> list[str]:
     return [f"{indent}{json.dumps(value)}"]
 
 
-def _body(results: Sequence[Result]) -> str:
-    first = results[0]
-    members = first.num_members or "several"
-    model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
+def _title(name: str) -> str:
+    return f"# {tables.escape_markdown(name)}\n\n"
+
+
+def _intended(num_members: str, model: str, method: str) -> str:
     made = f", each a {model}" * bool(model) + f", trained with the method {method}" * bool(method)
-    intended = (
-        f"An ensemble of {members} classifiers{made}. Each query is answered by one of them, drawn "
-        "at random from the operating system's entropy; the draw is not revealed."
+    return (
+        f"An ensemble of {num_members} classifiers{made}. Each query is answered by one of them, "
+        "drawn at random from the operating system's entropy; the draw is not revealed."
     )
+
+
+def _use(name: str, opened_by: str) -> str:
+    return (
+        "## Use\n\n    import redefense\n"
+        f"    ensemble = redefense.{opened_by}({json.dumps(name)})\n"
+        "    logits = ensemble(images)  # (B, channels, H, W), floats in [0, 1]\n\n"
+    )
+
+
+def _body(results: Sequence[Result], opened_by: str) -> str:
+    first = results[0]
+    model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
     report = tables.markdown(
         results, wording.answers(results), commands(results, Path("report.html"))
     )
@@ -162,10 +205,8 @@ def _body(results: Sequence[Result]) -> str:
         "attack can lower it, none can raise it. The figure to quote is the aware one. An attacker "
         "who may send the same image again wins more often: another member may answer."
     )
-    name = tables.escape_markdown(first.name)
+    intended = _intended(str(first.num_members or "several"), model, method)
     return (
-        f"# {name}\n\n{intended}\n\n## Use\n\n    import redefense\n"
-        f"    ensemble = redefense.load({json.dumps(first.name)})\n"
-        "    logits = ensemble(images)  # (B, channels, H, W), floats in [0, 1]\n\n"
+        f"{_title(first.name)}{intended}\n\n{_use(first.name, opened_by)}"
         f"## Robustness\n\n{report}\n## Limits\n\n{limits}\n"
     )
