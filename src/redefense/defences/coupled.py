@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles import frozen_statistics, frozen_weights
 from redefense.errors import ConfigError
+from redefense.models.twice import input_gradients
 from redefense.threat import norms, per_image
 from redefense.types import Ensemble, Float, Labels, Loss
 
@@ -127,7 +128,8 @@ class Coupled:
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
             if shared:
                 ce = loss / len(self.y)
-            (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+            with input_gradients():
+                (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
             grads.append(grad.flatten(1))
         if ce is None:
             ce = self._cross_entropy(ensemble, m)

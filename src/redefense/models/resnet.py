@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from redefense.models.layers import Normalise, activation_named
+from redefense.models.twice import BatchNorm2d, Conv2d
 from redefense.types import Images, Logits
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> Conv2d:
     """A convolution without bias that keeps the size at stride 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class Block(nn.Module):
@@ -24,12 +25,12 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, activation: str) -> None:
         super().__init__()
         self.conv1 = conv(inputs, outputs, 3, stride)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = BatchNorm2d(outputs)
         self.conv2 = conv(outputs, outputs, 3)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = BatchNorm2d(outputs)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), BatchNorm2d(outputs))
         self.activation = activation_named(activation)
 
     def first(self, x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.normalise = Normalise(channels)
         self.stem = conv(channels, widths[0], 7, 2) if large_stem else conv(channels, widths[0], 3)
-        self.stem_bn = nn.BatchNorm2d(widths[0])
+        self.stem_bn = BatchNorm2d(widths[0])
         self.pool = nn.MaxPool2d(3, 2, 1) if large_stem else nn.Identity()
         inputs, blocks = widths[0], []
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):

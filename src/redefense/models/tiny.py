@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from redefense.models.layers import Normalise, activation_named
+from redefense.models.twice import BatchNorm2d, Conv2d
 from redefense.types import Images, Logits
 
 
@@ -60,8 +61,8 @@ def digits_cnn(
     channels = shape[0]
 
     def layer(inputs: int, outputs: int, *before: nn.Module) -> nn.Module:
-        kernel = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        return nn.Sequential(*before, kernel, nn.BatchNorm2d(outputs))
+        kernel = Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return nn.Sequential(*before, kernel, BatchNorm2d(outputs))
 
     layers = [
         layer(channels, width),

@@ -31,6 +31,7 @@ from redefense.train.checkpoint import (
 )
 from redefense.train.fit import Position, fit
 from redefense.train.log import Metrics, ProgressLine, note
+from redefense.train.warm import begin_from, check_alike, recorded
 
 VALIDATION_IMAGES = 2000
 
@@ -108,6 +109,7 @@ def train(
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     run, kind, defence = resolve(run)
+    run = _with_start(run)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training runs in one process; torchrun would write one run many times")
     stages = defence.stages(kind.num_members, run.epochs)
@@ -128,9 +130,7 @@ def train(
         device=device,
     )
     ensemble = _fresh(kind, signature, run.seed, device)
-    if torch.device(device).type != "cpu":
-        # on a CPU it halves the speed of batch norm's double backward, which RED lives on
-        channels_last(ensemble)
+    channels_last(ensemble)
     checkpoint = latest(out / "checkpoints", note) if begun else None
     position, totals = Position(), {}
     if checkpoint is not None:
@@ -140,12 +140,46 @@ def train(
         position = Position(**checkpoint.state["position"])
         totals = checkpoint.state["totals"]
         note(f"going on from {checkpoint.path.name}")
-    elif not begun:
-        _begin(run, out)
+    else:
+        started = _start(run, kind, ensemble, signature, loader, validation)
+        if not begun:
+            _begin(run, out)
+        if started is not None:
+            (out / "start.json").write_text(json.dumps(started, indent=1) + "\n")
     session = _Session(run, out, stages, ensemble, loader, validation, signature, position, quiet)
     session.fit(checkpoint, totals)
     _finish(run, out, ensemble, signature)
     return ensemble.eval()
+
+
+def _with_start(run: Run) -> Run:
+    """The run with the checksum of the weights it starts from, if it names any."""
+    if run.start is None or run.start.sha256 is not None:
+        return run
+    return run.model_copy(update={"start": recorded(run.start, find_final(Path(run.start.path)))})
+
+
+def _start(
+    run: Run,
+    kind: Kind,
+    ensemble: Members,
+    signature: Signature,
+    loader: Loader,
+    validation: Split,
+) -> dict[str, Any] | None:
+    """Let a new run begin from the members it names, and tell how near it comes to them."""
+    if run.start is None:
+        return None
+    source = find_final(Path(run.start.path))
+    recorded(run.start, source)
+    model = load_checkpoint(source, device=loader.device.type)
+    nets = [model.member(m) for m in range(model.num_members)]
+    shape, num_classes = signature.shape, len(signature.classes)
+    like = kind.plain().build(num_classes=num_classes, shape=shape, seed=0)
+    check_alike(resolve(source.run)[1].plain(), kind.plain(), nets[0], like.member(0), source.path)
+    return begin_from(
+        run.start, nets, ensemble, loader, lambda it: accuracy(it, validation, run.batch_size)
+    )
 
 
 @dataclass(slots=True)
@@ -287,7 +321,7 @@ def _fresh(kind: Kind, signature: Signature, seed: int, device: str) -> Members:
 
 
 def channels_last(ensemble: Members) -> Members:
-    """The memory layout in which convolutions run fastest, but not their second derivatives."""
+    """The memory layout in which convolutions run fastest."""
     return ensemble.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
 
 
@@ -312,10 +346,13 @@ def _claim(run: Run, out: Path, resume: bool) -> bool:
     except ValueError:
         raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
     wanted = json.loads(to_json(run))
-    # the same data may lie elsewhere today: its checksum is compared instead
+    # the same data, or members to start from, may lie elsewhere today: checksums are compared
     for settings in (stored, wanted):
         with contextlib.suppress(KeyError, TypeError):
             del settings["data"]["spec"]
+        with contextlib.suppress(KeyError, TypeError):
+            settings.setdefault("start", None)
+            del settings["start"]["path"]
     if stored != wanted:
         keys = [k for k in wanted if stored.get(k) != wanted[k]]
         raise ConfigError(f"{out} holds another run (it differs in {', '.join(keys)})")

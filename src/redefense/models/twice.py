@@ -1,0 +1,246 @@
+"""Convolution and batch norm that are quick to differentiate twice.
+
+Penalties on input gradients differentiate the backward pass once more. Torch composes that second
+derivative from dozens of passes over memory, more than all convolutions cost together; here each
+layer states it in closed form. Values and gradients are torch's, up to rounding.
+
+With x^ = (x - mu) r the normalised input, m(.) the mean over images and pixels of a channel, gy the
+gradient of the output and w the scale, batch norm's backward pass is
+
+    gx = w r (gy - m(gy) - x^ m(gy x^)),
+
+symmetric in the sense that <a, gx(gy)> = <gx(a), gy>. With A = m(a x^), G = m(gy x^) and
+C = m(a gy) - m(a) m(gy), the derivatives of <a, gx> are
+
+    by gy:  gx(a)
+    by w:   N r (C - A G)
+    by x:   -w r^2 ((a - m(a)) G + (gy - m(gy)) A + x^ (C - 3 A G)).
+
+These layers keep the names and the state of torch's. They step aside, for torch's own, where no
+gradient is wanted, in evaluation mode, and for the options that they do not know.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
+
+_aten = torch.ops.aten
+ROW: Final = 1024
+"""Numbers a row when channels come last: long enough for vector instructions, whatever C is."""
+
+_inputs_only = False
+
+
+@contextmanager
+def input_gradients() -> Iterator[None]:
+    """Within, a backward pass computes no gradient of kernels: the caller wants the images' alone.
+
+    Torch knows from `autograd.grad(loss, images)` what not to compute, a `Function` does not. One
+    flag for all threads, since the backward pass of an accelerator runs in a thread of its own.
+    """
+    global _inputs_only
+    before, _inputs_only = _inputs_only, True
+    try:
+        yield
+    finally:
+        _inputs_only = before
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` with a second derivative of three convolutions."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        simple = self.bias is None and self.padding_mode == "zeros"
+        if not (simple and self.training and torch.is_grad_enabled()):
+            return super().forward(input)
+        x, weight = input, self.weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        sizes = (self.stride, self.padding, self.dilation, self.groups)
+        return _apply(_Convolution, x, weight, sizes)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with the second derivative of the module's text, in two fused passes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        known = self.affine and self.momentum is not None and input.numel() > input.shape[1]
+        if not (known and self.training and torch.is_grad_enabled()):
+            return super().forward(input)
+        running: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.track_running_stats:
+            cast(Tensor, self.num_batches_tracked).add_(1)
+            running = (self.running_mean, self.running_var)
+        settings = (self.momentum, self.eps)
+        y, *_ = _apply(_BatchNorm, input, self.weight, self.bias, running, settings)
+        return cast(Tensor, y)
+
+
+def _apply(function: type[Function], *args: object) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]  # torch has not typed it
+
+
+def _convolution_backward(
+    gy: Tensor, x: Tensor, weight: Tensor, sizes: tuple[Any, ...], wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation, groups = sizes
+    outputs = _aten.convolution_backward(
+        gy, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)
+    )
+    return cast(tuple[Tensor | None, Tensor | None], outputs[:2])
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        return torch.conv2d(x, weight, None, *sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not _inputs_only)
+        return (*_apply(_ConvolutionBackward, gy, x, weight, ctx.sizes, wanted), None)
+
+
+class _ConvolutionBackward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        sizes: tuple[Any, ...],
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ctx.save_for_backward(gy, x, weight)
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        return _convolution_backward(gy, x, weight, sizes, wanted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, a: Tensor | None, b: Tensor | None) -> Any:
+        """Derivatives of <a, gx> + <b, gw>; both are bilinear in gy and the other factor."""
+        gy, x, weight = ctx.saved_tensors  # type: ignore[attr-defined]  # torch's stub lacks it
+        sizes = ctx.sizes  # type: ignore[attr-defined]  # set in forward
+        need_gy, need_x, need_weight = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]  # as above
+        by_gy = by_x = by_weight = None
+        if a is not None:
+            by_gy = torch.conv2d(a, weight, None, *sizes) if need_gy else None
+            by_weight = _convolution_backward(gy, a, weight, sizes, (False, need_weight))[1]
+        if b is not None:
+            more = torch.conv2d(x, b, None, *sizes)
+            by_gy = more if by_gy is None else by_gy + more
+            by_x = _convolution_backward(gy, x, b, sizes, (need_x, False))[0]
+        return by_gy, by_x, by_weight, None, None
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running: tuple[Tensor | None, Tensor | None],
+        settings: tuple[float, float],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        momentum, eps = settings
+        y, mu, r = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mu, r)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mu, r)
+        return y, mu, r
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
+        x, weight, mu, r = ctx.saved_tensors
+        return (*_apply(_BatchNormBackward, gy, x, weight, mu, r, ctx.eps), None, None)
+
+
+def _pull(
+    gy: Tensor, x: Tensor, weight: Tensor, mu: Tensor, r: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gx, and the sums over a channel of gy x^ and gy."""
+    outputs = _aten.native_batch_norm_backward(
+        gy, x, weight, None, None, mu, r, True, eps, (True, True, True)
+    )
+    return cast(tuple[Tensor, Tensor, Tensor], outputs)
+
+
+class _BatchNormBackward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gy: Tensor, x: Tensor, weight: Tensor, mu: Tensor, r: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gx, gw, gb = _pull(gy, x, weight, mu, r, eps)
+        ctx.save_for_backward(gy, x, weight, mu, r, gw, gb)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return gx, gw, gb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Any:
+        """Derivatives of <a, gx> + <b, gw> + <c, gb>."""
+        gy, x, weight, mu, r, gw, gb = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        by_gy = by_x = by_weight = None
+        if a is not None:
+            by_gy, a_sum_x, a_sum = _pull(a, x, weight, mu, r, ctx.eps)
+            big_a, big_g, mean_a, mean_g = (t / count for t in (a_sum_x, gw, a_sum, gb))
+            wide = torch.promote_types(x.dtype, torch.float32)
+            big_c = (a * gy).sum((0, 2, 3), dtype=wide) / count - mean_a * mean_g
+            by_weight = (count * r * (big_c - big_a * big_g)).to(weight.dtype)
+            k = -weight * r.square()
+            of_x = k * r * (big_c - 3 * big_a * big_g)
+            constant = -(k * (mean_a * big_g + mean_g * big_a) + of_x * mu)
+            by_x = _combine(((a, k * big_g), (gy, k * big_a), (x, of_x)), constant)
+        if b is not None:
+            # gw = sum of gy x^, whose derivative by x is batch norm's own, with b for the scale
+            x_part = _pull(gy, x, b.to(weight.dtype), mu, r, ctx.eps)[0]
+            by_x = x_part if by_x is None else by_x + x_part
+            gy_part = _combine(((x, b * r),), -b * r * mu)
+            by_gy = gy_part if by_gy is None else by_gy + gy_part
+        if c is not None:
+            ones = c.to(x.dtype)[:, None, None].expand_as(x)
+            by_gy = ones if by_gy is None else by_gy + ones
+        return by_gy, by_x, by_weight, None, None, None
+
+
+def _combine(parts: tuple[tuple[Tensor, Tensor], ...], constant: Tensor) -> Tensor:
+    """Sum of (B, C, H, W) tensors times a number a channel, plus a number a channel.
+
+    A few channels that come last are too short a row for vector instructions (15 times slower):
+    rows then hold several pixels, and the numbers are repeated.
+    """
+    first = parts[0][0]
+    channels = first.shape[1]
+    rows = max(1, ROW // channels)
+    flat = (
+        first.numel() % (rows * channels) == 0
+        and channels > 1
+        and all(t.is_contiguous(memory_format=torch.channels_last) for t, _ in parts)
+    )
+
+    def row(tensor: Tensor) -> Tensor:
+        return tensor.permute(0, 2, 3, 1).reshape(-1, rows * channels) if flat else tensor
+
+    def numbers(values: Tensor) -> Tensor:
+        values = values.to(first.dtype)
+        return values.repeat(rows) if flat else values[:, None, None]
+
+    total = numbers(constant)
+    for tensor, values in parts:
+        total = torch.addcmul(total, row(tensor), numbers(values))
+    if not flat:
+        return total
+    batch, _, height, width = first.shape
+    return total.view(batch, height, width, channels).permute(0, 3, 1, 2)
