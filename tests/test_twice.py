@@ -60,6 +60,20 @@ def test_penalised_input_gradients_train_as_torch_trains_them(layout: torch.memo
         torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.parametrize("layout", [FIRST, LAST])
+def test_evaluation_with_frozen_weights_has_torchs_second_derivatives(
+    layout: torch.memory_format,
+) -> None:
+    def roughness(net: nn.Module) -> Tensor:
+        net.eval().requires_grad_(False)
+        x = torch.rand(6, 3, 8, 8, generator=rng(3), dtype=torch.float64).requires_grad_()
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    ours = roughness(network().double().to(memory_format=layout))  # type: ignore[call-overload]  # as above
+    torch.testing.assert_close(ours, roughness(plain(network().double())), rtol=1e-9, atol=1e-9)
+
+
 def test_half_precision_is_as_near_to_full_as_torchs_is() -> None:
     x = torch.rand(16, 3, 8, 8, generator=rng(3))
 

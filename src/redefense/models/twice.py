@@ -16,8 +16,8 @@ C = m(a gy) - m(a) m(gy), the derivatives of <a, gx> are
     by w:   N r (C - A G)
     by x:   -w r^2 ((a - m(a)) G + (gy - m(gy)) A + x^ (C - 3 A G)).
 
-These layers keep the names and the state of torch's. They step aside, for torch's own, where no
-gradient is wanted, in evaluation mode, and for the options that they do not know.
+These layers keep the names and the state of torch's, and step aside for torch's own where no
+gradient is wanted and for the options that they do not know.
 """
 
 from collections.abc import Iterator
@@ -55,14 +55,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         simple = self.bias is None and self.padding_mode == "zeros"
-        if not (simple and self.training and torch.is_grad_enabled()):
+        if not (simple and _differentiates(self, input)):
             return super().forward(input)
         x, weight = input, self.weight
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         sizes = (self.stride, self.padding, self.dilation, self.groups)
-        return _apply(_Convolution, x, weight, sizes)
+        return cast(Tensor, _apply(_Convolution, x, weight, sizes))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -82,7 +82,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _apply(function: type[Function], *args: object) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]  # torch has not typed it
+    return function.apply(*args)
+
+
+def _differentiates(layer: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (layer.training or x.requires_grad)
 
 
 def _convolution_backward(
@@ -213,6 +217,21 @@ class _BatchNormBackward(Function):
             ones = c.to(x.dtype)[:, None, None].expand_as(x)
             by_gy = ones if by_gy is None else by_gy + ones
         return by_gy, by_x, by_weight, None, None, None
+
+
+class _FrozenNorm(Function):
+    """Batch norm with constant moments, scale and shift: its derivatives keep the scale only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: tuple[Tensor, ...], eps: float) -> Tensor:
+        weight, bias, mean, var = state
+        zero = torch.zeros_like(var)
+        ctx.state, ctx.eps = (weight, zero.to(bias), zero, var), eps
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        return _apply(_FrozenNorm, gy, ctx.state, ctx.eps), None, None
 
 
 def _combine(parts: tuple[tuple[Tensor, Tensor], ...], constant: Tensor) -> Tensor:
