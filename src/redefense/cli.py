@@ -34,6 +34,7 @@ bench_app = typer.Typer(help="Measure speed, as ratios within one run.", no_args
 app.add_typer(bench_app, name="bench")
 bench_app.command("attacks")(measuring.bench_attacks)
 bench_app.command("inference")(measuring.bench_inference)
+bench_app.command("train")(measuring.bench_train)
 
 
 def _version(value: bool) -> bool:

@@ -5,13 +5,13 @@ taken within its round, so that a drift of the machine's speed cancels.
 """
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from redefense.bench.timing import machine, seconds
 from redefense.kinds import IndependentKind
 from redefense.rng import stream
 from redefense.train.run import channels_last
@@ -51,9 +51,7 @@ def run(
         "settings": {
             "model": model,
             "members": num_members,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **machine(device),
         },
     }
     for batch in batches:
@@ -78,17 +76,7 @@ def run(
 def _seconds(view: nn.Module, x: Tensor, repeats: int) -> float:
     """Seconds of one answer, the mean over `repeats`."""
     with torch.inference_mode():
-        _wait(x.device)
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            view(x)
-        _wait(x.device)
-    return (time.perf_counter() - begun) / repeats
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        return seconds(lambda: view(x), x.device, repeats)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -99,10 +87,10 @@ def table(result: Mapping[str, Any]) -> str:
         f"torch {it['torch']}",
         f"{'batch':>6}  {'one member':>12}  {'sampled / member':>24}  {'averaged / member':>24}",
     ]
-    for batch, seconds in result["seconds"].items():
+    for batch, answer in result["seconds"].items():
         ratios = [
             "{median:.2f}x ({lowest:.2f} to {highest:.2f})".format(**result[key][batch])
             for key in ("sampled_over_member", "averaged_over_member")
         ]
-        lines.append(f"{batch:>6}  {1e3 * seconds:>9.1f} ms  {ratios[0]:>24}  {ratios[1]:>24}")
+        lines.append(f"{batch:>6}  {1e3 * answer:>9.1f} ms  {ratios[0]:>24}  {ratios[1]:>24}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, computing
+from redefense.commands.options import DataSpec, Device, Json, Quiet, computing, say
 
 
 def bench_attacks(
@@ -40,4 +40,34 @@ def bench_inference(
         from redefense.bench.inference import run, table
 
         result = run(model=model, num_members=members, rounds=rounds, device=device)
+    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+
+
+def bench_train(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Architecture of the members; may be repeated.")
+    ] = None,
+    members: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; may be repeated.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=2, help="Images of a step.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the training adversary.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
+    device: Device = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Seconds of a RED step: the authors' joint graph beside the engine, and the FLOP floor."""
+    with computing():
+        from redefense.bench.train import run, table
+
+        result = run(
+            models=model or ("resnet8", "resnet20"),
+            members=members or (3, 8),
+            batch=batch,
+            steps=steps,
+            rounds=rounds,
+            device=device,
+            tell=lambda line: say(line, quiet),
+        )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))

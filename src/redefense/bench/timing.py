@@ -1,0 +1,27 @@
+"""What the benchmarks share: a clock that waits for the device, and what ran where."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def seconds(take: Callable[[], None], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one call, the mean over `repeats`, all work on the device included."""
+    _wait(device)
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        take()
+    _wait(device)
+    return (time.perf_counter() - begun) / repeats
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What figures of one run must be read with."""
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
