@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from redefense.ensembles import Hyper, Independent
     from redefense.errors import RedefenseError
     from redefense.evaluation.api import evaluate
+    from redefense.hub import from_pretrained, push_to_hub, save_pretrained
     from redefense.threat import Threat
     from redefense.train.run import load
 
@@ -21,7 +22,10 @@ _HOMES = {
     "RedefenseError": "redefense.errors",
     "Threat": "redefense.threat",
     "evaluate": "redefense.evaluation.api",
+    "from_pretrained": "redefense.hub",
     "load": "redefense.train.run",
+    "push_to_hub": "redefense.hub",
+    "save_pretrained": "redefense.hub",
 }
 
 __all__ = [
@@ -31,7 +35,10 @@ __all__ = [
     "Threat",
     "__version__",
     "evaluate",
+    "from_pretrained",
     "load",
+    "push_to_hub",
+    "save_pretrained",
 ]
 
 

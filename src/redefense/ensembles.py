@@ -1,8 +1,10 @@
 """Ensembles of M classifiers and the views of them that attacks, reports and users query."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,10 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import redefense
+from redefense.config import Run
 from redefense.errors import ConfigError, InputError
 from redefense.models import hyper
 from redefense.rng import draw_members
 from redefense.types import Ensemble, Float, Images, Logits, Per, check_images
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an ensemble was built and trained from, so that it can be stored elsewhere.
+
+    Attributes:
+        run: the resolved run.
+        data: name, classes, shape and checksum of its data.
+        path: the folder that it was written to or read from.
+    """
+
+    run: Run
+    data: Mapping[str, Any]
+    path: Path
 
 
 class Members(nn.Module):
@@ -21,9 +40,11 @@ class Members(nn.Module):
 
     Attributes:
         mixture: (M,) float64 probabilities with which members answer.
+        origin: of a trained ensemble; None for one put together by hand.
     """
 
     mixture: Tensor
+    origin: Origin | None = None
 
     def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
         super().__init__()
@@ -67,6 +88,30 @@ class Members(nn.Module):
         Without `rng` members are drawn from the operating system's entropy.
         """
         return Sampled(self, rng=rng, per=per)
+
+    def save_pretrained(self, folder: str | Path, **settings: Any) -> Path:
+        """Write this ensemble as model hubs keep them; see `redefense.save_pretrained`."""
+        # what lies above is reached through the public names, when it is asked for
+        return redefense.save_pretrained(self, folder, **settings)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Save this ensemble and upload it; see `redefense.push_to_hub`."""
+        return redefense.push_to_hub(self, repo_id, **settings)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **settings: Any) -> "Members":
+        """An ensemble of this kind as model hubs keep them; see `redefense.from_pretrained`.
+
+        Raises:
+            InputError: if it is of another kind.
+        """
+        found = redefense.from_pretrained(name_or_folder, **settings)
+        if not isinstance(found, cls):
+            raise InputError(
+                f"{name_or_folder} holds an ensemble of the kind {type(found).__name__}, "
+                f"not {cls.__name__}"
+            )
+        return found
 
     def forward(self, x: Tensor) -> Logits:
         """(B, C) logits, each image answered by a member of its own, drawn in secret.

@@ -6,6 +6,7 @@ comes from the same joined records as the report. Needs neither torch nor jinja2
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -58,15 +59,20 @@ def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "m
     return path
 
 
-def card(run_dir: Path, *, license_name: str = "mit", opened_by: str = "load") -> str:
+def card(
+    run_dir: Path, *, license_name: str = "mit", opened_by: str = "load", name: str | None = None
+) -> str:
     """The card's text; see `write_card`.
 
     Args:
         run_dir: a run with at least one stored evaluation.
         license_name: of the weights, as an SPDX identifier.
         opened_by: the public function that loads what the card lies in.
+        name: what that function is given; the run's name unless given.
     """
     results = join([run_dir])
+    if name is not None:
+        results = [replace(result, name=name) for result in results]
     first = results[0]
     data = first.evaluations[0].data.name
     method = _settings(first, "defence", "name")

@@ -16,7 +16,7 @@ from redefense.config import Run, choose, settings_of, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.data.loader import Loader
 from redefense.defences import DEFENCES, Defence, Stage
-from redefense.ensembles import Members, evaluating
+from redefense.ensembles import Members, Origin, evaluating
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError
 from redefense.kinds import ENSEMBLES, Kind
 from redefense.train.checkpoint import (
@@ -149,6 +149,7 @@ def train(
     session = _Session(run, out, stages, ensemble, loader, validation, signature, position, quiet)
     session.fit(checkpoint, totals)
     _finish(run, out, ensemble, signature)
+    ensemble.origin = Origin(run, signature.as_dict(), out)
     return ensemble.eval()
 
 
@@ -311,6 +312,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Members:
     _, kind, _ = resolve(checkpoint.run)
     ensemble = _fresh(kind, Signature.stored(checkpoint.state), checkpoint.run.seed, device)
     _load_weights(ensemble, checkpoint)
+    folder = checkpoint.path.parent if checkpoint.path.name == "final" else checkpoint.path
+    ensemble.origin = Origin(checkpoint.run, checkpoint.state["data"], folder)
     return channels_last(ensemble).eval()
 
 

@@ -1,0 +1,130 @@
+"""Ensembles and their views as foolbox, ART and RobustBench expect classifiers."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redefense.ensembles import Members, Sampled, frozen_weights
+from redefense.errors import ConfigError, InputError
+from redefense.types import check_images
+
+NOT_ELIGIBLE = (
+    "RobustBench admits only classifiers whose forward pass is deterministic, so the sampled "
+    "ensemble is not eligible there: pass ensemble.member(i) or ensemble.averaged(), and measure "
+    "the sampled one with redefense.evaluate"
+)
+
+
+CALLS = 5  # as often as AutoAttack asks before it calls a classifier randomized
+
+
+def to_foolbox(model: nn.Module, *, device: Any = None) -> Any:
+    """A `foolbox.PyTorchModel` with bounds (0, 1).
+
+    An ensemble stands for its sampled view: members are drawn afresh for every image of every call,
+    so wrap it in foolbox's expectation over transformations, or attack `averaged()` or `member(i)`.
+
+    Args:
+        model: an ensemble, a view of one, or any network from images in [0, 1] to logits.
+        device: where foolbox computes; where the weights lie unless given.
+
+    Raises:
+        ConfigError: if foolbox is not installed.
+    """
+    foolbox = _library("foolbox", "foolbox")
+    view = _view(model)
+    where = device if device is not None else _device(view)
+    return foolbox.PyTorchModel(view.eval(), bounds=(0, 1), device=where)
+
+
+def to_art(model: nn.Module, *, shape: Sequence[int], num_classes: int) -> Any:
+    """An `art.estimators.classification.PyTorchClassifier` on numpy arrays in [0, 1].
+
+    An ensemble stands for its sampled view: members are drawn afresh for every image of every call.
+
+    Args:
+        model: an ensemble, a view of one, or any network from images in [0, 1] to logits.
+        shape: (channels, H, W) of an image.
+        num_classes: of the answer.
+
+    Raises:
+        ConfigError: if adversarial-robustness-toolbox is not installed.
+    """
+    art = _library("art.estimators.classification", "adversarial-robustness-toolbox")
+    view = _view(model)
+    return art.PyTorchClassifier(
+        model=view.eval(),
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(shape),
+        nb_classes=num_classes,
+        clip_values=(0.0, 1.0),
+        device_type="cpu" if _device(view).type == "cpu" else "gpu",
+    )
+
+
+def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model in evaluation mode, once it is shown to keep RobustBench's contract.
+
+    The contract: images (B, ch, H, W) in [0, 1] to logits (B, C), normalisation inside, nothing
+    random in the forward pass, gradients that do not vanish. Members and the averaged ensemble keep
+    it; the sampled ensemble cannot.
+
+    Args:
+        model: `ensemble.member(i)`, `ensemble.averaged()`, or any network.
+        images: (B, ch, H, W), a few on which the contract is tried.
+
+    Raises:
+        InputError: naming the rule that is broken.
+    """
+    if isinstance(model, Members) or any(isinstance(part, Sampled) for part in model.modules()):
+        raise InputError(NOT_ELIGIBLE)
+    check_images(images)
+    model.eval()
+    with torch.no_grad():
+        answers = [model(images) for _ in range(CALLS)]
+    logits = answers[0]
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise InputError(
+            f"logits must have shape ({len(images)}, classes), got {tuple(logits.shape)}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise InputError("logits must be finite")
+    if not all(torch.allclose(logits, other) for other in answers):
+        raise InputError(NOT_ELIGIBLE)
+    sums = logits.sum(1)
+    if bool(logits.ge(0).all()) and torch.allclose(sums, torch.ones_like(sums)):
+        raise InputError("the model answers with probabilities; the contract asks for logits")
+    if not _has_gradient(model, images):
+        raise InputError("the gradient with respect to an image vanishes")
+    return model
+
+
+def _has_gradient(model: nn.Module, images: Tensor) -> bool:
+    """Whether every image moves the logits."""
+    x = images.detach().clone().requires_grad_()
+    with torch.enable_grad(), frozen_weights(model):
+        total = model(x).square().sum()
+        if not total.requires_grad:
+            return False
+        (grads,) = torch.autograd.grad(total, x)
+    return bool(grads.flatten(1).abs().amax(1).gt(0).all())
+
+
+def _view(model: nn.Module) -> nn.Module:
+    return model.sampled(per="image") if isinstance(model, Members) else model
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _library(module: str, package: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{error}: pip install {package}") from None

@@ -1,0 +1,262 @@
+"""Ensembles as model hubs keep them: `config.json`, `model.safetensors` and a card, no pickle.
+
+A folder works with or without huggingface_hub, which is needed only to reach a hub. What is read is
+data: names in `config.json` resolve through our own mappings, weights are safetensors, and every
+tensor must fit the ensemble that the configuration describes.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import redefense
+from redefense.config import Run, parse_run
+from redefense.ensembles import Members, Origin
+from redefense.errors import CheckpointError, ConfigError, DataError, InputError
+from redefense.evaluation.card import card, unmeasured_card
+from redefense.train.checkpoint import Checkpoint
+from redefense.train.run import find_final, load_checkpoint
+
+FORMAT: Final = "redefense-ensemble"
+SCHEMA: Final = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+def save_pretrained(
+    ensemble: Members, folder: str | Path, *, license_name: str = "mit", name: str | None = None
+) -> Path:
+    """Write `config.json`, `model.safetensors` and the model card `README.md` into a folder.
+
+    The card quotes the evaluations of the run that the ensemble was loaded from, if its weights are
+    still those; else it claims nothing. Paths of this machine are left out.
+
+    Args:
+        ensemble: what `load`, `from_pretrained` or `train` gave.
+        folder: made if it is not there; files of the same names are replaced.
+        license_name: of the weights, as an SPDX identifier.
+        name: by which the card calls it; the folder's unless given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: for an ensemble of networks that redefense did not build.
+        ConfigError: if the licence is not a plain identifier.
+    """
+    origin = _origin(ensemble)
+    target = Path(folder)
+    weights = {
+        key: value.detach().to("cpu", copy=True).contiguous()
+        for key, value in ensemble.state_dict().items()
+    }
+    text = _card(origin, weights, name or target.resolve().name, license_name)
+    config = {
+        "schema": SCHEMA,
+        "format": FORMAT,
+        "library_name": "redefense",
+        "version": redefense.__version__,
+        "num_members": ensemble.num_members,
+        "run": _without_paths(origin.run).model_dump(mode="json"),
+        "data": dict(origin.data),
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    aside = target / f".{WEIGHTS}.part"
+    save_file(weights, aside, metadata={"format": "pt"})
+    aside.replace(target / WEIGHTS)
+    for file, content in ((CONFIG, json.dumps(config, indent=1) + "\n"), (CARD, text)):
+        part = target / f".{file}.part"
+        part.write_text(content, encoding="utf-8")
+        part.replace(target / file)
+    return target
+
+
+def from_pretrained(
+    name_or_folder: str | Path, *, revision: str | None = None, device: str = "cpu"
+) -> Members:
+    """The ensemble of a local folder, or of a hub's repository `owner/name`, in evaluation mode.
+
+    Args:
+        name_or_folder: a folder that is there wins over a repository of the same name.
+        revision: commit, tag or branch of a repository; pin a commit to get the same bits again.
+        device: to compute on.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged, of another format or does not fit.
+        ConfigError: if a repository is named and huggingface_hub is not installed.
+        DataError: if the hub cannot be reached or has no such repository.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = _fetch(str(name_or_folder), revision)
+    elif revision is not None:
+        raise ConfigError(f"{folder} is a folder of this machine and has no revision {revision!r}")
+    run, data = _read_config(folder / CONFIG)
+    weights = _read_weights(folder / WEIGHTS)
+    if run.ensemble.get("num_members", 0) > len(weights):
+        # before anything of that size is built
+        raise CheckpointError(f"{folder / CONFIG} asks for more members than there are tensors")
+    try:
+        checkpoint = Checkpoint(folder, run, weights, {}, {"data": data})
+        return load_checkpoint(checkpoint, device=device)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no ensemble: {_short(error)}") from None
+
+
+def push_to_hub(
+    ensemble: Members,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Upload an ensemble of redefense",
+    license_name: str = "mit",
+) -> str:
+    """Save the ensemble and upload it to a hub's repository, which is made if it is not there.
+
+    Args:
+        ensemble: as for `save_pretrained`.
+        repo_id: `owner/name`.
+        private: whether a repository made now is private.
+        revision: branch to upload to; the default one unless given.
+        token: of the hub's client; the one it has stored unless given.
+        message: of the commit.
+        license_name: of the weights, as an SPDX identifier.
+
+    Returns:
+        Where it is to be seen.
+
+    Raises:
+        ConfigError: if huggingface_hub is not installed.
+        DataError: if the hub refuses or cannot be reached.
+        InputError: for an ensemble of networks that redefense did not build.
+    """
+    hub = _client()
+    _origin(ensemble)
+    api = hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_pretrained(
+            ensemble, Path(scratch) / "upload", license_name=license_name, name=repo_id
+        )
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+            )
+        except (OSError, ValueError) as error:  # the client's own errors are kinds of these
+            raise DataError(f"cannot upload to {repo_id}: {_short(error)}") from None
+    return str(getattr(done, "commit_url", done))
+
+
+def _origin(ensemble: Members) -> Origin:
+    if not isinstance(ensemble, Members) or ensemble.origin is None:
+        raise InputError(
+            "only an ensemble that redefense built (by train, load or from_pretrained) can be "
+            f"described in {CONFIG}; this {type(ensemble).__name__} was put together by hand"
+        )
+    return ensemble.origin
+
+
+def _without_paths(run: Run) -> Run:
+    """What others may read: the kind of data, not where it lies here."""
+    spec = run.data.spec.partition(":")[0]
+    update: dict[str, Any] = {"data": run.data.model_copy(update={"spec": spec})}
+    if run.start is not None:
+        update["start"] = run.start.model_copy(update={"path": Path(run.start.path).name})
+    return run.model_copy(update=update)
+
+
+def _card(origin: Origin, weights: Mapping[str, Tensor], name: str, license_name: str) -> str:
+    run, folder = origin.run, origin.path
+    if any((folder / "evaluation").glob("*.json")) and _same(weights, find_final(folder).weights):
+        return card(folder, license_name=license_name, opened_by="from_pretrained", name=name)
+    if all((folder / file).is_file() for file in (CARD, WEIGHTS)) and _same(
+        weights, _read_weights(folder / WEIGHTS)
+    ):
+        # what was fetched is handed on with what is known of it
+        return (folder / CARD).read_text(encoding="utf-8")
+    return unmeasured_card(
+        name,
+        data=str(origin.data["name"]),
+        num_members=int(run.ensemble["num_members"]),
+        model=str(run.ensemble["model"]),
+        method=str(run.defence["name"]),
+        license_name=license_name,
+        opened_by="from_pretrained",
+    )
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether the figures of `other` may be quoted for `one`."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def _read_config(path: Path) -> tuple[Run, dict[str, Any]]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} holds no {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not describe a {FORMAT}")
+    if config.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {config.get('schema')!r}, this version reads {SCHEMA}"
+        )
+    data = config.get("data")
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} does not say what data it was made for")
+    try:
+        return parse_run(config.get("run"), str(path)), data
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} holds no {WEIGHTS}; weights in any other format are not read"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    for key, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path} holds non-finite numbers in {key}")
+    return weights
+
+
+def _fetch(repo_id: str, revision: str | None) -> Path:
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no folder {repo_id}")
+    hub = _client(f"{repo_id} is no folder here; ")
+    try:
+        return Path(
+            hub.snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot fetch {repo_id} from the hub: {_short(error)}") from None
+
+
+def _short(error: Exception) -> str:
+    """An error of others' on one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def _client(why: str = "") -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConfigError(
+            f"{why}reaching a hub needs huggingface_hub: pip install 'redefense[hub]'"
+        ) from None
+    return huggingface_hub
