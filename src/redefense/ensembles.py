@@ -17,6 +17,7 @@ from redefense.config import Run
 from redefense.errors import ConfigError, InputError
 from redefense.models import hyper
 from redefense.rng import draw_members
+from redefense.spread import ALONE, Spread
 from redefense.types import Ensemble, Float, Images, Logits, Per, check_images
 
 
@@ -41,10 +42,12 @@ class Members(nn.Module):
     Attributes:
         mixture: (M,) float64 probabilities with which members answer.
         origin: of a trained ensemble; None for one put together by hand.
+        spread: over which processes its training is spread at the moment.
     """
 
     mixture: Tensor
     origin: Origin | None = None
+    spread: Spread = ALONE
 
     def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
         super().__init__()
@@ -67,7 +70,10 @@ class Members(nn.Module):
 
     def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
         """Logits of all members. Checks nothing."""
-        return torch.stack([self.logits_of(m, x) for m in range(self.num_members)])
+        own = self.spread.own(self.num_members)
+        copies = self.spread.copies(x, self.num_members)
+        logits = [self.logits_of(m, at) for m, at in zip(own, copies, strict=True)]
+        return self.spread.members(torch.stack(logits))
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
         """What training member m alone would change."""
@@ -313,6 +319,11 @@ def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
         logits, mixture = logits[answering], mixture[answering]
     log_probs = F.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
     return torch.logsumexp(log_probs + mixture.log().to(log_probs)[:, None, None], dim=0)
+
+
+def spread_of(ensemble: Ensemble) -> Spread:
+    """Over which processes the ensemble's training is spread at the moment."""
+    return ensemble.spread if isinstance(ensemble, Members) else ALONE
 
 
 def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redefense.ensembles import frozen_statistics, frozen_weights
+from redefense.ensembles import frozen_statistics, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.models.twice import input_gradients
 from redefense.threat import norms, per_image
@@ -76,7 +76,10 @@ class Coupled:
 
     def parts(self, ensemble: Ensemble, differentiate: str) -> Iterator[Loss]:
         """One part a member; the sum of their gradients is that of `joint`'s total."""
-        grads = [self._detached(ensemble, point).requires_grad_() for point in self.points]
+        spread = spread_of(ensemble)
+        grads = [
+            spread.whole(self._detached(ensemble, point)).requires_grad_() for point in self.points
+        ]
         named = self.penalty(*grads)
         regularizer = cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
         active = [k for k, v in named.items() if self.weights[k] != 0 and v.requires_grad]
@@ -85,23 +88,24 @@ class Coupled:
             if active
             else [torch.zeros_like(g) for g in grads]
         )
+        pulls = [spread.pull(v) for v in pulls]
         logged = {k: v.detach() for k, v in named.items()}
         logged["total"] = regularizer.detach()
-        for m in range(ensemble.num_members):
+        for row, m in enumerate(spread.own(ensemble.num_members)):
             if not active:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 coupling = torch.zeros_like(ce)
             elif differentiate == "exact":
                 ce, member_grads = self._member(ensemble, m, create_graph=True)
                 ce = self.ce_weight * ce
-                inner = [(g * v[m]).sum() for g, v in zip(member_grads, pulls, strict=True)]
+                inner = [(g * v[row]).sum() for g, v in zip(member_grads, pulls, strict=True)]
                 coupling = torch.stack(inner).sum()
             else:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 with frozen_statistics(cast(nn.Module, ensemble)):
                     coupling = torch.stack(
                         [
-                            directional(ensemble, m, _of(p, m), self.y, v[m])
+                            directional(ensemble, m, _of(p, m), self.y, v[row])
                             for p, v in zip(self.points, pulls, strict=True)
                         ]
                     ).sum()
@@ -135,12 +139,12 @@ class Coupled:
             ce = self._cross_entropy(ensemble, m)
         return ce, grads
 
-    def _detached(self, ensemble: Ensemble, point: PerMember) -> Float[Tensor, "M B D"]:
-        """Input gradients of all members with nothing kept for the weights."""
+    def _detached(self, ensemble: Ensemble, point: PerMember) -> Float[Tensor, "O B D"]:
+        """Input gradients of the members at home here, with nothing kept for the weights."""
         module = cast(nn.Module, ensemble)
         grads = []
         with frozen_weights(module), frozen_statistics(module):
-            for m in range(ensemble.num_members):
+            for m in spread_of(ensemble).own(ensemble.num_members):
                 x = _of(point, m).detach().requires_grad_()
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
                 grads.append(torch.autograd.grad(loss, x)[0].flatten(1))
