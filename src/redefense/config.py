@@ -82,6 +82,18 @@ class OptimConfig(_Frozen):
     clip: float | None = Field(default=None, gt=0)
 
 
+class StartConfig(_Frozen):
+    """Whose members training starts from.
+
+    Attributes:
+        path: a finished run of plain or written members, alike in number, network and images.
+        sha256: of its weights; filled in when the run begins, and must hold from then on.
+    """
+
+    path: str
+    sha256: str | None = None
+
+
 class Run(_Frozen):
     """One training run.
 
@@ -91,6 +103,8 @@ class Run(_Frozen):
         defence: `{"name": method, ...}` with the settings of that method.
         precision: "bf16" computes forward passes under autocast; weights stay in single precision.
         epochs: passes over the training images in all, whatever the number of stages.
+        start: members to start from in place of random ones; kernels that hypernetworks write are
+            fitted to theirs.
     """
 
     recipe: str = "custom"
@@ -103,6 +117,7 @@ class Run(_Frozen):
     batch_size: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    start: StartConfig | None = None
 
 
 def to_json(run: Run) -> str:
@@ -156,7 +171,9 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
             value = text
         here = data
         for depth, key in enumerate(keys[:-1]):
-            here = here.setdefault(key, {})
+            if here.get(key) is None:
+                here[key] = {}
+            here = here[key]
             if not isinstance(here, dict):
                 where = ".".join(keys[: depth + 1])
                 raise ConfigError(

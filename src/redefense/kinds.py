@@ -22,6 +22,8 @@ class Kind(Protocol):
 
     def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Members: ...
 
+    def plain(self) -> "IndependentKind": ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndependentKind:
@@ -46,6 +48,10 @@ class IndependentKind:
     def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Members:
         """Members initialised from streams named by (seed, member)."""
         return Independent(networks(self, num_classes, shape, seed))
+
+    def plain(self) -> "IndependentKind":
+        """Itself."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

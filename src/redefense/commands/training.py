@@ -24,6 +24,9 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Run directory; runs/RECIPE unless given.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A run whose members to start from.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every draw of the training.")] = None,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
@@ -31,7 +34,11 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe, or a run from its JSON record."""
+    from redefense.config import StartConfig
+
     run = resolve_run(what, changes, data, seed)
+    if start is not None:
+        run = run.model_copy(update={"start": StartConfig(path=str(start))})
     target = out if out is not None else Path("runs") / run.recipe
     with computing():
         from redefense.train.run import train as train_run

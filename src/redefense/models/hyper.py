@@ -171,12 +171,26 @@ def kernels_from(
     """
     kernels = []
     for grid, own in zip(grids, units.split([g.num_units for g in grids]), strict=True):
-        raw, mean_square = tile(own, grid.rows, grid.columns), 1.0
+        raw = tile(own, grid.rows, grid.columns)
         if grid.size == 1:
-            raw, mean_square = TAPS[taps].reduce(raw), TAPS[taps].mean_square
-        variance = 2 / (grid.size**2 * raw.shape[1])
-        kernels.append(raw * math.sqrt(variance / mean_square))
+            raw = TAPS[taps].reduce(raw)
+        kernels.append(raw * gain(grid, units.shape[1], taps))
     return tuple(kernels)
+
+
+def gain(grid: Grid, unit: int, taps: str) -> float:
+    """What units of variance 1 are multiplied by, so that their kernel has He's variance."""
+    mean_square = TAPS[taps].mean_square if grid.size == 1 else 1.0
+    return math.sqrt(2 / (grid.size**2 * grid.columns * unit * mean_square))
+
+
+def untile(
+    kernel: Float[Tensor, "out inp k k"], rows: int, columns: int
+) -> Float[Tensor, "U n n k k"]:
+    """The units of a kernel: the inverse of `tile`, for 1x1 kernels too."""
+    n = kernel.shape[0] // rows
+    blocks: Tensor = kernel.unflatten(0, (rows, n)).unflatten(2, (columns, n)).transpose(1, 2)
+    return blocks.flatten(0, 1)
 
 
 def write(grids: Sequence[Grid], taps: str, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
