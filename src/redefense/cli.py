@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import redefense
-from redefense.commands import evaluating, looking, measuring, training
+from redefense.commands import deploying, evaluating, looking, measuring, serving, training
 from redefense.errors import RedefenseError
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command()(evaluating.card)
 app.command("list")(looking.list_names)
 app.command()(looking.show)
 app.command()(training.materialise)
+app.command()(deploying.export)
+app.command()(serving.serve)
 data_app = typer.Typer(help="Look at data before using it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_app.command("check")(looking.data_check)

@@ -1,0 +1,82 @@
+"""Serving a bundle, and auditing how well a server keeps its secret."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redefense.commands.options import Quiet
+from redefense.serve.settings import Mode, Policy, Settings, check_address
+
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
+
+
+def serve(
+    bundle: Bundle,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="In the routes; the folder's name.")] = None,
+    policy: Annotated[
+        Policy, typer.Option(help="Whose draw is kept: fresh (none), per-input or per-client.")
+    ] = "fresh",
+    key: Annotated[
+        Path | None, typer.Option(help="Secret of the keyed policies, shared by replicas.")
+    ] = None,
+    epoch: Annotated[float, typer.Option(help="Seconds that per-client keeps a draw.")] = 3600.0,
+    client_header: Annotated[
+        str | None, typer.Option(help="Header by which your proxy names clients; else the address.")
+    ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="averaged and member (the first) are there to compare.")
+    ] = "sampled",
+    scores: Annotated[bool, typer.Option("--scores", help="Answer with all scores, too.")] = False,
+    research: Annotated[
+        bool, typer.Option("--research", help="Seeded draws, members shown; loopback only.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of a research server.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    max_delay: Annotated[float, typer.Option(help="Seconds a batch waits for more.")] = 0.0,
+    max_queue: Annotated[int, typer.Option(help="Images that may wait; more get 429.")] = 256,
+    deadline: Annotated[float, typer.Option(help="Seconds until 504.")] = 5.0,
+    max_body: Annotated[int | None, typer.Option(help="Bytes of a request.")] = None,
+    max_pixels: Annotated[int, typer.Option(help="Of an uploaded picture.")] = 16_000_000,
+    tick: Annotated[
+        float, typer.Option(help="Seconds; answers leave on this grid, to hide members' speed.")
+    ] = 0.0,
+    grace: Annotated[
+        float, typer.Option(help="Seconds from SIGTERM (not ready) to the end of listening.")
+    ] = 1.0,
+    threads: Annotated[
+        int | None, typer.Option(help="That a member computes with; one per core.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer requests with a bundle: a secret draw per image, Open Inference Protocol v2."""
+    from redefense.serve.draws import draw_by, read_key
+    from redefense.serve.model import Model
+    from redefense.serve.observe import log_to_stderr
+    from redefense.serve.process import serve as run_server
+
+    settings = Settings(
+        policy=policy,
+        mode=mode,
+        scores=scores,
+        research=research,
+        seed=seed,
+        max_batch=max_batch,
+        max_delay=max_delay,
+        max_queue=max_queue,
+        deadline=deadline,
+        max_body=max_body,
+        max_pixels=max_pixels,
+        tick=tick,
+        epoch=epoch,
+        client_header=client_header,
+        grace=grace,
+        threads=threads,
+    )
+    check_address(settings, host)
+    log_to_stderr(quiet=quiet)
+    model = Model(bundle, name=name, threads=threads)
+    draw = draw_by(settings, model.mixture, read_key(key))
+    run_server(model, settings, draw, host=host, port=port)

@@ -1,0 +1,220 @@
+"""The routes: Open Inference Protocol v2, picture uploads, metrics and a page to try it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import redefense
+from redefense.serve.batcher import Batcher, Late, Overloaded
+from redefense.serve.draws import Draw, Floats
+from redefense.serve.engine import CONFIDENCE, Answers, Engine, label_and_word
+from redefense.serve.guard import Bodies, Guard
+from redefense.serve.images import FORMATS, read_image
+from redefense.serve.model import Model
+from redefense.serve.observe import Metrics
+from redefense.serve.protocol import (
+    BINARY_HEADER,
+    VERSION,
+    Question,
+    metadata,
+    output_types,
+    read_question,
+    write_answers,
+)
+from redefense.serve.settings import Settings
+
+_HELD_BODIES = 16  # largest bodies that are held at a time
+_PAGE: Final = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+
+
+class Service:
+    """A model behind HTTP. Its methods are the routes' handlers.
+
+    Attributes:
+        leaving: set when the server is about to stop: readiness turns false, and connections end
+            with their next answer; whoever still asks is answered.
+    """
+
+    def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
+        self.model, self.settings = model, settings
+        self.metrics = Metrics()
+        self.leaving = False
+        self._engine = Engine(model, settings, draw)
+        self._batcher = Batcher(self._engine, settings, self.metrics.batch)
+        self.metrics.waiting.set_function(lambda: self._batcher.waiting)
+        limit = settings.body_limit(model.pixels)
+        self._bodies = Bodies(limit=limit, total=_HELD_BODIES * limit, seconds=settings.deadline)
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        loop = asyncio.create_task(self._batcher.work())
+        yield
+        loop.cancel()
+        self._batcher.close()
+
+    async def server_metadata(self, request: Request) -> Response:
+        about = {"name": "redefense", "version": redefense.__version__}
+        return JSONResponse({**about, "extensions": ["binary_tensor_data"]})
+
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        return JSONResponse({"ready": not self.leaving}, 503 if self.leaving else 200)
+
+    async def model_metadata(self, request: Request) -> Response:
+        self._check_names(request)
+        return JSONResponse(metadata(self.model, self.settings))
+
+    async def model_ready(self, request: Request) -> Response:
+        self._check_names(request)
+        answer = {"name": self.model.name, "ready": not self.leaving}
+        return JSONResponse(answer, 503 if self.leaving else 200)
+
+    async def infer(self, request: Request) -> Response:
+        """Tensors in, tensors out; also a picture, as one image."""
+        self._check_names(request)
+        if _media_type(request) in FORMATS:
+            images = await self._picture(request)
+            wanted = dict.fromkeys(output_types(self.settings, len(self.model.classes)), False)
+            question = Question(images=images, wanted=wanted)
+        else:
+            async with self._bodies.read(request) as body:
+                length = request.headers.get(BINARY_HEADER)
+                question = read_question(body, length, self.model, self.settings)
+        answers = await self._answer(question.images, request)
+        content, json_length = write_answers(answers, question, self.model, self.settings)
+        if json_length is None:
+            return Response(content, media_type="application/json")
+        headers = {BINARY_HEADER: str(json_length)}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    async def classify(self, request: Request) -> Response:
+        """A picture in, a small object out."""
+        self._check_names(request)
+        answers = await self._answer(await self._picture(request), request)
+        return JSONResponse(self._in_words(answers))
+
+    async def members(self, request: Request) -> Response:
+        """What every member says to a picture; a research server's only."""
+        images = await self._picture(request)
+        scores = (await run_in_threadpool(self._engine.all_members, images))[:, 0]
+        label, word = label_and_word(scores)
+        everyone = Answers(label=label, confidence=word, scores=scores)
+        rows = [self._in_words(everyone.part(m, m + 1)) for m in range(len(scores))]
+        return JSONResponse({"members": rows})
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(self, request: Request) -> Response:
+        name, media_type = _PAGE[request.url.path]
+        content = resources.files("redefense.serve").joinpath(name).read_bytes()
+        return Response(content, media_type=media_type)
+
+    async def about(self, request: Request) -> Response:
+        """What the page needs to know."""
+        return JSONResponse(
+            {
+                "name": self.model.name,
+                "classes": list(self.model.classes),
+                "shape": list(self.model.shape),
+                "num_members": self.model.num_members,
+                "research": self.settings.research,
+            }
+        )
+
+    def _check_names(self, request: Request) -> None:
+        if request.path_params["name"] != self.model.name:
+            raise HTTPException(404, f"the model here is named {self.model.name}")
+        if request.path_params.get("version", VERSION) != VERSION:
+            raise HTTPException(404, f"the model here has version {VERSION}")
+
+    async def _picture(self, request: Request) -> Floats:
+        if _media_type(request) not in FORMATS:
+            raise HTTPException(415, f"send a picture as {' or '.join(FORMATS)}")
+        async with self._bodies.read(request) as body:
+            limit = self.settings.max_pixels
+            return await run_in_threadpool(read_image, body, self.model.shape, limit)
+
+    async def _answer(self, images: Floats, request: Request) -> Answers:
+        try:
+            return await self._batcher.submit(images, self._client(request))
+        except Overloaded as error:
+            headers = {"Retry-After": str(error.retry_after)}
+            raise HTTPException(429, str(error), headers) from None
+        except Late as error:
+            raise HTTPException(504, str(error)) from None
+
+    def _client(self, request: Request) -> str:
+        name = self.settings.client_header
+        if name is not None and (value := request.headers.get(name)) is not None:
+            return f"header {value}"
+        return f"address {request.client.host if request.client else ''}"
+
+    def _in_words(self, answers: Answers) -> dict[str, object]:
+        (label,), (word,) = answers.label, answers.confidence
+        result: dict[str, object] = {
+            "label": self.model.classes[label],
+            "class_id": int(label),
+            "confidence": CONFIDENCE[word],
+        }
+        if answers.scores is not None:
+            result["scores"] = answers.scores[0].tolist()
+        if answers.member is not None:
+            result["member"] = int(answers.member[0])
+        return result
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    # starlette hands over what it was registered for: HTTP errors alone
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else "internal error"
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return JSONResponse({"error": detail}, status, headers=headers)
+
+
+def create_service(model: Model, settings: Settings, draw: Draw) -> tuple[Starlette, Service]:
+    """The application of a model, and its state."""
+    service = Service(model, settings, draw)
+    model_routes = ["/v2/models/{name}", "/v2/models/{name}/versions/{version}"]
+    routes = [
+        *[Route(path, service.page) for path in _PAGE],
+        Route("/v2", service.server_metadata),
+        Route("/v2/health/live", service.live),
+        Route("/v2/health/ready", service.ready),
+        *[Route(path, service.model_metadata) for path in model_routes],
+        *[Route(f"{path}/ready", service.model_ready) for path in model_routes],
+        *[Route(f"{path}/infer", service.infer, methods=["POST"]) for path in model_routes],
+        *[Route(f"{path}/classify", service.classify, methods=["POST"]) for path in model_routes],
+        Route("/metrics", service.show_metrics),
+        Route("/about.json", service.about),
+    ]
+    if settings.research:
+        routes.append(Route("/research/members", service.members, methods=["POST"]))
+    guard = Middleware(Guard, metrics=service.metrics, leaving=lambda: service.leaving)
+    app = Starlette(
+        routes=routes,
+        middleware=[guard],
+        exception_handlers={HTTPException: _explain},
+        lifespan=service.lifespan,
+    )
+    return app, service

@@ -1,0 +1,134 @@
+"""Which member answers: secret, per image, after the batch is formed.
+
+Every policy is a function from a batch's images and clients to member indices. Fresh draws are the
+bundle's own (`redefense.export.runner`), so that what is verified is what serves.
+"""
+
+import hmac
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.errors import ConfigError, DataError
+from redefense.export.runner import draw_members
+from redefense.serve.settings import Settings
+
+Floats = NDArray[np.float32]
+Members = NDArray[np.int64]
+Mixture = NDArray[np.float64]
+Draw = Callable[[Floats, Sequence[str]], Members]
+"""(images (N, C, H, W), the client of each) -> member index of each (N,)."""
+
+_KEY_BYTES = 32
+_STEPS = 2**64
+
+
+def pick(numbers: Sequence[int], mixture: Mixture) -> Members:
+    """Members by numbers uniform in [0, 2**64); the bias is below 2**-52, that of the mixture."""
+    edges = np.cumsum(mixture)
+    # thresholds as integers: a float cannot hold 64 bits
+    thresholds = [int(edge / edges[-1] * 2**53) * 2**11 for edge in edges[:-1]]
+    chosen = [sum(number >= limit for limit in thresholds) for number in numbers]
+    return np.array(chosen, dtype=np.int64)
+
+
+def fresh(mixture: Mixture) -> Draw:
+    """A new secret draw for every image of every request."""
+
+    def draw(images: Floats, clients: Sequence[str]) -> Members:
+        return draw_members(mixture, len(images))
+
+    return draw
+
+
+def canonical(image: Floats) -> bytes:
+    """What `per-input` knows an image by: its 8-bit pixels and shape.
+
+    The same picture as PNG, as JSON and as binary tensor is one image. So are two that differ by
+    less than a rounding step; a pixel that moves by a whole level makes another image.
+    """
+    levels = np.rint(image * 255).astype(np.uint8)
+    return repr(levels.shape).encode() + levels.tobytes()
+
+
+def keyed(key: bytes, *parts: bytes) -> int:
+    """A number uniform in [0, 2**64) to whoever lacks the key (HMAC-SHA-256)."""
+    framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    return int.from_bytes(hmac.digest(key, framed, "sha256")[:8], "big")
+
+
+def per_input(mixture: Mixture, key: bytes) -> Draw:
+    """An image meets the same member every time, whoever asks and in whatever encoding."""
+
+    def draw(images: Floats, clients: Sequence[str]) -> Members:
+        return pick([keyed(key, b"input", canonical(image)) for image in images], mixture)
+
+    return draw
+
+
+def per_client(
+    mixture: Mixture,
+    key: bytes,
+    *,
+    epoch: float,
+    clock: Callable[[], float] = time.time,
+) -> Draw:
+    """A client meets one member for an epoch; where its epochs begin is secret, too."""
+
+    def number(client: str, now: float) -> int:
+        name = client.encode()
+        shift = keyed(key, b"shift", name) / _STEPS
+        turn = int(now / epoch + shift)
+        return keyed(key, b"client", name, str(turn).encode())
+
+    def draw(images: Floats, clients: Sequence[str]) -> Members:
+        now = clock()
+        return pick([number(client, now) for client in clients], mixture)
+
+    return draw
+
+
+def seeded(mixture: Mixture, seed: int) -> Draw:
+    """Reproducible draws, for research only."""
+    generator = np.random.Generator(np.random.Philox(seed))
+
+    def draw(images: Floats, clients: Sequence[str]) -> Members:
+        numbers = generator.integers(_STEPS, size=len(images), dtype=np.uint64)
+        return pick([int(number) for number in numbers], mixture)
+
+    return draw
+
+
+def read_key(path: Path | None) -> bytes:
+    """The secret of the keyed policies: a file's bytes, or new ones.
+
+    Raises:
+        ConfigError: the file is too short, or others may read it.
+        DataError: there is no such file.
+    """
+    if path is None:
+        return os.urandom(_KEY_BYTES)
+    try:
+        key, mode = path.read_bytes(), path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"key {path}: {error.strerror}") from None
+    if len(key) < _KEY_BYTES:
+        raise ConfigError(f"key {path} must hold at least {_KEY_BYTES} bytes, got {len(key)}")
+    if mode & 0o077:
+        raise ConfigError(f"key {path} may be read by others (mode {mode & 0o777:o}): chmod 600")
+    return key
+
+
+def draw_by(settings: Settings, mixture: Mixture, key: bytes) -> Draw:
+    """The draw that the settings ask for."""
+    if settings.seed is not None:
+        return seeded(mixture, settings.seed)
+    if settings.policy == "per-input":
+        return per_input(mixture, key)
+    if settings.policy == "per-client":
+        return per_client(mixture, key, epoch=settings.epoch)
+    return fresh(mixture)

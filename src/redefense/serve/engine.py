@@ -1,0 +1,98 @@
+"""From images to answers: draw per image, run member by member, say no more than is asked for."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.serve.draws import Draw, Floats, Members
+from redefense.serve.model import Model
+from redefense.serve.settings import Settings
+
+CONFIDENCE: Final = ("low", "medium", "high")
+EDGES: Final = (0.5, 0.9)
+"""A label's probability is low below the first, high from the second on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What may be said about N images.
+
+    Attributes:
+        label: (N,) class indices.
+        confidence: (N,) indices into `CONFIDENCE`.
+        scores: (N, classes) probabilities, where the operator shows them.
+        member: (N,) who answered, on a research server alone.
+    """
+
+    label: NDArray[np.int64]
+    confidence: NDArray[np.int64]
+    scores: Floats | None = None
+    member: Members | None = None
+
+    def part(self, start: int, stop: int) -> "Answers":
+        """The answers to images start to stop."""
+        return Answers(
+            label=self.label[start:stop],
+            confidence=self.confidence[start:stop],
+            scores=None if self.scores is None else self.scores[start:stop],
+            member=None if self.member is None else self.member[start:stop],
+        )
+
+
+def probabilities(logits: Floats) -> Floats:
+    """Softmax over the last axis."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    result: Floats = (shifted / shifted.sum(-1, keepdims=True)).astype(np.float32)
+    return result
+
+
+def label_and_word(scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Label (...) and confidence word (...) from probabilities (..., classes)."""
+    words = np.digitize(scores.max(-1), EDGES).astype(np.int64)
+    return scores.argmax(-1).astype(np.int64), words
+
+
+class Engine:
+    """Classifies a batch whose images may belong to several requests.
+
+    Nothing about one image depends on its batch mates but rounding, and all answers of a batch are
+    ready at the same time: who shares a member with whom cannot be read off the order.
+    """
+
+    def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
+        self.model, self._settings, self._draw = model, settings, draw
+
+    def __call__(self, images: Floats, clients: Sequence[str]) -> Answers:
+        """Answers to images (N, C, H, W) of the clients (N,)."""
+        member = None
+        if self._settings.mode == "averaged":
+            scores = self._averaged(images)
+        elif self._settings.mode == "member":
+            scores = probabilities(self.model.logits_of(0, images))
+        else:
+            member = self._draw(images, clients)
+            scores = probabilities(self.model.classify(images, member))
+        label, word = label_and_word(scores)
+        if self._settings.tick > 0:
+            # monotonic time modulo the tick: the grid is the same for every batch
+            time.sleep(-time.monotonic() % self._settings.tick)
+        return Answers(
+            label=label,
+            confidence=word,
+            scores=scores if self._settings.scores else None,
+            member=member if self._settings.research else None,
+        )
+
+    def all_members(self, images: Floats) -> Floats:
+        """(M, N, classes) probabilities of every member."""
+        everyone = range(self.model.num_members)
+        return np.stack([probabilities(self.model.logits_of(m, images)) for m in everyone])
+
+    def _averaged(self, images: Floats) -> Floats:
+        mixture = self.model.mixture.astype(np.float32)
+        mean: Floats = np.einsum("m,mnc->nc", mixture, self.all_members(images))
+        return mean

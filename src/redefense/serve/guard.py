@@ -1,0 +1,119 @@
+"""What holds for every response: headers, the log line, and that no defect shows its traceback."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from redefense.serve.observe import LOG, Metrics
+from redefense.serve.protocol import refuse
+
+HEADERS: Final = {
+    "Cache-Control": "no-store",  # a cache would freeze one member per image
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_GONE = 499  # what a log says where the client left before its answer
+_UNREAD = (408, 413, 429)  # these may be answered before the body is read
+
+
+class Guard:
+    """ASGI middleware around all routes.
+
+    Args:
+        leaving: whether the server wants connections to end with their next answer.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
+        self._app, self._metrics, self._leaving = app, metrics, leaving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 0
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                if self._leaving() or status in _UNREAD:
+                    headers["Connection"] = "close"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_guarded)
+        except ClientDisconnect:
+            status = status or _GONE
+        except Exception:  # noqa: BLE001 - the last line of defence: a client never sees why
+            LOG.exception({"event": "defect"})
+            if status == 0:
+                answer = JSONResponse({"error": "internal error"}, 500)
+                await answer(scope, receive, send_guarded)
+        finally:
+            self._note(scope, status, time.perf_counter() - started)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        # the handler's name, not the path: a path is the client's to choose
+        route = getattr(scope.get("endpoint"), "__name__", "other")
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.seconds.labels(route).observe(seconds)
+        LOG.info(
+            {"event": "request", "route": route, "status": status, "ms": round(seconds * 1000)}
+        )
+
+
+class Bodies:
+    """Reads request bodies: each of bounded size and time, and all together of bounded size.
+
+    Args:
+        limit: bytes of one body.
+        total: bytes of all bodies that are being read or classified.
+        seconds: in which a body must have come.
+    """
+
+    def __init__(self, *, limit: int, total: int, seconds: float) -> None:
+        self._limit, self._left, self._seconds = limit, total, seconds
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of a request; it counts against the total while the context lasts.
+
+        Raises:
+            HTTPException: 413 too large, 408 too slow, 429 too much is held already.
+        """
+        content = bytearray()
+        announced = request.headers.get("content-length", "")
+        if announced.isdigit() and len(announced) < 20 and int(announced) > self._limit:
+            self._too_large()
+        try:
+            async with asyncio.timeout(self._seconds):
+                async for chunk in request.stream():
+                    if len(content) + len(chunk) > self._limit:
+                        self._too_large()
+                    if len(chunk) > self._left:
+                        raise HTTPException(429, "too much is being read", {"Retry-After": "1"})
+                    self._left -= len(chunk)
+                    content += chunk
+            yield bytes(content)
+        except TimeoutError:
+            refuse(f"the body took longer than {self._seconds:g} s", 408)
+        finally:
+            self._left += len(content)
+
+    def _too_large(self) -> None:
+        refuse(f"a request may have at most {self._limit} bytes", 413)

@@ -1,0 +1,45 @@
+"""Uploaded pictures to images in [0, 1]: two formats, bounded sizes, no surprises."""
+
+import io
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from redefense.serve.draws import Floats
+from redefense.serve.protocol import refuse
+
+FORMATS: Final = {"image/png": "PNG", "image/jpeg": "JPEG"}
+
+
+def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> Floats:
+    """Decode a PNG or JPEG, (1, C, H, W), resized where its size is another.
+
+    Transparency is dropped and deeper pixels are refused, as in image folders (`redefense.data`).
+
+    Raises:
+        HTTPException: 400 for what is no such picture, 413 for too many pixels.
+    """
+    try:
+        # reads the header alone; the formats are the only decoders that run
+        picture = Image.open(io.BytesIO(content), formats=list(FORMATS.values()))
+        size = picture.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        refuse(f"a picture may have at most {max_pixels} pixels", 413)
+    except Exception:  # noqa: BLE001 - decoders raise many types on damaged files
+        refuse("the body is no PNG or JPEG picture")
+    if size[0] * size[1] > max_pixels:
+        refuse(f"a picture may have at most {max_pixels} pixels, got {size[0]} x {size[1]}", 413)
+    if picture.mode.startswith(("I", "F")):
+        refuse("a picture may have at most 8 bits a channel")
+    channels, height, width = shape
+    try:
+        # resizing to the size it has leaves a picture as it is
+        fitted = picture.convert("L" if channels == 1 else "RGB").resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
+        pixels = np.asarray(fitted, dtype=np.float32) / np.float32(255)
+    except Exception:  # noqa: BLE001 - decoders raise many types on damaged files
+        refuse("the picture is damaged")
+    planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(planes[None])

@@ -1,0 +1,114 @@
+"""A bundle in memory: one inference session per member, every file checked against its hash."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from redefense.errors import ConfigError, DataError
+from redefense.export import runner
+
+Floats = NDArray[np.float32]
+INPUT: Final = "images"  # what bundles call the input of every member
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Model:
+    """All members of a bundle, ready to run.
+
+    Attributes:
+        name: in the routes of the protocol.
+        shape: of one image, (1 or 3 channels, H, W).
+        mixture: (M,) probabilities.
+
+    Raises:
+        ConfigError: the name does not fit into a route.
+        DataError: the bundle is damaged, or no classifier of pictures.
+    """
+
+    def __init__(
+        self, folder: Path, *, name: str | None = None, threads: int | None = None
+    ) -> None:
+        try:
+            self._bundle = runner.open_bundle(folder)
+            self.shape = self._bundle.shape
+            self.mixture: NDArray[np.float64] = self._bundle.mixture
+            self.classes = tuple(self._bundle.classes)
+            self._sessions = [
+                _session(self._bundle.member(m), m, threads)
+                for m in range(self._bundle.num_members)
+            ]
+        except runner.BundleError as error:
+            raise DataError(f"{folder}: {error}") from None
+        self.name = name if name is not None else _fitting(folder)
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"--name must be letters, digits, dots, _ and -, got {self.name}")
+        if self.shape[0] not in (1, 3):
+            raise DataError(f"{folder}: images have {self.shape[0]} channels; 1 or 3 are served")
+
+    @property
+    def num_members(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def pixels(self) -> int:
+        """Values of one image."""
+        return int(np.prod(self.shape))
+
+    def logits_of(self, m: int, images: Floats) -> Floats:
+        """(N, classes) logits of member m for images (N, C, H, W) in [0, 1]."""
+        return runner.logits_of(self._sessions[m], images)
+
+    def classify(self, images: Floats, drawn: NDArray[np.int64]) -> Floats:
+        """(N, classes) logits where member drawn[n] answers image n."""
+        return runner.classify(self._sessions, images, drawn)
+
+    def probes(self) -> Floats:
+        """The bundle's own images (64, C, H, W), for those who measure it."""
+        try:
+            return self._bundle.probes()[0]
+        except runner.BundleError as error:
+            raise DataError(f"{self._bundle.path}: {error}") from None
+
+    def warm_up(self, batches: Sequence[int]) -> None:
+        """Run every member at these batch sizes, so that no member's first answer is a slow one.
+
+        Raises:
+            DataError: a member does not give one finite row of logits per image.
+        """
+        for m in range(self.num_members):
+            for size in batches:
+                try:
+                    logits = self.logits_of(m, np.full((size, *self.shape), 0.5, dtype=np.float32))
+                except Exception as error:  # noqa: BLE001 - onnxruntime's share no narrower class
+                    raise DataError(f"member {m} cannot run: {_line(error)}") from None
+                if logits.shape != (size, len(self.classes)) or not np.isfinite(logits).all():
+                    raise DataError(
+                        f"member {m} must give {size} x {len(self.classes)} finite logits, "
+                        f"got shape {logits.shape}"
+                    )
+
+
+def _fitting(folder: Path) -> str:
+    cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", folder.resolve().name)[:64]
+    return cleaned if _NAME.fullmatch(cleaned) else "model"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _session(content: bytes, m: int, threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    # members share the cores: those that wait must not spin on them
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - onnxruntime's share no narrower class
+        raise DataError(f"onnxruntime refuses member {m}: {_line(error)}") from None

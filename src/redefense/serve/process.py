@@ -1,0 +1,134 @@
+"""A server's life: listen, serve, and stop without losing a request."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from redefense.errors import ConfigError
+from redefense.serve.app import Service, create_service
+from redefense.serve.draws import Draw
+from redefense.serve.model import Model
+from redefense.serve.observe import LOG
+from redefense.serve.settings import Settings, check_address
+
+_IDLE: Final = 30.0  # seconds a connection may stay without a complete request
+_LAST_CALL: Final = 0.2  # seconds for what was sent to connections that are about to be closed
+_BACKLOG: Final = 2048
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `run`: uvicorn would stop listening at once and exit by the signal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # the protocol is named, or asyncio leaves Nagle's delay of 40 ms on every connection
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def run(app: ASGIApp, service: Service, listener: socket.socket, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain.
+
+    Readiness turns false first and every answer ends its connection, so that load balancers and
+    clients go elsewhere; then listening ends; then what is still asked is answered.
+    """
+    settings = service.settings
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a client could choose its address
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=int(_IDLE),
+        timeout_graceful_shutdown=int(settings.deadline) + 5,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    reaping = asyncio.create_task(_reap(server))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not serving.done():
+        service.leaving = True
+        LOG.info({"event": "leaving"})
+        await asyncio.sleep(settings.grace)
+        for listening in server.servers:
+            listening.close()
+        await asyncio.sleep(_LAST_CALL)
+        server.should_exit = True
+    await serving
+    for task in (reaping, stopping):
+        task.cancel()
+    LOG.info({"event": "stopped"})
+
+
+async def _reap(server: uvicorn.Server) -> None:
+    # uvicorn waits for ever for the rest of a request's head
+    since: dict[tuple[int, int], float] = {}
+    while True:
+        await asyncio.sleep(_IDLE / 10)
+        now, seen = time.monotonic(), since
+        since = {}
+        for connection in list(server.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is None or cycle.response_complete:
+                key = (id(connection), id(cycle))
+                since[key] = seen.get(key, now)
+                if now - since[key] > _IDLE and connection.transport is not None:
+                    connection.transport.close()
+
+
+def serve(model: Model, settings: Settings, draw: Draw, *, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        ConfigError: the address cannot be listened on, or others could reach a research server.
+    """
+    check_address(settings, host)
+    model.warm_up((1, settings.max_batch))
+    with contextlib.closing(listen(host, port)) as listener:
+        app, service = create_service(model, settings, draw)
+        LOG.info({"event": "listening", "url": url_of(listener), "model": model.name})
+        asyncio.run(_until_signal(app, service, listener))
+
+
+async def _until_signal(app: ASGIApp, service: Service, listener: socket.socket) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await run(app, service, listener, stop)

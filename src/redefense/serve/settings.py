@@ -1,0 +1,116 @@
+"""What an operator decides about a server, checked once."""
+
+import ipaddress
+import math
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from redefense.errors import ConfigError
+
+Policy = Literal["fresh", "per-input", "per-client"]
+"""Whose draw is kept: nobody's, that of an image, that of a client for one epoch."""
+Mode = Literal["sampled", "averaged", "member"]
+"""One member per image, the mixture's mean probability, or always the first member."""
+
+_BYTES_PER_PIXEL = 24  # what a float may take in JSON
+_POSITIVE: Final = ("max_batch", "max_queue", "max_pixels", "threads")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a bundle is served.
+
+    Attributes:
+        policy: `fresh` draws anew for every image of every request. `per-input` draws by a keyed
+            hash of the image's 8-bit pixels: sending the same image again gains nothing (changing
+            one pixel by one level, however, draws anew). `per-client` draws by a keyed hash of the
+            client and the epoch: within an epoch a client meets one member whatever it sends.
+        mode: `averaged` and `member` are for comparison; they are not randomized.
+        scores: answers also hold the probabilities of all classes, which show who answered.
+        research: draws are seeded and answers name the member; for loopback addresses only.
+        seed: of the draws of a research server.
+        max_batch: images that are classified at a time, and that one request may hold.
+        max_delay: seconds a batch waits for more images; 0.0 takes what has come meanwhile.
+        max_queue: images that may wait; more are refused with 429.
+        deadline: seconds after which a request that still waits is answered with 504.
+        max_pixels: of an uploaded image, before it is resized.
+        max_body: bytes of a request; None: what `max_batch` images take as JSON, and 8 MiB.
+        tick: seconds; answers leave on a grid this wide, so that the time does not tell members of
+            unequal speed apart. 0.0: at once.
+        epoch: seconds for which `per-client` keeps a client's draw.
+        client_header: the request header that names the client; None: its address. Only a header
+            that a proxy of yours sets is worth anything: a client that may choose it draws anew.
+        grace: seconds between SIGTERM, when readiness turns false, and the end of listening.
+        threads: that a member computes with; None: one per core.
+    """
+
+    policy: Policy = "fresh"
+    mode: Mode = "sampled"
+    scores: bool = False
+    research: bool = False
+    seed: int | None = None
+    max_batch: int = 64
+    max_delay: float = 0.0
+    max_queue: int = 256
+    deadline: float = 5.0
+    max_pixels: int = 16_000_000
+    max_body: int | None = None
+    tick: float = 0.0
+    epoch: float = 3600.0
+    client_header: str | None = None
+    grace: float = 1.0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("policy", Policy), ("mode", Mode)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("max_delay", "tick", "grace"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0 seconds, got {getattr(self, name)}")
+        for name in ("deadline", "epoch"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)} seconds")
+        if self.max_queue < self.max_batch:
+            raise ConfigError(
+                f"max_queue must be at least max_batch = {self.max_batch}, got {self.max_queue}"
+            )
+        if self.max_body is not None and self.max_body < 1:
+            raise ConfigError(f"max_body must be at least 1 byte, got {self.max_body}")
+        if (self.seed is None) == self.research:
+            raise ConfigError("--seed and --research belong together: secret draws have no seed")
+        if self.research and self.policy != "fresh":
+            raise ConfigError(f"a research server draws afresh, got policy {self.policy}")
+        if self.mode != "sampled" and (self.research or self.policy != "fresh"):
+            raise ConfigError(f"mode {self.mode} draws nothing: it takes no policy and no research")
+
+    def body_limit(self, pixels: int) -> int:
+        """Bytes a request may hold, for a model whose images have this many values."""
+        if self.max_body is not None:
+            return self.max_body
+        return max(8 * 2**20, self.max_batch * pixels * _BYTES_PER_PIXEL)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_address(settings: Settings, host: str) -> None:
+    """Refuse to show members to anybody but this machine.
+
+    Raises:
+        ConfigError: for a research server on an address that others can reach.
+    """
+    if settings.research and not is_loopback(host):
+        raise ConfigError(f"--research shows who answered: it needs a loopback host, got {host}")
