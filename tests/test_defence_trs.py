@@ -112,6 +112,20 @@ def test_the_search_climbs_the_squared_gradient_norms() -> None:
     assert roughness(found) > roughness(data.x)
 
 
+def test_the_search_finds_as_rough_points_in_half_precision() -> None:
+    members = ensemble(2, "digits-cnn").float()
+    data = batch(8)
+    x, y = data.x.float(), data.y
+
+    def reached(*, half: bool) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = TRS().search(members, x, y, 0.1, stream(0))
+        rows = slow_gradients(members.eval(), found, y)
+        return sum(float(v.square().sum()) for row in rows for v in row)
+
+    assert reached(half=True) == pytest.approx(reached(half=False), rel=0.02)
+
+
 def test_the_radius_grows_linearly_over_the_epochs_of_the_stage() -> None:
     assert [TRS().eps(epoch, 4) for epoch in range(4)] == pytest.approx([0.01, 0.015, 0.02, 0.025])
     members, start, late = ensemble(2), batch(epoch=0, epochs=4), batch(epoch=3, epochs=4)
