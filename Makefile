@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e ".[report,parquet,dev]"
+	$(PIP) -e ".[report,parquet,onnx,serve,dev]"
 	$(PIP) --no-deps torchattacks==3.5.1
 	@touch $@
 

@@ -1,0 +1,22 @@
+"""Deployment: bundles of ONNX files that answer without torch, and their verification.
+
+`export` and `load_bundle` need torch; `runner` needs numpy and onnxruntime alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redefense.export.trained import export_run
+    from redefense.export.write import export
+
+_HOMES = {"export": "redefense.export.write", "export_run": "redefense.export.trained"}
+
+__all__ = ["export", "export_run"]
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: what serves a bundle must not import torch
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'redefense.export' has no attribute {name!r}")

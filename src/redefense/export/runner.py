@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,8 @@ def _check_config(config: dict[str, Any], files: dict[str, Any]) -> None:
     assert isinstance(compact, dict)
     need({compact["template"], compact["weights"]} <= set(files), "compact", "made of stored files")
     need(compact["taps"] in _TAPS and type(compact["shared"]) is bool, "compact", "of known taps")
-    sizes = [compact["unit"], *(grid.get(k) for grid in compact["grids"] for k in _GRID)]
-    need(all(type(n) is int and n >= 1 for n in sizes), "compact", "of whole sizes")
+    whole = [compact["unit"], *(grid.get(k) for grid in compact["grids"] for k in _GRID)]
+    need(all(type(n) is int and n >= 1 for n in whole), "compact", "of whole sizes")
 
 
 def open_session(model: bytes, *, threads: int = 0) -> Any:
@@ -269,13 +270,14 @@ def draw_members(mixture: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     if not (probs == probs[0]).all():
         edges = probs.cumsum()
         uniform = (_entropy(count) >> np.uint64(11)) * 2.0**-53
-        return np.searchsorted(edges, uniform * edges[-1], side="right").astype(np.int64)
+        drawn = np.searchsorted(edges, uniform * edges[-1], side="right")
+        return np.asarray(drawn, np.int64)
     largest = np.uint64(2**64 // len(probs) * len(probs) - 1)
-    drawn = np.empty(0, np.uint64)
-    while len(drawn) < count:
-        raw = _entropy(count - len(drawn))
-        drawn = np.concatenate([drawn, raw[raw <= largest]])
-    return (drawn % np.uint64(len(probs))).astype(np.int64)
+    kept = np.empty(0, np.uint64)
+    while len(kept) < count:
+        raw = _entropy(count - len(kept))
+        kept = np.concatenate([kept, raw[raw <= largest]])
+    return np.asarray(kept % np.uint64(len(probs)), np.int64)
 
 
 def _entropy(count: int) -> NDArray[np.uint64]:
@@ -327,7 +329,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Floats:
         images = (pixels / np.float32(255)).transpose(2, 0, 1)[None]
     if not ((images >= 0) & (images <= 1)).all():
         raise BundleError(f"{path} must hold finite values in [0, 1]")
-    return images.astype(np.float32)
+    return np.asarray(images, np.float32)
 
 
 def deviation(found: Floats, stored: Floats) -> tuple[float, float]:
@@ -420,6 +422,26 @@ def write_records(folder: Path, config: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` if the block ends well, and is removed otherwise.
+
+    Raises:
+        BundleError: if `out` is there and not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(f"{out} exists; choose another place")
+    folder = out.parent / f".{out.name}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def materialise(bundle: Bundle, out: Path) -> None:
     """Write a compact bundle out as the plain bundle `out`, which needs it no longer.
 
@@ -428,30 +450,24 @@ def materialise(bundle: Bundle, out: Path) -> None:
     """
     if bundle.config["kind"] == "plain":
         raise BundleError("the members of this bundle are plain already")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} exists; name another place")
     if wrong := check(bundle):
         raise BundleError(wrong[0])
     config = {key: value for key, value in bundle.config.items() if key != "compact"}
     if config.get("ensemble"):
         kept = ("model", "num_members", "width", "activation")
         config["ensemble"] = {"name": "independent", **{k: config["ensemble"][k] for k in kept}}
-    aside = out.parent / f".{out.name}-{os.getpid()}"
-    try:
-        (aside / "members").mkdir(parents=True)
+    left = {
+        "config.json",
+        bundle.config["compact"]["template"],
+        bundle.config["compact"]["weights"],
+    }
+    with aside(out) as folder:
+        (folder / "members").mkdir()
         for m, name in enumerate(config["members"]):
-            (aside / name).write_bytes(bundle.member(m))
-        for name in set(bundle.files) - {
-            "config.json",
-            *(bundle.config["compact"][k] for k in ("template", "weights")),
-        }:
-            (aside / name).write_bytes(bundle.read(name))
-        write_records(aside, {**config, "kind": "plain"})
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (folder / name).write_bytes(bundle.member(m))
+        for name in set(bundle.files) - left:
+            (folder / name).write_bytes(bundle.read(name))
+        write_records(folder, {**config, "kind": "plain"})
 
 
 def main(words: Sequence[str], folder: Path) -> int:

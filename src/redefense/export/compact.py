@@ -1,0 +1,59 @@
+"""PS-RED's bundle: one template of the network, and the stored weights of all members."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from redefense.ensembles import Hyper
+from redefense.errors import ConfigError
+from redefense.export.graph import member_graph, onnx_packages
+
+TEMPLATE, WEIGHTS = "template.onnx", "weights.npz"
+
+
+def write_compact(
+    ensemble: Hyper, first: nn.Module, folder: Path, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Write template and weights into `folder`; returns what `runner.written` must know of them.
+
+    The template is member 0 (`first`, written out) without its weights: the device adds those of
+    the member it wants, kernels written from embeddings.
+
+    Raises:
+        ConfigError: if members differ in architecture.
+    """
+    state = {k: v for k, v in ensemble.state_dict().items() if v.is_floating_point()}
+    for m in range(1, ensemble.num_members):
+        if _outline(ensemble, m) != _outline(ensemble, 0):
+            raise ConfigError(
+                f"a compact bundle needs members of one architecture; 0 and {m} differ"
+            )
+    onnx, _, _ = onnx_packages()
+    template = onnx.load_from_string(member_graph(first, shape))
+    own = set(first.state_dict())
+    kept = [tensor for tensor in template.graph.initializer if tensor.name not in own]
+    template.graph.ClearField("initializer")
+    template.graph.initializer.extend(kept)
+    (folder / TEMPLATE).write_bytes(template.SerializeToString(deterministic=True))
+    arrays = {k: v.detach().float().cpu().numpy() for k, v in state.items() if k != "mixture"}
+    np.savez(folder / WEIGHTS, **arrays)
+    return {
+        "template": TEMPLATE,
+        "weights": WEIGHTS,
+        "unit": ensemble.unit,
+        "taps": ensemble.taps,
+        "shared": ensemble.shared,
+        "grids": [
+            {"name": g.name, "rows": g.rows, "columns": g.columns, "size": g.size}
+            for g in ensemble.grids[0]
+        ],
+    }
+
+
+def _outline(ensemble: Hyper, m: int) -> tuple[Any, ...]:
+    """What two members of one architecture have in common."""
+    net = ensemble.members[m]
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    return str(net), shapes, ensemble.grids[m]

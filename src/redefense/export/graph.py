@@ -1,0 +1,109 @@
+"""One network as one ONNX file: dynamic batch, weights inside, nothing else of this machine.
+
+The weights of a network keep their names and their bits, batch norm included (the runtime folds it
+when it loads a file), so that a bundle can be compared with a checkpoint bit by bit and loaded back
+into torch. What the exporter notes about the source, paths of this machine among it, is removed.
+"""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from redefense.errors import ConfigError
+
+OPSET: Final = 18
+
+
+def onnx_packages() -> Any:
+    """The packages of the `onnx` extra that an export needs, or one line that says what to do.
+
+    Raises:
+        ConfigError: if one is missing.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise ConfigError(f"export needs {error.name}: pip install 'redefense[onnx]'") from None
+    return onnx, onnxruntime, onnxscript
+
+
+def portable(net: nn.Module) -> nn.Module:
+    """A copy of a network as it is deployed: evaluation mode, float32, on the CPU."""
+    plain: nn.Module = copy.deepcopy(net).eval().float().cpu()
+    return plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
+
+
+def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
+    """The ONNX file of a network in evaluation mode, float32; `net` itself is left alone.
+
+    Equal networks give equal bytes.
+
+    Raises:
+        ConfigError: if torch cannot export the network; the reason is named.
+    """
+    _, _, onnxscript = onnx_packages()
+    plain = portable(net)
+    example = torch.full((2, *shape), 0.5)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                plain,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                optimize=False,
+                verbose=False,
+            )
+            assert program is not None
+            state = set(plain.state_dict())
+            # not the exporter's own optimizer: it merges weights that happen to be equal and scales
+            # them by batch norms, so that they are those of the checkpoint no more
+            onnxscript.optimizer.fold_constants(
+                program.model,
+                should_fold=lambda node: (
+                    False if node.op_type == "Unsqueeze" and node.inputs[0].name in state else None
+                ),
+            )
+            onnxscript.optimizer.remove_unused_nodes(program.model)
+            model = program.model_proto
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+        first = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"{type(net).__name__} cannot be exported: {first}") from None
+    _anonymise(model)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _anonymise(model: Any) -> None:
+    """Remove all notes of the exporter, and the shapes of inner values, which runtimes infer."""
+    graph = model.graph
+    for noted in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        noted.ClearField("metadata_props")
+        noted.ClearField("doc_string")
+    graph.ClearField("value_info")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that we do not use and on torch's own future."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)

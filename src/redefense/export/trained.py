@@ -1,0 +1,132 @@
+"""The bundle of a trained run: what a run stores beside its weights goes along."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from redefense.config import settings_of
+from redefense.data import Dataset, load_dataset, train_validation
+from redefense.data.dataset import stratified_order
+from redefense.errors import ConfigError, DataError
+from redefense.evaluation.card import card, unmeasured_card
+from redefense.export.quantise import Int8
+from redefense.export.write import PROBES, About, export, synthetic
+from redefense.kinds import ENSEMBLES
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.train.checkpoint import Checkpoint
+from redefense.train.run import Signature, find_final, load_checkpoint, resolve
+
+_UNMEASURED = (
+    "**The figures below were measured on the fp32 weights.** The members of this bundle are "
+    "8-bit; they were not attacked.\n\n"
+)
+
+
+def export_run(
+    path: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    precision: str = "fp32",
+    calibration: int = 0,
+    license_name: str = "mit",
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write the bundle of the run (or checkpoint) at `path` to `out`.
+
+    Probes are images of the validation split. Where the run's data are not at hand an fp32 bundle
+    gets synthetic ones; an 8-bit bundle is refused. The test split is never used.
+
+    Args:
+        path: a run directory.
+        out: a folder that does not exist, or is empty.
+        data: where the run's data lie; as the run says by default.
+        precision: "fp32" or "int8".
+        calibration: for "int8", images of the training split from which the ranges of activations
+            are learnt; none for dynamic ranges.
+        license_name: of the weights, as an SPDX identifier.
+        say: is told what was measured.
+
+    Raises:
+        CheckpointError: if `path` is not trained, or damaged.
+        ConfigError: if a setting or `out` does not fit, or members cannot be exported.
+        DataError: if the data are needed and cannot be read, or are not those of the run.
+    """
+    if precision not in ("fp32", "int8"):
+        raise ConfigError(f"--precision must be fp32 or int8, got {precision!r}")
+    if calibration and precision != "int8":
+        raise ConfigError("--calibration goes with --precision int8")
+    checkpoint = find_final(path)
+    run, kind, _ = resolve(checkpoint.run)
+    ensemble, signature = load_checkpoint(checkpoint), Signature.stored(checkpoint.state)
+    dataset = _dataset(checkpoint, data, needed=data is not None or precision == "int8", say=say)
+    probes, int8 = synthetic(signature.shape), None
+    if dataset is not None:
+        train, validation, _ = train_validation(dataset, run.data.validation)
+        real = validation.float(torch.arange(min(PROBES, len(validation))))
+        probes = torch.cat([real, probes[len(real) :]])
+        if calibration > len(train):
+            raise ConfigError(f"--calibration must be at most {len(train)}, got {calibration}")
+        # a beginning of this order holds all classes alike
+        order = stratified_order(train.labels, stream(0, "calibration"))[:calibration]
+        chosen = train.float(order) if calibration else None
+        int8 = Int8(calibration=chosen, validation=validation) if precision == "int8" else None
+    about = About(
+        shape=signature.shape,
+        classes=signature.classes,
+        data=signature.name,
+        threat=Threat(norm=float(run.threat.norm), eps=run.threat.eps),
+        settings=settings_of(ENSEMBLES, kind),
+        card=lambda name: _card(path, name, checkpoint, license_name, precision),
+    )
+    return export(ensemble, out, about, probes=probes, int8=int8)
+
+
+def _dataset(
+    checkpoint: Checkpoint, data: str | None, *, needed: bool, say: Callable[[str], None]
+) -> Dataset | None:
+    """The run's data, or None where they are not needed and not at hand."""
+    spec = data or checkpoint.run.data.spec
+    try:
+        dataset = load_dataset(spec)
+    except DataError as error:
+        if needed:
+            raise
+        say(f"probes are synthetic, the run's data are not at hand: {error}")
+        return None
+    if dataset.checksum() != Signature.stored(checkpoint.state).checksum:
+        raise DataError(f"{spec} is not the data that the run was trained on")
+    return dataset
+
+
+def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, precision: str) -> str:
+    """The card of the run's evaluations; one that claims nothing if there are none."""
+    run = checkpoint.run
+    if any((path / "evaluation").glob("[!.]*.json")):
+        text = card(path, license_name=license_name, name=name)
+        if precision == "int8":
+            text = text.replace("## Robustness\n\n", f"## Robustness\n\n{_UNMEASURED}", 1)
+    else:
+        text = unmeasured_card(
+            name,
+            data=Signature.stored(checkpoint.state).name,
+            num_members=int(run.ensemble["num_members"]),
+            model=str(run.ensemble["model"]),
+            method=str(run.defence["name"]),
+            license_name=license_name,
+        )
+    return f"{text}\n{_DEPLOYED}"
+
+
+_DEPLOYED = """## On a device
+
+`run.py` needs Python, numpy and onnxruntime (and pillow to read pictures), neither torch nor
+redefense. Every image is answered by a member of its own, drawn from the operating system's
+entropy.
+
+    python run.py IMAGE...
+    python run.py --check        # are all members themselves?
+    redefense verify BUNDLE      # the same and more, where redefense is installed
+"""

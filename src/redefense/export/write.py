@@ -1,0 +1,162 @@
+"""From an ensemble to a bundle: one ONNX file per member, probes, records, runner and card.
+
+A bundle is written aside, every member of it is compared with torch, and only then is it renamed:
+what is at `out` was whole and right when it was written.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import redefense
+from redefense.ensembles import Hyper, Members
+from redefense.errors import ConfigError
+from redefense.evaluation.card import unmeasured_card
+from redefense.export import runner
+from redefense.export.compact import write_compact
+from redefense.export.graph import member_graph, portable
+from redefense.export.quantise import Int8, quantised
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.types import Images, check_images
+
+PROBES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What a bundle tells of its ensemble beside the members.
+
+    Attributes:
+        shape: channels, height and width of an image.
+        classes: their names, in the order of the logits.
+        data: name of the data set; empty if unknown.
+        threat: that the ensemble was trained against, if any.
+        settings: of the kind of ensemble, as a run stores them, where redefense can build it.
+        card: from the bundle's name to its README; one that claims nothing by default.
+    """
+
+    shape: tuple[int, int, int]
+    classes: Sequence[str]
+    data: str = ""
+    threat: Threat | None = None
+    settings: dict[str, Any] | None = None
+    card: Callable[[str], str] | None = field(default=None, repr=False)
+
+
+def export(
+    ensemble: Members,
+    out: str | Path,
+    about: About,
+    *,
+    probes: Images | None = None,
+    int8: Int8 | None = None,
+) -> Path:
+    """Write the bundle `out` of an ensemble, whose members are any networks that torch can export.
+
+    Args:
+        ensemble: `Independent` members become one file each; `Hyper` ones stay compact. It is left
+            as it is.
+        out: a folder that does not exist, or is empty.
+        about: what the bundle says beside.
+        probes: images whose logits travel along, for verification; synthetic ones by default.
+        int8: how weights and activations become 8-bit integers; they stay fp32 without.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ConfigError: if `out` is not free, or a member cannot be exported, or does not compute what
+            it does in torch; nothing is left then.
+        InputError: if probes are no images in [0, 1].
+    """
+    images = (synthetic(about.shape) if probes is None else probes).float().cpu()
+    check_images(images, "probes")
+    if tuple(images.shape[1:]) != about.shape:
+        raise ConfigError(f"probes must be {about.shape} images, got {tuple(images.shape[1:])}")
+    if int8 is not None and isinstance(ensemble, Hyper):
+        raise ConfigError(
+            "int8 needs plain members, those of PS-RED are written in fp32: "
+            "`redefense materialise` the run first"
+        )
+    target = Path(out)
+    try:
+        with runner.aside(target) as folder:
+            _write(ensemble, folder, about, images, int8, target.name)
+            if wrong := runner.check(runner.open_bundle(folder)):
+                raise ConfigError(f"the exported {wrong[0]}")
+    except runner.BundleError as error:
+        raise ConfigError(str(error)) from None
+    return target
+
+
+def synthetic(shape: tuple[int, int, int], count: int = PROBES) -> Images:
+    """(count, C, H, W) smooth random patterns in [0, 1], always the same: nobody's photographs."""
+    rng = stream(0, "probes")
+    coarse = torch.rand(count, shape[0], 4, 4, generator=rng)
+    fine = torch.rand(count, *shape, generator=rng)
+    smooth = F.interpolate(coarse, shape[1:], mode="bilinear", align_corners=False)
+    return (0.8 * smooth + 0.2 * fine).clamp(0.0, 1.0)
+
+
+def _write(
+    ensemble: Members, folder: Path, about: About, images: Tensor, int8: Int8 | None, name: str
+) -> None:
+    """All files of a bundle."""
+    members = range(ensemble.num_members)
+    names = [f"members/{m}.onnx" for m in members]
+    config: dict[str, Any] = {
+        "schema": runner.SCHEMA,
+        "format": runner.FORMAT,
+        "kind": "plain",
+        "precision": "fp32" if int8 is None else "int8",
+        "num_members": ensemble.num_members,
+        "mixture": ensemble.mixture.tolist(),
+        "randomized": True,
+        "classes": list(about.classes),
+        "input": {
+            "name": "images", "shape": list(about.shape), "dtype": "float32", "range": [0, 1],
+        },
+        "output": {"name": "logits"},
+        "members": names,
+        "data": {"name": about.data},
+        "threat": about.threat and {"norm": f"{about.threat.norm:g}", "eps": about.threat.eps},
+        "ensemble": about.settings,
+        "version": redefense.__version__,
+    }  # fmt: skip
+    nets = [portable(ensemble.member(m)) for m in members]
+    with torch.no_grad():
+        logits = torch.stack([net(images) for net in nets])
+    if logits.ndim != 3 or logits.shape[2] != len(about.classes):
+        raise ConfigError(
+            f"{len(about.classes)} classes are named, members give logits of "
+            f"shape {tuple(logits.shape[1:])} for {len(images)} images"
+        )
+    if isinstance(ensemble, Hyper):
+        config |= {
+            "kind": "compact",
+            "compact": write_compact(ensemble, nets[0], folder, about.shape),
+        }
+    else:
+        graphs = [member_graph(net, about.shape) for net in nets]
+        if int8 is not None:
+            before, graphs = graphs, [quantised(graph, int8.calibration) for graph in graphs]
+            config["quantisation"] = int8.record(before, graphs)
+        (folder / "members").mkdir()
+        for path, graph in zip(names, graphs, strict=True):
+            (folder / path).write_bytes(graph)
+    np.savez(folder / "probes.npz", images=images.numpy(), logits=logits.numpy())
+    (folder / "run.py").write_bytes(Path(runner.__file__).read_bytes())
+    text = (
+        about.card(name)
+        if about.card
+        else unmeasured_card(name, data=about.data, num_members=ensemble.num_members)
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    runner.write_records(folder, config)
