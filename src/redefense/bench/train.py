@@ -134,8 +134,7 @@ def _ways(ensemble: Members, batch: Batch, adversary: Adversary, seed: int) -> d
     """One step of each way; the engine's train one ensemble: time does not depend on weights."""
     theirs = torch_layers(copy.deepcopy(ensemble))
     their_optimizer = make_optimizer(list(theirs.parameters()), OPTIM)
-    if batch.x.device.type != "cpu":
-        channels_last(ensemble)  # as training does
+    channels_last(ensemble)  # as training does
     optimizer = make_optimizer(list(ensemble.parameters()), OPTIM)
 
     def joint() -> None:

@@ -31,6 +31,9 @@ def train(
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print where the time went, and keep it.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe, or a run from its JSON record."""
@@ -43,7 +46,10 @@ def train(
     with computing():
         from redefense.train.run import train as train_run
 
-        train_run(run, target, resume=resume, device=device, quiet=quiet, download=download)
+        train_run(
+            run, target, resume=resume, device=device, quiet=quiet, download=download,
+            profile=profile,
+        )  # fmt: skip
     say(f"trained {target}; next: redefense evaluate {target}", quiet)
 
 

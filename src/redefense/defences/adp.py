@@ -32,6 +32,7 @@ from redefense.defences.base import Adversary, Defence, check_weights
 from redefense.ensembles import frozen_statistics
 from redefense.errors import ConfigError
 from redefense.penalties import ensemble_entropy, log_det_diversity
+from redefense.phases import PENALTY, phase
 from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
 
 
@@ -88,13 +89,14 @@ class ADP(Defence):
             yield from self._parts(ensemble, x_adv, batch.y)
 
     def _parts(self, ensemble: Ensemble, x: Images, y: Labels) -> Iterator[Loss]:
-        with torch.no_grad(), frozen_statistics(cast(nn.Module, ensemble)):
-            logits = ensemble.member_logits(x)
-        # in bf16 training the pull on the logits is not rounded as well
-        logits = (logits.float() if logits.dtype.itemsize < 4 else logits).requires_grad_()
-        named = self._diversity(logits, y)
-        bonus = named.pop("bonus")
-        (pull,) = torch.autograd.grad(bonus, logits)
+        with phase(PENALTY):
+            with torch.no_grad(), frozen_statistics(cast(nn.Module, ensemble)):
+                logits = ensemble.member_logits(x)
+            # in bf16 training the pull on the logits is not rounded as well
+            logits = (logits.float() if logits.dtype.itemsize < 4 else logits).requires_grad_()
+            named = self._diversity(logits, y)
+            bonus = named.pop("bonus")
+            (pull,) = torch.autograd.grad(bonus, logits)
         logged = {name: value.detach() for name, value in named.items()}
         for m in range(ensemble.num_members):
             z = ensemble.logits_of(m, x)

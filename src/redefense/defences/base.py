@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from redefense.attacks.gradient import PGD
 from redefense.ensembles import Members, evaluating, frozen_weights
 from redefense.errors import ConfigError
+from redefense.phases import EXAMPLES, phase
 from redefense.threat import Threat
 from redefense.types import Batch, Ensemble, Images, Labels, Loss
 
@@ -49,7 +50,7 @@ class Adversary:
         attack = PGD(
             steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
         )
-        with evaluating(victim), frozen_weights(victim):
+        with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
             return attack.perturb(victim, x, y, Threat(eps=self.eps), rng=rng).detach()
 
 

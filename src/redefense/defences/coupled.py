@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from redefense.ensembles import frozen_statistics, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.models.twice import input_gradients
+from redefense.phases import INPUT_GRADIENTS, PENALTY, phase
 from redefense.threat import norms, per_image
 from redefense.types import Ensemble, Float, Labels, Loss
 
@@ -80,15 +81,16 @@ class Coupled:
         grads = [
             spread.whole(self._detached(ensemble, point)).requires_grad_() for point in self.points
         ]
-        named = self.penalty(*grads)
-        regularizer = cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
-        active = [k for k, v in named.items() if self.weights[k] != 0 and v.requires_grad]
-        pulls = (
-            torch.autograd.grad(regularizer, grads, materialize_grads=True)
-            if active
-            else [torch.zeros_like(g) for g in grads]
-        )
-        pulls = [spread.pull(v) for v in pulls]
+        with phase(PENALTY):
+            named = self.penalty(*grads)
+            regularizer = cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
+            active = [k for k, v in named.items() if self.weights[k] != 0 and v.requires_grad]
+            pulls = (
+                torch.autograd.grad(regularizer, grads, materialize_grads=True)
+                if active
+                else [torch.zeros_like(g) for g in grads]
+            )
+            pulls = [spread.pull(v) for v in pulls]
         logged = {k: v.detach() for k, v in named.items()}
         logged["total"] = regularizer.detach()
         for row, m in enumerate(spread.own(ensemble.num_members)):
@@ -143,7 +145,7 @@ class Coupled:
         """Input gradients of the members at home here, with nothing kept for the weights."""
         module = cast(nn.Module, ensemble)
         grads = []
-        with frozen_weights(module), frozen_statistics(module):
+        with frozen_weights(module), frozen_statistics(module), phase(INPUT_GRADIENTS):
             for m in spread_of(ensemble).own(ensemble.num_members):
                 x = _of(point, m).detach().requires_grad_()
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")

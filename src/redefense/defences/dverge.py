@@ -34,6 +34,7 @@ from redefense.defences.vanilla import after_plain
 from redefense.ensembles import evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.models import Tapped
+from redefense.phases import EXAMPLES, phase
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Batch, Ensemble, Images, Loss
@@ -135,7 +136,7 @@ class DVERGE(Defence):
             grad = input_gradient(-apart, point) if with_grad else None
             return Look(-apart.detach(), torch.zeros_like(apart).detach(), grad)
 
-        with evaluating(net), frozen_weights(net):
+        with evaluating(net), frozen_weights(net), phase(EXAMPLES):
             with torch.no_grad():
                 wanted = net.tap(target, name)
             return climb(

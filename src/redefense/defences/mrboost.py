@@ -25,6 +25,7 @@ from redefense.defences.base import Adversary, Defence, Stage, check_weights, te
 from redefense.ensembles import Members, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
+from redefense.phases import EXAMPLES, phase
 from redefense.threat import Threat
 from redefense.types import Batch, Ensemble, Images, Labels, Logits, Loss
 
@@ -114,7 +115,7 @@ def boosted_examples(
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         return margin_cross_entropy(logits, labels, other_weight)
 
-    with evaluating(victim), frozen_weights(victim):
+    with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
         start = random_starts(x, y, Threat(eps=adversary.eps / 2), rng)()
         return climb(
             look_at(victim, y, objective), start, x, Threat(eps=adversary.eps),

@@ -42,6 +42,7 @@ from redefense.defences.vanilla import after_plain
 from redefense.ensembles import evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
+from redefense.phases import EXAMPLES, phase
 from redefense.threat import Threat
 from redefense.types import Batch, Ensemble, Images, Labels, Loss
 
@@ -131,7 +132,7 @@ class TRS(Defence):
     ) -> Images:
         """The points of the ball where the members' squared gradient norms add up to most."""
         threat, module = Threat(eps=eps), cast(nn.Module, ensemble)
-        with evaluating(module), frozen_weights(module):
+        with evaluating(module), frozen_weights(module), phase(EXAMPLES):
             point = random_starts(x, y, threat, rng)()
             for _ in range(self.steps):
                 ascent = roughness_gradient(ensemble, point, y).sign()

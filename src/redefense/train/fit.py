@@ -15,6 +15,7 @@ from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Members
 from redefense.errors import Interrupted, TrainingError
+from redefense.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.rng import draw_seed, stream
 from redefense.train.optim import learning_rate, make_optimizer
 from redefense.types import Batch, Loss, Progress
@@ -98,7 +99,7 @@ def fit(
                 totals, start_totals = dict(start_totals), {}
                 number = _epoch_number(stages, index, epoch)
                 progress = Progress(epoch, stage.epochs, draw_seed(stream(seed, "epoch", number)))
-                batches = loader.epoch(number, position.step)
+                batches = each(DATA, loader.epoch(number, position.step))
                 for step, batch in enumerate(batches, position.step):
                     lr = learning_rate(optim, epoch * len(loader) + step, num_steps)
                     terms = take_step(
@@ -150,7 +151,7 @@ def take_step(
     summed: dict[str, Tensor] = {}
     # no cache: weights cast while they ask for no gradient must not serve passes that need one
     autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
-    with autocast if precision == "bf16" else nullcontext():
+    with autocast if precision == "bf16" else nullcontext(), phase(MEMBER_STEPS):
         for part in stage.loss(ensemble, batch, rng):
             _backward(part)
             for name, value in part.terms.items():
@@ -162,11 +163,12 @@ def take_step(
         raise TrainingError(f"non-finite loss {where}: {', '.join(bad)}")
     if first:
         check_gradients(ensemble, params, where)
-    if clip is not None:
-        torch.nn.utils.clip_grad_norm_(params, clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    with phase(OPTIMIZER):
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     return terms
 
 

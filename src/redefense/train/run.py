@@ -31,6 +31,7 @@ from redefense.train.checkpoint import (
 )
 from redefense.train.fit import Position, fit
 from redefense.train.log import Metrics, ProgressLine, note
+from redefense.train.profile import profiled
 from redefense.train.warm import begin_from, check_alike, recorded
 
 VALIDATION_IMAGES = 2000
@@ -95,11 +96,13 @@ def train(
     device: str = "cpu",
     quiet: bool = False,
     download: bool = False,
+    profile: bool = False,
 ) -> Members:
     """Train `run` into the directory `out` and return the ensemble in evaluation mode.
 
     The test split is never read. With `resume`, a run that was stopped goes on from its last sound
-    checkpoint to the same bits; a finished one is returned as it is.
+    checkpoint to the same bits; a finished one is returned as it is. With `profile`, the seconds of
+    each phase are printed at the end and kept in `out/profile.json`.
 
     Raises:
         ConfigError: for a wrong setting, an `out` that holds a run already (without `resume`), or
@@ -147,7 +150,8 @@ def train(
         if started is not None:
             (out / "start.json").write_text(json.dumps(started, indent=1) + "\n")
     session = _Session(run, out, stages, ensemble, loader, validation, signature, position, quiet)
-    session.fit(checkpoint, totals)
+    with profiled(out, device) if profile else contextlib.nullcontext():
+        session.fit(checkpoint, totals)
     _finish(run, out, ensemble, signature)
     ensemble.origin = Origin(run, signature.as_dict(), out)
     return ensemble.eval()

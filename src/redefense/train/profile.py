@@ -1,0 +1,80 @@
+"""Where the time of a training goes: seconds by phase, as a table and as `RUN/profile.json`."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redefense.phases import OTHER, PHASES, watched
+from redefense.train.log import note
+
+
+class Profile:
+    """Adds up the seconds of each phase, an inner phase's not counting for the outer one.
+
+    Args:
+        device: an accelerator's work is waited for where phases meet, so that it is counted where
+            it was asked for; a profiled training is therefore a little slower there.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._device, self._open = torch.device(device), [OTHER]
+        self._since = time.perf_counter()
+
+    def enter(self, name: str) -> None:
+        """A phase begins."""
+        self.charge()
+        self._open.append(name)
+
+    def leave(self) -> None:
+        """The innermost phase ends."""
+        self.charge()
+        self._open.pop()
+
+    def charge(self) -> None:
+        """Count the time up to now for the innermost phase."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        now = time.perf_counter()
+        name = self._open[-1]
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def as_dict(self) -> dict[str, Any]:
+        """`seconds` in all; for each phase its `seconds` and its `share` of them."""
+        total = sum(self.seconds.values())
+        phases = {
+            name: {"seconds": seconds, "share": seconds / total if total else 0.0}
+            for name, seconds in self.seconds.items()
+        }
+        return {"device": str(self._device), "seconds": total, "phases": phases}
+
+    def table(self) -> str:
+        """The same as text."""
+        it = self.as_dict()
+        rows = [
+            f"{name:<22}{phase['seconds']:>10.2f} s{100 * phase['share']:>8.1f} %"
+            for name, phase in it["phases"].items()
+        ]
+        return "\n".join([*rows, f"{'in all':<22}{it['seconds']:>10.2f} s{100:>8.1f} %"])
+
+
+@contextmanager
+def profiled(folder: Path, device: str | torch.device) -> Iterator[None]:
+    """Profile the training within; then, even if it was stopped, write and print the result.
+
+    A training that is resumed is profiled from there on.
+    """
+    profile = Profile(device)
+    try:
+        with watched(profile):
+            yield
+    finally:
+        profile.charge()
+        (folder / "profile.json").write_text(json.dumps(profile.as_dict(), indent=1) + "\n")
+        note(profile.table())
