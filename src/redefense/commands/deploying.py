@@ -1,5 +1,6 @@
 """Deployment: export, verify."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +15,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
     precision: Annotated[str, typer.Option(help="fp32, or int8.")] = "fp32",
     calibration: Annotated[
-        int,
-        typer.Option(min=0, help="int8: fix ranges by N training images; 0 finds them per batch."),
-    ] = 0,
+        int | None,
+        typer.Option(min=0, help="int8: training images to learn ranges from, 512; 0: per batch."),
+    ] = None,
     data: DataSpec = None,
     license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
     as_json: Json = False,
@@ -43,3 +44,29 @@ def export(
         for line in shown.lines():
             typer.echo(line)
     say(f"wrote {out}; next: redefense verify {out}", quiet)
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run whose members it must hold.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that a bundle is what it says: exit 1 with the reason if it is not."""
+    from redefense.export.verify import verify as checks_of
+
+    checks = checks_of(path, against=against)
+    failed = [check for check in checks if not check.passed]
+    if as_json:
+        shown = {"bundle": str(path), "holds": not failed}
+        shown |= {"checks": [dataclasses.asdict(check) for check in checks]}
+        typer.echo(json.dumps(shown, indent=1))
+    elif not quiet:
+        for check in checks:
+            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.id:<10}  {check.detail}")
+    if failed:
+        say(f"{path} does not hold: {failed[0].id}: {failed[0].detail}", quiet=False)
+        raise typer.Exit(1)
+    say(f"{path} holds", quiet)

@@ -8,7 +8,8 @@ from torch import nn
 
 from redefense.ensembles import Hyper
 from redefense.errors import ConfigError
-from redefense.export.graph import member_graph, onnx_packages
+from redefense.export.graph import member_graph
+from redefense.export.packages import need
 
 TEMPLATE, WEIGHTS = "template.onnx", "weights.npz"
 
@@ -30,7 +31,7 @@ def write_compact(
             raise ConfigError(
                 f"a compact bundle needs members of one architecture; 0 and {m} differ"
             )
-    onnx, _, _ = onnx_packages()
+    onnx = need("onnx")
     template = onnx.load_from_string(member_graph(first, shape))
     own = set(first.state_dict())
     kept = [tensor for tensor in template.graph.initializer if tensor.name not in own]

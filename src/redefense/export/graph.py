@@ -16,23 +16,9 @@ import torch
 from torch import nn
 
 from redefense.errors import ConfigError
+from redefense.export.packages import need
 
 OPSET: Final = 18
-
-
-def onnx_packages() -> Any:
-    """The packages of the `onnx` extra that an export needs, or one line that says what to do.
-
-    Raises:
-        ConfigError: if one is missing.
-    """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as error:
-        raise ConfigError(f"export needs {error.name}: pip install 'redefense[onnx]'") from None
-    return onnx, onnxruntime, onnxscript
 
 
 def portable(net: nn.Module) -> nn.Module:
@@ -49,7 +35,7 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
     Raises:
         ConfigError: if torch cannot export the network; the reason is named.
     """
-    _, _, onnxscript = onnx_packages()
+    optimizer = need("onnxscript.optimizer")
     plain = portable(net)
     example = torch.full((2, *shape), 0.5)
     try:
@@ -70,28 +56,32 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
             state = set(plain.state_dict())
             # not the exporter's own optimizer: it merges weights that happen to be equal and scales
             # them by batch norms, so that they are those of the checkpoint no more
-            onnxscript.optimizer.fold_constants(
+            optimizer.fold_constants(
                 program.model,
                 should_fold=lambda node: (
                     False if node.op_type == "Unsqueeze" and node.inputs[0].name in state else None
                 ),
             )
-            onnxscript.optimizer.remove_unused_nodes(program.model)
+            optimizer.remove_unused_nodes(program.model)
             model = program.model_proto
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
         first = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"{type(net).__name__} cannot be exported: {first}") from None
-    _anonymise(model)
-    return bytes(model.SerializeToString(deterministic=True))
+    return tidied(model)
 
 
-def _anonymise(model: Any) -> None:
-    """Remove all notes of the exporter, and the shapes of inner values, which runtimes infer."""
+def tidied(model: Any) -> bytes:
+    """A model's bytes less its makers' notes, shapes of inner values and unused operator sets."""
     graph = model.graph
     for noted in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         noted.ClearField("metadata_props")
         noted.ClearField("doc_string")
     graph.ClearField("value_info")
+    used = {node.domain for node in graph.node}
+    imports = [entry for entry in model.opset_import if entry.domain in used]
+    model.ClearField("opset_import")
+    model.opset_import.extend(imports)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 @contextlib.contextmanager

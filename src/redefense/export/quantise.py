@@ -10,7 +10,8 @@ import numpy as np
 
 from redefense.data import Split
 from redefense.export import runner
-from redefense.export.graph import onnx_packages
+from redefense.export.graph import tidied
+from redefense.export.packages import need
 from redefense.types import Images
 
 BATCH = 64
@@ -51,7 +52,7 @@ def quantised(model: bytes, calibration: Images | None) -> bytes:
 
     Static quantisation (QDQ) with calibration images, dynamic without.
     """
-    onnx_packages()
+    onnx, _ = need("onnx"), need("onnxruntime.quantization")
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -87,7 +88,7 @@ def quantised(model: bytes, calibration: Images | None) -> bytes:
                 weight_type=QuantType.QInt8,
                 per_channel=True,
             )
-        return target.read_bytes()
+        return tidied(onnx.load(target))
 
 
 def accuracies(models: Sequence[bytes], split: Split) -> list[float]:

@@ -33,8 +33,9 @@ SCHEMA = 1
 FORMAT = "redefense-bundle"
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
-TOLERANCE = {"fp32": 1e-4, "int8": 0.5}
-"""Largest deviation from the probes' logits, as a share of their root mean square."""
+TOLERANCE = {"fp32": 1e-4, "int8": 0.3}
+"""Most that a member may deviate from the probes' logits: the root mean square of the differences,
+as a share of that of the logits."""
 AGREEMENT = {"fp32": 0.98, "int8": 0.85}
 """Least share of probes on which a member names the class that its logits name."""
 
@@ -243,8 +244,10 @@ def open_session(model: bytes, *, threads: int = 0) -> Any:
     Raises:
         BundleError: if onnxruntime refuses the file.
     """
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BundleError("members need onnxruntime: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -333,25 +336,33 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Floats:
 
 
 def deviation(found: Floats, stored: Floats) -> tuple[float, float]:
-    """Largest deviation as a share of the stored logits' root mean square, and agreement."""
-    scale = max(float(np.sqrt(np.square(stored, dtype=np.float64).mean())), 1e-12)
+    """How far logits are from stored ones (see `TOLERANCE`), and on which share classes agree."""
+    off = float(np.linalg.norm((found - stored).astype(np.float64)))
     same = float((found.argmax(-1) == stored.argmax(-1)).mean())
-    return float(np.abs(found - stored).max()) / scale, same
+    return off / max(float(np.linalg.norm(stored.astype(np.float64))), 1e-12), same
+
+
+def differs(found: Floats, stored: Floats, precision: str) -> str:
+    """In which respect logits are not the stored ones; empty if they are, up to the tolerance."""
+    off, same = deviation(found, stored)
+    most, least = TOLERANCE[precision], AGREEMENT[precision]
+    if off <= most and same >= least:
+        return ""
+    return (
+        f"deviates by {off:.2g} of its logits' size ({most:g} allowed) and names the same class on "
+        f"{100 * same:.1f} % ({100 * least:g} % needed)"
+    )
 
 
 def check(bundle: Bundle) -> list[str]:
     """What is wrong with the members when they answer the probes; empty if nothing is."""
     images, stored = bundle.probes()
-    precision, wrong = bundle.config["precision"], []
-    for m in range(bundle.num_members):
-        off, same = deviation(logits_of(bundle.open(m), images), stored[m])
-        if not (off <= TOLERANCE[precision] and same >= AGREEMENT[precision]):
-            wrong.append(
-                f"member {m} deviates by {off:.2g} of its logits' size "
-                f"({TOLERANCE[precision]:g} allowed) and names the same class on "
-                f"{100 * same:.1f} % ({100 * AGREEMENT[precision]:g} % needed)"
-            )
-    return wrong
+    found = (logits_of(bundle.open(m), images) for m in range(bundle.num_members))
+    faults = [
+        differs(mine, own, bundle.config["precision"])
+        for mine, own in zip(found, stored, strict=True)
+    ]
+    return [f"member {m} {fault}" for m, fault in enumerate(faults) if fault]
 
 
 def written(weights: dict[str, Floats], compact: dict[str, Any], m: int) -> dict[str, Floats]:

@@ -18,6 +18,7 @@ from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.run import Signature, find_final, load_checkpoint, resolve
 
+CALIBRATION = 512
 _UNMEASURED = (
     "**The figures below were measured on the fp32 weights.** The members of this bundle are "
     "8-bit; they were not attacked.\n\n"
@@ -30,7 +31,7 @@ def export_run(
     *,
     data: str | None = None,
     precision: str = "fp32",
-    calibration: int = 0,
+    calibration: int | None = None,
     license_name: str = "mit",
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -44,8 +45,9 @@ def export_run(
         out: a folder that does not exist, or is empty.
         data: where the run's data lie; as the run says by default.
         precision: "fp32" or "int8".
-        calibration: for "int8", images of the training split from which the ranges of activations
-            are learnt; none for dynamic ranges.
+        calibration: for "int8", how many images of the training split the ranges of activations
+            are learnt from, 512 by default; with 0 ranges are those of each batch, so that the
+            answer to an image depends on its batch mates.
         license_name: of the weights, as an SPDX identifier.
         say: is told what was measured.
 
@@ -56,7 +58,7 @@ def export_run(
     """
     if precision not in ("fp32", "int8"):
         raise ConfigError(f"--precision must be fp32 or int8, got {precision!r}")
-    if calibration and precision != "int8":
+    if calibration is not None and precision != "int8":
         raise ConfigError("--calibration goes with --precision int8")
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
@@ -67,11 +69,12 @@ def export_run(
         train, validation, _ = train_validation(dataset, run.data.validation)
         real = validation.float(torch.arange(min(PROBES, len(validation))))
         probes = torch.cat([real, probes[len(real) :]])
-        if calibration > len(train):
-            raise ConfigError(f"--calibration must be at most {len(train)}, got {calibration}")
+        count = min(CALIBRATION, len(train)) if calibration is None else calibration
+        if count > len(train):
+            raise ConfigError(f"--calibration must be at most {len(train)}, got {count}")
         # a beginning of this order holds all classes alike
-        order = stratified_order(train.labels, stream(0, "calibration"))[:calibration]
-        chosen = train.float(order) if calibration else None
+        order = stratified_order(train.labels, stream(0, "calibration"))[:count]
+        chosen = train.float(order) if count else None
         int8 = Int8(calibration=chosen, validation=validation) if precision == "int8" else None
     about = About(
         shape=signature.shape,

@@ -118,7 +118,7 @@ def _write(
         "precision": "fp32" if int8 is None else "int8",
         "num_members": ensemble.num_members,
         "mixture": ensemble.mixture.tolist(),
-        "randomized": True,
+        "randomized": int((ensemble.mixture > 0).sum()) > 1,
         "classes": list(about.classes),
         "input": {
             "name": "images", "shape": list(about.shape), "dtype": "float32", "range": [0, 1],

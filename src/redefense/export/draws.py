@@ -1,0 +1,92 @@
+"""Whether members are drawn as the mixture says, and from where nobody can foresee them."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_DRAWS = 20_000
+ALARM = 1e-6
+"""Chance that a sound draw is called unsound, for each of the two counts."""
+
+Draw = Callable[[NDArray[np.float64], int], NDArray[np.int64]]
+
+# seeds all that a program can seed, then draws 64 of 2**16 members with the file that is named
+_SEEDED = """
+import importlib.util, random, sys
+import numpy
+random.seed(0); numpy.random.seed(0)
+spec = importlib.util.spec_from_file_location("run", sys.argv[1])
+module = sys.modules["run"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+random.seed(0); numpy.random.seed(0)
+print(module.draw_members(numpy.full(2**16, 2.0**-16), 64).tolist())
+"""
+
+
+def chi_square_p(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> float:
+    """Chance of counts at least this far (by Pearson's statistic) from `probs`, if they hold.
+
+    Cells that expect fewer than ten are taken together; a count where the probability is 0 gives 0.
+    """
+    if (counts[probs == 0] > 0).any():
+        return 0.0
+    expected = probs * counts.sum()
+    rare = expected < 10
+    found, wanted = counts[~rare].astype(float), expected[~rare]
+    if expected[rare].sum() >= 10:
+        found = np.append(found, counts[rare].sum())
+        wanted = np.append(wanted, expected[rare].sum())
+    if len(found) < 2:
+        return 1.0
+    return _upper_gamma((len(found) - 1) / 2, float(((found - wanted) ** 2 / wanted).sum()) / 2)
+
+
+def _upper_gamma(a: float, x: float) -> float:
+    """Q(a, x), the regularised upper incomplete gamma function, for a a positive multiple of 1/2.
+
+    Exact: Q(a + 1, x) = Q(a, x) + x^a e^-x / Gamma(a + 1), from Q(1/2, x) = erfc(sqrt x) or
+    Q(1, x) = e^-x.
+    """
+    if x <= 0:
+        return 1.0
+    here, total = (0.5, math.erfc(math.sqrt(x))) if a % 1 else (1.0, math.exp(-x))
+    while here < a:
+        total += math.exp(here * math.log(x) - x - math.lgamma(here + 1))
+        here += 1
+    return min(total, 1.0)
+
+
+def draw_faults(draw: Draw, mixture: NDArray[np.float64]) -> list[str]:
+    """How `draw` departs from independent draws with the probabilities `mixture`; empty if not.
+
+    Two counts: of members, and of pairs of neighbouring draws (members of one batch).
+    """
+    drawn = draw(mixture, NUM_DRAWS)
+    size = len(mixture)
+    if drawn.shape != (NUM_DRAWS,) or drawn.min() < 0 or drawn.max() >= size:
+        return [f"{NUM_DRAWS} draws gave something else than members 0 to {size - 1}"]
+    p = chi_square_p(np.bincount(drawn, minlength=size), mixture)
+    if p < ALARM:
+        return [f"members are not drawn by the mixture (chi-square p = {p:.1e})"]
+    pairs = np.bincount(drawn[::2] * size + drawn[1::2], minlength=size**2)
+    p = chi_square_p(pairs, np.outer(mixture, mixture).ravel())
+    if p < ALARM:
+        return [f"neighbouring draws depend on each other (chi-square p = {p:.1e})"]
+    return []
+
+
+def seed_faults(program: Path) -> list[str]:
+    """Whether two processes that seed all global generators alike draw alike.
+
+    Only for a file that is known to be ours: it is run.
+    """
+    command = [sys.executable, "-I", "-c", _SEEDED, str(program)]
+    first, second = (
+        subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(2)
+    )
+    return ["draws follow the seeds of global generators"] if first == second else []

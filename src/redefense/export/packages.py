@@ -1,0 +1,20 @@
+"""Packages of the `onnx` extra, by name, or one line that says what to install."""
+
+from importlib import import_module
+from typing import Any
+
+from redefense.errors import ConfigError
+
+
+def need(name: str) -> Any:
+    """The module of that name.
+
+    Raises:
+        ConfigError: if its package is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"this needs {error.name or name}: pip install 'redefense[onnx]'"
+        ) from None

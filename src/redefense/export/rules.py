@@ -1,0 +1,84 @@
+"""What a member's graph may hold: a fixed function of the images, in one file, of known parts.
+
+Known operators are those of the ONNX standard, less those that it calls non-deterministic (every
+source of random numbers, and dropout) and those that hold graphs of their own (branches, loops).
+Operators of other domains, functions a file brings along and weights outside it are refused too.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from redefense.export.packages import need
+
+_DOMAINS = ("", "ai.onnx")
+_FLOAT = 1  # TensorProto.FLOAT
+_EXTERNAL = 1  # TensorProto.EXTERNAL
+_GRAPHS = (5, 10)  # AttributeProto.GRAPH, GRAPHS
+
+
+def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) -> list[str]:
+    """Every rule that an ONNX file breaks, in words; empty if it is fit to be a member.
+
+    Raises:
+        ConfigError: if the package onnx is missing.
+    """
+    onnx = need("onnx")
+    try:
+        proto = onnx.load_from_string(model)
+        onnx.checker.check_model(proto)
+    except Exception as error:  # noqa: BLE001 - protobuf and onnx share no narrower class
+        return [f"it is no sound ONNX file: {(str(error).splitlines() or ['?'])[0]}"]
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    faults = [f"it uses the unknown domain {d!r}" for d in versions if d not in _DOMAINS]
+    faults += [f"it brings the function {function.name} along" for function in proto.functions]
+    if proto.training_info:
+        faults.append("it holds a part for training")
+    version = versions.get("", versions.get("ai.onnx", 0))
+    for node in proto.graph.node:
+        faults += _node_faults(onnx, node, version)
+    faults += _weight_faults(proto.graph)
+    faults += _ends_faults(proto.graph, shape, num_classes)
+    return list(dict.fromkeys(faults))
+
+
+def _node_faults(onnx: Any, node: Any, version: int) -> Iterator[str]:
+    name = node.op_type
+    if node.domain not in _DOMAINS or not onnx.defs.has(name, version, ""):
+        yield f"it holds the unknown operator {node.domain or 'ai.onnx'}.{name}"
+        return
+    schema = onnx.defs.get_schema(name, version, "")
+    if schema.node_determinism == schema.NodeDeterminism.NonDeterministic:
+        yield f"it holds {name}, whose answer is not fixed by its inputs"
+    for attribute in node.attribute:
+        if attribute.type in _GRAPHS:
+            yield f"{name} holds a graph of its own"
+        if attribute.t.data_location == _EXTERNAL:
+            yield f"{name} takes data from outside the file"
+        if (name, attribute.name) == ("BatchNormalization", "training_mode") and attribute.i:
+            yield "its batch norm is in training mode, so answers depend on batch mates"
+
+
+def _weight_faults(graph: Any) -> Iterator[str]:
+    names = [tensor.name for tensor in graph.initializer]
+    if len(names) != len(set(names)):
+        yield "it holds a weight twice"
+    if graph.sparse_initializer:
+        yield "it holds sparse weights"
+    for tensor in graph.initializer:
+        if tensor.data_location == _EXTERNAL or tensor.external_data:
+            yield f"its weight {tensor.name} lies outside the file"
+
+
+def _ends_faults(graph: Any, shape: tuple[int, int, int], num_classes: int) -> Iterator[str]:
+    """Inputs and outputs: one of each, with a batch axis of any length."""
+    for values, name, rest in (
+        (graph.input, "images", list(shape)), (graph.output, "logits", [num_classes]),
+    ):  # fmt: skip
+        if [value.name for value in values] != [name]:
+            yield f"it must have {name} at one end, it has {[value.name for value in values]}"
+            continue
+        kind = values[0].type.tensor_type
+        batch, *sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+        if kind.elem_type != _FLOAT or batch is not None or sizes != rest:
+            found = [d.dim_value or d.dim_param for d in kind.shape.dim]
+            yield f"{name} must be float32 of shape [batch, {str(rest)[1:-1]}], it is {found}"

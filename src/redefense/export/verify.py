@@ -1,0 +1,204 @@
+"""The freeze detector: does a bundle still hold M members, each itself, drawn in secret?
+
+Nothing of a bundle is run before its hash is checked, and its `run.py` only if it is ours to the
+byte: a bundle cannot make its own verification succeed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redefense.errors import DataError
+from redefense.export import runner
+from redefense.export.draws import NUM_DRAWS, draw_faults, seed_faults
+from redefense.export.rules import graph_faults
+from redefense.export.runner import Bundle, BundleError, Floats
+
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        id: its name.
+        passed: whether it holds.
+        detail: what was found.
+    """
+
+    id: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle whose members were asked once."""
+
+    bundle: Bundle
+
+    @cached_property
+    def probes(self) -> tuple[Floats, Floats]:
+        return self.bundle.probes()
+
+    @cached_property
+    def graphs(self) -> list[bytes]:
+        return [self.bundle.member(m) for m in range(self.bundle.num_members)]
+
+    @cached_property
+    def sessions(self) -> list[Any]:
+        return [runner.open_session(graph) for graph in self.graphs]
+
+    @cached_property
+    def answers(self) -> list[Floats]:
+        """Logits (64, classes) of each member for the probes."""
+        images, stored = self.probes
+        answers = []
+        for m, session in enumerate(self.sessions):
+            answer, again = (runner.logits_of(session, images) for _ in range(2))
+            if answer.shape != stored[m].shape or not np.isfinite(answer).all():
+                raise BundleError(f"member {m} gives logits of shape {answer.shape}, or not finite")
+            if not np.array_equal(answer, again):
+                raise BundleError(f"member {m} answers the same images differently")
+            answers.append(answer)
+        return answers
+
+
+def verify(path: str | Path, *, against: str | Path | None = None) -> list[Check]:
+    """Look at everything a bundle promises; it holds if all checks passed.
+
+    Args:
+        path: the bundle.
+        against: a run (or checkpoint) whose members the bundle must hold; needs torch.
+
+    Raises:
+        DataError: if there is no bundle at `path`.
+        CheckpointError: if `against` is no trained run.
+    """
+    folder = Path(path)
+    if not (folder / runner.MANIFEST).is_file():
+        raise DataError(f"no bundle at {folder}: it lacks {runner.MANIFEST}")
+    try:
+        opened = Opened(runner.open_bundle(folder))
+    except BundleError as error:
+        return [Check("records", False, str(error))]
+    checks = [_check(name, look, opened) for name, look in LOOKS.items()]
+    if against is not None:
+        from redefense.export.against import compare  # the one part that needs torch
+
+        checks.append(_check("checkpoint", compare(Path(against)), opened))
+    return checks
+
+
+def _check(name: str, look: Callable[[Opened], str], opened: Opened) -> Check:
+    try:
+        return Check(name, True, look(opened))
+    except BundleError as error:
+        return Check(name, False, str(error))
+
+
+def _records(opened: Opened) -> str:
+    """Every file is there with its size and hash, and no other."""
+    bundle = opened.bundle
+    known = {*bundle.files, runner.MANIFEST, runner.SIGNATURE}
+    for place in sorted(bundle.path.rglob("*")):
+        name = place.relative_to(bundle.path).as_posix()
+        if place.is_symlink() or (not place.is_dir() and name not in known):
+            raise BundleError(f"{name} is not in the manifest, or a link")
+    total = sum(len(bundle.read(name)) for name in bundle.files)
+    return f"{len(bundle.files)} files, {total:,} bytes, all as the manifest says"
+
+
+def _graphs(opened: Opened) -> str:
+    """Members are fixed functions of the images."""
+    bundle = opened.bundle
+    for m, graph in enumerate(opened.graphs):
+        faults = graph_faults(graph, bundle.shape, len(bundle.classes))
+        if faults:
+            more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
+            raise BundleError(f"member {m}: {'; '.join(faults[:SHOWN])}{more}")
+    return "one input, one output, known operators, nothing random, nothing outside the file"
+
+
+def _members(opened: Opened) -> str:
+    """Every member computes what it did in torch, and is nearest to its own logits."""
+    precision, (images, stored) = opened.bundle.config["precision"], opened.probes
+    worst = 0.0
+    for m, answer in enumerate(opened.answers):
+        distances = [_distance(answer, logits) for logits in stored]
+        if distances[m] > min(distances):
+            nearest = distances.index(min(distances))
+            raise BundleError(f"member {m} is not itself: it answers like member {nearest}")
+        if fault := runner.differs(answer, stored[m], precision):
+            raise BundleError(f"member {m} is not itself: it {fault}")
+        alone = runner.logits_of(opened.sessions[m], images[:1])
+        if fault := runner.differs(alone, answer[:1], precision):
+            raise BundleError(f"member {m} answers by batch mates: alone, its answer {fault}")
+        worst = max(worst, runner.deviation(answer, stored[m])[0])
+    most = runner.TOLERANCE[precision]
+    return f"{len(stored)} reached, each itself: deviation at most {worst:.1e} ({most:g} allowed)"
+
+
+def _distance(answer: Floats, stored: Floats) -> float:
+    return float(np.square(answer - stored, dtype=np.float64).sum())
+
+
+def _distinct(opened: Opened) -> str:
+    """No two members are the same by mistake."""
+    _, stored = opened.probes
+    pairs = list(combinations(range(len(stored)), 2))
+    twins = [(i, j) for i, j in pairs if np.array_equal(stored[i], stored[j])]
+    for i, j in set(pairs) - set(twins):
+        if opened.graphs[i] == opened.graphs[j] or np.array_equal(
+            opened.answers[i], opened.answers[j]
+        ):
+            raise BundleError(f"members {i} and {j} are the same, their probes are not")
+    if not twins:
+        return f"{len(stored)} different members"
+    return f"members {_listed(twins)} are the same in the probes too: training made them so"
+
+
+def _listed(pairs: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{i} and {j}" for i, j in pairs)
+
+
+def _runner(opened: Opened) -> str:
+    """`run.py` is ours to the byte."""
+    ours = Path(runner.__file__).read_bytes()
+    if opened.bundle.read("run.py") != ours:
+        version = opened.bundle.config.get("version")
+        raise BundleError(
+            f"run.py is not the runner of this version of redefense (the bundle names {version}): "
+            "it is not run, and what it draws is not known"
+        )
+    return "run.py is the runner of this version of redefense"
+
+
+def _draws(opened: Opened) -> str:
+    """Members are drawn as the mixture says, by the operating system's entropy."""
+    _runner(opened)
+    bundle = opened.bundle
+    answering = int((bundle.mixture > 0).sum())
+    if bundle.config.get("randomized") is not (answering > 1):
+        raise BundleError(f"by the mixture {answering} of {bundle.num_members} members answer")
+    faults = draw_faults(runner.draw_members, bundle.mixture)
+    if faults := faults or seed_faults(Path(runner.__file__)):
+        raise BundleError(faults[0])
+    drawn = f"{NUM_DRAWS:,} draws of {answering} members" if answering > 1 else "nothing is drawn"
+    return f"{drawn}: by the mixture, neighbours independent, seeds change nothing"
+
+
+LOOKS: dict[str, Callable[[Opened], str]] = {
+    "records": _records,
+    "graphs": _graphs,
+    "members": _members,
+    "distinct": _distinct,
+    "runner": _runner,
+    "draws": _draws,
+}
