@@ -259,6 +259,10 @@ class Hyper(Members):
         fresh = self._cache[m] = hyper.Written(key, kernels)
         return fresh
 
+    def forget(self, m: int) -> None:
+        """Give up the kernels of member m; they are written anew when next needed."""
+        self._cache[m] = None
+
     def _forget(self) -> None:
         self._cache: list[hyper.Written | None] = [None] * self.num_members
 

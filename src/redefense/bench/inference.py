@@ -1,54 +1,74 @@
 """What random sampling inference costs: latency of the drawn member, of one member, of all.
 
-Ratios within one run: in every round the three answer the same batch in turn, and each ratio is
-taken within its round, so that a drift of the machine's speed cancels.
+Ratios within one run: in every round all answer the same batch in turn, and each ratio is taken
+within its round, so that a drift of the machine's speed cancels. Where hypernetworks write the
+kernels, one plain member is a member written out; beside it stand a written member whose kernels
+are kept, and its first answer, for which they are written.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.bench.timing import machine, seconds
-from redefense.kinds import IndependentKind
+from redefense.ensembles import Hyper, Members
+from redefense.errors import ConfigError
+from redefense.kinds import HyperKind, IndependentKind, Kind
+from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.train.run import channels_last
+from redefense.train.run import channels_last, resolve
 
 BATCHES = (1, 256)
+HYPER: Final = ("cifar10-ps-red", "cifar10-mini-ps-red")
+"""Whose hypernetworks write the members: the first whose units tile the network."""
+
+View = Callable[[Tensor], Tensor]
 
 
 def run(
     *,
     model: str = "resnet18",
     num_members: int = 8,
+    ensemble: str = "independent",
     batches: Sequence[int] = BATCHES,
     rounds: int = 5,
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Time the three kinds of inference on random images of 32 x 32 pixels.
+    """Time the kinds of inference on random images of 32 x 32 pixels.
 
     Members are drawn per image from the operating system's entropy, as in deployment.
 
+    Args:
+        model: a name in `MODELS`.
+        num_members: M.
+        ensemble: "independent", or "hyper" with the hypernetworks of a PS-RED recipe.
+        batches: sizes.
+        rounds: how often each is timed.
+        device: where.
+        seed: of weights and images.
+
     Returns:
-        `sampled_over_member` and `averaged_over_member`: for each batch size the median ratio of
-        seconds, its extremes and the number of rounds; `seconds` of one member; `settings`.
+        `sampled_over_member` and `averaged_over_member`, and for "hyper" `cached_over_member` and
+        `first_over_member`: for each batch size the median ratio of seconds, its extremes and the
+        number of rounds; `seconds` of one member; `settings`.
+
+    Raises:
+        ConfigError: for another ensemble, or a network that no units tile.
     """
-    kind = IndependentKind(model=model, num_members=num_members)
-    ensemble = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(device).eval()
-    channels_last(ensemble)  # as `load` gives it
-    views: dict[str, nn.Module] = {
-        "member": ensemble.member(0),
-        "sampled": ensemble.sampled(per="image"),
-        "averaged": ensemble.averaged(),
-    }
+    kind = _kind(ensemble, model, num_members)
+    built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(device).eval()
+    views = _views(channels_last(built))  # as `load` gives it
+    others = [name for name in views if name != "member"]
     result: dict[str, Any] = {
-        "sampled_over_member": {},
-        "averaged_over_member": {},
+        **{f"{name}_over_member": {} for name in others},
         "seconds": {},
         "settings": {
+            "ensemble": ensemble,
             "model": model,
             "members": num_members,
             **machine(device),
@@ -61,7 +81,7 @@ def run(
         for view in views.values():
             _seconds(view, x, 1)
         found = [{k: _seconds(v, x, repeats) for k, v in views.items()} for _ in range(rounds)]
-        for name in ("sampled", "averaged"):
+        for name in others:
             ratios = [round_[name] / round_["member"] for round_ in found]
             result[f"{name}_over_member"][str(batch)] = {
                 "median": statistics.median(ratios),
@@ -73,7 +93,44 @@ def run(
     return result
 
 
-def _seconds(view: nn.Module, x: Tensor, repeats: int) -> float:
+def _kind(ensemble: str, model: str, num_members: int) -> Kind:
+    if ensemble == "independent":
+        return IndependentKind(model=model, num_members=num_members)
+    if ensemble != "hyper":
+        raise ConfigError(f"ensemble must be independent or hyper, got {ensemble}")
+    refusals = []
+    for name in HYPER:
+        _, kind, _ = resolve(recipe(name))
+        assert isinstance(kind, HyperKind)
+        try:
+            replace(kind, model=model, num_members=1).build(
+                num_classes=10, shape=(3, 32, 32), seed=0
+            )
+        except ConfigError as error:
+            refusals.append(error)
+            continue
+        return replace(kind, model=model, num_members=num_members)
+    raise refusals[-1]
+
+
+def _views(ensemble: Members) -> dict[str, View]:
+    """What is timed; a hypernetwork's member 0 forgets its kernels before each first answer."""
+    views: dict[str, View] = {
+        "member": ensemble.member(0),
+        "sampled": ensemble.sampled(per="image"),
+        "averaged": ensemble.averaged(),
+    }
+    if isinstance(ensemble, Hyper):
+
+        def first(x: Tensor) -> Tensor:
+            ensemble.forget(0)
+            return ensemble.logits_of(0, x)
+
+        views |= {"cached": lambda x: ensemble.logits_of(0, x), "first": first}
+    return views
+
+
+def _seconds(view: View, x: Tensor, repeats: int) -> float:
     """Seconds of one answer, the mean over `repeats`."""
     with torch.inference_mode():
         return seconds(lambda: view(x), x.device, repeats)
@@ -82,15 +139,19 @@ def _seconds(view: nn.Module, x: Tensor, repeats: int) -> float:
 def table(result: Mapping[str, Any]) -> str:
     """The ratios as plain text."""
     it = result["settings"]
+    names = [key.removesuffix("_over_member") for key in result if key.endswith("_over_member")]
     lines = [
-        f"{it['model']}, M = {it['members']}, {it['device']}, {it['threads']} thread(s), "
-        f"torch {it['torch']}",
-        f"{'batch':>6}  {'one member':>12}  {'sampled / member':>24}  {'averaged / member':>24}",
+        f"{it['model']} ({it['ensemble']}), M = {it['members']}, {it['device']}, "
+        f"{it['threads']} thread(s), torch {it['torch']}",
+        f"{'batch':>6}  {'one member':>12}" + "".join(f"  {n + ' / member':>24}" for n in names),
     ]
     for batch, answer in result["seconds"].items():
         ratios = [
-            "{median:.2f}x ({lowest:.2f} to {highest:.2f})".format(**result[key][batch])
-            for key in ("sampled_over_member", "averaged_over_member")
+            "{median:.2f}x ({lowest:.2f} to {highest:.2f})".format(
+                **result[f"{name}_over_member"][batch]
+            )
+            for name in names
         ]
-        lines.append(f"{batch:>6}  {1e3 * answer:>9.1f} ms  {ratios[0]:>24}  {ratios[1]:>24}")
+        columns = "".join(f"  {ratio:>24}" for ratio in ratios)
+        lines.append(f"{batch:>6}  {1e3 * answer:>9.1f} ms{columns}")
     return "\n".join(lines)

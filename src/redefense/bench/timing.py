@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def seconds(take: Callable[[], None], device: torch.device, repeats: int = 1) -> float:
+def seconds(take: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one call, the mean over `repeats`, all work on the device included."""
     _wait(device)
     begun = time.perf_counter()

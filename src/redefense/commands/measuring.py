@@ -31,6 +31,7 @@ def bench_attacks(
 def bench_inference(
     model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet18",
     members: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    ensemble: Annotated[str, typer.Option(help="independent, or hyper.")] = "independent",
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,
@@ -39,7 +40,9 @@ def bench_inference(
     with computing():
         from redefense.bench.inference import run, table
 
-        result = run(model=model, num_members=members, rounds=rounds, device=device)
+        result = run(
+            model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device
+        )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
 
