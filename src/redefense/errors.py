@@ -11,9 +11,15 @@ RedefenseError
 
 
 class RedefenseError(Exception):
-    """Base of all errors a caller may want to catch; `str()` is one plain line."""
+    """Base of all errors a caller may want to catch; `str()` is one plain line.
+
+    Attributes:
+        code: what the command line exits with.
+        told: another process of the same command prints it.
+    """
 
     code = 2
+    told = False
 
 
 class ConfigError(RedefenseError, ValueError):

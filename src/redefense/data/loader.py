@@ -89,9 +89,8 @@ class Loader:
                 f"processes (this is rank {rank})"
             )
         self.split, self.seed, self.device = split, seed, torch.device(device)
-        self.share = slice(
-            rank * self.batch_size // world_size, (rank + 1) * self.batch_size // world_size
-        )
+        # every n-th image: the first half of each share is a share of the batch's first half
+        self.share = slice(rank, None, world_size)
         self.augment = _as_augment(augment)
         subset = torch.randperm(len(split), generator=stream(0, "training subset"))
         self.subset = torch.arange(len(split)) if total == len(split) else subset[:total]

@@ -93,6 +93,11 @@ class Defence(ABC):
         everyone = tuple(range(num_members))
         return (Stage(name="joint", epochs=epochs, members=everyone, loss=self.loss),)
 
+    @property
+    def spreads(self) -> bool:
+        """Whether processes can share the members: the loss asks `ensemble.spread` for its own."""
+        return False
+
     @abstractmethod
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """Yield the loss of one batch in parts."""

@@ -19,6 +19,10 @@ class Vanilla(Defence):
 
     summary: ClassVar[str] = "no defence: members trained apart on clean images"
 
+    @property
+    def spreads(self) -> bool:
+        return True
+
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """One part a member; the log shows the mean over members."""
         for m in spread_of(ensemble).own(ensemble.num_members):

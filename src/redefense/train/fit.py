@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,6 +17,8 @@ from redefense.ensembles import Members
 from redefense.errors import Interrupted, TrainingError
 from redefense.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.rng import draw_seed, stream
+from redefense.train.distributed import Mesh, Tally
+from redefense.train.exchange import spread_over
 from redefense.train.optim import learning_rate, make_optimizer
 from redefense.types import Batch, Loss, Progress
 
@@ -70,30 +72,36 @@ def fit(
     save: Save,
     on_step: Callable[[Position, Mapping[str, float]], None],
     on_epoch: EndOfEpoch,
+    mesh: Mesh | None = None,
 ) -> None:
     """Train through all stages from `start`, saving every epoch and every half minute.
 
     Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.
 
-    `start_totals` are the running sums of the epoch that `start` is in the middle of.
+    `start_totals` are the running sums of the epoch that `start` is in the middle of. The processes
+    of `mesh` train together: the loader gives each its share of every batch, and all are called
+    back alike, `save` included; what they own of the weights is then newer than the rest.
 
     Raises:
         TrainingError: for a non-finite loss, before the optimizer step; or if, on the first step of
             a stage, a trainable parameter got no finite gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
+        ConfigError: if FSDP2 has sharded the weights.
     """
-    position = start
-    with stop_signals() as stopping:
+    position, mesh = start, mesh or Mesh()
+    with stop_signals() as stopping, spread_over(mesh, ensemble):
+        own = ensemble.spread.own(ensemble.num_members)
         for index in range(start.stage, len(stages)):
             stage = stages[index]
-            params = [p for m in stage.members for p in ensemble.parameters_of(m)]
+            params = [p for m in stage.members if m in own for p in ensemble.parameters_of(m)]
             params = [p for p in dict.fromkeys(params) if p.requires_grad]
-            optimizer = make_optimizer(params, optim)
+            optimizer, tally = make_optimizer(params, optim), Tally(mesh)
             num_steps = max(1, stage.epochs * len(loader))
             if position.epoch + position.step:
                 restore(optimizer)
             elif stage.before is not None:
-                stage.before(ensemble)
+                with stopping_at_once(stopping, f"before stage {stage.name!r}", mesh):
+                    stage.before(ensemble)
             saved = time.monotonic()
             for epoch in range(position.epoch, stage.epochs):
                 totals, start_totals = dict(start_totals), {}
@@ -106,23 +114,32 @@ def fit(
                         ensemble, stage, replace(batch, progress=progress), optimizer, params,
                         lr=lr, clip=optim.clip, precision=precision, total=position.total,
                         rng=stream(seed, "step", position.total),
-                        first=epoch == step == 0,
+                        first=epoch == step == 0, mesh=mesh, tally=tally,
                     )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
                         totals[name] = totals.get(name, 0.0) + value / len(loader)
                     on_step(position, {**terms, "lr": lr})
-                    if stopping:
-                        save(position, optimizer, totals)
-                        raise Interrupted(
-                            f"stopped after step {position.total}; go on with --resume", stopping[0]
-                        )
-                    if time.monotonic() - saved > SAVE_INTERVAL:
+                    stop, due = mesh.agree(
+                        stopping[0] if stopping else 0, time.monotonic() - saved > SAVE_INTERVAL
+                    )
+                    if stop or due:
                         save(position, optimizer, totals)
                         saved = time.monotonic()
-                position = Position(index, epoch + 1, 0, position.total)
+                    if stop:
+                        raise mesh.told(
+                            Interrupted(
+                                f"stopped after step {position.total}; go on with --resume", stop
+                            )
+                        )
                 if stage.after is not None and epoch + 1 == stage.epochs:
-                    stage.after(ensemble, loader.epoch(0), stream(seed, "after", stage.name))
+                    # it may take long: a process that is stopped in it comes back to this point
+                    save(position, optimizer, totals)
+                    with stopping_at_once(stopping, f"after stage {stage.name!r}", mesh):
+                        whole = mesh.joined(loader.epoch(0))
+                        stage.after(ensemble, whole, stream(seed, "after", stage.name))
+                    mesh.broadcast(ensemble.mixture, 0)
+                position = Position(index, epoch + 1, 0, position.total)
                 on_epoch(stage, position, totals)
                 if epoch + 1 < stage.epochs:
                     save(position, optimizer, {})
@@ -144,6 +161,8 @@ def take_step(
     total: int,
     rng: torch.Generator,
     first: bool,
+    mesh: Mesh,
+    tally: Tally,
 ) -> dict[str, float]:
     """One optimizer step; returns the summed terms of the loss."""
     ensemble.train_members(stage.members)
@@ -156,16 +175,18 @@ def take_step(
             _backward(part)
             for name, value in part.terms.items():
                 summed[name] = summed[name] + value if name in summed else value
-    terms = {name: float(value) for name, value in summed.items()}
+    mesh.average(params)
+    terms = tally(summed)
     where = f"in stage {stage.name!r} at step {total + 1}"
     bad = [f"{name} = {value}" for name, value in terms.items() if value - value != 0]
     if bad:
-        raise TrainingError(f"non-finite loss {where}: {', '.join(bad)}")
+        raise mesh.told(TrainingError(f"non-finite loss {where}: {', '.join(bad)}"))
     if first:
-        check_gradients(ensemble, params, where)
+        with mesh.agreed():
+            check_gradients(ensemble, params, where)
     with phase(OPTIMIZER):
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(params, clip)
+            mesh.clip(params, clip)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -213,6 +234,32 @@ def stop_signals() -> Iterator[list[int]]:
             continue
     try:
         yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_at_once(received: Sequence[int], where: str, mesh: Mesh) -> Iterator[None]:
+    """Raise on SIGINT or SIGTERM: for long work with nothing to save, which a resume does again.
+
+    Signals `received` before count too.
+
+    Raises:
+        Interrupted: naming where.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise mesh.told(Interrupted(f"stopped {where}; go on with --resume", number))
+
+    if received:
+        handle(received[0], None)
+    previous: dict[int, Any] = {}
+    try:
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            with suppress(ValueError):  # not in the main thread, see above
+                previous[number] = signal.signal(number, handle)
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

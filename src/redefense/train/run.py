@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from redefense.config import Run, choose, settings_of, to_json
+from redefense.config import Run, choose, parse_run, settings_of, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.data.loader import Loader
 from redefense.defences import DEFENCES, Defence, Stage
@@ -29,12 +28,15 @@ from redefense.train.checkpoint import (
     save,
     step_folder,
 )
+from redefense.train.distributed import Mesh, processes
 from redefense.train.fit import Position, fit
 from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.profile import profiled
 from redefense.train.warm import begin_from, check_alike, recorded
 
 VALIDATION_IMAGES = 2000
+UNWRITTEN = ".writing-"
+"""How the names of files begin that are not whole yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,18 @@ def train(
     quiet: bool = False,
     download: bool = False,
     profile: bool = False,
+    mesh: str | None = None,
 ) -> Members:
     """Train `run` into the directory `out` and return the ensemble in evaluation mode.
 
     The test split is never read. With `resume`, a run that was stopped goes on from its last sound
     checkpoint to the same bits; a finished one is returned as it is. With `profile`, the seconds of
     each phase are printed at the end and kept in `out/profile.json`.
+
+    In the processes of `torchrun`, or of a group that exists, all call this alike, and share each
+    batch; `mesh` "DATAxMEMBER" makes so many rows of processes that share batches, and so many
+    columns that share the members. How many there are is no part of the run: it changes rounding
+    alone, is kept with each checkpoint, and may be another when the run is resumed.
 
     Raises:
         ConfigError: for a wrong setting, an `out` that holds a run already (without `resume`), or
@@ -111,50 +119,108 @@ def train(
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    run, kind, defence = resolve(run)
-    run = _with_start(run)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training runs in one process; torchrun would write one run many times")
-    stages = defence.stages(kind.num_members, run.epochs)
-    check_device(device)
-    begun = _claim(run, out, resume)
-    if (out / "final").is_dir():
-        note(f"{out} is finished; nothing to do")
+    with processes(mesh, device) as team:
+        return _train(run, out, team, resume, quiet or not team.first, download, profile)
+
+
+def _train(
+    run: Run, out: Path, team: Mesh, resume: bool, quiet: bool, download: bool, profile: bool
+) -> Members:
+    device = str(team.device)
+    with team.agreed():
+        run, kind, defence = resolve(run)
+        run = _with_start(run)
+        stages = defence.stages(kind.num_members, run.epochs)
+        _check_mesh(team, run, defence, kind.num_members)
+        check_device(device)
+    begun = team.first_does(lambda: _claim(run, out, resume))
+    if team.first_does(lambda: _is_finished(out)):
         return load(out, device=device)
-    dataset = load_dataset(run.data.spec, download=download, progress=not quiet)
+    dataset = _load_data(run, team, download, progress=not quiet)
     signature = Signature.of(dataset)
     train_split, validation, _ = train_validation(dataset, run.data.validation)
-    loader = Loader(
-        train_split,
-        batch_size=run.batch_size,
-        seed=run.seed,
-        augment=run.data.augment,
-        limit=run.data.images,
-        device=device,
-    )
+    with team.agreed():
+        loader = Loader(
+            train_split,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            augment=run.data.augment,
+            limit=run.data.images,
+            device=device,
+            rank=team.row,
+            world_size=team.shape[0],
+        )
+        if team.shape[0] > 1 and loader.batch_size % (2 * team.shape[0]):
+            raise ConfigError(
+                f"{team.shape[0]} processes cannot share a batch of {loader.batch_size} images in "
+                "even numbers, which methods that halve it need"
+            )
     ensemble = _fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
-    checkpoint = latest(out / "checkpoints", note) if begun else None
+    checkpoint = team.first_does(lambda: latest(out / "checkpoints", note) if begun else None)
     position, totals = Position(), {}
-    if checkpoint is not None:
-        if checkpoint.state["data"]["checksum"] != signature.checksum:
-            raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
-        _load_weights(ensemble, checkpoint)
-        position = Position(**checkpoint.state["position"])
-        totals = checkpoint.state["totals"]
-        note(f"going on from {checkpoint.path.name}")
-    else:
-        started = _start(run, kind, ensemble, signature, loader, validation)
-        if not begun:
-            _begin(run, out)
-        if started is not None:
-            (out / "start.json").write_text(json.dumps(started, indent=1) + "\n")
-    session = _Session(run, out, stages, ensemble, loader, validation, signature, position, quiet)
-    with profiled(out, device) if profile else contextlib.nullcontext():
+    with team.agreed():
+        if checkpoint is not None:
+            if checkpoint.state["data"]["checksum"] != signature.checksum:
+                raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
+            _load_weights(ensemble, checkpoint)
+            position = Position(**checkpoint.state["position"])
+            totals = checkpoint.state["totals"]
+            _tell_resumed(checkpoint, team)
+        else:
+            started = _start(run, kind, ensemble, signature, loader, validation)
+            if team.first:
+                _begin(run, out, started)
+    session = _Session(
+        run, out, stages, ensemble, loader, validation, signature, position, quiet, team
+    )
+    with profiled(out, device) if profile and team.first else contextlib.nullcontext():
         session.fit(checkpoint, totals)
-    _finish(run, out, ensemble, signature)
+    team.first_does(lambda: _finish(run, out, ensemble, signature))
     ensemble.origin = Origin(run, signature.as_dict(), out)
     return ensemble.eval()
+
+
+def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> None:
+    """Refuse a mesh that the method, the members or the batch cannot be spread over."""
+    columns = team.shape[1]
+    if columns > num_members:
+        raise ConfigError(f"{columns} columns of processes are too many for {num_members} members")
+    if columns > 1 and not defence.spreads:
+        raise ConfigError(
+            f"{run.defence['name']} with these settings needs all members in one process: let the "
+            f"processes share the batch instead, with --mesh {team.size}x1"
+        )
+
+
+def _is_finished(out: Path) -> bool:
+    if not (out / "final").is_dir():
+        return False
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have come before
+    note(f"{out} is finished; nothing to do")
+    return True
+
+
+def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
+    """The data set; the first process reads it before all others, which find it fetched."""
+    found: list[Dataset] = []
+    for turn in (True, False):
+        with team.agreed():
+            if team.first == turn:
+                found.append(load_dataset(run.data.spec, download=download, progress=progress))
+    return found[0]
+
+
+def _tell_resumed(checkpoint: Checkpoint, team: Mesh) -> None:
+    if not team.first:
+        return
+    note(f"going on from {checkpoint.path.name}")
+    rows, columns = checkpoint.state.get("mesh", (1, 1))
+    if (rows, columns) != team.shape:
+        note(
+            f"it was trained by {rows}x{columns} processes and goes on with "
+            f"{team.shape[0]}x{team.shape[1]}: rounding will differ"
+        )
 
 
 def _with_start(run: Run) -> Run:
@@ -200,37 +266,34 @@ class _Session:
     signature: Signature
     start: Position
     quiet: bool
+    team: Mesh
 
     def fit(self, checkpoint: Checkpoint | None, totals: dict[str, float]) -> None:
         """Run the loop from the checkpoint, or from the beginning."""
-        names = {p: name for name, p in self.ensemble.named_parameters()}
+        own = self.team.own(self.ensemble.num_members)
+        here = {p for m in own for p in self.ensemble.parameters_of(m)}
+        names = {p: name for name, p in self.ensemble.named_parameters() if p in here}
         stored = checkpoint.optimizer if checkpoint is not None else {}
         steps = len(self.loader) * sum(stage.epochs for stage in self.stages)
         # within an epoch, even after its last step, that epoch's record is still to be written
-        metrics = Metrics(self.out, resume_step=self.start.total - bool(self.start.step))
+        done = self.start.total - bool(self.start.step)
+        metrics = Metrics(self.out, resume_step=done) if self.team.first else None
         progress = ProgressLine(self.run.recipe, steps, done=self.start.total, quiet=self.quiet)
 
         def keep(
             position: Position, optimizer: torch.optim.Optimizer, sums: Mapping[str, float]
         ) -> None:
-            save(
-                step_folder(self.out / "checkpoints", position.total),
-                run=self.run,
-                weights=self.ensemble.state_dict(),
-                optimizer=optimizer_tensors(optimizer, names),
-                state={
-                    "position": position.as_dict(),
-                    "totals": dict(sums),
-                    "data": self.signature.as_dict(),
-                },
-            )
-            prune(self.out / "checkpoints")
+            self.team.refresh(self.ensemble)
+            momenta = self.team.collect(optimizer_tensors(optimizer, names))
+            self.team.first_does(lambda: self._save(position, momenta, sums))
 
         def on_step(position: Position, terms: Mapping[str, float]) -> None:
             progress.update(position.total, f"loss {terms['total']:.3f}")
 
         def on_epoch(stage: Stage, position: Position, means: Mapping[str, float]) -> None:
             clean = accuracy(self.ensemble, self.validation, self.run.batch_size)
+            if metrics is None:
+                return
             epoch = position.epoch
             metrics.write(
                 position.total,
@@ -257,10 +320,30 @@ class _Session:
                 save=keep,
                 on_step=on_step,
                 on_epoch=on_epoch,
+                mesh=self.team,
             )
         finally:
             progress.close()
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
+
+    def _save(
+        self, position: Position, optimizer: Mapping[str, Tensor], sums: Mapping[str, float]
+    ) -> None:
+        """Write a checkpoint, and remove what is older than the one before it."""
+        save(
+            step_folder(self.out / "checkpoints", position.total),
+            run=self.run,
+            weights=self.ensemble.state_dict(),
+            optimizer=optimizer,
+            state={
+                "position": position.as_dict(),
+                "totals": dict(sums),
+                "data": self.signature.as_dict(),
+                "mesh": list(self.team.shape),
+            },
+        )
+        prune(self.out / "checkpoints")
 
 
 def accuracy(ensemble: Members, split: Split, batch_size: int) -> float:
@@ -342,23 +425,25 @@ def _load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _claim(run: Run, out: Path, resume: bool) -> bool:
     """Whether `out` holds a beginning of this very run; refuses anything else that is there."""
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(path.name.startswith(UNWRITTEN) for path in out.iterdir()):
         return False
     if not (out / "run.json").is_file():
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
     if not resume:
         raise ConfigError(f"{out} already holds a run; use --resume or another --out")
     try:
-        stored = json.loads((out / "run.json").read_text())
+        record = json.loads((out / "run.json").read_text())
     except ValueError:
         raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
-    wanted = json.loads(to_json(run))
+    # read as a run, an old record gets the defaults of settings that are younger than it
+    stored, wanted = (
+        json.loads(to_json(it)) for it in (resolve(parse_run(record, f"{out}/run.json"))[0], run)
+    )
     # the same data, or members to start from, may lie elsewhere today: checksums are compared
     for settings in (stored, wanted):
         with contextlib.suppress(KeyError, TypeError):
             del settings["data"]["spec"]
         with contextlib.suppress(KeyError, TypeError):
-            settings.setdefault("start", None)
             del settings["start"]["path"]
     if stored != wanted:
         keys = [k for k in wanted if stored.get(k) != wanted[k]]
@@ -366,10 +451,15 @@ def _claim(run: Run, out: Path, resume: bool) -> bool:
     return True
 
 
-def _begin(run: Run, out: Path) -> None:
+def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
+    """Write what the run is, and where it started; `run.json` appears whole or not at all."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(to_json(run))
+        if started is not None:
+            (out / f"{UNWRITTEN}start.json").write_text(json.dumps(started, indent=1) + "\n")
+            (out / f"{UNWRITTEN}start.json").rename(out / "start.json")
+        (out / f"{UNWRITTEN}run.json").write_text(to_json(run))
+        (out / f"{UNWRITTEN}run.json").rename(out / "run.json")
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error}") from None
 
@@ -381,6 +471,8 @@ def _finish(run: Run, out: Path, ensemble: Members, signature: Signature) -> Non
         weights=ensemble.state_dict(),
         state={"data": signature.as_dict()},
     )
+    for left in out.glob(".saving-final-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     # a finished run keeps its result; what only a resume needs would triple its size
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
