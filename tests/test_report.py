@@ -160,6 +160,18 @@ def test_suites_on_different_choices_of_as_many_images_are_not_joined(tmp_path: 
     assert len(summary_table([run])) == 2
 
 
+def test_an_evaluation_under_another_name_has_records_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "red" / "evaluation"
+    document = build_run(tmp_path / "red", suite="quick-2", n=500, single=0.2)
+    document |= {"suite": "quick", "clean": document["clean"] | {"per_image": "quick-2/clean.npz"}}
+    (folder / "quick-2.json").write_text(json.dumps(document))
+    build_run(tmp_path / "red", n=360, single=0.3)
+    (other,) = join([folder / "quick-2.json"])
+    hits = np.load(folder / "quick-2" / "beside.npz")["single"]
+    assert other.single == accuracy_interval(hits.astype(np.float64))
+    assert [result.num_images for result in join([tmp_path / "red"])] == [500, 360]
+
+
 def test_without_an_aware_attack_there_is_no_headline(tmp_path: Path) -> None:
     build_run(tmp_path / "red", {("pgd", "sampled", False): 0.6})
     (row,) = summary_table([tmp_path / "red"])

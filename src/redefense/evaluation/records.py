@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from zipfile import BadZipFile
 
@@ -277,13 +277,15 @@ def _stored(name: str, folder: Path | None, evaluation: Evaluation) -> Stored:
     clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
     arrays = [_arrays(folder, cell.per_image) for cell in evaluation.cells]
     clean = _arrays(folder, clean_file)
-    beside = _arrays(folder, f"{suite}/beside.npz")
+    # an evaluation written under another name keeps its records under that name
+    beside_file = str(PurePosixPath(clean_file).with_name("beside.npz"))
+    beside = _arrays(folder, beside_file)
     indices = [a["index"] for a in [clean, *arrays] if "index" in a]
     if any(not np.array_equal(indices[0], other) for other in indices):
         raise DataError(f"{name}: cells of suite {suite} were run on different images")
     for key in beside.keys() & {"single", "averaged"}:
         if beside[key].shape != (n,):
-            raise DataError(f"{name}: {suite}/beside.npz: {key} must have shape ({n},)")
+            raise DataError(f"{name}: {beside_file}: {key} must have shape ({n},)")
     return Stored(
         name=name,
         folder=folder,
