@@ -88,7 +88,7 @@ async def run(app: ASGIApp, service: Service, listener: socket.socket, stop: asy
         await asyncio.sleep(settings.grace)
         for listening in server.servers:
             listening.close()
-        await asyncio.sleep(_LAST_CALL)
+        await asyncio.sleep(min(settings.grace, _LAST_CALL))
         server.should_exit = True
     await serving
     for task in (reaping, stopping):
