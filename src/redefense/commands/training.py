@@ -1,5 +1,6 @@
 """Making ensembles: train, materialise."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from redefense.commands.options import (
     resolve_run,
     say,
 )
+from redefense.errors import RedefenseError
 
 
 def train(
@@ -31,6 +33,13 @@ def train(
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATAxMEMBER",
+            help="How torchrun's processes share batches and members; by default, batches alone.",
+        ),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Print where the time went, and keep it.")
     ] = False,
@@ -39,7 +48,14 @@ def train(
     """Train a recipe, or a run from its JSON record."""
     from redefense.config import StartConfig
 
-    run = resolve_run(what, changes, data, seed)
+    # of the processes that torchrun starts, one speaks
+    first = os.environ.get("RANK", "0") == "0"
+    quiet = quiet or not first
+    try:
+        run = resolve_run(what, changes, data, seed)
+    except RedefenseError as error:
+        error.told = not first
+        raise
     if start is not None:
         run = run.model_copy(update={"start": StartConfig(path=str(start))})
     target = out if out is not None else Path("runs") / run.recipe
@@ -48,7 +64,7 @@ def train(
 
         train_run(
             run, target, resume=resume, device=device, quiet=quiet, download=download,
-            profile=profile,
+            profile=profile, mesh=mesh,
         )  # fmt: skip
     say(f"trained {target}; next: redefense evaluate {target}", quiet)
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.defences.base import Adversary, Defence, check_weights
-from redefense.ensembles import frozen_statistics
+from redefense.ensembles import frozen_statistics, spread_of
 from redefense.errors import ConfigError
 from redefense.penalties import ensemble_entropy, log_det_diversity
 from redefense.phases import PENALTY, phase
@@ -66,6 +66,10 @@ class ADP(Defence):
                 f"got {self.smallest_eps}"
             )
 
+    @property
+    def spreads(self) -> bool:
+        return True
+
     def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
         """The definition at given images, as one joint graph over all members.
 
@@ -98,7 +102,7 @@ class ADP(Defence):
             bonus = named.pop("bonus")
             (pull,) = torch.autograd.grad(bonus, logits)
         logged = {name: value.detach() for name, value in named.items()}
-        for m in range(ensemble.num_members):
+        for m in spread_of(ensemble).own(ensemble.num_members):
             z = ensemble.logits_of(m, x)
             ce = F.cross_entropy(z, y)
             # the regularizer is logged once, not once a member: terms of parts add up

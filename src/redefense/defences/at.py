@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from redefense.defences.base import Adversary, Defence, terms
+from redefense.ensembles import spread_of
 from redefense.errors import ConfigError
 from redefense.types import Batch, Ensemble, Loss
 
@@ -32,6 +33,10 @@ class AdversarialTraining(Defence):
         if self.variant not in ("shared", "independent", "joint"):
             raise ConfigError(f"variant must be shared, independent or joint, got {self.variant!r}")
 
+    @property
+    def spreads(self) -> bool:
+        return self.variant != "joint"
+
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """One part a member, its own cross-entropy; one part in all for `joint`."""
         x, y = batch.x, batch.y
@@ -41,8 +46,9 @@ class AdversarialTraining(Defence):
             ce = F.nll_loss(ensemble.averaged()(x), y)
             yield Loss(ce, terms(ce=ce, total=ce))
             return
-        for m in range(ensemble.num_members):
-            if self.variant == "independent":
-                x = self.adversary.craft(ensemble.member(m), batch.x, y, rng)
-            ce = F.cross_entropy(ensemble.logits_of(m, x), y)
+        own = [x] * ensemble.num_members
+        if self.variant == "independent":
+            own = self.adversary.craft_own(ensemble, x, y, rng)
+        for m in spread_of(ensemble).own(ensemble.num_members):
+            ce = F.cross_entropy(ensemble.logits_of(m, own[m]), y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import PGD
-from redefense.ensembles import Members, evaluating, frozen_weights
+from redefense.ensembles import Members, evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.phases import EXAMPLES, phase
+from redefense.rng import draw_seed
 from redefense.threat import Threat
 from redefense.types import Batch, Ensemble, Images, Labels, Loss
 
@@ -52,6 +53,20 @@ class Adversary:
         )
         with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
             return attack.perturb(victim, x, y, Threat(eps=self.eps), rng=rng).detach()
+
+    def craft_own(
+        self, ensemble: Ensemble, x: Images, y: Labels, rng: torch.Generator
+    ) -> list[Images]:
+        """Each member's own examples; for members trained in another process, the images."""
+        own = spread_of(ensemble).own(ensemble.num_members)
+        examples = []
+        for m in range(ensemble.num_members):
+            if m in own:
+                examples.append(self.craft(ensemble.member(m), x, y, rng))
+            else:
+                draw_seed(rng)  # as the attack would: who crafts must not change what is crafted
+                examples.append(x)
+        return examples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

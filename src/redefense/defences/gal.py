@@ -30,8 +30,10 @@ from torch import Tensor
 
 from redefense.defences.base import Defence, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.ensembles import spread_of
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_alignment
+from redefense.spread import ALONE, Spread
 from redefense.threat import per_image
 from redefense.types import Batch, Ensemble, Images, Labels, Loss
 
@@ -66,13 +68,17 @@ class GAL(Defence):
         check_weights(weight=self.weight, noise=self.noise or 0.0)
         check_differentiate(self.differentiate)
 
+    @property
+    def spreads(self) -> bool:
+        return True
+
     def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
         """The definition at given images: `ce`, `alignment` without its weight, `total` with it."""
         return self._coupled(ensemble.num_members, x, y).joint(ensemble)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The gradient of `terms`' total at noisy images, one member's graph at a time."""
-        x = with_noise(batch.x, self.noise or 0.0, rng)
+        x = with_noise(batch.x, self.noise or 0.0, rng, spread_of(ensemble))
         coupled = self._coupled(ensemble.num_members, x, batch.y)
         yield from coupled.parts(ensemble, self.differentiate)
 
@@ -87,10 +93,15 @@ class GAL(Defence):
         )
 
 
-def with_noise(x: Images, deviation: float, rng: torch.Generator) -> Images:
-    """Images of which each gets Gaussian noise with probability 1/2, clamped to [0, 1]."""
+def with_noise(x: Images, deviation: float, rng: torch.Generator, spread: Spread = ALONE) -> Images:
+    """Images of which each gets Gaussian noise with probability 1/2, clamped to [0, 1].
+
+    The noise is drawn for the batch, of which `x` may be one process's share.
+    """
     if deviation == 0:
         return x
-    noise = torch.randn(x.shape, generator=rng, device=rng.device, dtype=x.dtype).to(x.device)
-    chosen = torch.rand(len(x), generator=rng, device=rng.device).to(x.device) < 0.5
+    size, rows = spread.rows(len(x))
+    shape = (size, *x.shape[1:])
+    noise = torch.randn(shape, generator=rng, device=rng.device, dtype=x.dtype)[rows].to(x.device)
+    chosen = torch.rand(size, generator=rng, device=rng.device)[rows].to(x.device) < 0.5
     return torch.where(per_image(chosen, x), (x + deviation * noise).clamp(0.0, 1.0), x)

@@ -75,6 +75,10 @@ class RED(Defence):
             elif not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} must be a finite weight of at least 0, got {value}")
 
+    @property
+    def spreads(self) -> bool:
+        return True
+
     def terms(
         self,
         ensemble: Ensemble,
@@ -105,10 +109,7 @@ class RED(Defence):
         x_adv[first:] = self.adversary.craft(ensemble.averaged(), x[first:], y[first:], rng)
         own = None
         if self.adversarial_training:
-            members = range(ensemble.num_members)
-            own = torch.stack(
-                [self.adversary.craft(ensemble.member(m), x, y, rng) for m in members]
-            )
+            own = torch.stack(self.adversary.craft_own(ensemble, x, y, rng))
         coupled = self._coupled(ensemble.num_members, x, y, x_adv, own)
         yield from coupled.parts(ensemble, self.differentiate)
 

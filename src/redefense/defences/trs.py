@@ -39,7 +39,7 @@ from redefense.attacks.gradient import random_starts
 from redefense.defences.base import Defence, Stage, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
-from redefense.ensembles import evaluating, frozen_weights
+from redefense.ensembles import evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
 from redefense.phases import EXAMPLES, phase
@@ -98,6 +98,10 @@ class TRS(Defence):
         return after_plain(
             "trs", self.loss, num_members=num_members, epochs=epochs, share=self.warm_start
         )
+
+    @property
+    def spreads(self) -> bool:
+        return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels, rough: Tensor) -> dict[str, Tensor]:
         """The definition, as one joint graph over all members.
@@ -160,14 +164,19 @@ def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
 
     Half precision serves: only its sign is used, and the search reaches the same roughness.
     """
-    total = torch.zeros_like(x)
+    spread, parts = spread_of(ensemble), []
     with torch.enable_grad():
-        for m in range(ensemble.num_members):
+        for m in spread.own(ensemble.num_members):
             point = x.detach().requires_grad_()
             loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
             (grad,) = torch.autograd.grad(loss, point, create_graph=True)
+            part = torch.zeros_like(x)
             if grad.requires_grad:  # it does not depend on the point where the loss is linear
-                total += torch.autograd.grad(grad.square().sum(), point)[0]
+                part = torch.autograd.grad(grad.square().sum(), point)[0]
+            parts.append(part)
+    total = torch.zeros_like(x)
+    for part in spread.members(torch.stack(parts)):
+        total += part
     return total
 
 
