@@ -7,11 +7,12 @@ RUNS := runs/demo
 # the quickest way to install is also the one that does not byte-compile what is never imported
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help setup setup-dev demo test check lint unit smoke bench clean
+.PHONY: help setup setup-dev demo test check docs lint unit smoke bench clean
 
 help:
 	@echo "make demo   train, attack and report RED on the embedded digits (under 4 minutes)"
 	@echo "make test   format, lint, types, tests and one end-to-end run"
+	@echo "make docs   build/docs/index.html, every warning an error"
 	@echo "make lint   mend what ruff can mend"
 	@echo "make clean  remove the environment and the demo's runs"
 
@@ -24,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e ".[report,parquet,onnx,serve,dev]"
+	$(PIP) -e ".[report,parquet,onnx,serve,docs,dev]"
 	$(PIP) --no-deps torchattacks==3.5.1
 	@touch $@
 
@@ -35,12 +36,15 @@ demo: setup
 	done
 	@$(BIN)/redefense report $(RUNS)/digits-vanilla $(RUNS)/digits-red --out $(RUNS)/report.html
 
-test: check unit smoke
+test: check docs unit smoke
 
 check: setup-dev
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
+
+docs: setup-dev
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 unit: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
