@@ -28,6 +28,7 @@ app.command("list")(looking.list_names)
 app.command()(looking.show)
 app.command()(training.materialise)
 app.command()(deploying.export)
+app.command()(deploying.verify)
 app.command()(serving.serve)
 data_app = typer.Typer(help="Look at data before using it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -60,6 +61,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except RedefenseError as error:
+        if error.told:  # by another process of torchrun
+            raise SystemExit(error.code) from None
         _fail(str(error), error.code)
     except typer.TyperException as error:
         _fail(" ".join(error.format_message().split()), 2)
