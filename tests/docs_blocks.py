@@ -1,0 +1,75 @@
+"""The fenced blocks of a page, and how the tests take a command of it."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- (test|file): ([^>]+?) -->\s*\Z")
+RUN_LANGUAGES = ("sh", "python")
+MODES = ("run", "parse", "model", "names", "exit 1", "any exit")
+"""What `<!-- test: MODE -->` before a block may say; "run" unless it says anything."""
+
+# on digits a page is tried with what takes seconds; an option that the page gives itself is kept
+TINY = {
+    "train": {"--set": ["epochs=1"], "--quiet": []},
+    "evaluate": {"--images": ["12"], "--quiet": []},
+    "export": {"--quiet": []},
+    "verify": {"--quiet": []},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block.
+
+    Attributes:
+        language: behind the fence.
+        mode: one of `MODES`.
+        file: name under which the block is to be written, or None.
+        line: of the page, for messages.
+    """
+
+    language: str
+    text: str
+    mode: str
+    file: str | None
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    """All fenced blocks of a page that are run or written, in order."""
+    text, found = page.read_text(), []
+    for match in FENCE.finditer(text):
+        indent, language, body = match.groups()
+        mark = MARK.search(text[: match.start()])
+        kind, value = mark.groups() if mark else ("test", "run")
+        if language in RUN_LANGUAGES or kind == "file":
+            plain = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)
+            line = text.count("\n", 0, match.start()) + 1
+            mode, file = (value, None) if kind == "test" else ("run", value)
+            assert mode in MODES, f"{page.name}:{line}: unknown mark {mode!r}"
+            found.append(Block(language, plain, mode, file, line))
+    return found
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every command of a shell block; settings before it (A=b command) are dropped."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+
+
+def made_tiny(words: list[str]) -> list[str]:
+    """A command of `redefense` with settings that take seconds."""
+    extra = []
+    for option, values in TINY.get(words[0], {}).items():
+        # assignments add up, every other option is the page's
+        if option == "--set" or option not in words:
+            extra += [option, *values]
+    return words + extra
