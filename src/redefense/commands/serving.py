@@ -1,12 +1,15 @@
 """Serving a bundle, and auditing how well a server keeps its secret."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from redefense.commands.options import Quiet
-from redefense.serve.settings import Mode, Policy, Settings, check_address
+from redefense.commands.options import Json, Quiet, say
+from redefense.errors import ConfigError
+from redefense.serve.settings import Mode, Policy, Settings, check_address, is_loopback
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 
@@ -49,6 +52,10 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="That a member computes with; one per core.")
     ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Attack a server so started, and exit; loopback only.")
+    ] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer requests with a bundle: a secret draw per image, Open Inference Protocol v2."""
@@ -75,8 +82,36 @@ def serve(
         grace=grace,
         threads=threads,
     )
+    if audit:
+        if not is_loopback(host) or key is not None:
+            raise ConfigError("--audit starts servers of its own here: leave --host and --key out")
+        _audit(bundle, settings, as_json=as_json, quiet=quiet)
+        return
+    if as_json:
+        raise ConfigError("--json is for --audit; what a server logs is JSON anyway")
     check_address(settings, host)
     log_to_stderr(quiet=quiet)
     model = Model(bundle, name=name, threads=threads)
     draw = draw_by(settings, model.mixture, read_key(key))
     run_server(model, settings, draw, host=host, port=port)
+
+
+def _audit(bundle: Path, settings: Settings, *, as_json: bool, quiet: bool) -> None:
+    from redefense.serve.audit import run_audit
+    from redefense.serve.children import child
+    from redefense.serve.model import Model
+
+    model = Model(bundle, threads=settings.threads)
+    say(f"auditing {bundle}, policy {settings.policy}: servers come and go for a minute", quiet)
+    quick = dataclasses.replace(settings, grace=0.0)
+    findings = run_audit(model, settings, lambda: child(bundle, quick))
+    passed = all(finding.passed for finding in findings)
+    if as_json:
+        shown = {"bundle": str(bundle), "policy": settings.policy, "passed": passed}
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        typer.echo(json.dumps(shown | {"findings": rows}, indent=1))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.passed else "FAIL"
+            typer.echo(f"{mark}  {finding.check:<30}  {finding.detail}")
+    raise typer.Exit(0 if passed else 1)
