@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from redefense.ensembles import Hyper, Independent
     from redefense.errors import RedefenseError
     from redefense.evaluation.api import evaluate
+    from redefense.export.loading import load
     from redefense.hub import from_pretrained, push_to_hub, save_pretrained
     from redefense.threat import Threat
-    from redefense.train.run import load
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _HOMES = {
     "Threat": "redefense.threat",
     "evaluate": "redefense.evaluation.api",
     "from_pretrained": "redefense.hub",
-    "load": "redefense.train.run",
+    "load": "redefense.export.loading",
     "push_to_hub": "redefense.hub",
     "save_pretrained": "redefense.hub",
 }
