@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.ensembles import Independent, Members
+from redefense.evaluation import checks_draws as draws
 from redefense.evaluation import checks_full as full
+from redefense.evaluation import checks_health as health
 from redefense.evaluation.checks import Check, after_run
-from redefense.evaluation.checks_full import Sample, Track
+from redefense.evaluation.checks_health import Track
+from redefense.evaluation.checks_sample import Sample
 from redefense.evaluation.checks_victim import before_run
 from redefense.threat import Threat
 
@@ -270,8 +273,8 @@ def sample(*members: nn.Module, x: Tensor = X, eps: float = 0.2, found: float = 
 
 def test_a_sound_evaluation_passes_the_full_checks() -> None:
     found = [check(sample(Plane(0), Plane(1))) for check in full.CHECKS]
-    track = full.track(sample(Plane(0), Plane(1)))
-    found += [full.incomplete(track), full.silent(track), full.ascent(track)]
+    track = health.track(sample(Plane(0), Plane(1)))
+    found += [health.incomplete(track), health.silent(track), health.ascent(track)]
     # a linear classifier is as unstable as its slope says
     assert [c.id for c in found if c.passed is False and c.id != "S25"] == []
 
@@ -286,10 +289,10 @@ def test_a_sound_evaluation_passes_the_full_checks() -> None:
         (full.unbounded, sample(Constant())),
         (full.black_box, sample(Masked(), found=1.0)),
         (full.noise, sample(Plane(), x=pixels(*[0.45] * 32), found=1.0)),
-        (full.stability, sample(Plane(slope=40.0), x=pixels(*[0.52] * 32))),
-        (full.active, sample(Masked())),
-        (full.copies, sample(Fickle())),
-        (full.pinned, sample(Fickle())),
+        (health.stability, sample(Plane(slope=40.0), x=pixels(*[0.52] * 32))),
+        (health.active, sample(Masked())),
+        (draws.copies, sample(Fickle())),
+        (draws.pinned, sample(Fickle())),
     ],
 )
 def test_victims_built_to_fail_the_full_checks(
@@ -320,7 +323,7 @@ def test_an_attack_that_misses_a_common_half_space_is_caught(
 
     monkeypatch.setattr(Hinge, "perturb", gives_up)
     monkeypatch.setattr(ARC, "perturb", gives_up)
-    assert full.planes(sample(Plane())).passed is False
+    assert draws.planes(sample(Plane())).passed is False
 
 
 def test_answers_that_rounding_changes_are_caught() -> None:
@@ -354,7 +357,7 @@ def test_a_broken_gradient_of_draws_is_caught() -> None:
 
     ensemble = Stuck([Plane(0), Plane(1, slope=40.0)], [0.1, 0.9])
     stuck = Sample(ensemble=ensemble, x=X, y=Y, threat=Threat(eps=0.2), seed=0)
-    assert full.expectation(stuck).passed is False
+    assert draws.expectation(stuck).passed is False
 
 
 def test_another_implementation_that_disagrees_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,11 +372,11 @@ def test_a_climb_that_fails_is_caught() -> None:
     flat = torch.ones(51, 4)
     returned = torch.ones(4, dtype=torch.float64)
     late = Track(value=rising, correct=flat, returned=returned)
-    assert full.incomplete(late).passed is False
-    assert full.ascent(late).passed is True
+    assert health.incomplete(late).passed is False
+    assert health.ascent(late).passed is True
     falling = Track(value=-rising, correct=flat * 0.5, returned=returned)
-    assert full.ascent(falling).passed is False
-    assert full.silent(falling).passed is False
+    assert health.ascent(falling).passed is False
+    assert health.silent(falling).passed is False
 
 
 def test_checks_leave_the_members_as_they_were() -> None:

@@ -209,6 +209,7 @@ def test_records_hold_what_every_member_said_to_every_image(tmp_path: Path) -> N
         assert (stored["linf"] <= EPS + 1e-6).all()
         assert cell["forwards"] >= 1
     back = Cell.read(tmp_path / data["cells"][0]["per_image"])
+    assert back is not None
     assert back.correct.dtype == bool
     assert isinstance(back.seconds, float)
 

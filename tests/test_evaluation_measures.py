@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Independent
+from redefense.ensembles import Independent, Members
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.measures import (
     CONVENTIONS,
+    Convention,
     best_mixture,
     curve,
     gradient_diversity,
@@ -106,19 +107,30 @@ def test_gradient_diversity_of_aligned_opposed_and_orthogonal_members() -> None:
     assert of(*[Ramp(0)] * 4)["log_det"] is None
 
 
+def measured(
+    convention: Convention, ensemble: Members, x: Tensor, y: Tensor, threat: Threat
+) -> dict[str, Any]:
+    common = (ensemble.member_logits(x).argmax(-1) == y).all(0)
+    rows = [
+        convention.row(ensemble, m, x, y, common, threat, seed=0)
+        for m in range(ensemble.num_members)
+    ]
+    return convention.table(rows, common, threat)
+
+
 def test_transfer_follows_both_conventions() -> None:
     x, y = flat(0.55, 0.9, 0.3), torch.tensor([1, 1, 1])  # the last is wrong from the start
     members = Independent([Ramp(0), Ramp(0), Ramp(1)])
-    dverge = CONVENTIONS["dverge"].measure(members, x, y, Threat(eps=0.1), seed=0)
+    dverge = measured(CONVENTIONS["dverge"], members, x, y, Threat(eps=0.1))
     assert dverge["images"] == 2
     # random starts move the pixel that a member does not look at: by chance beyond its boundary
     assert [row[:2] for row in dverge["matrix"][:2]] == [[0.5, 0.5]] * 2
     assert dverge["matrix"][2][2] == 0.5
-    trs = CONVENTIONS["trs"].measure(members, x, y, Threat(eps=0.01), seed=0)
+    trs = measured(CONVENTIONS["trs"], members, x, y, Threat(eps=0.01))
     assert trs["images"] == 3
     assert trs["matrix"] == [[pytest.approx(1 / 3)] * 3] * 3
     assert "1 starts, eps 0.01" in trs["settings"]
-    nobody = CONVENTIONS["dverge"].measure(members, x[2:], y[2:], Threat(eps=0.1), seed=0)
+    nobody = measured(CONVENTIONS["dverge"], members, x[2:], y[2:], Threat(eps=0.1))
     assert (nobody["matrix"], nobody["images"]) == (None, 0)
 
 

@@ -53,7 +53,7 @@ def evaluate(
             device=device,
             out=out,
             checks=checks,
-            say=lambda line: say(line, quiet),
+            say=None if quiet else lambda line: say(line, quiet),
         )
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:

@@ -1,11 +1,14 @@
 """`evaluate` and `evaluate_run`: anybody's model, or a trained run, under a suite."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,13 @@ from redefense.config import Run, ThreatConfig
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
-from redefense.errors import ConfigError, DataError, InputError
+from redefense.errors import ConfigError, DataError, InputError, Interrupted
+from redefense.evaluation.beside import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
-from redefense.evaluation.run import SELECTION_IMAGES, Report, Say, check_plan, run_suite
+from redefense.evaluation.plan import Say, check_plan
+from redefense.evaluation.progress import SILENT, shown
+from redefense.evaluation.run import Report, run_suite
+from redefense.evaluation.store import write_text
 from redefense.evaluation.suite import suite_named
 from redefense.evaluation.workers import workers
 from redefense.threat import Threat
@@ -91,11 +98,16 @@ def evaluate_run(
     device: str = "cpu",
     out: Path | None = None,
     checks: str = "quick",
-    say: Say = lambda _: None,
+    say: Say | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
 
-    Cells are saved one by one; called again with the same settings, the evaluation goes on.
+    Cells are saved one by one, and of a cell under way every 100 images; called again with the
+    same settings, the evaluation goes on.
+
+    Args (of those that `evaluate` does not have):
+        say: takes lines about what is done, and how long it will take unless stderr is a terminal,
+            which shows a bar; without it nothing is told.
 
     Returns:
         The report and the file it was written to.
@@ -143,17 +155,37 @@ def evaluate_run(
         # every process reads what the first one wrote, so that all see the same refusal
         started = _claim(store, target, settings)
         subject = replace(subject, workers=team)
-        tell = say if team.first else _silent
+        voice = say if team.first else None
+        tell = voice or _silent
         tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
-        report = run_suite(
-            subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks, say=tell
-        )
+        with _stoppable(), shown(voice) if voice else nullcontext(SILENT) as progress:
+            report = run_suite(
+                subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
+                say=tell, progress=progress,
+            )  # fmt: skip
         report.data["suite"] = plan.name
         report.data["provenance"]["date"] = started
         if team.first:
-            _write(target, report.to_json())
+            write_text(target, report.to_json())
     return report, target
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ends on SIGTERM as on SIGINT: through the blocks under way, which give the terminal back."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped; what is done is kept, and the same command goes on", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # whoever owns the process handles signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _silent(line: str) -> None:
@@ -219,7 +251,9 @@ def _subject(
 
 
 def _images(split: Split, index: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    return split.float(index).to(device), split.labels[index].to(device)
+    # loaded networks have their channels last, and would turn every batch of other images around
+    x = split.float(index).to(device, memory_format=torch.channels_last)
+    return x, split.labels[index].to(device)
 
 
 def _run_json(path: Path, run: Run) -> dict[str, Any]:
@@ -276,11 +310,5 @@ def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> str:
         raise ConfigError(f"{target} exists and is not ours; name another file with --out")
     store.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    _write(plan, json.dumps({**settings, "started": now}, indent=1) + "\n")
+    write_text(plan, json.dumps({**settings, "started": now}, indent=1) + "\n")
     return now
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.rename(path)

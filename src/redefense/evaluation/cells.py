@@ -2,14 +2,11 @@
 
 import hashlib
 import math
-import os
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,15 +19,16 @@ from redefense.ensembles import as_ensemble, evaluating, mean_log_probs
 from redefense.errors import InputError
 from redefense.evaluation.metering import Meter, Metered
 from redefense.evaluation.metrics import Bools, Floats
+from redefense.evaluation.progress import SILENT, Progress
+from redefense.evaluation.store import CHUNK, in_chunks, read_arrays, write_arrays
 from redefense.evaluation.workers import ALONE, Workers
 from redefense.rng import stream
 from redefense.threat import Threat, norms
 from redefense.types import Ensemble, Images, Labels, Victim, check_images, check_labels
 
-CHUNK = 100
-"""Images attacked at a time. Streams are named by chunk, so it is part of every result."""
-
 BUDGET_SLACK = 1e-6
+
+COST: Final = ("forwards", "backwards", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +53,17 @@ class Cell:
     seconds: float = 0.0
 
     def save(self, path: Path, index: NDArray[np.int64]) -> None:
-        """Write the records aside and rename."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        with aside.open("wb") as file:
-            np.savez_compressed(file, index=index, **asdict(self))
-        aside.rename(path)
+        """Write the records, and which images of the data set they are of."""
+        write_arrays(path, {"index": index, **asdict(self)})
 
     @classmethod
-    def read(cls, path: Path) -> "Cell":
-        with np.load(path, allow_pickle=False) as stored:
-            fields = {key: stored[key] for key in stored.files if key != "index"}
-        values: dict[str, Any] = {k: v if v.ndim else float(v) for k, v in fields.items()}
+    def read(cls, path: Path | None) -> "Cell | None":
+        """What was saved there; None where there is nothing whole."""
+        stored = read_arrays(path)
+        if stored is None:
+            return None
+        stored.pop("index", None)
+        values: dict[str, Any] = {k: v if v.ndim else float(v) for k, v in stored.items()}
         return cls(**values)
 
 
@@ -96,18 +93,6 @@ def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> None:
             f"members must give (B, C) logits, got {tuple(logits.shape[1:])} for B = 1"
         )
     check_labels(y, len(x), logits.shape[2])
-
-
-def whole(path: Path) -> bool:
-    """Whether records lie there and can be read; damaged ones are made again."""
-    if not path.is_file():
-        return False
-    try:
-        # opened here: numpy leaves a file that it cannot read to the garbage collector
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return all(stored[key] is not None for key in stored.files)
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +133,18 @@ def attack_cell(
     *,
     seed: int,
     name: str,
+    kept: Path | None = None,
+    progress: Progress = SILENT,
 ) -> Cell:
-    """Attack all images in fixed chunks; verify the ball; ask every member about the result."""
-    budget, found = as_threat(threat), []
-    for start in subject.workers.share(range(0, len(subject.x), CHUNK)):
-        x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]
-        meter = Meter()
+    """Attack all images in fixed chunks; verify the ball; ask every member about the result.
+
+    Finished chunks are kept in the folder `kept`, as `in_chunks` does.
+    """
+    budget = as_threat(threat)
+
+    def work(images: slice) -> dict[str, Any]:
+        x, y, start = subject.x[images], subject.y[images], images.start
+        meter = Meter(progress.passed)
         metered = Metered(subject.ensemble, meter)
         victim: Victim = metered
         if view == "sampled":
@@ -165,15 +156,17 @@ def attack_cell(
         seconds = time.perf_counter() - begun
         if attack.bounded:
             verify_ball(x_adv, x, budget, name)
-        judged = judge(subject.ensemble, x_adv, x, y)
-        found.append((judged, meter.forwards, meter.backwards, seconds))
-    parts = subject.workers.gather(found)
+        cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
+        return judge(subject.ensemble, x_adv, x, y) | cost
+
     count = len(subject.x)
+    parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
+    totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
     return Cell(
-        **_merge([judged for judged, *_ in parts]),
-        forwards=sum(part[1] for part in parts) / count,
-        backwards=sum(part[2] for part in parts) / count,
-        seconds=sum(part[3] for part in parts),
+        **_merge(parts),
+        forwards=totals["forwards"] / count,
+        backwards=totals["backwards"] / count,
+        seconds=totals["seconds"],
     )
 
 
@@ -189,7 +182,7 @@ def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
         raise InputError(f"{name} left the ball: {furthest:.8f} > eps = {threat.eps}")
 
 
-def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, NDArray[Any]]:
+def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
     """What every member and the averaged ensemble say to the images, and how far they moved."""
     with torch.no_grad():
         logits = ensemble.member_logits(x_adv)
@@ -206,11 +199,8 @@ def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, 
 
 def clean_cell(subject: Subject) -> Cell:
     """The images as they are, put to every member."""
-    parts = []
-    for start in range(0, len(subject.x), CHUNK):
-        x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]
-        parts.append(judge(subject.ensemble, x, x, y))
-    return Cell(**_merge(parts))
+    pairs = zip(subject.x.split(CHUNK), subject.y.split(CHUNK), strict=True)
+    return Cell(**_merge([judge(subject.ensemble, x, x, y) for x, y in pairs]))
 
 
 def _merge(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
@@ -227,18 +217,29 @@ def robust_correctness(
     seed: int,
     name: str,
     workers: Workers = ALONE,
+    kept: Path | None = None,
+    progress: Progress = SILENT,
 ) -> Bools:
-    """(n,) whether a deterministic classifier is right on the image and after every attack."""
-    alone = as_ensemble(model)
+    """(n,) whether a deterministic classifier is right on the image and after every attack.
+
+    Images answered wrongly are not attacked any further.
+    """
+
+    def work(images: slice) -> dict[str, Any]:
+        meter = Meter(progress.passed)
+        alone = Metered(as_ensemble(model), meter)
+        xs, ys = x[images], y[images]
+        right = judge(alone, xs, xs, ys)["correct"][0]
+        for attack in attacks:
+            rows = torch.from_numpy(right.nonzero()[0]).to(x.device)
+            if len(rows) == 0:
+                break
+            rng = stream(seed, "beside", name, repr(attack), images.start)
+            x_adv = attack(alone, xs[rows], ys[rows], threat, rng=rng)
+            verify_ball(x_adv, xs[rows], threat, name)
+            right[right] = judge(alone, x_adv, xs[rows], ys[rows])["correct"][0]
+        return {"right": right, "forwards": meter.forwards}
+
     with evaluating(model):
-        parts = []
-        for start in workers.share(range(0, len(x), CHUNK)):
-            xs, ys = x[start : start + CHUNK], y[start : start + CHUNK]
-            right = judge(alone, xs, xs, ys)["correct"][0]
-            for attack in attacks:
-                rng = stream(seed, "beside", name, repr(attack), start)
-                x_adv = attack(alone, xs, ys, threat, rng=rng)  # type: ignore[arg-type]  # an ensemble is a module
-                verify_ball(x_adv, xs, threat, name)
-                right = right & judge(alone, x_adv, xs, ys)["correct"][0]
-            parts.append(right)
-    return np.concatenate(workers.gather(parts))
+        parts = in_chunks(len(x), work, kept=kept, workers=workers, progress=progress)
+    return np.concatenate([part["right"] for part in parts])

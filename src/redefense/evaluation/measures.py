@@ -4,7 +4,9 @@ Each measurement says in the JSON on how many images and with which settings it 
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
-from redefense.ensembles import Members, frozen_weights
+from redefense.ensembles import Members, frozen_weights, mean_log_probs
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.metrics import Bools, Floats, exact_expectation
+from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.statistics import (
     accuracy_interval,
     fooled_histogram,
@@ -25,12 +28,16 @@ from redefense.evaluation.statistics import (
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Ensemble, Float, Images, Labels
+from redefense.types import Bool, Ensemble, Float, Images, Labels
 
 MEASURED: Final = 200
 """Images on which members are measured; the attacks of the suite see all."""
 
 TRIES: Final = 10
+
+MEASURES: Final = "measures"
+ROUGH_PASSES: Final = 600
+"""Passes per image and member that `member_measures` takes, about."""
 
 CAVEAT: Final = (
     "chosen on the perturbations that were found against the present probabilities; attackers "
@@ -96,23 +103,51 @@ def best_mixture(corrects: Bools, present: Floats, steps: int = 300) -> tuple[Fl
 
 
 def member_measures(
-    subject: Subject, threat: Threat, worst: Bools, alone: Bools | None, *, seed: int
+    subject: Subject,
+    threat: Threat,
+    worst: Bools,
+    alone: Bools | None,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Transfer, diversity, accuracy against eps, and the bounds that single members set."""
+    """Transfer, diversity, accuracy against eps, and the bounds that single members set.
+
+    What takes long is spread over the subject's processes; all get all of it.
+    """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
-    found: dict[str, Any] = {"curve": curve(ensemble, x, y, threat, worst, seed=seed)}
-    conventions = {
-        name: convention.measure(ensemble, x, y, threat, seed=seed)
-        for name, convention in CONVENTIONS.items()
-    }
-    found |= {"transfer": conventions["dverge"]["matrix"], "transfer_conventions": conventions}
     with torch.no_grad():
-        clean = (ensemble.member_logits(x).argmax(-1) == y).cpu().numpy()
-    found["diversity"] = {
-        **gradient_diversity(ensemble, x, y),
-        "clean": pair_statistics(clean),
-        "attacked": pair_statistics(worst),
-        "images": len(x),
+        right = ensemble.member_logits(x).argmax(-1) == y
+    common = right.all(0)
+    jobs: list[Callable[[], Any]] = [
+        lambda: curve(ensemble, x, y, threat, worst, seed=seed),
+        *(
+            partial(convention.row, ensemble, m, x, y, common, threat, seed=seed)
+            for convention in CONVENTIONS.values()
+            for m in range(ensemble.num_members)
+        ),
+    ]
+    own = subject.workers.share(jobs)
+    progress.begin(MEASURES, len(jobs), share=len(own), unit="parts")
+    results = []
+    for job in own:
+        results.append(job())
+        progress.advance(1, 0.0)
+    falling, *rows = subject.workers.gather(results)
+    conventions = {
+        name: convention.table(rows[i * len(right) : (i + 1) * len(right)], common, threat)
+        for i, (name, convention) in enumerate(CONVENTIONS.items())
+    }
+    found = {
+        "curve": falling,
+        "transfer": conventions["dverge"]["matrix"],
+        "transfer_conventions": conventions,
+        "diversity": {
+            **gradient_diversity(ensemble, x, y),
+            "clean": pair_statistics(right.cpu().numpy()),
+            "attacked": pair_statistics(worst),
+            "images": len(x),
+        },
     }
     if alone is not None:
         found["members_alone"] = alone.mean(1).tolist()
@@ -170,60 +205,61 @@ class Convention:
     starts: int
     only_correct: bool
 
-    def measure(
-        self, ensemble: Ensemble, x: Images, y: Labels, threat: Threat, *, seed: int
-    ) -> dict[str, Any]:
-        """Share of images made on member i (row) that fool member j (column).
-
-        Returns:
-            "matrix" (M rows of M shares; None where no image is left), "ensemble" (M shares that
-            fool the averaged ensemble), "images" and "settings".
-        """
-        with torch.no_grad():
-            right = (ensemble.member_logits(x).argmax(-1) == y).all(0)
-        if self.only_correct:
-            x, y = x[right], y[right]
-        attack = PGD(
+    @property
+    def attack(self) -> PGD:
+        """On one member."""
+        return PGD(
             steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
         )
-        rows = [self._fooled(ensemble, m, x, y, threat, attack, seed) for m in self._each(ensemble)]
-        known = len(x) > 0
-        return {
-            "matrix": [row[:-1] for row in rows] if known else None,
-            "ensemble": [row[-1] for row in rows] if known else None,
-            "images": len(x),
-            "settings": f"{attack!r}, {self.starts} starts, eps {threat.eps:g}"
-            + (", images that all members answer correctly" if self.only_correct else ""),
-        }
 
-    @staticmethod
-    def _each(ensemble: Ensemble) -> range:
-        return range(ensemble.num_members)
-
-    def _fooled(
+    def row(
         self,
         ensemble: Ensemble,
         source: int,
         x: Images,
         y: Labels,
+        common: Bool[Tensor, " B"],
         threat: Threat,
-        attack: PGD,
+        *,
         seed: int,
     ) -> list[float]:
-        """Shares fooled: of every member, then of the average."""
+        """Shares of images made on member `source` that fool each member, then the average.
+
+        `common` says which images all members answer rightly.
+        """
+        if self.only_correct:
+            x, y = x[common], y[common]
         if len(x) == 0:
             return []
         fooled = torch.zeros(ensemble.num_members + 1, len(x), dtype=torch.bool, device=x.device)
         for start in range(self.starts):
             # equal members get equal attacks
             rng = stream(seed, "transfer", self.steps, start)
-            x_adv = attack(ensemble.member(source), x, y, threat, rng=rng)
+            x_adv = self.attack(ensemble.member(source), x, y, threat, rng=rng)
             with torch.no_grad():
                 logits = ensemble.member_logits(x_adv)
-                average = ensemble.averaged()(x_adv)
+                average = mean_log_probs(logits, ensemble.mixture)
             fooled |= torch.cat([logits, average[None]]).argmax(-1) != y
         shares: list[float] = fooled.double().mean(1).tolist()
         return shares
+
+    def table(
+        self, rows: Sequence[Sequence[float]], common: Bool[Tensor, " B"], threat: Threat
+    ) -> dict[str, Any]:
+        """The rows of all sources as one record.
+
+        Returns:
+            "matrix" (M rows of M shares; None where no image is left), "ensemble" (M shares that
+            fool the averaged ensemble), "images" and "settings".
+        """
+        images = int(common.sum()) if self.only_correct else len(common)
+        return {
+            "matrix": [row[:-1] for row in rows] if images else None,
+            "ensemble": [row[-1] for row in rows] if images else None,
+            "images": images,
+            "settings": f"{self.attack!r}, {self.starts} starts, eps {threat.eps:g}"
+            + (", images that all members answer correctly" if self.only_correct else ""),
+        }
 
 
 CONVENTIONS: Final = {

@@ -1,5 +1,6 @@
 """Counts what an attack costs: passes of one image through one member, forward and backward."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,22 @@ from redefense.types import Ensemble, Images, Logits
 
 
 class Meter:
-    """Running counts, in single-member passes of single images."""
+    """Running counts, in single-member passes of single images.
 
-    def __init__(self) -> None:
+    Args:
+        tell: is told of every forward pass.
+    """
+
+    def __init__(self, tell: Callable[[int], None] | None = None) -> None:
         self.forwards = 0
         self.backwards = 0
+        self._tell = tell
+
+    def forward(self, count: int) -> None:
+        """Count the forward pass of `count` images through a member."""
+        self.forwards += count
+        if self._tell is not None:
+            self._tell(count)
 
 
 class _CountBackward(torch.autograd.Function):
@@ -39,8 +51,8 @@ class Metered(Members):
         self.ensemble, self.meter = ensemble, meter
 
     def logits_of(self, m: int, x: Images) -> Logits:
-        self.meter.forwards += len(x)
         logits = self.ensemble.logits_of(m, x)
+        self.meter.forward(len(x))
         if not logits.requires_grad:
             return logits
         counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]  # untyped in torch

@@ -8,11 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+PATIENCE: Final = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,8 @@ def workers() -> Iterator[Workers]:
         return
     ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if ours:
-        dist.init_process_group("gloo")
+        # a chunk may take hours, and the others wait for it
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         joined = dist.is_initialized()
         yield Workers(rank=dist.get_rank(), count=dist.get_world_size()) if joined else ALONE

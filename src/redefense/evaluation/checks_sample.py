@@ -1,0 +1,49 @@
+"""What the S-checks that attack on their own look at: a few images and how often they stand."""
+
+from dataclasses import dataclass, replace
+from typing import Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from redefense.attacks import Attack
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.types import Ensemble, Images, Labels
+
+SAMPLE: Final = 32
+"""Images looked at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """The ensemble, a few of its images, the threat, and what the suite's white boxes achieved.
+
+    Attributes:
+        found: (n,) lowest expected correctness over the suite's bounded white-box cells; None
+            where the suite has none.
+    """
+
+    ensemble: Ensemble
+    x: Images
+    y: Labels
+    threat: Threat
+    seed: int
+    found: Tensor | None = None
+
+    def run(self, attack: Attack, name: str, victim: nn.Module | None = None) -> Tensor:
+        """Points that an attack finds on the ensemble, or on another victim."""
+        subject = cast(nn.Module, self.ensemble) if victim is None else victim
+        return attack(subject, self.x, self.y, self.threat, rng=stream(self.seed, name))
+
+    def q(self, x: Tensor, ensemble: Ensemble | None = None) -> Tensor:
+        """(n,) expected correctness."""
+        judge = self.ensemble if ensemble is None else ensemble
+        with torch.no_grad():
+            hits = (judge.member_logits(x).argmax(-1) == self.y).double()
+        return judge.mixture.to(hits) @ hits
+
+    def at(self, eps: float, norm: float | None = None) -> "Sample":
+        """The same at another budget, without the suite's results."""
+        threat = Threat(norm=self.threat.norm if norm is None else norm, eps=eps)
+        return replace(self, threat=threat, found=None)

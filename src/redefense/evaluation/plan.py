@@ -1,0 +1,107 @@
+"""A suite made ready to run: cells with their threats, names and attacks, refused if senseless."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from redefense.attacks import ATTACKS, Attack
+from redefense.config import ThreatConfig, construct, suggestion
+from redefense.errors import ConfigError
+from redefense.evaluation.cells import Subject, check_outputs
+from redefense.evaluation.progress import Progress
+from redefense.evaluation.suite import CellSpec, Suite
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be evaluated and how, and where it is kept and told.
+
+    Attributes:
+        threat: of all cells that do not fix one.
+        seed: of all draws.
+        seeds: how often each attack is run, each time from other streams.
+        store: folder of all that is saved on the way, if any.
+        say: takes lines.
+        progress: is told how far it is.
+    """
+
+    subject: Subject
+    suite: Suite
+    threat: ThreatConfig
+    seed: int
+    seeds: int
+    store: Path | None
+    say: Say
+    progress: Progress
+
+    def place(self, name: str) -> Path | None:
+        """Where something of that name is saved."""
+        return None if self.store is None else self.store / name
+
+    def save(self, place: Path | None) -> Path | None:
+        """The same place for the one process that writes, None for others."""
+        return place if self.subject.workers.first else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """A cell with everything resolved."""
+
+    spec: CellSpec
+    threat: ThreatConfig
+    identity: str
+    attack: Attack
+
+    @property
+    def aware(self) -> bool:
+        """Whether its attacker knows the ensemble."""
+        return self.attack.adaptive if self.spec.aware is None else self.spec.aware
+
+
+def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
+    """Refuse a suite or a subject that cannot be run, before anything is written.
+
+    Raises:
+        ConfigError: for an unknown attack, setting or view.
+        InputError: for images, labels or members that do not fit together.
+    """
+    plan_of(suite, threat, subject.randomized)
+    for spec in suite.beside:
+        attack_of(spec)
+    check_outputs(subject.ensemble, subject.x, subject.y)
+
+
+def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planned]:
+    """The suite's cells, for a defence that answers at random or by its average.
+
+    Raises:
+        ConfigError: for an unknown attack or setting, or a view that does not go with the attack.
+    """
+    plan: list[Planned] = []
+    for listed in suite.cells:
+        spec = listed.answered(randomized)
+        cell_threat = spec.threat or threat
+        attack = attack_of(spec)
+        if attack.adaptive != (spec.view == "members"):
+            raise ConfigError(
+                f"suite {suite.name}: {spec.attack} "
+                + ("needs" if attack.adaptive else "cannot be given")
+                + ' the view "members"'
+            )
+        identity = spec.identity(cell_threat)
+        if any(identity == other.identity for other in plan):
+            identity = f"{identity}-{len(plan)}"
+        plan.append(Planned(spec=spec, threat=cell_threat, identity=identity, attack=attack))
+    return plan
+
+
+def attack_of(spec: CellSpec) -> Attack:
+    """The attack of a cell, with its settings."""
+    if spec.attack not in ATTACKS:
+        raise ConfigError(
+            f"unknown attack {spec.attack!r}{suggestion(spec.attack, list(ATTACKS))}; "
+            f"there are {', '.join(ATTACKS)}"
+        )
+    return construct(ATTACKS[spec.attack], spec.settings, spec.attack)

@@ -1,0 +1,181 @@
+"""How far an evaluation is, and about how long it still takes.
+
+Within a chunk of images the passes through the members are counted against those that the chunks
+before it took (before there is one: against a guess from the attack's settings). What is still to
+come is guessed in passes too, at the speed of what is done.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from redefense.attacks import Attack
+
+Show = Callable[[str, float, str], None]
+"""Shows a label, a share in [0, 1], and the words to them."""
+
+PLAIN_INTERVAL: Final = 15.0
+BAR_INTERVAL: Final = 0.2
+
+_FACTORS: Final = frozenset(
+    {"steps", "restarts", "draws", "num_targets", "competitors", "popsize", "iterations"}
+)
+# searches by scores alone stop at success, and have no backward passes
+_QUERIES: Final = 0.1
+
+
+def rough_passes(attack: Attack) -> float:
+    """Forward passes per image and member that an attack may take, guessed from its settings."""
+    total, queries = 1.0, 0.0
+    for field in dataclasses.fields(attack):
+        value = getattr(attack, field.name)
+        if field.name in _FACTORS:
+            total *= value
+        elif field.name == "queries":
+            queries = _QUERIES * value
+        elif isinstance(value, Attack):  # one that is run on each member
+            total *= rough_passes(value)
+    return total + queries
+
+
+class Progress:
+    """Adds up what is done; shows it now and then.
+
+    Args:
+        show: is given a label, the share of it that is done, and words; None shows nothing.
+        every: seconds between two showings, and before the first.
+        clock: seconds since whenever.
+    """
+
+    def __init__(
+        self,
+        show: Show | None = None,
+        *,
+        every: float = PLAIN_INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._show, self._every, self._clock = show, every, clock
+        self._shown = clock()
+        self._plan: list[tuple[str, float]] = []
+        self._spent = self._guessed = 0.0  # seconds of what is done, and its passes as guessed
+        self._piece: _Piece | None = None
+
+    def plan(self, pieces: Sequence[tuple[str, float]]) -> None:
+        """Say what is to come: labels, and passes per image guessed times images."""
+        self._plan = list(pieces)
+
+    def begin(self, label: str, total: int, *, share: int, unit: str = "images") -> None:
+        """Begin a piece of `total` units, of which this process does `share`."""
+        if self._show is None:
+            return
+        self._finish()
+        names = [name for name, _ in self._plan]
+        at = names.index(label) if label in names else -1
+        guess = self._plan[at][1] if at >= 0 else float(total)
+        later = sum(passes for _, passes in self._plan[at + 1 :]) if at >= 0 else 0.0
+        self._piece = _Piece(
+            label=label, total=total, share=max(share, 1), unit=unit,
+            begun=self._clock(), guess=guess, later=later,
+        )  # fmt: skip
+
+    def passed(self, passes: int) -> None:
+        """Count passes through members in the current chunk."""
+        if self._piece is not None:
+            self._piece.current += passes
+            self._tell()
+
+    def advance(self, units: int, passes: float, *, found: bool = False) -> None:
+        """Count a chunk as done; one that was found in the store took no time here."""
+        piece = self._piece
+        if piece is None:
+            return
+        piece.found += units if found else 0
+        piece.done, piece.passes, piece.current = piece.done + units, piece.passes + passes, 0
+        self._tell()
+
+    def _finish(self) -> None:
+        piece, self._piece = self._piece, None
+        if piece is not None and piece.done > piece.found:
+            self._spent += self._clock() - piece.begun
+            self._guessed += piece.guess * (piece.done - piece.found) / piece.share
+
+    def _tell(self) -> None:
+        now = self._clock()
+        piece = self._piece
+        if self._show is None or piece is None or now - self._shown < self._every:
+            return
+        self._shown = now
+        share, spent = piece.fraction(), now - piece.begun
+        words = [f"{int(share * piece.total)}/{piece.total} {piece.unit}"]
+        fresh = share - piece.found / piece.share
+        if fresh > 0:
+            left = spent / fresh * (1 - share)
+            words.append(f"{clock_time(left)} left")
+            if piece.later:
+                speed = (self._spent + spent) / (self._guessed + piece.guess * fresh)
+                words.append(f"{clock_time(left + piece.later * speed)} in all")
+        self._show(piece.label, share, ", ".join(words))
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Piece:
+    """What is being worked on.
+
+    Attributes:
+        share: units of this process; of them `done`, of them `found` in the store.
+        guess: passes of the whole piece, guessed; `later`, of all pieces to come.
+        passes: of the chunks that are done; `current`, of the one under way.
+    """
+
+    label: str
+    total: int
+    share: int
+    unit: str
+    begun: float
+    guess: float
+    later: float
+    done: int = 0
+    found: int = 0
+    passes: float = 0.0
+    current: int = 0
+
+    def fraction(self) -> float:
+        """Share done, in [0, 1]."""
+        each = self.passes / self.done if self.done else self.guess / max(self.total, 1)
+        # more than guessed: nearly done, for all we know
+        chunk = min(self.current / each, 0.95 * (self.share - self.done)) if each else 0.0
+        return min((self.done + chunk) / self.share, 1.0)
+
+
+SILENT: Final = Progress()
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def shown(say: Callable[[str], None]) -> Iterator[Progress]:
+    """Progress as a bar on a terminal, else as a line by `say` every quarter of a minute."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Progress(lambda label, _, words: say(f"{label}: {words}"))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0, words="")
+        yield Progress(
+            lambda label, share, words: bar.update(
+                task, description=label, completed=share, words=words
+            ),
+            every=BAR_INTERVAL,
+        )
