@@ -134,6 +134,8 @@ class Service:
                 "classes": list(self.model.classes),
                 "shape": list(self.model.shape),
                 "num_members": self.model.num_members,
+                "policy": self.settings.policy,
+                "mode": self.settings.mode,
                 "research": self.settings.research,
             }
         )
