@@ -33,9 +33,9 @@ from redefense.ensembles import Members
 from redefense.kinds import IndependentKind
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.train.fit import take_step
 from redefense.train.optim import make_optimizer
 from redefense.train.run import channels_last
+from redefense.train.steps import take_steps
 from redefense.types import Batch, Images, Labels
 
 FLOOR_PASSES = 24
@@ -133,21 +133,17 @@ def _case(
 def _ways(ensemble: Members, batch: Batch, adversary: Adversary, seed: int) -> dict[str, Step]:
     """One step of each way; the engine's train one ensemble: time does not depend on weights."""
     theirs = torch_layers(copy.deepcopy(ensemble))
-    their_optimizer = make_optimizer(list(theirs.parameters()), OPTIM)
+    optimizer = make_optimizer(list(theirs.parameters()), OPTIM)
     channels_last(ensemble)  # as training does
-    optimizer = make_optimizer(list(ensemble.parameters()), OPTIM)
 
     def joint() -> None:
         red, rng = RED(adversary=adversary), stream(seed, "bench", "joint")
-        joint_step(theirs, red, batch.x, batch.y, their_optimizer, rng)
+        joint_step(theirs, red, batch.x, batch.y, optimizer, rng)
 
     def engine(differentiate: str, precision: Literal["fp32", "bf16"]) -> None:
         red = RED(adversary=adversary, differentiate=differentiate)
-        take_step(
-            ensemble, red.stages(ensemble.num_members, 1)[0], batch, optimizer,
-            list(ensemble.parameters()), lr=OPTIM.lr, clip=None, precision=precision, total=0,
-            rng=stream(seed, "bench", "engine"), first=False,
-        )  # fmt: skip
+        stages = red.stages(ensemble.num_members, 1)
+        take_steps(ensemble, stages, batch, optim=OPTIM, precision=precision, seed=seed)
 
     return {
         "joint": joint,

@@ -9,6 +9,7 @@ from redefense.config import Run
 from redefense.ensembles import Hyper, Members
 from redefense.errors import ConfigError
 from redefense.kinds import Kind
+from redefense.train.checkpoint import Checkpoint
 from redefense.train.run import Signature, find_final
 
 _SHAPES: Final = {
@@ -16,6 +17,22 @@ _SHAPES: Final = {
     "cifar10": (10, (3, 32, 32)),
     "tiny-imagenet": (200, (3, 64, 64)),
 }
+
+
+def known_images(what: str, run: Run) -> tuple[Checkpoint | None, int, tuple[int, int, int]]:
+    """The checkpoint of a run directory, if it is one, and classes and shape of the images.
+
+    Raises:
+        ConfigError: for data of unknown shape, before a run is trained on it.
+    """
+    family = run.data.spec.partition(":")[0]
+    if Path(what).is_dir():
+        checkpoint = find_final(Path(what))
+        signature = Signature.stored(checkpoint.state)
+        return checkpoint, len(signature.classes), signature.shape
+    if family in _SHAPES:
+        return None, *_SHAPES[family]
+    raise ConfigError(f"the shape of {family} data is known once a run is trained: give its DIR")
 
 
 def count_parameters(what: str, run: Run, kind: Kind) -> dict[str, Any]:
@@ -30,17 +47,7 @@ def count_parameters(what: str, run: Run, kind: Kind) -> dict[str, Any]:
     Raises:
         ConfigError: for data of unknown shape, before a run is trained on it.
     """
-    checkpoint = find_final(Path(what)) if Path(what).is_dir() else None
-    family = run.data.spec.partition(":")[0]
-    if checkpoint is not None:
-        signature = Signature.stored(checkpoint.state)
-        num_classes, shape = len(signature.classes), signature.shape
-    elif family in _SHAPES:
-        num_classes, shape = _SHAPES[family]
-    else:
-        raise ConfigError(
-            f"the shape of {family} data is known once a run is trained: give its DIR"
-        )
+    checkpoint, num_classes, shape = known_images(what, run)
     ensemble = kind.build(num_classes=num_classes, shape=shape, seed=0)
     sizes = _sizes(ensemble)
     if checkpoint is not None:

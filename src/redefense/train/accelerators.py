@@ -1,0 +1,65 @@
+"""Machines on which a training's time is predicted, with the peaks of their public data sheets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accelerator:
+    """What one device does in a second, at best and as a rule.
+
+    Attributes:
+        half: peak FLOP/s of dense products in bfloat16.
+        single: that of convolutions on single-precision tensors, as torch runs them by default.
+        bandwidth: peak bytes/s of its memory.
+        memory: bytes.
+        link: bytes/s to a neighbour, one way.
+        reach: share of the peak FLOP/s that convolutions reach while they run.
+        stream: share of the bandwidth that element-wise operations reach.
+        launch: seconds that any operation takes at least.
+        source: where the peaks are from.
+    """
+
+    half: float
+    single: float
+    bandwidth: float
+    memory: float
+    link: float
+    reach: float
+    stream: float
+    launch: float
+    source: str
+
+    def seconds(self, *, half: bool, flops: float, moved: float) -> float:
+        """Of one operation: what takes longest, its arithmetic, its traffic or its start."""
+        peak = self.half if half else self.single
+        arithmetic = flops / (peak * self.reach)
+        return max(arithmetic, moved / (self.bandwidth * self.stream), self.launch)
+
+
+ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
+    {
+        "h100-sxm": Accelerator(
+            half=989e12, single=494e12, bandwidth=3.35e12, memory=80e9, link=450e9,
+            reach=0.4, stream=0.8, launch=6e-6,
+            source="NVIDIA H100 data sheet: bfloat16 and TF32 without sparsity, NVLink 900 GB/s",
+        ),
+        "a100-sxm": Accelerator(
+            half=312e12, single=156e12, bandwidth=2.04e12, memory=80e9, link=300e9,
+            reach=0.5, stream=0.8, launch=6e-6,
+            source="NVIDIA A100 80 GB data sheet: bfloat16 and TF32, NVLink 600 GB/s",
+        ),
+        "rtx-4090": Accelerator(
+            half=165e12, single=82.6e12, bandwidth=1.01e12, memory=24e9, link=32e9,
+            reach=0.5, stream=0.8, launch=6e-6,
+            source="NVIDIA Ada whitepaper: bfloat16 with fp32 sums and TF32; PCIe 4.0 x16",
+        ),
+        "cpu-2-cores-avx512": Accelerator(
+            half=768e9, single=384e9, bandwidth=40e9, memory=16e9, link=1e9,
+            reach=0.5, stream=1.0, launch=6e-6,
+            source="two cores, two 512-bit multiply-add units each, 3 GHz; bfloat16 dot products",
+        ),
+    }
+)  # fmt: skip

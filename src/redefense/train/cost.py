@@ -1,0 +1,312 @@
+"""What a training costs before it is run: arithmetic, time and memory, from counting its steps.
+
+A step of each stage is taken by the training loop itself, in its true size, under a dry `Ledger`:
+what a method, a kind of ensemble or an optimizer does is counted, not assumed. Passes are in
+*forward-pass equivalents*: FLOPs over those of one forward pass of one member.
+
+Time is predicted operation by operation: each takes as long as its arithmetic, its traffic or its
+launch, whichever is longest, on an `Accelerator`. Validation, loading of data, checkpoints and what
+a stage does at its end (the refit of BARRE's mixture) are not in it.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from redefense.config import Run, suggestion
+from redefense.defences import Stage
+from redefense.ensembles import Members
+from redefense.errors import ConfigError
+from redefense.phases import EXAMPLES, PHASES
+from redefense.rng import stream
+from redefense.train.accelerators import ACCELERATORS, Accelerator
+from redefense.train.describe import known_images
+from redefense.train.ledger import Entry, Ledger
+from redefense.train.run import channels_last, resolve
+from redefense.train.steps import booked_step, forward_flops
+from redefense.types import Batch
+
+TRAINING_IMAGES: Final[Mapping[str, int]] = {
+    "digits": 1437,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "tiny-imagenet": 100_000,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCost:
+    """The steps of one stage.
+
+    Attributes:
+        name: of the stage.
+        steps: optimizer steps in all its epochs.
+        entries: what one step does, the mean over the epochs that were counted.
+        living: bytes above weights, gradients and optimizer state, at the worst moment of a step.
+    """
+
+    name: str
+    steps: int
+    entries: Mapping[Entry, float]
+    living: int
+
+    def flops(self, phase: str | None = None) -> float:
+        """Of one step, or of one of its phases."""
+        return math.fsum(e.flops * n for e, n in self.entries.items() if phase in (None, e.phase))
+
+    def seconds(self, on: Accelerator, share: float = 1.0) -> float:
+        """Of one step, or with a share of its images."""
+        return math.fsum(
+            n * on.seconds(half=e.half, flops=share * e.flops, moved=share * e.moved)
+            for e, n in self.entries.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a run costs, wherever it runs.
+
+    Attributes:
+        run: with every setting resolved.
+        members: M.
+        shape: channels, height and width of an image.
+        images: that are trained on in an epoch.
+        batch: images of a step.
+        forward: FLOPs of a forward pass of one image through one member.
+        stages: their steps.
+        weights: bytes of parameters and buffers.
+        gradients: bytes of gradients.
+        optimizer: bytes of its state.
+    """
+
+    run: Run
+    members: int
+    shape: tuple[int, int, int]
+    images: int
+    batch: int
+    forward: int
+    stages: tuple[StageCost, ...]
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def flops(self, phase: str | None = None) -> float:
+        """Of the whole training, or of one phase of its steps."""
+        return math.fsum(stage.steps * stage.flops(phase) for stage in self.stages)
+
+    def passes(self, phase: str | None = None) -> float:
+        """Forward-pass equivalents per member and image seen."""
+        return self.flops(phase) / (self.forward * self.members * self.steps * self.batch)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on a device that trains all members, at the worst moment."""
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": max(stage.living for stage in self.stages),
+        }
+        return {**parts, "total": sum(parts.values())}
+
+
+def passes_per_image(run: Run) -> float:
+    """Forward-pass equivalents that a recipe spends per member and image seen.
+
+    Raises:
+        ConfigError: for data of unknown shape or size.
+    """
+    _, num_classes, shape = known_images(run.recipe, run)
+    return count(run, num_classes=num_classes, shape=shape).passes()
+
+
+def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
+    """Count the steps of a run whose data have these classes and this shape.
+
+    Where epochs of a stage differ (DVERGE draws a layer for each), the mean of up to eight is
+    taken.
+
+    Raises:
+        ConfigError: if the number of training images is not known.
+    """
+    run, kind, defence = resolve(run)
+    images = _images(run)
+    batch_size = min(run.batch_size, images)
+    ensemble = kind.build(num_classes=num_classes, shape=shape, seed=run.seed)
+    channels_last(ensemble)
+    x = torch.rand(batch_size, *shape, generator=stream(run.seed, "cost"))
+    batch = Batch(x, torch.arange(batch_size) % num_classes, torch.arange(batch_size))
+    stages = defence.stages(kind.num_members, run.epochs)
+    costs = []
+    for index, stage in enumerate(stages):
+        if stage.before is not None:
+            stage.before(ensemble)
+        counted = _counted(ensemble, stages, index, batch, run)
+        entries: Counter[Entry] = Counter()
+        for ledger in counted:
+            entries.update(ledger.entries)
+        costs.append(
+            StageCost(
+                name=stage.name,
+                steps=stage.epochs * (images // batch_size),
+                entries={e: n / len(counted) for e, n in entries.items()},
+                living=max(ledger.peak for ledger in counted),
+            )
+        )
+    parameters = sum(p.nbytes for p in ensemble.parameters())
+    return Cost(
+        run=run,
+        members=kind.num_members,
+        shape=shape,
+        images=images,
+        batch=batch_size,
+        forward=forward_flops(ensemble, x[:1]),
+        stages=tuple(costs),
+        weights=parameters + sum(b.nbytes for b in ensemble.buffers()),
+        gradients=parameters,
+        optimizer=parameters * (2 if run.optim.name == "adam" else int(run.optim.momentum > 0)),
+    )
+
+
+def _images(run: Run) -> int:
+    family = run.data.spec.partition(":")[0]
+    if family in TRAINING_IMAGES:
+        total = TRAINING_IMAGES[family]
+        total -= round(run.data.validation * total)
+        return min(total, run.data.images or total)
+    if run.data.images is None:
+        raise ConfigError(f"the number of {family} images is not known: give --set data.images=N")
+    return run.data.images
+
+
+def _counted(
+    ensemble: Members, stages: Sequence[Stage], index: int, batch: Batch, run: Run
+) -> list[Ledger]:
+    """A step of an epoch that stands for all, or steps of several epochs if these differ."""
+
+    def step(epoch: int) -> Ledger:
+        return booked_step(
+            ensemble, stages, batch, optim=run.optim, precision=run.precision, seed=run.seed,
+            index=index, epoch=epoch,
+        )  # fmt: skip
+
+    epochs = stages[index].epochs
+    found = {epoch: step(epoch) for epoch in {0, epochs // 2}}
+    if len({ledger.flops() for ledger in found.values()}) > 1:
+        for epoch in range(0, epochs, max(1, epochs // 8)):
+            found.setdefault(epoch, step(epoch))
+    return list(found.values())
+
+
+ASSUMPTIONS: Final = (
+    "an operation takes the longest of its arithmetic, its traffic and its launch",
+    "single-precision convolutions run in TF32 where there is such a thing, as torch does it",
+    "validation, data loading, checkpoints and a mixture's refit at the end of a stage not counted",
+    "workspace inside operations and the allocator's rounding are not in the memory",
+)
+
+
+def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
+    """JSON-ready: what a run costs in all, and how long it takes on a named accelerator.
+
+    With several devices they either share each batch and average gradients, or share the members
+    and exchange input gradients once a step and once for each gradient of an adversary.
+
+    Raises:
+        ConfigError: for an accelerator that is not in the table, or fewer than one device.
+    """
+    if accelerator not in ACCELERATORS:
+        near = suggestion(accelerator, list(ACCELERATORS))
+        raise ConfigError(
+            f"unknown accelerator {accelerator!r}{near}; there are {', '.join(ACCELERATORS)}"
+        )
+    if devices < 1:
+        raise ConfigError(f"devices must be at least 1, got {devices}")
+    on, memory = ACCELERATORS[accelerator], cost.memory
+    alone = _seconds(cost, lambda stage: stage.seconds(on))
+    times = {"one device": alone}
+    if devices > 1:
+        others = (devices - 1) / devices
+        averaging = 2 * others * cost.gradients / on.link
+        times[f"{devices} devices, data"] = _seconds(
+            cost, lambda stage: stage.seconds(on, 1 / devices) + averaging
+        )
+        fullest = -(-cost.members // devices) / cost.members
+        times[f"{devices} devices, members"] = _seconds(
+            cost,
+            lambda stage: fullest * stage.seconds(on) + others * _exchanged(cost, stage) / on.link,
+        )
+    peak = on.half if cost.run.precision == "bf16" else on.single
+    return {
+        "recipe": cost.run.recipe,
+        "method": cost.run.defence["name"],
+        "members": cost.members,
+        "model": cost.run.ensemble["model"],
+        "image": list(cost.shape),
+        "batch": cost.batch,
+        "images": cost.images,
+        "steps": cost.steps,
+        "forward_flops": cost.forward,
+        "flops_per_step": cost.flops() / cost.steps,
+        "flops": cost.flops(),
+        "passes_per_member_and_image": cost.passes(),
+        "passes_by_phase": {name: cost.passes(name) for name in PHASES if cost.flops(name)},
+        "memory": {**memory, "fits": memory["total"] <= on.memory},
+        "accelerator": {"name": accelerator, **dataclasses.asdict(on)},
+        "seconds_per_step": {name: s / cost.steps for name, s in times.items()},
+        "hours": {name: s / 3600 for name, s in times.items()},
+        "utilisation": cost.flops() / alone / peak,
+        "assumptions": [
+            *ASSUMPTIONS,
+            f"convolutions reach {on.reach:.0%} of the peak, other operations {on.stream:.0%} of "
+            f"the bandwidth, and each takes {1e6 * on.launch:g} us at least",
+        ],
+    }
+
+
+def _seconds(cost: Cost, step: Callable[[StageCost], float]) -> float:
+    return math.fsum(stage.steps * step(stage) for stage in cost.stages)
+
+
+def _exchanged(cost: Cost, stage: StageCost) -> float:
+    """Bytes that processes that share the members hand round in a step: pictures of gradients."""
+    image = 4 * math.prod(cost.shape)
+    # a gradient of an adversary costs two passes of every member
+    climbed = stage.flops(EXAMPLES) / (2 * cost.members * cost.forward)
+    return image * (cost.members * cost.batch + 2 * climbed)
+
+
+def table(it: Mapping[str, Any]) -> str:
+    """A prediction as plain text."""
+    memory, on = it["memory"], it["accelerator"]
+    parts = ", ".join(f"{memory[k] / 1e9:.2f} {k}" for k in list(memory)[:4])
+    rows = [
+        ("run", f"{it['recipe']}: {it['method']}, {it['members']} x {it['model']}"),
+        ("images", f"{it['images']:,} of {'x'.join(map(str, it['image']))}, {it['batch']} a step"),
+        ("steps", f"{it['steps']:,}"),
+        ("forward pass", f"{it['forward_flops'] / 1e9:.4g} GFLOP an image and member"),
+        ("a step", f"{it['flops_per_step'] / 1e12:.4g} TFLOP"),
+        ("in all", f"{it['flops'] / 1e15:.4g} PFLOP"),
+        ("passes", f"{it['passes_per_member_and_image']:.2f} forward passes a member and image"),
+        *((f"  {name}", f"{n:.2f}") for name, n in it["passes_by_phase"].items()),
+        ("memory", f"{memory['total'] / 1e9:.2f} GB ({parts})"),
+        ("accelerator", f"{on['name']}: {on['source']}"),
+        *(
+            (name, f"{hours:.3g} h, {it['seconds_per_step'][name]:.3g} s a step")
+            for name, hours in it["hours"].items()
+        ),
+        ("utilisation", f"{it['utilisation']:.1%} of the peak, on one device"),
+        *(("assuming" if i == 0 else "", text) for i, text in enumerate(it["assumptions"])),
+    ]
+    if not memory["fits"]:
+        rows.append(("warning", f"more than the {on['memory'] / 1e9:g} GB of one device"))
+    return "\n".join(f"{name:<24}{text}" for name, text in rows)

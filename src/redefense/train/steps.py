@@ -1,0 +1,119 @@
+"""Single steps of the training loop, for benchmarks and the cost model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from redefense.config import OptimConfig
+from redefense.defences import Stage
+from redefense.ensembles import Members
+from redefense.phases import OPTIMIZER, watched
+from redefense.train.fit import Position, fit
+from redefense.train.ledger import Ledger
+from redefense.types import Batch
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """A loader of one batch, again and again."""
+
+    batch: Batch
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        for _ in range(start_step, self.steps):
+            yield self.batch
+
+
+def take_steps(
+    ensemble: Members,
+    stages: Sequence[Stage],
+    batch: Batch,
+    *,
+    optim: OptimConfig,
+    precision: Precision,
+    seed: int = 0,
+    index: int = 0,
+    epoch: int = 0,
+    steps: int = 1,
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Steps of the training loop in the middle of stage `index`, which must have begun.
+
+    The loop's checks of the first step are left out, and nothing is saved or logged.
+    """
+    # one epoch more, since the loop takes the first step of a stage for its beginning
+    last = replace(stages[index], epochs=epoch + 2, before=None, after=None)
+    fit(
+        ensemble,
+        (*stages[:index], last),
+        _Same(batch, steps),
+        optim=optim,
+        seed=seed,
+        precision=precision,
+        start=Position(index, epoch + 1),
+        start_totals={},
+        restore=lambda optimizer: None,
+        save=lambda position, optimizer, totals: None,
+        on_step=lambda position, terms: on_step(),
+        on_epoch=lambda stage, position, means: None,
+    )
+
+
+def booked_step(
+    ensemble: Members,
+    stages: Sequence[Stage],
+    batch: Batch,
+    *,
+    optim: OptimConfig,
+    precision: Precision,
+    seed: int = 0,
+    index: int = 0,
+    epoch: int = 0,
+    dry: bool = True,
+) -> Ledger:
+    """What the training loop does in one step; a fresh optimizer's state does not count as living.
+
+    The ensemble is left without gradients.
+    """
+    ledger = Ledger(dry=dry, staying=frozenset({OPTIMIZER}))
+    with gradients_stay(ensemble, ledger), ledger, watched(ledger):
+        take_steps(
+            ensemble, stages, batch, optim=optim, precision=precision, seed=seed, index=index,
+            epoch=epoch,
+        )  # fmt: skip
+    ensemble.zero_grad(set_to_none=True)
+    return ledger
+
+
+@contextmanager
+def gradients_stay(ensemble: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """Parameters' gradients do not count as living."""
+
+    def stay(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            ledger.disown(parameter.grad)
+
+    hooks = [p.register_post_accumulate_grad_hook(stay) for p in ensemble.parameters()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def forward_flops(ensemble: Members, x: Tensor) -> int:
+    """FLOPs of a forward pass of one member, its weights being there."""
+    net, ledger = ensemble.member(0).eval(), Ledger(dry=True)
+    with torch.no_grad(), ledger:
+        net(x)
+    return ledger.flops()
