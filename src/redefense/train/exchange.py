@@ -24,19 +24,10 @@ def spread_over(mesh: Mesh, ensemble: Members) -> Iterator[None]:
         ConfigError: if FSDP2 has sharded weights, or members that share weights would be trained
             in different processes.
     """
-    refuse_sharded(ensemble)
+    check_weights(mesh, ensemble)
     if mesh.size == 1:
         yield
         return
-    if mesh.shape[1] > 1:
-        seen: set[nn.Parameter] = set()
-        for m in range(ensemble.num_members):
-            params = set(ensemble.parameters_of(m))
-            if seen & params:
-                raise mesh.told(
-                    ConfigError("members that share weights cannot be trained in different columns")
-                )
-            seen |= params
     before = ensemble.spread
     ensemble.spread = Shared(mesh, ensemble.num_members)
     try:
@@ -46,12 +37,24 @@ def spread_over(mesh: Mesh, ensemble: Members) -> Iterator[None]:
         ensemble.spread = before
 
 
-def refuse_sharded(ensemble: nn.Module) -> None:
-    """Refuse an ensemble that `fully_shard` has been applied to.
+def check_weights(mesh: Mesh, ensemble: Members) -> None:
+    """Refuse weights that the mesh cannot be spread over.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: if FSDP2 has sharded them, or members in different columns share them.
     """
+    _refuse_sharded(ensemble)
+    seen: set[nn.Parameter] = set()
+    for m in range(ensemble.num_members if mesh.shape[1] > 1 else 0):
+        params = set(ensemble.parameters_of(m))
+        if seen & params:
+            raise mesh.told(
+                ConfigError("members that share weights cannot be trained in different columns")
+            )
+        seen |= params
+
+
+def _refuse_sharded(ensemble: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return  # it needs a process group
     from torch.distributed.fsdp import FSDPModule

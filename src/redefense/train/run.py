@@ -29,10 +29,11 @@ from redefense.train.checkpoint import (
     step_folder,
 )
 from redefense.train.distributed import Mesh, processes
+from redefense.train.exchange import check_weights
 from redefense.train.fit import Position, fit
 from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.profile import profiled
-from redefense.train.warm import begin_from, check_alike, recorded
+from redefense.train.warm import begin_from, check_alike, check_apart, recorded
 
 VALIDATION_IMAGES = 2000
 UNWRITTEN = ".writing-"
@@ -131,6 +132,7 @@ def _train(
         run, kind, defence = resolve(run)
         run = _with_start(run)
         stages = defence.stages(kind.num_members, run.epochs)
+        check_apart(kind, stages)
         _check_mesh(team, run, defence, kind.num_members)
         check_device(device)
     begun = team.first_does(lambda: _claim(run, out, resume))
@@ -157,6 +159,7 @@ def _train(
             )
     ensemble = _fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
+    check_weights(team, ensemble)
     checkpoint = team.first_does(lambda: latest(out / "checkpoints", note) if begun else None)
     position, totals = Position(), {}
     with team.agreed():
@@ -168,9 +171,11 @@ def _train(
             totals = checkpoint.state["totals"]
             _tell_resumed(checkpoint, team)
         else:
-            started = _start(run, kind, ensemble, signature, loader, validation)
+            started = _start(run, kind, ensemble, signature, train_split, validation, device)
             if team.first:
                 _begin(run, out, started)
+                if started is not None and not quiet:
+                    note(told(started))
     session = _Session(
         run, out, stages, ensemble, loader, validation, signature, position, quiet, team
     )
@@ -235,21 +240,29 @@ def _start(
     kind: Kind,
     ensemble: Members,
     signature: Signature,
-    loader: Loader,
+    train_split: Split,
     validation: Split,
+    device: str,
 ) -> dict[str, Any] | None:
-    """Let a new run begin from the members it names, and tell how near it comes to them."""
+    """Let a new run begin from the members it names; how near it comes to them.
+
+    Every process does all of it, so that all begin alike.
+    """
     if run.start is None:
         return None
     source = find_final(Path(run.start.path))
     recorded(run.start, source)
-    model = load_checkpoint(source, device=loader.device.type)
+    model = load_checkpoint(source, device=device)
     nets = [model.member(m) for m in range(model.num_members)]
     shape, num_classes = signature.shape, len(signature.classes)
     like = kind.plain().build(num_classes=num_classes, shape=shape, seed=0)
     check_alike(resolve(source.run)[1].plain(), kind.plain(), nets[0], like.member(0), source.path)
+    batches = Loader(
+        train_split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
+        limit=run.data.images, device=device,
+    ).epoch(0)  # fmt: skip
     return begin_from(
-        run.start, nets, ensemble, loader, lambda it: accuracy(it, validation, run.batch_size)
+        run.start, nets, ensemble, batches, lambda it: accuracy(it, validation, run.batch_size)
     )
 
 
