@@ -46,13 +46,18 @@ def child(bundle: Path, settings: Settings) -> Iterator[Replica]:
                 [*words, *options_of(settings)], stdout=subprocess.DEVNULL, stderr=stream
             )
         try:
-            yield Replica(_url(process, log), lambda: log.read_text(encoding="utf-8"))
+            yield Replica(url_in(process, log), lambda: log.read_text(encoding="utf-8"))
         finally:
             process.terminate()
             process.wait()
 
 
-def _url(process: "subprocess.Popen[bytes]", log: Path) -> str:
+def url_in(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Where a server listens, from its log, once it does.
+
+    Raises:
+        DataError: it ends, or does not listen in time.
+    """
     until = time.monotonic() + _START
     while time.monotonic() < until:
         text = log.read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, NoReturn
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redefense.serve.observe import LOG, Metrics
-from redefense.serve.protocol import refuse
 
 HEADERS: Final = {
     "Cache-Control": "no-store",  # a cache would freeze one member per image
@@ -25,7 +24,7 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
 }
 _GONE = 499  # what a log says where the client left before its answer
-_UNREAD = (408, 413, 429)  # these may be answered before the body is read
+_UNREAD: Final = {"Connection": "close"}  # the rest of the body will not be read
 
 
 class Guard:
@@ -51,7 +50,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers[name] = value
-                if self._leaving() or status in _UNREAD:
+                if self._leaving():
                     headers["Connection"] = "close"
             await send(message)
 
@@ -106,14 +105,16 @@ class Bodies:
                     if len(content) + len(chunk) > self._limit:
                         self._too_large()
                     if len(chunk) > self._left:
-                        raise HTTPException(429, "too much is being read", {"Retry-After": "1"})
+                        retry = {"Retry-After": "1"} | _UNREAD
+                        raise HTTPException(429, "too much is being read", retry)
                     self._left -= len(chunk)
                     content += chunk
             yield bytes(content)
         except TimeoutError:
-            refuse(f"the body took longer than {self._seconds:g} s", 408)
+            late = f"the body took longer than {self._seconds:g} s"
+            raise HTTPException(408, late, _UNREAD) from None
         finally:
             self._left += len(content)
 
-    def _too_large(self) -> None:
-        refuse(f"a request may have at most {self._limit} bytes", 413)
+    def _too_large(self) -> NoReturn:
+        raise HTTPException(413, f"a request may have at most {self._limit} bytes", _UNREAD)
