@@ -33,7 +33,7 @@ from redefense.train.exchange import check_weights
 from redefense.train.fit import Position, fit
 from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.profile import profiled
-from redefense.train.warm import begin_from, check_alike, check_apart, recorded
+from redefense.train.warm import begin_from, check_alike, check_apart, recorded, told
 
 VALIDATION_IMAGES = 2000
 UNWRITTEN = ".writing-"
