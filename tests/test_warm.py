@@ -338,6 +338,18 @@ def test_a_missing_or_changed_source_is_refused(source: Path, tmp_path: Path) ->
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["mrboost", "barre"])
+def test_a_shared_hypernetwork_is_not_trained_for_one_member_alone(
+    name: str, tmp_path: Path
+) -> None:
+    run = starting(
+        tmp_path, start=None, ensemble={**WRITTEN, "shared": True}, defence={"name": name}
+    )
+    with pytest.raises(ConfigError, match="stage 'member 1' trains 1 of 2 members"):
+        train(run, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_takes_a_start(source: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(
         json.dumps(starting(source, start=None, epochs=1).model_dump(mode="json"))

@@ -19,6 +19,7 @@ from redefense.ensembles import Members, Origin, evaluating
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError
 from redefense.kinds import ENSEMBLES, Kind
 from redefense.train.checkpoint import (
+    ASIDE,
     Checkpoint,
     latest,
     optimizer_tensors,
@@ -484,7 +485,7 @@ def _finish(run: Run, out: Path, ensemble: Members, signature: Signature) -> Non
         weights=ensemble.state_dict(),
         state={"data": signature.as_dict()},
     )
-    for left in out.glob(".saving-final-*"):  # by a kill
+    for left in out.glob(f"{ASIDE}final-*"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)
     # a finished run keeps its result; what only a resume needs would triple its size
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

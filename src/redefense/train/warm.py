@@ -1,7 +1,7 @@
 """Start a run from the members of another: copied, or fitted where hypernetworks write them."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from redefense.config import StartConfig
+from redefense.defences import Stage
 from redefense.ensembles import Hyper, Independent, Members, evaluating
 from redefense.errors import ConfigError, DataError
-from redefense.kinds import IndependentKind
+from redefense.kinds import HyperKind, IndependentKind, Kind
 from redefense.models import fitting, hyper
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.fit import Loader
-from redefense.train.log import note
 from redefense.types import Batch
 
 MOMENT_IMAGES = 2048
@@ -66,11 +65,27 @@ def check_alike(
             )
 
 
+def check_apart(kind: Kind, stages: Sequence[Stage]) -> None:
+    """Refuse to train some members alone where all share what writes them.
+
+    Raises:
+        ConfigError: naming the stage.
+    """
+    if not (isinstance(kind, HyperKind) and kind.shared):
+        return
+    for stage in stages:
+        if len(stage.members) < kind.num_members:
+            raise ConfigError(
+                f"stage {stage.name!r} trains {len(stage.members)} of {kind.num_members} members, "
+                "but the hypernetwork that they share would change all: set ensemble.shared=false"
+            )
+
+
 def begin_from(
     start: StartConfig,
     nets: Sequence[nn.Module],
     ensemble: Members,
-    loader: Loader,
+    batches: Iterable[Batch],
     judge: Callable[[Members], float],
 ) -> dict[str, Any]:
     """Let an untrained ensemble begin from plain networks.
@@ -81,18 +96,22 @@ def begin_from(
     """
     errors = adopt(ensemble, nets)
     if any(errors):
-        measure_moments(ensemble, loader.epoch(0))
-    there, here = judge(Independent(nets)), judge(ensemble)
-    note(
-        f"starting from {start.path}: relative error of kernels "
-        f"{', '.join(f'{error:.3f}' for error in errors)}; "
-        f"validation accuracy {100 * there:.1f} % there, {100 * here:.1f} % here"
-    )
+        measure_moments(ensemble, batches)
     return {
         **start.model_dump(),
         "kernel_error": list(errors),
-        "validation_accuracy": {"source": there, "start": here},
+        "validation_accuracy": {"source": judge(Independent(nets)), "start": judge(ensemble)},
     }
+
+
+def told(started: Mapping[str, Any]) -> str:
+    """One line for what `begin_from` returns."""
+    errors = ", ".join(f"{error:.3f}" for error in started["kernel_error"])
+    accuracy = {k: 100 * v for k, v in started["validation_accuracy"].items()}
+    return (
+        f"starting from {started['path']}: relative error of kernels {errors}; "
+        "validation accuracy {source:.1f} % there, {start:.1f} % here".format(**accuracy)
+    )
 
 
 def measure_moments(ensemble: Members, batches: Iterable[Batch]) -> None:
