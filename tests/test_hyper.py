@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from redefense.attacks.gradient import PGD
 from redefense.cli import app
 from redefense.config import DataConfig, OptimConfig, Run, ThreatConfig, read_run
+from redefense.defences import DEFENCES, Stage
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
 from redefense.ensembles import (
@@ -377,6 +378,55 @@ def test_red_one_member_at_a_time_gives_the_gradient_of_the_joint_graph(preset: 
     assert found.keys() == expected.keys() == dict(ensemble.named_parameters()).keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_every_method_reaches_all_sources_of_its_stage_and_no_others(name: str) -> None:
+    kind = HyperKind(model="digits-cnn", num_members=2, embedding=3, hidden=3, unit=16)
+    defence = DEFENCES[name]()
+    for stage in defence.stages(2, 4):
+        ensemble = small(replace(kind, activation="leaky")).double()
+        if stage.before is not None:
+            stage.before(ensemble)
+        ensemble.train_members(stage.members)
+        x, y = batch()
+        data = Batch(x, y, torch.arange(len(x)))
+        found = gradients_of(ensemble, lambda s=stage, e=ensemble, d=data: backward(s, e, d))  # type: ignore[misc]  # bound now
+        wanted = {p for m in stage.members for p in ensemble.parameters_of(m)}
+        assert found.keys() == {n for n, p in ensemble.named_parameters() if p in wanted}
+        assert all(bool(grad.isfinite().all()) for grad in found.values())
+        assert all(bool(grad.any()) for n, grad in found.items() if n.startswith("embeddings"))
+        before = [e.clone() for e in ensemble.embeddings]
+        torch.optim.SGD(list(wanted), lr=0.1).step()
+        moved = [not torch.equal(a, b) for a, b in zip(before, ensemble.embeddings, strict=True)]
+        assert moved == [m in stage.members for m in range(2)]
+
+
+def backward(stage: Stage, ensemble: Hyper, data: Batch) -> None:
+    for part in stage.loss(ensemble, data, stream(0)):
+        part.total.backward()
+
+
+@pytest.mark.parametrize("name", ["vanilla", "dverge", "gal", "adp", "trs"])
+def test_a_method_pulls_sources_as_plain_autograd_through_the_writing_would(name: str) -> None:
+    """One step on plain members gives the kernels' gradients; the writing's transpose the rest."""
+    kind = HyperKind(model="digits-cnn", num_members=2, embedding=3, hidden=3, unit=16)
+    ensemble = small(replace(kind, activation="leaky")).double().train()
+    plain = written_out(ensemble).train()
+    stage = DEFENCES[name]().stages(2, 4)[-1]
+    x, y = batch()
+    data = Batch(x, y, torch.arange(len(x)))
+    found = gradients_of(ensemble, lambda: backward(stage, ensemble, data))
+    for part in stage.loss(plain, data, stream(0)):
+        part.total.backward()
+    for m in range(2):
+        sources = ensemble._sources(m)
+        kernels = hyper.write(ensemble.grids[m], ensemble.taps, sources)
+        pulls = [plain.member(m).get_parameter(f"{g.name}.weight").grad for g in ensemble.grids[m]]
+        expected = torch.autograd.grad(kernels, sources, pulls)
+        names = {id(p): n for n, p in ensemble.named_parameters()}
+        for source, grad in zip(sources, expected, strict=True):
+            torch.testing.assert_close(found[names[id(source)]], grad, rtol=1e-8, atol=1e-10)
 
 
 def test_a_step_writes_each_member_once_and_differentiates_the_writing_once(
