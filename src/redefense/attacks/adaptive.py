@@ -7,10 +7,10 @@ better. Support of probability zero are never asked.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from redefense.attacks.objectives import margin
 from redefense.ensembles import as_ensemble
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image
-from redefense.types import Ensemble, Float, Images, Labels, Logits
+from redefense.types import Ensemble, Float, Images, Int, Labels, Logits
 
 
 class Support:
@@ -86,9 +86,38 @@ def look_at_mean(support: Support, y: Labels) -> Looker:
     return look
 
 
+def where_moved(look_of: Callable[[Labels], Looker], y: Labels) -> Looker:
+    """Looks again only at images whose point moved since the last look.
+
+    Right for deterministic looks, as those at all members are: at rest they see the same again.
+    """
+    known: list[tuple[Images, Look]] = []
+
+    def look(x: Tensor, with_grad: bool) -> Look:
+        rows = torch.arange(len(x), device=x.device)
+        if known:
+            rows = (x != known[0][0]).flatten(1).any(1).nonzero().flatten()
+        if len(rows) == len(x) or (with_grad and known[0][1].grad is None):
+            seen = look_of(y)(x, with_grad)
+        elif len(rows) == 0:
+            seen = known[0][1]
+        else:
+            part = look_of(y[rows])(x[rows], with_grad)
+            pairs = zip(known[0][1], part, strict=True)
+            seen = Look(*(_renewed(old, rows, new) for old, new in pairs))
+        known[:] = [(x, seen)]
+        return seen
+
+    return look
+
+
+def _renewed(old: Tensor | None, rows: Int[Tensor, " K"], new: Tensor | None) -> Any:
+    return None if old is None or new is None else old.index_copy(0, rows, new)
+
+
 def climb_members(
     support: Support,
-    look: Looker,
+    look_of: Callable[[Labels], Looker],
     x: Images,
     y: Labels,
     threat: Threat,
@@ -99,13 +128,22 @@ def climb_members(
     restarts: int,
     shrink: float = 1.0,
 ) -> Images:
-    """Best point of `restarts` climbs from random starts, the clean image included."""
+    """Best point of `restarts` climbs from random starts, the clean image included.
+
+    Images for which a climb has found a point that all members err on are not climbed again.
+    """
     start, best = random_starts(x, y, threat, rng), Best.start(x)
     for _ in range(restarts):
+        points = start()  # for all, so that streams do not depend on who is left
+        rows = (best.correct > 0).nonzero().flatten()
+        if len(rows) == 0:
+            break
+        part = best.select(rows)
         climb(
-            look, start(), x, threat,
-            steps=steps, step_size=step_size * threat.eps, shrink=shrink, best=best,
+            where_moved(look_of, y[rows]), points[rows], x[rows], threat,
+            steps=steps, step_size=step_size * threat.eps, shrink=shrink, best=part,
         )  # fmt: skip
+        best.update(rows, part)
     support.offer_clean(best, x, y)
     return best.x
 
@@ -133,7 +171,7 @@ class MeanProbPGD(Attack):
     ) -> Images:
         support = Support(victim)
         return climb_members(
-            support, look_at_mean(support, y), x, y, threat, rng,
+            support, partial(look_at_mean, support), x, y, threat, rng,
             steps=self.steps, step_size=self.step_size, restarts=self.restarts,
         )  # fmt: skip
 
@@ -229,8 +267,9 @@ class Hinge(Attack):
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
         support = Support(victim)
+        look_of = partial(look_at_hinge, support, norm=threat.norm, kappa=self.kappa)
         return climb_members(
-            support, look_at_hinge(support, y, threat.norm, self.kappa), x, y, threat, rng,
+            support, look_of, x, y, threat, rng,
             steps=self.steps, step_size=self.step_size, shrink=self.shrink,
             restarts=self.restarts,
         )  # fmt: skip

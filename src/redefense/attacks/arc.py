@@ -28,7 +28,8 @@ class ARC(Attack):
         radius: of the local perturbation, as a fraction of eps.
         competitors: nearest other classes whose boundaries are measured, by logit; all if fewer.
         overshoot: added to the turn, as a fraction of eps.
-        restarts: the first from the image, further ones from random points; the best is kept.
+        restarts: the first from the image, further ones, for images that are still answered right
+            by somebody, from random points; the best is kept.
     """
 
     steps: int = 20
@@ -53,16 +54,28 @@ class ARC(Attack):
         support, best = Support(victim), Best.start(x)
         start = random_starts(x, y, threat, rng)
         for restart in range(self.restarts):
-            point = x if restart == 0 else start()
-            with torch.no_grad():
-                correct = support.correct(support.each(point), y)
-            for _ in range(self.steps):
-                turn, local = self._turns(support, best, point, correct, x, y, threat)
-                moved = threat.project(point + turn, x)
-                point = torch.where((local <= correct).view(-1, 1, 1, 1), moved, point)
-                correct = local.minimum(correct)
+            self._rounds(support, best, x if restart == 0 else start(), x, y, threat)
         support.offer_clean(best, x, y)
         return best.x
+
+    def _rounds(
+        self, support: Support, best: Best, point: Images, x: Images, y: Labels, threat: Threat
+    ) -> None:
+        """From one point per image, until all members err on it or the rounds are over."""
+        rows = torch.arange(len(x), device=x.device)
+        with torch.no_grad():
+            correct = support.correct(support.each(point), y)
+        for _ in range(self.steps):
+            standing = (best.correct[rows] > 0).nonzero().flatten()
+            if len(standing) == 0:
+                break
+            rows, point, correct = rows[standing], point[standing], correct[standing]
+            part, clean = best.select(rows), x[rows]
+            turn, local = self._turns(support, part, point, correct, clean, y[rows], threat)
+            best.update(rows, part)
+            moved = threat.project(point + turn, clean)
+            point = torch.where((local <= correct).view(-1, 1, 1, 1), moved, point)
+            correct = local.minimum(correct)
 
     def _turns(
         self,

@@ -160,7 +160,7 @@ def histogram(counts: Sequence[int], *, title: str, x_label: str, y_label: str) 
         body.append(
             f'<rect class="column" x="{x - step * 0.36:.1f}" y="{y:.1f}" '
             f'width="{step * 0.72:.1f}" height="{tall:.1f}"/>'
-            f'<text class="value" x="{x:.1f}" y="{max(y - 5, _TOP + 10):.1f}" '
+            f'<text class="value" x="{x:.1f}" y="{max(y - 4, _TOP - 3):.1f}" '
             f'text-anchor="middle">{100 * share:.0f}</text>'
         )
     return _svg(title, "".join(body))
