@@ -152,7 +152,7 @@ def runs(folder: Path) -> None:
     attempt("columns", tiny("red"), "1x2")
     attempt("written", tiny("ps-red", "ensemble.width=16", "ensemble.unit=16", "epochs=1"), "1x2")
     attempt("resumed", read_run(folder / "resumed" / "run.json"), "2x1", resume=True)
-    attempt("barre", tiny("barre", "epochs=3", "defence.refit_images=96"), "2x1")
+    attempt("barre", tiny("barre", "epochs=3", "defence.refit_images=128"), "2x1")
     attempt("dverge", tiny("dverge"), "2x1")
     attempt("dverge-columns", tiny("dverge"), "1x2")
     attempt("odd", tiny("vanilla", "batch_size=62"), "2x1")

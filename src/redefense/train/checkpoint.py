@@ -23,6 +23,8 @@ from redefense.errors import CheckpointError
 
 FORMAT = 1
 KEEP = 2
+ASIDE, REPLACED = ".saving-", ".replaced-"
+"""How the names of folders begin that are being written, and that are being replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def save(
     Raises:
         CheckpointError: if it cannot be written; `target` is then as it was.
     """
-    aside = target.parent / f".saving-{target.name}-{os.getpid()}"
+    aside = target.parent / f"{ASIDE}{target.name}-{os.getpid()}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -72,7 +74,7 @@ def save(
             _flush(path)
         _flush(aside)
         if target.exists():
-            replaced = target.parent / f".replaced-{target.name}-{os.getpid()}"
+            replaced = target.parent / f"{REPLACED}{target.name}-{os.getpid()}"
             target.rename(replaced)
             aside.rename(target)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -121,7 +123,15 @@ def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest sound checkpoint of a run's `checkpoints/`; damaged ones are named and skipped."""
+    """The newest sound checkpoint of a run's `checkpoints/`; damaged ones are named and skipped.
+
+    One that a kill caught between its two renames is put back first.
+    """
+    for path in folder.glob(f"{REPLACED}step-*"):
+        target = folder / path.name.removeprefix(REPLACED).rpartition("-")[0]
+        if not target.exists():
+            warn(f"checkpoint {target} was being replaced; its older version is put back")
+            path.rename(target)
     for path in reversed(_stored(folder)):
         try:
             return read(path)
@@ -137,7 +147,8 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def prune(folder: Path) -> None:
     """Remove all but the last two checkpoints, and what killed saves have left."""
-    for path in [*_stored(folder)[:-KEEP], *folder.glob(".saving-*"), *folder.glob(".replaced-*")]:
+    left = [*folder.glob(f"{ASIDE}*"), *folder.glob(f"{REPLACED}*")]
+    for path in [*_stored(folder)[:-KEEP], *left]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -33,7 +33,10 @@ class Metrics:
                         kept.append(line)
                 except ValueError:  # cut off by a kill
                     break
-        self.path.write_text("".join(line + "\n" for line in kept))
+        # whole or not at all: a kill must not take the lines that are kept
+        aside = self.path.with_name(f".writing-{self.path.name}")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.rename(self.path)
         self._board = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
