@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from redefense.ensembles import Hyper
@@ -25,7 +26,6 @@ def write_compact(
     Raises:
         ConfigError: if members differ in architecture.
     """
-    state = {k: v for k, v in ensemble.state_dict().items() if v.is_floating_point()}
     for m in range(1, ensemble.num_members):
         if _outline(ensemble, m) != _outline(ensemble, 0):
             raise ConfigError(
@@ -38,11 +38,22 @@ def write_compact(
     template.graph.ClearField("initializer")
     template.graph.initializer.extend(kept)
     (folder / TEMPLATE).write_bytes(template.SerializeToString(deterministic=True))
-    arrays = {k: v.detach().float().cpu().numpy() for k, v in state.items() if k != "mixture"}
-    np.savez(folder / WEIGHTS, **arrays)
+    np.savez(folder / WEIGHTS, allow_pickle=False, **stored(ensemble))
+    return {"template": TEMPLATE, "weights": WEIGHTS, **layout(ensemble)}
+
+
+def stored(ensemble: Hyper) -> dict[str, NDArray[np.float32]]:
+    """What a compact ensemble is stored as: all its numbers by name, less counts and mixture."""
     return {
-        "template": TEMPLATE,
-        "weights": WEIGHTS,
+        name: value.detach().float().cpu().numpy()
+        for name, value in ensemble.state_dict().items()
+        if value.is_floating_point() and name != "mixture"
+    }
+
+
+def layout(ensemble: Hyper) -> dict[str, Any]:
+    """How kernels are put together from what is stored."""
+    return {
         "unit": ensemble.unit,
         "taps": ensemble.taps,
         "shared": ensemble.shared,

@@ -82,10 +82,11 @@ class Deployed(nn.Module):
 def _rebuilt(bundle: Bundle) -> Members:
     """The ensemble that the config names, with the weights of the bundle."""
     settings = bundle.config["ensemble"]
+    # before anything of that size is built
+    if not isinstance(settings, dict) or settings.get("num_members") != bundle.num_members:
+        raise BundleError(f"config.json: ensemble must have {bundle.num_members} members")
     try:
         kind = choose(ENSEMBLES, settings, "ensemble")
-        if kind.num_members != bundle.num_members:
-            raise ValueError(f"it has {kind.num_members} members, not {bundle.num_members}")
         ensemble = kind.build(num_classes=len(bundle.classes), shape=bundle.shape, seed=0)
     except (TypeError, ValueError) as error:
         raise BundleError(f"config.json: ensemble: {error}") from None

@@ -22,6 +22,7 @@ from redefense.export import runner
 from redefense.export.compact import write_compact
 from redefense.export.graph import member_graph, portable
 from redefense.export.quantise import Int8, quantised
+from redefense.export.rules import graph_faults
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Images, check_images
@@ -89,11 +90,23 @@ def export(
     try:
         with runner.aside(target) as folder:
             _write(ensemble, folder, about, images, int8, target.name)
-            if wrong := runner.check(runner.open_bundle(folder)):
-                raise ConfigError(f"the exported {wrong[0]}")
+            _check(runner.open_bundle(folder))
     except runner.BundleError as error:
         raise ConfigError(str(error)) from None
     return target
+
+
+def _check(bundle: runner.Bundle) -> None:
+    """Refuse what `verify` would refuse of the members.
+
+    Raises:
+        ConfigError: naming member and fault.
+    """
+    for m in range(bundle.num_members):
+        if faults := graph_faults(bundle.member(m), bundle.shape, len(bundle.classes)):
+            raise ConfigError(f"member {m} cannot be exported: {faults[0]}")
+    if wrong := runner.check(bundle):
+        raise ConfigError(f"the exported {wrong[0]}")
 
 
 def synthetic(shape: tuple[int, int, int], count: int = PROBES) -> Images:
