@@ -3,12 +3,18 @@
 import pytest
 import torch
 
-from redefense.bench.train import joint_step, run, table
+from redefense.bench import train as bench
+from redefense.bench.joint import joint_living, joint_step
+from redefense.bench.memory import line
+from redefense.bench.memory import run as run_memory
+from redefense.bench.memory import table as memory_table
+from redefense.bench.train import run, table
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.kinds import IndependentKind
 from redefense.rng import stream
+from redefense.types import Batch
 
 WAYS = ["joint", "exact fp32", "exact bf16", "finite bf16"]
 
@@ -24,6 +30,7 @@ def test_ratios_are_those_of_the_seconds_of_a_single_round() -> None:
         assert way["times_faster_than_joint"] * way["seconds"] == pytest.approx(joint)
         assert way["times_the_floor"] * 24 * 2 * forward == pytest.approx(way["seconds"])
         assert f"{way['seconds']:.3f}" in table(result)
+        assert ("predicted_seconds" in way) == (name != "joint")
 
 
 def test_finished_cases_are_told_at_once() -> None:
@@ -43,6 +50,45 @@ def test_the_joint_step_descends_the_definition_and_keeps_no_gradient_of_the_att
     joint_step(members, red, x, y, optimizer, stream(0, "step"))
     for p, grad in zip(members.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad)
+
+
+def test_a_joint_graph_that_does_not_fit_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "free_memory", lambda device: 1000)
+    result = run(models=["mlp"], members=[2], batch=2, steps=1, rounds=1)
+    (case,) = result["cases"]
+    assert list(case["ways"]) == WAYS[1:]
+    assert all(way["times_faster_than_joint"] is None for way in case["ways"].values())
+    assert case["skipped"]["joint"].endswith("GB are free")
+    assert f"joint was not run: {case['skipped']['joint']}" in table(result)
+
+
+def test_memory_of_the_engine_is_flat_where_that_of_the_joint_graph_grows() -> None:
+    said: list[str] = []
+    result = run_memory(members=[2, 5], batch=8, tell=said.append)
+    two, five = result["cases"]
+    assert result["spread"] < 0.1
+    assert five["joint"] > 2 * two["joint"] > 2 * two["engine"]
+    assert said == [line(case) for case in result["cases"]]
+    assert memory_table(result).splitlines()[2:-1] == said
+
+
+def test_memory_of_written_members_is_measured() -> None:
+    result = run_memory(members=[1], ensemble="hyper", batch=4, differentiate="finite")
+    assert result["cases"][0]["engine"] > 0
+    assert result["spread"] is None
+
+
+def test_counting_a_joint_graph_changes_nothing() -> None:
+    members = _members()
+    before = [p.detach().clone() for p in members.parameters()]
+    x = torch.rand(4, 3, 32, 32, generator=stream(0, "x"))
+    batch = Batch(x, torch.arange(4), torch.arange(4))
+    assert joint_living(members, batch) > 0
+    for p, value in zip(members.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+        assert p.grad is None
 
 
 def _members() -> Members:

@@ -1,9 +1,13 @@
 """The cost model: counts equal closed forms, and pretending to compute equals computing."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from redefense.cli import app
 from redefense.config import OptimConfig, Run, override
 from redefense.defences import DEFENCES
 from redefense.ensembles import Members
@@ -215,3 +219,12 @@ def test_what_cannot_be_predicted_is_refused() -> None:
 
 def test_a_recipe_says_what_an_image_costs() -> None:
     assert passes_per_image(mini("vanilla")) == pytest.approx(3 - STEM / RESNET8)
+
+
+def test_the_command_shows_what_the_library_predicts() -> None:
+    words = ["show", "cifar10-mini-vanilla", "--set", "data.images=128", "--cost", "--devices", "2"]
+    shown = CliRunner().invoke(app, [*words, "--json"])
+    run = override(recipe("cifar10-mini-vanilla"), ["data.images=128"])
+    expected = predict(count(run, num_classes=10, shape=(3, 32, 32)), "h100-sxm", devices=2)
+    assert json.loads(shown.stdout) == expected
+    assert CliRunner().invoke(app, words).stdout == table(expected) + "\n"

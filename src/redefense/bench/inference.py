@@ -60,7 +60,7 @@ def run(
     Raises:
         ConfigError: for another ensemble, or a network that no units tile.
     """
-    kind = _kind(ensemble, model, num_members)
+    kind = named_kind(ensemble, model, num_members)
     built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(device).eval()
     views = _views(channels_last(built))  # as `load` gives it
     others = [name for name in views if name != "member"]
@@ -93,7 +93,7 @@ def run(
     return result
 
 
-def _kind(ensemble: str, model: str, num_members: int) -> Kind:
+def named_kind(ensemble: str, model: str, num_members: int) -> Kind:
     if ensemble == "independent":
         return IndependentKind(model=model, num_members=num_members)
     if ensemble != "hyper":

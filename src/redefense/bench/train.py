@@ -19,12 +19,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from redefense.bench.joint import MARGIN, free_memory, joint_living, joint_step, torch_layers
 from redefense.bench.timing import machine, seconds
 from redefense.config import OptimConfig
 from redefense.defences.base import Adversary
@@ -32,11 +31,12 @@ from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.kinds import IndependentKind
 from redefense.rng import stream
-from redefense.threat import Threat
+from redefense.train.accelerators import cores
+from redefense.train.cost import ledger_seconds
 from redefense.train.optim import make_optimizer
 from redefense.train.run import channels_last
-from redefense.train.steps import take_steps
-from redefense.types import Batch, Images, Labels
+from redefense.train.steps import Precision, booked_step, take_steps
+from redefense.types import Batch, Images
 
 FLOOR_PASSES = 24
 """Forward passes a member that a step needs at least, by counting products of its layers."""
@@ -44,6 +44,13 @@ FLOOR_PASSES = 24
 BATCH: Final[Mapping[str, int]] = MappingProxyType({"resnet18": 16, "resnet32": 64, "resnet56": 32})
 """Images of a step where 128 of them would take two cores more than minutes."""
 
+ENGINE: Final[Mapping[str, tuple[str, Precision]]] = MappingProxyType(
+    {
+        "exact fp32": ("exact", "fp32"),
+        "exact bf16": ("exact", "bf16"),
+        "finite bf16": ("finite", "bf16"),
+    }
+)
 OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 Step = Callable[[], None]
 
@@ -73,8 +80,9 @@ def run(
 
     Returns:
         `settings` and `cases`, one for each model and number of members: median seconds of one
-        `forward` pass of a member and of each way, how many times faster than `joint` it is and
-        how many times the floor.
+        `forward` pass of a member and of each way, how many times faster than `joint` it is, how
+        many times the floor, and on a CPU what the cost model predicts. A joint graph larger than
+        the free memory is `skipped`, with the reason.
     """
     cases = []
     for model in models:
@@ -99,16 +107,24 @@ def _case(
     model: str, num_members: int, size: int, steps: int, rounds: int, device: str, seed: int
 ) -> dict[str, Any]:
     kind = IndependentKind(model=model, num_members=num_members)
-    ensemble = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(device)
-    rng = stream(seed, "bench", "images")
-    x = torch.rand(size, 3, 32, 32, generator=rng).to(device)
-    y = torch.randint(10, (size,), generator=rng).to(device)
-    ways = _ways(ensemble, Batch(x, y, torch.arange(size)), Adversary(steps=steps), seed)
-    timed = {**_forwards(ensemble, x), **ways}
+    ensemble = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed)
+    rng, here = stream(seed, "bench", "images"), torch.device(device)
+    x = torch.rand(size, 3, 32, 32, generator=rng)
+    batch = Batch(x, torch.randint(10, (size,), generator=rng), torch.arange(size))
+    adversary = Adversary(steps=steps)
+    too_large = _too_large(ensemble, batch, here)
+    predicted = {name: _predicted(ensemble, batch, way, adversary) for name, way in ENGINE.items()}
+    ensemble.to(here)
+    batch = Batch(batch.x.to(here), batch.y.to(here), batch.index)
+    ways: dict[str, Step] = {} if too_large else {"joint": _joint(ensemble, batch, adversary, seed)}
+    channels_last(ensemble)  # as training does
+    for name, way in ENGINE.items():
+        ways[name] = partial(_engine, ensemble, batch, way, adversary, seed)
+    timed = {**_forwards(ensemble, batch.x), **ways}
     for take in timed.values():
         take()
     found = [
-        {name: seconds(take, x.device, 1 if name in ways else 5) for name, take in timed.items()}
+        {name: seconds(take, here, 1 if name in ways else 5) for name, take in timed.items()}
         for _ in range(rounds)
     ]
     median = {name: statistics.median(r[name] for r in found) for name in timed}
@@ -116,84 +132,63 @@ def _case(
     for name in ways:
         unit = "forward bf16" if name.endswith("bf16") else "forward fp32"
         floor = [r[name] / (FLOOR_PASSES * num_members * r[unit]) for r in found]
+        faster = None if too_large else statistics.median(r["joint"] / r[name] for r in found)
         shown[name] = {
             "seconds": median[name],
-            "times_faster_than_joint": statistics.median(r["joint"] / r[name] for r in found),
+            "times_faster_than_joint": faster,
             "times_the_floor": statistics.median(floor),
         }
+        if name in predicted and here.type == "cpu":
+            shown[name]["predicted_seconds"] = predicted[name]
     return {
         "model": model,
         "members": num_members,
         "batch": size,
         "forward": {k: median[f"forward {k}"] for k in ("fp32", "bf16")},
         "ways": shown,
+        "skipped": {"joint": too_large} if too_large else {},
     }
 
 
-def _ways(ensemble: Members, batch: Batch, adversary: Adversary, seed: int) -> dict[str, Step]:
-    """One step of each way; the engine's train one ensemble: time does not depend on weights."""
+def _too_large(ensemble: Members, batch: Batch, device: torch.device) -> str | None:
+    """Why the joint graph is not timed, if it does not fit into the memory that is free."""
+    free = free_memory(device)
+    if free is None:
+        return None
+    # its own copy of the weights, their gradients and the optimizer's state
+    wanted = joint_living(ensemble, batch) + 3 * sum(p.nbytes for p in ensemble.parameters())
+    if wanted <= MARGIN * free:
+        return None
+    return f"it takes {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+
+
+def _joint(ensemble: Members, batch: Batch, adversary: Adversary, seed: int) -> Step:
     theirs = torch_layers(copy.deepcopy(ensemble))
     optimizer = make_optimizer(list(theirs.parameters()), OPTIM)
-    channels_last(ensemble)  # as training does
 
-    def joint() -> None:
+    def step() -> None:
         red, rng = RED(adversary=adversary), stream(seed, "bench", "joint")
         joint_step(theirs, red, batch.x, batch.y, optimizer, rng)
 
-    def engine(differentiate: str, precision: Literal["fp32", "bf16"]) -> None:
-        red = RED(adversary=adversary, differentiate=differentiate)
-        stages = red.stages(ensemble.num_members, 1)
-        take_steps(ensemble, stages, batch, optim=OPTIM, precision=precision, seed=seed)
-
-    return {
-        "joint": joint,
-        "exact fp32": partial(engine, "exact", "fp32"),
-        "exact bf16": partial(engine, "exact", "bf16"),
-        "finite bf16": partial(engine, "finite", "bf16"),
-    }
+    return step
 
 
-def torch_layers(ensemble: Members) -> Members:
-    """The same ensemble with layers as torch makes them, whatever ours have learnt since."""
-    for module in ensemble.modules():
-        for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
-            if isinstance(module, kind):
-                module.__class__ = kind
-    return ensemble
-
-
-def joint_step(
-    ensemble: Members,
-    red: RED,
-    x: Images,
-    y: Labels,
-    optimizer: torch.optim.Optimizer,
-    rng: torch.Generator,
+def _engine(
+    ensemble: Members, batch: Batch, way: tuple[str, Precision], adversary: Adversary, seed: int
 ) -> None:
-    """One step as the released code is organised: all members in one graph, single precision."""
-    ensemble.train()
-    half = len(x) // 2
-    x_adv = x.clone()
-    x_adv[half:] = _wasteful_pgd(ensemble.averaged(), x[half:], y[half:], red.adversary, rng)
-    optimizer.zero_grad(set_to_none=True)
-    red.terms(ensemble, x, y, x_adv)["total"].backward()
-    optimizer.step()
+    """All ways of the engine train the same ensemble: time does not depend on weights."""
+    stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
+    take_steps(ensemble, stages, batch, optim=OPTIM, precision=way[1], seed=seed)
 
 
-def _wasteful_pgd(
-    victim: nn.Module, x: Images, y: Labels, adversary: Adversary, rng: torch.Generator
-) -> Images:
-    """PGD that computes the gradient of every weight at every step, and throws it away."""
-    threat = Threat(eps=adversary.eps)
-    noise = torch.rand(x.shape, generator=rng).to(x)
-    point = threat.project(x + threat.eps * (2 * noise - 1), x)
-    for _ in range(adversary.steps):
-        point = point.detach().requires_grad_()
-        F.nll_loss(victim(point), y).backward()
-        assert point.grad is not None
-        ascent = adversary.step_size * threat.eps * point.grad.sign()
-        point = threat.project(point.detach() + ascent, x)
-    return point
+def _predicted(
+    ensemble: Members, batch: Batch, way: tuple[str, Precision], adversary: Adversary
+) -> float:
+    """Seconds of a step on as many cores as there are threads, by the cost model."""
+    stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
+    theirs = channels_last(copy.deepcopy(ensemble))
+    ledger = booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
+    return ledger_seconds(ledger.entries, cores(torch.get_num_threads()))
 
 
 def _forwards(ensemble: Members, x: Images) -> dict[str, Step]:
@@ -215,18 +210,22 @@ def _forwards(ensemble: Members, x: Images) -> dict[str, Step]:
 
 HEAD: Final = (
     f"{'network':<12}{'M':>3}{'batch':>6}  {'way':<12}{'seconds':>9}{'faster than joint':>19}"
-    f"{'times the floor':>17}"
+    f"{'times the floor':>17}{'predicted s':>13}{'error':>8}"
 )
 
 
 def lines(case: Mapping[str, Any]) -> list[str]:
     """A case as text, one line a way."""
     where = f"{case['model']:<12}{case['members']:>3}{case['batch']:>6}"
-    return [
-        f"{where}  {name:<12}{way['seconds']:>9.3f}{way['times_faster_than_joint']:>18.2f}x"
-        f"{way['times_the_floor']:>16.2f}x"
-        for name, way in case["ways"].items()
-    ]
+    text = [f"{where}  {name} was not run: {why}" for name, why in case["skipped"].items()]
+    for name, way in case["ways"].items():
+        faster, predicted = way["times_faster_than_joint"], way.get("predicted_seconds")
+        cells = f"{'-':>19}" if faster is None else f"{faster:>18.2f}x"
+        cells += f"{way['times_the_floor']:>16.2f}x"
+        if predicted is not None:
+            cells += f"{predicted:>13.3f}{100 * (predicted / way['seconds'] - 1):>+7.0f}%"
+        text.append(f"{where}  {name:<12}{way['seconds']:>9.3f}{cells}")
+    return text
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -35,6 +35,11 @@ def show(
     parameters: Annotated[
         bool, typer.Option("--parameters", help="Count parameters per member.")
     ] = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Count its training: FLOPs, memory, hours.")
+    ] = False,
+    accelerator: Annotated[str, typer.Option(help="Where it would run, for --cost.")] = "h100-sxm",
+    devices: Annotated[int, typer.Option(min=1, help="How many, for --cost.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Show a recipe or a run with every setting resolved."""
@@ -43,6 +48,12 @@ def show(
 
     resolved, kind, _ = resolve(run)
     shown: dict[str, Any] = resolved.model_dump(mode="json")
+    if cost:
+        from redefense.train.cost import predict_run, table
+
+        predicted = predict_run(what, resolved, accelerator, devices)
+        typer.echo(json.dumps(predicted, indent=1) if as_json else table(predicted))
+        return
     if parameters:
         from redefense.train.describe import count_parameters
 

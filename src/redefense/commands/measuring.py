@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from redefense.commands.options import DataSpec, Device, Json, Quiet, computing, say
+from redefense.errors import ConfigError
 
 
 def bench_attacks(
@@ -70,6 +71,38 @@ def bench_train(
             batch=batch,
             steps=steps,
             rounds=rounds,
+            device=device,
+            tell=lambda line: say(line, quiet),
+        )
+    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+
+
+def bench_memory(
+    model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet8",
+    members: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; may be repeated. 1 to 12.")
+    ] = None,
+    ensemble: Annotated[str, typer.Option(help="independent, or hyper.")] = "independent",
+    batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 64,
+    differentiate: Annotated[str, typer.Option(help="exact, or finite.")] = "exact",
+    precision: Annotated[str, typer.Option(help="bf16, or fp32.")] = "bf16",
+    device: Device = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Peak memory of a RED step by number of members, beside that of the joint graph."""
+    if precision not in ("bf16", "fp32"):
+        raise ConfigError(f"--precision must be bf16 or fp32, got {precision}")
+    with computing():
+        from redefense.bench.memory import MEMBERS, run, table
+
+        result = run(
+            model=model,
+            members=members or MEMBERS,
+            ensemble=ensemble,
+            batch=batch,
+            differentiate=differentiate,
+            precision="bf16" if precision == "bf16" else "fp32",
             device=device,
             tell=lambda line: say(line, quiet),
         )

@@ -1,7 +1,7 @@
 """Machines on which a training's time is predicted, with the peaks of their public data sheets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -63,3 +63,12 @@ ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+
+def cores(count: int) -> Accelerator:
+    """As many cores as there are threads, each half of the two in the table."""
+    two = ACCELERATORS["cpu-2-cores-avx512"]
+    share = count / 2
+    return replace(
+        two, half=two.half * share, single=two.single * share, bandwidth=two.bandwidth * share
+    )

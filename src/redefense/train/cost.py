@@ -61,10 +61,17 @@ class StageCost:
 
     def seconds(self, on: Accelerator, share: float = 1.0) -> float:
         """Of one step, or with a share of its images."""
-        return math.fsum(
-            n * on.seconds(half=e.half, flops=share * e.flops, moved=share * e.moved)
-            for e, n in self.entries.items()
-        )
+        return ledger_seconds(self.entries, on, share)
+
+
+def ledger_seconds(
+    entries: Mapping[Entry, float] | Mapping[Entry, int], on: Accelerator, share: float = 1.0
+) -> float:
+    """Of operations one after another, or of a share of the images in each."""
+    return math.fsum(
+        n * on.seconds(half=e.half, flops=share * e.flops, moved=share * e.moved)
+        for e, n in entries.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,16 +124,6 @@ class Cost:
             "activations": max(stage.living for stage in self.stages),
         }
         return {**parts, "total": sum(parts.values())}
-
-
-def passes_per_image(run: Run) -> float:
-    """Forward-pass equivalents that a recipe spends per member and image seen.
-
-    Raises:
-        ConfigError: for data of unknown shape or size.
-    """
-    _, num_classes, shape = known_images(run.recipe, run)
-    return count(run, num_classes=num_classes, shape=shape).passes()
 
 
 def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
@@ -215,6 +212,39 @@ ASSUMPTIONS: Final = (
 )
 
 
+def passes_per_image(run: Run) -> float:
+    """Forward-pass equivalents that a recipe spends per member and image seen.
+
+    Raises:
+        ConfigError: for data of unknown shape or size.
+    """
+    return _cost_of(run.recipe, run).passes()
+
+
+def predict_run(what: str, run: Run, accelerator: str, devices: int = 1) -> dict[str, Any]:
+    """`predict` for a recipe, a record or a trained run directory `what`, resolved to `run`.
+
+    Raises:
+        ConfigError: for data of unknown shape or size, or an unknown accelerator.
+    """
+    _named(accelerator)
+    return predict(_cost_of(what, run), accelerator, devices)
+
+
+def _cost_of(what: str, run: Run) -> Cost:
+    _, num_classes, shape = known_images(what, run)
+    return count(run, num_classes=num_classes, shape=shape)
+
+
+def _named(accelerator: str) -> Accelerator:
+    if accelerator not in ACCELERATORS:
+        near = suggestion(accelerator, list(ACCELERATORS))
+        raise ConfigError(
+            f"unknown accelerator {accelerator!r}{near}; there are {', '.join(ACCELERATORS)}"
+        )
+    return ACCELERATORS[accelerator]
+
+
 def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     """JSON-ready: what a run costs in all, and how long it takes on a named accelerator.
 
@@ -224,14 +254,9 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     Raises:
         ConfigError: for an accelerator that is not in the table, or fewer than one device.
     """
-    if accelerator not in ACCELERATORS:
-        near = suggestion(accelerator, list(ACCELERATORS))
-        raise ConfigError(
-            f"unknown accelerator {accelerator!r}{near}; there are {', '.join(ACCELERATORS)}"
-        )
     if devices < 1:
         raise ConfigError(f"devices must be at least 1, got {devices}")
-    on, memory = ACCELERATORS[accelerator], cost.memory
+    on, memory = _named(accelerator), cost.memory
     alone = _seconds(cost, lambda stage: stage.seconds(on))
     times = {"one device": alone}
     if devices > 1:

@@ -1,0 +1,86 @@
+"""A RED step as the released code is organised, to compare with: all members in one graph."""
+
+import copy
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from redefense.defences.base import Adversary
+from redefense.defences.red import RED
+from redefense.ensembles import Members
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.train.ledger import Ledger
+from redefense.train.steps import gradients_stay
+from redefense.types import Batch, Images, Labels
+
+MARGIN = 0.7
+"""Share of the free memory that a joint graph may take: the allocator wants its own."""
+
+
+def torch_layers(ensemble: Members) -> Members:
+    """The same ensemble with layers as torch makes them, whatever ours have learnt since."""
+    for module in ensemble.modules():
+        for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+            if isinstance(module, kind):
+                module.__class__ = kind
+    return ensemble
+
+
+def joint_step(
+    ensemble: Members,
+    red: RED,
+    x: Images,
+    y: Labels,
+    optimizer: torch.optim.Optimizer,
+    rng: torch.Generator,
+) -> None:
+    """One step as the released code is organised: all members in one graph, single precision."""
+    ensemble.train()
+    half = len(x) // 2
+    x_adv = x.clone()
+    x_adv[half:] = _wasteful_pgd(ensemble.averaged(), x[half:], y[half:], red.adversary, rng)
+    optimizer.zero_grad(set_to_none=True)
+    red.terms(ensemble, x, y, x_adv)["total"].backward()
+    optimizer.step()
+
+
+def _wasteful_pgd(
+    victim: nn.Module, x: Images, y: Labels, adversary: Adversary, rng: torch.Generator
+) -> Images:
+    """PGD that computes the gradient of every weight at every step, and throws it away."""
+    threat = Threat(eps=adversary.eps)
+    noise = torch.rand(x.shape, generator=rng).to(x)
+    point = threat.project(x + threat.eps * (2 * noise - 1), x)
+    for _ in range(adversary.steps):
+        point = point.detach().requires_grad_()
+        F.nll_loss(victim(point), y).backward()
+        assert point.grad is not None
+        ascent = adversary.step_size * threat.eps * point.grad.sign()
+        point = threat.project(point.detach() + ascent, x)
+    return point
+
+
+def joint_living(ensemble: Members, batch: Batch, steps: int = 1) -> int:
+    """Bytes above weights, gradients and optimizer state of a joint step: counted, not run.
+
+    The ensemble is on the CPU; it does not change.
+    """
+    theirs, ledger = torch_layers(copy.deepcopy(ensemble)), Ledger(dry=True)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0)
+    red = RED(adversary=Adversary(steps=steps))
+    with gradients_stay(theirs, ledger), ledger:
+        joint_step(theirs, red, batch.x, batch.y, optimizer, stream(0, "joint"))
+    return ledger.peak
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be taken on the device now; None if that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # no such name here
+        return None

@@ -1,0 +1,139 @@
+"""Peak memory of a RED step above weights, gradients and optimizer state, by number of members.
+
+Living tensors are counted byte by byte as they come and go (`train.ledger`), in the second of two
+steps of the training loop, so that the optimizer's state exists. The parameters' new gradients do
+not count. Workspace inside an operation is not seen; on an accelerator the allocator's own peak
+stands beside the count. The joint graph of all members, as the authors write it, is counted and
+not run, since it may not fit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from redefense.bench.inference import named_kind
+from redefense.bench.joint import joint_living
+from redefense.bench.timing import machine
+from redefense.config import OptimConfig
+from redefense.defences.base import Adversary
+from redefense.defences.red import RED
+from redefense.ensembles import Members
+from redefense.phases import watched
+from redefense.rng import stream
+from redefense.train.ledger import Ledger
+from redefense.train.run import channels_last
+from redefense.train.steps import Precision, gradients_stay, take_steps
+from redefense.types import Batch
+
+MEMBERS: Final = (1, 2, 3, 4, 6, 8, 10, 12)
+OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
+
+
+def run(
+    *,
+    model: str = "resnet8",
+    members: Sequence[int] = MEMBERS,
+    ensemble: str = "independent",
+    batch: int = 64,
+    differentiate: str = "exact",
+    precision: Precision = "bf16",
+    device: str = "cpu",
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure steps of RED (`calibrated`) on random images of 32 x 32 pixels.
+
+    Args:
+        model: a name in `MODELS`.
+        members: numbers of members.
+        ensemble: "independent", or "hyper" with the hypernetworks of a PS-RED recipe.
+        batch: images of a step.
+        differentiate: "exact" or "finite".
+        precision: of the engine's step; the joint graph is in single precision.
+        device: where.
+        seed: of weights and images.
+        tell: told each finished case.
+
+    Returns:
+        `cases`, one for each number of members: bytes of `engine` and `joint`, on an accelerator
+        `allocator` too; `spread`, the largest over the smallest of the engine's from two members
+        on, less 1; `settings`.
+
+    Raises:
+        ConfigError: for another ensemble, or a network that no units tile.
+    """
+    rng = stream(seed, "bench", "images")
+    x = torch.rand(batch, 3, 32, 32, generator=rng)
+    y = torch.randint(10, (batch,), generator=rng)
+    red = RED(adversary=Adversary(steps=2), differentiate=differentiate)
+    cases = []
+    for num_members in members:
+        kind = named_kind(ensemble, model, num_members)
+        built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed)
+        case: dict[str, Any] = {"members": num_members}
+        case["joint"] = joint_living(built, Batch(x, y, torch.arange(batch)))
+        channels_last(built.to(device))
+        here = Batch(x.to(device), y.to(device), torch.arange(batch))
+        case |= _engine(built, red, here, precision)
+        tell(line(case))
+        cases.append(case)
+    several = [case["engine"] for case in cases if case["members"] > 1]
+    return {
+        "settings": {
+            "ensemble": ensemble,
+            "model": model,
+            "batch": batch,
+            "differentiate": differentiate,
+            "precision": precision,
+            **machine(device),
+        },
+        "cases": cases,
+        "spread": max(several) / min(several) - 1 if several else None,
+    }
+
+
+def _engine(ensemble: Members, red: RED, batch: Batch, precision: Precision) -> dict[str, int]:
+    ledger, device, before = Ledger(), batch.x.device, [0]
+    ledger.recording = False
+
+    def second_step() -> None:
+        if not ledger.recording and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before[0] = torch.cuda.memory_allocated(device)
+        ledger.recording = True
+
+    stages = red.stages(ensemble.num_members, 1)
+    with gradients_stay(ensemble, ledger), ledger, watched(ledger):
+        take_steps(
+            ensemble, stages, batch, optim=OPTIM, precision=precision, steps=2, on_step=second_step
+        )
+    found = {"engine": ledger.peak}
+    if device.type == "cuda":
+        found["allocator"] = torch.cuda.max_memory_allocated(device) - before[0]
+    return found
+
+
+HEAD: Final = f"{'M':>3}{'engine':>14}{'joint graph':>16}{'allocator':>14}"
+
+
+def line(case: Mapping[str, Any]) -> str:
+    """A case as text."""
+    allocator = case.get("allocator")
+    last = "-" if allocator is None else f"{allocator / 1e6:.2f} MB"
+    return (
+        f"{case['members']:>3}{case['engine'] / 1e6:>11.2f} MB{case['joint'] / 1e6:>13.2f} MB"
+        f"{last:>14}"
+    )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """All cases as plain text, with what they were measured on."""
+    it, spread = result["settings"], result["spread"]
+    head = (
+        f"Peak memory of a step of RED (calibrated) above weights, gradients and optimizer state: "
+        f"{it['ensemble']} {it['model']}, {it['batch']} images, {it['differentiate']} "
+        f"{it['precision']}, {it['device']}, torch {it['torch']}"
+    )
+    flat = [] if spread is None else [f"from two members on it varies by {100 * spread:.1f} %"]
+    return "\n".join([head, HEAD, *map(line, result["cases"]), *flat])
