@@ -13,7 +13,7 @@ MODES = ("run", "parse", "model", "names", "exit 1", "any exit")
 """What `<!-- test: MODE -->` before a block may say; "run" unless it says anything."""
 
 # on digits a page is tried with what takes seconds; an option that the page gives itself is kept
-TINY = {
+TINY: dict[str, dict[str, list[str]]] = {
     "train": {"--set": ["epochs=1"], "--quiet": []},
     "evaluate": {"--images": ["12"], "--quiet": []},
     "export": {"--quiet": []},

@@ -63,7 +63,7 @@ def save_pretrained(
         "library_name": "redefense",
         "version": redefense.__version__,
         "num_members": ensemble.num_members,
-        "run": _without_paths(origin.run).model_dump(mode="json"),
+        "run": without_paths(origin.run).model_dump(mode="json"),
         "data": dict(origin.data),
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _origin(ensemble: Members) -> Origin:
     return ensemble.origin
 
 
-def _without_paths(run: Run) -> Run:
+def without_paths(run: Run) -> Run:
     """What others may read: the kind of data, not where it lies here."""
     spec = run.data.spec.partition(":")[0]
     update: dict[str, Any] = {"data": run.data.model_copy(update={"spec": spec})}

@@ -1,0 +1,396 @@
+"""Claims: the figures of a run as one small JSON file with all that is needed to make them again.
+
+python benchmarks/claims.py make RUN... --out claims        from evaluated run directories
+python benchmarks/claims.py table [CLAIM...]                Markdown, one row a claim
+python benchmarks/claims.py recompute CLAIM --data SPEC     train, evaluate, compare; exit 1
+
+A claim holds the resolved run without paths, the hash of its weights, what its training cost, and
+for each threat and set of images the suites that were run, where and by which commit, both
+headlines with intervals, every attack, and the red self-checks. The lowest correctness of each
+image is kept too, so that claims on the same images can be compared by paired differences.
+"""
+
+import argparse
+import base64
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import study
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from redefense.config import parse_run
+from redefense.errors import DataError, RedefenseError
+from redefense.evaluation.joined import Result, join
+from redefense.evaluation.records import Stored
+from redefense.evaluation.statistics import Estimate, paired_difference
+from redefense.evaluation.suite import SUITES
+from redefense.evaluation.tables import markdown_table, with_interval
+from redefense.hub.pretrained import without_paths
+from redefense.train.cost import count
+from redefense.train.run import find_final
+
+CLAIMS: Final = Path("claims")
+STEPS: Final = 65535
+"""Levels in which the correctness of an image is kept."""
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Figure(_Data):
+    """A fraction, or a difference of two, with its 95 % interval where one is known."""
+
+    value: float = Field(ge=-1, le=1)
+    low: float | None = Field(default=None, ge=-1, le=1)
+    high: float | None = Field(default=None, ge=-1, le=1)
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.value, self.low, self.high)
+
+
+class Attacked(_Data):
+    """One cell: the call that rebuilds the attack, and the exact expected accuracy it left."""
+
+    id: str
+    attack: str
+    view: str
+    aware: bool
+    bounded: bool
+    repr: str
+    expected: Figure
+
+
+class Plan(_Data):
+    """How a suite was run.
+
+    Attributes:
+        file: name of the evaluation in the run's folder.
+        suite: its name, or its whole definition if it is not one of ours.
+    """
+
+    file: str
+    suite: str | dict[str, Any]
+    norm: Literal["inf", "2"]
+    eps: float
+    images: int | None
+    seed: int
+    seeds: int
+    checks: str
+    provenance: dict[str, Any]
+
+
+class Evaluated(_Data):
+    """All suites of the run at one threat on one set of images, joined."""
+
+    data: dict[str, Any]
+    norm: Literal["inf", "2"]
+    eps: float
+    suites: tuple[Plan, ...]
+    clean: Figure | None
+    unaware: Figure | None
+    aware: Figure | None
+    best_single_member: Figure | None
+    averaged: Figure | None
+    over_single: Figure | None
+    over_averaged: Figure | None
+    cells: tuple[Attacked, ...]
+    red_checks: tuple[str, ...]
+    lowest: str | None = Field(description="per image, URL-safe base64 of 16-bit levels")
+
+    def per_image(self) -> NDArray[np.float64] | None:
+        """(n,) the lowest expected correctness that any bounded attack left."""
+        if self.lowest is None:
+            return None
+        raw = base64.urlsafe_b64decode(self.lowest)
+        levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
+        return levels / STEPS
+
+
+class Training(_Data):
+    """What the training took.
+
+    Attributes:
+        images: seen, over all epochs.
+        passes: forward-pass equivalents per member and image seen, counted.
+        minutes: on the machine of the study, None where they were not logged.
+        weights: SHA-256 of the weights file.
+    """
+
+    epochs: int
+    images: int
+    passes: float
+    minutes: float | None
+    weights: str
+
+
+class Claim(_Data):
+    """One run and everything that was measured of it."""
+
+    version: Literal[1] = Field(default=1, alias="schema")
+    name: str
+    run: dict[str, Any]
+    training: Training
+    evaluations: tuple[Evaluated, ...] = Field(min_length=1)
+
+    @property
+    def headline(self) -> Evaluated:
+        """The evaluation with an aware figure on the most images, that with most attacks first."""
+        known = [e for e in self.evaluations if e.aware is not None] or list(self.evaluations)
+        return max(known, key=lambda e: (e.data["num_images"], len(e.cells)))
+
+
+def claim(run: Path) -> Claim:
+    """The claim of an evaluated run.
+
+    Raises:
+        DataError: if the run is not trained, not evaluated or damaged.
+    """
+    checkpoint = find_final(run)
+    data = checkpoint.state["data"]
+    clean_run = without_paths(checkpoint.run)
+    cost = count(clean_run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
+    took = study.measured(run.parent).get(f"{run.name}/train")
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    return Claim(
+        name=run.resolve().name,
+        run=clean_run.model_dump(mode="json"),
+        training=Training(
+            epochs=clean_run.epochs,
+            images=cost.steps * cost.batch,
+            passes=round(cost.passes(), 2),
+            minutes=None if took is None else round(took, 1),
+            weights=manifest["sha256"]["weights.safetensors"],
+        ),
+        evaluations=tuple(evaluated(result) for result in join([run])),
+    )
+
+
+def evaluated(result: Result) -> Evaluated:
+    """One joined result as data."""
+    data = result.evaluations[0].data
+    assert result.norm in ("inf", "2")
+    return Evaluated(
+        data={**data.model_dump(), "num_images": data.num_images},
+        norm="2" if result.norm == "2" else "inf",
+        eps=0.0 if result.eps is None else result.eps,
+        suites=tuple(planned(stored) for stored in result.suites),
+        clean=figure(result.clean),
+        unaware=figure(result.unaware),
+        aware=figure(result.aware),
+        best_single_member=figure(result.single),
+        averaged=figure(result.averaged),
+        over_single=figure(result.over_single),
+        over_averaged=figure(result.over_averaged),
+        cells=tuple(
+            Attacked(
+                id=scored.cell.id, attack=scored.cell.attack, view=scored.cell.view,
+                aware=scored.cell.aware, bounded=scored.cell.bounded, repr=scored.cell.repr,
+                expected=estimated,
+            )
+            for scored in result.cells
+            if (estimated := figure(scored.expected)) is not None
+        ),
+        red_checks=tuple(c.id for c in result.checks if c.passed is False),
+        lowest=lowest(result),
+    )  # fmt: skip
+
+
+def figure(estimate: Estimate | None) -> Figure | None:
+    if estimate is None:
+        return None
+    value, low, high = (None if v is None else round(float(v), 6) for v in estimate)
+    assert value is not None
+    return Figure(value=value, low=low, high=high)
+
+
+def lowest(result: Result) -> str | None:
+    """Per image, the lowest expected correctness over clean image and bounded attacks."""
+    scored = [*result.bounded, result.suites[0].clean]
+    per_image = [s.q for s in scored if s.q is not None]
+    if result.aware is None or len(per_image) < len(scored):
+        return None
+    levels = np.rint(STEPS * np.min(per_image, axis=0)).astype("<u2")
+    return base64.urlsafe_b64encode(levels.tobytes()).decode()
+
+
+def planned(stored: Stored) -> Plan:
+    """How a stored suite was run.
+
+    Raises:
+        DataError: if the evaluation's plan is missing.
+    """
+    evaluation = stored.evaluation
+    file = Path(evaluation.clean.per_image or f"{evaluation.suite}/clean.npz").parent.name
+    if stored.folder is None or not (path := stored.folder / file / "plan.json").is_file():
+        raise DataError(f"{stored.name}: {file} has no plan.json, so it cannot be recomputed")
+    plan = json.loads(path.read_text())
+    name = plan["suite"]["name"]
+    ours = name in SUITES and SUITES[name].model_dump(mode="json") == plan["suite"]
+    return Plan(
+        file=file, suite=name if ours else plan["suite"], norm=plan["threat"]["norm"],
+        eps=plan["threat"]["eps"], images=plan["images"], seed=plan["seed"], seeds=plan["seeds"],
+        checks=plan["checks"], provenance=evaluation.provenance,
+    )  # fmt: skip
+
+
+def read(path: Path) -> Claim:
+    """A stored claim.
+
+    Raises:
+        DataError: naming the file and the first key that is wrong.
+    """
+    try:
+        return Claim.model_validate_json(path.read_text())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path} is not a claim: {place}: {first['msg']}") from None
+
+
+def write(it: Claim, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{it.name}.json"
+    path.write_text(json.dumps(it.model_dump(mode="json", by_alias=True), indent=1) + "\n")
+    return path
+
+
+COLUMNS: Final = (
+    "method", "images", "clean", "unaware", "aware", "best single", "averaged", "cost",
+)  # fmt: skip
+
+
+def table(claims: Sequence[Claim], against: str | None = None) -> str:
+    """A Markdown table, percent with 95 % intervals, cost in forward passes per member and image.
+
+    Args:
+        claims: one row each, in this order.
+        against: name of the claim from which paired differences of the aware figure are taken.
+    """
+    base = None if against is None else next(c for c in claims if c.name == against).headline
+    rows = []
+    for it in claims:
+        found = it.headline
+        keys = ("clean", "unaware", "aware", "best_single_member", "averaged")
+        figures: list[Figure | None] = [getattr(found, key) for key in keys]
+        row = [it.name, str(found.data["num_images"])]
+        row += [with_interval(None if f is None else f.estimate) for f in figures]
+        row += [f"{it.training.passes:.1f}"]
+        if base is not None:
+            row.append(_paired(found, base))
+        rows.append(row)
+    heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
+    # the intervals' brackets need no escape where the page is Markdown and not a link
+    return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
+
+
+def _paired(found: Evaluated, base: Evaluated) -> str:
+    """Points gained over the base, where both were attacked on the same images."""
+    one, other = found.per_image(), base.per_image()
+    if found is base or one is None or other is None or found.data != base.data:
+        return ""
+    gain = paired_difference(one, other)
+    return f"{100 * gain.value:+.1f}" + (
+        "" if gain.low is None else f" [{100 * gain.low:+.1f}, {100 * (gain.high or 0):+.1f}]"
+    )
+
+
+def recompute(it: Claim, data: str, folder: Path) -> list[str]:
+    """Train and evaluate anew in `folder`; every headline that does not agree, in words.
+
+    Other machines give other bits, and other bits other weights. Figures agree if each lies in the
+    95 % interval of the other.
+    """
+    run, again = parse_run(it.run, it.name), folder / it.name
+    (folder / "run.json").write_text(json.dumps(run.model_dump(mode="json")))
+    _redefense("train", str(folder / "run.json"), "--data", data, "--out", str(again), "--resume")
+    for plan in {p.file: p for e in it.evaluations for p in e.suites}.values():
+        suite = plan.suite
+        if isinstance(suite, Mapping):
+            (folder / "suite.json").write_text(json.dumps(suite))
+            suite = str(folder / "suite.json")
+        images = [] if plan.images is None else ["--images", str(plan.images)]
+        _redefense(
+            "evaluate", str(again), "--data", data, "--suite", suite, *images,
+            "--eps", repr(plan.eps), "--norm", plan.norm, "--seed", str(plan.seed),
+            "--seeds", str(plan.seeds), "--checks", plan.checks,
+            "--out", str(again / "evaluation" / f"{plan.file}.json"),
+        )  # fmt: skip
+    return differences(it, claim(again))
+
+
+def differences(one: Claim, other: Claim) -> list[str]:
+    """Headlines of two claims about the same run that lie outside each other's intervals."""
+    found = []
+    for mine, theirs in zip(one.evaluations, other.evaluations, strict=True):
+        for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
+            a, b = getattr(mine, key), getattr(theirs, key)
+            if (a is None) != (b is None) or (a is not None and not _agree(a, b)):
+                shown = [with_interval(None if f is None else f.estimate) for f in (a, b)]
+                images = mine.data["num_images"]
+                found.append(f"{one.name}, {images} images, {key}: {shown[0]}, now {shown[1]}")
+    return found
+
+
+def _agree(a: Figure, b: Figure) -> bool:
+    def inside(value: float, of: Figure) -> bool:
+        low, high = (of.value if v is None else v for v in (of.low, of.high))
+        return low <= value <= high
+
+    return inside(a.value, b) and inside(b.value, a)
+
+
+def _redefense(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "redefense", *words, "--quiet"], check=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make", help="write the claims of evaluated runs")
+    making.add_argument("runs", nargs="+", type=Path)
+    making.add_argument("--out", type=Path, default=CLAIMS)
+    showing = commands.add_parser("table", help="print a Markdown table")
+    showing.add_argument("claims", nargs="*", type=Path)
+    showing.add_argument("--against", help="name of a claim: add paired differences from it")
+    checking = commands.add_parser("recompute", help="train, evaluate and compare; exit 1")
+    checking.add_argument("claim", type=Path)
+    checking.add_argument("--data", required=True, help="e.g. digits or cifar10:PATH")
+    checking.add_argument("--out", type=Path, help="keep the run here, and go on with it")
+    given = parser.parse_args(arguments)
+    try:
+        return _perform(given)
+    except RedefenseError as error:
+        sys.stderr.write(f"claims: {error}\n")
+        return error.code
+
+
+def _perform(given: argparse.Namespace) -> int:
+    if given.command == "make":
+        for run in given.runs:
+            sys.stdout.write(f"{write(claim(run), given.out)}\n")
+        return 0
+    if given.command == "table":
+        paths = given.claims or sorted(CLAIMS.glob("*.json"))
+        sys.stdout.write(table([read(path) for path in paths], given.against) + "\n")
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = recompute(read(given.claim), given.data, folder)
+    for line in found:
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.write(f"{given.claim}: {'does not hold' if found else 'holds'}\n")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""Published figures: what a claim must hold, and the cheap ones made again."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import claims
+import numpy as np
+import pytest
+
+from redefense.config import override, parse_run
+from redefense.errors import DataError
+from redefense.evaluation.api import evaluate_run
+from redefense.evaluation.joined import join
+from redefense.evaluation.statistics import paired_difference
+from redefense.evaluation.suite import Suite
+from redefense.recipes import recipe
+from redefense.train.run import resolve, train
+
+ROOT = Path(claims.__file__).resolve().parents[1]
+STORED = sorted((ROOT / "claims").glob("*.json"))
+CHEAP = 500_000
+"""Forward passes of one member that a test may spend on a training."""
+
+MINE = {
+    "name": "mine",
+    "cells": [
+        {"attack": "fgsm", "view": "sampled"},
+        {"attack": "hinge", "view": "members", "settings": {"steps": 2}},
+    ],
+}
+
+
+def cost(claim: claims.Claim) -> float:
+    return claim.training.passes * claim.training.images
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of a small run, each under a suite of the library's and one of the user's."""
+    out = tmp_path_factory.mktemp("runs")
+    (out / "mine.json").write_text(json.dumps(MINE))
+    for seed in (0, 1):
+        run = override(recipe("digits-vanilla"), ["epochs=1", "data.images=64", f"seed={seed}"])
+        train(run, out / f"tiny-{seed}", quiet=True)
+        for suite, name in (("quick", "quick"), (str(out / "mine.json"), "mine-30")):
+            target = out / f"tiny-{seed}" / "evaluation" / f"{name}.json"
+            evaluate_run(out / f"tiny-{seed}", suite=suite, images=30, out=target)
+    return out
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Path) -> None:
+    claim, text = claims.read(path), path.read_text()
+    assert claim.name == path.stem
+    assert not re.search(r'"/|\\\\|:/', text), "a path of somebody's machine"
+    resolve(parse_run(claim.run, path.name))
+    assert re.fullmatch(r"[0-9a-f]{64}", claim.training.weights)
+    assert claim.training.passes >= 1
+    for found in claim.evaluations:
+        for plan in found.suites:
+            assert plan.provenance.keys() >= {"commit", "torch", "machine", "seed", "date"}
+            assert plan.provenance["commit"]
+        if found.aware is None:
+            continue
+        assert found.unaware is not None
+        assert found.clean is not None
+        assert found.aware.value <= min(found.unaware.value, found.clean.value) + 1e-6
+        per_image = found.per_image()
+        assert per_image is not None
+        assert len(per_image) == found.data["num_images"]
+        assert per_image.mean() == pytest.approx(found.aware.value, abs=1e-5)
+        for figure in (found.clean, found.unaware, found.aware):
+            assert figure.low is not None
+            assert figure.high is not None
+            assert figure.low <= figure.value <= figure.high
+        bounded = [c.expected.value for c in found.cells if c.bounded]
+        assert found.aware.value <= min(bounded) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in STORED if cost(claims.read(p)) < CHEAP], ids=lambda path: path.stem
+)
+def test_a_cheap_claim_can_be_made_again(path: Path, tmp_path: Path) -> None:
+    assert claims.recompute(claims.read(path), "digits", tmp_path) == []
+
+
+def test_there_are_claims_that_a_test_makes_again() -> None:
+    assert any(cost(claims.read(path)) < CHEAP for path in STORED)
+
+
+def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
+    claim = claims.claim(runs / "tiny-0")
+    (result,) = join([runs / "tiny-0"])
+    (found,) = claim.evaluations
+    assert result.aware is not None
+    assert found.aware is not None
+    assert found.aware.value == pytest.approx(result.aware.value, abs=1e-6)
+    assert {plan.file for plan in found.suites} == {"quick", "mine-30"}
+    # a suite of ours travels by name, another one whole
+    suites = {plan.file: plan.suite for plan in found.suites}
+    assert suites["quick"] == "quick"
+    assert Suite.model_validate(suites["mine-30"]) == Suite.model_validate(MINE)
+    path = claims.write(claim, tmp_path)
+    assert claims.read(path) == claim
+    assert str(runs) not in path.read_text()
+
+
+def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None:
+    claim = claims.claim(runs / "tiny-0")
+    assert claims.differences(claim, claim) == []
+    (found,) = claim.evaluations
+    better = found.model_copy(update={"aware": claims.Figure(value=0.99, low=0.98, high=1.0)})
+    (line,) = claims.differences(claim.model_copy(update={"evaluations": (better,)}), claim)
+    assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
+
+
+def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
+    both = [claims.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    heading, _, first, second = claims.table(both, against="tiny-0").splitlines()
+    assert [cell.strip() for cell in heading.split("|")[1:-1]] == [
+        *claims.COLUMNS, "aware, against tiny-0",
+    ]  # fmt: skip
+    clean = both[0].headline.clean
+    assert clean is not None
+    assert f"| tiny-0 | 30 | {100 * clean.value:.1f} [" in first
+    assert first.endswith("|  |")
+    one, other = (c.headline.per_image() for c in both)
+    assert one is not None
+    assert other is not None
+    gain = paired_difference(other, one)
+    assert f"| {100 * gain.value:+.1f} [" in second
+    assert np.allclose(100 * (other - one).mean(), 100 * gain.value)
+
+
+def test_what_is_no_claim_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = claims.claim(runs / "tiny-0").model_dump(mode="json", by_alias=True)
+
+    def refused(change: dict[str, Any], match: str) -> None:
+        (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(DataError, match=match):
+            claims.read(tmp_path / "bad.json")
+
+    refused({"schema": 2}, "schema")
+    refused({"evaluations": []}, "evaluations")
+    refused({"note": "best ever"}, "note")
+    found = good["evaluations"][0]
+    refused({"evaluations": [{**found, "aware": {"value": 41.2}}]}, "aware.value")
+    assert claims.main(["make", str(tmp_path / "nowhere")]) == 3
+    assert "claims: no trained run at" in capsys.readouterr().err
