@@ -1,6 +1,5 @@
 """The routes: Open Inference Protocol v2, picture uploads, metrics and a page to try it."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -61,10 +60,11 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        loop = asyncio.create_task(self._batcher.work())
-        yield
-        loop.cancel()
-        self._batcher.close()
+        self._batcher.start()
+        try:
+            yield
+        finally:
+            self._batcher.close()
 
     async def server_metadata(self, request: Request) -> Response:
         about = {"name": "redefense", "version": redefense.__version__}

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redefense.errors import InputError
-from redefense.serve.chance import agreement, fit, independent, separation
+from redefense.export.draws import chi_square_p
+from redefense.serve.chance import agreement, independent, separation
 from redefense.serve.channels import OUTPUTS, Replica, told_by_channels
 from redefense.serve.client import Client, Form, Reply
 from redefense.serve.draws import Floats
@@ -134,7 +135,7 @@ def _fingerprint(model: Model, replica: Replica) -> Finding:
 
 def _uniform(case: _Case, members: Sequence[int], what: str) -> Finding:
     counts = np.bincount(members, minlength=len(case.mixture))
-    p = fit(counts, case.mixture)
+    p = chi_square_p(counts, case.mixture)
     share = case.mixture.max()
     # a shift of this size has about nine chances in ten to be seen
     visible = 6.2 * np.sqrt(share * (1 - share) / len(members))
@@ -173,7 +174,7 @@ def _asked_again(case: _Case, client: Client) -> Finding:
         answers.add(answer)
         members.append(case.witness(0, answer))
         case.alone.append((members[-1], reply.seconds))
-    p = fit(np.bincount(members, minlength=len(case.mixture)), case.mixture)
+    p = chi_square_p(np.bincount(members, minlength=len(case.mixture)), case.mixture)
     steps = list(itertools.pairwise(members))
     # overlapping pairs are not independent of each other, every second one is
     serial = min(independent(steps[::2], case.mixture), independent(steps[1::2], case.mixture))

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import math
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,13 +37,13 @@ class _Job:
 
 
 class Batcher:
-    """Queues requests and classifies them in batches on one worker thread.
+    """Queues requests and classifies them in batches.
 
-    A request's images stay together, in one batch. `work` is the loop; nothing is answered unless
-    it runs.
+    A thread of its own takes batches: under overload the event loop is busy refusing requests, and
+    the members must not wait for it. A request's images stay together, in one batch.
 
     Args:
-        on_batch: called with the number of images of every batch.
+        on_batch: called on the event loop with the number of images of every batch.
     """
 
     def __init__(
@@ -50,14 +51,29 @@ class Batcher:
     ) -> None:
         self._engine, self._settings, self._on_batch = engine, settings, on_batch
         self._jobs: deque[_Job] = deque()
-        self._arrival = asyncio.Event()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="members")
+        self._change = threading.Condition()
+        self._closed = False
         self._seconds_per_image = 0.0
+        self._thread: threading.Thread | None = None
 
     @property
     def waiting(self) -> int:
         """Images in the queue."""
-        return sum(len(job.images) for job in self._jobs)
+        return sum(len(job.images) for job in list(self._jobs))
+
+    def start(self) -> None:
+        """Answer from now on what is submitted on the running event loop."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, args=(loop,), name="members")
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; what still waits is not answered."""
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        if self._thread is not None:
+            self._thread.join()
 
     async def submit(self, images: Floats, client: str) -> Answers:
         """Answers to images (N, C, H, W) of one request.
@@ -66,74 +82,67 @@ class Batcher:
             Overloaded: at once, if the queue cannot take them.
             Late: at the deadline.
         """
-        waiting = self.waiting
-        if waiting + len(images) > self._settings.max_queue:
-            raise Overloaded(max(1, math.ceil(waiting * self._seconds_per_image)))
         loop = asyncio.get_running_loop()
-        job = _Job(images, client, loop.time(), loop.create_future())
-        self._jobs.append(job)
-        self._arrival.set()
+        job = _Job(images, client, time.monotonic(), loop.create_future())
+        with self._change:
+            waiting = self.waiting
+            if waiting + len(images) > self._settings.max_queue:
+                raise Overloaded(max(1, math.ceil(waiting * self._seconds_per_image)))
+            self._jobs.append(job)
+            self._change.notify()
         try:
             async with asyncio.timeout(self._settings.deadline):
                 return await job.future
         except TimeoutError:
             raise Late(f"no answer within {self._settings.deadline:g} s") from None
         finally:
-            with contextlib.suppress(ValueError):  # it ran
+            with self._change, contextlib.suppress(ValueError):  # it ran
                 self._jobs.remove(job)
 
-    async def work(self) -> None:
-        """Answer what is submitted, for ever."""
-        while True:
-            await self._arrival.wait()
-            await self._wait_for_mates()
-            jobs = self._take()
-            if jobs:
-                await self._answer(jobs)
-            else:
-                self._arrival.clear()
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        while jobs := self._next_batch():
+            images = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
+            clients = [job.client for job in jobs for _ in job.images]
+            started = time.monotonic()
+            try:
+                outcome: Answers | Exception = self._engine(images, clients)
+            except Exception as error:  # noqa: BLE001 - goes to every request of the batch
+                outcome = error
+            spent = (time.monotonic() - started) / len(images)
+            self._seconds_per_image += 0.1 * (spent - self._seconds_per_image)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+                loop.call_soon_threadsafe(self._deliver, jobs, outcome)
 
-    def close(self) -> None:
-        self._executor.shutdown()
-
-    async def _wait_for_mates(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._jobs and self.waiting < self._settings.max_batch:
-            left = self._jobs[0].arrived + self._settings.max_delay - loop.time()
-            if left <= 0:
-                return
-            self._arrival.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._arrival.wait()
-        self._arrival.set()
+    def _next_batch(self) -> list[_Job]:
+        """As many whole requests as fit, in order; none once closed."""
+        with self._change:
+            while not self._closed:
+                if self._jobs:
+                    due = self._jobs[0].arrived + self._settings.max_delay - time.monotonic()
+                    if due <= 0 or self.waiting >= self._settings.max_batch:
+                        return self._take()
+                    self._change.wait(due)
+                else:
+                    self._change.wait()
+        return []
 
     def _take(self) -> list[_Job]:
         jobs: list[_Job] = []
         room = self._settings.max_batch
         while self._jobs and len(self._jobs[0].images) <= room:
-            job = self._jobs.popleft()
-            room -= len(job.images)
-            jobs.append(job)
+            jobs.append(self._jobs.popleft())
+            room -= len(jobs[-1].images)
         return jobs
 
-    async def _answer(self, jobs: list[_Job]) -> None:
-        images = jobs[0].images if len(jobs) == 1 else np.concatenate([j.images for j in jobs])
-        clients = [job.client for job in jobs for _ in job.images]
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        try:
-            answers = await loop.run_in_executor(self._executor, self._engine, images, clients)
-        except Exception as error:  # noqa: BLE001 - goes to every request of the batch
-            for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(error)
-            return
-        spent = (loop.time() - started) / len(images)
-        self._seconds_per_image += 0.1 * (spent - self._seconds_per_image)
-        self._on_batch(len(images))
+    def _deliver(self, jobs: list[_Job], outcome: Answers | Exception) -> None:
         start = 0
         for job in jobs:
-            if not job.future.done():
-                job.future.set_result(answers.part(start, start + len(job.images)))
-            start += len(job.images)
+            end = start + len(job.images)
+            if job.future.done():  # its deadline has passed
+                pass
+            elif isinstance(outcome, Exception):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome.part(start, end))
+            start = end
+        self._on_batch(start)
