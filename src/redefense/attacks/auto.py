@@ -10,7 +10,6 @@ from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Best, Presets
 from redefense.attacks.fab import FAB
 from redefense.attacks.gradient import check_steps
-from redefense.attacks.objectives import margin
 from redefense.attacks.square import Square
 from redefense.threat import Threat
 from redefense.types import Images, Labels, Victim
@@ -62,11 +61,7 @@ class AutoAttack(Attack):
             if len(rows) == 0:
                 break
             point = attack.perturb(victim, x[rows], y[rows], threat, rng=rng)
-            with torch.no_grad():
-                logits = victim(point)
-            part = best.select(rows)
-            part.offer(point, (logits.argmax(1) == y[rows]).to(x.dtype), margin(logits, y[rows]))
-            best.update(rows, part)
+            best.judge(victim, rows, point, y[rows])
         return best.x
 
     def _published(

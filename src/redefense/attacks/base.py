@@ -25,6 +25,7 @@ from typing import ClassVar, Final, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from redefense.attacks.objectives import margin
 from redefense.ensembles import as_ensemble, frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
@@ -195,6 +196,14 @@ class Best:
         self.x = self.x.index_copy(0, rows, part.x)
         self.correct = self.correct.index_copy(0, rows, part.correct)
         self.value = self.value.index_copy(0, rows, part.value)
+
+    def judge(self, victim: nn.Module, rows: Int[Tensor, " K"], x: Images, y: Labels) -> None:
+        """Ask a victim about points for some of the images, and offer them by their margins."""
+        with torch.no_grad():
+            logits = victim(x)
+        part = self.select(rows)
+        part.offer(x, (logits.argmax(1) == y).to(x.dtype), margin(logits, y))
+        self.update(rows, part)
 
     def offer(
         self, x: Images, correct: Float[Tensor, " B"], value: Float[Tensor, " B"]

@@ -19,7 +19,7 @@ from redefense.attacks.base import (
     input_gradient,
 )
 from redefense.attacks.gradient import check_steps
-from redefense.attacks.objectives import margin, targeted_margin
+from redefense.attacks.objectives import targeted_margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, norms, per_image
 from redefense.types import Bool, Float, Images, Labels, Victim
@@ -119,11 +119,7 @@ class FAB(Attack):
             found = self.walk(victim, x[rows], y[rows], target[rows], threat)
             beyond = torch.isfinite(found.distance).view(-1, 1, 1, 1)
             point = threat.project(torch.where(beyond, found.point, found.last), x[rows])
-            with torch.no_grad():
-                logits = victim(point)
-            part = best.select(rows)
-            part.offer(point, (logits.argmax(1) == y[rows]).to(x.dtype), margin(logits, y[rows]))
-            best.update(rows, part)
+            best.judge(victim, rows, point, y[rows])
         return best.x
 
     def walk(self, victim: Victim, x: Images, y: Labels, target: Labels, threat: Threat) -> Found:

@@ -131,7 +131,11 @@ def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
     if not lines:
         return None
     xs = sorted({point[0] for line in lines for point in line.points})
-    ticks = xs if len(xs) <= 8 else xs[:: -(-len(xs) // 8)]
+    ticks = list[float]()
+    for x in xs:
+        # the first few lie close together, and their numbers must not run into each other
+        if not ticks or x - ticks[-1] >= (xs[-1] - xs[0]) / 8:
+            ticks.append(x)
     chart = charts.line_chart(
         lines,
         title="Accuracy against the size of the perturbation",
