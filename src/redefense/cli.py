@@ -38,6 +38,7 @@ app.add_typer(bench_app, name="bench")
 bench_app.command("attacks")(measuring.bench_attacks)
 bench_app.command("inference")(measuring.bench_inference)
 bench_app.command("train")(measuring.bench_train)
+bench_app.command("scaling")(measuring.bench_scaling)
 bench_app.command("memory")(measuring.bench_memory)
 
 

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, computing, say
+from redefense.commands.options import (
+    DataSpec,
+    Device,
+    Json,
+    Quiet,
+    Set,
+    computing,
+    resolve_run,
+    say,
+)
 from redefense.errors import ConfigError
 
 
@@ -104,6 +113,32 @@ def bench_memory(
             differentiate=differentiate,
             precision="bf16" if precision == "bf16" else "fp32",
             device=device,
+            tell=lambda line: say(line, quiet),
+        )
+    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+
+
+def bench_scaling(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|RUN.json", help="What to train.")] = (
+        "digits-red"
+    ),
+    changes: Set = None,
+    processes: Annotated[
+        list[int] | None, typer.Option(min=1, help="How many; may be repeated. 1, 2 and 4.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train on every mesh of gloo processes: differences from one process, and bytes exchanged."""
+    settings = resolve_run(what, changes, None, None)
+    with computing():
+        from redefense.bench.scaling import run, table
+
+        result = run(
+            settings=settings,
+            counts=processes or (1, 2, 4),
+            steps=steps,
             tell=lambda line: say(line, quiet),
         )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
