@@ -1,11 +1,7 @@
-"""Starts the processes of a mesh, and holds what they do: `python mesh_tools.py WORK FOLDER`."""
+"""What the processes of a mesh do in tests, and how they are started."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from defence_tools import ensemble as small_ensemble
+from redefense.bench.scaling import launch
 from redefense.config import Run, override, read_run
 from redefense.data import Dataset
 from redefense.defences import Adversary, Defence
@@ -183,31 +180,7 @@ def sharded(said: dict[str, list[object]]) -> None:
         said["sharded"] = [type(error).__name__, str(error), error.told]
 
 
-def start(count: int, *command: str) -> list[subprocess.Popen[str]]:
-    """The command in `count` processes, with the environment that torchrun gives."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, *command], env={**shared, "RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-
-
-def work(count: int, name: str, folder: Path) -> None:
+def work(count: int, what: Callable[[Path], None], folder: Path) -> None:
     """Do one of the functions above in `count` processes; all must succeed."""
     folder.mkdir(parents=True, exist_ok=True)
-    started = start(count, __file__, name, str(folder))
-    ended = [process.communicate(timeout=200) for process in started]
-    assert [process.returncode for process in started] == [0] * count, ended
-
-
-if __name__ == "__main__":
-    {"steps": steps, "runs": runs}[sys.argv[1]](Path(sys.argv[2]))
+    assert launch(count, what, folder, timeout=400) == [0] * count

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import mesh_tools
 from mesh_tools import MESHES, STEPS, given_examples, one_step, step_ensemble, work
+from redefense.bench.scaling import meshes, table
 from redefense.config import read_run
 from redefense.errors import ConfigError
 from redefense.train.distributed import Mesh, parse_mesh
@@ -22,7 +24,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "format-1"
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
-    work(4, "steps", folder)
+    work(4, mesh_tools.steps, folder)
     return folder
 
 
@@ -30,7 +32,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(FIXTURES / "stopped", folder / "resumed")  # what one process began
-    work(2, "runs", folder)
+    work(2, mesh_tools.runs, folder)
     return folder
 
 
@@ -156,3 +158,14 @@ def test_members_are_split_into_runs_that_cover_all() -> None:
     ranges = [Mesh(shape=(1, 3), rank=rank).own(8) for rank in range(3)]
     assert [m for own in ranges for m in own] == list(range(8))
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+def test_every_mesh_that_the_members_fill_is_measured() -> None:
+    assert meshes([1, 2, 4], 3) == ["1x1", "2x1", "1x2", "4x1", "2x2"]
+    row = {"gradient": 1e-7, "weights": 0.5, "clean": 0.9, "robust": 0.25, "seconds": 0.1,
+           "bytes": {"gradients": 4096}}  # fmt: skip
+    result = {"recipe": "digits-red", "num_members": 3, "batch_size": 128, "cores": 2,
+              "torch": "2", "meshes": {"2x1": row}}  # fmt: skip
+    assert table(result).splitlines()[-1].split() == [
+        "2x1", "1.0e-07", "5.0e-01", "90.0%", "25.0%", "0.100", "gradients", "4,096",
+    ]  # fmt: skip

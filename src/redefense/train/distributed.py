@@ -40,7 +40,8 @@ class Mesh:
         device: where it computes.
         batch_group: the processes of this column, None if there is one row.
         member_group: the processes of this row, None if there is one column.
-        traffic: bytes that this process has handed to others, by what they were.
+        traffic: bytes of the tensors that this process has handed over, by what they were; the few
+            bytes by which processes agree are not counted.
     """
 
     shape: tuple[int, int] = (1, 1)

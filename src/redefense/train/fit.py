@@ -23,6 +23,8 @@ from redefense.train.optim import learning_rate, make_optimizer
 from redefense.types import Batch, Loss, Progress
 
 SAVE_INTERVAL = 30.0
+ECHO = 1.0
+"""Seconds in which another signal is the same one again: torchrun repeats the terminal's."""
 
 
 @runtime_checkable
@@ -219,12 +221,18 @@ def _epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one acts at once."""
+    """Collect SIGINT and SIGTERM instead of dying; a second one, a while later, acts at once."""
     received: list[int] = []
+    first = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
         received.append(number)
-        signal.signal(number, previous[number])
 
     previous: dict[int, Any] = {}
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
