@@ -53,7 +53,7 @@ def check_parse(words: list[str]) -> None:
         command = command.commands[name]
     context = command.make_context(command.name, list(words))
     given = context.params
-    if command.name in ("train", "show"):
+    if "what" in given:
         assert given["what"] in RECIPES, given["what"]
         changes = list(given["changes"] or ())
         resolve(resolve_run(given["what"], changes, given["data"], given.get("seed")))
