@@ -215,7 +215,7 @@ def _per_input(case: _Case, url: str) -> list[Finding]:
 
 
 def _kept(case: _Case, client: Client) -> Finding:
-    changed, tried = 0, min(20, len(case.subjects.images) - 1)
+    changed, tried = 0, min(20, case.effort.repeats // 10, len(case.subjects.images) - 1)
     for n in range(tried):
         alone = [answers_in(case.ask(client, n, form=form))[0] for form in _FORMS * 4]
         mates = [answers_in(case.ask(client, n + 1, n))[1] for _ in range(4)]
