@@ -62,7 +62,8 @@ def full_checks(
         found=torch.from_numpy(worst_case(white)).to(x.device) if white else None,
     )
     workers = subject.workers
-    jobs = [*(partial(_alone, check) for check in CHECKS), climbed]
+    jobs: list[Callable[[Sample], list[Check]]] = [partial(_alone, c) for c in CHECKS]
+    jobs.append(climbed)
     found = workers.gather([job(sample) for job in workers.share(jobs)])
     return [check for checks in found for check in checks]
 
