@@ -13,6 +13,7 @@ from redefense.defences.base import Adversary
 from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.kinds import IndependentKind
+from redefense.phases import PHASES
 from redefense.rng import stream
 from redefense.types import Batch
 
@@ -70,6 +71,7 @@ def test_memory_of_the_engine_is_flat_where_that_of_the_joint_graph_grows() -> N
     two, five = result["cases"]
     assert result["spread"] < 0.1
     assert five["joint"] > 2 * two["joint"] > 2 * two["engine"]
+    assert {two["phase"], five["phase"]} <= set(PHASES)
     assert said == [line(case) for case in result["cases"]]
     assert memory_table(result).splitlines()[2:-1] == said
 

@@ -57,8 +57,8 @@ def run(
 
     Returns:
         `cases`, one for each number of members: bytes of `engine` and `joint`, on an accelerator
-        `allocator` too; `spread`, the largest over the smallest of the engine's from two members
-        on, less 1; `settings`.
+        `allocator` too, and the `phase` in which the engine's peak is; `spread`, the largest over
+        the smallest of the engine's from two members on, less 1; `settings`.
 
     Raises:
         ConfigError: for another ensemble, or a network that no units tile.
@@ -93,7 +93,7 @@ def run(
     }
 
 
-def _engine(ensemble: Members, red: RED, batch: Batch, precision: Precision) -> dict[str, int]:
+def _engine(ensemble: Members, red: RED, batch: Batch, precision: Precision) -> dict[str, Any]:
     ledger, device, before = Ledger(), batch.x.device, [0]
     ledger.recording = False
 
@@ -108,13 +108,13 @@ def _engine(ensemble: Members, red: RED, batch: Batch, precision: Precision) -> 
         take_steps(
             ensemble, stages, batch, optim=OPTIM, precision=precision, steps=2, on_step=second_step
         )
-    found = {"engine": ledger.peak}
+    found: dict[str, Any] = {"engine": ledger.peak, "phase": ledger.worst}
     if device.type == "cuda":
         found["allocator"] = torch.cuda.max_memory_allocated(device) - before[0]
     return found
 
 
-HEAD: Final = f"{'M':>3}{'engine':>14}{'joint graph':>16}{'allocator':>14}"
+HEAD: Final = f"{'M':>3}{'engine':>14}{'joint graph':>16}{'allocator':>14}  engine's peak in"
 
 
 def line(case: Mapping[str, Any]) -> str:
@@ -123,7 +123,7 @@ def line(case: Mapping[str, Any]) -> str:
     last = "-" if allocator is None else f"{allocator / 1e6:.2f} MB"
     return (
         f"{case['members']:>3}{case['engine'] / 1e6:>11.2f} MB{case['joint'] / 1e6:>13.2f} MB"
-        f"{last:>14}"
+        f"{last:>14}  {case['phase']}"
     )
 
 

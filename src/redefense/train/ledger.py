@@ -58,6 +58,7 @@ class Ledger(TorchDispatchMode):
         live: bytes of tensors that were made while recording and still exist, without those that
             were `disowned`.
         peak: the most that `live` has been.
+        worst: the phase in which it was.
     """
 
     def __init__(self, *, dry: bool = False, staying: frozenset[str] = frozenset()) -> None:
@@ -65,6 +66,7 @@ class Ledger(TorchDispatchMode):
         self.dry, self.staying, self.recording = dry, staying, True
         self.entries: Counter[Entry] = Counter()
         self.live = self.peak = 0
+        self.worst = OTHER
         self._owned: dict[int, int] = {}
         self._open = [OTHER]
         self._shapes: dict[Any, Any] = {}
@@ -121,7 +123,8 @@ class Ledger(TorchDispatchMode):
             return
         self._owned[key] = size
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak, self.worst = self.live, self._open[-1]
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
