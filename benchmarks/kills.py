@@ -35,8 +35,8 @@ from redefense.train.run import load, train
 
 RUN = override(
     recipe("digits-barre"),
-    ["epochs=6", "batch_size=64", "data.images=256", "ensemble.width=8",
-     "ensemble.num_members=3", "defence.refit_images=128", "defence.refit_steps=4"],
+    ["epochs=6", "batch_size=64", "data.images=128", "ensemble.width=4",
+     "ensemble.num_members=3", "defence.refit_images=128", "defence.refit_steps=2"],
 )  # fmt: skip
 
 

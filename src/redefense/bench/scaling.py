@@ -192,7 +192,7 @@ def _steps(
         begun = time.perf_counter()
         take_step(
             ensemble, stage, batch, optimizer, params, lr=0.0, clip=None, precision="fp32",
-            total=step, rng=stream(run.seed, "step", step), first=step == 0, mesh=team, tally=tally,
+            total=step, rng=stream(run.seed, "step", step), first=step == 0, tally=tally,
         )  # fmt: skip
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)

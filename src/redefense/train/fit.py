@@ -116,7 +116,7 @@ def fit(
                         ensemble, stage, replace(batch, progress=progress), optimizer, params,
                         lr=lr, clip=optim.clip, precision=precision, total=position.total,
                         rng=stream(seed, "step", position.total),
-                        first=epoch == step == 0, mesh=mesh, tally=tally,
+                        first=epoch == step == 0, tally=tally,
                     )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
@@ -163,10 +163,11 @@ def take_step(
     total: int,
     rng: torch.Generator,
     first: bool,
-    mesh: Mesh,
-    tally: Tally,
+    tally: Tally | None = None,
 ) -> dict[str, float]:
-    """One optimizer step; returns the summed terms of the loss."""
+    """One optimizer step; returns the summed terms of the loss, of all processes of the tally's."""
+    tally = tally or Tally(Mesh())
+    mesh = tally.mesh
     ensemble.train_members(stage.members)
     optimizer.zero_grad(set_to_none=True)
     summed: dict[str, Tensor] = {}
