@@ -172,6 +172,14 @@ def test_a_page_that_says_something_wrong_is_caught() -> None:
             check_words(words)
 
 
+def test_what_the_readme_types_exists() -> None:
+    fences = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    typed = [w for fence in fences for w in fence.splitlines() if w.startswith("redefense ")]
+    assert typed
+    for words in (w for line in typed for w in commands(line)):
+        check_words(words)
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     listed = set(index.split("```{toctree}")[1].split("```")[0].split())

@@ -13,6 +13,7 @@ import study
 from redefense.config import override
 from redefense.evaluation.suite import suite_named
 from redefense.recipes import recipe
+from redefense.train.cost import passes_per_image
 from redefense.train.run import resolve
 
 SMALL = {"tiny": study.Evaluation(suite="quick", images=20, wave=1, minutes=0.1)}
@@ -44,6 +45,14 @@ def test_no_job_is_listed_twice_and_none_comes_before_its_training() -> None:
     assert len(set(names)) == len(names)
     for job in jobs:
         assert names.index(f"{job.run.name}/train") <= names.index(job.name)
+
+
+def test_long_runs_cost_the_same() -> None:
+    rows = [row for row in study.ROWS if row.name.startswith("long-")]
+    runs = [override(recipe(row.recipe), list(row.changes)) for row in rows]
+    costs = [passes_per_image(run) * run.epochs for run in runs]
+    assert len(costs) == 3
+    assert max(costs) < 1.03 * min(costs)
 
 
 def test_words_choose_rows_runs_and_patterns_and_a_wrong_one_is_named() -> None:
