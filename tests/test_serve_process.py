@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from redefense.commands import serving as serving_command
 from redefense.errors import ConfigError, DataError
 from redefense.export.draws import chi_square_p
 from redefense.serve.client import Client, tensor_request
@@ -330,6 +331,14 @@ def test_the_command_refuses_in_one_line(
     assert caught.value.code == code
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_missing_package_is_named_with_what_installs_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_command, "PACKAGES", ("no_such_package",))
+    with pytest.raises(ConfigError, match=r"redefense\[serve\]"):
+        serving_command.serve(bundle)
 
 
 def test_the_command_audits_a_server_of_its_own(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from redefense.commands.options import Json, Quiet, say
 from redefense.errors import ConfigError
 from redefense.serve.settings import Mode, Policy, Settings, check_address, is_loopback
 
+PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 
 
@@ -59,6 +61,9 @@ def serve(
     quiet: Quiet = False,
 ) -> None:
     """Answer requests with a bundle: a secret draw per image, Open Inference Protocol v2."""
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            raise ConfigError(f"serving needs {package}: pip install 'redefense[serve]'")
     from redefense.serve.draws import draw_by, read_key
     from redefense.serve.model import Model
     from redefense.serve.observe import log_to_stderr
