@@ -32,7 +32,6 @@ from redefense.kinds import ENSEMBLES, HyperKind
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.train.describe import count_parameters
-from redefense.train.distributed import Mesh, Tally
 from redefense.train.fit import take_step
 from redefense.train.optim import make_optimizer
 from redefense.train.run import resolve, train
@@ -51,14 +50,12 @@ def stepper(ensemble: Members, name: str, batch: Batch) -> Callable[[], object]:
     run, _, defence = resolve(recipe(name))
     stage: Stage = defence.stages(ensemble.num_members, 1)[0]
     params = list(ensemble.parameters())
-    optimizer, mesh = make_optimizer(params, run.optim), Mesh()
-    tally = Tally(mesh)
+    optimizer = make_optimizer(params, run.optim)
 
     def step() -> object:
         return take_step(
             ensemble, stage, batch, optimizer, params, lr=1e-3, clip=None,
-            precision=run.precision, total=0, rng=stream(0, "step"), first=False, mesh=mesh,
-            tally=tally,
+            precision=run.precision, total=0, rng=stream(0, "step"), first=False,
         )  # fmt: skip
 
     return step
