@@ -14,6 +14,7 @@ source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 
 default_role = "code"  # single backticks in docstrings
+toc_object_entries = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
