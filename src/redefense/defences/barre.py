@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.arc import ARC
-from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
+from redefense.defences.base import Adversary, After, Defence, Stage, check_weights, terms
 from redefense.defences.mrboost import boosted_examples, copy_member, one_by_one
 from redefense.ensembles import Members, evaluating, frozen_weights, mean_log_probs
 from redefense.errors import ConfigError
@@ -70,18 +70,11 @@ class BARRE(Defence):
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """One stage a member, the mixture refitted at the end of each but the first."""
-        return one_by_one(
-            num_members,
-            epochs,
-            lambda m, share: Stage(
-                name=f"member {m + 1}",
-                epochs=share,
-                members=(m,),
-                loss=partial(self.newest, m),
-                before=partial(begin, m),
-                after=partial(self.refit, m + 1) if m > 0 and self.refit_steps else None,
-            ),
-        )
+
+        def after(m: int) -> After | None:
+            return partial(self.refit, m + 1) if m > 0 and self.refit_steps else None
+
+        return one_by_one(num_members, epochs, loss=self.newest, before=begin, after=after)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The loss of the last stage, in which all members take part."""

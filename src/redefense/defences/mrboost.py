@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import climb, look_at, random_starts
-from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
+from redefense.defences.base import Adversary, After, Defence, Stage, check_weights, terms
 from redefense.ensembles import Members, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
@@ -53,17 +53,7 @@ class MRBoost(Defence):
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """One stage a member; until its stage a member answers nothing."""
-        return one_by_one(
-            num_members,
-            epochs,
-            lambda m, share: Stage(
-                name=f"member {m + 1}",
-                epochs=share,
-                members=(m,),
-                loss=partial(self.newest, m),
-                before=partial(self._begin, m),
-            ),
-        )
+        return one_by_one(num_members, epochs, loss=self.newest, before=self._begin)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The loss of the last stage, in which all members take part."""
@@ -124,12 +114,24 @@ def boosted_examples(
 
 
 def one_by_one(
-    num_members: int, epochs: int, make: Callable[[int, int], Stage]
+    num_members: int,
+    epochs: int,
+    *,
+    loss: Callable[..., Iterator[Loss]],
+    before: Callable[..., None],
+    after: Callable[[int], After | None] = lambda m: None,
 ) -> tuple[Stage, ...]:
-    """Stages `make(m, epochs)` whose epochs are equal, up to one that earlier members get more.
+    """One stage a member, whose epochs are equal, up to one that earlier members get more.
+
+    Args:
+        num_members: M.
+        epochs: of all stages together.
+        loss: of the member that is its first argument.
+        before: prepares the ensemble for it.
+        after: what ends its stage.
 
     Raises:
-        ConfigError: if a member would get none.
+        ConfigError: if a member would get no epoch.
     """
     share, left = divmod(epochs, num_members)
     if share == 0:
@@ -137,7 +139,17 @@ def one_by_one(
             f"members are trained one after another: {num_members} need at least as many epochs, "
             f"got {epochs}"
         )
-    return tuple(make(m, share + (m < left)) for m in range(num_members))
+    return tuple(
+        Stage(
+            name=f"member {m + 1}",
+            epochs=share + (m < left),
+            members=(m,),
+            loss=partial(loss, m),
+            before=partial(before, m),
+            after=after(m),
+        )
+        for m in range(num_members)
+    )
 
 
 def copy_member(ensemble: Members, source: int, target: int) -> None:

@@ -16,9 +16,9 @@ question about their code). In the released form the smoothness is then about a 
 cross-entropy or less, in the printed form many times as large: recipes say what they use.
 
 x' is shared by all members and found by six steps of a third of the radius from a random start,
-climbing the mean over members of |g|^2; that needs second derivatives at each step, which are taken
-in single precision at least. With `warm_start` the first epochs train plain members (the released
-code's optional resume from them).
+climbing the mean over members of |g|^2; that needs second derivatives at each step, in the
+precision of the run. With `warm_start` the first epochs train plain members (the released code's
+optional resume from them).
 
 Departures from the released code: any number of members (it has three, by index); gradients of the
 search do not pile up over its steps; no weight gradients inside it; it runs with batch norm in
