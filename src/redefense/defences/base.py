@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import PGD
-from redefense.ensembles import Members, evaluating, frozen_weights, spread_of
+from redefense.ensembles import Averaged, Members, evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.phases import EXAMPLES, phase
 from redefense.rng import draw_seed
@@ -20,6 +20,9 @@ from redefense.types import Batch, Ensemble, Images, Labels, Loss
 LossFn = Callable[[Ensemble, Batch, torch.Generator], Iterator[Loss]]
 Before = Callable[[Members], None]
 After = Callable[[Members, Iterator[Batch], torch.Generator], None]
+
+GRAPHS: Final = 3
+"""So many members' graphs of the crafted images take no more memory than one second derivative."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +48,24 @@ class Adversary:
             raise ConfigError(f"adversary.step_size must be positive, got {self.step_size}")
 
     def craft(self, victim: nn.Module, x: Images, y: Labels, rng: torch.Generator) -> Images:
-        """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off."""
+        """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off.
+
+        Against the average of many members few images are attacked at once, so that the graphs of
+        all members fit into the memory that training one member takes.
+        """
         if len(x) == 0:
             return x
         attack = PGD(
             steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
         )
+        begun, size = rng.get_state(), _images_at_once(victim, len(x))
+        crafted = []
         with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
-            return attack.perturb(victim, x, y, Threat(eps=self.eps), rng=rng).detach()
+            for images, labels in zip(x.split(size), y.split(size), strict=True):
+                rng.set_state(begun)  # whose streams are the images' own: chunks change nothing
+                threat = Threat(eps=self.eps)
+                crafted.append(attack.perturb(victim, images, labels, threat, rng=rng).detach())
+        return torch.cat(crafted)
 
     def craft_own(
         self, ensemble: Ensemble, x: Images, y: Labels, rng: torch.Generator
@@ -67,6 +80,14 @@ class Adversary:
                 draw_seed(rng)  # as the attack would: who crafts must not change what is crafted
                 examples.append(x)
         return examples
+
+
+def _images_at_once(victim: nn.Module, count: int) -> int:
+    if not isinstance(victim, Averaged):
+        return count
+    ensemble = victim.ensemble
+    graphs = len(spread_of(ensemble).own(ensemble.num_members))
+    return max(1, min(count, GRAPHS * count // max(1, graphs)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
