@@ -195,6 +195,8 @@ def test_kept_draws_that_are_not_kept_are_caught(model: Model) -> None:
 def test_what_draws_nothing_is_not_audited(model: Model, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="secretly"):
         audited(model, lambda: fresh(model.mixture), Settings(mode="averaged"))
+    with pytest.raises(InputError, match="two images"):
+        audited(model, lambda: fresh(model.mixture), Settings(max_batch=1))
     alone = Model(make_bundle(tmp_path / "one", num_members=1), threads=1)
     with pytest.raises(InputError, match="alike"):
         audited(alone, lambda: fresh(alone.mixture))

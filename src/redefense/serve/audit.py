@@ -7,7 +7,8 @@ headers, metrics and logs. A sound server fails no check but once in ten thousan
 import ipaddress
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -107,6 +108,8 @@ def run_audit(
     """
     if settings.mode != "sampled" or settings.research:
         raise InputError("an audit needs a server that draws secretly: mode sampled, no research")
+    if settings.max_batch < 2:
+        raise InputError("an audit asks for two images at a time, got max_batch 1")
     rng = np.random.default_rng(seed)
     case = _Case(find_subjects(model, rng), settings, effort or Effort(), rng)
     with launch() as replica:
@@ -257,8 +260,10 @@ def _one_member(case: _Case, url: str) -> bool:
 
 def _replicas(case: _Case, launch: Launch) -> Finding:
     """Two servers started at once, asked the same: do their draws have anything in common?"""
-    with launch() as first, launch() as second:
-        left, right = (np.array(_sequence(case, replica.url)) for replica in (first, second))
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        # both in the same moment: a seed that comes from the clock would be the same
+        replicas = pool.map(lambda _: stack.enter_context(launch()), range(2))
+        left, right = (np.array(_sequence(case, replica.url)) for replica in list(replicas))
     per_client = case.settings.policy == "per-client"
     lags = range(-_LAGS, _LAGS + 1) if case.settings.policy == "fresh" else range(1)
     chance = float((case.mixture**2).sum())
