@@ -33,6 +33,7 @@ SCHEMA = 1
 FORMAT = "redefense-bundle"
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
+"""A signature of the manifest, made and checked by tools of its own, may lie beside it."""
 TOLERANCE = {"fp32": 1e-4, "int8": 0.3}
 """Most that a member may deviate from the probes' logits: the root mean square of the differences,
 as a share of that of the logits."""
