@@ -77,24 +77,9 @@ class Coupled:
 
     def parts(self, ensemble: Ensemble, differentiate: str) -> Iterator[Loss]:
         """One part a member; the sum of their gradients is that of `joint`'s total."""
-        spread = spread_of(ensemble)
-        grads = [
-            spread.whole(self._detached(ensemble, point)).requires_grad_() for point in self.points
-        ]
-        with phase(PENALTY):
-            named = self.penalty(*grads)
-            regularizer = cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
-            active = [k for k, v in named.items() if self.weights[k] != 0 and v.requires_grad]
-            pulls = (
-                torch.autograd.grad(regularizer, grads, materialize_grads=True)
-                if active
-                else [torch.zeros_like(g) for g in grads]
-            )
-            pulls = [spread.pull(v) for v in pulls]
-        logged = {k: v.detach() for k, v in named.items()}
-        logged["total"] = regularizer.detach()
-        for row, m in enumerate(spread.own(ensemble.num_members)):
-            if not active:
+        pulls, logged = self._pulls(ensemble)
+        for row, m in enumerate(spread_of(ensemble).own(ensemble.num_members)):
+            if not pulls:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 coupling = torch.zeros_like(ce)
             elif differentiate == "exact":
@@ -116,6 +101,25 @@ class Coupled:
             if m == 0:
                 terms = {**logged, **terms, "total": logged["total"] + ce.detach()}
             yield Loss(ce + coupling, terms)
+
+    def _pulls(self, ensemble: Ensemble) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The pull v at each point, none where the penalty pulls at nothing; and what the log shows.
+
+        Of all that grows with M only v outlives this call.
+        """
+        spread = spread_of(ensemble)
+        grads = [
+            spread.whole(self._detached(ensemble, point)).requires_grad_() for point in self.points
+        ]
+        with phase(PENALTY):
+            named = self.penalty(*grads)
+            regularizer = cast(Tensor, sum(self.weights[k] * v for k, v in named.items()))
+            logged = {k: v.detach() for k, v in named.items()}
+            logged["total"] = regularizer.detach()
+            if not any(self.weights[k] != 0 and v.requires_grad for k, v in named.items()):
+                return [], logged
+            pulls = torch.autograd.grad(regularizer, grads, materialize_grads=True)
+            return [spread.pull(v) for v in pulls], logged
 
     def _cross_entropy(self, ensemble: Ensemble, m: int) -> Tensor:
         return F.cross_entropy(ensemble.logits_of(m, _of(self.ce_images, m)), self.y)
