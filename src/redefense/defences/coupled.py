@@ -103,7 +103,7 @@ class Coupled:
             yield Loss(ce + coupling, terms)
 
     def _pulls(self, ensemble: Ensemble) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The pull v at each point, none where the penalty pulls at nothing; and what the log shows.
+        """The pulls v, one a point, none if the penalty is flat; and what the log shows.
 
         Of all that grows with M only v outlives this call.
         """
