@@ -71,5 +71,5 @@ def made_tiny(words: list[str]) -> list[str]:
     for option, values in TINY.get(words[0], {}).items():
         # assignments add up, every other option is the page's
         if option == "--set" or option not in words:
-            extra += [option, *values]
+            extra += [word for value in values for word in (option, value)] or [option]
     return words + extra
