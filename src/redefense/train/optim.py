@@ -11,9 +11,15 @@ from redefense.config import OptimConfig
 
 def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum or Adam over `params`; the learning rate is set before every step."""
+    # one pass over memory, and no copy of all gradients, which grow with the members
+    fused = {p.device.type for p in params} <= {"cpu", "cuda"}
     if config.name == "adam":
         return torch.optim.Adam(
-            params, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
+            params,
+            lr=config.lr,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=fused,
         )
     return torch.optim.SGD(
         params,
@@ -21,6 +27,7 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        fused=fused,
     )
 
 
