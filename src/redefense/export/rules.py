@@ -25,9 +25,8 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
     onnx = need("onnx")
     try:
         proto = onnx.load_from_string(model)
-        onnx.checker.check_model(proto)
-    except Exception as error:  # noqa: BLE001 - protobuf and onnx share no narrower class
-        return [f"it is no sound ONNX file: {(str(error).splitlines() or ['?'])[0]}"]
+    except Exception as error:  # noqa: BLE001 - protobuf's errors share no narrower class
+        return [_unsound(error)]
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     faults = [f"it uses the unknown domain {d!r}" for d in versions if d not in _DOMAINS]
     faults += [f"it brings the function {function.name} along" for function in proto.functions]
@@ -38,7 +37,15 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
         faults += _node_faults(onnx, node, version)
     faults += _weight_faults(proto.graph)
     faults += _ends_faults(proto.graph, shape, num_classes)
+    try:
+        onnx.checker.check_model(proto)
+    except Exception as error:  # noqa: BLE001 - the checker's errors share no narrower class
+        faults.append(_unsound(error))
     return list(dict.fromkeys(faults))
+
+
+def _unsound(error: Exception) -> str:
+    return f"it is no sound ONNX file: {(str(error).splitlines() or ['?'])[0]}"
 
 
 def _node_faults(onnx: Any, node: Any, version: int) -> Iterator[str]:
