@@ -288,13 +288,16 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
     Raises:
         ConfigError: if the mesh does not fit.
     """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
     joined = dist.is_available() and dist.is_initialized()
     ours = not joined and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not joined and not ours:
         parse_mesh(mesh, 1)
-        yield Mesh(device=torch.device(device))
+        yield Mesh(device=place)
         return
-    place = torch.device(device)
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)

@@ -132,6 +132,8 @@ class Ledger(TorchDispatchMode):
 
     def _pretend(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Results of the right shapes; what is changed in place stays as it is."""
+        if not func._schema.returns:
+            return None
         key = (func, *map(_shape, _flat((*args, *kwargs, *kwargs.values()))))
         if key not in self._shapes:
             self._shapes[key] = func(*tree_map(_meta, args), **tree_map(_meta, dict(kwargs)))
