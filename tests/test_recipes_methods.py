@@ -34,6 +34,16 @@ def test_mini_recipes_show_every_method_the_same_images_and_members(method: str)
     assert run.ensemble["model"] == plain.ensemble["model"]
 
 
+def test_the_swift_recipe_costs_what_adversarial_training_costs() -> None:
+    def passes(name: str) -> int:
+        """Forward passes of a member: two a step of the adversary, three to learn."""
+        run = recipe(name)
+        assert run.data.images is not None
+        return run.data.images * run.epochs * (2 * int(run.defence["adversary"]["steps"]) + 3)
+
+    assert passes("swift-cifar10-mini") == pytest.approx(passes("cifar10-mini-at"), rel=0.03)
+
+
 def test_published_settings() -> None:
     """Of the authors' code, at our eight members; see the files of the methods."""
     gal, adp, trs = (recipe(f"cifar10-{name}") for name in ("gal", "adp", "trs"))

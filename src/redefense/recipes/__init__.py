@@ -6,14 +6,14 @@ from typing import Final
 
 from redefense.config import Run, suggestion
 from redefense.errors import ConfigError
-from redefense.recipes.cifar10 import CIFAR10, CIFAR10_MINI
+from redefense.recipes.cifar10 import CIFAR10, CIFAR10_MINI, CIFAR10_SWIFT
 from redefense.recipes.digits import DIGITS
 from redefense.recipes.tiny_imagenet import TINY_IMAGENET
 
 __all__ = ["RECIPES", "recipe"]
 
 RECIPES: Final[Mapping[str, Callable[[], Run]]] = MappingProxyType(
-    {**DIGITS, **CIFAR10_MINI, **CIFAR10, **TINY_IMAGENET}
+    {**DIGITS, **CIFAR10_MINI, **CIFAR10_SWIFT, **CIFAR10, **TINY_IMAGENET}
 )
 
 
