@@ -133,7 +133,12 @@ def test_damaged_records_are_named_or_made_again(run: Runner) -> None:
     for damaged in (cell, cell.with_name("beside.npz")):
         damaged.write_bytes(damaged.read_bytes()[:-30])
     assert json.loads(run(*words).out)["headline"] == whole
-    cell.with_name("plan.json").write_text("{")
+    plan = cell.with_name("plan.json")
+    begun = json.loads(plan.read_text())
+    plan.write_text(json.dumps(begun | {"code": "0" * 64}))
+    refused = run(*words)
+    assert (refused.code, "other code" in refused.err) == (2, True)
+    plan.write_text("{")
     assert run(*words).code == 3
     Path("v/run.json").write_text("{")
     assert run("train", "digits-vanilla", "--out", "v", "--resume", *QUICK).code == 3

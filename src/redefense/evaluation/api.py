@@ -25,8 +25,9 @@ from redefense.evaluation.beside import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
+from redefense.evaluation.provenance import code
 from redefense.evaluation.run import Report, run_suite
-from redefense.evaluation.store import write_text
+from redefense.evaluation.store import read_object, write_text
 from redefense.evaluation.suite import suite_named
 from redefense.evaluation.workers import workers
 from redefense.threat import Threat
@@ -139,6 +140,7 @@ def evaluate_run(
         "checks": checks,
         "weights": _manifest(checkpoint.path),
         "version": redefense.__version__,
+        "code": code(),
     }
     subject = replace(
         _subject(ensemble, dataset, images, _run_json(path, run), run if own else None, device),
@@ -294,13 +296,18 @@ def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> str:
     """
     plan = store / "plan.json"
     if plan.is_file():
-        try:
-            stored = dict(json.loads(plan.read_text()))
-        except (ValueError, TypeError):
-            raise DataError(f"{plan} is damaged; remove {store} to start over") from None
+        stored = read_object(plan)
+        if stored is None:
+            raise DataError(f"{plan} is damaged; remove {store} to start over")
         started = str(stored.pop("started", ""))
         if stored != settings:
             keys = [k for k in settings if stored.get(k) != settings[k]]
+            if keys == ["code"]:
+                raise ConfigError(
+                    f"{store} was begun by other code, and figures of both must not be mixed: go "
+                    f"on with that code, remove {store} and {target.name}, or name another file "
+                    "with --out"
+                )
             raise ConfigError(
                 f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
                 "name another file with --out"

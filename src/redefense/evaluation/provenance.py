@@ -1,19 +1,34 @@
 """Where a number comes from."""
 
+import hashlib
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 import redefense
 
+_PACKAGE: Final = Path(redefense.__file__).resolve().parent
+_MAKERS: Final = (
+    "attacks/*.py", "models/*.py", "ensembles.py", "penalties.py", "rng.py", "spread.py",
+    "threat.py",
+    *(f"evaluation/{name}.py" for name in (
+        "beside", "cells", "measures", "metering", "metrics", "plan", "statistics", "store",
+        "suite", "workers",
+    )),
+)  # fmt: skip
+"""The modules that decide what an evaluation keeps on its way."""
+
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Where a number comes from: versions, commit, machine, seed, date."""
+    """Where a number comes from: versions, commit, machine, seed, date.
+
+    To be asked before the work: while it is done others may commit.
+    """
     return {
         "version": redefense.__version__,
         "commit": _commit(),
@@ -25,12 +40,36 @@ def provenance(seed: int) -> dict[str, Any]:
     }
 
 
+def code() -> str:
+    """SHA-256 of the code that decides what is kept of an attack; versions do not tell it apart.
+
+    What is read is on disk, so ask before the work: files may change while it is done.
+    """
+    digest = hashlib.sha256()
+    for place in sorted(found for pattern in _MAKERS for found in _PACKAGE.glob(pattern)):
+        source = place.read_bytes()
+        digest.update(f"{place.relative_to(_PACKAGE).as_posix()} {len(source)} ".encode() + source)
+    return digest.hexdigest()
+
+
 def _commit() -> str:
-    """Commit of the checkout that this package is run from; empty for an installed one."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    """Commit of the checkout that this package is run from; empty for an installed one.
+
+    It ends in "-dirty" if the package, whatever is beside it, is not that of the commit.
+    """
+    # a package installed below somebody's checkout is none of its files
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    commit = _git("rev-parse", "--verify", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".")
+    return "" if commit is None else commit + "-dirty" * (changed != "")
+
+
+def _git(*words: str) -> str | None:
+    """What git says in the package's folder; None where it has nothing to say."""
+    command = ["git", "--no-optional-locks", "-C", str(_PACKAGE), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

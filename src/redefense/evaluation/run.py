@@ -38,7 +38,7 @@ from redefense.evaluation.metrics import Bools, Floats, accuracies, exact_expect
 from redefense.evaluation.plan import Job, Planned, Say, plan_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
-from redefense.evaluation.store import forget, own_images, write_text
+from redefense.evaluation.store import forget, own_images, read_object, write_text
 from redefense.evaluation.suite import Suite
 from redefense.types import check_images, check_labels
 
@@ -105,6 +105,7 @@ def run_suite(
         ConfigError: for an unknown attack or setting.
     """
     ensemble, x, y = subject.ensemble, subject.x, subject.y
+    made = provenance(seed)
     check_images(x)
     check_labels(y, len(x))
     check_outputs(ensemble, x, y)
@@ -121,7 +122,7 @@ def run_suite(
     records, repeats = _records(job, plan, mixture)
     others = beside(job)
     found = headline(plan, records, mixture)
-    data = _facts(job, records["clean"], mixture) | {
+    data = _facts(job, made, records["clean"], mixture) | {
         "cells": [
             _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed)
             for planned in plan
@@ -145,7 +146,7 @@ def run_suite(
     return Report(data, records)
 
 
-def _facts(job: Job, clean: Cell, mixture: Floats) -> dict[str, Any]:
+def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> dict[str, Any]:
     """What an evaluation says before the first attack."""
     subject, suite = job.subject, job.suite
     accuracy = accuracies(clean.correct, clean.averaged, mixture, seed=job.seed, name="clean")
@@ -153,7 +154,7 @@ def _facts(job: Job, clean: Cell, mixture: Floats) -> dict[str, Any]:
         "schema": 1,
         "suite": suite.name,
         "run": dict(subject.run),
-        "provenance": provenance(job.seed),
+        "provenance": dict(made),
         "data": {
             "name": subject.data_name,
             "split": subject.split,
@@ -290,8 +291,7 @@ def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) ->
 def _measured(job: Job, worst: Bools, others: Beside | None) -> dict[str, Any]:
     """What is known of the members beyond the attacks, computed once and kept in the store."""
     place = job.place("measures.json")
-    if place is not None and place.is_file():
-        stored: dict[str, Any] = json.loads(place.read_text())
+    if (stored := read_object(place)) is not None:
         return stored
     alone = others.members if others is not None else None
     found = member_measures(

@@ -4,6 +4,7 @@ Images are worked through in fixed chunks. Every chunk has random streams of its
 is kept of a chunk is what working on it again would give, on however many processes.
 """
 
+import json
 import os
 import shutil
 import zlib
@@ -32,7 +33,7 @@ def _aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside
-        aside.rename(path)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -41,6 +42,17 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with _aside(path) as aside:
         aside.write_text(text)
+
+
+def read_object(path: Path | None) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
