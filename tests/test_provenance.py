@@ -12,7 +12,7 @@ from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
 from redefense.evaluation import provenance
 from redefense.evaluation import run as running
-from redefense.evaluation.cells import Subject
+from redefense.evaluation.cells import Cell, Subject, clean_cell
 from redefense.evaluation.suite import SUITES
 
 
@@ -76,11 +76,10 @@ def test_an_evaluation_names_the_commit_it_began_with(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = _commit()
-    cell = running.clean_cell
 
-    def meanwhile(subject: Subject) -> running.Cell:
+    def meanwhile(subject: Subject) -> Cell:
         _git(package.parent, "commit", "-q", "--allow-empty", "-m", "second")
-        return cell(subject)
+        return clean_cell(subject)
 
     monkeypatch.setattr(running, "clean_cell", meanwhile)
     x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])

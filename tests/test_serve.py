@@ -319,7 +319,7 @@ def test_a_research_server_is_refused_where_others_reach_it(host: str) -> None:
     [
         {"seed": 1}, {"research": True}, {"max_batch": 0},
         {"max_delay": -1.0}, {"deadline": 0.0}, {"max_queue": 3}, {"epoch": float("nan")},
-        {"mode": "averaged", "policy": "per-input"},
+        {"mode": "averaged", "policy": "per-input"}, {"client_header": "X-Client"},
         {"research": True, "seed": 1, "policy": "per-client"},
     ],
 )  # fmt: skip

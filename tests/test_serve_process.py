@@ -310,6 +310,7 @@ def test_sigterm_answers_all_that_was_accepted(
         (["--policy", "sticky"], 2, "sticky"),
         (["--name", "a/b"], 2, "--name"),
         (["--json"], 2, "--audit"),
+        (["--key", "secret.key"], 2, "per-input"),
         (["--audit", "--host", "0.0.0.0"], 2, "--audit"),
         (["--audit", "--mode", "averaged"], 2, "secretly"),
     ],

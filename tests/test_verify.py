@@ -64,6 +64,14 @@ def almost_one(folder: Path) -> None:
     set_probes(folder, images, logits)
 
 
+def one_in_the_probes_too(folder: Path) -> None:
+    """One file for all members, and probes that agree."""
+    one_file_for_all(folder)
+    with np.load(folder / "probes.npz") as stored:
+        images, logits = stored["images"], stored["logits"]
+    set_probes(folder, images, logits[:1].repeat(len(logits), axis=0))
+
+
 def drawn_inside(folder: Path) -> None:
     """One graph that adds noise of its own to the logits."""
 
@@ -110,6 +118,7 @@ def by_batch(folder: Path) -> None:
         (one_file_for_all, "members", "member 1 is not itself: it answers like member 0"),
         (swapped, "members", "member 0 is not itself: it answers like member 1"),
         (almost_one, "distinct", "members 0 and 1 are the same"),
+        (one_in_the_probes_too, "distinct", "nothing is random"),
         (drawn_inside, "graphs", "RandomUniformLike"),
         (always_the_first, "draws", "not the runner"),
         (first_by_mixture, "draws", "1 of 3 members answer"),

@@ -94,6 +94,10 @@ def serve(
         return
     if as_json:
         raise ConfigError("--json is for --audit; what a server logs is JSON anyway")
+    if key is not None and policy == "fresh":
+        raise ConfigError(
+            "--key is for the policies per-input and per-client: fresh draws need none"
+        )
     check_address(settings, host)
     log_to_stderr(quiet=quiet)
     model = Model(bundle, name=name, threads=threads)

@@ -191,28 +191,32 @@ def _arrays(bundle: Bundle, name: str) -> dict[str, Floats]:
     return arrays
 
 
+def _need(holds: bool, key: str, rule: str, found: Any) -> None:
+    if not holds:
+        shown = json.dumps(found)[:200]
+        raise BundleError(f"config.json: {key} must be {rule}, got {shown}")
+
+
 def _check_config(config: dict[str, Any], files: dict[str, Any]) -> None:
-    """Refuse a config that breaks the format.
+    """Refuse a config that breaks the format, whatever it holds instead.
 
     Raises:
         BundleError: naming the key and its value.
     """
 
     def need(holds: bool, key: str, rule: str) -> None:
-        if not holds:
-            shown = json.dumps(config.get(key))[:200]
-            raise BundleError(f"config.json: {key} must be {rule}, got {shown}")
+        _need(holds, key, rule, config.get(key))
 
     need(config.get("schema") == SCHEMA, "schema", str(SCHEMA))
     need(config.get("format") == FORMAT, "format", FORMAT)
     need(config.get("kind") in ("plain", "compact"), "kind", "plain or compact")
-    need(config.get("precision") in TOLERANCE, "precision", "fp32 or int8")
+    need(config.get("precision") in ("fp32", "int8"), "precision", "fp32 or int8")
     count, mixture = config.get("num_members"), config.get("mixture")
     need(type(count) is int and count >= 1, "num_members", "a whole number from 1")
-    numbers = isinstance(mixture, list) and all(type(p) in (int, float) for p in mixture)
-    need(numbers and len(mixture or ()) == count, "mixture", f"{count} probabilities")
-    total = math.fsum(mixture or ())
-    need(min(mixture or ()) >= 0 and abs(total - 1) < 1e-5, "mixture", "a distribution")
+    listed = isinstance(mixture, list) and len(mixture) == count
+    shares = listed and all(type(p) in (int, float) and 0 <= p <= 1 for p in mixture or ())
+    need(shares, "mixture", f"{count} probabilities")
+    need(abs(math.fsum(mixture or ()) - 1) < 1e-5, "mixture", "a distribution")
     classes = config.get("classes")
     named = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
     need(named and len(classes or ()) >= 1, "classes", "a list of names")
@@ -225,18 +229,29 @@ def _check_config(config: dict[str, Any], files: dict[str, Any]) -> None:
     members = config.get("members")
     listed = isinstance(members, list) and all(isinstance(n, str) for n in members)
     need(listed and len(members or ()) == count, "members", f"{count} files")
-    if config["kind"] == "plain":
+    if config["kind"] == "compact":
+        _check_compact(config.get("compact"), files)
+    else:
         need(set(members or ()) <= set(files), "members", "files of the manifest")
-        return
-    compact = config.get("compact")
-    need(isinstance(compact, dict), "compact", "an object")
+
+
+def _check_compact(compact: Any, files: dict[str, Any]) -> None:
+    """The same of what tells how kernels are put together."""
+
+    def need(holds: bool, rule: str) -> None:
+        _need(holds, "compact", rule, compact)
+
     known = {"template", "weights", "unit", "taps", "shared", "grids"}
-    need(set(compact or ()) == known, "compact", f"an object of {', '.join(sorted(known))}")
-    assert isinstance(compact, dict)
-    need({compact["template"], compact["weights"]} <= set(files), "compact", "made of stored files")
-    need(compact["taps"] in _TAPS and type(compact["shared"]) is bool, "compact", "of known taps")
-    whole = [compact["unit"], *(grid.get(k) for grid in compact["grids"] for k in _GRID)]
-    need(all(type(n) is int and n >= 1 for n in whole), "compact", "of whole sizes")
+    need(isinstance(compact, dict), "an object")
+    need(set(compact) == known, f"an object of {', '.join(sorted(known))}")
+    stored = [compact["template"], compact["weights"]]
+    need(all(isinstance(n, str) and n in files for n in stored), "made of stored files")
+    need(compact["taps"] in list(_TAPS) and type(compact["shared"]) is bool, "of known taps")
+    grids = compact["grids"]
+    listed = isinstance(grids, list) and all(isinstance(grid, dict) for grid in grids)
+    need(listed and all(isinstance(g.get("name"), str) for g in grids), "made of named grids")
+    whole = [compact["unit"], *(grid.get(k) for grid in grids for k in _GRID)]
+    need(all(type(n) is int and n >= 1 for n in whole), "of whole sizes")
 
 
 def open_session(model: bytes, *, threads: int = 0) -> Any:
@@ -306,34 +321,41 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Floats:
     Raises:
         BundleError: naming the file and the rule it breaks.
     """
-    channels, height, width = shape
     if path.suffix.lower() == ".npy":
         try:
-            array = np.load(path, allow_pickle=False)
+            array = np.lib.format.read_array(io.BytesIO(path.read_bytes()), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise BundleError(f"{path}: {error}") from None
         images = array / np.float32(255) if array.dtype == np.uint8 else array
         images = images[None] if images.ndim == 3 else images
-        if images.shape[1:] != shape or images.dtype.kind != "f":
+        if 0 in images.shape or images.shape[1:] != shape or images.dtype.kind != "f":
             raise BundleError(f"{path} holds {array.dtype} {array.shape}, not images {shape}")
     else:
-        try:
-            from PIL import Image
-        except ImportError:
-            raise BundleError(f"{path}: pictures need pillow; .npy files do not") from None
-        if channels not in (1, 3):
-            raise BundleError(f"{path}: members take {channels} channels, which pictures lack")
-        try:
-            with Image.open(path) as picture:
-                flat = picture.convert("L" if channels == 1 else "RGB")
-                small = flat.resize((width, height), Image.Resampling.BILINEAR)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise BundleError(f"{path}: {error}") from None
-        pixels = np.asarray(small, np.float32).reshape(height, width, channels)
-        images = (pixels / np.float32(255)).transpose(2, 0, 1)[None]
+        images = _picture(path, shape)
     if not ((images >= 0) & (images <= 1)).all():
         raise BundleError(f"{path} must hold finite values in [0, 1]")
     return np.asarray(images, np.float32)
+
+
+def _picture(path: Path, shape: tuple[int, int, int]) -> Floats:
+    channels, height, width = shape
+    try:
+        from PIL import Image
+    except ImportError:
+        raise BundleError(f"{path}: pictures need pillow; .npy files do not") from None
+    if channels not in (1, 3):
+        raise BundleError(f"{path}: members take {channels} channels, which pictures lack")
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+            flat = picture.convert("L" if channels == 1 else "RGB")
+            small = flat.resize((width, height), Image.Resampling.BILINEAR)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BundleError(f"{path}: {error}") from None
+    if mode.startswith(("I", "F")):  # cut, not scaled, by the conversion
+        raise BundleError(f"{path} has more than 8 bits a channel")
+    pixels = np.asarray(small, np.float32).reshape(height, width, channels)
+    return (pixels / np.float32(255)).transpose(2, 0, 1)[None]
 
 
 def deviation(found: Floats, stored: Floats) -> tuple[float, float]:
@@ -441,6 +463,7 @@ def aside(out: Path) -> Iterator[Path]:
     Raises:
         BundleError: if `out` is there and not an empty folder.
     """
+    out = out.resolve()  # "." has no name to write beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"{out} exists; choose another place")
     folder = out.parent / f".{out.name}-{os.getpid()}"
@@ -518,7 +541,7 @@ def main(words: Sequence[str], folder: Path) -> int:
                     pairs = zip(bundle.classes, odds / odds.sum(), strict=True)
                     shown += [f"{name}={score:.4f}" for name, score in pairs]
                 say("\t".join([word, *shown]) + "\n")
-    except BundleError as error:
+    except (BundleError, OSError) as error:
         sys.stderr.write(f"run.py: {error}\n")
         return 3
     return 0

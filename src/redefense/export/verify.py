@@ -150,8 +150,13 @@ def _distance(answer: Floats, stored: Floats) -> float:
 
 
 def _distinct(opened: Opened) -> str:
-    """No two members are the same by mistake."""
+    """No two members are the same by mistake, and those that answer are not all one."""
     _, stored = opened.probes
+    answering = np.flatnonzero(opened.bundle.mixture > 0)
+    if len(answering) > 1 and all(
+        np.array_equal(stored[answering[0]], stored[m]) for m in answering
+    ):
+        raise BundleError("all members are the same, by the probes too: nothing is random")
     pairs = list(combinations(range(len(stored)), 2))
     twins = [(i, j) for i, j in pairs if np.array_equal(stored[i], stored[j])]
     for i, j in set(pairs) - set(twins):

@@ -99,10 +99,10 @@ def from_pretrained(
         raise ConfigError(f"{folder} is a folder of this machine and has no revision {revision!r}")
     run, data = _read_config(folder / CONFIG)
     weights = _read_weights(folder / WEIGHTS)
-    if run.ensemble.get("num_members", 0) > len(weights):
-        # before anything of that size is built
-        raise CheckpointError(f"{folder / CONFIG} asks for more members than there are tensors")
     try:
+        if run.ensemble.get("num_members", 0) > len(weights):
+            # before anything of that size is built
+            raise CheckpointError(f"{folder / CONFIG} asks for more members than there are tensors")
         checkpoint = Checkpoint(folder, run, weights, {}, {"data": data})
         return load_checkpoint(checkpoint, device=device)
     except (KeyError, TypeError, RuntimeError) as error:

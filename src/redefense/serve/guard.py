@@ -81,7 +81,7 @@ class Bodies:
 
     Args:
         limit: bytes of one body.
-        total: bytes of all bodies that are being read or classified.
+        total: bytes of all bodies that are being read or decoded.
         seconds: in which a body must have come.
     """
 

@@ -86,6 +86,8 @@ class Settings:
             raise ConfigError("--seed and --research belong together: secret draws have no seed")
         if self.research and self.policy != "fresh":
             raise ConfigError(f"a research server draws afresh, got policy {self.policy}")
+        if self.client_header is not None and self.policy != "per-client":
+            raise ConfigError("--client-header is for the policy per-client")
         if self.mode != "sampled" and (self.research or self.policy != "fresh"):
             raise ConfigError(f"mode {self.mode} draws nothing: it takes no policy and no research")
 

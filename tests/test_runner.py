@@ -1,0 +1,104 @@
+"""The runner that travels: whatever a bundle or an image holds, it says one line about it."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from redefense.export import runner
+from redefense.export.runner import BundleError, read_image
+
+SHAPE = (1, 8, 8)
+FILES: dict[str, Any] = {name: {} for name in ("m/0", "m/1", "template", "weights")}
+PLAIN: dict[str, Any] = {
+    "schema": 1, "format": "redefense-bundle", "kind": "plain", "precision": "fp32",
+    "num_members": 2, "mixture": [0.5, 0.5], "classes": ["a", "b"], "members": ["m/0", "m/1"],
+    "input": {"name": "images", "shape": [1, 8, 8]}, "output": {"name": "logits"},
+}  # fmt: skip
+COMPACT: dict[str, Any] = {
+    **PLAIN,
+    "kind": "compact",
+    "compact": {
+        "template": "template", "weights": "weights", "unit": 4, "taps": "mean", "shared": False,
+        "grids": [{"name": "conv", "rows": 1, "columns": 1, "size": 3}],
+    },
+}  # fmt: skip
+STRANGE: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "x",
+    [],
+    {},
+    [1],
+    [[]],
+    [None],
+    [{}],
+    {"a": 1},
+    10**400,
+)
+
+
+def _places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from _places(node[key], (*path, key))
+
+
+@pytest.mark.parametrize("sound", [PLAIN, COMPACT], ids=["plain", "compact"])
+def test_whatever_a_config_holds_it_is_taken_or_refused_in_words(sound: dict[str, Any]) -> None:
+    runner._check_config(sound, FILES)
+    for *path, last in _places(sound):
+        for value in STRANGE:
+            changed = copy.deepcopy(sound)
+            holder: Any = changed
+            for key in path:
+                holder = holder[key]
+            holder[last] = value
+            # anything but a BundleError fails
+            with contextlib.suppress(BundleError):
+                runner._check_config(changed, FILES)
+
+
+def _refused(path: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        read_image(path, SHAPE)
+    return str(caught.value)
+
+
+def test_files_without_fitting_images_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "none.npy", np.zeros((0, *SHAPE), np.float32))
+    np.save(tmp_path / "number.npy", np.float32(1))
+    np.savez(tmp_path / "archive.npz", np.zeros(SHAPE, np.float32))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    (tmp_path / "empty.npy").touch()
+    for name in ("none", "number", "archive", "empty", "missing"):
+        path = tmp_path / f"{name}.npy"
+        assert str(path) in _refused(path)
+
+
+def test_a_picture_of_16_bits_is_refused_rather_than_cut(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(deep)
+    assert "8 bits" in _refused(deep)
+
+
+def test_the_working_folder_can_become_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with runner.aside(Path()) as folder:
+        (folder / "config.json").write_text(json.dumps({}))
+    assert [path.name for path in here.iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
