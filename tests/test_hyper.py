@@ -40,6 +40,7 @@ from redefense.train import checkpoint
 from redefense.train import run as training
 from redefense.train.describe import count_parameters
 from redefense.train.materialise import materialise
+from redefense.train.optim import make_optimizer
 from redefense.train.run import load, resolve, train
 from redefense.types import Batch
 
@@ -243,14 +244,19 @@ def test_kernels_are_neither_parameters_nor_saved() -> None:
     again.load_state_dict(ensemble.state_dict())
 
 
-@pytest.mark.parametrize("change", ["step", "load", "double", "copy", "replaced"])
+@pytest.mark.parametrize("change", ["edit", "sgd", "adam", "load", "double", "copy", "replaced"])
 def test_kernels_follow_what_they_are_written_from(change: str) -> None:
     ensemble, (x, _) = small().eval(), batch()
     x = x.float()
     with torch.no_grad():
         before = ensemble.logits_of(0, x)
-        if change == "step":
+        if change == "edit":
             ensemble.embeddings[0].mul_(1.5).add_(0.1)
+        elif change == "sgd" or change == "adam":
+            params = ensemble.parameters_of(0)
+            for p in params:
+                p.grad = torch.ones_like(p)
+            make_optimizer(params, OptimConfig(name=change, lr=0.1)).step()
         elif change == "load":
             other = HyperKind(model="resnet8", num_members=2, embedding=8, hidden=8, unit=16)
             ensemble.load_state_dict(other.build(num_classes=4, shape=SHAPE, seed=1).state_dict())

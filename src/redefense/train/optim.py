@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from redefense.config import OptimConfig
 
@@ -13,22 +14,27 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
     """SGD with momentum or Adam over `params`; the learning rate is set before every step."""
     # one pass over memory, and no copy of all gradients, which grow with the members
     fused = {p.device.type for p in params} <= {"cpu", "cuda"}
+    optimizer: torch.optim.Optimizer
     if config.name == "adam":
-        return torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             params,
             lr=config.lr,
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=fused,
         )
-    return torch.optim.SGD(
-        params,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
+    else:
+        optimizer = torch.optim.SGD(
+            params,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+    # a fused step does not count as a change, and kernels that hypernetworks write would stay old
+    optimizer.register_step_post_hook(lambda *_: increment_version(params))
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
