@@ -9,6 +9,8 @@ from redefense.attacks.gradient import PGD
 from redefense.defences.base import GRAPHS, Adversary
 from redefense.rng import stream
 from redefense.threat import Threat
+from redefense.train.distributed import Mesh
+from redefense.train.exchange import Shared
 
 
 @pytest.mark.parametrize("num_members", [2, 5, 40])
@@ -21,6 +23,26 @@ def test_chunks_of_images_change_no_example(num_members: int) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=0.0, atol=1e-12)
     # and the next draw is that of one call, whatever the number of chunks
     assert torch.equal(rng.get_state(), one.get_state())
+
+
+@pytest.mark.parametrize("num_members", [5, 7, 9])
+def test_processes_with_unequal_shares_of_the_members_cut_a_batch_alike(
+    num_members: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = batch(16)
+    cuts: list[list[int]] = []
+
+    def crafted(attack: PGD, victim: nn.Module, x: Tensor, *_: object, **__: object) -> Tensor:
+        cuts[-1].append(len(x))
+        return x
+
+    monkeypatch.setattr(PGD, "perturb", crafted)
+    for rank in range(2):
+        members = ensemble(num_members, "digits-cnn")
+        members.spread = Shared(Mesh(shape=(1, 2), rank=rank), num_members)
+        cuts.append([])
+        Adversary().craft(members.averaged(), data.x, data.y, stream(0))
+    assert cuts[0] == cuts[1]
 
 
 @pytest.mark.parametrize("num_members", [1, 3, 4, 12, 30])

@@ -26,6 +26,10 @@ class Spread(Protocol):
         """The members that are trained here."""
         ...
 
+    def most(self, num_members: int) -> int:
+        """As many members as the process trains that trains most: the same in all."""
+        ...
+
     def copies(self, x: Tensor, num_members: int) -> Sequence[Tensor]:
         """`x` once for each own member; its gradient is the sum over all members."""
         ...
@@ -55,6 +59,9 @@ class Alone:
 
     def own(self, num_members: int) -> range:
         return range(num_members)
+
+    def most(self, num_members: int) -> int:
+        return num_members
 
     def copies(self, x: Tensor, num_members: int) -> Sequence[Tensor]:
         return [x] * num_members

@@ -86,8 +86,8 @@ def _images_at_once(victim: nn.Module, count: int) -> int:
     if not isinstance(victim, Averaged):
         return count
     ensemble = victim.ensemble
-    graphs = len(spread_of(ensemble).own(ensemble.num_members))
-    return max(1, min(count, GRAPHS * count // max(1, graphs)))
+    # processes that have fewer members than others cut the batch as those do: they craft together
+    return max(1, min(count, GRAPHS * count // spread_of(ensemble).most(ensemble.num_members)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,6 +82,9 @@ class Shared:
     def own(self, num_members: int) -> range:
         return self.mesh.own(num_members)
 
+    def most(self, num_members: int) -> int:
+        return -(-num_members // self.mesh.shape[1])
+
     def copies(self, x: Tensor, num_members: int) -> Sequence[Tensor]:
         count = len(self.own(num_members))
         if self.mesh.shape[1] == 1:
