@@ -1,5 +1,6 @@
 """Checkpoints: whole or refused, and the good one before is used."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from redefense.errors import CheckpointError
 from redefense.recipes import recipe
 from redefense.train import checkpoint
-from redefense.train.checkpoint import latest, prune, read, save, step_folder
+from redefense.train.checkpoint import latest, prune, read, restore_optimizer, save, step_folder
 
 RUN = recipe("digits-vanilla")
 
@@ -94,6 +95,28 @@ def test_saving_again_replaces_and_only_two_are_kept(tmp_path: Path) -> None:
         store(tmp_path, step)
     prune(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
+
+
+def test_what_a_kill_left_of_a_replacement_is_in_nobodys_way(tmp_path: Path) -> None:
+    # in a container every process may have the same number
+    store(tmp_path, 3)
+    left = tmp_path / f"{checkpoint.REPLACED}step-000000003-{os.getpid()}"
+    left.mkdir()
+    (left / "run.json").write_text("{}")
+    store(tmp_path, 3)
+    prune(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000003"]
+
+
+def test_each_process_takes_back_the_optimizer_of_its_own_parameters() -> None:
+    mine = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([mine], fused=True)
+    stored = {"step/a": torch.tensor(3.0), "exp_avg/a": torch.ones(2), "exp_avg/b": torch.ones(5)}
+    restore_optimizer(optimizer, stored, {mine: "a"})
+    assert {k: v.tolist() for k, v in optimizer.state[mine].items()} == {
+        "step": 3.0,
+        "exp_avg": [1.0, 1.0],
+    }
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def save(
         CheckpointError: if it cannot be written; `target` is then as it was.
     """
     aside = target.parent / f"{ASIDE}{target.name}-{os.getpid()}"
+    replaced = target.parent / f"{REPLACED}{target.name}-{os.getpid()}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -74,7 +75,7 @@ def save(
             _flush(path)
         _flush(aside)
         if target.exists():
-            replaced = target.parent / f"{REPLACED}{target.name}-{os.getpid()}"
+            shutil.rmtree(replaced, ignore_errors=True)  # by a kill, in a process of this number
             target.rename(replaced)
             aside.rename(target)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -82,6 +83,8 @@ def save(
             aside.rename(target)
         _flush(target.parent)
     except OSError as error:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from None
 
@@ -169,12 +172,16 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     names: Mapping[torch.nn.Parameter, str],
 ) -> None:
-    """Put stored tensors back; momentum follows its parameter's device and memory format."""
+    """Put the tensors of the parameters named here back, on their devices, in their formats."""
     by_name = {name: p for p, name in names.items()}
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
-        p = by_name[name]
-        value = tensor.clone() if tensor.ndim == 0 else torch.empty_like(p).copy_(tensor)
+        if (p := by_name.get(name)) is None:  # of a member that another process trains
+            continue
+        if tensor.ndim:
+            value = torch.empty_like(p).copy_(tensor)
+        else:  # a count of steps: a fused optimizer wants it beside the parameter
+            value = tensor.to(p.device if optimizer.defaults.get("fused") else "cpu", copy=True)
         optimizer.state[p][key] = value
 
 
