@@ -183,4 +183,4 @@ def sharded(said: dict[str, list[object]]) -> None:
 def work(count: int, what: Callable[[Path], None], folder: Path) -> None:
     """Do one of the functions above in `count` processes; all must succeed."""
     folder.mkdir(parents=True, exist_ok=True)
-    assert launch(count, what, folder, timeout=400) == [0] * count
+    assert launch(count, what, folder, timeout=400.0) == [0] * count

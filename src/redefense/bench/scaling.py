@@ -39,7 +39,7 @@ IMAGES = 256
 """How many validation images the robust accuracies are taken on."""
 
 
-def launch(count: int, work: Callable[..., None], *args: Any, timeout: float = 3600) -> list[int]:
+def launch(count: int, work: Callable[..., None], *args: Any, timeout: float = 3600.0) -> list[int]:
     """Call `work(*args)` in `count` processes that find each other as `torchrun`'s do.
 
     Each is forked from one that has imported torch and computed nothing; returns the exit codes.

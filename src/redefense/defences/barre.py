@@ -33,7 +33,10 @@ from redefense.ensembles import Members, evaluating, frozen_weights, mean_log_pr
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Float, Images, Labels, Logits, Loss
+from redefense.types import Batch, Ensemble, Float, Images, Int, Logits, Loss
+
+Part = tuple[Float[Tensor, "_ ch H W"], Int[Tensor, " _"]]
+"""A batch of images and their labels, of a size of its own: the last may be smaller."""
 
 ATTACK = ARC(steps=10, radius=1.0, competitors=2)
 """The published settings of the attack inside optimal sampling."""
@@ -109,7 +112,7 @@ class BARRE(Defence):
         self,
         ensemble: Members,
         count: int,
-        images: list[tuple[Images, Labels]],
+        images: list[Part],
         rng: torch.Generator,
     ) -> Float[Tensor, " N"]:
         """How often each of the first members errs where ARC, knowing the mixture, moves images.
@@ -149,9 +152,9 @@ def begin(m: int, ensemble: Members) -> None:
     _set(ensemble, torch.cat([elders, newcomer]))
 
 
-def first_images(batches: Iterator[Batch], count: int) -> list[tuple[Images, Labels]]:
+def first_images(batches: Iterator[Batch], count: int) -> list[Part]:
     """The first `count` images of the batches, or all if there are fewer."""
-    found: list[tuple[Images, Labels]] = []
+    found: list[Part] = []
     for batch in batches:
         found.append((batch.x[:count], batch.y[:count]))
         count -= len(batch.y)
