@@ -1,0 +1,98 @@
+"""From a trained run to a bundle by the command line: records, cards, exit codes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from redefense.cli import main
+from redefense.config import override
+from redefense.data import load_dataset, train_validation
+from redefense.export.runner import open_bundle
+from redefense.export.trained import export_run
+from redefense.recipes import recipe
+from redefense.train.run import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = ["epochs=1", "ensemble.model=mlp", "ensemble.num_members=2", "batch_size=256"]
+    out = tmp_path_factory.mktemp("r") / "run"
+    train(override(recipe("digits-vanilla"), changes), out, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    return export_run(run, run.parent / "bundle")
+
+
+def command(patch: pytest.MonkeyPatch, *words: str) -> object:
+    patch.setattr(sys, "argv", ["redefense", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+def test_a_run_becomes_a_bundle_that_says_where_it_comes_from(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    assert opened.config["data"] == {"name": "digits"}
+    assert opened.config["threat"] == {"norm": "inf", "eps": 0.2}
+    assert opened.config["ensemble"]["model"] == "mlp"
+    images, _ = opened.probes()
+    _, validation, _ = train_validation(load_dataset("digits"), 0.1)
+    assert np.array_equal(images, validation.float()[:64].numpy())  # never the test split
+    assert "Nothing was measured" in (bundle / "README.md").read_text()
+
+
+def test_a_bundle_holds_against_its_own_run_and_no_other(
+    run: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "verify", str(bundle), "--against", str(run), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["holds"]
+    assert "bit for bit" in shown["checks"][-1]["detail"]
+    other = override(recipe("digits-vanilla"), ["epochs=1", "ensemble.model=mlp", "seed=1"])
+    other = override(other, ["ensemble.num_members=2", "batch_size=256"])
+    train(other, run.parent / "other", quiet=True)
+    assert command(monkeypatch, "verify", str(bundle), "--against", str(run.parent / "other")) == 1
+    assert "does not hold: checkpoint" in capsys.readouterr().err
+
+
+def test_eight_bits_print_what_they_cost(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(run), "--out", str(tmp_path / "q"), "--precision", "int8", "--json"]
+    assert command(monkeypatch, *words) == 0
+    cost = json.loads(capsys.readouterr().out)["quantisation"]
+    assert cost["calibration_images"] == 512
+    assert cost["accuracy"]["split"] == "validation"
+    pairs = zip(cost["accuracy"]["fp32"], cost["accuracy"]["int8"], strict=True)
+    assert all(abs(before - after) < 0.05 for before, after in pairs)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["export", "nowhere", "--out", "b"], 3, "no trained run at nowhere"),
+        (["export", "RUN", "--out", "b", "--precision", "int4"], 2, "int4"),
+        (["export", "RUN", "--out", "b", "--calibration", "5"], 2, "--calibration"),
+        (["export", "RUN", "--out", "b", "--data", "npz:no.npz"], 3, "no.npz"),
+        (["export", "RUN", "--out", "RUN"], 2, "exists"),
+        (["verify", "RUN"], 3, "no bundle at"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    run: Path, words: list[str], code: int, says: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run.parent.rglob("*"))
+    assert command(monkeypatch, *[str(run) if w == "RUN" else w for w in words]) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(run.parent.rglob("*")) == before
