@@ -376,7 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _perform(given: argparse.Namespace) -> int:
     if given.command == "make":
         for run in given.runs:
-            sys.stdout.write(f"{write(claim(run), given.out)}\n")
+            made = claim(run)
+            for plan in (p for e in made.evaluations for p in e.suites):
+                commit = str(plan.provenance.get("commit", ""))
+                if not commit or commit.endswith("-dirty"):
+                    warning = f"claims: {made.name}: {plan.file} was made by code of no commit"
+                    sys.stderr.write(f"{warning} ({commit or 'unknown'})\n")
+            sys.stdout.write(f"{write(made, given.out)}\n")
         return 0
     if given.command == "table":
         paths = given.claims or sorted(CLAIMS.glob("*.json"))

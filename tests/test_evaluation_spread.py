@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from redefense.evaluation.workers import ALONE, Workers
+from redefense.evaluation.workers import ALONE, Workers, own_device
 
 SCRIPT = """
 import json, sys
@@ -94,3 +95,11 @@ def test_the_audit_command_exits_1_when_a_claim_does_not_hold() -> None:
     assert sound.returncode == 0
     assert "error" not in sound.stdout
     assert _command("audit", "nowhere.csv").returncode == 3
+
+
+def test_each_process_of_a_machine_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda") == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert [own_device(d) for d in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_by_name(run: Path, tmp_path: Path) -> None
     refused(broken(tmp_path / "d", saved, {"run": {"_target_": "os.system"}}), "unknown setting")
     refused(ensemble("e", num_members=10**9), "more members than there are tensors")
     refused(ensemble("f", num_members=2), "does not fit its run")
-    refused(ensemble("i", num_members="many"), "describes no ensemble")
+    refused(ensemble("f2", num_members="many"), "describes no ensemble")
     refused(ensemble("g", width=32), "does not fit its run")
     with pytest.raises(ConfigError, match="unknown model"):
         redefense.from_pretrained(ensemble("h", model="os.system"))

@@ -29,7 +29,7 @@ from redefense.evaluation.provenance import code
 from redefense.evaluation.run import Report, run_suite
 from redefense.evaluation.store import read_object, write_text
 from redefense.evaluation.suite import suite_named
-from redefense.evaluation.workers import workers
+from redefense.evaluation.workers import own_device, workers
 from redefense.threat import Threat
 from redefense.train.run import Signature, accuracy, find_final, input_check, load_checkpoint
 from redefense.types import check_images, check_labels
@@ -117,7 +117,7 @@ def evaluate_run(
         ConfigError: if an evaluation with other settings is stored there.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
-    plan = suite_named(suite)
+    plan, device = suite_named(suite), own_device(device)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)

@@ -52,6 +52,12 @@ class Workers:
 ALONE: Final = Workers()
 
 
+def own_device(device: str) -> str:
+    """Of `cuda` this process's own on its machine, where `torchrun` started several."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and several else device
+
+
 @contextmanager
 def workers() -> Iterator[Workers]:
     """The processes of `torchrun`, joined by gloo within the block; an existing group is used."""
