@@ -15,7 +15,7 @@ from mesh_tools import MESHES, STEPS, given_examples, one_step, step_ensemble, w
 from redefense.bench.scaling import meshes, table
 from redefense.config import read_run
 from redefense.errors import ConfigError
-from redefense.train.distributed import Mesh, parse_mesh
+from redefense.train.distributed import Mesh, parse_mesh, processes
 from redefense.train.run import load, train
 
 FIXTURES = Path(__file__).parent / "fixtures" / "format-1"
@@ -169,3 +169,13 @@ def test_every_mesh_that_the_members_fill_is_measured() -> None:
     assert table(result).splitlines()[-1].split() == [
         "2x1", "1.0e-07", "5.0e-01", "90.0%", "25.0%", "0.100", "gradients", "4,096",
     ]  # fmt: skip
+
+
+def test_a_world_that_cannot_be_joined_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"cannot be joined: .*RANK expected"),
+        processes(None, "cpu"),
+    ):
+        pass

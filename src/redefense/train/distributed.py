@@ -302,7 +302,11 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the processes of WORLD_SIZE cannot be joined: {reason}") from None
     try:
         yield arranged(mesh, place)
     finally:
