@@ -191,6 +191,13 @@ def test_the_mixture_stays_level_where_members_fall_apart() -> None:
     assert members.mixture.tolist() == pytest.approx([0.5, 0.5])
 
 
+def test_a_last_batch_of_refitting_may_be_shorter() -> None:
+    members = ensemble(2, "digits-cnn")
+    barre = BARRE(adversary=Adversary(eps=0.1), refit_steps=1, refit_images=5)
+    barre.refit(2, members, iter([batch(4), batch(4)]), stream(0))
+    assert float(members.mixture.sum()) == pytest.approx(1.0)
+
+
 def test_refitting_never_raises_the_risk_it_measures() -> None:
     members = ensemble(3)
     barre = BARRE(adversary=Adversary(eps=0.1), refit_steps=4, refit_rate=0.5)

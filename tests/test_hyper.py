@@ -256,7 +256,9 @@ def test_kernels_follow_what_they_are_written_from(change: str) -> None:
             params = ensemble.parameters_of(0)
             for p in params:
                 p.grad = torch.ones_like(p)
-            make_optimizer(params, OptimConfig(name=change, lr=0.1)).step()
+            make_optimizer(
+                params, OptimConfig(name="sgd" if change == "sgd" else "adam", lr=0.1)
+            ).step()
         elif change == "load":
             other = HyperKind(model="resnet8", num_members=2, embedding=8, hidden=8, unit=16)
             ensemble.load_state_dict(other.build(num_classes=4, shape=SHAPE, seed=1).state_dict())

@@ -276,8 +276,3 @@ def own(net: nn.Module, grids: Sequence[Grid]) -> None:
     for grid in grids:
         conv = net.get_submodule(grid.name)
         conv.register_parameter("weight", nn.Parameter(conv.__dict__.pop("weight")))
-
-
-def total_weights(grids: Sequence[Grid], unit: int) -> int:
-    """Weights that are written for one member."""
-    return sum(grid.num_weights(unit) for grid in grids)

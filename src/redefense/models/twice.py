@@ -219,21 +219,6 @@ class _BatchNormBackward(Function):
         return by_gy, by_x, by_weight, None, None, None
 
 
-class _FrozenNorm(Function):
-    """Batch norm with constant moments, scale and shift: its derivatives keep the scale only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, state: tuple[Tensor, ...], eps: float) -> Tensor:
-        weight, bias, mean, var = state
-        zero = torch.zeros_like(var)
-        ctx.state, ctx.eps = (weight, zero.to(bias), zero, var), eps
-        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:
-        return _apply(_FrozenNorm, gy, ctx.state, ctx.eps), None, None
-
-
 def _combine(parts: tuple[tuple[Tensor, Tensor], ...], constant: Tensor) -> Tensor:
     """Sum of (B, C, H, W) tensors times a number a channel, plus a number a channel.
 
