@@ -53,7 +53,7 @@ def bundle(ensemble: Members, out: Path, **settings: Any) -> Path:
     return export(ensemble, out, ABOUT, **settings)
 
 
-def spoil(source: Path, out: Path, change: Callable[[Path], None]) -> Path:
+def spoil(source: Path, out: Path, change: Callable[[Path], object]) -> Path:
     """A copy of a bundle, changed, with a manifest that holds again."""
     shutil.copytree(source, out)
     (out / runner.MANIFEST).unlink()
