@@ -353,7 +353,7 @@ def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
         ({"schema": 2}, "schema must be 1"),
         ({"kind": "frozen"}, "kind"),
         ({"mixture": [0.5, 0.3, 0.2]}, "2 probabilities"),
-        ({"mixture": [1.1, -0.1]}, "distribution"),
+        ({"mixture": [1.1, -0.1]}, "mixture"),
         ({"num_members": True}, "num_members"),
         ({"members": ["members/0.onnx", "../1.onnx"]}, "members"),
         ({"members": ["/etc/passwd"] * 2}, "members"),
