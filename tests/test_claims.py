@@ -32,8 +32,11 @@ MINE = {
 }
 
 
-def cost(claim: claims.Claim) -> float:
-    return claim.training.passes * claim.training.images
+def cheap(path: Path) -> bool:
+    """Whether a test has the data and the time to make this claim again."""
+    claim = claims.read(path)
+    few = claim.training.passes * claim.training.images < CHEAP
+    return few and claim.run["data"]["spec"] == "digits"
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +83,14 @@ def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Pa
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in STORED if cost(claims.read(p)) < CHEAP], ids=lambda path: path.stem
+    "path", [path for path in STORED if cheap(path)], ids=lambda path: path.stem
 )
 def test_a_cheap_claim_can_be_made_again(path: Path, tmp_path: Path) -> None:
     assert claims.recompute(claims.read(path), "digits", tmp_path) == []
 
 
 def test_there_are_claims_that_a_test_makes_again() -> None:
-    assert any(cost(claims.read(path)) < CHEAP for path in STORED)
+    assert any(cheap(path) for path in STORED)
 
 
 def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
