@@ -75,6 +75,7 @@ def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> No
         (["train", "digits-red", "--data", "digitz"], 3, "digitz"),
         (["train", "cifar10-mini-red", "--data", "cifar10:nowhere"], 3, "nowhere"),
         (["train", "digits-vanilla", "--device", "warp"], 2, "device 'warp'"),
+        (["train", "digits-vanilla", "--device", "meta"], 2, "device 'meta'"),
         (["train", "missing.json"], 2, "missing.json"),
         (["evaluate", "nowhere"], 3, "no trained run at nowhere"),
         (["evaluate", "nowhere", "--suite", "quik"], 2, "did you mean quick"),

@@ -17,7 +17,7 @@ C = m(a gy) - m(a) m(gy), the derivatives of <a, gx> are
     by x:   -w r^2 ((a - m(a)) G + (gy - m(gy)) A + x^ (C - 3 A G)).
 
 These layers keep the names and the state of torch's, and step aside for torch's own where no
-gradient is wanted and for the options that they do not know.
+gradient is wanted and for the options that they do not know; batch norm in evaluation mode too.
 """
 
 from collections.abc import Iterator

@@ -290,7 +290,10 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
     """
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+        if place.type == "meta":
+            raise ConfigError(f"cannot use device {device!r}: it holds no numbers")
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
     joined = dist.is_available() and dist.is_initialized()
     ours = not joined and int(os.environ.get("WORLD_SIZE", "1")) > 1
