@@ -153,6 +153,14 @@ def test_evaluation_and_no_grad_are_torchs_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("changes", [{}, {"momentum": None}, {"track_running_stats": False}])
+def test_a_frozen_norm_is_known_to_be_affine(changes: dict[str, bool | None]) -> None:
+    x = torch.randn(4, 3, 2, 2, generator=rng()).requires_grad_()
+    norm = BatchNorm2d(3, **changes).requires_grad_(False).eval()  # type: ignore[arg-type]  # one of either
+    (grad,) = torch.autograd.grad(norm(x).sum(), x, create_graph=True)
+    assert grad.requires_grad == (not norm.track_running_stats)  # moments of the batch move with x
+
+
 def test_one_value_a_channel_cannot_be_normalised() -> None:
     with pytest.raises(ValueError, match="more than 1 value"):
         BatchNorm2d(3).train()(torch.rand(1, 3, 1, 1).requires_grad_())

@@ -17,7 +17,8 @@ C = m(a gy) - m(a) m(gy), the derivatives of <a, gx> are
     by x:   -w r^2 ((a - m(a)) G + (gy - m(gy)) A + x^ (C - 3 A G)).
 
 These layers keep the names and the state of torch's, and step aside for torch's own where no
-gradient is wanted and for the options that they do not know; batch norm in evaluation mode too.
+gradient is wanted and for the options that they do not know, batch norm in evaluation mode too
+unless its weights are frozen, where it is a scale and a shift.
 """
 
 from collections.abc import Iterator
@@ -70,6 +71,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         known = self.affine and self.momentum is not None and input.numel() > input.shape[1]
+        if not self.training and self._is_frozen() and _differentiates(self, input):
+            state = (self.weight, self.bias, self.running_mean, self.running_var)
+            return cast(Tensor, _apply(_FrozenNorm, input, state, self.eps))
         if not (known and self.training and torch.is_grad_enabled()):
             return super().forward(input)
         running: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -79,6 +83,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         settings = (self.momentum, self.eps)
         y, *_ = _apply(_BatchNorm, input, self.weight, self.bias, running, settings)
         return cast(Tensor, y)
+
+    def _is_frozen(self) -> bool:
+        """Whether scale, shift and moments are constants: the images' gradient alone is wanted."""
+        constant = self.affine and not (self.weight.requires_grad or self.bias.requires_grad)
+        return constant and self.running_mean is not None
 
 
 def _apply(function: type[Function], *args: object) -> Any:
@@ -217,6 +226,21 @@ class _BatchNormBackward(Function):
             ones = c.to(x.dtype)[:, None, None].expand_as(x)
             by_gy = ones if by_gy is None else by_gy + ones
         return by_gy, by_x, by_weight, None, None, None
+
+
+class _FrozenNorm(Function):
+    """Batch norm of constants: its backward pass is itself, without the shift and the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: tuple[Tensor, ...], eps: float) -> Tensor:
+        weight, bias, mean, var = state
+        zero = torch.zeros_like(var)
+        ctx.state, ctx.eps = (weight, zero.to(bias), zero, var), eps
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        return _apply(_FrozenNorm, gy, ctx.state, ctx.eps), None, None
 
 
 def _combine(parts: tuple[tuple[Tensor, Tensor], ...], constant: Tensor) -> Tensor:
