@@ -49,6 +49,21 @@ class Constant(nn.Module):
         return logits
 
 
+class Viewing(nn.Module):
+    """A small network that reads its features as they lie in memory, or wherever they lie."""
+
+    def __init__(self, *, views: bool) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.views = views
+        self.kernel = nn.Parameter(torch.randn(4, 1, 3, 3, generator=rng))
+        self.head = nn.Parameter(torch.randn(10, 4 * 64, generator=rng))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.nn.functional.conv2d(x, self.kernel, padding=1).relu()
+        return (z.view(len(z), -1) if self.views else z.flatten(1)) @ self.head.T
+
+
 def images(distances: list[float], side: float = 1.0) -> tuple[Tensor, Tensor]:
     """(n, 1, 2, 2) images at these distances on the side of class 1 (or 0) of every ramp."""
     value = 0.5 + side * torch.tensor(distances)
@@ -95,6 +110,15 @@ def test_one_perfect_and_one_blind_member() -> None:
     assert headline["aware"] == 0.5
     assert (headline["best_single_member"], headline["best_single_member_index"]) == (1.0, 0)
     assert next(c["passed"] for c in data["checks"] if c["id"] == "S38") is False
+
+
+def test_a_network_that_views_its_features_is_evaluated_as_one_that_does_not() -> None:
+    views, flattens = (
+        evaluate(Viewing(views=v), "digits", images=30, threat=Threat(eps=EPS)).data
+        for v in (True, False)
+    )
+    assert views["clean"] == flattens["clean"]
+    assert expected(views) == pytest.approx(expected(flattens), abs=0.04)
 
 
 def test_a_mixture_weighs_the_members() -> None:

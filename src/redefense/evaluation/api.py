@@ -22,7 +22,7 @@ from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
 from redefense.errors import ConfigError, DataError, InputError, Interrupted
 from redefense.evaluation.beside import SELECTION_IMAGES
-from redefense.evaluation.cells import Subject
+from redefense.evaluation.cells import Subject, laid_out
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import code
@@ -31,7 +31,8 @@ from redefense.evaluation.store import read_object, write_text
 from redefense.evaluation.suite import suite_named
 from redefense.evaluation.workers import own_device, workers
 from redefense.threat import Threat
-from redefense.train.run import Signature, accuracy, find_final, input_check, load_checkpoint
+from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
+from redefense.train.run import accuracy
 from redefense.types import check_images, check_labels
 
 
@@ -83,6 +84,7 @@ def evaluate(
         subject = Subject(ensemble, x[index], y[index], index, "given images", "given")
     subject = replace(subject, randomized=ensemble.num_members > 1)
     with evaluating(ensemble):
+        subject = replace(subject, x=laid_out(ensemble, subject.x))
         return run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
 
 
