@@ -14,7 +14,7 @@ from redefense.config import override
 from redefense.evaluation.suite import suite_named
 from redefense.recipes import recipe
 from redefense.train.cost import passes_per_image
-from redefense.train.run import resolve
+from redefense.train.loading import resolve
 
 SMALL = {"tiny": study.Evaluation(suite="quick", images=20, wave=1, minutes=0.1)}
 ROW = study.Row(
@@ -59,7 +59,7 @@ def test_words_choose_rows_runs_and_patterns_and_a_wrong_one_is_named() -> None:
     jobs = study.plan(study.ROWS, study.EVALUATIONS, Path("runs"))
     assert {job.run.name for job in study.chosen(jobs, ["red"])} == {"red-0", "red-1"}
     assert {job.run.name for job in study.chosen(jobs, ["red-1"])} == {"red-1"}
-    assert {job.what for job in study.chosen(jobs, ["*/quick"])} == {"quick"}
+    assert {job.what for job in study.chosen(jobs, ["*/quick-1000"])} == {"quick-1000"}
     assert study.chosen(jobs, []) == jobs
     with pytest.raises(SystemExit, match="'rde' names no job"):
         study.chosen(jobs, ["rde"])
