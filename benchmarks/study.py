@@ -84,16 +84,15 @@ def _mini(name: str, minutes: float = 8.0, **changes: object) -> Row:
 
 def _ablation(name: str, *changes: str, minutes: float = 8.0) -> Row:
     return Row(
-        name=f"red-{name}", recipe="cifar10-mini-red", changes=changes, wave=2,
-        minutes=minutes,
-    )  # fmt: skip
+        name=f"red-{name}", recipe="cifar10-mini-red", changes=changes, wave=2, minutes=minutes
+    )
 
 
 def _again(row: Row, seed: int) -> Row:
     """The same with another seed."""
     return Row(
-        name=row.name, recipe=row.recipe, changes=row.changes, seeds=(seed,), evaluations=TABLE,
-        wave=2, minutes=row.minutes,
+        name=row.name, recipe=row.recipe, changes=row.changes, seeds=(seed,), wave=2,
+        minutes=row.minutes,
     )  # fmt: skip
 
 
