@@ -34,7 +34,7 @@ from redefense.evaluation.suite import SUITES
 from redefense.evaluation.tables import markdown_table, with_interval
 from redefense.hub.pretrained import without_paths
 from redefense.train.cost import count
-from redefense.train.run import find_final
+from redefense.train.loading import find_final
 
 CLAIMS: Final = Path("claims")
 STEPS: Final = 65535

@@ -33,8 +33,9 @@ from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.train.describe import count_parameters
 from redefense.train.fit import take_step
+from redefense.train.loading import resolve
 from redefense.train.optim import make_optimizer
-from redefense.train.run import resolve, train
+from redefense.train.run import train
 from redefense.types import Batch
 
 

@@ -31,7 +31,8 @@ from redefense.recipes import recipe
 from redefense.train import checkpoint
 from redefense.train import fit as fit_module
 from redefense.train.checkpoint import latest
-from redefense.train.run import load, train
+from redefense.train.loading import load
+from redefense.train.run import train
 
 RUN = override(
     recipe("digits-barre"),

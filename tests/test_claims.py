@@ -16,7 +16,8 @@ from redefense.evaluation.joined import join
 from redefense.evaluation.statistics import paired_difference
 from redefense.evaluation.suite import Suite
 from redefense.recipes import recipe
-from redefense.train.run import resolve, train
+from redefense.train.loading import resolve
+from redefense.train.run import train
 
 ROOT = Path(claims.__file__).resolve().parents[1]
 STORED = sorted((ROOT / "claims").glob("*.json"))

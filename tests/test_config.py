@@ -11,7 +11,7 @@ from redefense.defences import DEFENCES
 from redefense.errors import ConfigError
 from redefense.kinds import ENSEMBLES
 from redefense.recipes import RECIPES, recipe
-from redefense.train.run import resolve
+from redefense.train.loading import resolve
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -19,7 +19,7 @@ from redefense.rng import stream
 from redefense.train.accelerators import ACCELERATORS, Accelerator
 from redefense.train.cost import count, passes_per_image, predict, table
 from redefense.train.ledger import Ledger
-from redefense.train.run import resolve
+from redefense.train.loading import resolve
 from redefense.train.steps import booked_step, forward_flops
 from redefense.types import Batch
 

@@ -16,7 +16,8 @@ from redefense.bench.scaling import meshes, table
 from redefense.config import read_run
 from redefense.errors import ConfigError
 from redefense.train.distributed import Mesh, parse_mesh, processes
-from redefense.train.run import load, train
+from redefense.train.loading import load
+from redefense.train.run import train
 
 FIXTURES = Path(__file__).parent / "fixtures" / "format-1"
 

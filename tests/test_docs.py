@@ -22,7 +22,7 @@ from redefense.evaluation.suite import suite_named
 from redefense.models import build
 from redefense.recipes import RECIPES
 from redefense.rng import stream
-from redefense.train.run import resolve
+from redefense.train.loading import resolve
 
 ROOT = Path(redefense.__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

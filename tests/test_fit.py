@@ -26,8 +26,9 @@ from redefense.rng import stream
 from redefense.train import fit as fit_module
 from redefense.train import run as run_module
 from redefense.train.fit import Position, fit
+from redefense.train.loading import load
 from redefense.train.optim import learning_rate
-from redefense.train.run import load, train
+from redefense.train.run import train
 from redefense.types import Batch, Ensemble, Loss
 
 

@@ -39,9 +39,10 @@ from redefense.threat import Threat
 from redefense.train import checkpoint
 from redefense.train import run as training
 from redefense.train.describe import count_parameters
+from redefense.train.loading import load, resolve
 from redefense.train.materialise import materialise
 from redefense.train.optim import make_optimizer
-from redefense.train.run import load, resolve, train
+from redefense.train.run import train
 from redefense.types import Batch
 
 SHAPE = (3, 8, 8)

@@ -11,8 +11,9 @@ from redefense import phases
 from redefense.config import Run, override
 from redefense.phases import PHASES, each, phase, watched
 from redefense.recipes import recipe
+from redefense.train.loading import load
 from redefense.train.profile import Profile
-from redefense.train.run import load, train
+from redefense.train.run import train
 
 
 @pytest.fixture

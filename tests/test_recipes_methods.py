@@ -4,7 +4,7 @@ import pytest
 
 from redefense.defences import DEFENCES
 from redefense.recipes import RECIPES, recipe
-from redefense.train.run import resolve
+from redefense.train.loading import resolve
 
 FAMILIES = ["digits", "cifar10-mini", "cifar10", "tiny-imagenet"]
 

@@ -22,7 +22,8 @@ from redefense.models import fitting, hyper
 from redefense.models.fitting import Target, fit
 from redefense.rng import stream
 from redefense.train import fit as loop
-from redefense.train.run import load, train
+from redefense.train.loading import load
+from redefense.train.run import train
 from redefense.train.warm import adopt, measure_moments
 from redefense.types import Batch
 

@@ -20,7 +20,8 @@ from redefense.errors import ConfigError
 from redefense.kinds import HyperKind, IndependentKind, Kind
 from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.train.run import channels_last, resolve
+from redefense.train.device import channels_last
+from redefense.train.loading import resolve
 
 BATCHES = (1, 256)
 HYPER: Final = ("cifar10-ps-red", "cifar10-mini-ps-red")

@@ -21,8 +21,8 @@ from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.phases import watched
 from redefense.rng import stream
+from redefense.train.device import channels_last
 from redefense.train.ledger import Ledger
-from redefense.train.run import channels_last
 from redefense.train.steps import Precision, gradients_stay, take_steps
 from redefense.types import Batch
 

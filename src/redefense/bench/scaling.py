@@ -32,8 +32,9 @@ from redefense.threat import Threat
 from redefense.train.distributed import Mesh, Tally, processes
 from redefense.train.exchange import spread_over
 from redefense.train.fit import take_step
+from redefense.train.loading import Signature, load, resolve
 from redefense.train.optim import make_optimizer
-from redefense.train.run import Signature, accuracy, load, resolve, train
+from redefense.train.run import accuracy, train
 
 IMAGES = 256
 """How many validation images the robust accuracies are taken on."""

@@ -33,8 +33,8 @@ from redefense.kinds import IndependentKind
 from redefense.rng import stream
 from redefense.train.accelerators import cores
 from redefense.train.cost import ledger_seconds
+from redefense.train.device import channels_last
 from redefense.train.optim import make_optimizer
-from redefense.train.run import channels_last
 from redefense.train.steps import Precision, booked_step, take_steps
 from redefense.types import Batch, Images
 

@@ -44,7 +44,7 @@ def show(
 ) -> None:
     """Show a recipe or a run with every setting resolved."""
     run = resolve_run(what, changes, data, None)
-    from redefense.train.run import resolve
+    from redefense.train.loading import resolve
 
     resolved, kind, _ = resolve(run)
     shown: dict[str, Any] = resolved.model_dump(mode="json")

@@ -20,7 +20,7 @@ from redefense.ensembles import Members
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.measures import input_gradients
 from redefense.threat import TINY
-from redefense.train.run import find_final, load_checkpoint
+from redefense.train.loading import find_final, load_checkpoint
 
 GRID = 31
 BATCH = 256

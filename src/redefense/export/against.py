@@ -11,7 +11,7 @@ from redefense.export import runner
 from redefense.export.graph import portable
 from redefense.export.packages import need
 from redefense.export.runner import BundleError, Floats
-from redefense.train.run import Signature, find_final, load_checkpoint
+from redefense.train.loading import Signature, find_final, load_checkpoint
 
 if TYPE_CHECKING:
     from redefense.export.verify import Opened

@@ -14,8 +14,8 @@ from redefense.export import runner
 from redefense.export.packages import need
 from redefense.export.runner import Bundle, BundleError
 from redefense.kinds import ENSEMBLES
-from redefense.train.run import channels_last, check_device
-from redefense.train.run import load as load_run
+from redefense.train.device import channels_last, check_device
+from redefense.train.loading import load as load_run
 from redefense.types import Images, Logits
 
 

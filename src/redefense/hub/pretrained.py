@@ -22,7 +22,7 @@ from redefense.ensembles import Members, Origin
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError
 from redefense.evaluation.card import card, unmeasured_card
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.run import find_final, load_checkpoint
+from redefense.train.loading import find_final, load_checkpoint
 
 FORMAT: Final = "redefense-ensemble"
 SCHEMA: Final = 1

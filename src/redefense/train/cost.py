@@ -26,8 +26,9 @@ from redefense.phases import EXAMPLES, PHASES
 from redefense.rng import stream
 from redefense.train.accelerators import ACCELERATORS, Accelerator
 from redefense.train.describe import known_images
+from redefense.train.device import channels_last
 from redefense.train.ledger import Entry, Ledger
-from redefense.train.run import channels_last, resolve
+from redefense.train.loading import resolve
 from redefense.train.steps import booked_step, forward_flops
 from redefense.types import Batch
 

@@ -10,7 +10,7 @@ from redefense.ensembles import Hyper, Members
 from redefense.errors import ConfigError
 from redefense.kinds import Kind
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.run import Signature, find_final
+from redefense.train.loading import Signature, find_final
 
 _SHAPES: Final = {
     "digits": (10, (1, 8, 8)),

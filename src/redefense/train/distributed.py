@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles import Members
 from redefense.errors import ConfigError, RedefenseError, TrainingError
+from redefense.train.device import check_device
 from redefense.types import Batch
 
 T = TypeVar("T")
@@ -286,15 +287,9 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
         device: "cuda" becomes this process's own device of its machine.
 
     Raises:
-        ConfigError: if the mesh does not fit.
+        ConfigError: if the mesh does not fit, or the device is not there.
     """
-    try:
-        place = torch.device(device)
-        if place.type == "meta":
-            raise ConfigError(f"cannot use device {device!r}: it holds no numbers")
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+    place = check_device(device)
     joined = dist.is_available() and dist.is_initialized()
     ours = not joined and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not joined and not ours:
@@ -302,7 +297,7 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
         yield Mesh(device=place)
         return
     if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = check_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(place)
     if ours:
         try:

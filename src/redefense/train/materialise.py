@@ -7,7 +7,7 @@ from redefense.ensembles import Independent
 from redefense.errors import CheckpointError, ConfigError
 from redefense.kinds import ENSEMBLES, HyperKind
 from redefense.train.checkpoint import save
-from redefense.train.run import find_final, load_checkpoint, resolve
+from redefense.train.loading import find_final, load_checkpoint, resolve
 
 
 def materialise(path: Path, out: Path) -> None:

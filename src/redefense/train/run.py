@@ -1,4 +1,4 @@
-"""From a `Run` to a trained run directory, and back from a directory to an ensemble."""
+"""From a `Run` to a trained run directory; `loading` is the way back."""
 
 import contextlib
 import json
@@ -9,29 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from redefense.config import Run, choose, parse_run, settings_of, to_json
+from redefense.config import Run, parse_run, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.data.loader import Loader
-from redefense.defences import DEFENCES, Defence, Stage
+from redefense.defences import Defence, Stage
 from redefense.ensembles import Members, Origin, evaluating
-from redefense.errors import CheckpointError, ConfigError, DataError, InputError
-from redefense.kinds import ENSEMBLES, Kind
+from redefense.errors import CheckpointError, ConfigError, DataError
+from redefense.kinds import Kind
 from redefense.train.checkpoint import (
     ASIDE,
     Checkpoint,
     latest,
     optimizer_tensors,
     prune,
-    read,
     restore_optimizer,
     save,
     step_folder,
 )
+from redefense.train.device import channels_last
 from redefense.train.distributed import Mesh, processes
 from redefense.train.exchange import check_weights
 from redefense.train.fit import Position, fit
+from redefense.train.loading import (
+    Signature,
+    find_final,
+    fresh,
+    load,
+    load_checkpoint,
+    load_weights,
+    resolve,
+)
 from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.profile import profiled
 from redefense.train.warm import begin_from, check_alike, check_apart, recorded, told
@@ -39,57 +48,6 @@ from redefense.train.warm import begin_from, check_alike, check_apart, recorded,
 VALIDATION_IMAGES = 2000
 UNWRITTEN = ".writing-"
 """How the names of files begin that are not whole yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """What a trained ensemble must know of its data: it is stored with the weights.
-
-    Attributes:
-        name: of the data set.
-        classes: their names, in the order of the labels.
-        shape: channels, height, width.
-        checksum: SHA-256 of the data set's content.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]
-    checksum: str
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> "Signature":
-        return cls(dataset.name, dataset.classes, dataset.shape, dataset.checksum())
-
-    @classmethod
-    def stored(cls, state: Mapping[str, Any]) -> "Signature":
-        data = state["data"]
-        return cls(data["name"], tuple(data["classes"]), tuple(data["shape"]), data["checksum"])
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "classes": list(self.classes),
-            "shape": list(self.shape),
-            "checksum": self.checksum,
-        }
-
-
-def resolve(run: Run) -> tuple[Run, Kind, Defence]:
-    """Look up all names and fill in every default.
-
-    Raises:
-        ConfigError: for an unknown name or setting, or a value of the wrong type.
-    """
-    kind = choose(ENSEMBLES, run.ensemble, "ensemble")
-    defence = choose(DEFENCES, run.defence, "defence")
-    filled = run.model_copy(
-        update={
-            "ensemble": settings_of(ENSEMBLES, kind),
-            "defence": settings_of(DEFENCES, defence),
-        }
-    )
-    return filled, kind, defence
 
 
 def train(
@@ -135,7 +93,6 @@ def _train(
         stages = defence.stages(kind.num_members, run.epochs)
         check_apart(kind, stages)
         _check_mesh(team, run, defence, kind.num_members)
-        check_device(device)
     begun = team.first_does(lambda: _claim(run, out, resume))
     if team.first_does(lambda: _is_finished(out)):
         return load(out, device=device)
@@ -158,7 +115,7 @@ def _train(
                 f"{team.shape[0]} processes cannot share a batch of {loader.batch_size} images in "
                 "even numbers, which methods that halve it need"
             )
-    ensemble = _fresh(kind, signature, run.seed, device)
+    ensemble = fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
     check_weights(team, ensemble)
     checkpoint = team.first_does(lambda: latest(out / "checkpoints", note) if begun else None)
@@ -167,7 +124,7 @@ def _train(
         if checkpoint is not None:
             if checkpoint.state["data"]["checksum"] != signature.checksum:
                 raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
-            _load_weights(ensemble, checkpoint)
+            load_weights(ensemble, checkpoint)
             position = Position(**checkpoint.state["position"])
             totals = checkpoint.state["totals"]
             _tell_resumed(checkpoint, team)
@@ -373,70 +330,6 @@ def accuracy(ensemble: Members, split: Split, batch_size: int) -> float:
     return float(right) / count
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is unknown or not there, before anything is done.
-
-    Raises:
-        ConfigError: naming the device.
-    """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
-
-
-def load(path: str | Path, *, device: str = "cpu") -> Members:
-    """The trained ensemble of a run directory (or of one checkpoint folder), in evaluation mode.
-
-    Raises:
-        CheckpointError: if there is none, or it is damaged or does not fit its run.
-    """
-    return load_checkpoint(find_final(Path(path)), device=device)
-
-
-def find_final(path: Path) -> Checkpoint:
-    """The finished checkpoint of a run directory, or the checkpoint that `path` itself is.
-
-    Raises:
-        CheckpointError: if there is none, or it is damaged.
-    """
-    folder = path / "final" if (path / "final").is_dir() else path
-    if not (folder / "manifest.json").is_file():
-        if (path / "checkpoints").is_dir():
-            raise CheckpointError(f"{path} is not trained to its end; go on with train --resume")
-        raise CheckpointError(f"no trained run at {path}")
-    return read(folder)
-
-
-def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Members:
-    """The ensemble that a checkpoint holds, in evaluation mode."""
-    _, kind, _ = resolve(checkpoint.run)
-    ensemble = _fresh(kind, Signature.stored(checkpoint.state), checkpoint.run.seed, device)
-    _load_weights(ensemble, checkpoint)
-    folder = checkpoint.path.parent if checkpoint.path.name == "final" else checkpoint.path
-    ensemble.origin = Origin(checkpoint.run, checkpoint.state["data"], folder)
-    return channels_last(ensemble).eval()
-
-
-def _fresh(kind: Kind, signature: Signature, seed: int, device: str) -> Members:
-    ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
-    check_device(device)
-    return ensemble.to(torch.device(device))
-
-
-def channels_last(ensemble: Members) -> Members:
-    """The memory layout in which convolutions run fastest."""
-    return ensemble.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
-
-
-def _load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
-    try:
-        ensemble.load_state_dict(dict(checkpoint.weights))
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{checkpoint.path} does not fit its run: {first}") from None
-
-
 def _claim(run: Run, out: Path, resume: bool) -> bool:
     """Whether `out` holds a beginning of this very run; refuses anything else that is there."""
     if not out.exists() or all(path.name.startswith(UNWRITTEN) for path in out.iterdir()):
@@ -489,17 +382,3 @@ def _finish(run: Run, out: Path, ensemble: Members, signature: Signature) -> Non
         shutil.rmtree(left, ignore_errors=True)
     # a finished run keeps its result; what only a resume needs would triple its size
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-def input_check(ensemble: Members, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Refuse data that the ensemble was not made for.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    signature = Signature.stored(checkpoint.state)
-    if dataset.shape != signature.shape or len(dataset.classes) != len(signature.classes):
-        raise InputError(
-            f"the run was trained on {len(signature.classes)} classes of {signature.shape} images, "
-            f"the data has {len(dataset.classes)} of {dataset.shape}"
-        )

@@ -1,0 +1,27 @@
+"""Where an ensemble's tensors lie: the device, and their order in its memory."""
+
+import torch
+
+from redefense.ensembles import Members
+from redefense.errors import ConfigError
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name; refused if it is unknown or not there, before anything is done.
+
+    Raises:
+        ConfigError: naming the device.
+    """
+    try:
+        place = torch.device(device)
+        if place.type == "meta":
+            raise ConfigError(f"cannot use device {device!r}: it holds no numbers")
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def channels_last(ensemble: Members) -> Members:
+    """The memory layout in which convolutions run fastest."""
+    return ensemble.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it

@@ -1,0 +1,138 @@
+"""What a run's record means, and the ensemble that a finished run holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from redefense.config import Run, choose, settings_of
+from redefense.data import Dataset
+from redefense.defences import DEFENCES, Defence
+from redefense.ensembles import Members, Origin
+from redefense.errors import CheckpointError, InputError
+from redefense.kinds import ENSEMBLES, Kind
+from redefense.train.checkpoint import Checkpoint, read
+from redefense.train.device import channels_last, check_device
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a trained ensemble must know of its data: it is stored with the weights.
+
+    Attributes:
+        name: of the data set.
+        classes: their names, in the order of the labels.
+        shape: channels, height, width.
+        checksum: SHA-256 of the data set's content.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    checksum: str
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Signature":
+        return cls(dataset.name, dataset.classes, dataset.shape, dataset.checksum())
+
+    @classmethod
+    def stored(cls, state: Mapping[str, Any]) -> "Signature":
+        data = state["data"]
+        return cls(data["name"], tuple(data["classes"]), tuple(data["shape"]), data["checksum"])
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "shape": list(self.shape),
+            "checksum": self.checksum,
+        }
+
+
+def resolve(run: Run) -> tuple[Run, Kind, Defence]:
+    """Look up all names and fill in every default.
+
+    Raises:
+        ConfigError: for an unknown name or setting, or a value of the wrong type.
+    """
+    kind = choose(ENSEMBLES, run.ensemble, "ensemble")
+    defence = choose(DEFENCES, run.defence, "defence")
+    filled = run.model_copy(
+        update={
+            "ensemble": settings_of(ENSEMBLES, kind),
+            "defence": settings_of(DEFENCES, defence),
+        }
+    )
+    return filled, kind, defence
+
+
+def load(path: str | Path, *, device: str = "cpu") -> Members:
+    """The trained ensemble of a run directory (or of one checkpoint folder), in evaluation mode.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or does not fit its run.
+    """
+    return load_checkpoint(find_final(Path(path)), device=device)
+
+
+def find_final(path: Path) -> Checkpoint:
+    """The finished checkpoint of a run directory, or the checkpoint that `path` itself is.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged.
+    """
+    folder = path / "final" if (path / "final").is_dir() else path
+    if not (folder / "manifest.json").is_file():
+        if (path / "checkpoints").is_dir():
+            raise CheckpointError(f"{path} is not trained to its end; go on with train --resume")
+        raise CheckpointError(f"no trained run at {path}")
+    return read(folder)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Members:
+    """The ensemble that a checkpoint holds, in evaluation mode."""
+    _, kind, _ = resolve(checkpoint.run)
+    ensemble = fresh(kind, Signature.stored(checkpoint.state), checkpoint.run.seed, device)
+    load_weights(ensemble, checkpoint)
+    folder = checkpoint.path.parent if checkpoint.path.name == "final" else checkpoint.path
+    ensemble.origin = Origin(checkpoint.run, checkpoint.state["data"], folder)
+    return channels_last(ensemble).eval()
+
+
+def fresh(kind: Kind, signature: Signature, seed: int, device: str) -> Members:
+    """An untrained ensemble for such data.
+
+    Raises:
+        ConfigError: if the device cannot be used, or the kind does not fit the data.
+    """
+    ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
+    return ensemble.to(check_device(device))
+
+
+def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the ensemble the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if they are another network's.
+    """
+    try:
+        ensemble.load_state_dict(dict(checkpoint.weights))
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint.path} does not fit its run: {first}") from None
+
+
+def input_check(ensemble: Members, dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Refuse data that the ensemble was not made for.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    signature = Signature.stored(checkpoint.state)
+    if dataset.shape != signature.shape or len(dataset.classes) != len(signature.classes):
+        raise InputError(
+            f"the run was trained on {len(signature.classes)} classes of {signature.shape} images, "
+            f"the data has {len(dataset.classes)} of {dataset.shape}"
+        )
