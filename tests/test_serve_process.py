@@ -311,7 +311,15 @@ def test_sigterm_answers_all_that_was_accepted(
         (["--name", "a/b"], 2, "--name"),
         (["--json"], 2, "--audit"),
         (["--key", "secret.key"], 2, "per-input"),
-        (["--audit", "--host", "0.0.0.0"], 2, "--audit"),
+        (["--audit", "--host", "0.0.0.0"], 2, "leave --host out"),
+        (["--audit", "--port", "8000"], 2, "leave --port out"),
+        (["--audit", "--name", "mine"], 2, "leave --name out"),
+        (["--audit", "--policy", "per-input", "--key", "secret.key"], 2, "leave --key out"),
+        (["--epoch", "60"], 2, "per-client, not fresh"),
+        (["--policy", "per-input", "--epoch", "3600"], 2, "per-client, not per-input"),
+        (["--max-delay", "0.1", "--max-batch", "1"], 2, "max_batch 1"),
+        (["--max-delay", "9"], 2, "below deadline = 5"),
+        (["--tick", "5"], 2, "below deadline = 5"),
         (["--audit", "--mode", "averaged"], 2, "secretly"),
     ],
 )
@@ -335,11 +343,16 @@ def test_the_command_refuses_in_one_line(
 
 
 def test_a_missing_package_is_named_with_what_installs_it(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from redefense.cli import main
+
     monkeypatch.setattr(serving_command, "PACKAGES", ("no_such_package",))
-    with pytest.raises(ConfigError, match=r"redefense\[serve\]"):
-        serving_command.serve(bundle)
+    monkeypatch.setattr(sys, "argv", ["redefense", "serve", str(bundle)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "redefense[serve]" in capsys.readouterr().err
 
 
 def test_the_command_audits_a_server_of_its_own(

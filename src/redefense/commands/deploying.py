@@ -20,6 +20,10 @@ def export(
     ] = None,
     data: DataSpec = None,
     license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="PRIVATE.pem", help="Ed25519 key that signs the manifest."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -35,6 +39,7 @@ def export(
             precision=precision,
             calibration=calibration,
             license_name=license_name,
+            sign=sign,
             say=lambda line: say(line, quiet),
         )
     shown = summary(out)
@@ -51,13 +56,17 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run whose members it must hold.")
     ] = None,
+    signer: Annotated[
+        Path | None,
+        typer.Option(metavar="PUBLIC.pem", help="Ed25519 key that must have signed it."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Prove that a bundle is what it says: exit 1 with the reason if it is not."""
     from redefense.export.verify import verify as checks_of
 
-    checks = checks_of(path, against=against)
+    checks = checks_of(path, against=against, signer=signer)
     failed = [check for check in checks if not check.passed]
     if as_json:
         shown = {"bundle": str(path), "holds": not failed}

@@ -4,22 +4,28 @@ import dataclasses
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from redefense.commands.options import Json, Quiet, say
 from redefense.errors import ConfigError
-from redefense.serve.settings import Mode, Policy, Settings, check_address, is_loopback
+from redefense.serve.settings import Mode, Policy, Settings, check_address
+
+if TYPE_CHECKING:
+    from redefense.export.runner import Trust
 
 PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
+HOST, PORT = "127.0.0.1", 8000
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 
 
 def serve(
     bundle: Bundle,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[str | None, typer.Option(help=f"Address to listen on; {HOST}.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help=f"{PORT}; 0 takes a free one.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="In the routes; the folder's name.")] = None,
     policy: Annotated[
         Policy, typer.Option(help="Whose draw is kept: fresh (none), per-input or per-client.")
@@ -27,9 +33,15 @@ def serve(
     key: Annotated[
         Path | None, typer.Option(help="Secret of the keyed policies, shared by replicas.")
     ] = None,
-    epoch: Annotated[float, typer.Option(help="Seconds that per-client keeps a draw.")] = 3600.0,
+    epoch: Annotated[
+        float | None, typer.Option(help="Seconds that per-client keeps a draw; an hour.")
+    ] = None,
     client_header: Annotated[
         str | None, typer.Option(help="Header by which your proxy names clients; else the address.")
+    ] = None,
+    signer: Annotated[
+        Path | None,
+        typer.Option(metavar="PUBLIC.pem", help="Ed25519 key that must have signed the bundle."),
     ] = None,
     mode: Annotated[
         Mode, typer.Option(help="averaged and member (the first) are there to compare.")
@@ -55,7 +67,7 @@ def serve(
         int | None, typer.Option(help="That a member computes with; one per core.")
     ] = None,
     audit: Annotated[
-        bool, typer.Option("--audit", help="Attack a server so started, and exit; loopback only.")
+        bool, typer.Option("--audit", help="Attack servers so started, on the loopback, and exit.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -88,9 +100,10 @@ def serve(
         threads=threads,
     )
     if audit:
-        if not is_loopback(host) or key is not None:
-            raise ConfigError("--audit starts servers of its own here: leave --host and --key out")
-        _audit(bundle, settings, as_json=as_json, quiet=quiet)
+        own = {"host": host, "port": port, "name": name, "key": key}
+        for option in (option for option, value in own.items() if value is not None):
+            raise ConfigError(f"--audit starts servers of its own here: leave --{option} out")
+        _audit(bundle, settings, signer, as_json=as_json, quiet=quiet)
         return
     if as_json:
         raise ConfigError("--json is for --audit; what a server logs is JSON anyway")
@@ -98,22 +111,31 @@ def serve(
         raise ConfigError(
             "--key is for the policies per-input and per-client: fresh draws need none"
         )
-    check_address(settings, host)
+    address = HOST if host is None else host
+    check_address(settings, address)
     log_to_stderr(quiet=quiet)
-    model = Model(bundle, name=name, threads=threads)
+    model = Model(bundle, name=name, threads=threads, trust=_trust(signer))
     draw = draw_by(settings, model.mixture, read_key(key))
-    run_server(model, settings, draw, host=host, port=port)
+    run_server(model, settings, draw, host=address, port=PORT if port is None else port)
 
 
-def _audit(bundle: Path, settings: Settings, *, as_json: bool, quiet: bool) -> None:
+def _trust(signer: Path | None) -> "Trust | None":
+    from redefense.export.signing import trust_in
+
+    return None if signer is None else trust_in(signer)
+
+
+def _audit(
+    bundle: Path, settings: Settings, signer: Path | None, *, as_json: bool, quiet: bool
+) -> None:
     from redefense.serve.audit import run_audit
     from redefense.serve.children import child
     from redefense.serve.model import Model
 
-    model = Model(bundle, threads=settings.threads)
+    model = Model(bundle, threads=settings.threads, trust=_trust(signer))
+    more = () if signer is None else ("--signer", str(signer))
     say(f"auditing {bundle}, policy {settings.policy}: servers come and go for a minute", quiet)
-    quick = dataclasses.replace(settings, grace=0.0)
-    findings = run_audit(model, settings, lambda: child(bundle, quick))
+    findings = run_audit(model, settings, lambda: child(bundle, settings, *more))
     passed = all(finding.passed for finding in findings)
     if as_json:
         shown = {"bundle": str(bundle), "policy": settings.policy, "passed": passed}

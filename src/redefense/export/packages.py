@@ -1,4 +1,4 @@
-"""Packages of the `onnx` extra, by name, or one line that says what to install."""
+"""Packages of extras, by name, or one line that says what to install."""
 
 from importlib import import_module
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from redefense.errors import ConfigError
 
 
-def need(name: str) -> Any:
-    """The module of that name.
+def need(name: str, *, extra: str = "onnx") -> Any:
+    """The module of that name, which an extra of redefense brings.
 
     Raises:
         ConfigError: if its package is not installed.
@@ -16,5 +16,5 @@ def need(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"this needs {error.name or name}: pip install 'redefense[onnx]'"
+            f"this needs {error.name or name}: pip install 'redefense[{extra}]'"
         ) from None

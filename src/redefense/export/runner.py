@@ -32,8 +32,9 @@ from numpy.typing import NDArray
 SCHEMA = 1
 FORMAT = "redefense-bundle"
 MANIFEST = "manifest.json"
-SIGNATURE = "manifest.json.sig"
-"""A signature of the manifest, made and checked by tools of its own, may lie beside it."""
+SIGNATURE = "manifest.sig"
+"""An Ed25519 signature of the manifest may lie beside it (`export --sign`, `verify --signer`). This
+file does not check it: whoever can change a bundle can change this file, too."""
 TOLERANCE = {"fp32": 1e-4, "int8": 0.3}
 """Most that a member may deviate from the probes' logits: the root mean square of the differences,
 as a share of that of the logits."""
@@ -41,6 +42,8 @@ AGREEMENT = {"fp32": 0.98, "int8": 0.85}
 """Least share of probes on which a member names the class that its logits name."""
 
 Floats = NDArray[np.float32]
+Trust = Callable[[Path, bytes], None]
+"""Raises BundleError where a folder's manifest, as it was read, is not to be trusted."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _JSON_LIMIT = 16 * 2**20
 _GRID = ("rows", "columns", "size")
@@ -138,14 +141,18 @@ class Bundle:
         return images, logits
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, trust: Trust | None = None) -> Bundle:
     """Read and check the records of a bundle; its other files are checked when they are read.
+
+    Args:
+        path: the folder.
+        trust: is asked about the manifest before anything in it is believed.
 
     Raises:
         BundleError: naming what is missing or wrong.
     """
     folder = Path(path)
-    manifest = _json(folder, MANIFEST, None)
+    manifest = _json(folder, MANIFEST, None, trust)
     files = manifest.get("files")
     if manifest.get("schema") != SCHEMA or not isinstance(files, dict):
         raise BundleError(f"{MANIFEST} has schema {manifest.get('schema')!r}, not {SCHEMA}")
@@ -161,13 +168,17 @@ def open_bundle(path: str | Path) -> Bundle:
     return Bundle(folder, config, files)
 
 
-def _json(folder: Path, name: str, bundle: Bundle | None) -> dict[str, Any]:
+def _json(
+    folder: Path, name: str, bundle: Bundle | None, trust: Trust | None = None
+) -> dict[str, Any]:
     place = folder / name
     if not place.is_file() or place.is_symlink():
         raise BundleError(f"{folder} is no bundle: it lacks {name}")
     if place.stat().st_size > _JSON_LIMIT:
         raise BundleError(f"{name} is larger than {_JSON_LIMIT} bytes")
     raw = bundle.read(name) if bundle is not None else place.read_bytes()
+    if trust is not None:
+        trust(folder, raw)
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:

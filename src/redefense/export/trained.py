@@ -11,12 +11,13 @@ from redefense.data.dataset import stratified_order
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.card import card, unmeasured_card
 from redefense.export.quantise import Int8
+from redefense.export.signing import sign_with
 from redefense.export.write import PROBES, About, export, synthetic
 from redefense.kinds import ENSEMBLES
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.loading import Signature, find_final, load_checkpoint, resolve
+from redefense.train.run import Signature, find_final, load_checkpoint, resolve
 
 CALIBRATION = 512
 _UNMEASURED = (
@@ -33,6 +34,7 @@ def export_run(
     precision: str = "fp32",
     calibration: int | None = None,
     license_name: str = "mit",
+    sign: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the bundle of the run (or checkpoint) at `path` to `out`.
@@ -49,17 +51,20 @@ def export_run(
             are learnt from, 512 by default; with 0 ranges are those of each batch, so that the
             answer to an image depends on its batch mates.
         license_name: of the weights, as an SPDX identifier.
+        sign: a PEM file with the Ed25519 private key that signs the bundle.
         say: is told what was measured.
 
     Raises:
         CheckpointError: if `path` is not trained, or damaged.
-        ConfigError: if a setting or `out` does not fit, or members cannot be exported.
-        DataError: if the data are needed and cannot be read, or are not those of the run.
+        ConfigError: if a setting, the key or `out` does not fit, or members cannot be exported.
+        DataError: if the data are needed and cannot be read, or are not those of the run; if there
+            is no key.
     """
     if precision not in ("fp32", "int8"):
         raise ConfigError(f"--precision must be fp32 or int8, got {precision!r}")
     if calibration is not None and precision != "int8":
         raise ConfigError("--calibration goes with --precision int8")
+    signature_by = None if sign is None else sign_with(sign)
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
     ensemble, signature = load_checkpoint(checkpoint), Signature.stored(checkpoint.state)
@@ -84,7 +89,7 @@ def export_run(
         settings=settings_of(ENSEMBLES, kind),
         card=lambda name: _card(path, name, checkpoint, license_name, precision),
     )
-    return export(ensemble, out, about, probes=probes, int8=int8)
+    return export(ensemble, out, about, probes=probes, int8=int8, sign=signature_by)
 
 
 def _dataset(

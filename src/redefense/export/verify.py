@@ -18,6 +18,7 @@ from redefense.export import runner
 from redefense.export.draws import NUM_DRAWS, draw_faults, seed_faults
 from redefense.export.rules import graph_faults
 from redefense.export.runner import Bundle, BundleError, Floats
+from redefense.export.signing import SignatureError, trust_in
 
 SHOWN = 3
 
@@ -70,25 +71,33 @@ class Opened:
         return answers
 
 
-def verify(path: str | Path, *, against: str | Path | None = None) -> list[Check]:
+def verify(
+    path: str | Path, *, against: str | Path | None = None, signer: str | Path | None = None
+) -> list[Check]:
     """Look at everything a bundle promises; it holds if all checks passed.
 
     Args:
         path: the bundle.
         against: a run (or checkpoint) whose members the bundle must hold; needs torch.
+        signer: a PEM file with the Ed25519 public key that must have signed the bundle.
 
     Raises:
-        DataError: if there is no bundle at `path`.
+        DataError: if there is no bundle at `path`, or no file at `signer`.
+        ConfigError: if `signer` is no such key.
         CheckpointError: if `against` is no trained run.
     """
     folder = Path(path)
     if not (folder / runner.MANIFEST).is_file():
         raise DataError(f"no bundle at {folder}: it lacks {runner.MANIFEST}")
+    trust = None if signer is None else trust_in(Path(signer))
     try:
-        opened = Opened(runner.open_bundle(folder))
+        opened = Opened(runner.open_bundle(folder, trust))
+    except SignatureError as error:
+        return [Check("signature", False, str(error))]
     except BundleError as error:
         return [Check("records", False, str(error))]
-    checks = [_check(name, look, opened) for name, look in LOOKS.items()]
+    signed = [] if trust is None else [Check("signature", True, f"signed by the key {signer}")]
+    checks = signed + [_check(name, look, opened) for name, look in LOOKS.items()]
     if against is not None:
         from redefense.export.against import compare  # the one part that needs torch
 

@@ -23,6 +23,7 @@ from redefense.export.compact import write_compact
 from redefense.export.graph import member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
+from redefense.export.signing import Sign
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Images, check_images
@@ -58,6 +59,7 @@ def export(
     *,
     probes: Images | None = None,
     int8: Int8 | None = None,
+    sign: Sign | None = None,
 ) -> Path:
     """Write the bundle `out` of an ensemble, whose members are any networks that torch can export.
 
@@ -68,6 +70,7 @@ def export(
         about: what the bundle says beside.
         probes: images whose logits travel along, for verification; synthetic ones by default.
         int8: how weights and activations become 8-bit integers; they stay fp32 without.
+        sign: makes the signature that is written beside the manifest; none by default.
 
     Returns:
         The bundle's folder.
@@ -91,6 +94,9 @@ def export(
         with runner.aside(target) as folder:
             _write(ensemble, folder, about, images, int8, target.name)
             _check(runner.open_bundle(folder))
+            if sign is not None:
+                signature = sign((folder / runner.MANIFEST).read_bytes())
+                (folder / runner.SIGNATURE).write_bytes(signature)
     except runner.BundleError as error:
         raise ConfigError(str(error)) from None
     return target

@@ -26,14 +26,16 @@ def options_of(settings: Settings) -> list[str]:
         option = "--" + field.name.replace("_", "-")
         if value is True:
             words.append(option)
-        elif value not in (None, False):
+        elif value is not None and value is not False:  # 0.0 is a value
             words += [option, str(value)]
     return words
 
 
 @contextmanager
-def child(bundle: Path, settings: Settings) -> Iterator[Replica]:
+def child(bundle: Path, settings: Settings, *more: str) -> Iterator[Replica]:
     """A server of the bundle on a free port of this machine, for the length of the context.
+
+    `more` are words of its command line beside those that make the settings.
 
     Raises:
         DataError: it does not start, with what it said.
@@ -43,7 +45,7 @@ def child(bundle: Path, settings: Settings) -> Iterator[Replica]:
         log = Path(folder) / "log"
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [*words, *options_of(settings)], stdout=subprocess.DEVNULL, stderr=stream
+                [*words, *options_of(settings), *more], stdout=subprocess.DEVNULL, stderr=stream
             )
         try:
             yield Replica(url_in(process, log), lambda: log.read_text(encoding="utf-8"))

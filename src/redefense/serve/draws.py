@@ -23,6 +23,7 @@ Mixture = NDArray[np.float64]
 Draw = Callable[[Floats, Sequence[str]], Members]
 """(images (N, C, H, W), the client of each) -> member index of each (N,)."""
 
+_EPOCH = 3600.0  # seconds
 _KEY_BYTES = 32
 _STEPS = 2**64
 
@@ -130,5 +131,5 @@ def draw_by(settings: Settings, mixture: Mixture, key: bytes) -> Draw:
     if settings.policy == "per-input":
         return per_input(mixture, key)
     if settings.policy == "per-client":
-        return per_client(mixture, key, epoch=settings.epoch)
+        return per_client(mixture, key, epoch=settings.epoch or _EPOCH)
     return fresh(mixture)

@@ -20,6 +20,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Model:
     """All members of a bundle, ready to run.
 
+    Args:
+        folder: the bundle.
+        name: in the routes; the folder's by default.
+        threads: that a member computes with; None: one per core.
+        trust: what a bundle must stand before it is believed, e.g. `export.signing.trust_in`.
+
     Attributes:
         name: in the routes of the protocol.
         shape: of one image, (1 or 3 channels, H, W).
@@ -27,14 +33,19 @@ class Model:
 
     Raises:
         ConfigError: the name does not fit into a route.
-        DataError: the bundle is damaged, or no classifier of pictures.
+        DataError: the bundle is damaged, not trusted, or no classifier of pictures.
     """
 
     def __init__(
-        self, folder: Path, *, name: str | None = None, threads: int | None = None
+        self,
+        folder: Path,
+        *,
+        name: str | None = None,
+        threads: int | None = None,
+        trust: runner.Trust | None = None,
     ) -> None:
         try:
-            self._bundle = runner.open_bundle(folder)
+            self._bundle = runner.open_bundle(folder, trust)
             self.shape = self._bundle.shape
             self.mixture: NDArray[np.float64] = self._bundle.mixture
             self.classes = tuple(self._bundle.classes)

@@ -37,7 +37,7 @@ class Settings:
         max_body: bytes of a request; None: what `max_batch` images take as JSON, and 8 MiB.
         tick: seconds; answers leave on a grid this wide, so that the time does not tell members of
             unequal speed apart. 0.0: at once.
-        epoch: seconds for which `per-client` keeps a client's draw.
+        epoch: seconds for which `per-client` keeps a client's draw; None: an hour.
         client_header: the request header that names the client; None: its address. Only a header
             that a proxy of yours sets is worth anything: a client that may choose it draws anew.
         grace: seconds between SIGTERM, when readiness turns false, and the end of listening.
@@ -56,7 +56,7 @@ class Settings:
     max_pixels: int = 16_000_000
     max_body: int | None = None
     tick: float = 0.0
-    epoch: float = 3600.0
+    epoch: float | None = None
     client_header: str | None = None
     grace: float = 1.0
     threads: int | None = None
@@ -74,8 +74,17 @@ class Settings:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0 seconds, got {getattr(self, name)}")
         for name in ("deadline", "epoch"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)} seconds")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be positive, got {value} seconds")
+        for name in ("max_delay", "tick"):
+            if getattr(self, name) >= self.deadline:
+                raise ConfigError(
+                    f"{name} must be below deadline = {self.deadline:g} seconds, or nobody is "
+                    f"answered in time, got {getattr(self, name)}"
+                )
+        if self.max_delay > 0 and self.max_batch == 1:
+            raise ConfigError("max_delay waits for batch mates, which max_batch 1 does not take")
         if self.max_queue < self.max_batch:
             raise ConfigError(
                 f"max_queue must be at least max_batch = {self.max_batch}, got {self.max_queue}"
@@ -86,8 +95,10 @@ class Settings:
             raise ConfigError("--seed and --research belong together: secret draws have no seed")
         if self.research and self.policy != "fresh":
             raise ConfigError(f"a research server draws afresh, got policy {self.policy}")
-        if self.client_header is not None and self.policy != "per-client":
-            raise ConfigError("--client-header is for the policy per-client")
+        for name in ("client_header", "epoch"):
+            if getattr(self, name) is not None and self.policy != "per-client":
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is for the policy per-client, not {self.policy}")
         if self.mode != "sampled" and (self.research or self.policy != "fresh"):
             raise ConfigError(f"mode {self.mode} draws nothing: it takes no policy and no research")
 

@@ -1,0 +1,91 @@
+"""Who made a bundle: an Ed25519 signature (RFC 8032) of the exact bytes of its manifest.
+
+The manifest holds the hash of every other file, so one signature covers the whole bundle. It is the
+bare 64 bytes, so that openssl can check it where redefense is not installed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from redefense.errors import ConfigError, DataError
+from redefense.export.packages import need
+from redefense.export.runner import SIGNATURE, BundleError, Trust
+
+Sign = Callable[[bytes], bytes]
+"""From a manifest to its signature."""
+
+_SIZE: Final = 64
+
+
+class SignatureError(BundleError):
+    """A manifest is not signed, or not by the key that was named, or not as it is now."""
+
+
+def sign_with(private: Path) -> Sign:
+    """What signs with the Ed25519 key in a PEM file.
+
+    Raises:
+        ConfigError: the file holds another thing, or a passphrase locks it, or others may read it,
+            or the package cryptography is missing.
+        DataError: there is no such file.
+    """
+    content = _read(private)
+    if (mode := private.stat().st_mode) & 0o077:
+        raise ConfigError(f"{private} may be read by others (mode {mode & 0o777:o}): chmod 600")
+    serialization = need("cryptography.hazmat.primitives.serialization", extra="sign")
+    kinds = need("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+    try:
+        key = serialization.load_pem_private_key(content, password=None)
+    except TypeError:
+        raise ConfigError(f"{private} is locked by a passphrase, which is not asked for") from None
+    except Exception:  # noqa: BLE001 - damaged files raise many types
+        raise ConfigError(f"{private} holds no private key in PEM form") from None
+    if not isinstance(key, kinds.Ed25519PrivateKey):
+        raise ConfigError(f"{private} holds another kind of key than Ed25519")
+    sign: Sign = key.sign
+    return sign
+
+
+def trust_in(public: Path) -> Trust:
+    """What refuses every manifest that is not signed by the private half of this key.
+
+    Args:
+        public: a PEM file with an Ed25519 public key.
+
+    Raises:
+        ConfigError: the file holds another thing, or the package cryptography is missing.
+        DataError: there is no such file.
+    """
+    content = _read(public)
+    serialization = need("cryptography.hazmat.primitives.serialization", extra="sign")
+    kinds = need("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
+    invalid = need("cryptography.exceptions", extra="sign").InvalidSignature
+    try:
+        key = serialization.load_pem_public_key(content)
+    except Exception:  # noqa: BLE001 - damaged files raise many types
+        raise ConfigError(f"{public} holds no public key in PEM form") from None
+    if not isinstance(key, kinds.Ed25519PublicKey):
+        raise ConfigError(f"{public} holds another kind of key than Ed25519")
+
+    def trust(folder: Path, manifest: bytes) -> None:
+        place = folder / SIGNATURE
+        if place.is_symlink() or not place.is_file():
+            raise SignatureError(f"the bundle is not signed: it lacks {SIGNATURE}")
+        if place.stat().st_size != _SIZE:
+            raise SignatureError(f"{SIGNATURE} has {place.stat().st_size} bytes, not {_SIZE}")
+        try:
+            key.verify(place.read_bytes(), manifest)
+        except invalid:
+            raise SignatureError(
+                f"{SIGNATURE} is not the signature of this manifest by the key {public}"
+            ) from None
+
+    return trust
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"key {path}: {error.strerror}") from None
