@@ -1,7 +1,7 @@
 """A bundle in memory: one inference session per member, every file checked against its hash."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +49,7 @@ class Model:
             self.shape = self._bundle.shape
             self.mixture: NDArray[np.float64] = self._bundle.mixture
             self.classes = tuple(self._bundle.classes)
+            self._alone = _by_batch(self._bundle.config)
             self._sessions = [
                 _session(self._bundle.member(m), m, threads)
                 for m in range(self._bundle.num_members)
@@ -72,11 +73,17 @@ class Model:
 
     def logits_of(self, m: int, images: Floats) -> Floats:
         """(N, classes) logits of member m for images (N, C, H, W) in [0, 1]."""
-        return runner.logits_of(self._sessions[m], images)
+        session = self._sessions[m]
+        return np.concatenate([runner.logits_of(session, part) for part in self._parts(images)])
 
     def classify(self, images: Floats, drawn: NDArray[np.int64]) -> Floats:
         """(N, classes) logits where member drawn[n] answers image n."""
-        return runner.classify(self._sessions, images, drawn)
+        parts = zip(self._parts(images), self._parts(drawn), strict=True)
+        return np.concatenate([runner.classify(self._sessions, *part) for part in parts])
+
+    def _parts(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """What may be computed together."""
+        return list(values[:, None]) if self._alone else [values]
 
     def probes(self) -> Floats:
         """The bundle's own images (64, C, H, W), for those who measure it."""
@@ -102,6 +109,17 @@ class Model:
                         f"member {m} must give {size} x {len(self.classes)} finite logits, "
                         f"got shape {logits.shape}"
                     )
+
+
+def _by_batch(config: Mapping[str, Any]) -> bool:
+    """Whether members scale their numbers by the range of a batch, as dynamic quantisation does.
+
+    An answer would then depend on the images that the same member answers beside: who shares a
+    member with whom could be read off.
+    """
+    how = config.get("quantisation")
+    static = isinstance(how, dict) and how.get("method") == "static"
+    return config["precision"] == "int8" and not static
 
 
 def _fitting(folder: Path) -> str:
