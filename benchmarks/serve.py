@@ -1,6 +1,7 @@
 """How fast and how steadily a bundle is served: one member, the draw and the average in one run.
 
 python benchmarks/serve.py BUNDLE [--requests N] [--soak N] [--fuzz N] [--out FILE.json]
+python benchmarks/serve.py PLAIN INT8 COMPACT    sizes, start-up time and memory of each, no load
 
 Servers are processes of their own and the load comes from this one, so on few cores the load takes
 time from the server: compare modes within a run, not runs. A table goes to stderr, JSON to stdout.
@@ -28,6 +29,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from redefense.export.summary import summary
 from redefense.serve.channels import Replica
 from redefense.serve.children import child, options_of, url_in
 from redefense.serve.client import Client, tensor_request
@@ -69,6 +71,34 @@ class Wire:
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None
+
+
+def beside(bundles: list[Path], settings: Settings) -> Figures:
+    """Bytes on disk, seconds until a server answers and its memory; bundles take turns.
+
+    Disk: `member_bytes` are those of the members, `bundle_bytes` with probes, records and runner.
+    """
+    seconds: dict[Path, list[float]] = {bundle: [] for bundle in bundles}
+    memory: dict[Path, list[float]] = {bundle: [] for bundle in bundles}
+    for _ in range(ROUNDS):
+        for bundle in bundles:
+            started = time.perf_counter()
+            with child(bundle, replace(settings, grace=0.0)) as server:
+                seconds[bundle].append(time.perf_counter() - started)
+                memory[bundle].append(megabytes(server.url))
+    figures: Figures = {}
+    for bundle in bundles:
+        found = summary(bundle)
+        figures[str(bundle)] = {
+            "kind": found.kind,
+            "precision": found.precision,
+            "num_members": found.num_members,
+            "member_bytes": found.member_bytes,
+            "bundle_bytes": found.total_bytes,
+            "start_seconds": round(statistics.median(seconds[bundle]), 2),
+            "resident_mb": statistics.median(memory[bundle]),
+        }
+    return figures
 
 
 def message_of(url: str, images: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
@@ -244,6 +274,18 @@ def fuzz(bundle: Path, settings: Settings, image: Any, bodies: int) -> Figures:
     return {"statuses": dict(statuses), "defects": log.count('"defect"') + log.count("Traceback")}
 
 
+def beside_table(figures: Figures) -> str:
+    lines = [
+        "kind     precision  members  member bytes  bundle bytes  start s  resident MB  bundle"
+    ]
+    lines += [
+        f"{row['kind']:<9}{row['precision']:<9}{row['num_members']:>9}{row['member_bytes']:>14,}"
+        f"{row['bundle_bytes']:>14,}{row['start_seconds']:>9.2f}{row['resident_mb']:>13.1f}  {name}"
+        for name, row in figures["bundles"].items()
+    ]
+    return "\n".join(lines)
+
+
 def table(figures: Figures) -> str:
     lines = ["clients  mode       p50 ms    p95 ms    p99 ms   images/s"]
     for clients, row in figures["latency"]["clients"].items():
@@ -257,7 +299,7 @@ def table(figures: Figures) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--requests", type=int, default=400, help="of each mode, load and round")
     parser.add_argument("--soak", type=int, default=100_000, help="requests for the memory")
     parser.add_argument("--fuzz", type=int, default=10_000, help="mutated bodies")
@@ -265,14 +307,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     chosen = parser.parse_args()
     settings = Settings(threads=chosen.threads)
-    image = Model(chosen.bundle, threads=1).probes()[:1]
     figures: Figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
-    figures["latency"] = latency(chosen.bundle, settings, image, chosen.requests)
-    figures["overload"] = overload(chosen.bundle, settings, image)
-    figures["terminated"] = terminated(chosen.bundle, settings, image)
-    figures["fuzz"] = fuzz(chosen.bundle, settings, image, chosen.fuzz)
-    figures["soak"] = soak(chosen.bundle, settings, image, chosen.soak)
-    sys.stderr.write(table(figures) + "\n")
+    bundle, *others = chosen.bundles
+    if others:
+        figures["bundles"] = beside(chosen.bundles, settings)
+    else:
+        image = Model(bundle, threads=1).probes()[:1]
+        figures["latency"] = latency(bundle, settings, image, chosen.requests)
+        figures["overload"] = overload(bundle, settings, image)
+        figures["terminated"] = terminated(bundle, settings, image)
+        figures["fuzz"] = fuzz(bundle, settings, image, chosen.fuzz)
+        figures["soak"] = soak(bundle, settings, image, chosen.soak)
+    sys.stderr.write((beside_table(figures) if others else table(figures)) + "\n")
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
     if chosen.out is not None:
         chosen.out.write_text(json.dumps(figures, indent=1) + "\n")
