@@ -156,6 +156,8 @@ def test_outputs_are_those_asked_for(client: Client) -> None:
         (request(data=["0.5"] * 16), 400),
         (request(data=[True] * 16), 400),
         (request(data=[[0.5] * 8, [0.5] * 7]), 400),
+        (request(data=[[0.5] * 4] * 4), 400),
+        (request(data=[[[[0.5]] * 4] * 4]), 400),
         (request(data=[1e400] * 16), 400),
         (request(data=[10**100] * 16), 400),
         (request(data=[-0.1] * 16), 400),

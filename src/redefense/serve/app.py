@@ -1,6 +1,8 @@
 """The routes: Open Inference Protocol v2, picture uploads, metrics and a page to try it."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Final
@@ -15,7 +17,7 @@ from starlette.routing import Route
 
 import redefense
 from redefense.serve.batcher import Batcher, Late, Overloaded
-from redefense.serve.draws import Draw, Floats
+from redefense.serve.draws import Draw, Floats, network_of
 from redefense.serve.engine import CONFIDENCE, Answers, Engine, label_and_word
 from redefense.serve.guard import Bodies, Guard
 from redefense.serve.images import FORMATS, read_image
@@ -33,6 +35,7 @@ from redefense.serve.protocol import (
 from redefense.serve.settings import Settings
 
 _HELD_BODIES = 16  # largest bodies that are held at a time
+_DECODERS = 4  # a small file may hold a picture of `max_pixels`, at seven bytes each
 _PAGE: Final = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -55,6 +58,8 @@ class Service:
         self._engine = Engine(model, settings, draw)
         self._batcher = Batcher(self._engine, settings, self.metrics.batch)
         self.metrics.waiting.set_function(lambda: self._batcher.waiting)
+        # threads of its own: one that was given up at its deadline still counts
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="pictures")
         limit = settings.body_limit(model.pixels)
         self._bodies = Bodies(limit=limit, total=_HELD_BODIES * limit, seconds=settings.deadline)
 
@@ -65,6 +70,7 @@ class Service:
             yield
         finally:
             self._batcher.close()
+            self._decoders.shutdown(cancel_futures=True)
 
     async def server_metadata(self, request: Request) -> Response:
         about = {"name": "redefense", "version": redefense.__version__}
@@ -150,8 +156,14 @@ class Service:
         if _media_type(request) not in FORMATS:
             raise HTTPException(415, f"send a picture as {' or '.join(FORMATS)}")
         async with self._bodies.read(request) as body:
-            limit = self.settings.max_pixels
-            return await run_in_threadpool(read_image, body, self.model.shape, limit)
+            limit, deadline = self.settings.max_pixels, self.settings.deadline
+            try:
+                async with asyncio.timeout(deadline):
+                    return await asyncio.get_running_loop().run_in_executor(
+                        self._decoders, read_image, body, self.model.shape, limit
+                    )
+            except TimeoutError:
+                raise HTTPException(504, str(Late(deadline))) from None
 
     async def _answer(self, images: Floats, request: Request) -> Answers:
         try:
@@ -166,7 +178,7 @@ class Service:
         name = self.settings.client_header
         if name is not None and (value := request.headers.get(name)) is not None:
             return f"header {value}"
-        return f"address {request.client.host if request.client else ''}"
+        return f"address {network_of(request.client.host if request.client else '')}"
 
     def _in_words(self, answers: Answers) -> dict[str, object]:
         (label,), (word,) = answers.label, answers.confidence

@@ -25,7 +25,10 @@ class Overloaded(Exception):  # noqa: N818 - a state of the server, answered wit
 
 
 class Late(Exception):  # noqa: N818 - a state of the request, answered with 504
-    """A request was not answered before its deadline."""
+    """A request was not answered before its deadline, `seconds` after it came."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no answer within {seconds:g} s")
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +97,7 @@ class Batcher:
             async with asyncio.timeout(self._settings.deadline):
                 return await job.future
         except TimeoutError:
-            raise Late(f"no answer within {self._settings.deadline:g} s") from None
+            raise Late(self._settings.deadline) from None
         finally:
             with self._change, contextlib.suppress(ValueError):  # it ran
                 self._jobs.remove(job)

@@ -5,6 +5,7 @@ bundle's own (`redefense.export.runner`), so that what is verified is what serve
 """
 
 import hmac
+import ipaddress
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +92,19 @@ def per_client(
         return pick([number(client, now) for client in clients], mixture)
 
     return draw
+
+
+def network_of(address: str) -> str:
+    """What names a client: its address, of IPv6 the first 64 bits, as it may choose the rest."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
 
 
 def seeded(mixture: Mixture, seed: int) -> Draw:

@@ -139,6 +139,8 @@ def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Set
         values = _from_bytes(size, blobs, tensor, datatype)
     if values.size != np.prod(shape):
         refuse(f"shape {shape} needs {int(np.prod(shape))} values, got {values.size}")
+    if values.ndim > 1 and list(values.shape) != shape:  # reshaped, its pixels would be scrambled
+        refuse(f"data must be flat or nested as shape {shape} says, got {list(values.shape)}")
     return _checked(values.reshape(shape), datatype)
 
 

@@ -12,7 +12,8 @@ Policy = Literal["fresh", "per-input", "per-client"]
 Mode = Literal["sampled", "averaged", "member"]
 """One member per image, the mixture's mean probability, or always the first member."""
 
-_BYTES_PER_PIXEL = 24  # what a float may take in JSON
+_JSON_BYTES, _BINARY_BYTES = 24, 8  # what a float may take
+_LEAST_BODY, _MOST_JSON = 2**23, 2**26
 _POSITIVE: Final = ("max_batch", "max_queue", "max_pixels", "threads")
 
 
@@ -34,7 +35,8 @@ class Settings:
         max_queue: images that may wait; more are refused with 429.
         deadline: seconds after which a request that still waits is answered with 504.
         max_pixels: of an uploaded image, before it is resized.
-        max_body: bytes of a request; None: what `max_batch` images take as JSON, and 8 MiB.
+        max_body: bytes of a request; None: what `max_batch` images take, as JSON up to 64 MiB (all
+            requests wait while one is parsed), as binary tensor however large; at least 8 MiB.
         tick: seconds; answers leave on a grid this wide, so that the time does not tell members of
             unequal speed apart. 0.0: at once.
         epoch: seconds for which `per-client` keeps a client's draw; None: an hour.
@@ -106,7 +108,9 @@ class Settings:
         """Bytes a request may hold, for a model whose images have this many values."""
         if self.max_body is not None:
             return self.max_body
-        return max(8 * 2**20, self.max_batch * pixels * _BYTES_PER_PIXEL)
+        values = self.max_batch * pixels
+        as_json = min(values * _JSON_BYTES, _MOST_JSON)
+        return max(_LEAST_BODY, as_json, values * _BINARY_BYTES + 2**16)  # and a header
 
 
 def is_loopback(host: str) -> bool:
