@@ -317,10 +317,9 @@ def logits_of_drawn(ensemble: Ensemble, x: Images, drawn: Tensor) -> Logits:
 
 def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
     """Log of the mixture-weighted mean of the members' probabilities; usable as logits."""
-    # members that never answer are left out: log 0 would make their gradients nan
-    answering = mixture > 0
-    if not bool(answering.all()):
-        logits, mixture = logits[answering], mixture[answering]
+    # members that never answer count for nothing, whatever they say; masked, since leaving them out
+    # would ask the device who they are, and wait for it, at every step of an attack
+    logits = logits.where((mixture > 0)[:, None, None], 0.0)
     log_probs = F.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
     return torch.logsumexp(log_probs + mixture.log().to(log_probs)[:, None, None], dim=0)
 

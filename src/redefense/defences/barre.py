@@ -130,17 +130,24 @@ class BARRE(Defence):
 
 
 class Answering(nn.Module):
-    """log of the mean probability of the members that can be drawn; the others are not asked."""
+    """log of the mean probability of the members that can be drawn; the others are not asked.
+
+    Who can be is looked up when it is made: an accelerator is waited for once, not at every query.
+    """
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
-        self.ensemble = ensemble
+        self.ensemble, self.chosen = ensemble, drawable(ensemble)
 
     def forward(self, x: Images) -> Logits:
-        mixture = self.ensemble.mixture
-        support = mixture.nonzero().flatten()
-        logits = torch.stack([self.ensemble.logits_of(m, x) for m in support.tolist()])
-        return mean_log_probs(logits, mixture[support])
+        logits = torch.stack([self.ensemble.logits_of(m, x) for m in self.chosen])
+        shares = torch.stack([self.ensemble.mixture[m] for m in self.chosen])
+        return mean_log_probs(logits, shares)
+
+
+def drawable(ensemble: Ensemble) -> list[int]:
+    """The members that answer at all."""
+    return [m for m, share in enumerate(ensemble.mixture.tolist()) if share > 0]
 
 
 def begin(m: int, ensemble: Members) -> None:

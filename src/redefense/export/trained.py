@@ -17,7 +17,7 @@ from redefense.kinds import ENSEMBLES
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.run import Signature, find_final, load_checkpoint, resolve
+from redefense.train.loading import Signature, find_final, load_checkpoint, resolve
 
 CALIBRATION = 512
 _UNMEASURED = (
