@@ -158,3 +158,25 @@ def test_a_body_may_hold_a_batch_of_binary_images_but_no_endless_json(pixels: in
     assert limit > 8 * batch  # FP64, and a header
     assert limit <= max(8 * 2**20, 64 * 2**20, 8 * batch + 2**16)
     assert Settings(max_body=100).body_limit(pixels) == 100
+
+
+@pytest.mark.parametrize(
+    ("host", "research", "status"),
+    [
+        ("127.0.0.1:80", True, 200),
+        ("localhost", True, 200),
+        ("[::1]:8000", True, 200),
+        ("evil.example:8000", True, 403),
+        ("127.0.0.1.evil.example", True, 403),
+        ("[", True, 403),
+        ("evil.example", False, 200),  # behind a proxy a server has names of its own
+    ],
+)
+def test_a_web_page_elsewhere_cannot_lead_a_browser_to_a_research_server(
+    model: Model, host: str, research: bool, status: int
+) -> None:
+    settings = Settings(research=research, seed=1 if research else None, grace=0.0)
+    with serving(model, settings) as url, Client(url) as client:
+        reply = client.ask("GET", "/about.json", headers={"Host": host})
+    assert reply.status == status
+    assert dict(reply.headers)["cache-control"] == "no-store"

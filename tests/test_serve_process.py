@@ -20,6 +20,7 @@ import pytest
 from redefense.commands import serving as serving_command
 from redefense.errors import ConfigError, DataError
 from redefense.export.draws import chi_square_p
+from redefense.serve.children import options_of
 from redefense.serve.client import Client, tensor_request
 from redefense.serve.draws import (
     Floats,
@@ -231,6 +232,15 @@ def test_a_body_that_never_comes_is_given_up(model: Model) -> None:
             slow.sendall(head.encode())
             slow.settimeout(5)
             assert slow.recv(200).startswith(b"HTTP/1.1 408")
+
+
+def test_the_options_of_a_server_make_its_settings_and_no_more() -> None:
+    assert "--epoch" not in options_of(Settings())
+    words = options_of(Settings(policy="per-client", epoch=5.0, grace=0.0, scores=True))
+    assert words[words.index("--epoch") + 1] == "5.0"
+    assert words[words.index("--grace") + 1] == "0.0"
+    assert "--scores" in words
+    assert "--research" not in words
 
 
 def test_a_taken_address_is_one_line() -> None:

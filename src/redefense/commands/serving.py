@@ -142,7 +142,7 @@ def _audit(
         rows = [dataclasses.asdict(finding) for finding in findings]
         typer.echo(json.dumps(shown | {"findings": rows}, indent=1))
     else:
-        for finding in findings:
+        for finding in (finding for finding in findings if not (quiet and finding.passed)):
             mark = "ok  " if finding.passed else "FAIL"
             typer.echo(f"{mark}  {finding.check:<30}  {finding.detail}")
     raise typer.Exit(0 if passed else 1)

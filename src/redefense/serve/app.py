@@ -19,7 +19,7 @@ import redefense
 from redefense.serve.batcher import Batcher, Late, Overloaded
 from redefense.serve.draws import Draw, Floats, network_of
 from redefense.serve.engine import CONFIDENCE, Answers, Engine, label_and_word
-from redefense.serve.guard import Bodies, Guard
+from redefense.serve.guard import Bodies, Guard, OwnNames
 from redefense.serve.images import FORMATS, read_image
 from redefense.serve.model import Model
 from redefense.serve.observe import Metrics
@@ -227,7 +227,7 @@ def create_service(model: Model, settings: Settings, draw: Draw) -> tuple[Starle
     guard = Middleware(Guard, metrics=service.metrics, leaving=lambda: service.leaving)
     app = Starlette(
         routes=routes,
-        middleware=[guard],
+        middleware=[guard, Middleware(OwnNames)] if settings.research else [guard],
         exception_handlers={HTTPException: _explain},
         lifespan=service.lifespan,
     )

@@ -5,14 +5,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final, NoReturn
+from urllib.parse import urlsplit
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redefense.serve.observe import LOG, Metrics
+from redefense.serve.settings import is_loopback
 
 HEADERS: Final = {
     "Cache-Control": "no-store",  # a cache would freeze one member per image
@@ -74,6 +76,31 @@ class Guard:
         LOG.info(
             {"event": "request", "route": route, "status": status, "ms": round(seconds * 1000)}
         )
+
+
+class OwnNames:
+    """ASGI middleware that answers to loopback names alone.
+
+    A web page elsewhere can have its own name lead to this machine (DNS rebinding), so that the
+    browser of a visitor reads what is served here; the name it asks for gives it away.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_loopback(_name(Headers(scope=scope).get("host", ""))):
+            refusal = {"error": "a research server answers to the names of this machine alone"}
+            await JSONResponse(refusal, 403)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Bodies:

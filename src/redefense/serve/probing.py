@@ -87,7 +87,12 @@ def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
     found = Subjects(images[sure], answers[:, sure], model.mixture, seconds)
     order = found.collision().argsort(kind="stable")
     found = Subjects(found.images[order], found.answers[:, order], model.mixture, seconds)
-    if len(order) < 2 or found.collision()[0] > 1 - 1e-9:
+    if len(order) < 2:
+        raise InputError(
+            f"{len(order)} of {count} images are clear of every border between answers: "
+            "the members are too unsure to be told apart"
+        )
+    if found.collision()[0] > 1 - 1e-9:
         raise InputError(
             f"all members answer {len(order)} images alike: no draw can be seen from outside"
         )
