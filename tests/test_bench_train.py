@@ -1,9 +1,12 @@
 """The training benchmark: its baseline is the definition, its ratios are those of its seconds."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from redefense.bench import train as bench
+from redefense.bench.inference import run as run_inference
 from redefense.bench.joint import joint_living, joint_step
 from redefense.bench.memory import line
 from redefense.bench.memory import run as run_memory
@@ -12,11 +15,13 @@ from redefense.bench.train import run, table
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
 from redefense.ensembles import Members
+from redefense.errors import ConfigError
 from redefense.kinds import IndependentKind
 from redefense.phases import PHASES
 from redefense.rng import stream
 from redefense.types import Batch
 
+CUDA = torch.cuda.is_available()
 WAYS = ["joint", "exact fp32", "exact bf16", "finite bf16"]
 
 
@@ -91,6 +96,15 @@ def test_counting_a_joint_graph_changes_nothing() -> None:
     for p, value in zip(members.parameters(), before, strict=True):
         assert torch.equal(p, value)
         assert p.grad is None
+
+
+@pytest.mark.parametrize("bench", [run, run_memory, run_inference])
+@pytest.mark.parametrize("device", ["warp", "meta", "hpu", *([] if CUDA else ["cuda"])])
+def test_a_device_that_is_not_there_is_refused_in_one_line(
+    bench: Callable[..., object], device: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^cannot use device '{device}': [^\n]+$"):
+        bench(device=device)
 
 
 def _members() -> Members:

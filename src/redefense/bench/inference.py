@@ -20,7 +20,7 @@ from redefense.errors import ConfigError
 from redefense.kinds import HyperKind, IndependentKind, Kind
 from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.train.device import channels_last
+from redefense.train.device import channels_last, check_device
 from redefense.train.loading import resolve
 
 BATCHES = (1, 256)
@@ -59,10 +59,11 @@ def run(
         number of rounds; `seconds` of one member; `settings`.
 
     Raises:
-        ConfigError: for another ensemble, or a network that no units tile.
+        ConfigError: for another ensemble or device, or a network that no units tile.
     """
+    place = check_device(device)
     kind = named_kind(ensemble, model, num_members)
-    built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(device).eval()
+    built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(place).eval()
     views = _views(channels_last(built))  # as `load` gives it
     others = [name for name in views if name != "member"]
     result: dict[str, Any] = {
@@ -76,7 +77,7 @@ def run(
         },
     }
     for batch in batches:
-        x = torch.rand(batch, 3, 32, 32, generator=stream(seed, "bench", batch)).to(device)
+        x = torch.rand(batch, 3, 32, 32, generator=stream(seed, "bench", batch)).to(place)
         # one image takes milliseconds: as many as make a round worth timing
         repeats = max(1, 64 // batch)
         for view in views.values():

@@ -21,7 +21,7 @@ from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.phases import watched
 from redefense.rng import stream
-from redefense.train.device import channels_last
+from redefense.train.device import channels_last, check_device
 from redefense.train.ledger import Ledger
 from redefense.train.steps import Precision, gradients_stay, take_steps
 from redefense.types import Batch
@@ -61,8 +61,9 @@ def run(
         the smallest of the engine's from two members on, less 1; `settings`.
 
     Raises:
-        ConfigError: for another ensemble, or a network that no units tile.
+        ConfigError: for another ensemble or device, or a network that no units tile.
     """
+    place = check_device(device)
     rng = stream(seed, "bench", "images")
     x = torch.rand(batch, 3, 32, 32, generator=rng)
     y = torch.randint(10, (batch,), generator=rng)
@@ -73,8 +74,8 @@ def run(
         built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed)
         case: dict[str, Any] = {"members": num_members}
         case["joint"] = joint_living(built, Batch(x, y, torch.arange(batch)))
-        channels_last(built.to(device))
-        here = Batch(x.to(device), y.to(device), torch.arange(batch))
+        channels_last(built.to(place))
+        here = Batch(x.to(place), y.to(place), torch.arange(batch))
         case |= _engine(built, red, here, precision)
         tell(line(case))
         cases.append(case)

@@ -33,7 +33,7 @@ from redefense.kinds import IndependentKind
 from redefense.rng import stream
 from redefense.train.accelerators import cores
 from redefense.train.cost import ledger_seconds
-from redefense.train.device import channels_last
+from redefense.train.device import channels_last, check_device
 from redefense.train.optim import make_optimizer
 from redefense.train.steps import Precision, booked_step, take_steps
 from redefense.types import Batch, Images
@@ -83,7 +83,11 @@ def run(
         `forward` pass of a member and of each way, how many times faster than `joint` it is, how
         many times the floor, and on a CPU what the cost model predicts. A joint graph larger than
         the free memory is `skipped`, with the reason.
+
+    Raises:
+        ConfigError: for an unknown network or device.
     """
+    check_device(device)
     cases = []
     for model in models:
         for num_members in members:
