@@ -11,11 +11,14 @@ import onnx
 import torch
 from torch import nn
 
+from redefense.config import override
 from redefense.ensembles import Hyper, Independent, Members
 from redefense.export import export, runner
 from redefense.export.write import About
 from redefense.models import build
+from redefense.recipes import recipe
 from redefense.rng import stream
+from redefense.train.run import train
 
 SHAPE = (1, 8, 8)
 ABOUT = About(shape=SHAPE, classes=[f"digit {i}" for i in range(10)], data="digits")
@@ -51,6 +54,13 @@ def hyper(count: int = 3, taps: str = "mean", *, shared: bool = False) -> Hyper:
 
 def bundle(ensemble: Members, out: Path, **settings: Any) -> Path:
     return export(ensemble, out, ABOUT, **settings)
+
+
+def trained(out: Path, *changes: str) -> Path:
+    """A run of an epoch: two small members on digits."""
+    own = ["epochs=1", "ensemble.model=mlp", "ensemble.num_members=2", "batch_size=256"]
+    train(override(recipe("digits-vanilla"), [*own, *changes]), out, quiet=True)
+    return out
 
 
 def spoil(source: Path, out: Path, change: Callable[[Path], object]) -> Path:

@@ -7,21 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export_tools import trained
 from redefense.cli import main
-from redefense.config import override
 from redefense.data import load_dataset, train_validation
 from redefense.export.runner import open_bundle
 from redefense.export.trained import export_run
-from redefense.recipes import recipe
-from redefense.train.run import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changes = ["epochs=1", "ensemble.model=mlp", "ensemble.num_members=2", "batch_size=256"]
-    out = tmp_path_factory.mktemp("r") / "run"
-    train(override(recipe("digits-vanilla"), changes), out, quiet=True)
-    return out
+    return trained(tmp_path_factory.mktemp("r") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +49,7 @@ def test_a_bundle_holds_against_its_own_run_and_no_other(
     shown = json.loads(capsys.readouterr().out)
     assert shown["holds"]
     assert "bit for bit" in shown["checks"][-1]["detail"]
-    other = override(recipe("digits-vanilla"), ["epochs=1", "ensemble.model=mlp", "seed=1"])
-    other = override(other, ["ensemble.num_members=2", "batch_size=256"])
-    train(other, run.parent / "other", quiet=True)
+    trained(run.parent / "other", "seed=1")
     assert command(monkeypatch, "verify", str(bundle), "--against", str(run.parent / "other")) == 1
     assert "does not hold: checkpoint" in capsys.readouterr().err
 

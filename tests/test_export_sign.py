@@ -19,16 +19,13 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from export_tools import ABOUT, plain
+from export_tools import ABOUT, plain, trained
 from redefense.cli import main
-from redefense.config import override
 from redefense.errors import ConfigError, DataError
 from redefense.export import export, runner
 from redefense.export.signing import SignatureError, sign_with, trust_in
 from redefense.export.verify import verify
-from redefense.recipes import recipe
 from redefense.serve.model import Model
-from redefense.train.run import train
 
 # made by `openssl genpkey -algorithm ed25519` and `openssl pkeyutl -sign -rawin`
 OPENSSL_PUBLIC = """-----BEGIN PUBLIC KEY-----
@@ -223,10 +220,7 @@ def test_only_an_ed25519_public_key_is_a_signer(keys: tuple[Path, Path], tmp_pat
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changes = ["epochs=1", "ensemble.model=mlp", "ensemble.num_members=2", "batch_size=256"]
-    out = tmp_path_factory.mktemp("r") / "run"
-    train(override(recipe("digits-vanilla"), changes), out, quiet=True)
-    return out
+    return trained(tmp_path_factory.mktemp("r") / "run")
 
 
 def command(patch: pytest.MonkeyPatch, *words: object) -> object:

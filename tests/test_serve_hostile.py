@@ -1,11 +1,13 @@
 """Clients that try for more than their share: other draws, more memory, more time."""
 
+import http.client
 import io
 import json
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -107,6 +109,26 @@ def test_addresses_that_one_client_may_choose_among_are_one_name(
     first: str, second: str, same: bool
 ) -> None:
     assert (network_of(first) == network_of(second)) is same
+
+
+def test_a_client_cannot_add_a_name_of_its_own_to_that_of_the_proxy(model: Model) -> None:
+    settings = Settings(policy="per-client", client_header="X-Client", grace=0.0)
+    body, headers = tensor_request(pictures(np.array([1])))
+    with serving(model, settings) as url:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+        for names, status in ((["a"], 200), (["a", "b"], 400), ([], 200)):
+            connection.putrequest("POST", f"{PATH}/infer")
+            for name in names:
+                connection.putheader("X-Client", name)
+            for key, value in (headers | {"Content-Length": str(len(body))}).items():
+                connection.putheader(key, value)
+            connection.endheaders(body)
+            response = connection.getresponse()
+            assert (response.status, "outputs" in json.loads(response.read())) == (
+                status,
+                status == 200,
+            )
+        connection.close()
 
 
 def test_pictures_are_decoded_few_at_a_time_and_within_the_deadline(

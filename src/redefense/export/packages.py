@@ -15,6 +15,5 @@ def need(name: str, *, extra: str = "onnx") -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ConfigError(
-            f"this needs {error.name or name}: pip install 'redefense[{extra}]'"
-        ) from None
+        package = (error.name or name).partition(".")[0]
+        raise ConfigError(f"this needs {package}: pip install 'redefense[{extra}]'") from None

@@ -176,8 +176,11 @@ class Service:
 
     def _client(self, request: Request) -> str:
         name = self.settings.client_header
-        if name is not None and (value := request.headers.get(name)) is not None:
-            return f"header {value}"
+        values = [] if name is None else request.headers.getlist(name)
+        if len(values) > 1:  # one may be the client's own, beside that of the proxy
+            raise HTTPException(400, f"{name} may come once, got {len(values)}")
+        if values:
+            return f"header {values[0]}"
         return f"address {network_of(request.client.host if request.client else '')}"
 
     def _in_words(self, answers: Answers) -> dict[str, object]:
