@@ -101,8 +101,8 @@ def serve(
     )
     if audit:
         own = {"host": host, "port": port, "name": name, "key": key}
-        for option in (option for option, value in own.items() if value is not None):
-            raise ConfigError(f"--audit starts servers of its own here: leave --{option} out")
+        if given := ", ".join(f"--{option}" for option, value in own.items() if value is not None):
+            raise ConfigError(f"--audit starts servers of its own here: leave {given} out")
         _audit(bundle, settings, signer, as_json=as_json, quiet=quiet)
         return
     if as_json:
