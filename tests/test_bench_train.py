@@ -81,10 +81,20 @@ def test_memory_of_the_engine_is_flat_where_that_of_the_joint_graph_grows() -> N
     assert memory_table(result).splitlines()[2:-1] == said
 
 
-def test_memory_of_written_members_is_measured() -> None:
-    result = run_memory(members=[1], ensemble="hyper", batch=4, differentiate="finite")
-    assert result["cases"][0]["engine"] > 0
-    assert result["spread"] is None
+def test_written_members_take_the_memory_of_plain_ones_beside_their_kernels() -> None:
+    plain, written = (
+        run_memory(members=[1, 3], ensemble=kind, batch=8) for kind in ("independent", "hyper")
+    )
+    assert [case["written"] for case in plain["cases"]] == [0, 0]
+    one, three = written["cases"]
+    assert three["written"] == 3 * one["written"] > 0
+    for found, like in zip(written["cases"], plain["cases"], strict=True):
+        assert found["engine"] == pytest.approx(like["engine"], rel=0.02)
+        assert found["joint"] == pytest.approx(like["joint"], rel=0.02)
+
+
+def test_memory_of_one_member_varies_by_nothing() -> None:
+    assert run_memory(members=[1], batch=4, differentiate="finite")["spread"] is None
 
 
 def test_counting_a_joint_graph_changes_nothing() -> None:

@@ -2,9 +2,13 @@
 
 Living tensors are counted byte by byte as they come and go (`train.ledger`), in the second of two
 steps of the training loop, so that the optimizer's state exists. The parameters' new gradients do
-not count. Workspace inside an operation is not seen; on an accelerator the allocator's own peak
-stands beside the count. The joint graph of all members, as the authors write it, is counted and
-not run, since it may not fit.
+not count, nor do kernels that hypernetworks write: they are the members' weights, and stand beside
+the count. Workspace inside an operation is not seen; on an accelerator the allocator's own peak is
+given, too. The joint graph of all members, as the authors write it, is counted and not run, since
+it may not fit.
+
+What still grows with the members is the regularizer's pull on their input gradients: for each, as
+large as the batch of images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +25,15 @@ from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.phases import watched
 from redefense.rng import stream
+from redefense.train.describe import num_written
 from redefense.train.device import channels_last, check_device
 from redefense.train.ledger import Ledger
 from redefense.train.steps import Precision, gradients_stay, take_steps
 from redefense.types import Batch
 
 MEMBERS: Final = (1, 2, 3, 4, 6, 8, 10, 12)
+SINGLE: Final = 4
+"""Bytes of a number in single precision."""
 OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 
 
@@ -56,9 +63,10 @@ def run(
         tell: told each finished case.
 
     Returns:
-        `cases`, one for each number of members: bytes of `engine` and `joint`, on an accelerator
-        `allocator` too, and the `phase` in which the engine's peak is; `spread`, the largest over
-        the smallest of the engine's from two members on, less 1; `settings`.
+        `cases`, one for each number of members: bytes of `engine` and `joint`, of the kernels
+        that are `written`, on an accelerator `allocator` too, and the `phase` in which the engine's
+        peak is; `spread`, the largest over the smallest of the engine's from two members on, less
+        1; `settings`.
 
     Raises:
         ConfigError: for another ensemble or device, or a network that no units tile.
@@ -72,11 +80,13 @@ def run(
     for num_members in members:
         kind = named_kind(ensemble, model, num_members)
         built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed)
-        case: dict[str, Any] = {"members": num_members}
-        case["joint"] = joint_living(built, Batch(x, y, torch.arange(batch)))
+        written = SINGLE * sum(num_written(built, m) for m in range(num_members))
+        case: dict[str, Any] = {"members": num_members, "written": written}
+        case["joint"] = joint_living(built, Batch(x, y, torch.arange(batch))) - written
         channels_last(built.to(place))
         here = Batch(x.to(place), y.to(place), torch.arange(batch))
         case |= _engine(built, red, here, precision)
+        case["engine"] -= written  # there from the first crafting on, so at the peak
         tell(line(case))
         cases.append(case)
     several = [case["engine"] for case in cases if case["members"] > 1]
@@ -115,7 +125,9 @@ def _engine(ensemble: Members, red: RED, batch: Batch, precision: Precision) -> 
     return found
 
 
-HEAD: Final = f"{'M':>3}{'engine':>14}{'joint graph':>16}{'allocator':>14}  engine's peak in"
+HEAD: Final = (
+    f"{'M':>3}{'engine':>14}{'joint graph':>16}{'written':>14}{'allocator':>14}  engine's peak in"
+)
 
 
 def line(case: Mapping[str, Any]) -> str:
@@ -124,7 +136,7 @@ def line(case: Mapping[str, Any]) -> str:
     last = "-" if allocator is None else f"{allocator / 1e6:.2f} MB"
     return (
         f"{case['members']:>3}{case['engine'] / 1e6:>11.2f} MB{case['joint'] / 1e6:>13.2f} MB"
-        f"{last:>14}  {case['phase']}"
+        f"{case['written'] / 1e6:>11.2f} MB{last:>14}  {case['phase']}"
     )
 
 

@@ -57,7 +57,7 @@ def count_parameters(what: str, run: Run, kind: Kind) -> dict[str, Any]:
 
 def _sizes(ensemble: Members) -> dict[str, Any]:
     everyone = range(ensemble.num_members)
-    written = [_written(ensemble, m) for m in everyone]
+    written = [num_written(ensemble, m) for m in everyone]
     # all but the kernels that are written, embeddings and hypernetworks is in plain members too
     common = sum(p.numel() for n, p in ensemble.named_parameters() if n.startswith("members."))
     stored = sum(p.numel() for p in ensemble.parameters())
@@ -84,7 +84,8 @@ def _sizes(ensemble: Members) -> dict[str, Any]:
     }
 
 
-def _written(ensemble: Members, m: int) -> int:
+def num_written(ensemble: Members, m: int) -> int:
+    """Numbers of member m's kernels that a hypernetwork writes; none in plain members."""
     if not isinstance(ensemble, Hyper):
         return 0
     return sum(grid.num_weights(ensemble.unit) for grid in ensemble.grids[m])
@@ -106,7 +107,7 @@ def _parts(ensemble: Members) -> dict[str, dict[str, int]]:
             part = "other layers"
         if count:
             stored[part] = stored.get(part, 0) + count
-    written = _written(ensemble, 0)
+    written = num_written(ensemble, 0)
     parts = {name: {"stored": count, "written": 0} for name, count in stored.items()}
     if isinstance(ensemble, Hyper):
         parts.setdefault("convolutions", {"stored": 0})["written"] = written
