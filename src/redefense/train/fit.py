@@ -80,9 +80,9 @@ def fit(
 
     Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.
 
-    An accelerator is waited for once a step, where the terms of the loss are read and checked. To
-    read them a step late would need every step guarded on the device against the one before, and
-    would gain no more than the time it takes to hand over an optimizer step and the next batch.
+    An accelerator is waited for once a step, where the terms of the loss are read and checked.
+    Reading them a step late would need every step guarded on the device against the one before, and
+    would gain about one percent: see docs/gpus.md.
 
     `start_totals` are the running sums of the epoch that `start` is in the middle of. The processes
     of `mesh` train together: the loader gives each its share of every batch, and all are called
