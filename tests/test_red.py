@@ -206,6 +206,22 @@ def test_one_member_at_a_time_gives_the_gradient_of_the_joint_graph(
         torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_in_half_precision_the_engine_has_the_gradient_of_the_joint_graph_too() -> None:
+    members, (x, y, _) = ensemble(3, "digits-cnn").float().train(), batch(32)
+    x, red = x.float(), RED(adversary=GivenAdversary())
+    made = red.adversary.craft(members, x, y, stream(0))
+
+    def engine() -> None:
+        for part in red.loss(members, Batch(x, y, torch.arange(len(x))), stream(0)):
+            part.total.backward()
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found = gradients_of(members, engine)
+        expected = gradients_of(members, lambda: red.terms(members, x, y, made)["total"].backward())
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_finite_difference_is_exact_to_second_order_where_the_loss_is_smooth() -> None:
     # a softmax regression has no kinks; on piecewise linear networks the two differ by design
     members, (x, y, _) = ensemble(1, "linear"), batch()

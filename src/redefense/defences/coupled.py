@@ -92,7 +92,7 @@ class Coupled:
                 with frozen_statistics(cast(nn.Module, ensemble)):
                     coupling = torch.stack(
                         [
-                            directional(ensemble, m, _of(p, m), self.y, v[row])
+                            directional(ensemble, m, _of(p, m), self.y, v[row].to(_of(p, m).dtype))
                             for p, v in zip(self.points, pulls, strict=True)
                         ]
                     ).sum()
@@ -105,7 +105,8 @@ class Coupled:
     def _pulls(self, ensemble: Ensemble) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The pulls v, one a point, none if the penalty is flat; and what the log shows.
 
-        Of all that grows with M only v outlives this call.
+        Of all that grows with M only v outlives this call, in the precision of the forward passes,
+        to which a member's first layer would round it anyway.
         """
         spread = spread_of(ensemble)
         grads = [
@@ -119,7 +120,7 @@ class Coupled:
             if not any(self.weights[k] != 0 and v.requires_grad for k, v in named.items()):
                 return [], logged
             pulls = torch.autograd.grad(regularizer, grads, materialize_grads=True)
-            return [spread.pull(v) for v in pulls], logged
+            return [_as_forward(spread.pull(v)) for v in pulls], logged
 
     def _cross_entropy(self, ensemble: Ensemble, m: int) -> Tensor:
         return F.cross_entropy(ensemble.logits_of(m, _of(self.ce_images, m)), self.y)
@@ -155,6 +156,11 @@ class Coupled:
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
                 grads.append(torch.autograd.grad(loss, x)[0].flatten(1))
         return torch.stack(grads)
+
+
+def _as_forward(v: Tensor) -> Tensor:
+    kind = v.device.type
+    return v.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else v
 
 
 def check_differentiate(value: str) -> None:
