@@ -51,14 +51,16 @@ class Evaluation:
 EVALUATIONS: Final = {
     "quick-500": Evaluation(suite="quick", images=500, wave=1, minutes=1.0),
     "aware-small-500": Evaluation(suite="aware-small.json", images=500, wave=1, minutes=9.0),
+    "unaware-500": Evaluation(suite="unaware.json", images=500, wave=1, minutes=2.0),
     "quick-1000": Evaluation(suite="quick", images=1000, wave=3, minutes=2.0),
     "aware-small-1000": Evaluation(suite="aware-small.json", images=1000, wave=3, minutes=18.0),
+    "unaware-1000": Evaluation(suite="unaware.json", images=1000, wave=3, minutes=4.0),
     "paper-200": Evaluation(suite="paper", images=200, wave=4, minutes=30.0),
     "aware-200": Evaluation(suite="aware", images=200, wave=4, minutes=16.0),
 }
 
-FIRST: Final = ("quick-500", "aware-small-500")
-TABLE: Final = ("quick-1000", "aware-small-1000")
+FIRST: Final = ("quick-500", "aware-small-500", "unaware-500")
+TABLE: Final = ("quick-1000", "aware-small-1000", "unaware-1000")
 WHOLE: Final = ("paper-200", "aware-200")
 
 

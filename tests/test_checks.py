@@ -239,6 +239,9 @@ def test_a_suite_that_cannot_know_says_so() -> None:
         ("S34", {"pgd": ("pgd", HALF)}, {"moved": 0.0}),
         ("S36", {"pgd": ("pgd", HALF)}, {"headline": {"unaware": 0.8, "aware": 0.5}}),
         ("S38", {"h": ("hinge", HALF)}, {"worst": HALF.astype(bool), "single": GOOD[0] > 0}),
+        # the member that validation chose is beaten, another one is not
+        ("S38", {"h": ("hinge", HALF)}, {"worst": HALF.astype(bool), "single": NONE[0] > 0,
+                                         "headline": {"single_members": [0.0, 0.9]}}),
         ("B1", {"h": ("hinge", HALF)}, {"extra": {"members_alone": [0.5, 0.0]},
                                         "headline": {"aware": 0.9}}),
     ],

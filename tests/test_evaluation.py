@@ -109,7 +109,14 @@ def test_one_perfect_and_one_blind_member() -> None:
     headline = data["headline"]
     assert headline["aware"] == 0.5
     assert (headline["best_single_member"], headline["best_single_member_index"]) == (1.0, 0)
+    assert headline["single_members"] == [1.0, 0.0]
     assert next(c["passed"] for c in data["checks"] if c["id"] == "S38") is False
+
+
+def test_of_one_member_there_is_nothing_to_know() -> None:
+    x, y = images([0.05, 0.15, 0.25])
+    checks = {c["id"]: c["passed"] for c in quick(Ramp(), x, y)["checks"]}
+    assert checks["S36"] is None
 
 
 def test_a_network_that_views_its_features_is_evaluated_as_one_that_does_not() -> None:
@@ -293,6 +300,7 @@ def test_a_bad_suite_file_is_refused_by_name(text: str, reason: str, tmp_path: P
         ({"attack": "pgd", "view": "members"}, "cannot be given"),
         ({"attack": "hinge", "view": "sampled"}, "needs"),
         ({"attack": "pgd", "view": "sampled", "settings": {"step": 3}}, "steps"),
+        ({"attack": "pgd", "view": "sampled", "threat": ThreatConfig(eps=8)}, "mean 8/255"),
     ],
 )
 def test_a_suite_that_makes_no_sense_is_refused(cell: dict[str, Any], reason: str) -> None:

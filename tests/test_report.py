@@ -72,6 +72,7 @@ def build_run(
     clean: float = 0.96,
     single: float = 0.3,
     averaged: float = 0.25,
+    alone: tuple[float, ...] = (),
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Store a made-up evaluation under `run` as the harness would, and return its JSON."""
@@ -84,9 +85,10 @@ def build_run(
     folder = run / "evaluation"
     (folder / suite).mkdir(parents=True, exist_ok=True)
     np.savez(folder / suite / "clean.npz", correct=correct, index=np.arange(n) * 3)
-    np.savez(
-        folder / suite / "beside.npz", single=ease[0] < single, averaged=ease[0] < averaged
-    )  # fmt: skip
+    beside = {"single": ease[0] < single, "averaged": ease[0] < averaged}
+    if alone:
+        beside["members"] = np.stack([ease[0] < share for share in alone])
+    np.savez(folder / suite / "beside.npz", allow_pickle=False, **beside)
     aware = any(cell["aware"] and cell["bounded"] for cell in cells)
     headline = {
         "unaware": 0.5, "aware": 0.3, "aware_interval": [0.25, 0.35], "best_single_member": single,
@@ -228,6 +230,26 @@ def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_pat
     assert wording.verdict(strong).short == "no"
 
 
+def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_path: Path) -> None:
+    build_run(tmp_path / "red", single=0.1, averaged=0.05, alone=(0.1, 0.6, 0.0))
+    (result,) = join([tmp_path / "red"])
+    assert result.alone[1] == max(result.alone)
+    verdict = wording.verdict(result)
+    assert verdict.answer == "no"
+    assert "the member that is best on these images does better" in verdict.sentence
+
+
+def test_members_alone_stand_where_they_stand_in_every_suite(tmp_path: Path) -> None:
+    run = tmp_path / "red"
+    build_run(run, alone=(0.5, 0.2, 0.3))
+    build_run(run, suite="aware", alone=(0.4, 0.3, 0.3))
+    (result,) = join([run])
+    members = [
+        np.load(run / "evaluation" / f"{s}/beside.npz")["members"] for s in ("quick", "aware")
+    ]
+    assert [e.value for e in result.alone] == np.logical_and(*members).mean(1).tolist()
+
+
 def test_rivals_are_compared_under_the_attacks_they_faced(tmp_path: Path) -> None:
     build_run(tmp_path / "red", {**QUICK, ("pgd", "sampled", False): 0.2})
     (result,) = join([tmp_path / "red"])
@@ -309,8 +331,10 @@ def test_a_damaged_evaluation_is_refused_and_nothing_is_written(
 
 
 def test_missing_runs_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no evaluation"):
+    with pytest.raises(DataError, match=r"no run at .*nowhere: `redefense train"):
         summary_table([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="holds no evaluation"):
+        summary_table([tmp_path])
     build_run(tmp_path / "red")
     record = tmp_path / "red" / "evaluation" / "quick" / "clean.npz"
     record.write_bytes(record.read_bytes()[:100])

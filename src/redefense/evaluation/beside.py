@@ -1,11 +1,13 @@
 """What the randomness is compared with: the best single member, and the averaged ensemble.
 
 Both are deterministic, and face the attacks that the suite names for it at the run's own threat.
+The member is chosen on validation images, whose luck can only make it too weak a rival: so every
+member is attacked on the evaluated images too.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,16 +28,20 @@ class Beside:
     """Correctness under the aware budget, all (n,) on the evaluated images but `members`.
 
     Attributes:
-        single: of the best member, `best`, chosen on `chosen_on`.
+        members: (M, n) of every member alone.
         averaged: of the averaged ensemble.
-        members: (M, n) of every member alone, where it is known.
+        best: the single member that is compared with, chosen on `chosen_on`.
     """
 
-    single: Bools
+    members: Bools
     averaged: Bools
     best: int
     chosen_on: str
-    members: Bools | None
+
+    @property
+    def single(self) -> Bools:
+        """(n,) of the best member."""
+        return cast(Bools, self.members[self.best])
 
     def figures(self) -> dict[str, Any]:
         """What the headline says of them."""
@@ -44,6 +50,7 @@ class Beside:
             "best_single_member_interval": interval(self.single.astype(np.float64)),
             "best_single_member_index": self.best,
             "chosen_on": self.chosen_on,
+            "single_members": self.members.mean(1).tolist(),
             "averaged": float(self.averaged.mean()),
             "averaged_interval": interval(self.averaged.astype(np.float64)),
         }
@@ -63,21 +70,19 @@ def beside(job: Job) -> Beside | None:
     stored = read_arrays(place)
     if stored is not None:
         return Beside(
-            single=stored["single"],
+            members=stored["members"],
             averaged=stored["averaged"],
             best=int(stored["best"]),
             chosen_on=str(stored["chosen_on"]),
-            members=stored.get("members"),
         )
     found = _attacked(job)
     if (saved := job.save(place)) is not None:
-        known = {} if found.members is None else {"members": found.members}
-        rest = {"best": found.best, "chosen_on": found.chosen_on}
-        write_arrays(saved, {"single": found.single, "averaged": found.averaged} | rest | known)
+        write_arrays(saved, asdict(found) | {"single": found.single})
         forget(job.place("beside.chunks"))
+    each = ", ".join(f"{100 * share:.1f}" for share in found.members.mean(1))
     job.say(
-        f"best single member {100 * found.single.mean():.1f} %, "
-        f"averaged ensemble {100 * found.averaged.mean():.1f} % under the aware budget"
+        f"alone under the aware budget: members {each} %, of which {found.chosen_on} chose "
+        f"{100 * found.single.mean():.1f} %; averaged ensemble {100 * found.averaged.mean():.1f} %"
     )
     job.subject.workers.wait()
     return found
@@ -91,13 +96,10 @@ def pieces(job: Job) -> Iterator[tuple[str, float]]:
         return
     yield _label("averaged"), each * members * count
     on = job.subject.validation
-    if on is None or job.suite.measures:
-        yield from ((_label(f"single-{m}"), each * count) for m in range(members))
+    yield from ((_label(f"single-{m}"), each * count) for m in range(members))
     if on is not None:
         chosen = min(SELECTION_IMAGES, len(on[0]))
         yield from ((_label(f"choose-{m}"), each * chosen) for m in range(members))
-    if on is not None and not job.suite.measures:
-        yield _label("single"), each * count
 
 
 def _label(name: str) -> str:
@@ -124,21 +126,12 @@ def _attacked(job: Job) -> Beside:
         return np.stack([robust(ensemble.member(m), x, y, f"{name}-{m}") for m in each])
 
     averaged = robust(ensemble.averaged(), x, y, "averaged")
-    members = all_robust(x, y, "single") if on is None or job.suite.measures else None
+    members = chosen = all_robust(x, y, "single")
     if on is not None:
         chosen = all_robust(on[0][:SELECTION_IMAGES], on[1][:SELECTION_IMAGES], "choose")
-    else:
-        assert members is not None
-        chosen = members
-    best = int(np.argmax(chosen.mean(1)))
-    if members is None:
-        single = robust(ensemble.member(best), x, y, f"single-{best}")
-    else:
-        single = members[best]
     return Beside(
-        single=single,
-        averaged=averaged,
-        best=best,
-        chosen_on="evaluated images" if on is None else "validation",
         members=members,
+        averaged=averaged,
+        best=int(np.argmax(chosen.mean(1))),
+        chosen_on="evaluated images" if on is None else "validation",
     )

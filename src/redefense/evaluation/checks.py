@@ -89,9 +89,9 @@ def after_run(
         _draws_repeat(cells, records, mixture),
         _ordering(cells),
         _unchanged(cells, records, q["clean"]),
-        _gap(data["headline"]),
+        _gap(data["headline"], len(mixture)),
         _no_better_than_clean(cells, q),
-        _helps(worst, single, mixture),
+        _helps(worst, single, mixture, data["headline"].get("single_members")),
         _bounds(data, mixture),
     ]
 
@@ -331,15 +331,16 @@ def _unchanged(
     return Check("S34", not bad, "returned unchanged: " + (", ".join(bad) or "none"))
 
 
-def _gap(headline: Mapping[str, Any]) -> Check:
+def _gap(headline: Mapping[str, Any], num_members: int) -> Check:
     unaware, aware = headline["unaware"], headline["aware"]
-    if unaware is None or aware is None:
-        return Check("S36", None, "no pair of headlines")
+    if unaware is None or aware is None or num_members == 1:
+        return Check("S36", None, "no pair of headlines" if num_members > 1 else "nothing is drawn")
     gap = 100 * (unaware - aware)
     return Check(
         "S36",
         gap <= GAP_POINTS,
-        f"knowing of the draw takes {gap:.1f} points more (flag above {GAP_POINTS:g})",
+        f"the attacks that know of the draw, together, take {gap:.1f} points more than the "
+        f"strongest that does not (flag above {GAP_POINTS:g})",
     )
 
 
@@ -347,6 +348,7 @@ def _helps(
     worst: NDArray[np.bool_] | None,
     single: NDArray[np.bool_] | None,
     mixture: NDArray[np.float64],
+    members: Sequence[float] | None,
 ) -> Check:
     if worst is None or single is None:
         return Check("S38", None, "no single member to compare with")
@@ -354,9 +356,11 @@ def _helps(
     gain = paired_difference(q, single.astype(np.float64))
     assert gain.low is not None
     assert gain.high is not None
+    strongest = max(members or [float(single.mean())])
     return Check(
         "S38",
-        gain.low > 0,
+        gain.low > 0 and bool(q.mean() > strongest),
         f"sampled {100 * q.mean():.1f} %, best single member {100 * single.mean():.1f} %; gain "
-        f"{100 * gain.value:+.1f} points, 95 % in [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]",
+        f"{100 * gain.value:+.1f} points, 95 % in [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]; "
+        f"best of all on these images {100 * strongest:.1f} %",
     )

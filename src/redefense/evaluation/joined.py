@@ -46,8 +46,10 @@ class Result:
         aware: mean over images of the lowest expected correctness over all bounded cells and the
             clean image; both headlines are None without a bounded aware cell.
         single, averaged: the best single member and the averaged ensemble under attack.
+        alone: every member so attacked; the best of them here may beat the one that was chosen.
         knowing: the ensemble under the aware attacks alone, as its two rivals were attacked.
-        over_single, over_averaged: `knowing` minus each, paired over images.
+        over_single, over_averaged, over_alone: `knowing` minus each, paired over images; the
+            last one minus the best of `alone`.
         fooled: (M + 1,) images by the number of members fooled at the worst case.
         tries_aware, tries_unaware: (TRIES,) attacker's success within K draws.
         notes: what the reader must know about how the figures came about.
@@ -68,9 +70,11 @@ class Result:
     single_index: int | None
     chosen_on: str | None
     averaged: Estimate | None
+    alone: tuple[Estimate, ...]
     knowing: Estimate | None
     over_single: Estimate | None
     over_averaged: Estimate | None
+    over_alone: Estimate | None
     fooled: NDArray[np.int64] | None
     tries_aware: NDArray[np.float64] | None
     tries_unaware: NDArray[np.float64] | None
@@ -163,6 +167,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
     single, single_q, single_from = _beside(home, "single")
     averaged, averaged_q, _ = _beside(home, "averaged")
+    alone = _alone(home)
     clean = next((s.clean for s in suites if s.clean.expected is not None), first.clean)
     chosen = single_from.headline if single_from is not None else None
     return Result(
@@ -181,9 +186,11 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         single_index=chosen.best_single_member_index if chosen is not None else None,
         chosen_on=chosen.chosen_on if chosen is not None else None,
         averaged=averaged,
+        alone=tuple(map(accuracy_interval, alone)),
         knowing=None if pair.q_knowing is None else accuracy_interval(pair.q_knowing),
         over_single=_over(pair.q_knowing, single_q),
         over_averaged=_over(pair.q_knowing, averaged_q),
+        over_alone=_over(pair.q_knowing, max(alone, key=np.mean, default=None)),
         fooled=pair.fooled,
         tries_aware=None if q_aware is None else success_within(q_aware, TRIES),
         tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
@@ -266,6 +273,12 @@ def _beside(
         elif summary is not None:
             found.append((summary, None, stored.evaluation))
     return min(found, key=lambda entry: entry[0].value, default=(None, None, None))
+
+
+def _alone(home: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
+    """(n,) of every member, standing where it stands in all suites that attacked all members."""
+    found = [stored.alone for stored in home if stored.alone is not None]
+    return list(np.stack(found).min(0)) if found else []
 
 
 def _over(q: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> Estimate | None:

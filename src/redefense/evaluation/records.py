@@ -167,6 +167,7 @@ class Stored:
     cells: tuple[Scored, ...]
     single: NDArray[np.float64] | None
     averaged: NDArray[np.float64] | None
+    alone: NDArray[np.float64] | None
 
     @property
     def budget(self) -> tuple[str, float | None]:
@@ -286,6 +287,9 @@ def _stored(name: str, folder: Path | None, evaluation: Evaluation) -> Stored:
     for key in beside.keys() & {"single", "averaged"}:
         if beside[key].shape != (n,):
             raise DataError(f"{name}: {beside_file}: {key} must have shape ({n},)")
+    alone = beside.get("members")
+    if alone is not None and (alone.ndim != 2 or alone.shape[1] != n):
+        raise DataError(f"{name}: {beside_file}: members must have shape (M, {n})")
     return Stored(
         name=name,
         folder=folder,
@@ -299,6 +303,7 @@ def _stored(name: str, folder: Path | None, evaluation: Evaluation) -> Stored:
         ),
         single=beside["single"].astype(np.float64) if "single" in beside else None,
         averaged=beside["averaged"].astype(np.float64) if "averaged" in beside else None,
+        alone=None if alone is None else alone.astype(np.float64),
     )
 
 
@@ -310,7 +315,8 @@ def load(source: Source, position: int = 1) -> list[Stored]:
     """All suites stored for one run, in the order of their file names.
 
     Raises:
-        DataError: if there is none, or one is damaged or contradicts its per-image records.
+        DataError: if there is no run, no evaluation of it, or one is damaged or contradicts its
+            per-image records.
     """
     if isinstance(source, Mapping):
         evaluation = parse(source)
@@ -319,6 +325,10 @@ def load(source: Source, position: int = 1) -> list[Stored]:
         evaluation = parse(read_json(source), str(source))
         run = source.parent.parent if source.parent.name == "evaluation" else source
         return [_stored(run.resolve().stem, source.parent, evaluation)]
+    if not source.exists():
+        raise DataError(
+            f"there is no run at {source}: `redefense train RECIPE --out {source}` first"
+        )
     folder = source / "evaluation"
     found = {path: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
     stored = [

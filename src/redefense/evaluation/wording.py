@@ -54,6 +54,7 @@ def verdict(result: Result) -> Verdict:
         for name, figure, gain in (
             ("its best single member", result.single, result.over_single),
             ("the averaged ensemble", result.averaged, result.over_averaged),
+            ("the member that is best on these images", _strongest(result), result.over_alone),
         )
         if figure is not None
     ]
@@ -82,7 +83,7 @@ def verdict(result: Result) -> Verdict:
             sentence=f"{equal}; {' and '.join(worse)} {'does' if len(worse) == 1 else 'do'} "
             f"better without any draw: {told}.",
         )
-    clear = len(gains) == 2 and all(gain.low is not None and gain.low > 0 for _, gain in gains)
+    clear = len(gains) > 1 and all(gain.low is not None and gain.low > 0 for _, gain in gains)
     if clear and all(result.aware.value > figure.value for _, figure, _ in rivals):
         return Verdict(
             answer="yes",
@@ -94,6 +95,13 @@ def verdict(result: Result) -> Verdict:
         short="not shown",
         sentence=f"{equal}, on {result.num_images} images not clearly more than both: {told}.",
     )
+
+
+def _strongest(result: Result) -> Estimate | None:
+    """The best of the members on the evaluated images, if it is not the one that was chosen."""
+    best = max(result.alone, key=lambda estimate: estimate.value, default=None)
+    chosen = result.single is not None and best is not None and result.single.value >= best.value
+    return None if chosen else best
 
 
 def best(results: Sequence[Result]) -> Result:
@@ -146,8 +154,9 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     if top.unaware is not None and top.aware is not None:
         gap = 100 * (top.unaware.value - top.aware.value)
         whom += (
-            f" One who does not know about the draw leaves {_with_interval(top.unaware)} right: "
-            f"the {gap:.1f} points between the two rest on his ignorance, not on robustness."
+            f" The strongest attack here that does not know about the draw leaves "
+            f"{_with_interval(top.unaware)} right: the {gap:.1f} points between the two are no "
+            "robustness. They rest on what it does not know, and on how much less it tries."
         )
     worth = verdict(top)
     return [
