@@ -106,7 +106,7 @@ def test_a_card_is_written_beside_the_run_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "red" / "README.md").read_text() == card(tmp_path / "red")
     with pytest.raises(ConfigError, match="SPDX"):
         card(tmp_path / "red", license_name="mit\nevil: 1")
-    with pytest.raises(DataError, match="holds no evaluation"):
+    with pytest.raises(DataError, match="no run at"):
         write_card(tmp_path / "empty", tmp_path / "new" / "README.md")
     assert not (tmp_path / "new").exists()
 

@@ -65,6 +65,8 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("epochs", "PATH=VALUE"),
         ("=3", "PATH=VALUE"),
         ("threat.norm=1", "'inf' or '2'"),
+        ("threat.eps=8", "L-inf eps must lie in [0, 1] as pixels do, got 8 (did you mean 8/255?)"),
+        ("defence.adversary.eps=8", "adversary.eps must lie in [0, 1] as pixels do, got 8"),
         ("defence.similarty=3", "unknown setting defence.similarty (did you mean similarity?)"),
         ("defence.similarity=high", "defence.similarity"),
         ("defence.adversary.step=3", "defence.adversary.step (did you mean steps?)"),

@@ -82,8 +82,19 @@ def test_pixels_are_counted_once_for_all_channels() -> None:
 
 @pytest.mark.parametrize(
     ("norm", "eps", "says"),
-    [(1.0, 0.1, "norm must be"), (2.0, -0.1, "eps must be"), (2.0, math.nan, "eps must be")],
+    [
+        (1.0, 0.1, "norm must be"),
+        (2.0, -0.1, "eps must be"),
+        (2.0, math.nan, "eps must be"),
+        (math.inf, 8.0, r"L-inf eps must lie in \[0, 1\].*got 8 \(did you mean 8/255\?\)"),
+        (math.inf, 300.0, r"got 300$"),
+    ],
 )
 def test_senseless_threats_are_refused(norm: float, eps: float, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Threat(norm=norm, eps=eps)
+
+
+def test_an_l2_ball_may_reach_further_than_one_pixel() -> None:
+    assert Threat(norm=2.0, eps=8.0).eps == 8
+    assert Threat(norm=math.inf, eps=1.0).eps == 1

@@ -44,11 +44,27 @@ class DataConfig(_Frozen):
     validation: float = Field(default=0.1, gt=0, lt=1)
 
 
+def check_linf(eps: float, what: str = "L-inf eps") -> None:
+    """Refuse an L-inf radius that reaches out of the images' range: it was meant in levels.
+
+    Raises:
+        ConfigError: unless eps lies in [0, 1].
+    """
+    if not 0 <= eps <= 1:
+        meant = f" (did you mean {eps:g}/255?)" if 1 < eps <= 255 else ""
+        raise ConfigError(f"{what} must lie in [0, 1] as pixels do, got {eps:g}{meant}")
+
+
 class ThreatConfig(_Frozen):
-    """The adversary that the run is measured against."""
+    """The adversary that the run is measured against; `check` holds where it is used."""
 
     norm: Literal["inf", "2"] = "inf"
     eps: float = Field(default=0.03, ge=0, le=100)
+
+    def check(self) -> None:
+        """Refuse an L-inf eps above 1, with a ConfigError: pydantic would wrap it in its own."""
+        if self.norm == "inf":
+            check_linf(self.eps)
 
 
 class OptimConfig(_Frozen):
@@ -135,9 +151,11 @@ def parse_run(data: Any, source: str = "run") -> Run:
         raise ConfigError(f"{source} must be a JSON object, got {type(data).__name__}")
     _check_keys(data, Run, source)
     try:
-        return Run.model_validate_json(json.dumps(data))
-    except (ValidationError, TypeError) as error:
+        run = Run.model_validate_json(json.dumps(data))
+        run.threat.check()
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from None
+    return run
 
 
 def read_run(path: Path) -> Run:

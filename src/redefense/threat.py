@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redefense.config import check_linf
 from redefense.errors import ConfigError
 from redefense.types import Float, Images
 
@@ -39,7 +40,7 @@ class Threat:
     """The adversary may move an image at most `eps` in `norm` (inf or 2), within [0, 1].
 
     Raises:
-        ConfigError: unless norm is inf or 2 and eps is finite and not negative.
+        ConfigError: unless norm is inf or 2 and eps is finite and not negative; L-inf, at most 1.
     """
 
     norm: float = math.inf
@@ -52,6 +53,8 @@ class Threat:
             raise ConfigError(f"threat norm must be inf or 2, got {self.norm:g}")
         if not 0 <= self.eps < math.inf:
             raise ConfigError(f"threat eps must be finite and not negative, got {self.eps}")
+        if self.norm == math.inf:
+            check_linf(self.eps)
 
     def project(self, x_adv: Images, x: Images) -> Images:
         """Nearest point of the ball, then of the box; allowed points stay where they are."""

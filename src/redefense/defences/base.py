@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import PGD
+from redefense.config import check_linf
 from redefense.ensembles import Averaged, Members, evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.phases import EXAMPLES, phase
@@ -40,8 +41,7 @@ class Adversary:
     step_size: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps <= 1:
-            raise ConfigError(f"adversary.eps must lie in [0, 1], got {self.eps}")
+        check_linf(self.eps, "adversary.eps")
         if self.steps < 1:
             raise ConfigError(f"adversary.steps must be at least 1, got {self.steps}")
         if not self.step_size > 0:

@@ -77,12 +77,14 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
     """The suite's cells, for a defence that answers at random or by its average.
 
     Raises:
-        ConfigError: for an unknown attack or setting, or a view that does not go with the attack.
+        ConfigError: for an unknown attack or setting, an eps that is no threat, or a view that does
+            not go with the attack.
     """
     plan: list[Planned] = []
     for listed in suite.cells:
         spec = listed.answered(randomized)
         cell_threat = spec.threat or threat
+        cell_threat.check()
         attack = attack_of(spec)
         if attack.adaptive != (spec.view == "members"):
             raise ConfigError(
