@@ -40,6 +40,7 @@ def evaluate(
         raise ConfigError(f"--checks must be quick or full, got {checks}")
     with computing():
         from redefense.evaluation.api import evaluate_run
+        from redefense.evaluation.wording import OF_DEFENCE
 
         report, target = evaluate_run(
             path,
@@ -57,7 +58,8 @@ def evaluate(
         )
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
-        say(f"check {check['id']} failed: {check['detail']}", quiet)
+        word = "of the defence" if check["id"] in OF_DEFENCE else "check failed"
+        say(f"{word}, {check['id']}: {check['detail']}", quiet)
     if as_json and first:
         typer.echo(report.to_json(), nl=False)
     elif not as_json:

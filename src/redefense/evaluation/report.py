@@ -205,6 +205,7 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
         "histograms": _histograms(results),
+        "of_defence": wording.OF_DEFENCE,
         "results": results,
         "settings": _run_settings,
         "tries": _tries_chart(results),

@@ -8,6 +8,9 @@ from redefense.evaluation.joined import Result, eps_text
 from redefense.evaluation.statistics import Estimate
 from redefense.evaluation.tables import interval, percent
 
+OF_DEFENCE = ("S36", "S38")
+"""Checks that say something of the defence, and nothing of how well it was measured."""
+
 PERCENT = "\u00a0%"
 """The sign, on the line of its figure."""
 
