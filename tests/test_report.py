@@ -25,7 +25,7 @@ from redefense.evaluation.statistics import (
     paired_difference,
     wilson,
 )
-from redefense.evaluation.tables import DASH
+from redefense.evaluation.tables import DASH, labels
 
 Attacks = dict[tuple[str, str, bool], float]  # (attack, view, aware): a member's accuracy
 QUICK: Attacks = {
@@ -347,7 +347,7 @@ def test_missing_runs_and_broken_files_are_named(tmp_path: Path) -> None:
 class Page(HTMLParser):
     """Collects what a browser would act on, and checks that tags nest."""
 
-    VOID = frozenset({"meta", "link", "br"})
+    VOID = frozenset({"meta", "link", "br", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -485,6 +485,34 @@ def test_terminal_table_shows_every_column_with_its_interval(tmp_path: Path) -> 
         assert word in text
     aware = rows[0]["aware"]
     assert f"{100 * aware.low:.1f} to {100 * aware.high:.1f}" in text
+
+
+def test_evaluations_of_one_run_are_told_apart_by_as_little_as_needed(tmp_path: Path) -> None:
+    run = tmp_path / "red"
+    build_run(tmp_path / "plain")
+    build_run(run)
+    build_run(run, suite="mine", n=200)
+    rows = summary_table([tmp_path / "plain", run])
+    assert sorted(labels(rows)) == ["plain", "red (200 images)", "red (360 images)"]
+    build_run(run, suite="wide", n=360, eps=0.3)
+    rows = summary_table([tmp_path / "plain", run])
+    assert sorted(labels(rows)) == [
+        "plain (linf 0.2)", "red (linf 0.2, 200 images)", "red (linf 0.2, 360 images)",
+        "red (linf 0.3)",
+    ]  # fmt: skip
+    write_report([tmp_path / "plain", run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "red (linf 0.2, 200 images), aware" in page
+    assert len(set(found := re.findall(r"<summary>(.*): each attack", page))) == len(found) == 4
+
+
+def test_other_images_of_one_number_are_told_apart_by_their_suites(tmp_path: Path) -> None:
+    for suite in ("quick", "mine"):
+        build_run(tmp_path / "red", suite=suite, extra={"data": {
+            "name": "digits", "num_images": 360, "sha256": suite,
+        }})  # fmt: skip
+    rows = summary_table([tmp_path / "red"])
+    assert sorted(labels(rows)) == ["red (360 images, suite mine)", "red (360 images, suite quick)"]
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:

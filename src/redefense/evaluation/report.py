@@ -95,13 +95,17 @@ def _run_settings(result: Result) -> str:
     return json.dumps(run, indent=1) if run else ""
 
 
+def _labels(results: Sequence[Result]) -> list[str]:
+    return tables.labels(tables.summary_rows(results))
+
+
 def _lines(results: Sequence[Result]) -> list[charts.Line]:
     lines = []
-    for style, result in enumerate(results):
+    for style, (name, result) in enumerate(zip(_labels(results), results, strict=True)):
         for success, who in ((result.tries_aware, "aware"), (result.tries_unaware, "unaware")):
             if success is not None:
                 points = [(float(k), float(y)) for k, y in enumerate(success, 1)]
-                label = f"{result.name}, {who}"
+                label = f"{name}, {who}"
                 lines.append(
                     charts.Line(label=label, points=points, style=style, dashed=who == "unaware")
                 )
@@ -124,8 +128,8 @@ def _tries_chart(results: Sequence[Result]) -> tuple[str, str] | None:
 
 def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
     lines = [
-        charts.Line(label=result.name, points=result.curve, style=style)
-        for style, result in enumerate(results)
+        charts.Line(label=name, points=result.curve, style=style)
+        for style, (name, result) in enumerate(zip(_labels(results), results, strict=True))
         if result.curve is not None
     ]
     if not lines:
@@ -150,15 +154,15 @@ def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
 def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
     return [
         (
-            result.name,
+            name,
             charts.histogram(
                 result.fooled.tolist(),
-                title=f"{result.name}: members fooled by one image",
+                title=f"{name}: members fooled by one image",
                 x_label="members fooled at once",
                 y_label="images, %",
             ),
         )
-        for result in results
+        for name, result in zip(_labels(results), results, strict=True)
         if result.fooled is not None
     ]
 
@@ -193,6 +197,7 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
     environment.filters |= {"percent": tables.percent, "interval": tables.interval}
     source = files("redefense.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     columns = tables.attack_columns(results)
+    details = tables.details(tables.summary_rows(results))
     context: dict[str, Any] = {
         "answers": wording.answers(results),
         "bar": charts.bar,
@@ -202,9 +207,11 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
         "command": command,
         "commands": reproduce,
         "curve": _curve_chart(results),
+        "detail": dict(zip(results, details, strict=True)),
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
         "histograms": _histograms(results),
+        "label": dict(zip(results, _labels(results), strict=True)),
         "of_defence": wording.OF_DEFENCE,
         "results": results,
         "settings": _run_settings,

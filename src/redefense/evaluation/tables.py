@@ -66,6 +66,7 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "run": result.name,
                 "threat": result.threat,
                 "num_images": result.num_images,
+                "suites": [stored.evaluation.suite for stored in result.suites],
                 "clean": result.clean,
                 "fgsm": fgsm.expected if fgsm else None,
                 "pgd": pgd.expected if pgd else None,
@@ -79,14 +80,42 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
-    """One row for each run and threat: `run`, `threat`, `num_images` and the keys of `COLUMNS`.
+    """One row for each run, threat and set of images.
 
-    Each of the latter is an `Estimate` (fractions in [0, 1]) or None where it is unknown.
+    Keys are `run`, `threat`, `num_images`, `suites` and those of `COLUMNS`. Each of the latter is
+    an `Estimate` (fractions in [0, 1]) or None where it is unknown.
 
     Raises:
         DataError: if a run holds no evaluation or a file is damaged.
     """
     return summary_rows(join(run_dirs))
+
+
+def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each row of `summary_table`, what tells it from other rows of its run; empty if nothing.
+
+    The threat is told of all rows if there are several; images and suites of those only that would
+    be called alike.
+    """
+    several = len({row["threat"] for row in rows}) > 1
+    told = [[str(row["threat"])] if several else [] for row in rows]
+    for words in (
+        [f"{row['num_images']} images" for row in rows],
+        [f"suite {' + '.join(row['suites'])}" for row in rows],
+    ):
+        called = [(row["run"], *known) for row, known in zip(rows, told, strict=True)]
+        for name, known, word in zip(called, told, words, strict=True):
+            if called.count(name) > 1:
+                known.append(word)
+    return [", ".join(known) for known in told]
+
+
+def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each row of `summary_table` is called, e.g. `red` or `red (linf 0.2, 360 images)`."""
+    return [
+        str(row["run"]) + (f" ({detail})" if detail else "")
+        for row, detail in zip(rows, details(rows), strict=True)
+    ]
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -104,8 +133,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("run", no_wrap=True)
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
-    for row in rows:
-        name = str(row["run"]) if len(threats) == 1 else f"{row['run']} ({row['threat']})"
+    for name, row in zip(labels(rows), rows, strict=True):
         cells = [f"{percent(row[key])}\n{interval(row[key])}" for key in COLUMNS]
         table.add_row(name, *cells)
     return table
@@ -163,14 +191,14 @@ def markdown(
     ]
     columns = attack_columns(results)
     body = []
-    for result in results:
+    for name, result in zip(labels(rows), results, strict=True):
         cells = [at(result, *column) for column in columns]
-        body.append([result.name, *(with_interval(c.expected if c else None) for c in cells)])
+        body.append([name, *(with_interval(c.expected if c else None) for c in cells)])
     header = ["run", *(escape_markdown(f"{attack} ({view})") for attack, view in columns)]
     parts += [markdown_table(header, body), ""]
-    for result in results:
+    for detail, result in zip(details(rows), results, strict=True):
         parts += [
-            f"## Checks of {escape_markdown(result.name)}, {escape_markdown(result.threat)}",
+            f"## Checks of {escape_markdown(f'{result.name}, {detail or result.threat}')}",
             "",
         ]
         parts += [f"- {escape_markdown(note)}" for note in result.notes]
