@@ -152,6 +152,14 @@ def test_lists_are_names_with_summaries(run: Runner, kind: str) -> None:
     assert all(set(entry) == {"name", "summary"} and entry["summary"] for entry in entries)
 
 
+def test_no_two_recipes_read_the_same(run: Runner) -> None:
+    entries = {e["name"]: e["summary"] for e in json.loads(run("list", "recipes", "--json").out)}
+    assert len(set(entries.values())) == len(entries)
+    assert entries["digits-red-printed"].startswith("red printed, 3 x digits-cnn, ")
+    assert "red with similarity 0.1 and adversarial training, 3 x" in entries["digits-red-at"]
+    assert "digits-cnn written by a hypernetwork" in entries["digits-ps-red"]
+
+
 def test_show_gives_the_resolved_run_that_can_be_trained(run: Runner) -> None:
     shown = run("show", "digits-red", "--set", "epochs=1").out
     Path("mine.json").write_text(shown)

@@ -119,8 +119,17 @@ def _entries(kind: str) -> list[tuple[str, str]]:
 
 
 def _first_line(run: "Run") -> str:
-    ensemble = run.ensemble
+    ensemble, defence = run.ensemble, run.defence
+    method = " ".join([defence["name"], *([defence["preset"]] if "preset" in defence else [])])
+    weights = [f"{key} {defence[key]:g}" for key in ("similarity", "smoothness") if key in defence]
+    if defence.get("adversarial_training"):
+        weights.append("adversarial training")
+    if weights:
+        method += f" with {' and '.join(weights)}"
+    members = f"{ensemble['num_members']} x {ensemble['model']}"
+    if ensemble["name"] == "hyper":
+        members += " written by a hypernetwork"
     return (
-        f"{run.defence['name']}, {ensemble['num_members']} x {ensemble['model']}, "
+        f"{method}, {members}, "
         f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {run.threat.eps:g}"
     )
