@@ -19,6 +19,7 @@ from redefense.data import load_dataset
 from redefense.errors import DataError
 from redefense.evaluation.audit import Finding, audit, exit_code
 from redefense.evaluation.claims import COLUMNS, attack_key, read_csv
+from redefense.evaluation.rules import KNOWN
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -249,6 +250,21 @@ def test_a_csv_that_cannot_be_read_is_refused_by_line(tmp_path: Path, text: str,
     path.write_text(text)
     with pytest.raises(DataError, match=rule):
         audit(path)
+
+
+def test_a_name_no_rule_knows_and_members_without_a_draw_are_noted(tmp_path: Path) -> None:
+    (finding,) = audit(table(tmp_path, *GOOD, "MyAttack 52.00"))
+    assert (finding.id, finding.severity) == ("unknown-attack", "note")
+    assert list(finding.figures) == ["MyAttack"]
+    path = table(tmp_path, *GOOD, randomized="no")
+    path.write_text(path.read_text().replace(",1,no", ",8,no"))
+    (finding,) = audit(path)
+    assert (finding.id, finding.severity) == ("draw-denied", "note")
+    assert finding.why.startswith("8 members are said to answer without a draw")
+
+
+def test_every_attack_of_ours_is_known_to_the_rules() -> None:
+    assert {attack_key(name) for name in ATTACKS} <= KNOWN
 
 
 def test_missing_files_and_empty_runs_are_refused(tmp_path: Path) -> None:

@@ -266,3 +266,16 @@ def test_no_damage_whatever_ends_in_a_traceback(
         refusals += bool(report.problems)
         assert all(line.isprintable() for line in report.lines())
     assert refusals > 30
+
+
+def test_problems_alike_are_told_by_the_first_few_and_their_count(tmp_path: Path) -> None:
+    root = sound(tmp_path)
+    for n in range(9):
+        (root / "train" / "cat" / f"wrong-{n}.png").write_bytes(png(np.zeros((3, 5 + n, 8), "u1")))
+    (root / "test" / "cat" / "empty.png").touch()
+    report = check_dataset(f"folder:{root}")
+    assert len(report.problems) == 10
+    told = [line for line in report.lines() if line.startswith(("problem", "..."))]
+    assert sum("one size" in line for line in told) == 3
+    assert "... and 6 more like the last" in told
+    assert sum("empty file" in line for line in told) == 1

@@ -168,6 +168,8 @@ def test_networks_and_lists_become_ensembles() -> None:
     assert isinstance(ensemble, Ensemble)
     with pytest.raises(InputError, match="got str"):
         as_ensemble("resnet8")
+    with pytest.raises(InputError, match="got str as element 1"):
+        as_ensemble([Constant(1.0), "resnet8"])
 
 
 def test_modes_and_flags_come_back_as_they_were() -> None:

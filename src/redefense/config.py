@@ -281,13 +281,25 @@ def _check_keys(data: Mapping[str, Any], model: type[BaseModel], source: str) ->
     for key, value in data.items():
         known = list(model.model_fields)
         if key not in known:
+            places = _places(data, key)
+            meant = f" (did you mean {' or '.join(places)}?)" if places else suggestion(key, known)
+            own = "" if meant or model is not Run else "; a method's own settings are under defence"
             raise ConfigError(
-                f"{source}: unknown setting {key!r}{suggestion(key, known)}; "
-                f"there are {', '.join(known)}"
+                f"{source}: unknown setting {key!r}{meant}; there are {', '.join(known)}{own}"
             )
         kind = model.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(value, Mapping):
             _check_keys(value, kind, f"{source}: {key}")
+
+
+def _places(data: Mapping[str, Any], key: str, at: str = "") -> list[str]:
+    """Where groups within `data` hold a setting of this name, e.g. `defence.adversary.steps`."""
+    groups = [(f"{at}{name}.", group) for name, group in data.items() if isinstance(group, Mapping)]
+    return [
+        place
+        for inside, group in groups
+        for place in ([inside + key] if key in group else []) + _places(group, key, inside)
+    ]
 
 
 def _one_line(error: Exception) -> str:

@@ -356,9 +356,13 @@ def as_ensemble(model: object) -> Ensemble:
         return model if isinstance(model, Ensemble) else Independent([model])
     if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
         return Independent(model)
+    got = type(model).__name__
+    if isinstance(model, list | tuple):
+        odd = (i for i, member in enumerate(model) if not isinstance(member, nn.Module))
+        at = next(odd, None)
+        got = f"an empty {got}" if at is None else f"{type(model[at]).__name__} as element {at}"
     raise InputError(
-        "expected a network (torch.nn.Module), an ensemble or a list of networks, "
-        f"got {type(model).__name__}"
+        f"expected a network (torch.nn.Module), an ensemble or a list of networks, got {got}"
     )
 
 

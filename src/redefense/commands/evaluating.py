@@ -113,7 +113,9 @@ def audit(
         for finding in findings:
             rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
             typer.echo(f"{finding.severity} {finding.id}: {finding.subject}{rows}: {finding.why}")
-        say(f"{path}: {errors} claims do not hold, {len(findings) - errors} notes", quiet)
+        notes = len(findings) - errors
+        told = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
+        say(f"{path}: {told}, {notes} note{'s' * (notes != 1)}", quiet)
     raise typer.Exit(exit_code(findings))
 
 

@@ -1,5 +1,6 @@
 """Look through a whole data set and name everything that is wrong with it."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,6 +17,7 @@ from redefense.data.source import Block, Part, Refuse, Source, by_threads, decod
 from redefense.errors import DataError
 
 SHOWN = 50  # problems printed; `as_dict` has them all
+ALIKE = 3  # of these, that break one rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ class CheckReport:
         }
 
     def lines(self) -> list[str]:
-        """All of it as text, without colours; at most 50 problems."""
+        """All of it as text, without colours; of problems alike the first few, and their count."""
         lines = [f"{self.spec}: {self.found or 'nothing usable found'}"]
         if self.classes:
             size = "x".join(map(str, self.shape))
@@ -85,10 +87,25 @@ class CheckReport:
         if self.checksum:
             lines.append(f"checksum: sha256 {self.checksum}")
         lines += [f"note: {note}" for note in self.notes]
-        lines += [f"problem: {problem}" for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"... and {len(self.problems) - SHOWN} problems more")
+        problems = _grouped(self.problems)
+        lines += problems[:SHOWN]
+        if len(problems) > SHOWN:
+            lines.append(f"... and more: {len(self.problems)} problems in all")
         return lines
+
+
+def _grouped(problems: Sequence[str]) -> list[str]:
+    """Lines about problems, those alike but for their file and numbers together."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        rule = problem.rpartition(": ")[2]
+        alike.setdefault(re.sub(r"\d+", "#", rule), []).append(problem)
+    lines = []
+    for group in alike.values():
+        lines += [f"problem: {problem}" for problem in group[:ALIKE]]
+        if len(group) > ALIKE:
+            lines.append(f"... and {len(group) - ALIKE} more like the last")
+    return lines
 
 
 def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport:

@@ -186,7 +186,7 @@ def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
     flag = {"": None, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if values["randomized"].lower() not in flag:
         raise DataError(
-            f"{path} line {line}: randomized must be true, false or empty, "
+            f"{path} line {line}: randomized must be true, yes, 1, false, no, 0 or empty, "
             f"got {values['randomized']!r}"
         )
     key, eps = attack_key(values["attack"]), number("eps", 0.0, 1e9)

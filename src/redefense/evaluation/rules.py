@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from redefense.evaluation.claims import HEADLINES, Claim, Group
+from redefense.evaluation.claims import AWARE, HEADLINES, UNBOUNDED, Claim, Group
 from redefense.evaluation.statistics import wilson
 
 GRADIENT = frozenset({"fgsm", "bim", "mim", "pgd", "di2fgsm", "eotpgd"})
@@ -17,6 +17,7 @@ ITERATIVE = frozenset({"bim", "mim", "pgd", "eotpgd"})
 WHITE_BOX = GRADIENT | {"apgd", "apgdt", "autoattack", "fab"}
 BLACK_BOX = frozenset({"square", "spsa", "nes", "nattack", "rays", "bandits", "signhunter"})
 MINIMAL = frozenset({"cw", "deepfool", "sparsefool", "ddn", "fmn", "ead"})
+KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | AWARE | UNBOUNDED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +252,23 @@ def eps_unstated(group: Group) -> Iterator[Finding]:
         yield _finding(group, silent, "The budget eps of these attacks is not stated.", "note")
 
 
+def unknown_attack(group: Group) -> Iterator[Finding]:
+    unknown = [c for c in group.attacks if c.key not in KNOWN]
+    if unknown:
+        why = "No rule knows these attacks by name: only what holds of every attack was looked at."
+        yield _finding(group, unknown, why, "note")
+
+
+def draw_denied(group: Group) -> Iterator[Finding]:
+    members = max((c.members or 1 for c in group.claims), default=1)
+    if group.randomized is False and members > 1:
+        why = (
+            f"{members} members are said to answer without a draw: what must hold of random "
+            "answers, such as an attack that knows the draw, was not asked for."
+        )
+        yield _finding(group, group.claims[:1], why, "note")
+
+
 def images_unstated(group: Group) -> Iterator[Finding]:
     silent = [c for c in group.claims if c.num_images is None]
     if silent:
@@ -304,6 +322,8 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "aware-above-unaware": aware_above_unaware,
         "headline-above-attack": headline_above_attack,
         "unbounded-attack": unbounded_attack,
+        "unknown-attack": unknown_attack,
+        "draw-denied": draw_denied,
         "eps-unstated": eps_unstated,
         "images-unstated": images_unstated,
         "too-few-images": too_few_images,

@@ -55,7 +55,10 @@ class Model:
                 for m in range(self._bundle.num_members)
             ]
         except runner.BundleError as error:
-            raise DataError(f"{folder}: {error}") from None
+            told = str(error)
+            raise DataError(
+                told if told.startswith(f"{folder} ") else f"{folder}: {told}"
+            ) from None
         self.name = name if name is not None else _fitting(folder)
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"--name must be letters, digits, dots, _ and -, got {self.name}")
