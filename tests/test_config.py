@@ -66,7 +66,7 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("=3", "PATH=VALUE"),
         ("similarity=1", "unknown setting 'similarity' (did you mean defence.similarity?)"),
         ("eps=0.1", "(did you mean defence.adversary.eps or threat.eps or optim.eps?)"),
-        ("smoothness=1", "; a method's own settings are under defence"),
+        ("smoothness=1", "; if it is the method's own: defence.smoothness"),
         ("threat.norm=1", "'inf' or '2'"),
         ("threat.eps=8", "L-inf eps must lie in [0, 1] as pixels do, got 8 (did you mean 8/255?)"),
         ("defence.adversary.eps=8", "adversary.eps must lie in [0, 1] as pixels do, got 8"),

@@ -283,7 +283,7 @@ def _check_keys(data: Mapping[str, Any], model: type[BaseModel], source: str) ->
         if key not in known:
             places = _places(data, key)
             meant = f" (did you mean {' or '.join(places)}?)" if places else suggestion(key, known)
-            own = "" if meant or model is not Run else "; a method's own settings are under defence"
+            own = "" if meant or model is not Run else f"; if it is the method's own: defence.{key}"
             raise ConfigError(
                 f"{source}: unknown setting {key!r}{meant}; there are {', '.join(known)}{own}"
             )
