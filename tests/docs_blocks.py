@@ -8,8 +8,9 @@ from pathlib import Path
 
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (test|file): ([^>]+?) -->\s*\Z")
+LOOP = re.compile(r"^for (\w+) in ([^;]+); do\b[^\n]*\n(.*?)^done$", re.MULTILINE | re.DOTALL)
 RUN_LANGUAGES = ("sh", "python")
-MODES = ("run", "parse", "model", "names", "exit 1", "any exit")
+MODES = ("run", "parse", "model", "names", "added", "exit 1", "any exit")
 """What `<!-- test: MODE -->` before a block may say; "run" unless it says anything."""
 
 # on digits a page is tried with what takes seconds; an option that the page gives itself is kept
@@ -55,9 +56,19 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def unrolled(text: str) -> str:
+    """A shell block whose loops over words are written out."""
+
+    def written_out(loop: re.Match[str]) -> str:
+        name, values, body = loop.groups()
+        return "".join(re.sub(rf"\$\{{?{name}\b\}}?", value, body) for value in values.split())
+
+    return LOOP.sub(written_out, text)
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """The words of every command of a shell block; settings before it (A=b command) are dropped."""
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in unrolled(text.replace("\\\n", " ")).splitlines():
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words = words[1:]

@@ -1,8 +1,11 @@
 """Every command and every line of Python on every page is run, on digits, or at least parsed."""
 
 import contextlib
+import inspect
 import io
+import itertools
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -16,12 +19,18 @@ import typer
 import redefense
 from docs_blocks import Block, blocks, commands, made_tiny
 from redefense import cli
+from redefense.attacks import Attack
 from redefense.commands.options import resolve_run
 from redefense.data import DATASETS
+from redefense.defences import DEFENCES, Defence
 from redefense.evaluation.suite import suite_named
 from redefense.models import build
 from redefense.recipes import RECIPES
 from redefense.rng import stream
+from redefense.serve.images import FORMATS, read_image
+from redefense.serve.model import Model
+from redefense.serve.protocol import read_question
+from redefense.serve.settings import Settings
 from redefense.train.loading import resolve
 
 ROOT = Path(redefense.__file__).parents[2]
@@ -80,10 +89,28 @@ def check_words(words: list[str]) -> None:
         assert {word for word in rest if word.startswith("--")} <= options
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        named = re.findall(r"redefense\[([\w,]+)\]", " ".join(rest))
+        named = re.findall(r"^\.\[([\w,]+)\]$", rest[-1])
+        assert named, "what is on no package index is installed from the clone"
         assert all(set(n.split(",")) <= set(extras["optional-dependencies"]) for n in named)
+    elif program == ".":
+        assert rest == [".venv/bin/activate"]
+    elif program == "curl":
+        check_request(rest)
     else:
         raise AssertionError(f"a page may not use {program}: nobody checks what it does")
+
+
+def check_request(words: list[str]) -> None:
+    """The route exists, and the body is a picture or a question that the page's bundle reads."""
+    header, body = words[words.index("-H") + 1], words[words.index("--data-binary") + 1]
+    assert re.fullmatch(r"localhost:8000/v2/models/bundle/(infer|classify)", words[-1]), words
+    content, model = Path(body.removeprefix("@")).read_bytes(), Model(Path("bundle"))
+    assert model.name == "bundle"
+    if header == "Content-Type: application/json":
+        assert read_question(content, None, model, Settings()).images.shape == (1, 1, 8, 8)
+    else:
+        assert header.removeprefix("Content-Type: ") in FORMATS
+        assert read_image(content, model.shape, 64).shape == (1, 1, 8, 8)
 
 
 def run_shell(block: Block) -> None:
@@ -134,6 +161,19 @@ def run_python(block: Block, names: dict[str, Any], source: str) -> None:
     exec(code, names)
 
 
+def added(names: dict[str, Any], base: type) -> dict[str, Any]:
+    """The lines of a mapping that a page asks for: its own classes, named in small letters."""
+    own = (c for c in names.values() if isinstance(c, type) and c.__module__ == names["__name__"])
+    return {c.__name__.lower(): c for c in own if issubclass(c, base)}
+
+
+def with_the_line(patch: pytest.MonkeyPatch, name: str, mapping: dict[str, Any]) -> None:
+    """A mapping as if it were written so, wherever the package has imported it."""
+    for module in [m for n, m in sys.modules.items() if n.split(".")[0] == "redefense"]:
+        if hasattr(module, name):
+            patch.setattr(module, name, mapping)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(
     page: Path,
@@ -146,12 +186,58 @@ def test_a_page_does_what_it_says(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page):
+        if block.mode == "added":
+            with_the_line(monkeypatch, "DEFENCES", dict(DEFENCES) | added(names, Defence))
         if block.file is not None:
             Path(block.file).write_text(block.text)
         elif block.language == "sh":
             run_shell(block)
         else:
             run_python(block, names, str(page))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "base", "checks"),
+    [
+        ("ATTACKS", Attack, "test_attacks_conformance.py"),
+        ("DEFENCES", Defence, "test_defences_conformance.py"),
+    ],
+)
+def test_what_a_page_adds_passes_the_checks_that_the_page_names(
+    mapping: str,
+    base: type,
+    checks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, names = ROOT / "docs" / "extend.md", dict[str, Any](__name__="extend")
+    assert checks in page.read_text()
+    for block in blocks(page):
+        if block.language == "python":
+            run_python(block, names, str(page))
+    classes = added(names, base)
+    assert classes
+    with_the_line(monkeypatch, mapping, classes)
+    # its lists of cases, which are made as it is read, then hold the page's classes alone
+    module = runpy.run_path(str(ROOT / "tests" / checks))
+    for name, test in module.items():
+        marks = [m for m in getattr(test, "pytestmark", ()) if m.name == "parametrize"]
+        if not name.startswith("test_") or not marks:
+            continue  # what is true of the whole mapping
+        for case in itertools.product(*(cases_of(mark) for mark in marks)):
+            given = {key: value for part in case for key, value in part.items()}
+            rest = inspect.signature(test).parameters.keys() - given.keys()
+            fixtures = {key: request.getfixturevalue(key) for key in rest}
+            test(**given, **fixtures)
+
+
+def cases_of(mark: pytest.Mark) -> list[dict[str, Any]]:
+    """The arguments of every case of one `parametrize`."""
+    names, values = mark.args
+    keys = (names,) if isinstance(names, str) else names
+    return [dict(zip(keys, (v,) if isinstance(names, str) else v, strict=True)) for v in values]
 
 
 def test_a_page_that_says_something_wrong_is_caught() -> None:
@@ -163,7 +249,10 @@ def test_a_page_that_says_something_wrong_is_caught() -> None:
         "redefense evaluate runs/x --suite quik",
         "redefense data check cifar11:PATH",
         "make demmo",
-        "pip install 'redefense[hubb]'",
+        "pip install -e '.[hubb]'",
+        "pip install 'redefense[hub]'",
+        ". venv/bin/activate",
+        "curl -H 'Content-Type: image/png' --data-binary @x.png localhost:8000/classify",
         "python benchmarks/study.py --lst",
         "rm -rf build",
     ):
@@ -173,10 +262,9 @@ def test_a_page_that_says_something_wrong_is_caught() -> None:
 
 
 def test_what_the_readme_types_exists() -> None:
-    fences = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    typed = [w for fence in fences for w in fence.splitlines() if w.startswith("redefense ")]
-    assert typed
-    for words in (w for line in typed for w in commands(line)):
+    typed = [w for b in blocks(ROOT / "README.md") if b.language == "sh" for w in commands(b.text)]
+    assert {"redefense", "pip", "."} <= {words[0] for words in typed}
+    for words in typed:
         check_words(words)
 
 
