@@ -82,7 +82,9 @@ def main() -> None:
     except Exception:  # noqa: BLE001 - the last line of defence: say whose fault it is
         traceback.print_exc()
         typer.echo(
-            "redefense: this is a defect of ours; please report it with the text above", err=True
+            "redefense: unless you changed redefense or added to it, this is a defect of ours; "
+            "please report it with the text above",
+            err=True,
         )
         raise SystemExit(70) from None
     raise SystemExit(code or 0)
