@@ -3,7 +3,7 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -43,7 +43,7 @@ from redefense.evaluation.suite import Suite
 from redefense.types import check_images, check_labels
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """An evaluation: the JSON of schema 1, and the records behind every figure.
 
@@ -53,13 +53,24 @@ class Report:
     """
 
     data: dict[str, Any]
-    cells: Mapping[str, Cell] = field(repr=False)
+    cells: Mapping[str, Cell]
 
     @property
     def headline(self) -> dict[str, Any]:
         """The pair unaware and aware, and what stands beside it; fractions, None where unknown."""
         headline: dict[str, Any] = self.data["headline"]
         return headline
+
+    def __repr__(self) -> str:
+        figures = {name: self.headline.get(name) for name in ("unaware", "aware")}
+        told = ", ".join(
+            f"{k}={v:.3f}" if v is not None else f"{k}=None" for k, v in figures.items()
+        )
+        red = [check["id"] for check in self.data["checks"] if check["passed"] is False]
+        return (
+            f"Report(suite={self.data['suite']!r}, num_images={self.data['data']['num_images']}, "
+            f"{told}, red_checks={red})"
+        )
 
     def to_json(self) -> str:
         return json.dumps(self.data, indent=1) + "\n"
