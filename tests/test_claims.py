@@ -65,7 +65,7 @@ def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Pa
     for found in claim.evaluations:
         for plan in found.suites:
             assert plan.provenance.keys() >= {"commit", "torch", "machine", "seed", "date"}
-            assert plan.provenance["commit"]
+            assert re.fullmatch(r"[0-9a-f]{40}", plan.provenance["commit"]), "code of no commit"
         if found.aware is None:
             continue
         assert found.unaware is not None
