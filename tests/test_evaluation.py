@@ -124,7 +124,16 @@ def test_one_perfect_and_one_blind_member() -> None:
 def test_of_one_member_there_is_nothing_to_know() -> None:
     x, y = images([0.05, 0.15, 0.25])
     checks = {c["id"]: c["passed"] for c in quick(Ramp(), x, y)["checks"]}
-    assert checks["S36"] is None
+    assert (checks["S36"], checks["S38"]) == (None, None)
+
+
+def test_a_network_that_refuses_its_images_is_one_line() -> None:
+    class Picky(Ramp):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("expected 3 channels")
+
+    with pytest.raises(InputError, match=r"cannot take images.*expected 3 channels"):
+        quick(Picky(), *images([0.1, 0.2]))
 
 
 def test_a_network_that_views_its_features_is_evaluated_as_one_that_does_not() -> None:

@@ -104,7 +104,7 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
     try:
         with torch.no_grad():
             ensemble.member_logits(last[:2])
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # what `check_outputs` tells in one line if it is a misfit
         # a clone, since images of one channel count as both layouts and keep their strides
         return x.clone(memory_format=torch.contiguous_format)
     return last

@@ -350,8 +350,9 @@ def _helps(
     mixture: NDArray[np.float64],
     members: Sequence[float] | None,
 ) -> Check:
-    if worst is None or single is None:
-        return Check("S38", None, "no single member to compare with")
+    if worst is None or single is None or len(mixture) == 1:
+        why = "nothing is drawn" if len(mixture) == 1 else "no single member to compare with"
+        return Check("S38", None, why)
     q = exact_expectation(worst, mixture)
     gain = paired_difference(q, single.astype(np.float64))
     assert gain.low is not None
