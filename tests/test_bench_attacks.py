@@ -74,3 +74,13 @@ def test_without_the_library_its_columns_stay_empty(
 def test_an_unknown_attack_is_refused() -> None:
     with pytest.raises(ConfigError, match="no attack named nonsense"):
         bench.run(names=["nonsense"])
+
+
+def test_for_the_first_table_alone_one_network_is_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = bench.run(images=2, model="linear", names=["fab"], train_images=200, single=True)
+    assert result["settings"]["members"] == 1
+    assert not result["random"]["rows"]
+    assert "random ensemble" not in bench.tables(result)
+    assert capsys.readouterr().err.count("trained linear on 200 images") == 1

@@ -131,6 +131,8 @@ def run(
     model: str = "auto",
     data: str | None = None,
     seed: int = 0,
+    train_images: int | None = None,
+    single: bool = False,
     json: bool = False,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
@@ -141,6 +143,8 @@ def run(
         model: name in `MODELS`; "auto" takes a small one that fits the data.
         data: a spec, e.g. `cifar10:PATH`; None takes the shipped digits.
         seed: of the trainings and of every attack.
+        train_images: that an epoch of the victims' training draws; None takes all.
+        single: only the first table, so that one network is trained.
         json: keeps quiet; else each finished line goes to stderr.
         names: attacks to run; None runs all.
 
@@ -161,27 +165,31 @@ def run(
     notes = [] if library is not None else [HOW_TO_INSTALL]
     for note in notes:
         tell(note)
-    members = [train_member(dataset, model, seed + m, tell) for m in range(MEMBERS)]
+    members = [
+        train_member(dataset, model, seed + m, train_images, tell)
+        for m in range(1 if single else MEMBERS)
+    ]
     scene = _scene(dataset, members, images, seed)
     alone = _scene(dataset, members[:1], images, seed)
-    single = [
+    first = [
         single_row(alone, name, library, tell) for name in chosen if not ATTACKS[name].adaptive
     ]
-    random = [random_row(scene, name, tell) for name in chosen if _in_second(name)]
+    second = [random_row(scene, name, tell) for name in chosen if _in_second(name) and not single]
     return {
         "settings": {
             "data": dataset.name,
             "model": model,
             "images": len(scene.y),
             "eps": scene.eps,
-            "members": MEMBERS,
+            "members": len(members),
             "seed": seed,
+            "train_images": train_images,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "library": LIBRARY if library is not None else None,
         },
-        "single": {"clean": float(alone.expected(alone.x).mean()), "rows": single},
-        "random": {"clean": float(scene.expected(scene.x).mean()), "rows": random},
+        "single": {"clean": float(alone.expected(alone.x).mean()), "rows": first},
+        "random": {"clean": float(scene.expected(scene.x).mean()), "rows": second},
         "notes": notes,
     }
 
@@ -205,25 +213,29 @@ def _scene(dataset: Dataset, members: list[nn.Module], images: int, seed: int) -
     )
 
 
-def train_member(dataset: Dataset, model: str, seed: int, tell: Callable[[str], None]) -> nn.Module:
+def train_member(
+    dataset: Dataset, model: str, seed: int, images: int | None, tell: Callable[[str], None]
+) -> nn.Module:
     """A network trained just long enough to be worth attacking."""
     rng = stream(seed, "bench", "member")
     net = build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=rng).train()
     x, y = dataset.train, dataset.train.labels.long()
-    size, epochs = 128, EPOCHS.get(dataset.name, 1)
-    per_epoch = len(x) // size
+    epochs = EPOCHS.get(dataset.name, 1)
+    taken = len(x) if images is None else min(images, len(x))
+    size = min(128, taken)
+    per_epoch = taken // size
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.15, total_steps=epochs * per_epoch
     )
     for _ in range(epochs):
-        order = torch.randperm(len(x), generator=rng)
+        order = torch.randperm(len(x), generator=rng)[:taken]
         for index in order.split(size)[:per_epoch]:
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(net(x.float(index)), y[index]).backward()
             optimizer.step()
             schedule.step()
-    tell(f"trained {model} on {len(x)} images, {epochs} epoch(s), seed {seed}")
+    tell(f"trained {model} on {taken} images, {epochs} epoch(s), seed {seed}")
     return net.eval()
 
 
@@ -353,19 +365,21 @@ def tables(result: Mapping[str, Any]) -> str:
         f"seed {it['seed']}, {it['threads']} thread(s), torch {it['torch']}"
     )
     single, random = result["single"], result["random"]
-    return "\n".join(
-        [
-            f"One network: {where}; clean {100 * single['clean']:.1f} %",
-            "theirs: " + (it["library"] or HOW_TO_INSTALL) + "; faster: their seconds over ours",
-            SINGLE_HEAD,
-            *map(single_line, single["rows"]),
+    lines = [
+        f"One network: {where}; clean {100 * single['clean']:.1f} %",
+        "theirs: " + (it["library"] or HOW_TO_INSTALL) + "; faster: their seconds over ours",
+        SINGLE_HEAD,
+        *map(single_line, single["rows"]),
+    ]
+    if random["rows"]:
+        lines += [
             "",
             f"A random ensemble of {it['members']}: {where}; clean {100 * random['clean']:.1f} %",
             "knows all: no - our preset, a member drawn per call; yes - given all members",
             RANDOM_HEAD,
             *map(random_line, random["rows"]),
         ]
-    )
+    return "\n".join(lines)
 
 
 def _silent(line: str) -> None:

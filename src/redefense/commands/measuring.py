@@ -28,13 +28,28 @@ def bench_attacks(
     attack: Annotated[
         list[str] | None, typer.Option(help="Only this attack; may be repeated.")
     ] = None,
+    train_images: Annotated[
+        int | None, typer.Option(min=1, help="Of an epoch of their training; all by default.")
+    ] = None,
+    single: Annotated[
+        bool, typer.Option("--single", help="Leave out the table of a random ensemble.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Ours beside TorchAttacks: accuracy, passes, seconds; and what the draw hides."""
     with computing():
         from redefense.bench.attacks import run, tables
 
-        result = run(images=images, model=model, data=data, seed=seed, json=as_json, names=attack)
+        result = run(
+            images=images,
+            model=model,
+            data=data,
+            seed=seed,
+            train_images=train_images,
+            single=single,
+            json=as_json,
+            names=attack,
+        )
     typer.echo(json.dumps(result, indent=1) if as_json else tables(result))
 
 
