@@ -37,13 +37,13 @@ class Evaluation:
 
     Attributes:
         suite: a suite's name, or a file beside this script.
-        images: the first so many of the published permutation of the test split.
+        images: the first so many of the published permutation of the test split; None takes all.
         wave: jobs of lower waves come first.
         minutes: planned, on one core, for three members.
     """
 
     suite: str
-    images: int
+    images: int | None
     wave: int
     minutes: float
 
@@ -55,13 +55,16 @@ EVALUATIONS: Final = {
     "quick-1000": Evaluation(suite="quick", images=1000, wave=3, minutes=2.0),
     "aware-small-1000": Evaluation(suite="aware-small.json", images=1000, wave=3, minutes=18.0),
     "unaware-1000": Evaluation(suite="unaware.json", images=1000, wave=3, minutes=4.0),
+    "aware-500": Evaluation(suite="aware", images=500, wave=2, minutes=25.0),
     "paper-200": Evaluation(suite="paper", images=200, wave=4, minutes=30.0),
-    "aware-200": Evaluation(suite="aware", images=200, wave=4, minutes=16.0),
+    "quick": Evaluation(suite="quick", images=None, wave=1, minutes=0.1),
+    "aware": Evaluation(suite="aware", images=None, wave=2, minutes=2.0),
 }
 
 FIRST: Final = ("quick-500", "aware-small-500", "unaware-500")
 TABLE: Final = ("quick-1000", "aware-small-1000", "unaware-1000")
-WHOLE: Final = ("paper-200", "aware-200")
+METHOD: Final = (*FIRST, "aware-500", *TABLE)
+WHOLE: Final = (*METHOD, "paper-200")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,7 @@ class Row:
 
     Attributes:
         changes: `--set` assignments.
+        shipped: the recipe names data that everybody has, so `--data` is not for it.
         wave: of its training.
         minutes: of one training, planned, on one core.
     """
@@ -77,14 +81,24 @@ class Row:
     name: str
     recipe: str
     changes: tuple[str, ...] = ()
+    shipped: bool = False
     seeds: tuple[int, ...] = (0,)
     evaluations: tuple[str, ...] = (*FIRST, *TABLE)
     wave: int = 1
     minutes: float = 8.0
 
 
-def _mini(name: str, minutes: float = 8.0, **changes: object) -> Row:
-    return Row(name=name, recipe=f"cifar10-mini-{name}", minutes=minutes, **changes)  # type: ignore[arg-type]  # fields of Row
+def _mini(name: str, minutes: float, evaluations: tuple[str, ...] = METHOD) -> Row:
+    return Row(
+        name=name, recipe=f"cifar10-mini-{name}", minutes=minutes, evaluations=evaluations
+    )  # fmt: skip
+
+
+def _digits(name: str) -> Row:
+    return Row(
+        name=f"digits-{name}", recipe=f"digits-{name}", shipped=True,
+        evaluations=("quick", "aware"), minutes=1.5,
+    )  # fmt: skip
 
 
 def _ablation(name: str, *changes: str, minutes: float = 8.0) -> Row:
@@ -108,21 +122,23 @@ def _long(name: str, epochs: int) -> Row:
     """
     return Row(
         name=f"long-{name}", recipe=f"cifar10-mini-{name}",
-        changes=("data.images=null", f"epochs={epochs}"), evaluations=(*TABLE, *WHOLE), wave=5,
+        changes=("data.images=null", f"epochs={epochs}"), evaluations=WHOLE, wave=5,
         minutes=120.0,
     )  # fmt: skip
 
 
-VANILLA: Final = _mini("vanilla", 1.5, evaluations=(*FIRST, *TABLE, *WHOLE))
-AT: Final = _mini("at", 5.5, evaluations=(*FIRST, *TABLE, *WHOLE))
-RED: Final = _mini("red", 7.0, evaluations=(*FIRST, *TABLE, *WHOLE))
+VANILLA: Final = _mini("vanilla", 1.5, evaluations=WHOLE)
+AT: Final = _mini("at", 5.5, evaluations=WHOLE)
+RED: Final = _mini("red", 7.0, evaluations=WHOLE)
 # the best other method: chosen on the validation split once all are trained
-OTHER: Final = _mini("mrboost", 6.0, evaluations=(*FIRST, *TABLE, *WHOLE))
+OTHER: Final = _mini("mrboost", 6.0, evaluations=WHOLE)
 
 # the better recipe: adversarial training of equal cost with a cheaper adversary and more images
-SWIFT: Final = Row(
-    name="swift", recipe="swift-cifar10-mini", minutes=7.0, evaluations=(*FIRST, *TABLE, *WHOLE)
-)
+SWIFT: Final = Row(name="swift", recipe="swift-cifar10-mini", minutes=7.0, evaluations=WHOLE)
+
+DIGITS: Final = (
+    "vanilla", "at", "gal", "adp", "dverge", "trs", "red", "ps-red", "mrboost", "barre", "red-at",
+)  # fmt: skip
 
 ROWS: Final = (
     VANILLA, AT, RED, OTHER,
@@ -137,8 +153,9 @@ ROWS: Final = (
     _ablation("m8", "ensemble.num_members=8", minutes=20.0),
     SWIFT, *(_again(row, 1) for row in (VANILLA, AT, RED, OTHER, SWIFT)),
     _long("vanilla", 112), _long("at", 26), _long("red", 21),
+    *map(_digits, DIGITS),
 )  # fmt: skip
-"""The tables of `docs/findings.md`, and what is still to come there."""
+"""The tables of `docs/findings.md`, what is still to come there, and every method on digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +197,7 @@ class Job:
 
     def command(self, data: str | None, evaluations: "Evaluations") -> list[str]:
         """The words after `redefense`."""
-        spec = [] if data is None else ["--data", data]
+        spec = [] if data is None or self.row.shipped else ["--data", data]
         if self.what == "train":
             changes = [word for change in self.row.changes for word in ("--set", change)]
             words = ["train", self.row.recipe, *spec, "--seed", str(self.seed), *changes]
@@ -190,7 +207,9 @@ class Job:
         if suite.endswith(".json"):
             suite = os.path.relpath(HERE / suite)
         words = ["evaluate", str(self.run), *spec, "--suite", suite]
-        return [*words, "--images", str(evaluation.images), "--out", str(self.done)]
+        if evaluation.images is not None:
+            words += ["--images", str(evaluation.images)]
+        return [*words, "--out", str(self.done)]
 
 
 Evaluations = dict[str, Evaluation]

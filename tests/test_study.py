@@ -47,6 +47,16 @@ def test_no_job_is_listed_twice_and_none_comes_before_its_training() -> None:
         assert names.index(f"{job.run.name}/train") <= names.index(job.name)
 
 
+def test_shipped_data_and_whole_test_splits_need_no_words() -> None:
+    jobs = study.plan(study.ROWS, study.EVALUATIONS, Path("runs"))
+    words = {job.name: job.command("cifar10:there", study.EVALUATIONS) for job in jobs}
+    for name in ("digits-red-0/train", "digits-red-0/aware"):
+        assert not {"--data", "--images"} & set(words[name])
+    assert words["red-0/aware-500"][2:8] == [
+        "--data", "cifar10:there", "--suite", "aware", "--images", "500"
+    ]  # fmt: skip
+
+
 def test_long_runs_cost_the_same() -> None:
     rows = [row for row in study.ROWS if row.name.startswith("long-")]
     runs = [override(recipe(row.recipe), list(row.changes)) for row in rows]
