@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from redefense.errors import ConfigError, DataError
+from redefense.export import runner
 from redefense.serve.client import Client, tensor_request
 from redefense.serve.model import Model
 from redefense.serve.protocol import BINARY_HEADER
@@ -321,13 +322,37 @@ def test_a_research_server_is_refused_where_others_reach_it(host: str) -> None:
     [
         {"seed": 1}, {"research": True}, {"max_batch": 0},
         {"max_delay": -1.0}, {"deadline": 0.0}, {"max_queue": 3}, {"epoch": float("nan")},
-        {"mode": "averaged", "policy": "per-input"}, {"client_header": "X-Client"},
+        {"mode": "averaged", "policy": "per-input"}, {"mode": "member", "grouped": True},
+        {"client_header": "X-Client"},
         {"research": True, "seed": 1, "policy": "per-client"},
     ],
 )  # fmt: skip
 def test_settings_that_contradict_themselves_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Settings(**wrong)
+
+
+def test_a_batch_is_so_many_runs_whoever_is_drawn_unless_grouped(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    inner = runner.logits_of
+
+    def counted(session: Any, images: Any) -> Any:
+        runs.append(len(images))
+        return inner(session, images)
+
+    monkeypatch.setattr(runner, "logits_of", counted)
+    images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
+    by_draw, answers = [], []
+    for drawn in (np.array([2, 0, 2, 0, 2]), np.array([1, 1, 1, 1, 1])):
+        for grouped in (False, True):
+            runs.clear()
+            answers.append(model.classify(images, drawn, grouped=grouped))
+            by_draw.append(sorted(runs))
+    assert by_draw == [[1] * 5, [2, 3], [1] * 5, [5]]
+    for alone, together in zip(answers[::2], answers[1::2], strict=True):
+        np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"policy": "sticky"}, {"mode": "everyone"}])

@@ -15,6 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redefense.errors import InputError
+from redefense.export import runner
 from redefense.serve.audit import Effort, Finding, run_audit
 from redefense.serve.chance import independent, separation
 from redefense.serve.channels import Replica
@@ -165,6 +166,21 @@ def test_a_member_in_the_log_is_caught(model: Model) -> None:
     found = audited(model, lambda: draw)
     assert failed(found) == {"no channel tells the member"}
     assert "log varies" in found["no channel tells the member"].detail
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_grouped_images_tell_by_the_time_who_shares_a_member(
+    model: Model, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    inner = runner.logits_of
+
+    def slow(session: Any, images: Any) -> Any:
+        time.sleep(0.004)  # a run has a price of its own, however many images it holds
+        return inner(session, images)
+
+    monkeypatch.setattr(runner, "logits_of", slow)
+    found = audited(model, lambda: fresh(model.mixture), Settings(grouped=grouped, grace=0.0))
+    assert failed(found) == ({"time tells no member"} if grouped else set()), found
 
 
 def test_a_member_that_is_slower_is_caught(model: Model) -> None:

@@ -51,6 +51,10 @@ def serve(
         bool, typer.Option("--research", help="Seeded draws, members shown; loopback only.")
     ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Of a research server.")] = None,
+    grouped: Annotated[
+        bool,
+        typer.Option("--grouped", help="A member's images together: faster, but the time tells."),
+    ] = False,
     max_batch: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     max_delay: Annotated[float, typer.Option(help="Seconds a batch waits for more.")] = 0.0,
     max_queue: Annotated[int, typer.Option(help="Images that may wait; more get 429.")] = 256,
@@ -87,6 +91,7 @@ def serve(
         scores=scores,
         research=research,
         seed=seed,
+        grouped=grouped,
         max_batch=max_batch,
         max_delay=max_delay,
         max_queue=max_queue,

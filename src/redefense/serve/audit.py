@@ -319,7 +319,8 @@ def _timing(case: _Case) -> Finding:
     detail = f"{len(case.alone)} answers, the oddest member is slower in {100 * worst:.0f} %"
     if case.pairs:
         detail += f", pairs of two members in {100 * pair:.0f} % of comparisons"
-    return Finding("time tells no member", passed, detail + ("" if passed else "; try --tick"))
+    remedy = "; leave --grouped out" if case.settings.grouped else "; try --tick"
+    return Finding("time tells no member", passed, detail + ("" if passed else remedy))
 
 
 def _channels(case: _Case, replica: Replica) -> Finding:

@@ -60,7 +60,8 @@ class Engine:
     """Classifies a batch whose images may belong to several requests.
 
     Nothing about one image depends on its batch mates but rounding, and all answers of a batch are
-    ready at the same time: who shares a member with whom cannot be read off the order.
+    ready at the same time: who shares a member with whom cannot be read off the order, nor off the
+    time, unless images are grouped.
     """
 
     def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
@@ -75,7 +76,8 @@ class Engine:
             scores = probabilities(self.model.logits_of(0, images))
         else:
             member = self._draw(images, clients)
-            scores = probabilities(self.model.classify(images, member))
+            logits = self.model.classify(images, member, grouped=self._settings.grouped)
+            scores = probabilities(logits)
         label, word = label_and_word(scores)
         if self._settings.tick > 0:
             # monotonic time modulo the tick: the grid is the same for every batch

@@ -77,16 +77,21 @@ class Model:
     def logits_of(self, m: int, images: Floats) -> Floats:
         """(N, classes) logits of member m for images (N, C, H, W) in [0, 1]."""
         session = self._sessions[m]
-        return np.concatenate([runner.logits_of(session, part) for part in self._parts(images)])
+        parts = _parts(images) if self._alone else [images]
+        return np.concatenate([runner.logits_of(session, part) for part in parts])
 
-    def classify(self, images: Floats, drawn: NDArray[np.int64]) -> Floats:
-        """(N, classes) logits where member drawn[n] answers image n."""
-        parts = zip(self._parts(images), self._parts(drawn), strict=True)
-        return np.concatenate([runner.classify(self._sessions, *part) for part in parts])
+    def classify(
+        self, images: Floats, drawn: NDArray[np.int64], *, grouped: bool = False
+    ) -> Floats:
+        """(N, classes) logits where member drawn[n] answers image n.
 
-    def _parts(self, values: NDArray[Any]) -> list[NDArray[Any]]:
-        """What may be computed together."""
-        return list(values[:, None]) if self._alone else [values]
+        One image after the other, so that a batch takes as long whoever was drawn; `grouped`
+        computes the images of a member together, in less time the fewer members were drawn.
+        """
+        if grouped and not self._alone:
+            return runner.classify(self._sessions, images, drawn)
+        pairs = zip(_parts(images), drawn, strict=True)
+        return np.concatenate([runner.logits_of(self._sessions[m], part) for part, m in pairs])
 
     def probes(self) -> Floats:
         """The bundle's own images (64, C, H, W), for those who measure it."""
@@ -112,6 +117,11 @@ class Model:
                         f"member {m} must give {size} x {len(self.classes)} finite logits, "
                         f"got shape {logits.shape}"
                     )
+
+
+def _parts(images: Floats) -> list[Floats]:
+    """Batches of one."""
+    return list(images[:, None])
 
 
 def _by_batch(config: Mapping[str, Any]) -> bool:

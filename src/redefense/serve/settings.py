@@ -30,6 +30,8 @@ class Settings:
         scores: answers also hold the probabilities of all classes, which show who answered.
         research: draws are seeded and answers name the member; for loopback addresses only.
         seed: of the draws of a research server.
+        grouped: images of a batch that drew the same member are computed together. That is faster,
+            and the time then tells whether they share it.
         max_batch: images that are classified at a time, and that one request may hold.
         max_delay: seconds a batch waits for more images; 0.0 takes what has come meanwhile.
         max_queue: images that may wait; more are refused with 429.
@@ -51,6 +53,7 @@ class Settings:
     scores: bool = False
     research: bool = False
     seed: int | None = None
+    grouped: bool = False
     max_batch: int = 64
     max_delay: float = 0.0
     max_queue: int = 256
@@ -101,8 +104,10 @@ class Settings:
             if getattr(self, name) is not None and self.policy != "per-client":
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} is for the policy per-client, not {self.policy}")
-        if self.mode != "sampled" and (self.research or self.policy != "fresh"):
-            raise ConfigError(f"mode {self.mode} draws nothing: it takes no policy and no research")
+        if self.mode != "sampled" and (self.research or self.grouped or self.policy != "fresh"):
+            raise ConfigError(
+                f"mode {self.mode} draws nothing: it takes no policy, no grouped and no research"
+            )
 
     def body_limit(self, pixels: int) -> int:
         """Bytes a request may hold, for a model whose images have this many values."""
