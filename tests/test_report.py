@@ -500,6 +500,8 @@ def test_evaluations_of_one_run_are_told_apart_by_as_little_as_needed(tmp_path: 
         "plain (linf 0.2)", "red (linf 0.2, 200 images)", "red (linf 0.2, 360 images)",
         "red (linf 0.3)",
     ]  # fmt: skip
+    told = wording.answers(join([tmp_path / "plain", run]))[0].text
+    assert all(name in told for name in labels(rows))
     write_report([tmp_path / "plain", run], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "red (linf 0.2, 200 images), aware" in page

@@ -118,6 +118,11 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def names(results: Sequence[Result]) -> list[str]:
+    """What each result is called beside the others, as `labels`."""
+    return labels(summary_rows(results))
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of `summary_table` for the terminal: print it with rich."""
     threats = sorted({str(row["threat"]) for row in rows})

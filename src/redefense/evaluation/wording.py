@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from redefense.evaluation.joined import Result, eps_text
 from redefense.evaluation.statistics import Estimate
-from redefense.evaluation.tables import interval, percent
+from redefense.evaluation.tables import interval, names, percent
 
 OF_DEFENCE = ("S36", "S38")
 """Checks that say something of the defence, and nothing of how well it was measured."""
@@ -128,6 +128,7 @@ class Answer(NamedTuple):
 def answers(results: Sequence[Result]) -> list[Answer]:
     """The three questions of the first screen, answered about the best of the runs."""
     top = best(results)
+    called = dict(zip(results, names(results), strict=True))
     if top.aware is None:
         how = (
             "That cannot be said: no attack that knows the ensemble was run, or its records are "
@@ -135,7 +136,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
         )
     else:
         how = (
-            f"{top.name} still answers {_with_interval(top.aware)} of the images correctly when "
+            f"{called[top]} still answers {_with_interval(top.aware)} of the images correctly when "
             "each is attacked by whatever worked best against it"
         )
         clean = f"; untouched, it answers {percent(top.clean)}{PERCENT}." if top.clean else "."
@@ -144,7 +145,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     if others and top.aware is not None:
         how += (
             " Beside it: "
-            + ", ".join(f"{r.name} {percent(r.aware)}{PERCENT}" for r in others)
+            + ", ".join(f"{called[r]} {percent(r.aware)}{PERCENT}" for r in others)
             + "."
         )
     attackers = len(top.bounded)
