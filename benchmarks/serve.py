@@ -152,7 +152,9 @@ def latency(bundle: Path, settings: Settings, image: Any, requests: int) -> Figu
         servers: dict[Mode, Replica] = {}
         for mode in MODES:
             started = time.perf_counter()
-            servers[mode] = stack.enter_context(child(bundle, replace(settings, mode=mode)))
+            # only who draws has anything to group
+            own = replace(settings, mode=mode, grouped=settings.grouped and mode == "sampled")
+            servers[mode] = stack.enter_context(child(bundle, own))
             ready = round(time.perf_counter() - started, 2)
             megabyte = megabytes(servers[mode].url)
             figures["start"][mode] = {"seconds": ready, "resident_mb": megabyte}
@@ -304,9 +306,10 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=100_000, help="requests for the memory")
     parser.add_argument("--fuzz", type=int, default=10_000, help="mutated bodies")
     parser.add_argument("--threads", type=int, help="that a member computes with")
+    parser.add_argument("--grouped", action="store_true", help="as in redefense serve")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     chosen = parser.parse_args()
-    settings = Settings(threads=chosen.threads)
+    settings = Settings(threads=chosen.threads, grouped=chosen.grouped)
     figures: Figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
     bundle, *others = chosen.bundles
     if others:
