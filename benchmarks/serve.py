@@ -1,10 +1,12 @@
 """How fast and how steadily a bundle is served: one member, the draw and the average in one run.
 
-python benchmarks/serve.py BUNDLE [--requests N] [--soak N] [--fuzz N] [--out FILE.json]
+python benchmarks/serve.py BUNDLE [--grouped] [--threads N] [--requests N] [--soak N] [--fuzz N]
 python benchmarks/serve.py PLAIN INT8 COMPACT    sizes, start-up time and memory of each, no load
 
 Servers are processes of their own and the load comes from this one, so on few cores the load takes
-time from the server: compare modes within a run, not runs. A table goes to stderr, JSON to stdout.
+time from the server: compare modes within a run, not runs. Several clients' images share a batch:
+one member computes it at once, the draw image by image unless --grouped. A table goes to stderr,
+JSON to stdout.
 """
 
 import argparse
@@ -309,9 +311,12 @@ def main() -> None:
     parser.add_argument("--grouped", action="store_true", help="as in redefense serve")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     chosen = parser.parse_args()
+    bundle, *others = chosen.bundles
+    if others and chosen.grouped:
+        parser.error("--grouped is for the load on one bundle")
     settings = Settings(threads=chosen.threads, grouped=chosen.grouped)
     figures: Figures = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
-    bundle, *others = chosen.bundles
+    figures |= {"threads": settings.threads, "grouped": settings.grouped}
     if others:
         figures["bundles"] = beside(chosen.bundles, settings)
     else:

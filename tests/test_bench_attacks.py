@@ -74,6 +74,10 @@ def test_without_the_library_its_columns_stay_empty(
 def test_an_unknown_attack_is_refused() -> None:
     with pytest.raises(ConfigError, match="no attack named nonsense"):
         bench.run(names=["nonsense"])
+    with pytest.raises(ConfigError, match="leaves out the table of arc"):
+        bench.run(names=["arc"], single=True)
+    with pytest.raises(ConfigError, match="got 0"):
+        bench.run(names=["fgsm"], train_images=0)
 
 
 def test_for_the_first_table_alone_one_network_is_trained(
@@ -81,6 +85,7 @@ def test_for_the_first_table_alone_one_network_is_trained(
 ) -> None:
     result = bench.run(images=2, model="linear", names=["fab"], train_images=200, single=True)
     assert result["settings"]["members"] == 1
-    assert not result["random"]["rows"]
+    assert result["random"] is None
     assert "random ensemble" not in bench.tables(result)
+    assert "200 training images" in bench.tables(result)
     assert capsys.readouterr().err.count("trained linear on 200 images") == 1

@@ -3,7 +3,9 @@
 import pytest
 
 from redefense.defences import DEFENCES
+from redefense.defences.trs import TRS
 from redefense.recipes import RECIPES, recipe
+from redefense.recipes.cifar10 import MINI, PUBLISHED
 from redefense.train.loading import resolve
 
 FAMILIES = ["digits", "cifar10-mini", "cifar10", "tiny-imagenet"]
@@ -42,6 +44,15 @@ def test_the_swift_recipe_costs_what_adversarial_training_costs() -> None:
         return run.data.images * run.epochs * (2 * int(run.defence["adversary"]["steps"]) + 3)
 
     assert passes("swift-cifar10-mini") == pytest.approx(passes("cifar10-mini-at"), rel=0.03)
+
+
+def test_a_mini_search_has_half_the_steps_and_the_same_way_to_go() -> None:
+    mini, search = recipe("cifar10-mini-trs").defence, TRS()
+    assert 2 * int(mini["steps"]) == search.steps
+    assert mini["steps"] * mini["step_size"] == pytest.approx(search.steps * search.step_size)
+    small, large = MINI["steps"], PUBLISHED["steps"]
+    assert 2 * small == large
+    assert small * MINI["step_size"] == pytest.approx(large * PUBLISHED["step_size"])
 
 
 def test_published_settings() -> None:

@@ -505,6 +505,7 @@ def test_evaluations_of_one_run_are_told_apart_by_as_little_as_needed(tmp_path: 
     write_report([tmp_path / "plain", run], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "red (linf 0.2, 200 images), aware" in page
+    assert any(f"<h1>{name}: " in page for name in labels(rows))
     assert len(set(found := re.findall(r"<summary>(.*): each attack", page))) == len(found) == 4
 
 

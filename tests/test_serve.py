@@ -323,7 +323,7 @@ def test_a_research_server_is_refused_where_others_reach_it(host: str) -> None:
         {"seed": 1}, {"research": True}, {"max_batch": 0},
         {"max_delay": -1.0}, {"deadline": 0.0}, {"max_queue": 3}, {"epoch": float("nan")},
         {"mode": "averaged", "policy": "per-input"}, {"mode": "member", "grouped": True},
-        {"client_header": "X-Client"},
+        {"client_header": "X-Client"}, {"grouped": True, "max_batch": 1},
         {"research": True, "seed": 1, "policy": "per-client"},
     ],
 )  # fmt: skip

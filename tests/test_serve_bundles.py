@@ -11,7 +11,7 @@ import pytest
 
 from export_tools import SHAPE, bundle, hyper, plain, torch_logits
 from redefense.ensembles import Members
-from redefense.errors import DataError
+from redefense.errors import ConfigError, DataError
 from redefense.export import runner
 from redefense.export.quantise import Int8
 from redefense.export.write import synthetic
@@ -106,16 +106,32 @@ def test_each_image_is_answered_by_the_member_that_was_drawn(
     assert agree(found, logits[drawn, np.arange(len(drawn))].argmax(-1), kind)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    ("kind", "grouped"),
+    [*((kind, False) for kind in MAKERS), ("plain", True), ("int8", True), ("compact", True)],
+)
 def test_an_answer_does_not_depend_on_batch_mates(
-    kind: str, made: Callable[[str, bool], Path]
+    kind: str, grouped: bool, made: Callable[[str, bool], Path]
 ) -> None:
-    settings = Settings(scores=True, grace=0.0)
+    settings = Settings(scores=True, grouped=grouped, grace=0.0)
     bright = np.ones_like(IMAGES[:1])
     with serving(Model(made(kind, True), threads=1), settings) as url, Client(url) as client:
         alone = client.infer(IMAGES[:1]).output("scores")
         beside = client.infer(np.concatenate([IMAGES[:1], bright])).output("scores")
     assert beside[: len(alone)] == pytest.approx(alone, abs=1e-6)
+
+
+def test_members_whose_answers_would_depend_on_mates_are_not_grouped(
+    made: Callable[[str, bool], Path],
+) -> None:
+    for kind in MAKERS:
+        model = Model(made(kind, False), threads=1)
+        if kind == "int8 by batch":
+            with pytest.raises(ConfigError, match="--calibration 0"):
+                model.check_grouped(True)
+        else:
+            model.check_grouped(True)
+        model.check_grouped(False)
 
 
 def test_a_damaged_template_or_weights_are_not_served(

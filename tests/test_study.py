@@ -57,6 +57,12 @@ def test_shipped_data_and_whole_test_splits_need_no_words() -> None:
     ]  # fmt: skip
 
 
+def test_only_jobs_that_read_cifar_need_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        study.main(["--only", "red"])
+    assert "--data is needed" in capsys.readouterr().err
+
+
 def test_long_runs_cost_the_same() -> None:
     rows = [row for row in study.ROWS if row.name.startswith("long-")]
     runs = [override(recipe(row.recipe), list(row.changes)) for row in rows]

@@ -149,14 +149,18 @@ def run(
         names: attacks to run; None runs all.
 
     Returns:
-        JSON-ready: `settings`, `single` (one row an attack), `random` and `notes`.
+        JSON-ready: `settings`, `single` (one row an attack), `random` (None if left out), `notes`.
 
     Raises:
-        ConfigError: an unknown attack.
+        ConfigError: an unknown attack, none for the one table wanted, or no training images.
     """
     chosen = list(ATTACKS) if names is None else list(names)
     if unknown := set(chosen) - set(ATTACKS):
         raise ConfigError(f"no attack named {', '.join(sorted(unknown))}")
+    if single and all(ATTACKS[name].adaptive for name in chosen):
+        raise ConfigError(f"--single leaves out the table of {', '.join(chosen)}")
+    if train_images is not None and train_images < 1:
+        raise ConfigError(f"train_images must be at least 1, got {train_images}")
     tell = _silent if json else _to_stderr
     dataset = load_dataset(data or "digits")
     if model == "auto":
@@ -166,7 +170,7 @@ def run(
     for note in notes:
         tell(note)
     members = [
-        train_member(dataset, model, seed + m, train_images, tell)
+        train_member(dataset, model, seed=seed + m, train_images=train_images, tell=tell)
         for m in range(1 if single else MEMBERS)
     ]
     scene = _scene(dataset, members, images, seed)
@@ -189,7 +193,9 @@ def run(
             "library": LIBRARY if library is not None else None,
         },
         "single": {"clean": float(alone.expected(alone.x).mean()), "rows": first},
-        "random": {"clean": float(scene.expected(scene.x).mean()), "rows": second},
+        "random": None
+        if single
+        else {"clean": float(scene.expected(scene.x).mean()), "rows": second},
         "notes": notes,
     }
 
@@ -214,14 +220,19 @@ def _scene(dataset: Dataset, members: list[nn.Module], images: int, seed: int) -
 
 
 def train_member(
-    dataset: Dataset, model: str, seed: int, images: int | None, tell: Callable[[str], None]
+    dataset: Dataset,
+    model: str,
+    *,
+    seed: int,
+    train_images: int | None,
+    tell: Callable[[str], None],
 ) -> nn.Module:
     """A network trained just long enough to be worth attacking."""
     rng = stream(seed, "bench", "member")
     net = build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=rng).train()
     x, y = dataset.train, dataset.train.labels.long()
     epochs = EPOCHS.get(dataset.name, 1)
-    taken = len(x) if images is None else min(images, len(x))
+    taken = len(x) if train_images is None else min(train_images, len(x))
     size = min(128, taken)
     per_epoch = taken // size
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -364,6 +375,8 @@ def tables(result: Mapping[str, Any]) -> str:
         f"{it['model']} on {it['data']}, {it['images']} images, L-inf eps {it['eps']:.4g}, "
         f"seed {it['seed']}, {it['threads']} thread(s), torch {it['torch']}"
     )
+    if it["train_images"] is not None:
+        where += f", {it['train_images']} training images an epoch"
     single, random = result["single"], result["random"]
     lines = [
         f"One network: {where}; clean {100 * single['clean']:.1f} %",
@@ -371,7 +384,7 @@ def tables(result: Mapping[str, Any]) -> str:
         SINGLE_HEAD,
         *map(single_line, single["rows"]),
     ]
-    if random["rows"]:
+    if random is not None:
         lines += [
             "",
             f"A random ensemble of {it['members']}: {where}; clean {100 * random['clean']:.1f} %",

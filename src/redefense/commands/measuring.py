@@ -29,7 +29,7 @@ def bench_attacks(
         list[str] | None, typer.Option(help="Only this attack; may be repeated.")
     ] = None,
     train_images: Annotated[
-        int | None, typer.Option(min=1, help="Of an epoch of their training; all by default.")
+        int | None, typer.Option(min=1, help="Training images that an epoch draws; all by default.")
     ] = None,
     single: Annotated[
         bool, typer.Option("--single", help="Leave out the table of a random ensemble.")

@@ -53,9 +53,11 @@ def serve(
     seed: Annotated[int | None, typer.Option(min=0, help="Of a research server.")] = None,
     grouped: Annotated[
         bool,
-        typer.Option("--grouped", help="A member's images together: faster, but the time tells."),
+        typer.Option(
+            "--grouped", help="Compute a member's images together: faster, but time tells."
+        ),
     ] = False,
-    max_batch: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    max_batch: Annotated[int, typer.Option(help="Images answered together.")] = 64,
     max_delay: Annotated[float, typer.Option(help="Seconds a batch waits for more.")] = 0.0,
     max_queue: Annotated[int, typer.Option(help="Images that may wait; more get 429.")] = 256,
     deadline: Annotated[float, typer.Option(help="Seconds until 504.")] = 5.0,
@@ -120,6 +122,7 @@ def serve(
     check_address(settings, address)
     log_to_stderr(quiet=quiet)
     model = Model(bundle, name=name, threads=threads, trust=_trust(signer))
+    model.check_grouped(settings.grouped)
     draw = draw_by(settings, model.mixture, read_key(key))
     run_server(model, settings, draw, host=address, port=PORT if port is None else port)
 
@@ -138,6 +141,7 @@ def _audit(
     from redefense.serve.model import Model
 
     model = Model(bundle, threads=settings.threads, trust=_trust(signer))
+    model.check_grouped(settings.grouped)
     more = () if signer is None else ("--signer", str(signer))
     say(f"auditing {bundle}, policy {settings.policy}: servers come and go for a minute", quiet)
     findings = run_audit(model, settings, lambda: child(bundle, settings, *more))

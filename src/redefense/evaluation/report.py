@@ -97,7 +97,7 @@ def _run_settings(result: Result) -> str:
 
 def _lines(results: Sequence[Result]) -> list[charts.Line]:
     lines = []
-    for style, (name, result) in enumerate(zip(tables.names(results), results, strict=True)):
+    for style, (name, result) in enumerate(zip(tables.labels_of(results), results, strict=True)):
         for success, who in ((result.tries_aware, "aware"), (result.tries_unaware, "unaware")):
             if success is not None:
                 points = [(float(k), float(y)) for k, y in enumerate(success, 1)]
@@ -125,7 +125,7 @@ def _tries_chart(results: Sequence[Result]) -> tuple[str, str] | None:
 def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
     lines = [
         charts.Line(label=name, points=result.curve, style=style)
-        for style, (name, result) in enumerate(zip(tables.names(results), results, strict=True))
+        for style, (name, result) in enumerate(zip(tables.labels_of(results), results, strict=True))
         if result.curve is not None
     ]
     if not lines:
@@ -158,7 +158,7 @@ def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
                 y_label="images, %",
             ),
         )
-        for name, result in zip(tables.names(results), results, strict=True)
+        for name, result in zip(tables.labels_of(results), results, strict=True)
         if result.fooled is not None
     ]
 
@@ -207,7 +207,7 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
         "histograms": _histograms(results),
-        "label": dict(zip(results, tables.names(results), strict=True)),
+        "label": dict(zip(results, tables.labels_of(results), strict=True)),
         "of_defence": wording.OF_DEFENCE,
         "results": results,
         "settings": _run_settings,

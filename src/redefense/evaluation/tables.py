@@ -118,7 +118,7 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def names(results: Sequence[Result]) -> list[str]:
+def labels_of(results: Sequence[Result]) -> list[str]:
     """What each result is called beside the others, as `labels`."""
     return labels(summary_rows(results))
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from redefense.evaluation.joined import Result, eps_text
 from redefense.evaluation.statistics import Estimate
-from redefense.evaluation.tables import interval, names, percent
+from redefense.evaluation.tables import interval, labels_of, percent
 
 OF_DEFENCE = ("S36", "S38")
 """Checks that say something of the defence, and nothing of how well it was measured."""
@@ -128,7 +128,7 @@ class Answer(NamedTuple):
 def answers(results: Sequence[Result]) -> list[Answer]:
     """The three questions of the first screen, answered about the best of the runs."""
     top = best(results)
-    called = dict(zip(results, names(results), strict=True))
+    called = dict(zip(results, labels_of(results), strict=True))
     if top.aware is None:
         how = (
             "That cannot be said: no attack that knows the ensemble was run, or its records are "

@@ -12,7 +12,7 @@ from redefense.config import DataConfig, OptimConfig, Run, ThreatConfig
 EPS = 0.03
 PUBLISHED: Final = {"eps": EPS, "steps": 10, "step_size": 0.25}
 MINI: Final = {"eps": EPS, "steps": 5, "step_size": 0.5}
-"""The training adversary of the mini recipes: half of the ten steps, the same for all methods."""
+"""The training adversary of the mini recipes: half of the published steps, twice as long."""
 
 
 def _mini(defence: Mapping[str, Any], **changes: Any) -> Run:

@@ -189,28 +189,31 @@ def _asked_again(case: _Case, client: Client) -> Finding:
     )
 
 
+def _pair(case: _Case, client: Client, *numbers: int) -> tuple[int, int]:
+    """Who answered two images of one request, whose time is kept."""
+    reply = case.ask(client, *numbers)
+    answered = zip(numbers, answers_in(reply), strict=True)
+    first, second = (case.witness(n, answer) for n, answer in answered)
+    case.pairs.append((first == second, reply.seconds))
+    return first, second
+
+
 def _mates(case: _Case, client: Client) -> Finding:
-    joint = []
-    for _ in range(max(case.effort.repeats, 10 * len(case.mixture) ** 2)):
-        reply = case.ask(client, 0, 1)
-        first, second = answers_in(reply)
-        joint.append((case.witness(0, first), case.witness(1, second)))
-        case.pairs.append((joint[-1][0] == joint[-1][1], reply.seconds))
+    asked = max(case.effort.repeats, 10 * len(case.mixture) ** 2)
+    joint = [_pair(case, client, 0, 1) for _ in range(asked)]
     p = independent(joint, case.mixture)
     detail = f"{len(joint)} requests of two images, p = {p:.2g}"
     return Finding("batch mates draw apart", p >= ALPHA, detail)
 
 
 def _per_input(case: _Case, url: str) -> list[Finding]:
-    members, joint = [], []
+    members = []
     with Client(url) as client:
         for n in range(min(len(case.subjects.images), case.effort.draws // 4)):
             reply = case.ask(client, n)
             members.append(case.witness(n, answers_in(reply)[0]))
             case.alone.append((members[-1], reply.seconds))
-        for n in range(0, len(members) - 1, 2):
-            first, second = answers_in(case.ask(client, n, n + 1))
-            joint.append((case.witness(n, first), case.witness(n + 1, second)))
+        joint = [_pair(case, client, n, n + 1) for n in range(0, len(members) - 1, 2)]
         again = _kept(case, client)
     p = independent(joint, case.mixture)
     mates = Finding("batch mates draw apart", p >= ALPHA, f"{len(joint)} pairs, p = {p:.2g}")
@@ -312,15 +315,18 @@ def _timing(case: _Case) -> Finding:
     same = np.array([s for equal, s in case.pairs if equal])
     other = np.array([s for equal, s in case.pairs if not equal])
     pair, pair_p = separation(other, same)
-    passed = not any(
+    by_member, by_pair = (
         abs(share - 0.5) > _SLOWER and chance < ALPHA
         for share, chance in ((worst, p), (pair, pair_p))
     )
     detail = f"{len(case.alone)} answers, the oddest member is slower in {100 * worst:.0f} %"
     if case.pairs:
         detail += f", pairs of two members in {100 * pair:.0f} % of comparisons"
-    remedy = "; leave --grouped out" if case.settings.grouped else "; try --tick"
-    return Finding("time tells no member", passed, detail + ("" if passed else remedy))
+    if by_pair and case.settings.grouped:
+        detail += "; leave --grouped out"
+    elif by_pair or by_member:
+        detail += f"; try --tick{' with a wider grid' if case.settings.tick else ''}"
+    return Finding("time tells no member", not (by_pair or by_member), detail)
 
 
 def _channels(case: _Case, replica: Replica) -> Finding:

@@ -60,8 +60,8 @@ class Engine:
     """Classifies a batch whose images may belong to several requests.
 
     Nothing about one image depends on its batch mates but rounding, and all answers of a batch are
-    ready at the same time: who shares a member with whom cannot be read off the order, nor off the
-    time, unless images are grouped.
+    ready at the same time: who shares a member with whom cannot be read off the order, nor, unless
+    images are grouped, off the number of runs.
     """
 
     def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:

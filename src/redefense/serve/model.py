@@ -85,13 +85,29 @@ class Model:
     ) -> Floats:
         """(N, classes) logits where member drawn[n] answers image n.
 
-        One image after the other, so that a batch takes as long whoever was drawn; `grouped`
-        computes the images of a member together, in less time the fewer members were drawn.
+        One image after the other, as many runs whoever was drawn; `grouped` computes the images of
+        a member together, in less time the fewer members were drawn.
         """
-        if grouped and not self._alone:
+        if grouped:
             return runner.classify(self._sessions, images, drawn)
         pairs = zip(_parts(images), drawn, strict=True)
         return np.concatenate([runner.logits_of(self._sessions[m], part) for part, m in pairs])
+
+    def check_grouped(self, grouped: bool) -> None:
+        """Whether images of one member may be, and ever are, computed together.
+
+        Raises:
+            ConfigError: if not.
+        """
+        if grouped and self._alone:
+            raise ConfigError(
+                "--grouped: answers of members quantised with --calibration 0 depend on the images "
+                "that are computed together"
+            )
+        if grouped and self.num_members == 1:
+            raise ConfigError(
+                "--grouped: of one member there is nothing to tell; see --mode member"
+            )
 
     def probes(self) -> Floats:
         """The bundle's own images (64, C, H, W), for those who measure it."""

@@ -119,7 +119,8 @@ def serve(model: Model, settings: Settings, draw: Draw, *, host: str, port: int)
         ConfigError: the address cannot be listened on, or others could reach a research server.
     """
     check_address(settings, host)
-    model.warm_up((1, settings.max_batch))
+    together = settings.grouped or settings.mode != "sampled"
+    model.warm_up((1, settings.max_batch) if together else (1,))
     with contextlib.closing(listen(host, port)) as listener:
         app, service = create_service(model, settings, draw)
         LOG.info({"event": "listening", "url": url_of(listener), "model": model.name})

@@ -31,9 +31,11 @@ class Settings:
         research: draws are seeded and answers name the member; for loopback addresses only.
         seed: of the draws of a research server.
         grouped: images of a batch that drew the same member are computed together. That is faster,
-            and the time then tells whether they share it.
-        max_batch: images that are classified at a time, and that one request may hold.
-        max_delay: seconds a batch waits for more images; 0.0 takes what has come meanwhile.
+            and the time then tells whether they share it; `per-client` has one member for all
+            images of a request anyway.
+        max_batch: images that are drawn for and answered together, and that one request may hold.
+        max_delay: seconds a batch waits for more images; 0.0 takes what has come meanwhile. It pays
+            where images are computed together: `grouped`, or a mode that draws nothing.
         max_queue: images that may wait; more are refused with 429.
         deadline: seconds after which a request that still waits is answered with 504.
         max_pixels: of an uploaded image, before it is resized.
@@ -90,6 +92,8 @@ class Settings:
                 )
         if self.max_delay > 0 and self.max_batch == 1:
             raise ConfigError("max_delay waits for batch mates, which max_batch 1 does not take")
+        if self.grouped and self.max_batch == 1:
+            raise ConfigError("grouped needs batches of several images, max_batch is 1")
         if self.max_queue < self.max_batch:
             raise ConfigError(
                 f"max_queue must be at least max_batch = {self.max_batch}, got {self.max_queue}"
@@ -106,7 +110,7 @@ class Settings:
                 raise ConfigError(f"{option} is for the policy per-client, not {self.policy}")
         if self.mode != "sampled" and (self.research or self.grouped or self.policy != "fresh"):
             raise ConfigError(
-                f"mode {self.mode} draws nothing: it takes no policy, no grouped and no research"
+                f"mode {self.mode} draws nothing: it takes no --policy, --grouped or --research"
             )
 
     def body_limit(self, pixels: int) -> int:
