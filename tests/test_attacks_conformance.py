@@ -212,6 +212,8 @@ def test_bad_images_are_refused(name: str) -> None:
     x, y = images()
     with pytest.raises(InputError, match="lie in"):
         run(name, small_net(0), x + 1, y)
+    with pytest.raises(InputError, match=r"cannot take images of \(2, 6, 6\)"):
+        run(name, small_net(0), torch.rand(len(x), 2, 6, 6, dtype=x.dtype), y)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"arc"}))  # a copy is another turn to ARC

@@ -1,6 +1,7 @@
 """Ensembles and their views, held to closed forms and to one another."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from redefense.ensembles import (
 from redefense.errors import ConfigError, InputError
 from redefense.models import build
 from redefense.rng import stream
+from redefense.train.loading import load
 from redefense.types import Ensemble
 
 
@@ -144,6 +146,17 @@ def test_sampled_accuracy_approaches_the_exact_one() -> None:
 def test_calling_an_ensemble_refuses_what_is_not_an_image(x: Tensor, says: str) -> None:
     with pytest.raises(InputError, match=says):
         Independent([Constant(1.0)]).forward(x)
+
+
+def test_calling_an_ensemble_names_the_shape_that_its_members_cannot_take() -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(InputError, match=r"cannot take images of \(1, 3, 3\)"):
+        Independent([linear])(torch.rand(2, 1, 3, 3))
+    trained = load(Path(__file__).parent / "fixtures" / "format-1" / "finished")
+    trained(torch.rand(2, 1, 8, 8))
+    # members that average over all pixels would answer this one
+    with pytest.raises(InputError, match=r"must be \(1, 8, 8\) as in training, got \(1, 9, 9\)"):
+        trained(torch.rand(2, 1, 9, 9))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.train import fit as fit_module
 from redefense.train import run as run_module
+from redefense.train.checkpoint import latest
 from redefense.train.fit import Position, fit
 from redefense.train.loading import load
 from redefense.train.optim import learning_rate
@@ -131,6 +133,18 @@ def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     train(tiny("vanilla"), out, resume=True, quiet=True)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_finished_run_keeps_its_last_checkpoints(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny("vanilla"), out, quiet=True)
+    last = latest(out / "checkpoints", pytest.fail)
+    assert last is not None
+    assert last.optimizer
+    before = weights(out)
+    shutil.rmtree(out / "final")
+    train(tiny("vanilla"), out, resume=True, quiet=True)
+    assert_same_bits(weights(out), before)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

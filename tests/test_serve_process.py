@@ -316,6 +316,7 @@ def test_sigterm_answers_all_that_was_accepted(
     ("words", "code", "said"),
     [
         (["--research", "--seed", "1", "--host", "0.0.0.0"], 2, "loopback"),
+        (["--research", "--host", "0.0.0.0"], 2, "loopback"),
         (["--seed", "1"], 2, "--research"),
         (["--policy", "sticky"], 2, "sticky"),
         (["--name", "a/b"], 2, "--name"),

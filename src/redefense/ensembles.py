@@ -18,7 +18,7 @@ from redefense.errors import ConfigError, InputError
 from redefense.models import hyper
 from redefense.rng import draw_members
 from redefense.spread import ALONE, Spread
-from redefense.types import Ensemble, Float, Images, Logits, Per, check_images
+from redefense.types import Ensemble, Float, Images, Logits, Per, cannot_take, check_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +123,17 @@ class Members(nn.Module):
         """(B, C) logits, each image answered by a member of its own, drawn in secret.
 
         Raises:
-            InputError: unless x is (B, ch, H, W), floating point, finite and in [0, 1].
+            InputError: unless x is (B, ch, H, W), floating point, finite and in [0, 1], and of a
+                shape that members take: that of the training images, if they were trained here.
         """
         check_images(x)
-        return cast(Tensor, self.sampled(per="image")(x))
+        trained = None if self.origin is None else tuple(self.origin.data["shape"])
+        if trained is not None and x.shape[1:] != trained:
+            raise InputError(f"images must be {trained} as in training, got {tuple(x.shape[1:])}")
+        try:
+            return cast(Tensor, self.sampled(per="image")(x))
+        except RuntimeError as error:
+            raise cannot_take(x, error) from error
 
 
 class Independent(Members):
@@ -161,7 +168,7 @@ class Hyper(Members):
         mixture: M probabilities, uniform unless given.
         unit: channels of a unit, 16, 32 or 64; must divide those of all written kernels.
         embedding: numbers from which a unit is written.
-        hidden: width of the hypernetworks between their two layers, per output channel of a unit.
+        hidden: d, width of the hypernetworks between their two layers, per channel of a unit.
         taps: how nine taps become a 1x1 kernel: "mean", "max" or "sum".
         shared: one hypernetwork for all members in place of one each. Members that are trained one
             after another then change those before them.

@@ -19,7 +19,8 @@ def stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> t
     """A generator for one named purpose, e.g. `stream(seed, "attack", "pgd", 512)`.
 
     Equal (seed, path) give equal streams; different ones are unrelated, so that work can be split,
-    reordered, resumed or repeated alone and still give the same bits.
+    reordered, resumed or repeated alone and still give the same bits. What counts is the path's
+    text with `/` between the parts: 512 and "512" are one name, and so are ("a", "b") and "a/b".
     """
     digest = hashlib.sha256("/".join(map(str, (seed, *path))).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -29,7 +29,7 @@ else:
 
 __all__ = [
     "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
-    "Progress", "UInt8", "Victim", "check_images", "check_labels",
+    "Progress", "UInt8", "Victim", "cannot_take", "check_images", "check_labels",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -132,6 +132,12 @@ def check_images(x: Tensor, what: str = "images") -> None:
     if not (low >= 0.0 and high <= 1.0):
         bad = low if not low >= 0.0 else high
         raise InputError(f"{what} must be finite and lie in [0, 1], found the value {bad:g}")
+
+
+def cannot_take(x: Tensor, error: Exception) -> InputError:
+    """What to raise when a network refuses images that keep the contract, usually their shape."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"the model cannot take images of {tuple(x.shape[1:])}: {first}")
 
 
 def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> None:

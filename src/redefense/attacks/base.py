@@ -29,7 +29,16 @@ from redefense.attacks.objectives import margin
 from redefense.ensembles import as_ensemble, frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
-from redefense.types import Bool, Float, Images, Int, Labels, check_images, check_labels
+from redefense.types import (
+    Bool,
+    Float,
+    Images,
+    Int,
+    Labels,
+    cannot_take,
+    check_images,
+    check_labels,
+)
 
 Presets = Mapping[str, Mapping[str, object]]
 
@@ -104,7 +113,7 @@ class Attack(ABC):
             Perturbed images in [0, 1], detached, same shape and type as `x`.
 
         Raises:
-            InputError: the images or labels break the contract.
+            InputError: the images or labels break the contract, or the victim cannot take them.
             ConfigError: the attack does not know the threat's norm or the victim's class count.
         """
         check_images(x)
@@ -119,7 +128,10 @@ class Attack(ABC):
                 return self.perturb(victim, x, y, threat, rng=rng).detach()
             except (IndexError, RuntimeError):
                 # looked at only now: asking the victim first would cost every attack a query
-                logits = as_ensemble(victim).logits_of(0, x[:1])
+                try:
+                    logits = as_ensemble(victim).logits_of(0, x[:1])
+                except RuntimeError as refused:
+                    raise cannot_take(x, refused) from refused
                 check_labels(y, len(x), logits.shape[-1])
                 raise
 

@@ -50,7 +50,7 @@ def serve(
     research: Annotated[
         bool, typer.Option("--research", help="Seeded draws, members shown; loopback only.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of a research server.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of a research server; 0.")] = None,
     grouped: Annotated[
         bool,
         typer.Option(
@@ -87,6 +87,8 @@ def serve(
     from redefense.serve.observe import log_to_stderr
     from redefense.serve.process import serve as run_server
 
+    if research and seed is None:
+        seed = 0
     settings = Settings(
         policy=policy,
         mode=mode,

@@ -24,7 +24,15 @@ from redefense.evaluation.store import CHUNK, in_chunks, read_arrays, write_arra
 from redefense.evaluation.workers import ALONE, Workers
 from redefense.rng import stream
 from redefense.threat import Threat, norms
-from redefense.types import Ensemble, Images, Labels, Victim, check_images, check_labels
+from redefense.types import (
+    Ensemble,
+    Images,
+    Labels,
+    Victim,
+    cannot_take,
+    check_images,
+    check_labels,
+)
 
 BUDGET_SLACK = 1e-6
 
@@ -86,8 +94,7 @@ def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> None:
         with torch.no_grad():
             logits = ensemble.member_logits(x[:1])
     except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"the model cannot take images of {tuple(x.shape[1:])}: {first}") from None
+        raise cannot_take(x, error) from None
     if logits.ndim != 3 or logits.shape[1] != 1:
         raise InputError(
             f"members must give (B, C) logits, got {tuple(logits.shape[1:])} for B = 1"

@@ -159,7 +159,6 @@ def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> Non
 def _is_finished(out: Path) -> bool:
     if not (out / "final").is_dir():
         return False
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # a kill may have come before
     note(f"{out} is finished; nothing to do")
     return True
 
@@ -380,5 +379,3 @@ def _finish(run: Run, out: Path, ensemble: Members, signature: Signature) -> Non
     )
     for left in out.glob(f"{ASIDE}final-*"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)
-    # a finished run keeps its result; what only a resume needs would triple its size
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
