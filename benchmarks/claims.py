@@ -6,8 +6,9 @@ python benchmarks/claims.py recompute CLAIM --data SPEC     train, evaluate, com
 
 A claim holds the resolved run without paths, the hash of its weights, what its training cost, and
 for each threat and set of images the suites that were run, where and by which commit, both
-headlines with intervals, every attack, and the red self-checks. The lowest correctness of each
-image is kept too, so that claims on the same images can be compared by paired differences.
+headlines with intervals, every attack, and the red self-checks. The correctness of each image under
+each bounded attack is kept too, so that claims on the same images can be compared by paired
+differences, over the attacks that both have met.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -58,7 +60,11 @@ class Figure(_Data):
 
 
 class Attacked(_Data):
-    """One cell: the call that rebuilds the attack, and the exact expected accuracy it left."""
+    """One cell: the call that rebuilds the attack, and the exact expected accuracy it left.
+
+    Attributes:
+        each: packed correctness per image, of bounded attacks.
+    """
 
     id: str
     attack: str
@@ -67,6 +73,7 @@ class Attacked(_Data):
     bounded: bool
     repr: str
     expected: Figure
+    each: str | None = None
 
 
 class Plan(_Data):
@@ -106,6 +113,7 @@ class Evaluated(_Data):
     over_alone: Figure | None = None
     cells: tuple[Attacked, ...]
     red_checks: tuple[str, ...]
+    untouched: str | None = Field(default=None, description="packed correctness of clean images")
     lowest: str | None = Field(description="per image, URL-safe base64 of 16-bit levels")
 
     def per_image(self) -> NDArray[np.float64] | None:
@@ -116,9 +124,9 @@ class Evaluated(_Data):
         levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
         return levels / STEPS
 
-    def attacks(self) -> list[tuple[str, str, str]]:
-        """The bounded attacks, to tell whether two runs met the same."""
-        return sorted((c.attack, c.view, c.repr) for c in self.cells if c.bounded)
+    def attacks(self) -> dict[tuple[str, str, str], str | None]:
+        """The bounded attacks and what they left of each image, to find those that two runs met."""
+        return {(c.attack, c.view, c.repr): c.each for c in self.cells if c.bounded}
 
     def best_alone(self) -> Figure | None:
         """The member that is best on these images; the chosen one where only that is known."""
@@ -207,11 +215,13 @@ def evaluated(result: Result) -> Evaluated:
                 id=scored.cell.id, attack=scored.cell.attack, view=scored.cell.view,
                 aware=scored.cell.aware, bounded=scored.cell.bounded, repr=scored.cell.repr,
                 expected=estimated,
+                each=packed(scored.q) if scored.cell.bounded else None,
             )
             for scored in result.cells
             if (estimated := figure(scored.expected)) is not None
         ),
         red_checks=tuple(c.id for c in result.checks if c.passed is False),
+        untouched=packed(result.suites[0].clean.q),
         lowest=lowest(result),
     )  # fmt: skip
 
@@ -232,6 +242,21 @@ def lowest(result: Result) -> str | None:
         return None
     levels = np.rint(STEPS * np.min(per_image, axis=0)).astype("<u2")
     return base64.urlsafe_b64encode(levels.tobytes()).decode()
+
+
+def packed(q: NDArray[np.float64] | None) -> str | None:
+    """Correctness (n,) in [0, 1] as text: deflated 16-bit levels in URL-safe base64."""
+    if q is None:
+        return None
+    levels = np.rint(STEPS * q).astype("<u2")
+    return base64.urlsafe_b64encode(zlib.compress(levels.tobytes(), 9)).decode()
+
+
+def unpacked(text: str) -> NDArray[np.float64]:
+    """What `packed` was given, to half a level."""
+    raw = zlib.decompress(base64.urlsafe_b64decode(text))
+    levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
+    return levels / STEPS
 
 
 def planned(stored: Stored) -> Plan:
@@ -306,16 +331,34 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
 
 
 def _paired(found: Evaluated, base: Evaluated) -> str:
-    """Points gained over the base, where both met the same attacks on the same images."""
+    """Points gained over the base on the same images, over the attacks that both met."""
     one, other = found.per_image(), base.per_image()
     if found is base or one is None or other is None or found.data != base.data:
         return ""
-    if found.attacks() != base.attacks():
-        return "other attacks"
+    mine, theirs, note = found.attacks(), base.attacks(), ""
+    if mine.keys() != theirs.keys():
+        common = mine.keys() & theirs.keys()
+        least = [_least(e, common) for e in (found, base)]
+        if not common or least[0] is None or least[1] is None:
+            return "other attacks"
+        one, other = least[0], least[1]
+        note = f", {len(common)} attacks of both"
     gain = paired_difference(one, other)
-    return f"{100 * gain.value:+.1f}" + (
-        "" if gain.low is None else f" [{100 * gain.low:+.1f}, {100 * (gain.high or 0):+.1f}]"
+    return (
+        f"{100 * gain.value:+.1f}"
+        + ("" if gain.low is None else f" [{100 * gain.low:+.1f}, {100 * (gain.high or 0):+.1f}]")
+        + note
     )
+
+
+def _least(
+    found: Evaluated, attacks: Collection[tuple[str, str, str]]
+) -> NDArray[np.float64] | None:
+    """Per image, the lowest correctness over the clean image and these attacks, if it was kept."""
+    known = found.attacks()
+    texts = [found.untouched, *(known[attack] for attack in attacks)]
+    rows = [unpacked(text) for text in texts if text is not None]
+    return np.min(rows, axis=0) if len(rows) == len(texts) else None
 
 
 def recompute(it: Claim, data: str, folder: Path) -> list[str]:

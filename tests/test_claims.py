@@ -138,6 +138,29 @@ def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
     assert np.allclose(100 * (other - one).mean(), 100 * gain.value)
 
 
+def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path) -> None:
+    base, other = (claims.claim(runs / f"tiny-{seed}").headline for seed in (0, 1))
+    fewer = tuple(c for c in other.cells if c.attack != "hinge")
+    assert 0 < len(fewer) < len(other.cells)
+    part = other.model_copy(update={"cells": fewer})
+    common = part.attacks().keys()
+    mine, theirs = (claims._least(e, common) for e in (part, base))
+    assert mine is not None
+    assert theirs is not None
+    said = claims._paired(part, base)
+    assert said.startswith(f"{100 * (mine - theirs).mean():+.1f} ")
+    assert said.endswith(f", {len(common)} attacks of both")
+    # over all attacks this is the worst case that the report joins
+    everything = claims._least(other, other.attacks().keys())
+    whole = other.per_image()
+    assert everything is not None
+    assert whole is not None
+    np.testing.assert_array_equal(everything, whole)
+    unkept = tuple(c.model_copy(update={"each": None}) for c in fewer)
+    old = part.model_copy(update={"cells": unkept})
+    assert claims._paired(old, base) == "other attacks"
+
+
 def test_what_is_no_claim_is_named(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
