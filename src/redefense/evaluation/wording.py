@@ -107,9 +107,20 @@ def _strongest(result: Result) -> Estimate | None:
     return None if chosen else best
 
 
+def foremost(results: Sequence[Result]) -> list[Result]:
+    """Of each run the result to quote: that under most attacks, of those the one on most images."""
+
+    def weight(result: Result) -> tuple[bool, int, int]:
+        return result.aware is not None, len(result.bounded), result.num_images
+
+    runs = dict.fromkeys(result.name for result in results)
+    return [max((r for r in results if r.name == run), key=weight) for run in runs]
+
+
 def best(results: Sequence[Result]) -> Result:
-    """The run whose aware accuracy is highest; the first one where none is known."""
-    return max(results, key=lambda r: r.aware.value if r.aware is not None else -1.0)
+    """Of the foremost results that whose aware accuracy is highest; the first if none is known."""
+    known = foremost(results)
+    return max(known, key=lambda r: r.aware.value if r.aware is not None else -1.0)
 
 
 def _with_interval(estimate: Estimate | None) -> str:
@@ -141,7 +152,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
         )
         clean = f"; untouched, it answers {percent(top.clean)}{PERCENT}." if top.clean else "."
         how += clean
-    others = [r for r in results if r is not top and r.aware is not None]
+    others = [r for r in foremost(results) if r is not top and r.aware is not None]
     if others and top.aware is not None:
         how += (
             " Beside it: "
