@@ -132,6 +132,8 @@ class Members(nn.Module):
             raise InputError(f"images must be {trained} as in training, got {tuple(x.shape[1:])}")
         try:
             return cast(Tensor, self.sampled(per="image")(x))
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the shape
         except RuntimeError as error:
             raise cannot_take(x, error) from error
 
