@@ -42,6 +42,9 @@ CLAIMS: Final = Path("claims")
 STEPS: Final = 65535
 """Levels in which the correctness of an image is kept."""
 
+Attack = tuple[str, str, str]
+"""Name, view and the call that rebuilds it."""
+
 
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -74,6 +77,11 @@ class Attacked(_Data):
     repr: str
     expected: Figure
     each: str | None = None
+
+    @property
+    def key(self) -> Attack:
+        """What makes two cells the same attack, whoever met it."""
+        return self.attack, self.view, self.repr
 
 
 class Plan(_Data):
@@ -124,9 +132,9 @@ class Evaluated(_Data):
         levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
         return levels / STEPS
 
-    def attacks(self) -> dict[tuple[str, str, str], str | None]:
+    def attacks(self) -> dict[Attack, str | None]:
         """The bounded attacks and what they left of each image, to find those that two runs met."""
-        return {(c.attack, c.view, c.repr): c.each for c in self.cells if c.bounded}
+        return {c.key: c.each for c in self.cells if c.bounded}
 
     def best_alone(self) -> Figure | None:
         """The member that is best on these images; the chosen one where only that is known."""
@@ -338,10 +346,10 @@ def _paired(found: Evaluated, base: Evaluated) -> str:
     mine, theirs, note = found.attacks(), base.attacks(), ""
     if mine.keys() != theirs.keys():
         common = mine.keys() & theirs.keys()
-        least = [_least(e, common) for e in (found, base)]
-        if not common or least[0] is None or least[1] is None:
+        try:
+            one, other = (least(e, common) for e in (found, base))
+        except DataError:
             return "other attacks"
-        one, other = least[0], least[1]
         note = f", {len(common)} attacks of both"
     gain = paired_difference(one, other)
     return (
@@ -351,14 +359,18 @@ def _paired(found: Evaluated, base: Evaluated) -> str:
     )
 
 
-def _least(
-    found: Evaluated, attacks: Collection[tuple[str, str, str]]
-) -> NDArray[np.float64] | None:
-    """Per image, the lowest correctness over the clean image and these attacks, if it was kept."""
-    known = found.attacks()
-    texts = [found.untouched, *(known[attack] for attack in attacks)]
-    rows = [unpacked(text) for text in texts if text is not None]
-    return np.min(rows, axis=0) if len(rows) == len(texts) else None
+def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
+    """Per image, the lowest correctness over the clean image and these attacks.
+
+    Raises:
+        DataError: if there is no attack, or the claim does not keep what they left of each image.
+    """
+    texts = [found.untouched, *(found.attacks()[attack] for attack in attacks)]
+    kept = [unpacked(text) for text in texts if text is not None]
+    if not attacks or len(kept) < len(texts):
+        raise DataError("a claim does not keep what each attack left of each image: make it anew")
+    lowest: NDArray[np.float64] = np.min(kept, axis=0)
+    return lowest
 
 
 def recompute(it: Claim, data: str, folder: Path) -> list[str]:

@@ -144,14 +144,14 @@ def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path
     assert 0 < len(fewer) < len(other.cells)
     part = other.model_copy(update={"cells": fewer})
     common = part.attacks().keys()
-    mine, theirs = (claims._least(e, common) for e in (part, base))
+    mine, theirs = (claims.least(e, common) for e in (part, base))
     assert mine is not None
     assert theirs is not None
     said = claims._paired(part, base)
     assert said.startswith(f"{100 * (mine - theirs).mean():+.1f} ")
     assert said.endswith(f", {len(common)} attacks of both")
     # over all attacks this is the worst case that the report joins
-    everything = claims._least(other, other.attacks().keys())
+    everything = claims.least(other, other.attacks().keys())
     whole = other.per_image()
     assert everything is not None
     assert whole is not None

@@ -1,0 +1,133 @@
+"""Methods side by side under equal attacks, each over all of its seeds, from `claims/`.
+
+python benchmarks/compare.py at swift red --against at
+
+Claims are about the same images, yet not always under the same attacks. Here each figure is over
+the attacks that all of them have met, so that rows may be read against each other; with fewer
+attacks in common `aware` is higher than what a claim says by itself. Intervals are 95 %, over
+images: they do not hold the luck of a training, which the figures of the single seeds show.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import claims
+import numpy as np
+from claims import Attack, Claim, Evaluated
+from numpy.typing import NDArray
+
+from redefense.errors import ConfigError, DataError, RedefenseError
+from redefense.evaluation.statistics import accuracy_interval, paired_difference
+from redefense.evaluation.tables import markdown_table, with_interval
+
+Values = NDArray[np.float64]
+
+COLUMNS: Final = ("method", "seeds", "clean", "unaware", "aware", "of each seed")
+
+
+class Row(NamedTuple):
+    """What each seed of a method left of each image, (seeds, n) expected correctness.
+
+    Attributes:
+        clean: without an attack.
+        unaware: under the seed's strongest common attack that does not know of the draw.
+        aware: the lowest over the clean image and all common attacks.
+    """
+
+    clean: Values
+    unaware: Values
+    aware: Values
+
+
+def seeds_of(name: str, folder: Path) -> list[Claim]:
+    """All claims `folder/NAME-SEED.json`, lowest seed first.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    numbered = {path: path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.json")}
+    paths = sorted((p for p, seed in numbered.items() if seed.isdecimal()), key=lambda p: p.stem)
+    if not paths:
+        raise ConfigError(f"there is no claim {folder / name}-SEED.json")
+    return [claims.read(path) for path in paths]
+
+
+def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row], int]:
+    """Each method's row, and under how many attacks: those that every claim has met.
+
+    Raises:
+        DataError: if the claims speak of different images or threats, keep no single images, or
+            share no attack of either kind.
+    """
+    found = {name: [it.headline for it in seeds] for name, seeds in methods.items()}
+    every = [e for seeds in found.values() for e in seeds]
+    if len({(str(e.data), e.norm, e.eps) for e in every}) > 1:
+        raise DataError("the claims are about different images or threats")
+    common = set.intersection(*(set(e.attacks()) for e in every))
+    aware = {c.key for e in every for c in e.cells if c.aware} & common
+    if not aware or aware == common:
+        raise DataError("the claims share no attack that knows of the draw, or none that does not")
+    return {name: _row(seeds, common, common - aware) for name, seeds in found.items()}, len(common)
+
+
+def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
+    aware = [claims.least(e, common) for e in seeds]  # refuses those that keep no single images
+    kept = [{a: claims.unpacked(each) for a, each in e.attacks().items() if each} for e in seeds]
+    return Row(
+        clean=np.stack([claims.unpacked(e.untouched) for e in seeds if e.untouched]),
+        unaware=np.stack([min((left[a] for a in unaware), key=np.mean) for left in kept]),
+        aware=np.stack(aware),
+    )
+
+
+def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) -> str:
+    """A Markdown table in percent, one row a method, its figures means over seeds.
+
+    Args:
+        methods: claims by method, in this order.
+        against: the method from which paired differences of the aware figure are taken.
+    """
+    found, attacks = under_common(methods)
+    lines = []
+    for name, row in found.items():
+        means = [with_interval(accuracy_interval(values.mean(0))) for values in row]
+        each = ", ".join(f"{100 * value:.1f}" for value in row.aware.mean(1))
+        line = [name, str(len(row.aware)), *means, each]
+        if against is not None:
+            line.append("" if name == against else _gain(row.aware, found[against].aware))
+        lines.append(line)
+    heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
+    text = markdown_table(heading, lines).replace("\\[", "[").replace("\\]", "]")
+    images = next(iter(found.values())).aware.shape[1]
+    return f"{text}\n\n{attacks} attacks that all have met, {images} images"
+
+
+def _gain(mine: Values, theirs: Values) -> str:
+    value, low, high = paired_difference(mine.mean(0), theirs.mean(0))
+    assert low is not None
+    assert high is not None
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="+", help="names of claims without their seed")
+    parser.add_argument("--against", help="one of them: add paired differences from it")
+    parser.add_argument("--claims", type=Path, default=claims.CLAIMS, help="their folder")
+    given = parser.parse_args(arguments)
+    if given.against not in (None, *given.methods):
+        parser.error(f"--against {given.against} is none of the methods")
+    try:
+        methods = {name: seeds_of(name, given.claims) for name in given.methods}
+        sys.stdout.write(table(methods, given.against) + "\n")
+    except RedefenseError as error:
+        sys.stderr.write(f"compare: {error}\n")
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
