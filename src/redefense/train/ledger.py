@@ -2,8 +2,8 @@
 
 A `Ledger` is a torch dispatch mode: it sees every operation below autograd, second derivatives
 included, whatever method, network or kind of ensemble asked for it. With `dry` it computes nothing
-large: results of operations on many numbers are zeros of the right shape in memory that is never
-touched. A step of an ensemble that would take minutes and gigabytes is so booked in seconds, in its
+large: results of operations on many numbers have the right shape and no meaning: ones, or, where
+they are very many, zeros in memory that is never touched. A step of an ensemble that would take minutes and gigabytes is so booked in seconds, in its
 true size, since what a training step computes depends on shapes and not on values.
 
 Convolutions and matrix products are counted by torch's own formulas (a multiplication and an
@@ -27,6 +27,8 @@ from redefense.phases import OTHER
 
 LARGE: Final = 2048
 """Numbers from which on a dry ledger computes nothing: fewer may decide what is done next."""
+FILLED: Final = 64 * LARGE
+"""Up to here its results are ones: what is computed from a part of them may be a logarithm."""
 
 
 class Entry(NamedTuple):
@@ -142,7 +144,7 @@ class Ledger(TorchDispatchMode):
         changed = {_place(a): given[a.name] for a in schema.arguments if a.name in given}
         several = len(schema.returns) > 1
         results = [
-            _zeros(result) if place.alias_info is None else changed[_place(place)]
+            _meaningless(result) if place.alias_info is None else changed[_place(place)]
             for place, result in zip(schema.returns, found if several else [found], strict=False)
         ]
         return tuple(results) if several else next(iter(results), None)
@@ -174,15 +176,15 @@ def _shape(value: Any) -> Any:
     return (type(value), value)  # 1, 1.0 and True are equal, and give results of other types
 
 
-def _zeros(like: Any) -> Any:
-    """Zeros on the CPU in memory that is not touched until it is read."""
+def _meaningless(like: Any) -> Any:
+    """Ones on the CPU, or zeros in memory that is not touched until it is read."""
     if isinstance(like, (list, tuple)):
-        return type(like)(_zeros(one) for one in like)
+        return type(like)(_meaningless(one) for one in like)
     if not isinstance(like, Tensor):
         return like
     size = like.untyped_storage().nbytes()
-    if size == 0:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    if size == 0 or (like.is_floating_point() and like.numel() <= FILLED):
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).fill_(1)
     # pages of its own: what the allocator had in use before it would have to clear
     plain = torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype)
     return plain.as_strided(like.shape, like.stride())
