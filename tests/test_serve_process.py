@@ -363,7 +363,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert "redefense[serve]" in capsys.readouterr().err
+    assert "pip install -c constraints.txt -e '.[serve]'" in capsys.readouterr().err
 
 
 def test_the_command_audits_a_server_of_its_own(

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Hyper": "redefense.ensembles",
     "Independent": "redefense.ensembles",
+    "RedCheckWarning": "redefense.errors",
     "RedefenseError": "redefense.errors",
     "Threat": "redefense.threat",
     "evaluate": "redefense.evaluation.api",
@@ -31,6 +32,7 @@ _HOMES = {
 __all__ = [
     "Hyper",
     "Independent",
+    "RedCheckWarning",
     "RedefenseError",
     "Threat",
     "__version__",

@@ -10,6 +10,16 @@ RedefenseError
 """
 
 
+def lacking(what: str, package: str, extra: str) -> str:
+    """The line for a package that is not installed: who needs it, and the extra that brings it."""
+    # of a clone, since the package is on no index: a stranger's could answer to its name
+    return f"{what} needs {package}; in the clone: pip install -c constraints.txt -e '.[{extra}]'"
+
+
+class RedCheckWarning(UserWarning):
+    """A self-check of an evaluation failed: its figures may flatter the defence."""
+
+
 class RedefenseError(Exception):
     """Base of all errors a caller may want to catch; `str()` is one plain line.
 

@@ -43,6 +43,10 @@ class AutoAttack(Attack):
         check_steps(self.steps, 1.0)
         check_steps(self.queries, 1.0)
 
+    @property
+    def least_classes(self) -> int:
+        return 2 if self.preset is None else APGDT.needs_classes
+
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:

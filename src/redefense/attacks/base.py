@@ -25,7 +25,7 @@ from typing import ClassVar, Final, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.objectives import margin
+from redefense.attacks.objectives import LEAST_CLASSES, margin
 from redefense.ensembles import as_ensemble, frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
@@ -88,6 +88,11 @@ class Attack(ABC):
             if defaults[key] is not MISSING and given not in (defaults[key], value):
                 raise ConfigError(f"preset {name!r} fixes {key}={value!r}, got {given!r}")
             object.__setattr__(self, key, value)
+
+    @property
+    def least_classes(self) -> int:
+        """Fewest classes that these very settings can do with."""
+        return LEAST_CLASSES.get(getattr(self, "loss", ""), 2)
 
     def check(self) -> None:  # noqa: B027 - not every attack has something to validate
         """Refuse settings that make no sense.

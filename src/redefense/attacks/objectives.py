@@ -45,7 +45,7 @@ def dlr(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
     Raises:
         ConfigError: with fewer than 3 classes.
     """
-    need_classes(logits, 3, "dlr")
+    need_classes(logits, "dlr")
     top = logits.topk(3, dim=1).values
     true = logits.gather(1, y[:, None]).squeeze(1)
     # the runner-up is the second place only if the true class holds the first
@@ -59,7 +59,7 @@ def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Float[Tensor, " B
     Raises:
         ConfigError: with fewer than 4 classes.
     """
-    need_classes(logits, 4, "targeted dlr")
+    need_classes(logits, "targeted_dlr")
     top = logits.topk(4, dim=1).values
     gap = top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _FLOOR
     return targeted_margin(logits, y, target) / gap
@@ -71,14 +71,19 @@ def targeted_margin(logits: Logits, y: Labels, target: Labels) -> Float[Tensor, 
     return pair[:, 1] - pair[:, 0]
 
 
-def need_classes(logits: Logits, count: int, what: str) -> None:
-    """Refuse a victim with too few classes for a formula.
+LEAST_CLASSES: Final[Mapping[str, int]] = MappingProxyType({"dlr": 3, "targeted_dlr": 4})
+"""Objectives that compare more logits than any two classes have."""
+
+
+def need_classes(logits: Logits, name: str) -> None:
+    """Refuse a victim with too few classes for the objective of that name.
 
     Raises:
-        ConfigError: naming the formula and both numbers.
+        ConfigError: naming the objective and both numbers.
     """
-    if logits.shape[1] < count:
-        raise ConfigError(f"{what} needs at least {count} classes, got {logits.shape[1]}")
+    if logits.shape[1] < LEAST_CLASSES[name]:
+        least = LEAST_CLASSES[name]
+        raise ConfigError(f"{name} needs at least {least} classes, got {logits.shape[1]}")
 
 
 OBJECTIVES: Final[Mapping[str, Objective]] = MappingProxyType(

@@ -125,7 +125,7 @@ def landscape(
     ],
     out: Annotated[Path, typer.Option(help="An .svg or .png file.")] = Path("landscape.svg"),
     image: Annotated[
-        int | None, typer.Option(help="Of the test split; the first that both members know.")
+        int | None, typer.Option(help="Of the validation split; the first that both members know.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:

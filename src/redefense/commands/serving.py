@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redefense.commands.options import Json, Quiet, say
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, lacking
 from redefense.serve.settings import Mode, Policy, Settings, check_address
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def serve(
     """Answer requests with a bundle: a secret draw per image, Open Inference Protocol v2."""
     for package in PACKAGES:
         if find_spec(package) is None:
-            raise ConfigError(f"serving needs {package}: pip install 'redefense[serve]'")
+            raise ConfigError(lacking("serving", package, "serve"))
     from redefense.serve.draws import draw_by, read_key
     from redefense.serve.model import Model
     from redefense.serve.observe import log_to_stderr

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from redefense.data.source import one_line
-from redefense.errors import DataError
+from redefense.errors import DataError, lacking
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ def fetch(kind: str, path: Path) -> None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise DataError("--download needs huggingface_hub: pip install 'redefense[hub]'") from error
+        raise DataError(lacking("--download", "huggingface_hub", "hub")) from error
     what = HUB[kind]
     for name, digest in what.files.items():
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from redefense.data.labels import SPLITS, check_classes, check_labels
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above
-from redefense.errors import DataError
+from redefense.errors import DataError, lacking
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,9 +87,7 @@ def _pyarrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            "reading parquet needs pyarrow: pip install 'redefense[parquet]'"
-        ) from error
+        raise DataError(lacking("reading parquet", "pyarrow", "parquet")) from error
     return pyarrow.parquet
 
 

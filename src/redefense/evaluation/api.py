@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from redefense.config import Run, ThreatConfig
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
-from redefense.errors import ConfigError, DataError, InputError, Interrupted
+from redefense.errors import ConfigError, DataError, InputError, Interrupted, RedCheckWarning
 from redefense.evaluation.beside import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject, laid_out
 from redefense.evaluation.plan import Say, check_plan
@@ -29,6 +30,7 @@ from redefense.evaluation.provenance import code
 from redefense.evaluation.run import Report, run_suite
 from redefense.evaluation.store import read_object, write_text
 from redefense.evaluation.suite import suite_named
+from redefense.evaluation.wording import OF_DEFENCE
 from redefense.evaluation.workers import own_device, workers
 from redefense.threat import Threat
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
@@ -65,9 +67,12 @@ def evaluate(
     Returns:
         The report; nothing is written.
 
+    Warns:
+        RedCheckWarning: for each self-check that says that the measurement flatters.
+
     Raises:
         InputError: for models, images or labels that break the input contract.
-        ConfigError: for an unknown suite or setting.
+        ConfigError: for an unknown suite or setting, or a suite that needs more classes.
         DataError: if the data cannot be read.
     """
     plan = suite_named(suite)
@@ -76,16 +81,30 @@ def evaluate(
     if isinstance(data, str):
         subject = _subject(ensemble, load_dataset(data), images, {})
     else:
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            raise InputError(
+                "data must be a specification or a pair (images, labels) of tensors, got "
+                + (
+                    f"{len(data)} of them"
+                    if isinstance(data, tuple | list)
+                    else type(data).__name__
+                )
+            )
         x, y = data
         check_images(x)
         check_labels(y, len(x))
+        y = y.long()
         count = len(x) if images is None else images
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
         subject = Subject(ensemble, x[index], y[index], index, "given images", "given")
     subject = replace(subject, randomized=ensemble.num_members > 1)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
-        return run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
+        report = run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
+    for check in report.data["checks"]:
+        if check["passed"] is False and check["id"] not in OF_DEFENCE:
+            warnings.warn(f"{check['id']}: {check['detail']}", RedCheckWarning, stacklevel=2)
+    return report
 
 
 def evaluate_run(

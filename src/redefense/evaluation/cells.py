@@ -83,23 +83,48 @@ def image_digest(x: Images, y: Labels) -> str:
     return digest.hexdigest()
 
 
-def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> None:
-    """Ask one image of every member, so that a misfit is one line and not a traceback later.
+ASKED: Final = 8
+"""How often a member is asked the same: a secret draw among two escapes once in 128."""
+ALIKE: Final = 1e-3
+"""By how much of the largest logit equal questions may differ: rounding, never chance."""
+
+
+def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> int:
+    """Ask one image of every member, so that a misfit is one line and not a wrong figure later.
+
+    Returns:
+        The number of classes.
 
     Raises:
-        InputError: if a member cannot take the images, does not give (B, C) logits, or a label
-            lies outside [0, C).
+        InputError: if a member cannot take the images, does not give (B, C) logits of as many
+            classes as the others, draws something in its forward pass, or if a label lies outside
+            [0, C).
     """
+    counts = [_classes_of(ensemble, m, x[:1]) for m in range(ensemble.num_members)]
+    if len(set(counts)) > 1:
+        raise InputError(f"members must know the same classes, got {counts} of them")
+    check_labels(y, len(x), counts[0])
+    return counts[0]
+
+
+def _classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
     try:
         with torch.no_grad():
-            logits = ensemble.member_logits(x[:1])
+            first, *again = (ensemble.logits_of(m, x) for _ in range(ASKED))
     except (RuntimeError, ValueError) as error:
         raise cannot_take(x, error) from None
-    if logits.ndim != 3 or logits.shape[1] != 1:
+    if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != 1 or first.shape[1] < 2:
+        got = tuple(first.shape) if isinstance(first, Tensor) else f"a {type(first).__name__}"
         raise InputError(
-            f"members must give (B, C) logits, got {tuple(logits.shape[1:])} for B = 1"
+            f"members must give (B, C) logits of two classes or more, got {got} for B = 1"
         )
-    check_labels(y, len(x), logits.shape[2])
+    scale = first.abs().max().clamp_min(1.0)
+    if any(bool((other - first).abs().max() > ALIKE * scale) for other in again):
+        raise InputError(
+            f"member {m} answers the same image in different ways: what is drawn inside a forward "
+            "pass cannot be enumerated; give the networks it draws from as a list"
+        )
+    return first.shape[1]
 
 
 def laid_out(ensemble: Ensemble, x: Images) -> Images:
@@ -111,7 +136,11 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
     try:
         with torch.no_grad():
             ensemble.member_logits(last[:2])
-    except (RuntimeError, ValueError):  # what `check_outputs` tells in one line if it is a misfit
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # what `check_outputs` tells in one line if it is a misfit
         # a clone, since images of one channel count as both layouts and keep their strides
         return x.clone(memory_format=torch.contiguous_format)
     return last

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from redefense.data import load_dataset, train_validation
 from redefense.ensembles import Members
-from redefense.errors import ConfigError, DataError
+from redefense.errors import ConfigError, DataError, lacking
 from redefense.evaluation.measures import input_gradients
 from redefense.threat import TINY
 from redefense.train.loading import find_final, load_checkpoint
@@ -118,9 +118,7 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError(
-            "the landscape needs matplotlib: pip install 'redefense[report]'"
-        ) from None
+        raise ConfigError(lacking("the landscape", "matplotlib", "report")) from None
     figure = Figure(figsize=(12, 4 * len(surfaces)), layout="constrained")
     FigureCanvasAgg(figure)
     for row, (name, found) in enumerate(surfaces):

@@ -67,10 +67,15 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
         ConfigError: for an unknown attack, setting or view.
         InputError: for images, labels or members that do not fit together.
     """
-    plan_of(suite, threat, subject.randomized)
-    for spec in suite.beside:
-        attack_of(spec)
-    check_outputs(subject.ensemble, subject.x, subject.y)
+    attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
+    attacks += [attack_of(spec) for spec in suite.beside]
+    classes = check_outputs(subject.ensemble, subject.x, subject.y)
+    for attack in attacks:
+        if attack.least_classes > classes:
+            raise ConfigError(
+                f"suite {suite.name}: {attack!r} needs at least {attack.least_classes} classes, "
+                f"the model has {classes}; quick, aware or a suite of your own can do with 2"
+            )
 
 
 def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planned]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redefense import __version__
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, lacking
 from redefense.evaluation import charts, tables, wording
 from redefense.evaluation.joined import TRIES, Result, join
 from redefense.evaluation.records import Source, Stored
@@ -186,7 +186,7 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
     try:
         import jinja2
     except ImportError:
-        raise ConfigError("the report page needs jinja2: pip install 'redefense[report]'") from None
+        raise ConfigError(lacking("the report page", "jinja2", "report")) from None
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

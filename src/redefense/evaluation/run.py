@@ -19,7 +19,6 @@ from redefense.evaluation.cells import (
     Subject,
     as_threat,
     attack_cell,
-    check_outputs,
     clean_cell,
     image_digest,
 )
@@ -35,7 +34,7 @@ from redefense.evaluation.measures import (
     member_measures,
 )
 from redefense.evaluation.metrics import Bools, Floats, accuracies, exact_expectation
-from redefense.evaluation.plan import Job, Planned, Say, plan_of
+from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.store import forget, own_images, read_object, write_text
@@ -119,7 +118,7 @@ def run_suite(
     made = provenance(seed)
     check_images(x)
     check_labels(y, len(x))
-    check_outputs(ensemble, x, y)
+    check_plan(subject, suite, threat)
     if subject.workers.count > 1 and store is None:
         raise ConfigError("several processes need a store in which to meet")
     job = Job(

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redefense.export.trained import export_run
-    from redefense.export.write import export
+    from redefense.export.write import About, export
 
-_HOMES = {"export": "redefense.export.write", "export_run": "redefense.export.trained"}
+_HOMES = {
+    "About": "redefense.export.write",
+    "export": "redefense.export.write",
+    "export_run": "redefense.export.trained",
+}
 
-__all__ = ["export", "export_run"]
+__all__ = ["About", "export", "export_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, lacking
 
 
 def need(name: str, *, extra: str = "onnx") -> Any:
@@ -16,4 +16,4 @@ def need(name: str, *, extra: str = "onnx") -> Any:
         return import_module(name)
     except ImportError as error:
         package = (error.name or name).partition(".")[0]
-        raise ConfigError(f"this needs {package}: pip install 'redefense[{extra}]'") from None
+        raise ConfigError(lacking("this", package, extra)) from None

@@ -26,7 +26,7 @@ from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Images, check_images
+from redefense.types import Images, cannot_take, check_images
 
 PROBES = 64
 
@@ -150,8 +150,11 @@ def _write(
         "version": redefense.__version__,
     }  # fmt: skip
     nets = [portable(ensemble.member(m)) for m in members]
-    with torch.no_grad():
-        logits = torch.stack([net(images) for net in nets])
+    try:
+        with torch.no_grad():
+            logits = torch.stack([net(images) for net in nets])
+    except RuntimeError as error:
+        raise cannot_take(images, error) from None
     if logits.ndim != 3 or logits.shape[2] != len(about.classes):
         raise ConfigError(
             f"{len(about.classes)} classes are named, members give logits of "

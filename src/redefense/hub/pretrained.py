@@ -19,7 +19,7 @@ from torch import Tensor
 import redefense
 from redefense.config import Run, parse_run
 from redefense.ensembles import Members, Origin
-from redefense.errors import CheckpointError, ConfigError, DataError, InputError
+from redefense.errors import CheckpointError, ConfigError, DataError, InputError, lacking
 from redefense.evaluation.card import card, unmeasured_card
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import find_final, load_checkpoint
@@ -256,7 +256,5 @@ def _client(why: str = "") -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise ConfigError(
-            f"{why}reaching a hub needs huggingface_hub: pip install 'redefense[hub]'"
-        ) from None
+        raise ConfigError(why + lacking("reaching a hub", "huggingface_hub", "hub")) from None
     return huggingface_hub

@@ -3,8 +3,9 @@
 A `Ledger` is a torch dispatch mode: it sees every operation below autograd, second derivatives
 included, whatever method, network or kind of ensemble asked for it. With `dry` it computes nothing
 large: results of operations on many numbers have the right shape and no meaning: ones, or, where
-they are very many, zeros in memory that is never touched. A step of an ensemble that would take minutes and gigabytes is so booked in seconds, in its
-true size, since what a training step computes depends on shapes and not on values.
+they are very many, zeros in memory that is never touched. A step of an ensemble that would take
+minutes and gigabytes is so booked in seconds, in its true size, since what a training step computes
+depends on shapes and not on values.
 
 Convolutions and matrix products are counted by torch's own formulas (a multiplication and an
 addition are two); all other operations count by the bytes that they read and write. Workspace
