@@ -361,6 +361,9 @@ def _picture(path: Path, shape: tuple[int, int, int]) -> Floats:
             mode = picture.mode
             flat = picture.convert("L" if channels == 1 else "RGB")
             small = flat.resize((width, height), Image.Resampling.BILINEAR)
+            if picture.size != small.size:
+                was = f"{picture.width} x {picture.height}"
+                sys.stderr.write(f"run.py: {path} was {was}, resized to {width} x {height}\n")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise BundleError(f"{path}: {error}") from None
     if mode.startswith(("I", "F")):  # cut, not scaled, by the conversion
