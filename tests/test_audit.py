@@ -18,8 +18,8 @@ from redefense.attacks import ATTACKS
 from redefense.data import load_dataset
 from redefense.errors import DataError
 from redefense.evaluation.audit import Finding, audit, exit_code
-from redefense.evaluation.claims import COLUMNS, attack_key, read_csv
-from redefense.evaluation.rules import KNOWN
+from redefense.evaluation.claims import COLUMNS, read_csv
+from redefense.evaluation.names import KNOWN, attack_key
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -223,7 +223,12 @@ def test_a_share_that_no_count_gives_is_impossible_unless_answers_are_random(
     ("written", "key"),
     [("EOT-PGD", "eotpgd"), ("DI2-FGSM", "di2fgsm"), ("C&W", "cw"), ("PGD-20", "pgd"),
      ("PGD (20 steps)", "pgd"), ("AA", "autoattack"), ("Auto-Attack", "autoattack"),
-     ("APGD-CE", "apgd"), ("natural", "clean"), ("MI-FGSM", "mim"), ("PGD100", "pgd")],
+     ("APGD-CE", "apgd"), ("PGD-L2", "pgd"), ("CW-Linf", "cw"), ("AA (standard)", "autoattack"),
+     ("AutoAttack (rand)", "autoattackrand"), ("AutoAttack-rand", "autoattackrand"),
+     ("AA (version rand, 8/255)", "autoattackrand"), ("PGD (random start)", "pgd"),
+     ("PGD (EoT-20)", "eotpgd"), ("PGD (non-adaptive)", "pgd"), ("PGD-EoT20", "eotpgd"),
+     ("white-box adaptive", "adaptive"), ("natural", "clean"), ("MI-FGSM", "mim"),
+     ("PGD100", "pgd")],
 )  # fmt: skip
 def test_attacks_are_known_by_their_usual_names(written: str, key: str) -> None:
     assert attack_key(written) == key

@@ -1,12 +1,12 @@
 """Claims of robustness as rows: typed in from a paper, or taken from an evaluation of ours."""
 
 import csv
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from redefense.errors import DataError
+from redefense.evaluation.names import HEADLINES, UNBOUNDED, attack_key, knows_the_draw
 from redefense.evaluation.records import Evaluation
 
 COLUMNS = (
@@ -14,28 +14,10 @@ COLUMNS = (
     "randomized",
 )  # fmt: skip
 
-UNBOUNDED = frozenset(
-    {"cw", "ddn", "deepfool", "ead", "fmn", "jsma", "onepixel", "pixle", "sparsefool"}
-)
-"""Attacks that no eps bounds, unless one is stated with them."""
+OPTIONAL = ("aware",)
+"""Columns that a table may have besides."""
 
-AWARE = frozenset(
-    {
-        "arc", "hinge", "meanprobpgd", "meanprobapgd", "transfer", "adaptive", "aware",
-        "autoattackrand", "aarand", "eotexact", "headlineaware", "worstaware",
-    }
-)  # fmt: skip
-"""Attacks made for randomized ensembles: they use every member, or average over the draws."""
-
-HEADLINES = frozenset({"headline", "headlineaware", "headlineunaware", "worstcase", "robust"})
-"""Rows that sum up others."""
-
-ALIASES = {
-    "natural": "clean", "nat": "clean", "none": "clean", "standard": "clean", "aa": "autoattack",
-    "candw": "cw", "carliniwagner": "cw", "cwl2": "cw", "mifgsm": "mim", "ifgsm": "bim",
-    "difgsm": "di2fgsm", "eot": "eotpgd", "apgdce": "apgd", "apgddlr": "apgdt", "pgdeot": "eotpgd",
-    "squareattack": "square", "worst": "worstcase",
-}  # fmt: skip
+_TRUTH = {"": None, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +31,8 @@ class Claim:
         decimals: digits stated after the point; None for a figure that was not typed.
         norm, eps: the budget; None where unstated.
         view: what the attacker queried; empty where unstated.
-        aware: whether the attack was made for randomized ensembles.
+        aware: whether the attacker knows that answers are drawn; None where neither the table
+            nor the attack's name tells.
         bounded: whether an eps bounds the attack.
     """
 
@@ -66,7 +49,7 @@ class Claim:
     members: int | None = None
     randomized: bool | None = None
     view: str = ""
-    aware: bool = False
+    aware: bool | None = False
     bounded: bool = True
 
     @property
@@ -107,15 +90,6 @@ class Group:
         return tuple(c for c in self.claims if c.key in wanted)
 
 
-def attack_key(name: str) -> str:
-    """`EOT-PGD` -> `eotpgd`, `C&W` -> `cw`, `PGD-20` -> `pgd`: what the rules go by."""
-    plain = re.sub(r"\(.*?\)", "", name.lower()).replace("c&w", "cw")
-    plain = re.sub(r"[-_ ]\d+$", "", plain.strip())
-    plain = re.sub(r"[^a-z0-9]", "", plain)
-    plain = re.sub(r"^(pgd|apgd|bim|mim|eotpgd|cw)\d+$", r"\1", plain)
-    return ALIASES.get(plain, plain)
-
-
 def grouped(claims: Sequence[Claim]) -> list[Group]:
     """Claims about the same method and data set, in the order of their first row.
 
@@ -132,6 +106,8 @@ def grouped(claims: Sequence[Claim]) -> list[Group]:
 
 def read_csv(path: Path) -> list[Claim]:
     """Claims of a CSV with the columns `COLUMNS`; accuracies in percent, empty where unstated.
+
+    A column `aware` may say whose attacker knows of the draw, whatever the attack's name.
 
     Raises:
         DataError: naming the line, column and value that cannot be read.
@@ -154,7 +130,7 @@ def read_csv(path: Path) -> list[Claim]:
 
 
 def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
-    values = {column: (row.get(column) or "").strip() for column in COLUMNS}
+    values = {column: (row.get(column) or "").strip() for column in (*COLUMNS, *OPTIONAL)}
     if None in row:
         raise DataError(f"{path} line {line} has more cells than columns")
 
@@ -180,16 +156,19 @@ def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
             raise DataError(f"{path} line {line}: {column} must be whole, got {values[column]!r}")
         return None if value is None else int(value)
 
+    def truth(column: str) -> bool | None:
+        text = values[column]
+        if text.lower() not in _TRUTH:
+            raise DataError(
+                f"{path} line {line}: {column} must be true, yes, 1, false, no, 0 or empty, "
+                f"got {text!r}"
+            )
+        return _TRUTH[text.lower()]
+
     accuracy = number("accuracy", 0.0, 100.0)
     if accuracy is None or not values["attack"] or not values["method"]:
         raise DataError(f"{path} line {line}: method, attack and accuracy must be given")
-    flag = {"": None, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if values["randomized"].lower() not in flag:
-        raise DataError(
-            f"{path} line {line}: randomized must be true, yes, 1, false, no, 0 or empty, "
-            f"got {values['randomized']!r}"
-        )
-    key, eps = attack_key(values["attack"]), number("eps", 0.0, 1e9)
+    key, eps, aware = attack_key(values["attack"]), number("eps", 0.0, 1e9), truth("aware")
     return Claim(
         where=f"line {line}",
         dataset=values["dataset"],
@@ -202,8 +181,8 @@ def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
         eps=eps,
         num_images=count("num_images"),
         members=count("members"),
-        randomized=flag[values["randomized"].lower()],
-        aware=key in AWARE,
+        randomized=truth("randomized"),
+        aware=knows_the_draw(key) if aware is None else aware,
         bounded=eps is not None or key not in UNBOUNDED,
     )
 

@@ -9,15 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from redefense.evaluation.claims import AWARE, HEADLINES, UNBOUNDED, Claim, Group
+from redefense.evaluation.claims import Claim, Group
+from redefense.evaluation.names import (
+    BLACK_BOX,
+    GRADIENT,
+    HEADLINES,
+    ITERATIVE,
+    KNOWN,
+    MINIMAL,
+    WHITE_BOX,
+    averages,
+)
 from redefense.evaluation.statistics import wilson
-
-GRADIENT = frozenset({"fgsm", "bim", "mim", "pgd", "di2fgsm", "eotpgd"})
-ITERATIVE = frozenset({"bim", "mim", "pgd", "eotpgd"})
-WHITE_BOX = GRADIENT | {"apgd", "apgdt", "autoattack", "fab"}
-BLACK_BOX = frozenset({"square", "spsa", "nes", "nattack", "rays", "bandits", "signhunter"})
-MINIMAL = frozenset({"cw", "deepfool", "sparsefool", "ddn", "fmn", "ead"})
-KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | AWARE | UNBOUNDED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,8 +203,23 @@ def rises_with_eps(group: Group) -> Iterator[Finding]:
 
 def unaware_only(group: Group) -> Iterator[Finding]:
     attacks = [c for c in group.attacks if c.bounded]
-    if group.randomized and attacks and not any(c.aware for c in attacks):
-        strongest = min(attacks, key=lambda c: c.accuracy)
+    if not group.randomized or not attacks or any(c.aware for c in attacks):
+        return
+    unknown = [c for c in attacks if c.aware is None]
+    strongest = min(attacks, key=lambda c: c.accuracy)
+    if unknown:
+        why = (
+            "Whether anybody who knows of the draw attacked this defence, which answers at random, "
+            "cannot be told: no rule knows these names, and no column `aware` says it."
+        )
+        yield _finding(group, unknown, why, "note")
+    elif any(averages(c.key) for c in attacks):
+        why = (
+            "A defence that answers at random was attacked by nobody who uses all members: an "
+            "average over draws (EoT), which may be two, counts only where `aware` says so."
+        )
+        yield _finding(group, [strongest], why)
+    else:
         why = (
             "A defence that answers at random was attacked only by attacks that ignore the draw: "
             "nothing is known about an attacker who uses all members."
@@ -213,11 +231,11 @@ def aware_above_unaware(group: Group) -> Iterator[Finding]:
     aware = [c for c in group.attacks if c.aware and c.bounded]
     for low in group.attacks:
         same = [c for c in aware if c.budget == low.budget]
-        if not group.randomized or low.aware or not low.bounded or not same:
+        if not group.randomized or low.aware is not False or not low.bounded or not same:
             continue
         best = min(same, key=lambda c: c.accuracy)
         if low.accuracy < best.accuracy - _slack((low, best), 1.0):
-            why = "An attack that ignores the draw beats those that know it, which were too weak."
+            why = "An attack not made for the draw beats those that are, which were too weak."
             yield _finding(group, [low, best], why, "note")
 
 

@@ -1,0 +1,83 @@
+"""What the name of an attack in a table means: its family, and whether its attacker knows the draw.
+
+Names are compared as keys: lower case, without punctuation, steps, norms and synonyms.
+"""
+
+import re
+
+GRADIENT = frozenset({"fgsm", "bim", "mim", "pgd", "di2fgsm", "eotpgd"})
+ITERATIVE = frozenset({"bim", "mim", "pgd", "eotpgd"})
+WHITE_BOX = GRADIENT | {"apgd", "apgdt", "autoattack", "fab"}
+BLACK_BOX = frozenset({"square", "spsa", "nes", "nattack", "rays", "bandits", "signhunter"})
+MINIMAL = frozenset({"cw", "deepfool", "sparsefool", "ddn", "fmn", "ead"})
+
+UNBOUNDED = frozenset(
+    {"cw", "ddn", "deepfool", "ead", "fmn", "jsma", "onepixel", "pixle", "sparsefool"}
+)
+"""Attacks that no eps bounds, unless one is stated with them."""
+
+UNRANKED = frozenset(
+    {
+        "transfer", "ffgsm", "rfgsm", "nifgsm", "tifgsm", "sinifgsm", "vmifgsm", "vnifgsm", "tpgd",
+        "jitter", "boundary", "hopskipjump", "zoo",
+    }
+)  # fmt: skip
+"""Attacks of the libraries that no order is expected of, and that know of no draw.
+
+`transfer` is what papers call an attack on a surrogate; ours of that name is stored with its flag.
+"""
+
+AWARE = frozenset(
+    {
+        "arc", "hinge", "meanprobpgd", "meanprobapgd", "adaptive", "aware", "worstaware",
+        "autoattackrand", "eotexact",
+    }
+)  # fmt: skip
+"""Attacks made for random answers: they use every member, or are known to average over many draws.
+
+AutoAttack's version "rand" is here because its name fixes the draws: 20 for each gradient.
+"""
+
+HEADLINES = frozenset({"headline", "headlineaware", "headlineunaware", "worstcase", "robust"})
+"""Rows that sum up others."""
+
+KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | UNBOUNDED | UNRANKED | AWARE
+
+ALIASES = {
+    "natural": "clean", "nat": "clean", "none": "clean", "standard": "clean", "aa": "autoattack",
+    "candw": "cw", "carliniwagner": "cw", "cwl2": "cw", "mifgsm": "mim", "ifgsm": "bim",
+    "difgsm": "di2fgsm", "eot": "eotpgd", "apgdce": "apgd", "apgddlr": "apgdt", "pgdeot": "eotpgd",
+    "squareattack": "square", "worst": "worstcase", "fabt": "fab", "transferattack": "transfer",
+    "autoattackstandard": "autoattack", "aastandard": "autoattack", "aarand": "autoattackrand",
+    "randautoattack": "autoattackrand", "exacteot": "eotexact", "adaptiveattack": "adaptive",
+    "whiteboxadaptive": "adaptive", "adaptivewhitebox": "adaptive", "awareattack": "aware",
+}  # fmt: skip
+
+
+def attack_key(name: str) -> str:
+    """`EOT-PGD` -> `eotpgd`, `C&W` -> `cw`, `PGD-20` -> `pgd`: what the rules go by.
+
+    Of what stands in brackets only that counts which makes another attacker of it.
+    """
+    telling = r"\((?:[^)]*?(?<![-\w])(rand|eot|adaptive)(?!-?[a-z]))?[^)]*\)"
+    plain = re.sub(telling, r" \1", name.lower()).replace("c&w", "cw")
+    plain = re.sub(r"[-_ ](\d+|l[-_]?(inf|[012]))$", "", plain.strip())
+    plain = re.sub(r"[^a-z0-9]", "", plain)
+    plain = re.sub(r"^(pgd|apgd|bim|mim|eotpgd|pgdeot|cw)\d+$", r"\1", plain)
+    return ALIASES.get(plain, plain)
+
+
+def averages(key: str) -> bool:
+    """Whether it is an attack that averages over draws (EoT), of however few."""
+    return "eot" in key
+
+
+def knows_the_draw(key: str) -> bool | None:
+    """Whether an attack of this name knows that answers are drawn; None if its name is unknown.
+
+    An average over draws (EoT) does not count: it is made by those who know of the draw, but over
+    two draws, the default of the commonest library, it finds little more than those who do not.
+    """
+    if key in AWARE:
+        return True
+    return False if key in KNOWN or averages(key) else None
