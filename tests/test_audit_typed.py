@@ -76,6 +76,22 @@ def test_an_unknown_attack_that_beats_the_aware_ones_may_be_aware_itself(tmp_pat
     assert {f.id for f in typed(tmp_path, *rows)} == {"unknown-attack"}
 
 
+def test_members_of_whom_it_is_not_said_whether_one_is_drawn_are_noted(tmp_path: Path) -> None:
+    clean, pgd = "clean,87.8,,,10000,{0},{1}", "PGD,51.1,inf,0.03,10000,{0},{1}"
+
+    def found(members: str, randomized: str, *more: str) -> list[tuple[str, str]]:
+        rows = [row.format(members, randomized) for row in (clean, pgd, *more)]
+        return [(f.id, f.severity) for f in typed(tmp_path, *rows)]
+
+    assert found("8", "") == [("draw-unstated", "note")]
+    assert found("8", "", "ARC,40.0,inf,0.03,10000,{0},{1}") == []  # who knows the draw was asked
+    assert found("1", "") == found("", "") == []
+    assert found("8", "true") == [("unaware-only", "error")]
+    assert found("8", "false") == [("draw-denied", "note")]
+    (finding,) = typed(tmp_path, clean.format(8, ""), pgd.format(8, ""))
+    assert "one of the 8 members is drawn" in finding.why
+
+
 def test_the_page_lists_the_names_that_count() -> None:
     page = (ROOT / "docs" / "audit.md").read_text()
     (row,) = re.findall(r"^\| of whom knows[^|]*\|([^|]*)\|", page, re.MULTILINE)

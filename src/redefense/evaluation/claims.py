@@ -85,6 +85,11 @@ class Group:
         said = [c.randomized for c in self.claims if c.randomized is not None]
         return any(said) if said else None
 
+    @property
+    def num_members(self) -> int:
+        """The most that is stated; 1 if nothing is."""
+        return max((c.members or 1 for c in self.claims), default=1)
+
     def named(self, keys: Iterable[str]) -> tuple[Claim, ...]:
         wanted = frozenset(keys)
         return tuple(c for c in self.claims if c.key in wanted)

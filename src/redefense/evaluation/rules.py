@@ -278,11 +278,22 @@ def unknown_attack(group: Group) -> Iterator[Finding]:
 
 
 def draw_denied(group: Group) -> Iterator[Finding]:
-    members = max((c.members or 1 for c in group.claims), default=1)
-    if group.randomized is False and members > 1:
+    if group.randomized is False and group.num_members > 1:
         why = (
-            f"{members} members are said to answer without a draw: what must hold of random "
-            "answers, such as an attack that knows the draw, was not asked for."
+            f"{group.num_members} members are said to answer without a draw: what must hold of "
+            "random answers, such as an attack that knows the draw, was not asked for."
+        )
+        yield _finding(group, group.claims[:1], why, "note")
+
+
+def draw_unstated(group: Group) -> Iterator[Finding]:
+    attacks = group.attacks
+    if group.randomized is not None or group.num_members < 2 or any(c.aware for c in attacks):
+        return
+    if attacks:
+        why = (
+            f"Whether one of the {group.num_members} members is drawn to answer is not stated: if "
+            "so, an attack that knows the draw is missing."
         )
         yield _finding(group, group.claims[:1], why, "note")
 
@@ -342,6 +353,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "unbounded-attack": unbounded_attack,
         "unknown-attack": unknown_attack,
         "draw-denied": draw_denied,
+        "draw-unstated": draw_unstated,
         "eps-unstated": eps_unstated,
         "images-unstated": images_unstated,
         "too-few-images": too_few_images,
