@@ -19,8 +19,9 @@ from typing import Literal
 
 from redefense.errors import DataError
 from redefense.evaluation.claims import grouped, of_evaluation, read_csv
+from redefense.evaluation.findings import Finding
 from redefense.evaluation.records import Cell, Evaluation, load, parse, read_json
-from redefense.evaluation.rules import Finding, findings_of
+from redefense.evaluation.rules import findings_of
 
 __all__ = ["Finding", "audit", "exit_code"]
 
