@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from redefense.errors import DataError
 from redefense.evaluation.audit import Finding, audit
 from redefense.evaluation.claims import COLUMNS, OPTIONAL
 from redefense.evaluation.names import AWARE, attack_key
@@ -90,6 +91,60 @@ def test_members_of_whom_it_is_not_said_whether_one_is_drawn_are_noted(tmp_path:
     assert found("8", "false") == [("draw-denied", "note")]
     (finding,) = typed(tmp_path, clean.format(8, ""), pgd.format(8, ""))
     assert "one of the 8 members is drawn" in finding.why
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "rule"),
+    [
+        ("inf", "8", r"line 3: L-inf eps must lie in \[0, 1\] .* got 8 \(did you mean 8/255\?\)"),
+        ("L-inf", "8", "did you mean 8/255"),
+        ("\u2113\u221e", "300", "got 300$"),  # no number of levels either
+        ("L3", "0.5", "line 3: norm must be inf, 2, 1, 0 or empty, got 'L3'"),
+        ("max", "0.5", "norm must be .* got 'max'"),
+    ],
+)
+def test_a_budget_that_cannot_be_meant_is_refused_by_line(
+    tmp_path: Path, norm: str, eps: str, rule: str
+) -> None:
+    with pytest.raises(DataError, match=rule):
+        typed(tmp_path, "clean,90.0,,,10000,1,false", f"PGD,40.0,{norm},{eps},10000,1,false")
+
+
+@pytest.mark.parametrize("norm", ["inf", "Linf", "L-inf", "l_inf", "L_{\\infty}", "\u2113\u221e"])
+def test_a_norm_may_be_written_in_all_usual_ways(tmp_path: Path, norm: str) -> None:
+    # only figures in the same norm are compared
+    rows = (f"PGD,40.0,{norm},8/255,10000,1,false", "AutoAttack,45.0,inf,8/255,10000,1,false")
+    assert [f.id for f in typed(tmp_path, *rows)] == ["autoattack-above-pgd"]
+
+
+def test_a_budget_that_we_cannot_try_is_noted_and_judged(tmp_path: Path) -> None:
+    def found(norm: str) -> list[tuple[str, str]]:
+        rows = (f"PGD,40.0,{norm},12,10000,1,false", f"AutoAttack,45.0,{norm},12,10000,1,false")
+        return [(f.id, f.severity) for f in typed(tmp_path, *rows)]
+
+    above = ("autoattack-above-pgd", "error")
+    assert found("L2") == [above]
+    assert found("L1") == found("0") == [above, ("other-norm", "note")]
+    assert found("") == [above, ("norm-unstated", "note")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "severity"),
+    [
+        (("clean,0.878", "PGD,0.511"), "error"),  # a network that is right on 1 in 114 is none
+        (("PGD,0.511", "MIM,0.6"), "note"),
+        (("clean,1", "PGD,0.511"), "error"),
+        (("clean,60.1", "PGD,0.5"), None),  # an undefended network
+        (("PGD,0.00", "MIM,0"), None),
+    ],
+)
+def test_figures_that_look_like_fractions_are_told(
+    tmp_path: Path, rows: tuple[str, ...], severity: str | None
+) -> None:
+    findings = typed(tmp_path, *(f"{row},inf,8/255,,1,false" for row in rows))
+    told = [f for f in findings if f.id == "fractions"]
+    assert [f.severity for f in told] == ([] if severity is None else [severity])
+    assert all("percent" in f.why for f in told)
 
 
 def test_the_page_lists_the_names_that_count() -> None:

@@ -1,11 +1,13 @@
 """Claims of robustness as rows: typed in from a paper, or taken from an evaluation of ours."""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from redefense.errors import DataError
+from redefense.config import check_linf
+from redefense.errors import ConfigError, DataError
 from redefense.evaluation.names import HEADLINES, UNBOUNDED, attack_key, knows_the_draw
 from redefense.evaluation.records import Evaluation
 
@@ -16,6 +18,8 @@ COLUMNS = (
 
 OPTIONAL = ("aware",)
 """Columns that a table may have besides."""
+
+NORMS = ("inf", "2", "1", "0")
 
 _TRUTH = {"": None, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -174,6 +178,16 @@ def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
     if accuracy is None or not values["attack"] or not values["method"]:
         raise DataError(f"{path} line {line}: method, attack and accuracy must be given")
     key, eps, aware = attack_key(values["attack"]), number("eps", 0.0, 1e9), truth("aware")
+    norm = _norm(values["norm"])
+    if norm not in (None, *NORMS):
+        raise DataError(
+            f"{path} line {line}: norm must be {', '.join(NORMS)} or empty, got {values['norm']!r}"
+        )
+    if norm == "inf" and eps is not None:
+        try:
+            check_linf(eps, f"{path} line {line}: L-inf eps")
+        except ConfigError as error:
+            raise DataError(str(error)) from None
     return Claim(
         where=f"line {line}",
         dataset=values["dataset"],
@@ -182,7 +196,7 @@ def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
         key=key,
         accuracy=accuracy,
         decimals=len(values["accuracy"].removesuffix("%").strip().partition(".")[2]),
-        norm=_norm(values["norm"]),
+        norm=norm,
         eps=eps,
         num_images=count("num_images"),
         members=count("members"),
@@ -193,9 +207,10 @@ def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
 
 
 def _norm(text: str) -> str | None:
-    """`Linf`, `inf`, `L2`, `2` ... as `inf`, `2`."""
-    plain = text.lower().removeprefix("l").removeprefix("_").replace("\u221e", "inf")
-    return plain or None
+    """`Linf`, `L-inf`, `inf`, `L2`, `2` ... as one of `NORMS`; None if empty, else as written."""
+    plain = text.lower().replace("\u221e", "inf").replace("\u2113", "l")
+    plain = re.sub(r"[-_ {}\\]", "", plain).removeprefix("l").removesuffix(".0")
+    return {"infty": "inf", "infinity": "inf"}.get(plain, plain) or None
 
 
 def of_evaluation(evaluation: Evaluation) -> list[Claim]:

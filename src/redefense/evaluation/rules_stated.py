@@ -14,6 +14,30 @@ def eps_unstated(group: Group) -> Iterator[Finding]:
         yield finding_about(group, silent, "The budget eps of these attacks is not stated.", "note")
 
 
+def norm_unstated(group: Group) -> Iterator[Finding]:
+    silent = [c for c in group.attacks if c.bounded and c.eps is not None and c.norm is None]
+    if silent:
+        yield finding_about(group, silent, "The norm that eps is meant in is not stated.", "note")
+
+
+def other_norm(group: Group) -> Iterator[Finding]:
+    other = [c for c in group.attacks if c.norm not in (None, "inf", "2")]
+    if other:
+        why = (
+            "`redefense evaluate` measures under L-inf and L2 alone: budgets in another norm are "
+            "compared with each other, but cannot be tried here."
+        )
+        yield finding_about(group, other, why, "note")
+
+
+def fractions(group: Group) -> Iterator[Finding]:
+    """Typed figures that are all at most 1: an error if even the clean images are among them."""
+    claims = [c for c in group.claims if c.decimals is not None]
+    if claims and max(c.accuracy for c in claims) <= 1 and any(c.accuracy % 1 for c in claims):
+        why = "Accuracies are percent, and all of these are at most 1: are they fractions?"
+        yield finding_about(group, claims, why, "note" if group.clean is None else "error")
+
+
 def unknown_attack(group: Group) -> Iterator[Finding]:
     unknown = [c for c in group.attacks if c.key not in KNOWN]
     if unknown:
