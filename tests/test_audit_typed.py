@@ -147,6 +147,15 @@ def test_figures_that_look_like_fractions_are_told(
     assert all("percent" in f.why for f in told)
 
 
+def test_a_claim_file_is_told_from_an_evaluation() -> None:
+    files = sorted((ROOT / "claims").glob("*.json"))
+    assert files
+    for file in files:
+        advice = f"is a claim file, not an evaluation: .* benchmarks/claims.py recompute {file} "
+        with pytest.raises(DataError, match=advice):
+            audit(file)
+
+
 def test_the_page_lists_the_names_that_count() -> None:
     page = (ROOT / "docs" / "audit.md").read_text()
     (row,) = re.findall(r"^\| of whom knows[^|]*\|([^|]*)\|", page, re.MULTILINE)

@@ -200,6 +200,11 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
         raise DataError(f"{where} is not an evaluation: expected an object")
     if document.get("schema") != 1:
         raise DataError(f"{where} has schema {document.get('schema')!r}, this version reads 1")
+    if "evaluations" in document and "suite" not in document:
+        raise DataError(
+            f"{where} is a claim file, not an evaluation: check it by `python benchmarks/claims.py "
+            f"recompute {where} --data SPEC`, or give the directory of the run that it sums up"
+        )
     try:
         return Evaluation.model_validate(dict(document))
     except ValidationError as error:
