@@ -7,7 +7,7 @@ import pytest
 
 from redefense.errors import DataError
 from redefense.evaluation.audit import Finding, audit
-from redefense.evaluation.claims import COLUMNS, OPTIONAL
+from redefense.evaluation.claims import COLUMNS, OPTIONAL, read_csv
 from redefense.evaluation.names import AWARE, attack_key
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +147,20 @@ def test_figures_that_look_like_fractions_are_told(
     assert all("percent" in f.why for f in told)
 
 
+def test_the_sound_randomized_table_passes_for_the_sake_of_its_aware_attacks(
+    tmp_path: Path,
+) -> None:
+    path = ROOT / "src/redefense/evaluation/examples/sound_randomized_table.csv"
+    assert audit(path) == []
+    header, *lines = path.read_text().splitlines()
+    assert all(line.startswith("invented example,") for line in lines)
+    claims = read_csv(path)
+    assert any(c.randomized for c in claims)
+    unaware = [line for line, c in zip(lines, claims, strict=True) if not c.aware]
+    (tmp_path / "table.csv").write_text("\n".join([header, *unaware]))
+    assert [f.id for f in audit(tmp_path / "table.csv")] == ["unaware-only"]
+
+
 def test_a_claim_file_is_told_from_an_evaluation() -> None:
     files = sorted((ROOT / "claims").glob("*.json"))
     assert files
@@ -158,5 +172,5 @@ def test_a_claim_file_is_told_from_an_evaluation() -> None:
 
 def test_the_page_lists_the_names_that_count() -> None:
     page = (ROOT / "docs" / "audit.md").read_text()
-    (row,) = re.findall(r"^\| of whom knows[^|]*\|([^|]*)\|", page, re.MULTILINE)
+    (row,) = re.findall(r"^\| knows of the draw[^|]*\|([^|]*)\|", page, re.MULTILINE)
     assert {attack_key(name) for name in re.findall(r"`([^`]+)`", row)} == AWARE

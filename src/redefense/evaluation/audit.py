@@ -1,15 +1,17 @@
 """The claim linter: which figures of a table cannot be believed, and why.
 
-It reads an evaluation of ours or a small CSV typed in from a paper (columns in `claims.COLUMNS`;
-one row a figure, accuracy in percent, empty where the source is silent; a method that was trained
-in two ways needs two names). The rules are those that need no model, only the figures.
+It reads an evaluation of ours or a small CSV typed in from a paper (columns in `claims.COLUMNS`
+and, where the source says whose attacker knows of the draw, `aware`; one row a figure, accuracy in
+percent, empty where the source is silent; a method that was trained in two ways needs two names).
+The rules are those that need no model, only the figures.
 
 Shipped in `examples/`: `red_table1.csv`, `red_table2.csv` and `red_table3.csv` are Tables 1 to 3 of
 the RED paper (accuracies of eight ResNet-18 on CIFAR-10, three on TinyImageNet; the paper states
 neither eps nor the number of images), and do not hold. `sound_table.csv` holds: it was measured on
 a linear classifier fitted to the digits' training split, on the 360 test images at eps 0.1, with
 this package's gradient attacks and with Square and AutoAttack of TorchAttacks 3.5.1; in whole
-percent, because one image is worth 0.28 points.
+percent, because one image is worth 0.28 points. `sound_randomized_table.csv` shows what a table of
+a randomized defence must state, and holds: its figures are invented.
 """
 
 from collections.abc import Iterable, Iterator
