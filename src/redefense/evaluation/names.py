@@ -75,8 +75,8 @@ def averages(key: str) -> bool:
 def knows_the_draw(key: str) -> bool | None:
     """Whether an attack of this name knows that answers are drawn; None if its name is unknown.
 
-    An average over draws (EoT) does not count: it is made by those who know of the draw, but over
-    two draws, the default of the commonest library, it finds little more than those who do not.
+    An average over draws (EoT) does not count: those make it who know of the draw, but two draws,
+    the default of TorchAttacks, are not all members, and the name does not say how many they were.
     """
     if key in AWARE:
         return True
