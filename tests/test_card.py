@@ -84,6 +84,16 @@ def test_the_body_gives_both_headlines_with_intervals(tmp_path: Path) -> None:
     assert body.count("\n# ") == 1
 
 
+def test_a_card_says_where_the_run_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "runs" / "red")
+    assert 'redefense.load("red")' in card(tmp_path / "runs" / "red")  # not whose machine it is
+    monkeypatch.chdir(tmp_path)
+    assert 'redefense.load("runs/red")' in card(Path("runs/red"))
+    assert 'redefense.from_pretrained("me/red")' in card(
+        Path("runs/red"), opened_by="from_pretrained", name="me/red"
+    )
+
+
 def test_yaml_of_nested_values() -> None:
     value = {"a": [{"b": 1, "c": [1.5, "x: y"]}, "z"], "e": [], "n": None, "t": True}
     assert _yaml(value) == [

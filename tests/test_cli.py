@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import redefense
 from redefense.cli import main
 from redefense.commands import looking
 from redefense.recipes import RECIPES
@@ -54,6 +57,22 @@ def test_the_whole_path_trains_evaluates_and_reports(run: Runner) -> None:
     written = run("report", "v", "--out", "page.html", "--json")
     assert "page.html" in json.loads(written.out)["files"]
     assert "://" not in Path("page.html").read_text().replace("http://www.w3.org", "")
+
+
+def test_commands_on_a_card_and_a_report_work_where_these_were_made(run: Runner) -> None:
+    assert run("train", "digits-vanilla", "--out", "runs/v", *QUICK).code == 0
+    for words in ([], ["--eps", str(8 / 255), "--out", "runs/v/evaluation/small.json"]):
+        assert run("evaluate", "runs/v", "--images", "20", "--quiet", *words).code == 0
+    run("report", "runs/v", "--out", "runs/page.html", "--quiet")
+    run("card", "runs/v", "--quiet")
+    card, page = (Path(name).read_text() for name in ("runs/v/README.md", "runs/page.md"))
+    for text in (card, page):
+        lines = re.findall(r"^    redefense (.*)$", text, re.MULTILINE)
+        assert [line.split()[0] for line in lines] == ["evaluate", "evaluate", "report"]
+        assert [run(*shlex.split(line)).code for line in lines] == [0, 0, 0]
+    assert Path("runs/page.md").read_text() == page
+    (path,) = re.findall(r"redefense\.load\((.*)\)", card)
+    assert redefense.load(json.loads(path)).num_members == 3
 
 
 def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> None:

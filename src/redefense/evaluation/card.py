@@ -12,9 +12,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from redefense.errors import ConfigError
-from redefense.evaluation import tables, wording
+from redefense.evaluation import reproduce, tables, wording
 from redefense.evaluation.joined import Result, join
-from redefense.evaluation.report import commands
 from redefense.evaluation.statistics import Estimate
 
 HUB_NAMES: Final[Mapping[str, str]] = MappingProxyType(
@@ -68,17 +67,19 @@ def card(
         run_dir: a run with at least one stored evaluation.
         license_name: of the weights, as an SPDX identifier.
         opened_by: the public function that loads what the card lies in.
-        name: what that function is given; the run's name unless given.
+        name: what that function is given, and how the card calls the run; the path and the name
+            of the run unless given.
     """
     results = join([run_dir])
+    opened = reproduce.shown(run_dir)
     if name is not None:
-        results = [replace(result, name=name) for result in results]
+        opened, results = name, [replace(result, name=name) for result in results]
     first = results[0]
     data = first.evaluations[0].data.name
     method = _settings(first, "defence", "name")
     index = [{"name": first.name, "results": [_index(r) for r in results]}]
     head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
-    return _page(head, _body(results, opened_by))
+    return _page(head, _body(results, _use(opened, opened_by)))
 
 
 def unmeasured_card(
@@ -198,12 +199,10 @@ def _use(name: str, opened_by: str) -> str:
     )
 
 
-def _body(results: Sequence[Result], opened_by: str) -> str:
+def _body(results: Sequence[Result], use: str) -> str:
     first = results[0]
     model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
-    report = tables.markdown(
-        results, wording.answers(results), commands(results, Path("report.html"))
-    )
+    report = tables.markdown(results, wording.answers(results), reproduce.commands(results))
     # the report's own title gives way to the card's
     _, _, report = report.partition("\n\n")
     limits = (
@@ -213,6 +212,5 @@ def _body(results: Sequence[Result], opened_by: str) -> str:
     )
     intended = _intended(str(first.num_members or "several"), model, method)
     return (
-        f"{_title(first.name)}{intended}\n\n{_use(first.name, opened_by)}"
-        f"## Robustness\n\n{report}\n## Limits\n\n{limits}\n"
+        f"{_title(first.name)}{intended}\n\n{use}## Robustness\n\n{report}\n## Limits\n\n{limits}\n"
     )

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,6 +21,8 @@ from redefense.evaluation.statistics import Estimate, accuracy_interval
 
 Source = Path | Mapping[str, Any]
 """A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
 
@@ -102,6 +104,17 @@ class Headline(_Record):
     averaged_interval: tuple[float, float] | None = None
 
 
+class Plan(_Record):
+    """The settings of an evaluation, `plan.json` beside its records; images is None for all."""
+
+    suite: dict[str, Any]
+    threat: Budget
+    images: int | None = None
+    seed: int = 0
+    seeds: int = 1
+    checks: str = "quick"
+
+
 class Check(_Record):
     id: str
     passed: bool | None = None
@@ -157,10 +170,18 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stored:
-    """One suite of one run as found on disk, or handed over as JSON (then without records)."""
+    """One suite of one run as found on disk, or handed over as JSON (then without records).
+
+    Attributes:
+        source: the run or the file that the user named; None for JSON.
+        file: where the evaluation lies, from `source`.
+        plan: how it was made; None where that is not stored.
+    """
 
     name: str
-    folder: Path | None
+    source: Path | None
+    file: Path | None
+    plan: Plan | None
     evaluation: Evaluation
     index: NDArray[np.int64] | None
     clean: Scored
@@ -168,6 +189,11 @@ class Stored:
     single: NDArray[np.float64] | None
     averaged: NDArray[np.float64] | None
     alone: NDArray[np.float64] | None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its records are."""
+        return None if self.file is None else self.file.parent
 
     @property
     def budget(self) -> tuple[str, float | None]:
@@ -205,12 +231,16 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
             f"{where} is a claim file, not an evaluation: check it by `python benchmarks/claims.py "
             f"recompute {where} --data SPEC`, or give the directory of the run that it sums up"
         )
+    return _valid(Evaluation, dict(document), f"{where} is not a valid evaluation")
+
+
+def _valid(kind: type[_Kind], document: object, wrong: str) -> _Kind:
     try:
-        return Evaluation.model_validate(dict(document))
+        return kind.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{where} is not a valid evaluation: {key}: {first['msg']}") from None
+        raise DataError(f"{wrong}: {key}: {first['msg']}") from None
 
 
 def read_json(path: Path) -> object:
@@ -272,8 +302,18 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
     return Scored(cell=cell, suite=evaluation.suite, correct=correct, q=q)
 
 
-def _stored(name: str, folder: Path | None, evaluation: Evaluation) -> Stored:
+def _plan(file: Path | None) -> Plan | None:
+    """The plan stored with an evaluation; None where there is none."""
+    if file is None or not (path := file.with_suffix("") / "plan.json").is_file():
+        return None
+    return _valid(Plan, read_json(path), f"{path} is not a valid plan")
+
+
+def _stored(
+    name: str, evaluation: Evaluation, source: Path | None = None, file: Path | None = None
+) -> Stored:
     suite, n = evaluation.suite, evaluation.data.num_images
+    folder = None if file is None else file.parent
     clean_cell = Cell(
         id="clean",
         attack="clean",
@@ -297,7 +337,9 @@ def _stored(name: str, folder: Path | None, evaluation: Evaluation) -> Stored:
         raise DataError(f"{name}: {beside_file}: members must have shape (M, {n})")
     return Stored(
         name=name,
-        folder=folder,
+        source=source,
+        file=file,
+        plan=_plan(file),
         evaluation=evaluation,
         index=indices[0].astype(np.int64) if indices else None,
         clean=_scored(evaluation, clean_cell, clean),
@@ -325,11 +367,11 @@ def load(source: Source, position: int = 1) -> list[Stored]:
     """
     if isinstance(source, Mapping):
         evaluation = parse(source)
-        return [_stored(str(evaluation.run.get("name") or f"run {position}"), None, evaluation)]
+        return [_stored(str(evaluation.run.get("name") or f"run {position}"), evaluation)]
     if source.is_file():
         evaluation = parse(read_json(source), str(source))
         run = source.parent.parent if source.parent.name == "evaluation" else source
-        return [_stored(run.resolve().stem, source.parent, evaluation)]
+        return [_stored(run.resolve().stem, evaluation, source, source)]
     if not source.exists():
         raise DataError(
             f"there is no run at {source}: `redefense train RECIPE --out {source}` first"
@@ -337,7 +379,7 @@ def load(source: Source, position: int = 1) -> list[Stored]:
     folder = source / "evaluation"
     found = {path: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
     stored = [
-        _stored(source.resolve().name, folder, parse(document, str(path)))
+        _stored(source.resolve().name, parse(document, str(path)), source, path)
         for path, document in found.items()
         if _is_evaluation(document)
     ]

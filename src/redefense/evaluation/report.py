@@ -6,7 +6,6 @@ content policy forbids anything else.
 """
 
 import json
-import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 from redefense import __version__
 from redefense.errors import ConfigError, lacking
-from redefense.evaluation import charts, tables, wording
+from redefense.evaluation import charts, reproduce, tables, wording
 from redefense.evaluation.joined import TRIES, Result, join
-from redefense.evaluation.records import Source, Stored
+from redefense.evaluation.records import Source
 from redefense.evaluation.tables import format_table, summary_table
 
 __all__ = ["format_table", "summary_table", "write_report"]
@@ -41,10 +40,10 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
         raise ConfigError("a report needs at least one run")
     results = join(run_dirs)
     told = wording.answers(results)
-    reproduce = commands(results, out)
+    commands = reproduce.commands(results, out)
     texts = {
-        out: html(results, reproduce),
-        out.with_suffix(".md"): tables.markdown(results, told, reproduce),
+        out: html(results, commands),
+        out.with_suffix(".md"): tables.markdown(results, told, commands),
         out.with_suffix(".csv"): tables.to_csv(results),
         out.with_suffix(".json"): tables.to_json(results),
     }
@@ -57,36 +56,6 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     return list(texts)
-
-
-def _where(stored: Stored) -> str:
-    """The run as the user named it; an absolute path would tell about his machine."""
-    if stored.folder is None or stored.folder.is_absolute():
-        return stored.name
-    return str(stored.folder.parent)
-
-
-def command(stored: Stored) -> str:
-    """The command that makes this suite's figures again."""
-    evaluation = stored.evaluation
-    recorded = evaluation.provenance.get("command")
-    if isinstance(recorded, str) and recorded:
-        return " ".join(recorded.split())
-    words = ["redefense", "evaluate", _where(stored), "--suite", evaluation.suite]
-    words += ["--images", str(evaluation.data.num_images)]
-    norm, eps = stored.budget
-    words += [] if eps is None else ["--eps", f"{eps:g}", "--norm", norm]
-    seed = evaluation.provenance.get("seed")
-    words += [] if seed is None else ["--seed", str(seed)]
-    return shlex.join(words)
-
-
-def commands(results: Sequence[Result], out: Path) -> list[str]:
-    """Every command needed to make the whole report again, in order."""
-    stored = [s for result in results for s in result.suites]
-    runs = dict.fromkeys(_where(s) for s in stored)
-    evaluate = dict.fromkeys(command(s) for s in stored)
-    return [*evaluate, shlex.join(["redefense", "report", *runs, "--out", out.name])]
 
 
 def _run_settings(result: Result) -> str:
@@ -177,8 +146,8 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     return list(dict.fromkeys(facts))
 
 
-def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
-    """The page.
+def html(results: Sequence[Result], commands: Sequence[str]) -> str:
+    """The page, with the commands that make it again.
 
     Raises:
         ConfigError: if jinja2, of the extra `report`, is not installed.
@@ -200,13 +169,13 @@ def html(results: Sequence[Result], reproduce: Sequence[str]) -> str:
         "best": wording.best(results),
         "budget": wording.budget,
         "columns": columns,
-        "command": command,
-        "commands": reproduce,
+        "commands": commands,
         "curve": _curve_chart(results),
         "detail": dict(zip(results, details, strict=True)),
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
         "histograms": _histograms(results),
+        "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),
         "of_defence": wording.OF_DEFENCE,
         "results": results,

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from redefense.evaluation import reproduce
 from redefense.evaluation.joined import Result, join
 from redefense.evaluation.records import Scored, Source
 from redefense.evaluation.statistics import Estimate
@@ -213,7 +214,8 @@ def markdown(
             for check in result.checks
         ]
         parts.append("")
-    parts += ["## Reproduce", "", *(f"    {' '.join(c.split())}" for c in commands), ""]
+    parts += ["## Reproduce", "", reproduce.HOW, ""]
+    parts += [*(f"    {' '.join(c.split())}" for c in commands), ""]
     return "\n".join(parts)
 
 
