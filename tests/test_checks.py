@@ -203,7 +203,8 @@ def test_sound_records_pass() -> None:
     check = checked(
         {"fgsm": ("fgsm", GOOD), "pgd": ("pgd", HALF), "sq": ("square", GOOD), "h": ("hinge", HALF),
          "t": ("transfer", HALF)},
-        extra={"members_alone": [0.5, 0.5], "curve": [[0.0, 1.0], [0.1, 0.5], [1.0, 0.0]]},
+        headline={"single_members": [0.4, 0.3]},
+        extra={"curve": [[0.0, 1.0], [0.1, 0.5], [1.0, 0.0]]},
         worst=HALF.astype(bool), single=NONE[0].astype(bool), log=0.0,
     )  # fmt: skip
     names = ("S01", "S03", "S07b", "S11", "S16", "S17", "S18", "S20", "S21", "S31", "S32", "S33",
@@ -242,14 +243,22 @@ def test_a_suite_that_cannot_know_says_so() -> None:
         # the member that validation chose is beaten, another one is not
         ("S38", {"h": ("hinge", HALF)}, {"worst": HALF.astype(bool), "single": NONE[0] > 0,
                                          "headline": {"single_members": [0.0, 0.9]}}),
-        ("B1", {"h": ("hinge", HALF)}, {"extra": {"members_alone": [0.5, 0.0]},
-                                        "headline": {"aware": 0.9}}),
+        # an attack on the second member alone leaves 0.5 at most; alone they keep 0.25 on average
+        ("B1", {"h": ("hinge", HALF)}, {"headline": {"aware": 0.9, "single_members": [0.5, 0.0]}}),
+        ("B1", {"h": ("hinge", HALF)}, {"headline": {"aware": 0.1, "single_members": [0.5, 0.0]}}),
     ],
 )  # fmt: skip
 def test_records_built_to_fail_are_caught(
     name: str, attacks: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
     assert checked(attacks, **arguments)(name).passed is False
+
+
+def test_what_members_keep_alone_bounds_the_aware_figure_of_every_suite_with_a_draw() -> None:
+    check = checked({"h": ("hinge", HALF)}, headline={"aware": 0.5, "single_members": [0.2, 0.4]})
+    assert check("B1") == Check("B1", True, "aware 50.0 %, single members allow 30.0 to 60.0 %")
+    check = checked({"h": ("hinge", HALF)}, headline={"aware": 0.5})
+    assert check("B1") == Check("B1", None, "this suite attacks no member alone")
 
 
 def test_an_aware_attack_that_helps_the_defender_is_caught() -> None:

@@ -118,13 +118,17 @@ def test_one_perfect_and_one_blind_member() -> None:
     assert headline["aware"] == 0.5
     assert (headline["best_single_member"], headline["best_single_member_index"]) == (1.0, 0)
     assert headline["single_members"] == [1.0, 0.0]
-    assert next(c["passed"] for c in data["checks"] if c["id"] == "S38") is False
+    checks = {c["id"]: c for c in data["checks"]}
+    assert checks["S38"]["passed"] is False
+    # quick attacks every member alone, so the bounds are known: here both are 50 %
+    assert checks["B1"]["passed"] is True
+    assert "single members allow 50.0 to 50.0 %" in checks["B1"]["detail"]
 
 
 def test_of_one_member_there_is_nothing_to_know() -> None:
     x, y = images([0.05, 0.15, 0.25])
     checks = {c["id"]: c["passed"] for c in quick(Ramp(), x, y)["checks"]}
-    assert (checks["S36"], checks["S38"]) == (None, None)
+    assert (checks["S36"], checks["S38"], checks["B1"]) == (None, None, None)
 
 
 def test_a_network_that_refuses_its_images_is_one_line() -> None:
