@@ -17,6 +17,7 @@ from rich.console import Console
 
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation import charts, wording
+from redefense.evaluation.card import card
 from redefense.evaluation.joined import join
 from redefense.evaluation.report import format_table, summary_table, write_report
 from redefense.evaluation.statistics import (
@@ -323,6 +324,25 @@ def test_page_answers_the_three_questions_with_the_joined_figures(tmp_path: Path
     assert "redefense evaluate digits-red --suite quick" in text
     assert "transfer between members" in text
     assert "Accuracy against the size" in text
+
+
+def test_checks_of_the_defence_stand_apart_on_the_page_and_in_markdown(tmp_path: Path) -> None:
+    checks = [
+        {"id": "S34", "passed": False, "detail": "untouched"},
+        {"id": "S36", "passed": False, "detail": "a gap"},
+        {"id": "S37", "passed": True, "detail": "no image"},
+        {"id": "S38", "passed": None, "detail": "no member"},
+    ]
+    build_run(tmp_path / "red", extra={"checks": checks})
+    html, md, *_ = write_report([tmp_path / "red"], tmp_path / "report.html")
+    for text in (html.read_text(), md.read_text(), card(tmp_path / "red")):
+        measured, _, said = text.partition(wording.SAID)
+        assert "FAIL" in measured
+        assert "S37" in measured
+        assert not re.search("S36|S38", measured)
+        assert "beware" in said
+        assert not re.search("FAIL|S37|S38", said)
+    assert "1 of 2 checks passed" in html.read_text()
 
 
 def test_names_cannot_inject_markup_or_formulas(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from redefense.errors import ConfigError
-from redefense.evaluation import reproduce, tables, wording
+from redefense.evaluation import reproduce, tables
 from redefense.evaluation.joined import Result, join
+from redefense.evaluation.markdown import markdown
 from redefense.evaluation.statistics import Estimate
 
 HUB_NAMES: Final[Mapping[str, str]] = MappingProxyType(
@@ -202,7 +203,7 @@ def _use(name: str, opened_by: str) -> str:
 def _body(results: Sequence[Result], use: str) -> str:
     first = results[0]
     model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
-    report = tables.markdown(results, wording.answers(results), reproduce.commands(results))
+    report = markdown(results, reproduce.commands(results))
     # the report's own title gives way to the card's
     _, _, report = report.partition("\n\n")
     limits = (

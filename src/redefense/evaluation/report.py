@@ -15,6 +15,7 @@ from redefense import __version__
 from redefense.errors import ConfigError, lacking
 from redefense.evaluation import charts, reproduce, tables, wording
 from redefense.evaluation.joined import TRIES, Result, join
+from redefense.evaluation.markdown import markdown
 from redefense.evaluation.records import Source
 from redefense.evaluation.tables import format_table, summary_table
 
@@ -39,11 +40,10 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
     if not run_dirs:
         raise ConfigError("a report needs at least one run")
     results = join(run_dirs)
-    told = wording.answers(results)
     commands = reproduce.commands(results, out)
     texts = {
         out: html(results, commands),
-        out.with_suffix(".md"): tables.markdown(results, told, commands),
+        out.with_suffix(".md"): markdown(results, commands),
         out.with_suffix(".csv"): tables.to_csv(results),
         out.with_suffix(".json"): tables.to_json(results),
     }
@@ -168,6 +168,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "bar": charts.bar,
         "best": wording.best(results),
         "budget": wording.budget,
+        "checks_of": wording.checks_of,
         "columns": columns,
         "commands": commands,
         "curve": _curve_chart(results),
@@ -177,8 +178,8 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "histograms": _histograms(results),
         "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),
-        "of_defence": wording.OF_DEFENCE,
         "results": results,
+        "said_heading": wording.SAID,
         "settings": _run_settings,
         "tries": _tries_chart(results),
         "verdict": wording.verdict,

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.table import Table
 
-from redefense.evaluation import reproduce
 from redefense.evaluation.joined import Result, join
 from redefense.evaluation.records import Scored, Source
 from redefense.evaluation.statistics import Estimate
@@ -170,53 +169,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header)]
     lines += [[escape_markdown(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def markdown(
-    results: Sequence[Result], answers: Sequence[tuple[str, str, str]], commands: Sequence[str]
-) -> str:
-    """The report as Markdown: answers, summary, methods x attacks, checks, commands."""
-    parts = ["# Robustness report", ""]
-    for question, lead, text in answers:
-        parts += [f"**{question} {escape_markdown(lead)}.** {escape_markdown(text)}", ""]
-    rows = summary_rows(results)
-    parts += [
-        "Accuracy in percent, 95 % intervals in brackets.",
-        "",
-        markdown_table(
-            ["run", "threat", "images", *COLUMNS.values()],
-            [
-                [row["run"], row["threat"], str(row["num_images"])]
-                + [with_interval(row[key]) for key in COLUMNS]
-                for row in rows
-            ],
-        ),
-        "",
-        "## Every attack",
-        "",
-    ]
-    columns = attack_columns(results)
-    body = []
-    for name, result in zip(labels(rows), results, strict=True):
-        cells = [at(result, *column) for column in columns]
-        body.append([name, *(with_interval(c.expected if c else None) for c in cells)])
-    header = ["run", *(escape_markdown(f"{attack} ({view})") for attack, view in columns)]
-    parts += [markdown_table(header, body), ""]
-    for detail, result in zip(details(rows), results, strict=True):
-        parts += [
-            f"## Checks of {escape_markdown(f'{result.name}, {detail or result.threat}')}",
-            "",
-        ]
-        parts += [f"- {escape_markdown(note)}" for note in result.notes]
-        word = {True: "pass", False: "**FAIL**", None: "not run"}
-        parts += [
-            f"- {check.id}: {word[check.passed]} {escape_markdown(check.detail)}".rstrip()
-            for check in result.checks
-        ]
-        parts.append("")
-    parts += ["## Reproduce", "", reproduce.HOW, ""]
-    parts += [*(f"    {' '.join(c.split())}" for c in commands), ""]
-    return "\n".join(parts)
 
 
 _CSV_COLUMNS = (

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from redefense.evaluation.joined import Result, eps_text
+from redefense.evaluation.records import Check
 from redefense.evaluation.statistics import Estimate
 from redefense.evaluation.tables import interval, labels_of, percent
 
 OF_DEFENCE = ("S36", "S38")
 """Checks that say something of the defence, and nothing of how well it was measured."""
+
+SAID = "What the figures say of the defence:"
+"""What stands above these."""
 
 PERCENT = "\u00a0%"
 """The sign, on the line of its figure."""
@@ -105,6 +109,13 @@ def _strongest(result: Result) -> Estimate | None:
     best = max(result.alone, key=lambda estimate: estimate.value, default=None)
     chosen = result.single is not None and best is not None and result.single.value >= best.value
     return None if chosen else best
+
+
+def checks_of(result: Result) -> tuple[list[Check], list[Check]]:
+    """The checks of the measurement, and those of `OF_DEFENCE` that have something to say."""
+    measured = [check for check in result.checks if check.id not in OF_DEFENCE]
+    said = [c for c in result.checks if c.id in OF_DEFENCE and c.passed is not None]
+    return measured, said
 
 
 def foremost(results: Sequence[Result]) -> list[Result]:
