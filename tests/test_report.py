@@ -326,6 +326,20 @@ def test_page_answers_the_three_questions_with_the_joined_figures(tmp_path: Path
     assert "Accuracy against the size" in text
 
 
+def test_aware_is_defined_as_it_is_joined(tmp_path: Path) -> None:
+    # an attacker who knows nothing of the draw is the worst of all: the headline counts him
+    build_run(tmp_path / "red", {**QUICK, ("pgd", "sampled", False): 0.2})
+    html, md, *_ = write_report([tmp_path / "red"], tmp_path / "report.html")
+    (result,) = join([tmp_path / "red"])
+    assert result.aware is not None
+    assert result.knowing is not None
+    assert result.aware.value < result.knowing.value
+    (words,) = re.findall("<dt>Aware</dt><dd>(.*?)</dd>", html.read_text())
+    assert "left untouched, or attacked by anybody" in words
+    for text in (html.read_text(), md.read_text()):
+        assert "it may differ from the difference of the headlines" in text
+
+
 def test_checks_of_the_defence_stand_apart_on_the_page_and_in_markdown(tmp_path: Path) -> None:
     checks = [
         {"id": "S34", "passed": False, "detail": "untouched"},

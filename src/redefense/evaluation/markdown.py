@@ -36,6 +36,8 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
             ],
         ),
         "",
+        wording.RIVALS,
+        "",
         "## Every attack",
         "",
     ]

@@ -179,6 +179,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),
         "results": results,
+        "rivals": wording.RIVALS,
         "said_heading": wording.SAID,
         "settings": _run_settings,
         "tries": _tries_chart(results),

@@ -15,6 +15,12 @@ OF_DEFENCE = ("S36", "S38")
 SAID = "What the figures say of the defence:"
 """What stands above these."""
 
+RIVALS = (
+    "Single members and the average met only attackers who know the model, so a gain over them is "
+    "taken under these attacks: it may differ from the difference of the headlines."
+)
+"""Why a gain is not the difference of two figures of a table."""
+
 PERCENT = "\u00a0%"
 """The sign, on the line of its figure."""
 
