@@ -26,7 +26,7 @@ from redefense.evaluation.statistics import (
     paired_difference,
     wilson,
 )
-from redefense.evaluation.tables import DASH, labels
+from redefense.evaluation.tables import DASH, labels, with_interval
 from report_tools import QUICK, build_run, full_report, q_of
 
 
@@ -137,7 +137,7 @@ def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_pat
     assert weak.over_single.low > 0
     assert wording.verdict(weak).answer == "yes"
     assert wording.verdict(strong).answer == "no"
-    assert "its best single member does better" in wording.verdict(strong).sentence
+    assert "the member chosen on validation images does" in wording.verdict(strong).sentence
     assert wording.verdict(strong).short == "no"
 
 
@@ -147,7 +147,52 @@ def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_
     assert result.alone[1] == max(result.alone)
     verdict = wording.verdict(result)
     assert verdict.answer == "no"
-    assert "the member that is best on these images does better" in verdict.sentence
+    assert "the best member alone does better" in verdict.sentence
+    assert "against the member chosen on validation images" in verdict.sentence
+
+
+def test_tables_show_the_best_member_alone_and_say_which_was_chosen(tmp_path: Path) -> None:
+    run = tmp_path / "red"
+    build_run(run, single=0.3, alone=(0.2, 0.3, 0.4))  # member 1 was chosen, member 2 is better
+    (result,) = join([run])
+    (row,) = rows = summary_table([run])
+    best, chosen = row["best_member_alone"], row["best_single_member"]
+    assert best == max(result.alone) == result.alone[2]
+    assert chosen == result.single == result.alone[1]
+    html, md, table, data = (p.read_text() for p in write_report([run], tmp_path / "report.html"))
+    members = ", ".join(f"{100 * estimate.value:.1f}" for estimate in result.alone)
+    told = f"Alone, the members keep {members}"
+    for text in (html, md, card(run)):
+        assert "best member alone" in text
+        assert "best single member" not in text
+        assert told in text
+        assert "The one chosen on validation images is member 1, counted from 0." in text
+    assert "best member alone (member 2)" in html
+    assert f"| {with_interval(best)} |" in md.replace("\\", "")
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(format_table(rows))
+    beside = f"the one chosen beforehand: red {100 * chosen.value:.1f}"
+    assert beside in " ".join(console.export_text().split())
+    (stored,) = json.loads(data)["results"]
+    assert stored["best_single_member"]["value"] == chosen.value
+    assert stored["best_member_alone"]["value"] == best.value
+    (line,) = [r for r in csv.DictReader(io.StringIO(table)) if r["attack"] == "best-member-alone"]
+    assert float(line["accuracy"]) == pytest.approx(100 * best.value, abs=1e-3)
+
+
+def test_where_one_member_alone_is_known_no_table_claims_more(tmp_path: Path) -> None:
+    build_run(tmp_path / "red", single=0.3)
+    (result,) = join([tmp_path / "red"])
+    assert result.best_alone == result.single
+    assert wording.members_alone(result) == (
+        "Only the member chosen on validation images was attacked alone."
+    )
+    # JSON without records says what every member keeps, and of how many images
+    document = build_run(tmp_path / "own")
+    document["headline"]["single_members"] = [0.3, 0.2, 0.25]
+    (result,) = join([document])
+    assert result.alone[2] == Estimate(0.25, *wilson(90, 360))
+    assert (result.best_alone, result.best_index) == (result.alone[0], 0)
 
 
 def test_members_alone_stand_where_they_stand_in_every_suite(tmp_path: Path) -> None:
@@ -315,7 +360,7 @@ def test_page_answers_the_three_questions_with_the_joined_figures(tmp_path: Path
     row = summary_table([tmp_path / "digits-red"])[0]
     for question in ("How robust is it?", "Against whom?", "Is the randomness worth it?"):
         assert question in text
-    for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
+    for key in ("clean", "unaware", "aware", "best_member_alone", "averaged"):
         estimate = row[key]
         assert f"{100 * estimate.value:.1f}" in text
         assert f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}" in text
@@ -399,7 +444,7 @@ def test_csv_holds_every_figure_in_percent(tmp_path: Path) -> None:
     row = summary_table([tmp_path / "digits-red"])[0]
     (aware,) = [r for r in rows if r["run"] == "digits-red" and r["attack"] == "headline-aware"]
     assert float(aware["accuracy"]) == pytest.approx(100 * row["aware"].value, abs=1e-3)
-    assert len(rows) == 2 * 5 + 5 + 4
+    assert len(rows) == 2 * 6 + 5 + 4
 
 
 def test_terminal_table_shows_every_column_with_its_interval(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
         "clean": "accuracy, untouched images",
         "unaware": "robust accuracy, attacker unaware of the draw",
         "aware": "robust accuracy, attacker aware of it",
-        "best_single_member": "robust accuracy, best single member alone",
+        "best_member_alone": "robust accuracy, best member alone",
         "averaged": "robust accuracy, averaged ensemble",
     }
 )

@@ -371,7 +371,7 @@ def _helps(
     return Check(
         "S38",
         gain.low > 0 and bool(q.mean() > strongest),
-        f"sampled {100 * q.mean():.1f} %, best single member {100 * single.mean():.1f} %; gain "
+        f"sampled {100 * q.mean():.1f} %, chosen single member {100 * single.mean():.1f} %; gain "
         f"{100 * gain.value:+.1f} points, 95 % in [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]; "
         f"best of all on these images {100 * strongest:.1f} %",
     )

@@ -22,6 +22,7 @@ from redefense.evaluation.statistics import (
     fooled_histogram,
     paired_difference,
     success_within,
+    wilson,
 )
 
 TRIES = 10
@@ -45,7 +46,7 @@ class Result:
         unaware: lowest exact expected accuracy over the bounded unaware cells.
         aware: mean over images of the lowest expected correctness over all bounded cells and the
             clean image; both headlines are None without a bounded aware cell.
-        single, averaged: the best single member and the averaged ensemble under attack.
+        single, averaged: the chosen single member and the averaged ensemble under attack.
         alone: every member so attacked; the best of them here may beat the one that was chosen.
         knowing: the ensemble under the aware attacks alone, as its two rivals were attacked.
         over_single, over_averaged, over_alone: `knowing` minus each, paired over images; the
@@ -93,6 +94,17 @@ class Result:
     def num_members(self) -> int | None:
         counts = [len(c.correct) for c in self.cells if c.correct is not None]
         return (counts or [len(self.clean_members)])[0] or None
+
+    @property
+    def best_alone(self) -> Estimate | None:
+        """The member that keeps most of these images; the chosen one where only that is known."""
+        return max(self.alone, key=lambda estimate: estimate.value, default=self.single)
+
+    @property
+    def best_index(self) -> int | None:
+        """Which member that is, from 0."""
+        best = self.best_alone
+        return self.alone.index(best) if self.alone and best is not None else self.single_index
 
     @property
     def bounded(self) -> tuple[Scored, ...]:
@@ -186,7 +198,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         single_index=chosen.best_single_member_index if chosen is not None else None,
         chosen_on=chosen.chosen_on if chosen is not None else None,
         averaged=averaged,
-        alone=tuple(map(accuracy_interval, alone)),
+        alone=_members(home, alone),
         knowing=None if pair.q_knowing is None else accuracy_interval(pair.q_knowing),
         over_single=_over(pair.q_knowing, single_q),
         over_averaged=_over(pair.q_knowing, averaged_q),
@@ -279,6 +291,17 @@ def _alone(home: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
     """(n,) of every member, standing where it stands in all suites that attacked all members."""
     found = [stored.alone for stored in home if stored.alone is not None]
     return list(np.stack(found).min(0)) if found else []
+
+
+def _members(home: Sequence[Stored], alone: Sequence[NDArray[np.float64]]) -> tuple[Estimate, ...]:
+    """Every member alone, from its records, else from what the suites say of it."""
+    if alone:
+        return tuple(map(accuracy_interval, alone))
+    headlines = [stored.evaluation.headline or Headline() for stored in home]
+    stored = [h.single_members for h in headlines if h.single_members]
+    n = home[0].evaluation.data.num_images if home else 0
+    lowest = np.min(stored, axis=0).tolist() if stored else []
+    return tuple(Estimate(share, *wilson(round(share * n), n)) for share in lowest)
 
 
 def _over(q: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> Estimate | None:

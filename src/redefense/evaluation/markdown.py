@@ -38,9 +38,11 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         "",
         wording.RIVALS,
         "",
-        "## Every attack",
-        "",
     ]
+    for name, result in zip(labels(rows), results, strict=True):
+        if told := wording.members_alone(result):
+            parts += [escape_markdown(f"{name}: {told}"), ""]
+    parts += ["## Every attack", ""]
     columns = attack_columns(results)
     body = []
     for name, result in zip(labels(rows), results, strict=True):

@@ -100,6 +100,7 @@ class Headline(_Record):
     best_single_member_interval: tuple[float, float] | None = None
     best_single_member_index: int | None = None
     chosen_on: str | None = None
+    single_members: tuple[float, ...] | None = None
     averaged: float | None = None
     averaged_interval: tuple[float, float] | None = None
 

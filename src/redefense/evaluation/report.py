@@ -178,6 +178,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "histograms": _histograms(results),
         "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),
+        "members_alone": wording.members_alone,
         "results": results,
         "rivals": wording.RIVALS,
         "said_heading": wording.SAID,

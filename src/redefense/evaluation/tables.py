@@ -18,7 +18,7 @@ COLUMNS: Mapping[str, str] = {
     "pgd": "PGD",
     "unaware": "unaware",
     "aware": "aware",
-    "best_single_member": "best single member",
+    "best_member_alone": "best member alone",
     "averaged": "averaged",
 }
 """Keys of a row of `summary_table` and their headings."""
@@ -73,6 +73,7 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "unaware": result.unaware,
                 "aware": result.aware,
                 "best_single_member": result.single,
+                "best_member_alone": result.best_alone,
                 "averaged": result.averaged,
             }
         )
@@ -82,8 +83,9 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
     """One row for each run, threat and set of images.
 
-    Keys are `run`, `threat`, `num_images`, `suites` and those of `COLUMNS`. Each of the latter is
-    an `Estimate` (fractions in [0, 1]) or None where it is unknown.
+    Keys are `run`, `threat`, `num_images`, `suites`, those of `COLUMNS` and `best_single_member`,
+    the member that was chosen beforehand. Each figure is an `Estimate` (fractions in [0, 1]) or
+    None where it is unknown.
 
     Raises:
         DataError: if a run holds no evaluation or a file is damaged.
@@ -123,6 +125,17 @@ def labels_of(results: Sequence[Result]) -> list[str]:
     return labels(summary_rows(results))
 
 
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Beside whom the best member stands: the one chosen beforehand, where that is another one."""
+    told = [
+        f"{name} {percent(row['best_single_member'])}"
+        for name, row in zip(labels(rows), rows, strict=True)
+        if row["best_single_member"] != row["best_member_alone"]
+    ]
+    where = "best member alone: the best on these images; the one chosen beforehand: "
+    return where + ", ".join(told) if told else None
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of `summary_table` for the terminal: print it with rich."""
     threats = sorted({str(row["threat"]) for row in rows})
@@ -134,6 +147,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         title_style="bold",
         pad_edge=False,
         padding=(0, 1, 0, 0),
+        caption=_chosen(rows),
+        caption_justify="left",
     )
     table.add_column("run", no_wrap=True)
     for heading in COLUMNS.values():
@@ -207,6 +222,7 @@ def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
             "headline-unaware": result.unaware,
             "headline-aware": result.aware,
             "best-single-member": result.single,
+            "best-member-alone": result.best_alone,
             "averaged-ensemble": result.averaged,
         }
         rows += [_row(result, name, estimate) for name, estimate in heads.items()]

@@ -55,7 +55,7 @@ def _points(estimate: Estimate) -> str:
 
 
 def verdict(result: Result) -> Verdict:
-    """Sampled members against the best single member and the averaged ensemble, paired.
+    """Sampled members against single members and the averaged ensemble, paired.
 
     On equal terms: all three under the attacks that know the model. A yes asks for more: the
     headline, which faces every attack, must lie above both as well.
@@ -65,9 +65,8 @@ def verdict(result: Result) -> Verdict:
     rivals = [
         (name, figure, gain)
         for name, figure, gain in (
-            ("its best single member", result.single, result.over_single),
+            *_single(result),
             ("the averaged ensemble", result.averaged, result.over_averaged),
-            ("the member that is best on these images", _strongest(result), result.over_alone),
         )
         if figure is not None
     ]
@@ -75,7 +74,7 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="open",
             short="not measured",
-            sentence="Neither the best single member nor the averaged ensemble was attacked.",
+            sentence="Neither a single member nor the averaged ensemble was attacked.",
         )
     gains = [(name, gain) for name, _, gain in rivals if gain is not None]
     if not gains:
@@ -110,11 +109,32 @@ def verdict(result: Result) -> Verdict:
     )
 
 
-def _strongest(result: Result) -> Estimate | None:
-    """The best of the members on the evaluated images, if it is not the one that was chosen."""
-    best = max(result.alone, key=lambda estimate: estimate.value, default=None)
-    chosen = result.single is not None and best is not None and result.single.value >= best.value
-    return None if chosen else best
+def _single(result: Result) -> list[tuple[str, Estimate | None, Estimate | None]]:
+    """The single members to be compared with: name, figure and gain over it."""
+    best, chosen = result.best_alone, (result.single, result.over_single)
+    if not result.alone:
+        return [(f"the member {_chosen_on(result)}", *chosen)]
+    if result.single is not None and best is not None and result.single.value >= best.value:
+        return [("the best member alone", *chosen)]
+    return [
+        (f"the member {_chosen_on(result)}", *chosen),
+        ("the best member alone", best, result.over_alone),
+    ]
+
+
+def _chosen_on(result: Result) -> str:
+    where = "validation images" if result.chosen_on == "validation" else result.chosen_on
+    return f"chosen on {where}" if where else "that was chosen"
+
+
+def members_alone(result: Result) -> str:
+    """What every member keeps without the others, and which was chosen; empty if not attacked."""
+    if not result.alone:
+        return f"Only the member {_chosen_on(result)} was attacked alone." if result.single else ""
+    told = f"Alone, the members keep {', '.join(map(percent, result.alone))}{PERCENT}."
+    if result.single_index is None:
+        return told
+    return f"{told} The one {_chosen_on(result)} is member {result.single_index}, counted from 0."
 
 
 def checks_of(result: Result) -> tuple[list[Check], list[Check]]:
