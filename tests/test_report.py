@@ -126,6 +126,22 @@ def test_summary_of_loaded_json_takes_the_stored_headline(tmp_path: Path) -> Non
     assert row["best_single_member"] == Estimate(0.3)
 
 
+def test_an_unaware_headline_without_records_has_the_interval_of_its_cell(tmp_path: Path) -> None:
+    document = build_run(tmp_path / "red")
+    weak, strong = document["cells"][:2]
+    assert strong["accuracy"]["expected"] < weak["accuracy"]["expected"]
+    document["headline"]["unaware"] = strong["accuracy"]["expected"]
+    (tmp_path / "own.json").write_text(json.dumps(document))
+    (result,) = join([tmp_path / "own.json"])
+    assert result.unaware == Estimate(strong["accuracy"]["expected"], *strong["interval"])
+    assert result.unaware_label == strong["label"]
+    # an aware cell of the same figure is none of it
+    for cell in document["cells"]:
+        cell["aware"] = cell is not weak
+    (result,) = join([document])
+    assert result.unaware == Estimate(strong["accuracy"]["expected"])
+
+
 def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_path: Path) -> None:
     build_run(tmp_path / "weak", single=0.1, averaged=0.05)
     build_run(tmp_path / "strong", single=0.6, averaged=0.05)
@@ -482,6 +498,25 @@ def test_evaluations_of_one_run_are_told_apart_by_as_little_as_needed(tmp_path: 
     assert "red (linf 0.2, 200 images), aware" in page
     assert any(f"<h1>{name}: " in page for name in labels(rows))
     assert len(set(found := re.findall(r"<summary>(.*): each attack", page))) == len(found) == 4
+
+
+def test_rows_of_other_data_are_called_by_it(tmp_path: Path) -> None:
+    build_run(tmp_path / "red")
+    build_run(tmp_path / "large", extra={"data": {"name": "cifar10", "num_images": 360}})
+    runs = [tmp_path / "red", tmp_path / "large"]
+    rows = summary_table(runs)
+    assert labels(rows) == ["red (digits)", "large (cifar10)"]
+    assert labels(rows[:1]) == ["red"]
+    html, md, *_ = write_report(runs, tmp_path / "report.html")
+    (head,) = re.findall(r"^\| run .*$", md.read_text(), re.MULTILINE)[:1]
+    assert head.startswith("| run | data | threat |")
+    assert "| large | cifar10 | linf 0.2 |" in md.read_text()
+    page = html.read_text()
+    assert '<th scope="row" data-value="large">large <small>cifar10</small></th>' in page
+    assert "cifar10, linf 0.2, 360 images, 3 members" in page
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(format_table(rows))
+    assert "large (cifar10)" in console.export_text()
 
 
 def test_the_first_screen_quotes_a_run_where_it_met_most_attacks(tmp_path: Path) -> None:

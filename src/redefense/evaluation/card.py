@@ -76,7 +76,7 @@ def card(
     if name is not None:
         opened, results = name, [replace(result, name=name) for result in results]
     first = results[0]
-    data = first.evaluations[0].data.name
+    data = first.data.name
     method = _settings(first, "defence", "name")
     index = [{"name": first.name, "results": [_index(r) for r in results]}]
     head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
@@ -129,7 +129,7 @@ def _head(data: str, method: str, license_name: str) -> dict[str, Any]:
 
 
 def _index(result: Result) -> dict[str, Any]:
-    data = result.evaluations[0].data
+    data = result.data
     (row,) = tables.summary_rows([result])
     return {
         "task": {"type": "image-classification", "name": f"under attack, {result.threat}"},

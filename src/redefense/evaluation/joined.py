@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from redefense.evaluation.records import (
     AGREE,
     Check,
+    Data,
     Evaluation,
     Headline,
     Scored,
@@ -87,8 +88,12 @@ class Result:
         return tuple(stored.evaluation for stored in self.suites)
 
     @property
+    def data(self) -> Data:
+        return self.evaluations[0].data
+
+    @property
     def num_images(self) -> int:
-        return self.evaluations[0].data.num_images
+        return self.data.num_images
 
     @property
     def num_members(self) -> int | None:
@@ -175,7 +180,7 @@ def _results(run: Sequence[Stored]) -> list[Result]:
 def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
     first = suites[0]
     home = [stored for stored in suites if stored.budget == budget]
-    pair = _joined_headline(suites, cells) or _stored_headline(suites, home)
+    pair = _joined_headline(suites, cells) or _stored_headline(suites, home, cells)
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
     single, single_q, single_from = _beside(home, "single")
     averaged, averaged_q, _ = _beside(home, "averaged")
@@ -259,13 +264,25 @@ def _estimate(value: float | None, interval: tuple[float, float] | None) -> Esti
     return Estimate(value, *interval) if interval is not None else Estimate(value)
 
 
-def _stored_headline(suites: Sequence[Stored], home: Sequence[Stored]) -> _Pair:
+def _stored_headline(
+    suites: Sequence[Stored], home: Sequence[Stored], cells: Sequence[Scored]
+) -> _Pair:
     """What a single suite says of itself: all there is without per-image records."""
     headline = home[0].evaluation.headline if len(suites) == len(home) == 1 else None
     if headline is None:
         return _Pair()
+    unaware = headline.unaware
+    # it is the figure of one cell, and has the interval of that
+    found = [
+        (c.expected, c.label)
+        for c in cells
+        if c.cell.bounded and not c.cell.aware and c.expected is not None
+        if unaware is not None and abs(c.expected.value - unaware) <= AGREE
+    ]
+    estimate, label = next(iter(found), (_estimate(unaware, None), None))
     return _Pair(
-        unaware=_estimate(headline.unaware, None),
+        unaware=estimate,
+        unaware_label=label,
         aware=_estimate(headline.aware, headline.aware_interval),
     )
 

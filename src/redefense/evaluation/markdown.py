@@ -28,9 +28,9 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         "Accuracy in percent, 95 % intervals in brackets.",
         "",
         markdown_table(
-            ["run", "threat", "images", *COLUMNS.values()],
+            ["run", "data", "threat", "images", *COLUMNS.values()],
             [
-                [row["run"], row["threat"], str(row["num_images"])]
+                [row["run"], row["data"], row["threat"], str(row["num_images"])]
                 + [with_interval(row[key]) for key in COLUMNS]
                 for row in rows
             ],

@@ -64,6 +64,7 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": result.name,
+                "data": result.data.name,
                 "threat": result.threat,
                 "num_images": result.num_images,
                 "suites": [stored.evaluation.suite for stored in result.suites],
@@ -83,9 +84,9 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
     """One row for each run, threat and set of images.
 
-    Keys are `run`, `threat`, `num_images`, `suites`, those of `COLUMNS` and `best_single_member`,
-    the member that was chosen beforehand. Each figure is an `Estimate` (fractions in [0, 1]) or
-    None where it is unknown.
+    Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, and
+    `best_single_member`, the member that was chosen beforehand. Each figure is an `Estimate`
+    (fractions in [0, 1]) or None where it is unknown.
 
     Raises:
         DataError: if a run holds no evaluation or a file is damaged.
@@ -96,11 +97,11 @@ def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
 def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each row of `summary_table`, what tells it from other rows of its run; empty if nothing.
 
-    The threat is told of all rows if there are several; images and suites of those only that would
-    be called alike.
+    Data and threat are told of all rows if there are several; images and suites of those only that
+    would be called alike.
     """
-    several = len({row["threat"] for row in rows}) > 1
-    told = [[str(row["threat"])] if several else [] for row in rows]
+    several = [key for key in ("data", "threat") if len({row[key] for row in rows}) > 1]
+    told = [[str(row[key]) for key in several] for row in rows]
     for words in (
         [f"{row['num_images']} images" for row in rows],
         [f"suite {' + '.join(row['suites'])}" for row in rows],
@@ -202,7 +203,7 @@ def _plain(value: object) -> object:
 
 
 def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, object]:
-    data = result.evaluations[0].data
+    data = result.data
     row: dict[str, object] = {
         "run": result.name, "data": data.name, "split": data.split,
         "num_images": data.num_images, "norm": result.norm, "eps": result.eps, "attack": attack,
