@@ -302,6 +302,15 @@ def test_a_damaged_evaluation_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_never_writes_over_what_it_is_about(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(text := json.dumps(build_run(tmp_path / "red")))
+    with pytest.raises(ConfigError, match=r"would write over .*own\.json"):
+        write_report([own], tmp_path / "own.html")
+    assert own.read_text() == text
+    assert not (tmp_path / "own.html").exists()
+
+
 def test_missing_runs_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no run at .*nowhere: `redefense train"):
         summary_table([tmp_path / "nowhere"])

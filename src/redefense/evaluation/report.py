@@ -35,7 +35,8 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
 
     Raises:
         DataError: if a run holds no evaluation or a file is damaged; nothing is written then.
-        ConfigError: if there is no run, or the extra `report` is not installed.
+        ConfigError: if there is no run, if a file to write is one of those to report on, or if the
+            extra `report` is not installed.
     """
     if not run_dirs:
         raise ConfigError("a report needs at least one run")
@@ -49,6 +50,10 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
     }
     if len(texts) < 4:
         raise ConfigError(f"--out must name the HTML page, got {out}")
+    given = {source.resolve() for source in run_dirs if isinstance(source, Path)}
+    for path in texts:
+        if path.resolve() in given:
+            raise ConfigError(f"--out {out} would write over {path}, which the report is about")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         # written aside and renamed: an interrupted report leaves no half page
