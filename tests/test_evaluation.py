@@ -405,6 +405,11 @@ def test_the_headline_is_at_the_threat_of_the_aware_attacks() -> None:
     data = run_suite(subject, Suite(name="two", cells=cells), ThreatConfig(eps=EPS)).data
     assert expected(data) == [0.75, 0.5, 0.75]
     assert data["headline"]["unaware"] == data["headline"]["aware"] == 0.75
+    # and so is what stands beside it
+    hinge = CellSpec(attack="hinge", view="members", threat=far)
+    suite = Suite(name="far", cells=(hinge,), beside=(CellSpec(attack="hinge", view="members"),))
+    found = run_suite(subject, suite, ThreatConfig(eps=EPS)).data["headline"]
+    assert found["aware"] == found["best_single_member"] == found["averaged"] == 0.5
 
 
 def test_an_attacker_may_be_called_aware_who_attacks_the_average() -> None:

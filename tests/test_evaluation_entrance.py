@@ -47,7 +47,7 @@ class Secret(nn.Module):
         self.members, self.rng = nn.ModuleList(members), np.random.default_rng(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        drawn: Tensor = self.members[self.rng.integers(len(self.members))](x)
+        drawn: Tensor = self.members[int(self.rng.integers(len(self.members)))](x)
         return drawn
 
 

@@ -1,6 +1,6 @@
 """What the randomness is compared with: the best single member, and the averaged ensemble.
 
-Both are deterministic, and face the attacks that the suite names for it at the run's own threat.
+Both are deterministic, and face the attacks that the suite names for it at the headline's threat.
 The member is chosen on validation images, whose luck can only make it too weak a rival: so every
 member is attacked on the evaluated images too.
 """

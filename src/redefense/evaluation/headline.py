@@ -8,7 +8,7 @@ import numpy as np
 
 from redefense.evaluation.cells import Cell
 from redefense.evaluation.metrics import Bools, Floats, exact_expectation, worst_case
-from redefense.evaluation.plan import Planned
+from redefense.evaluation.plan import Planned, threat_of
 from redefense.evaluation.statistics import accuracy_interval
 
 
@@ -37,13 +37,13 @@ class Headline:
 
 def headline(plan: Sequence[Planned], records: Mapping[str, Cell], mixture: Floats) -> Headline:
     """Unaware and aware at one threat, that of the aware cells."""
-    threats = {(p.threat.norm, p.threat.eps) for p in plan if p.attack.bounded and p.aware}
-    bounded = [p for p in plan if p.attack.bounded and (p.threat.norm, p.threat.eps) in threats]
+    threat = threat_of(plan)
+    bounded = [p for p in plan if p.attack.bounded and p.threat == threat]
     figures: dict[str, Any] = dict.fromkeys(("unaware", "aware", "aware_interval"))
     corrects = np.stack(
         [records[name].correct for name in (*(p.identity for p in bounded), "clean")]
     )
-    if len(threats) != 1:
+    if threat is None:
         return Headline(figures=figures, corrects=corrects, worst=None)
     q = np.stack([exact_expectation(c, mixture) for c in corrects])
     unaware = [float(q[i].mean()) for i, p in enumerate(bounded) if not p.aware]

@@ -1,6 +1,6 @@
 """A suite made ready to run: cells with their threats, names and attacks, refused if senseless."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,14 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
             identity = f"{identity}-{len(plan)}"
         plan.append(Planned(spec=spec, threat=cell_threat, identity=identity, attack=attack))
     return plan
+
+
+def threat_of(plan: Sequence[Planned]) -> ThreatConfig | None:
+    """The one threat of all bounded aware cells, that of the headline; None if not just one."""
+    threats = {
+        (p.threat.norm, p.threat.eps): p.threat for p in plan if p.attack.bounded and p.aware
+    }
+    return next(iter(threats.values())) if len(threats) == 1 else None
 
 
 def attack_of(spec: CellSpec) -> Attack:

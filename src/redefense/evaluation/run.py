@@ -34,7 +34,7 @@ from redefense.evaluation.measures import (
     member_measures,
 )
 from redefense.evaluation.metrics import Bools, Floats, accuracies, exact_expectation
-from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of
+from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.store import forget, own_images, read_object, write_text
@@ -121,12 +121,13 @@ def run_suite(
     check_plan(subject, suite, threat)
     if subject.workers.count > 1 and store is None:
         raise ConfigError("several processes need a store in which to meet")
-    job = Job(
-        subject=subject, suite=suite, threat=threat, seed=seed, seeds=seeds, store=store,
-        say=say, progress=progress,
-    )  # fmt: skip
     mixture = ensemble.mixture.detach().double().cpu().numpy()
     plan = plan_of(suite, threat, subject.randomized)
+    # single members, the average and the measures stand beside the headline: at its threat
+    job = Job(
+        subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
+        store=store, say=say, progress=progress,
+    )  # fmt: skip
     before = before_run(ensemble, x, y)
     progress.plan(_pieces(job, plan))
     records, repeats = _records(job, plan, mixture)
