@@ -102,10 +102,14 @@ def _digits(name: str) -> Row:
 
 
 def _ablation(
-    name: str, *changes: str, recipe: str = "cifar10-mini-red", minutes: float = 8.0
+    name: str,
+    *changes: str,
+    recipe: str = "cifar10-mini-red",
+    seeds: tuple[int, ...] = (0,),
+    minutes: float = 8.0,
 ) -> Row:
     return Row(
-        name=f"red-{name}", recipe=recipe, changes=changes, wave=2, minutes=minutes,
+        name=f"red-{name}", recipe=recipe, changes=changes, seeds=seeds, wave=2, minutes=minutes,
         evaluations=LEAN,
     )  # fmt: skip
 
@@ -152,7 +156,7 @@ ROWS: Final = (
     VANILLA, AT, RED, OTHER,
     _mini("trs", 15.0), _mini("dverge", 12.0), _mini("ps-red", 9.0), _mini("barre", 8.0),
     _mini("gal", 6.0), _mini("adp", 3.0), _mini("red-at", 14.0),
-    _ablation("no-similarity", "defence.similarity=0"),
+    _ablation("no-similarity", "defence.similarity=0", seeds=(0, 1)),
     _ablation("no-lipschitz", "defence.lipschitz=0"),
     _ablation("neither", "defence.similarity=0", "defence.lipschitz=0"),
     _ablation("released", recipe="cifar10-mini-red-released"),
