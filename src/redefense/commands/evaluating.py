@@ -69,7 +69,10 @@ def evaluate(
 
 
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Evaluated runs.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Evaluated runs, or files of evaluations."),
+    ],
     out: Annotated[Path, typer.Option(help="The page; .md and .csv are put beside it.")] = Path(
         "report.html"
     ),

@@ -31,8 +31,6 @@ def sign_with(private: Path) -> Sign:
         DataError: there is no such file.
     """
     content = _read(private)
-    if (mode := private.stat().st_mode) & 0o077:
-        raise ConfigError(f"{private} may be read by others (mode {mode & 0o777:o}): chmod 600")
     serialization = need("cryptography.hazmat.primitives.serialization", extra="sign")
     kinds = need("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
     try:
@@ -43,6 +41,9 @@ def sign_with(private: Path) -> Sign:
         raise ConfigError(f"{private} holds no private key in PEM form") from None
     if not isinstance(key, kinds.Ed25519PrivateKey):
         raise ConfigError(f"{private} holds another kind of key than Ed25519")
+    # asked last: of a public key, given by mistake, it would be the wrong advice
+    if (mode := private.stat().st_mode) & 0o077:
+        raise ConfigError(f"{private} may be read by others (mode {mode & 0o777:o}): chmod 600")
     sign: Sign = key.sign
     return sign
 
