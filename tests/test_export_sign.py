@@ -203,6 +203,10 @@ def test_a_private_key_that_others_may_read_signs_nothing(keys: tuple[Path, Path
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         sign_with(path)
+    # that would be the wrong advice for a public key, which everybody may read
+    path.write_bytes(keys[1].read_bytes())
+    with pytest.raises(ConfigError, match="holds no private key"):
+        sign_with(path)
 
 
 def test_only_an_ed25519_public_key_is_a_signer(keys: tuple[Path, Path], tmp_path: Path) -> None:
