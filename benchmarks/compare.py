@@ -48,11 +48,11 @@ def seeds_of(name: str, folder: Path) -> list[Claim]:
     Raises:
         ConfigError: if there is none.
     """
-    numbered = {path: path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.json")}
-    paths = sorted((p for p, seed in numbered.items() if seed.isdecimal()), key=lambda p: p.stem)
-    if not paths:
+    seeds = [path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.json")]
+    numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
+    if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
-    return [claims.read(path) for path in paths]
+    return [claims.read(folder / f"{name}-{seed}.json") for seed in numbers]
 
 
 def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row], int]:

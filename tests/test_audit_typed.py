@@ -56,6 +56,32 @@ def test_names_of_attacks_that_ignore_the_draw_do_not_count(tmp_path: Path, atta
     assert beside_pgd(tmp_path, attack)["unaware-only"] == "error"
 
 
+def test_a_random_start_is_no_random_answer_and_a_clean_row_no_attack(tmp_path: Path) -> None:
+    assert attack_key("PGD (rand init)") == attack_key("PGD (rand)") == "pgd"
+    assert attack_key("Auto-PGD") == "apgd"
+    assert {attack_key(n) for n in ("No attack", "benign", "Clean acc.")} == {"clean"}
+    # whatever it means: a row without an eps, beside one with, is no attacker who knew
+    rows = [
+        "clean,87.8,,,10000,8,true", "PGD,51.1,inf,0.03,10000,8,true", "Top-1,86.0,,,10000,8,true",
+    ]  # fmt: skip
+    found = {f.id: f.severity for f in typed(tmp_path, *rows)}
+    assert found["unaware-only"] == "error"
+
+
+@pytest.mark.parametrize(
+    ("eps", "severity"), [("0.03", "note"), ("0.015", "note"), ("0.12", "error")]
+)
+def test_an_aware_attack_excuses_others_of_its_budget_or_a_larger_one(
+    tmp_path: Path, eps: str, severity: str
+) -> None:
+    rows = [
+        "clean,87.8,,,10000,8,true", f"ARC,20.0,inf,{eps},10000,8,true",
+        "APGD,45.0,inf,0.03,10000,8,true", "AutoAttack,60.0,inf,0.03,10000,8,true",
+    ]  # fmt: skip
+    found = {f.id: f.severity for f in typed(tmp_path, *rows)}
+    assert found["autoattack-above-apgd"] == severity
+
+
 @pytest.mark.parametrize("attack", ["adaptive PGD", "OurAttack"])
 def test_of_an_unknown_attack_nobody_can_tell_whether_it_knows_the_draw(
     tmp_path: Path, attack: str

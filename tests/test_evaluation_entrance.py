@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import redefense
+from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
+from redefense.evaluation.cells import check_outputs
 from redefense.evaluation.run import Report
 from redefense.evaluation.suite import SUITES
 from redefense.rng import stream
@@ -59,6 +61,17 @@ def test_a_draw_inside_a_forward_pass_is_refused() -> None:
             evaluate(model)
     # rounding that differs from call to call, as on accelerators, is no draw
     evaluate(Linear(3, change=lambda z: z * (1 + 1e-6 * rng.random())))
+    half = Linear(3, change=lambda z: (z * (1 + 0.008 * rng.random())).bfloat16())
+    assert check_outputs(Independent([half]), IMAGES, LABELS) == 3
+    # small logits, and a class that is never answered, hide no draw
+    for change in (
+        lambda z: 1e-6 * (z + 0.1 * float(rng.normal())) * torch.tensor([1.0, 2.0, 3.0]),
+        lambda z: torch.cat(
+            [z + 0.1 * torch.from_numpy(rng.normal(size=z.shape)), z * -torch.inf], 1
+        ),
+    ):
+        with pytest.raises(InputError, match="in different ways"):
+            check_outputs(Independent([Linear(3, change=change)]), IMAGES, LABELS)
 
 
 def test_outputs_that_are_no_logits_of_equal_classes_are_one_line() -> None:

@@ -309,6 +309,16 @@ def test_a_report_never_writes_over_what_it_is_about(tmp_path: Path) -> None:
         write_report([own], tmp_path / "own.html")
     assert own.read_text() == text
     assert not (tmp_path / "own.html").exists()
+    # nor over a run's record, or an evaluation that lies in the run
+    (tmp_path / "red" / "run.json").write_text("{}")
+    for name in ("run", "evaluation/quick"):
+        before = (tmp_path / "red" / f"{name}.json").read_text()
+        with pytest.raises(ConfigError, match=rf"would write over .*{name}\.json"):
+            write_report([tmp_path / "red"], tmp_path / "red" / f"{name}.html")
+        assert (tmp_path / "red" / f"{name}.json").read_text() == before
+    # its own older self it may
+    write_report([tmp_path / "red"], tmp_path / "report.html")
+    write_report([tmp_path / "red"], tmp_path / "report.html")
 
 
 def test_missing_runs_and_broken_files_are_named(tmp_path: Path) -> None:

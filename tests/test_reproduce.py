@@ -58,6 +58,18 @@ def test_the_command_names_all_that_was_not_the_default(
     assert page == "redefense report wide.json"
 
 
+def test_other_data_than_the_runs_own_are_named(tmp_path: Path) -> None:
+    document = build_run(tmp_path / "red")
+    for spec, said in (
+        ("folder:../mine", "folder:../mine"),
+        (f"npz:{tmp_path}/x.npz", "npz:x.npz"),
+    ):
+        document["provenance"]["data"] = spec
+        (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
+        line, _ = commands(join([tmp_path / "red"]))
+        assert f" --suite quick --data {said} " in line
+
+
 def test_no_command_tells_of_the_machine_or_of_a_run_that_never_was(tmp_path: Path) -> None:
     stored_as(tmp_path / "red", "wide")
     lines = commands(join([tmp_path / "red"]), tmp_path / "page.html")

@@ -17,7 +17,7 @@ def lacking(what: str, package: str, extra: str) -> str:
 
 
 class RedCheckWarning(UserWarning):
-    """A self-check of an evaluation failed: its figures may flatter the defence."""
+    """A self-check of an evaluation failed: read it before you quote a figure."""
 
 
 class RedefenseError(Exception):

@@ -189,6 +189,8 @@ def evaluate_run(
             )  # fmt: skip
         report.data["suite"] = plan.name
         report.data["provenance"]["date"] = started
+        if data is not None and not own:
+            report.data["provenance"]["data"] = data
         if team.first:
             write_text(target, report.to_json())
     return report, target

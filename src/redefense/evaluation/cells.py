@@ -85,8 +85,8 @@ def image_digest(x: Images, y: Labels) -> str:
 
 ASKED: Final = 8
 """How often a member is asked the same: a secret draw among two escapes once in 128."""
-ALIKE: Final = 1e-3
-"""By how much of the largest logit equal questions may differ: rounding, never chance."""
+ALIKE: Final = 8
+"""By how many units of rounding, of the logits' spread, equal answers may differ; at least 1e-3."""
 
 
 def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> int:
@@ -118,8 +118,12 @@ def _classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
         raise InputError(
             f"members must give (B, C) logits of two classes or more, got {got} for B = 1"
         )
-    scale = first.abs().max().clamp_min(1.0)
-    if any(bool((other - first).abs().max() > ALIKE * scale) for other in again):
+    # logits that are not finite are no draw: a masked class, or a fault that S07 names
+    every = torch.stack([first, *again]).float()
+    every = every[:, every.isfinite().all(0)]
+    spread = every.amax() - every.amin() if every.numel() else every.sum()
+    rounding = max(1e-3, ALIKE * torch.finfo(first.dtype).eps)
+    if bool(((every - every[0]).abs() > rounding * spread).any()):
         raise InputError(
             f"member {m} answers the same image in different ways: what is drawn inside a forward "
             "pass cannot be enumerated; give the networks it draws from as a list"

@@ -45,6 +45,8 @@ KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | UNBOUNDED | UNRANKED | AWARE
 
 ALIASES = {
     "natural": "clean", "nat": "clean", "none": "clean", "standard": "clean", "aa": "autoattack",
+    "noattack": "clean", "benign": "clean", "cleanacc": "clean", "cleanaccuracy": "clean",
+    "autopgd": "apgd", "autopgdce": "apgd",
     "candw": "cw", "carliniwagner": "cw", "cwl2": "cw", "mifgsm": "mim", "ifgsm": "bim",
     "difgsm": "di2fgsm", "eot": "eotpgd", "apgdce": "apgd", "apgddlr": "apgdt", "pgdeot": "eotpgd",
     "squareattack": "square", "worst": "worstcase", "fabt": "fab", "transferattack": "transfer",
@@ -63,6 +65,9 @@ def attack_key(name: str) -> str:
     plain = re.sub(telling, r" \1", name.lower()).replace("c&w", "cw")
     plain = re.sub(r"[-_ ](\d+|l[-_]?(inf|[012]))$", "", plain.strip())
     plain = re.sub(r"[^a-z0-9]", "", plain)
+    # a random start is no random answer: of the brackets only AutoAttack's tells
+    first = plain.removesuffix("rand")
+    plain = first if ALIASES.get(first, first) in KNOWN - {"autoattack"} else plain
     plain = re.sub(r"^(pgd|apgd|bim|mim|eotpgd|pgdeot|cw)\d+$", r"\1", plain)
     return ALIASES.get(plain, plain)
 

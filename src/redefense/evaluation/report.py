@@ -52,8 +52,8 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
         raise ConfigError(f"--out must name the HTML page, got {out}")
     given = {source.resolve() for source in run_dirs if isinstance(source, Path)}
     for path in texts:
-        if path.resolve() in given:
-            raise ConfigError(f"--out {out} would write over {path}, which the report is about")
+        if path.resolve() in given or (path.suffix == ".json" and not _is_free(path)):
+            raise ConfigError(f"--out {out} would write over {path}, which is no report")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         # written aside and renamed: an interrupted report leaves no half page
@@ -61,6 +61,17 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     return list(texts)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing lies there but the JSON of an older report: no run, no evaluation."""
+    if not path.exists():
+        return True
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "results" in found
 
 
 def _run_settings(result: Result) -> str:

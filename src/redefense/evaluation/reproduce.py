@@ -18,8 +18,8 @@ PAGE: Final = Path("report.html")
 """Where `redefense report` writes unless told otherwise."""
 
 HOW: Final = (
-    "Typed in the directory where this was made. A run given by an absolute path is called by its "
-    "name alone, and so is a suite of your own; what was evaluated in Python is evaluated there."
+    "Typed in the directory where this was made. Runs, data and suites of your own whose place is "
+    "elsewhere are called by their name alone; what was evaluated in Python is evaluated there."
 )
 
 
@@ -34,14 +34,14 @@ def shown(path: Path) -> str:
 def command(stored: Stored) -> str | None:
     """The command that makes this suite's figures again; None where no run is known."""
     evaluation, plan = stored.evaluation, stored.plan
-    recorded = evaluation.provenance.get("command")
-    if isinstance(recorded, str) and recorded:
-        return " ".join(recorded.split())
     run = _run(stored)
     if run is None:
         return None
     suite = evaluation.suite if evaluation.suite in SUITES else f"{evaluation.suite}.json"
     words = ["redefense", "evaluate", run, "--suite", suite]
+    if isinstance(spec := evaluation.provenance.get("data"), str):
+        kind, _, place = spec.partition(":")
+        words += ["--data", f"{kind}:{shown(Path(place))}" if place else kind]
     images = evaluation.data.num_images if plan is None else plan.images
     words += [] if images is None else ["--images", str(images)]
     norm, eps = stored.budget if plan is None else (plan.threat.norm, plan.threat.eps)

@@ -25,9 +25,17 @@ from redefense.evaluation.names import (
 
 def _contained(group: Group) -> bool:
     """Whether an aware attack stands at or below every other bounded one of a random method."""
-    aware = [c.accuracy for c in group.attacks if c.aware and c.bounded]
-    others = [c.accuracy for c in group.attacks if c.bounded]
-    return bool(group.randomized and aware) and min(aware) <= min(others) + 0.5
+    bounded = [c for c in group.attacks if c.bounded]
+    aware = [c for c in bounded if c.aware]
+
+    def contains(a: Claim, c: Claim) -> bool:
+        """Whether it left no more, with no larger a budget."""
+        smaller = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) <= (c.eps or 0)
+        return (a.budget == c.budget or smaller) and a.accuracy <= c.accuracy + 0.5
+
+    return bool(group.randomized and aware) and all(
+        any(contains(a, c) for a in aware) for c in bounded
+    )
 
 
 def _slack(claims: Sequence[Claim], points: float) -> float:
@@ -163,7 +171,9 @@ def unaware_only(group: Group) -> Iterator[Finding]:
     attacks = [c for c in group.attacks if c.bounded]
     if not group.randomized or not attacks or any(c.aware for c in attacks):
         return
-    unknown = [c for c in attacks if c.aware is None]
+    # a row without an eps, where others state one, is no attack that could have known
+    stated = any(c.eps is not None for c in attacks)
+    unknown = [c for c in attacks if c.aware is None and (c.eps is not None or not stated)]
     strongest = min(attacks, key=lambda c: c.accuracy)
     if unknown:
         why = (
