@@ -2,6 +2,7 @@
 
 python benchmarks/claims.py make RUN... --out claims        from evaluated run directories
 python benchmarks/claims.py table [CLAIM...]                Markdown, one row a claim
+python benchmarks/claims.py report [CLAIM...] --out PAGE    the report page over them
 python benchmarks/claims.py recompute CLAIM --data SPEC     train, evaluate, compare; exit 1
 
 A claim holds the resolved run without paths, the hash of its weights, what its training cost, and
@@ -29,9 +30,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redefense.config import parse_run
 from redefense.errors import DataError, RedefenseError
-from redefense.evaluation.joined import Result, join
-from redefense.evaluation.records import Stored
-from redefense.evaluation.statistics import Estimate, paired_difference
+from redefense.evaluation.joined import TRIES, Result, join
+from redefense.evaluation.records import (
+    Accuracy,
+    Budget,
+    Cell,
+    Check,
+    Clean,
+    Data,
+    Evaluation,
+    Scored,
+    Stored,
+)
+from redefense.evaluation.report import write_pages
+from redefense.evaluation.statistics import (
+    Estimate,
+    accuracy_interval,
+    paired_difference,
+    success_within,
+)
 from redefense.evaluation.suite import SUITES
 from redefense.evaluation.tables import markdown_table, with_interval
 from redefense.hub.pretrained import without_paths
@@ -273,17 +290,16 @@ def planned(stored: Stored) -> Plan:
     Raises:
         DataError: if the evaluation's plan is missing.
     """
-    evaluation = stored.evaluation
-    file = Path(evaluation.clean.per_image or f"{evaluation.suite}/clean.npz").parent.name
-    if stored.folder is None or not (path := stored.folder / file / "plan.json").is_file():
+    plan, file = stored.plan, stored.file
+    if plan is None or file is None or plan.threat.eps is None:
         raise DataError(f"{stored.name}: {file} has no plan.json, so it cannot be recomputed")
-    plan = json.loads(path.read_text())
-    name = plan["suite"]["name"]
-    ours = name in SUITES and SUITES[name].model_dump(mode="json") == plan["suite"]
+    name = plan.suite["name"]
+    ours = name in SUITES and SUITES[name].model_dump(mode="json") == plan.suite
     return Plan(
-        file=file, suite=name if ours else plan["suite"], norm=plan["threat"]["norm"],
-        eps=plan["threat"]["eps"], images=plan["images"], seed=plan["seed"], seeds=plan["seeds"],
-        checks=plan["checks"], provenance=evaluation.provenance,
+        file=file.stem, suite=name if ours else plan.suite,
+        norm="2" if plan.threat.norm == "2" else "inf",
+        eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
+        checks=plan.checks, provenance=stored.evaluation.provenance,
     )  # fmt: skip
 
 
@@ -306,6 +322,82 @@ def write(it: Claim, folder: Path) -> Path:
     path = folder / f"{it.name}.json"
     path.write_text(json.dumps(it.model_dump(mode="json", by_alias=True), indent=1) + "\n")
     return path
+
+
+def result(it: Claim) -> Result:
+    """The headline of a claim as the report shows it, without what a claim does not hold.
+
+    Which members an attack fooled, and what one member keeps of each image, are not held; nor are
+    the self-checks that passed.
+    """
+    found = it.headline
+    cells = tuple(_scored(cell, found) for cell in found.cells)
+    unaware = min(
+        (c for c in cells if c.cell.bounded and not c.cell.aware and c.q is not None),
+        key=lambda c: c.cell.accuracy.expected or 0.0,
+        default=None,
+    )
+    q = found.per_image()
+    knowing = [c.q for c in cells if c.cell.bounded and c.cell.aware and c.q is not None]
+    if found.untouched is not None:
+        knowing.append(unpacked(found.untouched))
+    return Result(
+        name=it.name, norm=found.norm, eps=found.eps,
+        suites=tuple(_evaluation(it, plan) for plan in found.suites), cells=cells,
+        clean=_estimate(found.clean), clean_averaged=None, clean_members=(),
+        unaware=_estimate(found.unaware), unaware_label=None if unaware is None else unaware.label,
+        aware=_estimate(found.aware), single=_estimate(found.best_single_member),
+        single_index=None, chosen_on=None, averaged=_estimate(found.averaged),
+        alone=tuple(figure.estimate for figure in found.alone),
+        knowing=accuracy_interval(np.min(knowing, axis=0)) if knowing else None,
+        over_single=_estimate(found.over_single), over_averaged=_estimate(found.over_averaged),
+        over_alone=_estimate(found.over_alone), fooled=None,
+        tries_aware=None if q is None else success_within(q, TRIES),
+        tries_unaware=(
+            None if unaware is None or unaware.q is None else success_within(unaware.q, TRIES)
+        ),
+        checks=tuple(Check(id=name, passed=False) for name in found.red_checks),
+        notes=("From a claim: which members an attack fooled at once is not kept there.",),
+    )  # fmt: skip
+
+
+def _scored(cell: Attacked, found: Evaluated) -> Scored:
+    low, high = cell.expected.low, cell.expected.high
+    kept = Cell(
+        id=cell.id, attack=cell.attack, view=cell.view, aware=cell.aware, bounded=cell.bounded,
+        repr=cell.repr, accuracy=Accuracy(expected=cell.expected.value),
+        threat=Budget(norm=found.norm, eps=found.eps) if cell.bounded else None,
+        interval=None if low is None or high is None else (low, high),
+    )  # fmt: skip
+    q = None if cell.each is None else unpacked(cell.each)
+    return Scored(cell=kept, suite=" + ".join(map(suite_name, found.suites)), correct=None, q=q)
+
+
+def _evaluation(it: Claim, plan: Plan) -> Stored:
+    evaluation = Evaluation(
+        schema=1, suite=suite_name(plan), run={"name": it.name, **it.run},
+        provenance=plan.provenance, data=Data(**it.headline.data), clean=Clean(),
+    )  # fmt: skip
+    return Stored(
+        name=it.name, source=None, file=None, plan=None, evaluation=evaluation, index=None,
+        clean=Scored(cell=Cell(id="clean", attack="clean"), suite="", correct=None, q=None),
+        cells=(), single=None, averaged=None, alone=None,
+    )  # fmt: skip
+
+
+def suite_name(plan: Plan) -> str:
+    return plan.suite if isinstance(plan.suite, str) else str(plan.suite["name"])
+
+
+def _estimate(found: Figure | None) -> Estimate | None:
+    return None if found is None else found.estimate
+
+
+def report(paths: Sequence[Path], out: Path) -> list[Path]:
+    """The report page over claims, and Markdown, CSV and JSON beside it."""
+    commands = [f"python benchmarks/claims.py recompute {path} --data SPEC" for path in paths]
+    results = [result(read(path)) for path in paths]
+    return write_pages(results, commands, out, paths)
 
 
 COLUMNS: Final = (
@@ -431,6 +523,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     showing = commands.add_parser("table", help="print a Markdown table")
     showing.add_argument("claims", nargs="*", type=Path)
     showing.add_argument("--against", help="name of a claim: add paired differences from it")
+    paging = commands.add_parser("report", help="write the report page over claims")
+    paging.add_argument("claims", nargs="*", type=Path)
+    paging.add_argument("--out", type=Path, required=True)
     checking = commands.add_parser("recompute", help="train, evaluate and compare; exit 1")
     checking.add_argument("claim", type=Path)
     checking.add_argument("--data", required=True, help="e.g. digits or cifar10:PATH")
@@ -455,8 +550,11 @@ def _perform(given: argparse.Namespace) -> int:
             sys.stdout.write(f"{write(made, given.out)}\n")
         return 0
     if given.command == "table":
-        paths = given.claims or sorted(CLAIMS.glob("*.json"))
-        sys.stdout.write(table([read(path) for path in paths], given.against) + "\n")
+        sys.stdout.write(table(list(map(read, _stored(given))), given.against) + "\n")
+        return 0
+    if given.command == "report":
+        for path in report(_stored(given), given.out):
+            sys.stdout.write(f"{path}\n")
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.out or Path(scratch)
@@ -466,6 +564,10 @@ def _perform(given: argparse.Namespace) -> int:
         sys.stdout.write(f"{line}\n")
     sys.stdout.write(f"{given.claim}: {'does not hold' if found else 'holds'}\n")
     return int(bool(found))
+
+
+def _stored(given: argparse.Namespace) -> list[Path]:
+    return given.claims or sorted(CLAIMS.glob("*.json"))
 
 
 if __name__ == "__main__":

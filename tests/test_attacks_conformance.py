@@ -141,7 +141,7 @@ def test_memory_layout_and_label_type_do_not_matter(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_classes_suffice_or_are_refused(name: str) -> None:
     x, y = images(classes=2)
-    if ATTACKS[name].needs_classes > 2:
+    if ATTACKS[name]().least_classes > 2:
         with pytest.raises(ConfigError, match="at least 4 classes"):
             run(name, small_net(0, classes=2), x, y)
     else:
@@ -239,7 +239,7 @@ def directions(count: int) -> Tensor:
     return torch.randn(count, 9, dtype=torch.float64, generator=stream(5, "directions"))
 
 
-BOUNDED = [(n, p) for n, p in CASES if ATTACKS[n].bounded and not ATTACKS[n].needs_classes > 2]
+BOUNDED = [(n, p) for n, p in CASES if ATTACKS[n].bounded and not ATTACKS[n]().least_classes > 2]
 
 
 @pytest.mark.parametrize(("name", "norm"), BOUNDED)

@@ -257,6 +257,9 @@ def test_records_built_to_fail_are_caught(
 def test_what_members_keep_alone_bounds_the_aware_figure_of_every_suite_with_a_draw() -> None:
     check = checked({"h": ("hinge", HALF)}, headline={"aware": 0.5, "single_members": [0.2, 0.4]})
     assert check("B1") == Check("B1", True, "aware 50.0 %, single members allow 30.0 to 60.0 %")
+    for aware, side in ((0.9, "an attack on one member does better"), (0.1, "single members were")):
+        alone = {"aware": aware, "single_members": [0.2, 0.4]}
+        assert side in checked({"h": ("hinge", HALF)}, headline=alone)("B1").detail
     check = checked({"h": ("hinge", HALF)}, headline={"aware": 0.5})
     assert check("B1") == Check("B1", None, "this suite attacks no member alone")
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from redefense.config import override, parse_run
-from redefense.errors import DataError
+from redefense.errors import ConfigError, DataError
 from redefense.evaluation.api import evaluate_run
 from redefense.evaluation.joined import join
+from redefense.evaluation.report import write_report
 from redefense.evaluation.statistics import paired_difference
 from redefense.evaluation.suite import Suite
 from redefense.recipes import recipe
@@ -178,3 +179,28 @@ def test_what_is_no_claim_is_named(
     refused({"evaluations": [{**found, "aware": {"value": 41.2}}]}, "aware.value")
     assert claims.main(["make", str(tmp_path / "nowhere")]) == 3
     assert "claims: no trained run at" in capsys.readouterr().err
+
+
+def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
+    runs: Path, tmp_path: Path
+) -> None:
+    paths = [claims.write(claims.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)]
+    claims.report(paths, tmp_path / "claims.html")
+    write_report([runs / "tiny-0", runs / "tiny-1"], tmp_path / "runs.html")
+    of_claims, of_runs = (
+        json.loads((tmp_path / name).read_text())["results"]
+        for name in ("claims.json", "runs.json")
+    )
+    unknown = {"members_fooled", "notes"}
+    for told, known in zip(of_claims, of_runs, strict=True):
+        assert told["members_fooled"] is None
+        for key in known.keys() - unknown:
+            expected = known[key]
+            if isinstance(expected, list | dict) and key != "suites":
+                values = expected.values() if isinstance(expected, dict) else expected
+                found = told[key].values() if isinstance(expected, dict) else told[key]
+                assert list(found) == pytest.approx(list(values), abs=2e-5), key
+            else:
+                assert told[key] == expected, key
+    with pytest.raises(ConfigError, match="would write over"):
+        claims.report(paths, paths[0].with_suffix(".html"))

@@ -148,3 +148,6 @@ def test_red_checks_of_the_measurement_are_warned_of() -> None:
         evaluate(masked)
     said = {str(w.message).partition(":")[0] for w in caught}
     assert said == red - {"S36", "S38"}
+    assert isinstance(told := caught[-1].message, redefense.RedCheckWarning)
+    assert told.report is not None  # whoever raises warnings keeps the measurement
+    assert told.report.headline == report.headline

@@ -550,6 +550,26 @@ def test_the_first_screen_quotes_a_run_where_it_met_most_attacks(tmp_path: Path)
     assert wording.best(results) is strong
 
 
+def test_the_first_screen_compares_what_is_about_the_same_data_and_budget(tmp_path: Path) -> None:
+    weak = {("pgd", "sampled", False): 0.5, ("hinge", "members", True): 0.2}
+    strong = {("pgd", "sampled", False): 0.95, ("hinge", "members", True): 0.9}
+    build_run(tmp_path / "mine", weak)
+    build_run(tmp_path / "easy", strong, extra={"data": {"name": "other", "num_images": 360}})
+    build_run(tmp_path / "small", strong, eps=0.01)
+    for number in range(7):
+        build_run(tmp_path / f"near-{number}", weak)
+    runs = [tmp_path / name for name in ("mine", "easy", "small")]
+    runs += [tmp_path / f"near-{number}" for number in range(7)]
+    results = join(runs)
+    assert wording.best(results).data.name == "digits"
+    assert wording.best(results).eps == pytest.approx(0.2)
+    told = wording.answers(results)[0].text
+    assert "easy" not in told
+    assert "small" not in told
+    assert f", and {8 - 1 - wording.BESIDE} more below." in told
+    assert "Not compared with it: 2 runs on other data or within another budget." in told
+
+
 def test_other_images_of_one_number_are_told_apart_by_their_suites(tmp_path: Path) -> None:
     for suite in ("quick", "mine"):
         build_run(tmp_path / "red", suite=suite, extra={"data": {

@@ -9,6 +9,11 @@ RedefenseError
     └── Interrupted  stopped by a signal after saving                          exit 130 or 143
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from redefense.evaluation.run import Report
+
 
 def lacking(what: str, package: str, extra: str) -> str:
     """The line for a package that is not installed: who needs it, and the extra that brings it."""
@@ -17,7 +22,15 @@ def lacking(what: str, package: str, extra: str) -> str:
 
 
 class RedCheckWarning(UserWarning):
-    """A self-check of an evaluation failed: read it before you quote a figure."""
+    """A self-check of an evaluation failed: read it before you quote a figure.
+
+    Attributes:
+        report: the whole measurement, for who has warnings raised as errors.
+    """
+
+    def __init__(self, told: str, report: "Report | None" = None) -> None:
+        super().__init__(told)
+        self.report = report
 
 
 class RedefenseError(Exception):

@@ -315,7 +315,6 @@ class APGDT(AutoAscent):
     loss: str = "targeted_dlr"
     preset: str | None = None
 
-    needs_classes: ClassVar[int] = 4
     summary: ClassVar[str] = "auto-PGD towards the nine likeliest wrong classes"
     presets: ClassVar[Presets] = {
         name: {

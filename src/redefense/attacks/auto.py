@@ -45,7 +45,7 @@ class AutoAttack(Attack):
 
     @property
     def least_classes(self) -> int:
-        return 2 if self.preset is None else APGDT.needs_classes
+        return 2 if self.preset is None else APGDT().least_classes
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
@@ -54,7 +54,7 @@ class AutoAttack(Attack):
             return self._published(victim, x, y, threat, rng)
         best = Best.start(x)
         with torch.no_grad():
-            few = victim(x[:1]).shape[1] < APGDT.needs_classes
+            few = victim(x[:1]).shape[1] < APGDT().least_classes
         for attack in (
             APGD(steps=self.steps),
             APGDT(steps=self.steps, loss="targeted_margin" if few else "targeted_dlr"),

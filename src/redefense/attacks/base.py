@@ -60,7 +60,6 @@ class Attack(ABC):
         bounded: the result stays inside the threat's ball.
         norms: the threat norms it can attack in.
         randomized: draws from `rng`.
-        needs_classes: fewest classes its default settings can do with; fewer raise ConfigError.
         summary: one line for `redefense list attacks`.
         presets: published settings by name, see the module's docstring.
     """
@@ -69,7 +68,6 @@ class Attack(ABC):
     bounded: ClassVar[bool] = True
     norms: ClassVar[tuple[float, ...]] = (math.inf, 2.0)
     randomized: ClassVar[bool] = True
-    needs_classes: ClassVar[int] = 2
     summary: ClassVar[str] = ""
     presets: ClassVar[Presets] = {}
 
@@ -91,7 +89,7 @@ class Attack(ABC):
 
     @property
     def least_classes(self) -> int:
-        """Fewest classes that these very settings can do with."""
+        """Fewest classes that these very settings can do with; fewer raise ConfigError."""
         return LEAST_CLASSES.get(getattr(self, "loss", ""), 2)
 
     def check(self) -> None:  # noqa: B027 - not every attack has something to validate

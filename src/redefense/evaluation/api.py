@@ -103,7 +103,8 @@ def evaluate(
         report = run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
-            warnings.warn(f"{check['id']}: {check['detail']}", RedCheckWarning, stacklevel=2)
+            told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)
+            warnings.warn(told, stacklevel=2)
     return report
 
 

@@ -219,10 +219,12 @@ def _bounds(headline: Mapping[str, Any], mixture: NDArray[np.float64], count: in
     low = float(mixture @ np.array(alone))
     high = 1 - float((mixture * (1 - np.array(alone))).max())
     slack = max(1 / count, SEARCH_LUCK)
-    return Check(
-        "B1", low - slack <= aware <= high + slack,
-        f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %",
-    )  # fmt: skip
+    told = f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %"
+    if aware > high + slack:
+        told += ": an attack on one member does better than those on all"
+    elif aware < low - slack:
+        told += ": the attacks on single members were the weaker ones"
+    return Check("B1", low - slack <= aware <= high + slack, told)
 
 
 def _mean(q: Mapping[str, NDArray[np.float64]], name: str) -> float:

@@ -98,7 +98,7 @@ class Result:
     @property
     def num_members(self) -> int | None:
         counts = [len(c.correct) for c in self.cells if c.correct is not None]
-        return (counts or [len(self.clean_members)])[0] or None
+        return (counts or [len(self.clean_members) or len(self.alone)])[0] or None
 
     @property
     def best_alone(self) -> Estimate | None:

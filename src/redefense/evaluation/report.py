@@ -6,7 +6,7 @@ content policy forbids anything else.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from redefense.evaluation.markdown import markdown
 from redefense.evaluation.records import Source
 from redefense.evaluation.tables import format_table, summary_table
 
-__all__ = ["format_table", "summary_table", "write_report"]
+__all__ = ["format_table", "summary_table", "write_pages", "write_report"]
 
 
 def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
@@ -41,7 +41,27 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
     if not run_dirs:
         raise ConfigError("a report needs at least one run")
     results = join(run_dirs)
-    commands = reproduce.commands(results, out)
+    given = [source for source in run_dirs if isinstance(source, Path)]
+    return write_pages(results, reproduce.commands(results, out), out, given)
+
+
+def write_pages(
+    results: Sequence[Result], commands: Sequence[str], out: Path, given: Collection[Path] = ()
+) -> list[Path]:
+    """The same about results that are joined already.
+
+    Args:
+        results: in the order of the rows.
+        commands: that make them again.
+        out: as for `write_report`.
+        given: files that must not be written over.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        ConfigError: as `write_report`.
+    """
     texts = {
         out: html(results, commands),
         out.with_suffix(".md"): markdown(results, commands),
@@ -50,9 +70,9 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
     }
     if len(texts) < 4:
         raise ConfigError(f"--out must name the HTML page, got {out}")
-    given = {source.resolve() for source in run_dirs if isinstance(source, Path)}
+    kept = {path.resolve() for path in given}
     for path in texts:
-        if path.resolve() in given or (path.suffix == ".json" and not _is_free(path)):
+        if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
             raise ConfigError(f"--out {out} would write over {path}, which is no report")
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():

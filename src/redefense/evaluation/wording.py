@@ -144,6 +144,10 @@ def checks_of(result: Result) -> tuple[list[Check], list[Check]]:
     return measured, said
 
 
+BESIDE = 5
+"""Runs that the first screen names beside the best."""
+
+
 def foremost(results: Sequence[Result]) -> list[Result]:
     """Of each run the result to quote: that under most attacks, of those the one on most images."""
 
@@ -154,10 +158,25 @@ def foremost(results: Sequence[Result]) -> list[Result]:
     return [max((r for r in results if r.name == run), key=weight) for run in runs]
 
 
-def best(results: Sequence[Result]) -> Result:
-    """Of the foremost results that whose aware accuracy is highest; the first if none is known."""
+def ranked(results: Sequence[Result]) -> list[Result]:
+    """The foremost results that one may compare, highest aware accuracy first.
+
+    They are about the data and the threat of the first result that has such an accuracy: what is
+    left on other data or within another budget says nothing about these.
+    """
     known = foremost(results)
-    return max(known, key=lambda r: r.aware.value if r.aware is not None else -1.0)
+    first = next((r for r in known if r.aware is not None), known[0])
+    alike = [r for r in known if _about(r) == _about(first)]
+    return sorted(alike, key=lambda r: -1.0 if r.aware is None else r.aware.value, reverse=True)
+
+
+def _about(result: Result) -> tuple[str, str, str, float | None]:
+    return result.data.name, result.data.split, result.norm, result.eps
+
+
+def best(results: Sequence[Result]) -> Result:
+    """The first of the `ranked`; the first of all where none has a headline."""
+    return ranked(results)[0]
 
 
 def _with_interval(estimate: Estimate | None) -> str:
@@ -189,13 +208,14 @@ def answers(results: Sequence[Result]) -> list[Answer]:
         )
         clean = f"; untouched, it answers {percent(top.clean)}{PERCENT}." if top.clean else "."
         how += clean
-    others = [r for r in foremost(results) if r is not top and r.aware is not None]
-    if others and top.aware is not None:
-        how += (
-            " Beside it: "
-            + ", ".join(f"{called[r]} {percent(r.aware)}{PERCENT}" for r in others)
-            + "."
-        )
+    _, *others = [r for r in ranked(results) if r.aware is not None] or [top]
+    if others:
+        told = [f"{called[r]} {percent(r.aware)}{PERCENT}" for r in others[:BESIDE]]
+        more = len(others) - len(told)
+        how += f" Beside it: {', '.join(told)}" + (f", and {more} more below." if more else ".")
+    if (elsewhere := len(foremost(results)) - len(ranked(results))) > 0:
+        runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"
+        how += f" Not compared with it: {runs} on other data or within another budget."
     attackers = len(top.bounded)
     members = f"all {top.num_members} members" if top.num_members else "all members"
     whom = (
