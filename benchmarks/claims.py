@@ -83,6 +83,7 @@ class Attacked(_Data):
     """One cell: the call that rebuilds the attack, and the exact expected accuracy it left.
 
     Attributes:
+        faced: single members and the average met it, too, each for itself.
         each: packed correctness per image, of bounded attacks.
     """
 
@@ -93,6 +94,7 @@ class Attacked(_Data):
     bounded: bool
     repr: str
     expected: Figure
+    faced: bool = False
     each: str | None = None
 
     @property
@@ -239,7 +241,7 @@ def evaluated(result: Result) -> Evaluated:
             Attacked(
                 id=scored.cell.id, attack=scored.cell.attack, view=scored.cell.view,
                 aware=scored.cell.aware, bounded=scored.cell.bounded, repr=scored.cell.repr,
-                expected=estimated,
+                expected=estimated, faced=scored.faced,
                 each=packed(scored.q) if scored.cell.bounded else None,
             )
             for scored in result.cells
@@ -338,8 +340,8 @@ def result(it: Claim) -> Result:
         default=None,
     )
     q = found.per_image()
-    knowing = [c.q for c in cells if c.cell.bounded and c.cell.aware and c.q is not None]
-    if found.untouched is not None:
+    knowing = [c.q for c in cells if c.faced and c.q is not None]
+    if knowing and found.untouched is not None:
         knowing.append(unpacked(found.untouched))
     return Result(
         name=it.name, norm=found.norm, eps=found.eps,
@@ -370,7 +372,8 @@ def _scored(cell: Attacked, found: Evaluated) -> Scored:
         interval=None if low is None or high is None else (low, high),
     )  # fmt: skip
     q = None if cell.each is None else unpacked(cell.each)
-    return Scored(cell=kept, suite=" + ".join(map(suite_name, found.suites)), correct=None, q=q)
+    suite = " + ".join(map(suite_name, found.suites))
+    return Scored(cell=kept, suite=suite, correct=None, q=q, faced=cell.faced)
 
 
 def _evaluation(it: Claim, plan: Plan) -> Stored:

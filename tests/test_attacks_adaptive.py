@@ -13,6 +13,7 @@ from redefense.attacks.adaptive import Hinge, MeanProbPGD, Support, Transfer
 from redefense.attacks.apgd import APGD
 from redefense.attacks.arc import ARC, nearest_boundary
 from redefense.attacks.gradient import PGD
+from redefense.config import construct
 from redefense.ensembles import Independent
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -161,3 +162,21 @@ def test_hinge_fools_both_members_wherever_that_can_be_done() -> None:
     assert hinge > 0.9
     assert hinge > both(ARC(steps=10)) > both(Transfer())
     assert hinge > both(MeanProbPGD())
+
+
+class Pocket(nn.Module):
+    """Right on every image below 0.6, wrong above, with a slope that leads away from there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.flatten(1)
+        margin = torch.where(v < 0.6, 1 + 0.5 * (v - 0.5), 0.5 - v)
+        return torch.cat([margin, torch.zeros_like(v)], dim=1)
+
+
+@pytest.mark.parametrize("name", sorted({"arc", "hinge", "meanprob_pgd", "meanprob_apgd"}))
+def test_a_random_start_that_fools_all_members_is_kept(name: str) -> None:
+    x, y = torch.full((16, 1, 1, 1), 0.5, dtype=torch.float64), torch.zeros(16, dtype=torch.long)
+    x = x + torch.arange(16).view(-1, 1, 1, 1) * 1e-3  # each image has starts of its own
+    attack = construct(ATTACKS[name], {"steps": 1, "restarts": 50}, name)
+    x_adv = attack(Pocket(), x, y, Threat(eps=0.2), rng=stream(0, "attack"))
+    assert (Pocket()(x_adv).argmax(1) != y).all()

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from redefense.errors import InputError
 from redefense.evaluation.statistics import (
     Estimate,
     accuracy_interval,
     bootstrap_mean,
+    exact_expectation,
     fooled_histogram,
     paired_difference,
     success_within,
@@ -154,3 +157,26 @@ def test_more_tries_help_the_attacker_only_where_members_disagree() -> None:
 def test_wrong_arguments_are_refused_by_name(call: Callable[[], object], rule: str) -> None:
     with pytest.raises(InputError, match=rule):
         call()
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=18),
+    n=st.integers(1, 50),
+)
+def test_what_all_members_answer_is_certain_whatever_the_probabilities(
+    weights: list[float], n: int
+) -> None:
+    mixture = np.array(weights) / sum(weights)
+    q = exact_expectation(np.ones((len(weights), n), dtype=bool), mixture)
+    assert q.tolist() == [1.0] * n
+    assert accuracy_interval(q) == Estimate(1.0, *wilson(n, n))
+    half = exact_expectation(np.arange(len(weights))[:, None] % 2 == 0, mixture)
+    assert half[0] == pytest.approx(mixture[::2].sum())
+
+
+def test_an_interval_is_never_surer_than_as_many_images_allow() -> None:
+    # a resample of 40 images misses the only wrong one in a third of all cases
+    nearly = np.r_[np.full(39, 0.999), 0.998]
+    assert accuracy_interval(nearly).low == wilson(40, 40)[0] < bootstrap_mean(nearly, 0)[0]
+    wrong = accuracy_interval(1 - nearly)
+    assert wrong.high == wilson(0, 40)[1]

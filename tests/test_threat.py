@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redefense.attacks.gradient import random_starts
 from redefense.errors import ConfigError
 from redefense.rng import stream
 from redefense.threat import Threat, norms, steepest
@@ -50,9 +51,25 @@ def test_the_box_holds_at_its_corners() -> None:
 @given(seed=st.integers(0, 1000))
 def test_random_starts_lie_in_the_ball_and_reach_far(norm: float, seed: int) -> None:
     uniform = torch.rand(64, 1, 2, 2, dtype=torch.float64, generator=stream(seed))
-    lengths = norms(Threat(norm=norm, eps=0.2).noise(uniform), norm)
+    share = torch.rand(64, dtype=torch.float64, generator=stream(seed, "share"))
+    lengths = norms(Threat(norm=norm, eps=0.2).noise(uniform, share), norm)
     assert float(lengths.max()) <= 0.2 + 1e-12
     assert float(lengths.max()) > 0.15
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_random_starts_lean_to_no_side(norm: float, size: int) -> None:
+    x = (
+        torch.full((4000, 1, size, size), 0.5, dtype=torch.float64)
+        + torch.arange(4000).view(-1, 1, 1, 1) * 1e-6
+    )  # each image has a stream of its own
+    y, threat = torch.zeros(4000, dtype=torch.long), Threat(norm=norm, eps=0.2)
+    moved = (random_starts(x, y, threat, stream(3))() - x).flatten(1)
+    far = norms(moved.view_as(x), norm) > 0.1
+    for some in (far, ~far):
+        deviation = 0.2 / len(moved[some]) ** 0.5
+        assert float(moved[some].mean(0).abs().max()) < 4 * deviation
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -151,6 +151,7 @@ class Independent(Members):
     ) -> None:
         super().__init__(len(members), mixture)
         self.members = nn.ModuleList(members)
+        self.mixture = self.mixture.to(device_of(self.members))
 
     def member(self, m: int) -> nn.Module:
         """Member m itself, sharing its weights with the ensemble."""
@@ -331,6 +332,12 @@ def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
     logits = logits.where((mixture > 0)[:, None, None], 0.0)
     log_probs = F.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
     return torch.logsumexp(log_probs + mixture.log().to(log_probs)[:, None, None], dim=0)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's first parameter lies; the CPU for one without."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def spread_of(ensemble: Ensemble) -> Spread:

@@ -66,13 +66,16 @@ class Threat:
             delta = delta * per_image(shrink, delta)
         return (x + delta).clamp(0.0, 1.0)
 
-    def noise(self, uniform: Tensor) -> Tensor:
-        """A random start from uniform numbers (B, ch, H, W) in [0, 1), inside the ball.
+    def noise(self, uniform: Tensor, share: Tensor | None = None) -> Tensor:
+        """A random start inside the ball: uniform in L-inf, for L2 a uniform cube direction.
 
-        Uniform in the L-inf ball; for L2 a uniform cube direction of uniform radius.
+        Args:
+            uniform: (B, ch, H, W) numbers in [0, 1).
+            share: (B,) numbers in [0, 1), of the radius that an L2 start goes out; all of it
+                without. They must be other numbers, else they would say where the start points.
         """
         cube = 2 * uniform - 1
         if self.norm == math.inf:
             return self.eps * cube
-        radius = self.eps * uniform.flatten(1)[:, 0]
-        return steepest(cube, 2.0) * per_image(radius, cube)
+        out = steepest(cube, 2.0) * self.eps
+        return out if share is None else out * per_image(share, out)

@@ -53,18 +53,27 @@ class ARC(Attack):
     ) -> Images:
         support, best = Support(victim), Best.start(x)
         start = random_starts(x, y, threat, rng)
-        for restart in range(self.restarts):
-            self._rounds(support, best, x if restart == 0 else start(), x, y, threat)
+        with torch.no_grad():
+            clean = support.correct(support.each(x), y)
+        self._rounds(support, best, x, clean, x, y, threat)
+        for _ in range(1, self.restarts):
+            point = start()
+            self._rounds(support, best, point, support.offer(best, point, y), x, y, threat)
         support.offer_clean(best, x, y)
         return best.x
 
     def _rounds(
-        self, support: Support, best: Best, point: Images, x: Images, y: Labels, threat: Threat
+        self,
+        support: Support,
+        best: Best,
+        point: Images,
+        correct: Float[Tensor, " B"],
+        x: Images,
+        y: Labels,
+        threat: Threat,
     ) -> None:
-        """From one point per image, until all members err on it or the rounds are over."""
+        """From one judged point per image, until all members err on it or the rounds are over."""
         rows = torch.arange(len(x), device=x.device)
-        with torch.no_grad():
-            correct = support.correct(support.each(point), y)
         for _ in range(self.steps):
             standing = (best.correct[rows] > 0).nonzero().flatten()
             if len(standing) == 0:

@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Final, NamedTuple, final
+from typing import ClassVar, Final, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ OFFICIAL: Final = "autoattack-official"
 RED_RELEASED: Final = "red-released"
 
 
+Distortion = tuple[Literal["l0", "l2", "linf"], float]
+"""A measure of how far an image was moved, and a limit: an L2 length, say, or a count of pixels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
     """Finds, for each image, a point on which the victim errs; called with a threat and a stream.
@@ -58,6 +62,7 @@ class Attack(ABC):
     Attributes:
         adaptive: is given the ensemble with all its members; a bare module counts as one member.
         bounded: the result stays inside the threat's ball.
+        stated: of an attack that nothing bounds, the distortion at which it is scored.
         norms: the threat norms it can attack in.
         randomized: draws from `rng`.
         summary: one line for `redefense list attacks`.
@@ -66,10 +71,17 @@ class Attack(ABC):
 
     adaptive: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
+    stated: ClassVar[Distortion | None] = None
     norms: ClassVar[tuple[float, ...]] = (math.inf, 2.0)
     randomized: ClassVar[bool] = True
     summary: ClassVar[str] = ""
     presets: ClassVar[Presets] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.bounded != (cls.stated is None):
+            raise TypeError(
+                f"{cls.__name__}: `stated` goes with `bounded = False`, and only with it"
+            )
 
     def __post_init__(self) -> None:
         if (name := getattr(self, "preset", None)) is not None:

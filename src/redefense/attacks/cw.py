@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redefense.attacks.base import RED_RELEASED, TORCHATTACKS, Attack, Presets, input_gradient
+from redefense.attacks.base import (
+    RED_RELEASED,
+    TORCHATTACKS,
+    Attack,
+    Distortion,
+    Presets,
+    input_gradient,
+)
 from redefense.attacks.minimal import in_blocks
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
@@ -238,6 +245,7 @@ class CW(Attack):
     preset: str | None = None
 
     bounded: ClassVar[bool] = False
+    stated: ClassVar[Distortion | None] = ("l2", 0.5)
     randomized: ClassVar[bool] = False
     summary: ClassVar[str] = "smallest L2 change by Adam on distance and margin, c bisected"
     presets: ClassVar[Presets] = {

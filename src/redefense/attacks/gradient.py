@@ -153,14 +153,21 @@ def random_starts(
     x: Images, y: Labels, threat: Threat, rng: Generator, *, of_batch: bool = False
 ) -> Callable[[], Tensor]:
     """Makes random points of the ball, each image from its own stream, or all from `rng`."""
-    if of_batch:
-        eps = threat.eps
-        if threat.norm == math.inf:
-            return lambda: threat.project(x + batch_noise(x, -eps, eps, rng), x)
-        return lambda: threat.project(x + threat.noise(batch_noise(x, 0.0, 1.0, rng)), x)
-    streams = ImageStreams.of(rng, x, y)
-    shape = x.shape[1:]
-    return lambda: threat.project(x + threat.noise(streams.uniform(*shape).to(x.dtype)), x)
+    flat = threat.norm == math.inf
+    if of_batch and flat:
+        return lambda: threat.project(x + batch_noise(x, -threat.eps, threat.eps, rng), x)
+    streams = None if of_batch else ImageStreams.of(rng, x, y)
+
+    def uniform(like: Tensor) -> Tensor:
+        if streams is None:
+            return batch_noise(like, 0.0, 1.0, rng)
+        return streams.uniform(*like.shape[1:]).to(x.dtype)
+
+    def start() -> Tensor:
+        cube = uniform(x)
+        return threat.project(x + threat.noise(cube, None if flat else uniform(y.to(x.dtype))), x)
+
+    return start
 
 
 def check_steps(steps: int, step_size: float, restarts: int = 1) -> None:

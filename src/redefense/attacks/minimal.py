@@ -13,7 +13,14 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from redefense.attacks.base import RED_RELEASED, TORCHATTACKS, Attack, Presets, input_gradient
+from redefense.attacks.base import (
+    RED_RELEASED,
+    TORCHATTACKS,
+    Attack,
+    Distortion,
+    Presets,
+    input_gradient,
+)
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, per_image
@@ -169,6 +176,7 @@ class DeepFool(Attack):
     preset: str | None = None
 
     bounded: ClassVar[bool] = False
+    stated: ClassVar[Distortion | None] = ("l2", 0.5)
     randomized: ClassVar[bool] = False
     summary: ClassVar[str] = "smallest L2 change by steps to the nearest linearised boundary"
     presets: ClassVar[Presets] = {

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.attacks.base import TORCHATTACKS, Attack, Presets
+from redefense.attacks.base import TORCHATTACKS, Attack, Distortion, Presets
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
@@ -247,6 +247,7 @@ class OnePixel(Attack):
     preset: str | None = None
 
     bounded: ClassVar[bool] = False
+    stated: ClassVar[Distortion | None] = ("l0", 1.0)
     summary: ClassVar[str] = "few pixels of any colour by differential evolution, black box"
     presets: ClassVar[Presets] = {TORCHATTACKS: {"steps": 10, "popsize": 10}}
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redefense.attacks.base import TORCHATTACKS, Attack, Presets
+from redefense.attacks.base import TORCHATTACKS, Attack, Distortion, Presets
 from redefense.attacks.pixels import (
     format_of,
     logits_at,
@@ -138,6 +138,7 @@ class Pixle(Attack):
     preset: str | None = None
 
     bounded: ClassVar[bool] = False
+    stated: ClassVar[Distortion | None] = ("l0", 10.0)
     summary: ClassVar[str] = "copies pixels of the image to random places of it, black box"
     presets: ClassVar[Presets] = {
         TORCHATTACKS: {"height": (2, 10), "width": (2, 10), "restarts": 20, "iterations": 10}

@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from redefense.attacks.base import TORCHATTACKS, Attack, Presets, input_gradient
+from redefense.attacks.base import TORCHATTACKS, Attack, Distortion, Presets, input_gradient
 from redefense.attacks.minimal import deepfool, deepfool_published, in_blocks
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
@@ -169,6 +169,7 @@ class SparseFool(Attack):
     preset: str | None = None
 
     bounded: ClassVar[bool] = False
+    stated: ClassVar[Distortion | None] = ("l0", 10.0)
     randomized: ClassVar[bool] = False
     summary: ClassVar[str] = "few changed coordinates by linearised boundaries"
     presets: ClassVar[Presets] = {

@@ -79,7 +79,8 @@ def evaluate(
     ensemble = _ensemble(model, mixture)
     allowed = _config(threat or Threat())
     if isinstance(data, str):
-        subject = _subject(ensemble, load_dataset(data), images, {})
+        place = str(ensemble.mixture.device)
+        subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
     else:
         if not isinstance(data, tuple | list) or len(data) != 2:
             raise InputError(
@@ -96,7 +97,8 @@ def evaluate(
         y = y.long()
         count = len(x) if images is None else images
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
-        subject = Subject(ensemble, x[index], y[index], index, "given images", "given")
+        x, y = (part[index].to(ensemble.mixture.device) for part in (x, y))
+        subject = Subject(ensemble, x, y, index, "given images", "given")
     subject = replace(subject, randomized=ensemble.num_members > 1)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))

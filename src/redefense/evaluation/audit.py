@@ -22,7 +22,7 @@ from typing import Literal
 from redefense.errors import DataError
 from redefense.evaluation.claims import grouped, of_evaluation, read_csv
 from redefense.evaluation.findings import Finding
-from redefense.evaluation.records import Cell, Evaluation, load, parse, read_json
+from redefense.evaluation.records import Cell, Evaluation, evaluations_of, load, parse, read_json
 from redefense.evaluation.rules import findings_of
 
 __all__ = ["Finding", "audit", "exit_code"]
@@ -37,12 +37,10 @@ def audit(path: Path) -> list[Finding]:
         DataError: if the file is missing or cannot be read as one of these.
     """
     if path.is_dir():
-        files = sorted((path / "evaluation").glob("[!.]*.json"))
-        if not files:
-            raise DataError(f"{path} holds no evaluation: run `redefense evaluate {path}` first")
-        found = [finding for file in files for finding in _audit_evaluation(file)]
+        documents = evaluations_of(path)
+        found = [f for file, document in documents.items() for f in _of_document(document, file)]
     elif path.suffix.lower() == ".json":
-        found = _audit_evaluation(path)
+        found = _of_document(read_json(path), path)
     else:
         found = [finding for group in grouped(read_csv(path)) for finding in findings_of(group)]
     return sorted(found, key=lambda finding: finding.severity)  # stable: errors before notes
@@ -53,8 +51,8 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return int(any(finding.severity == "error" for finding in findings))
 
 
-def _audit_evaluation(path: Path) -> list[Finding]:
-    evaluation = parse(read_json(path), str(path))
+def _of_document(document: object, path: Path) -> list[Finding]:
+    evaluation = parse(document, str(path))
     findings = [f for group in grouped(of_evaluation(evaluation)) for f in findings_of(group)]
     findings += _headline(evaluation)
     for cell in evaluation.cells:

@@ -28,7 +28,8 @@ from redefense.evaluation.checks import Check
 from redefense.evaluation.checks_draws import copies, expectation, pinned, planes
 from redefense.evaluation.checks_health import active, climbed, stability
 from redefense.evaluation.checks_sample import SAMPLE, Sample
-from redefense.evaluation.metrics import exact_expectation, worst_case
+from redefense.evaluation.metrics import worst_case
+from redefense.evaluation.statistics import exact_expectation
 from redefense.rng import stream
 from redefense.threat import Threat
 

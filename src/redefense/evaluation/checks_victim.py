@@ -64,7 +64,6 @@ class Asked(Members):
         super().__init__(ensemble.num_members, ensemble.mixture)
         self.ensemble = ensemble
         self.asked: list[int] = []
-        self.to(ensemble.mixture.device)
 
     def logits_of(self, m: int, x: Tensor) -> Tensor:
         self.asked.append(m)

@@ -218,7 +218,9 @@ def of_evaluation(evaluation: Evaluation) -> list[Claim]:
     clean = evaluation.clean
     num_members = len(clean.per_member) or len(evaluation.mixture or ()) or None
     method = str(evaluation.run.get("name") or f"suite {evaluation.suite}")
-    randomized = None if num_members is None else num_members > 1
+    randomized = evaluation.randomized
+    if randomized is None and num_members is not None:  # stored before this was told
+        randomized = num_members > 1
 
     def claim(where: str, attack: str, accuracy: float) -> Claim:
         return Claim(

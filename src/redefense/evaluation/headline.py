@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from redefense.attacks.base import Attack
 from redefense.evaluation.cells import Cell
-from redefense.evaluation.metrics import Bools, Floats, exact_expectation, worst_case
+from redefense.evaluation.metrics import Bools, Floats, worst_case
 from redefense.evaluation.plan import Planned, threat_of
-from redefense.evaluation.statistics import accuracy_interval
+from redefense.evaluation.statistics import accuracy_interval, exact_expectation
 
 
 def interval(q: Floats) -> list[float]:
@@ -28,15 +29,30 @@ class Headline:
         figures: "unaware", "aware" and "aware_interval"; None where the suite cannot know.
         corrects: (A, M, n) every bounded attack at the headline's threat, the clean images last.
         worst: (M, n) the members on the image of the attack that hurts it most; None without pair.
+        equal: (n,) expected correctness under those attacks alone that its rivals without a draw
+            face, too; None if it met none of them.
     """
 
     figures: dict[str, Any]
     corrects: Bools
     worst: Bools | None
+    equal: Floats | None = None
 
 
-def headline(plan: Sequence[Planned], records: Mapping[str, Cell], mixture: Floats) -> Headline:
-    """Unaware and aware at one threat, that of the aware cells."""
+def headline(
+    plan: Sequence[Planned],
+    records: Mapping[str, Cell],
+    mixture: Floats,
+    beside: Sequence[Attack] = (),
+) -> Headline:
+    """Unaware and aware at one threat, that of the aware cells.
+
+    Args:
+        plan: the cells.
+        records: of every cell and "clean".
+        mixture: (M,) sampling probabilities.
+        beside: the attacks that single members and the averaged ensemble face.
+    """
     threat = threat_of(plan)
     bounded = [p for p in plan if p.attack.bounded and p.threat == threat]
     figures: dict[str, Any] = dict.fromkeys(("unaware", "aware", "aware_interval"))
@@ -54,4 +70,7 @@ def headline(plan: Sequence[Planned], records: Mapping[str, Cell], mixture: Floa
         "aware_interval": interval(lowest),
     }
     images = np.arange(q.shape[1])
-    return Headline(figures=figures, corrects=corrects, worst=corrects[q.argmin(0), :, images].T)
+    worst = corrects[q.argmin(0), :, images].T
+    faced = [i for i, p in enumerate(bounded) if p.aware and p.attack in beside]
+    equal = worst_case([q[i] for i in (*faced, -1)]) if faced else None
+    return Headline(figures=figures, corrects=corrects, worst=worst, equal=equal)

@@ -49,7 +49,7 @@ class Result:
             clean image; both headlines are None without a bounded aware cell.
         single, averaged: the chosen single member and the averaged ensemble under attack.
         alone: every member so attacked; the best of them here may beat the one that was chosen.
-        knowing: the ensemble under the aware attacks alone, as its two rivals were attacked.
+        knowing: the ensemble under those attacks alone that its rivals without a draw faced, too.
         over_single, over_averaged, over_alone: `knowing` minus each, paired over images; the
             last one minus the best of `alone`.
         fooled: (M + 1,) images by the number of members fooled at the worst case.
@@ -241,10 +241,12 @@ def _joined_headline(suites: Sequence[Stored], cells: Sequence[Scored]) -> _Pair
     # (M, n): the members' correctness on the image of the attack that hurts it most
     correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
     unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
+    faced = [i for i, c in enumerate(bounded) if c.faced]
+    equal = [*faced, *range(len(bounded), len(qs))]
     pair = _Pair(
         aware=accuracy_interval(qs.min(0)),
         q_aware=qs.min(0),
-        q_knowing=np.delete(qs, unaware, axis=0).min(0),
+        q_knowing=qs[equal].min(0) if faced else None,
         fooled=fooled_histogram(correct.T),
     )
     if not unaware:

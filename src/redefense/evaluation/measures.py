@@ -18,10 +18,11 @@ from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
 from redefense.ensembles import Members, frozen_weights, mean_log_probs
 from redefense.evaluation.cells import Subject
-from redefense.evaluation.metrics import Bools, Floats, exact_expectation
+from redefense.evaluation.metrics import Bools, Floats
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.statistics import (
     accuracy_interval,
+    exact_expectation,
     fooled_histogram,
     success_within,
 )

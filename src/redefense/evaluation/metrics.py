@@ -10,18 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from redefense.evaluation.statistics import exact_expectation
 from redefense.rng import draw_members, stream
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 PROTOCOL_DRAWS = 5
-
-
-def exact_expectation(correct: Bools, mixture: Floats) -> Floats:
-    """(n,) probability that an image is answered right, from (M, n) and (M,)."""
-    q: Floats = mixture @ correct.astype(np.float64)
-    return q
 
 
 def protocol(correct: Bools, mixture: Floats, seed: int, name: str) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from redefense.errors import DataError
-from redefense.evaluation.statistics import Estimate, accuracy_interval
+from redefense.evaluation.statistics import Estimate, accuracy_interval, exact_expectation
 
 Source = Path | Mapping[str, Any]
 """A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
@@ -135,6 +135,7 @@ class Evaluation(_Record):
     headline: Headline | None = None
     checks: tuple[Check, ...] = ()
     mixture: tuple[float, ...] | None = None
+    randomized: bool | None = None
     transfer: tuple[tuple[float | None, ...], ...] | None = None
     curve: tuple[tuple[float, ...], ...] | None = None
     diversity: dict[str, Any] | None = None
@@ -148,12 +149,14 @@ class Scored:
     Attributes:
         correct: (M, n) correctness of every member; None where only the summary is known.
         q: (n,) exact expected correctness, the mixture-weighted mean of `correct`.
+        faced: single members and the averaged ensemble met this very attack, each for itself.
     """
 
     cell: Cell
     suite: str
     correct: NDArray[np.bool_] | None
     q: NDArray[np.float64] | None
+    faced: bool = False
 
     @property
     def expected(self) -> Estimate | None:
@@ -293,7 +296,7 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
     n = evaluation.data.num_images
     if correct.ndim != 2 or correct.shape[1] != n:
         raise DataError(f"records of {cell.id} have shape {correct.shape}, expected (M, {n})")
-    q = _mixture(evaluation, len(correct)) @ correct.astype(np.float64)
+    q = exact_expectation(correct, _mixture(evaluation, len(correct)))
     stored = cell.accuracy.expected
     if stored is not None and abs(float(q.mean()) - stored) > AGREE:
         raise DataError(
@@ -310,6 +313,20 @@ def _plan(file: Path | None) -> Plan | None:
     return _valid(Plan, read_json(path), f"{path} is not a valid plan")
 
 
+def _faced(evaluation: Evaluation, plan: Plan | None) -> list[bool]:
+    """Which cells the rivals without a draw faced, too: all aware ones where no plan tells."""
+    cells = evaluation.cells
+    if plan is None or len(specs := plan.suite.get("cells", ())) != len(cells):
+        return [cell.aware for cell in cells]
+    beside = [_call(spec) for spec in plan.suite.get("beside", ())]
+    pairs = zip(cells, specs, strict=True)
+    return [cell.aware and _call(spec) in beside for cell, spec in pairs]
+
+
+def _call(spec: Mapping[str, Any]) -> tuple[object, object]:
+    return spec.get("attack"), spec.get("settings") or {}
+
+
 def _stored(
     name: str, evaluation: Evaluation, source: Path | None = None, file: Path | None = None
 ) -> Stored:
@@ -323,6 +340,7 @@ def _stored(
     )
     clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
     arrays = [_arrays(folder, cell.per_image) for cell in evaluation.cells]
+    plan = _plan(file)
     clean = _arrays(folder, clean_file)
     # an evaluation written under another name keeps its records under that name
     beside_file = str(PurePosixPath(clean_file).with_name("beside.npz"))
@@ -340,13 +358,15 @@ def _stored(
         name=name,
         source=source,
         file=file,
-        plan=_plan(file),
+        plan=plan,
         evaluation=evaluation,
         index=indices[0].astype(np.int64) if indices else None,
         clean=_scored(evaluation, clean_cell, clean),
         cells=tuple(
-            _scored(evaluation, cell, a)
-            for cell, a in zip(evaluation.cells, arrays, strict=True)
+            replace(_scored(evaluation, cell, a), faced=faced)
+            for cell, a, faced in zip(
+                evaluation.cells, arrays, _faced(evaluation, plan), strict=True
+            )
             if cell.attack != "clean"
         ),
         single=beside["single"].astype(np.float64) if "single" in beside else None,
@@ -377,16 +397,23 @@ def load(source: Source, position: int = 1) -> list[Stored]:
         raise DataError(
             f"there is no run at {source}: `redefense train RECIPE --out {source}` first"
         )
-    folder = source / "evaluation"
-    found = {path: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
-    stored = [
+    return [
         _stored(source.resolve().name, parse(document, str(path)), source, path)
-        for path, document in found.items()
-        if _is_evaluation(document)
+        for path, document in evaluations_of(source).items()
     ]
-    if not stored:
-        raise DataError(f"{source} holds no evaluation: run `redefense evaluate {source}` first")
-    return stored
+
+
+def evaluations_of(run: Path) -> dict[Path, object]:
+    """The evaluations of a run as JSON, in the order of their file names.
+
+    Raises:
+        DataError: if there is none, or a file cannot be read.
+    """
+    found = {path: read_json(path) for path in sorted((run / "evaluation").glob("[!.]*.json"))}
+    evaluations = {path: document for path, document in found.items() if _is_evaluation(document)}
+    if not evaluations:
+        raise DataError(f"{run} holds no evaluation: run `redefense evaluate {run}` first")
+    return evaluations
 
 
 def load_all(sources: Iterable[Source]) -> list[Sequence[Stored]]:

@@ -5,8 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -33,10 +32,11 @@ from redefense.evaluation.measures import (
     joint_measures,
     member_measures,
 )
-from redefense.evaluation.metrics import Bools, Floats, accuracies, exact_expectation
-from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
+from redefense.evaluation.metrics import Bools, Floats, accuracies
+from redefense.evaluation.plan import Job, Planned, Say, attack_of, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
+from redefense.evaluation.statistics import exact_expectation
 from redefense.evaluation.store import forget, own_images, read_object, write_text
 from redefense.evaluation.suite import Suite
 from redefense.types import check_images, check_labels
@@ -132,7 +132,7 @@ def run_suite(
     progress.plan(_pieces(job, plan))
     records, repeats = _records(job, plan, mixture)
     others = beside(job)
-    found = headline(plan, records, mixture)
+    found = headline(plan, records, mixture, [attack_of(spec) for spec in suite.beside])
     data = _facts(job, made, records["clean"], mixture) | {
         "cells": [
             _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed)
@@ -150,7 +150,15 @@ def run_suite(
     single = others.single if others is not None else None
     done = [
         *before,
-        *after_run(data, records, mixture, worst=found.worst, single=single, log=subject.drift),
+        *after_run(
+            data,
+            records,
+            mixture,
+            worst=found.worst,
+            equal=found.equal,
+            single=single,
+            log=subject.drift,
+        ),
         *(full_checks(subject, data, records, seed) if checks == "full" else ()),
     ]
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
@@ -173,6 +181,7 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
             "sha256": image_digest(subject.x, subject.y),
         },
         "mixture": mixture.tolist(),
+        "randomized": subject.randomized,
         "clean": {
             "expected": accuracy["expected"],
             "averaged": accuracy["averaged"],
@@ -263,8 +272,8 @@ def _cell_json(
         "seconds": round(cell.seconds, 3),
         "per_image": f"{suite.name}/{identity}.npz",
     }
-    if not attack.bounded:
-        norm, limit = STATED[spec.attack]
+    if attack.stated is not None:
+        norm, limit = attack.stated
         found["stated"] = {
             "norm": norm,
             "limit": limit,
@@ -278,18 +287,6 @@ def _cell_json(
             "sd": float(np.std(every, ddof=1)),
         }
     return found
-
-
-STATED: Final[Mapping[str, tuple[str, float]]] = MappingProxyType(
-    {
-        "cw": ("l2", 0.5),
-        "deepfool": ("l2", 0.5),
-        "sparsefool": ("l0", 10.0),
-        "onepixel": ("l0", 1.0),
-        "pixle": ("l0", 10.0),
-    }
-)
-"""The distortion at which an attack that nothing bounds is scored: an L2 length, or pixels."""
 
 
 def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) -> float:

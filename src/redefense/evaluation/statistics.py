@@ -115,6 +115,15 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
     return Estimate(float(difference.mean()), max(-1.0, centre - half), min(1.0, centre + half))
 
 
+def exact_expectation(
+    correct: NDArray[np.bool_], mixture: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n,) probability that an image is answered right, from (M, n) and (M,)."""
+    q: NDArray[np.float64] = mixture @ correct.astype(np.float64)
+    # probabilities whose sum is 1 up to an ulp must not make a certain answer more than certain
+    return np.where(q > 1 - 1e-12, 1.0, q)
+
+
 def fooled_histogram(correct: NDArray[np.bool_]) -> NDArray[np.int64]:
     """(M + 1,) number of images that fool 0, 1, ... M members, from correctness (M, n)."""
     histogram: NDArray[Any] = np.bincount((~correct).sum(0), minlength=len(correct) + 1)

@@ -57,7 +57,7 @@ def _points(estimate: Estimate) -> str:
 def verdict(result: Result) -> Verdict:
     """Sampled members against single members and the averaged ensemble, paired.
 
-    On equal terms: all three under the attacks that know the model. A yes asks for more: the
+    On equal terms: all three under the same attacks that know the model. A yes asks for more: the
     headline, which faces every attack, must lie above both as well.
     """
     if result.num_members == 1:
@@ -86,7 +86,7 @@ def verdict(result: Result) -> Verdict:
             "per-image records the difference has no interval.",
         )
     told = ", ".join(f"{_points(gain)} against {name}" for name, gain in gains)
-    equal = f"Under the attacks that know the model it keeps {_with_interval(result.knowing)}"
+    equal = f"Under the very attacks that these met it keeps {_with_interval(result.knowing)}"
     worse = [name for name, gain in gains if gain.high is not None and gain.high < 0]
     if worse:
         return Verdict(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Members, Sampled, frozen_weights
+from redefense.ensembles import Members, Sampled, device_of, frozen_weights
 from redefense.errors import ConfigError, InputError
 from redefense.types import check_images
 
@@ -37,7 +37,7 @@ def to_foolbox(model: nn.Module, *, device: Any = None) -> Any:
     """
     foolbox = _library("foolbox", "foolbox")
     view = _view(model)
-    where = device if device is not None else _device(view)
+    where = device if device is not None else device_of(view)
     return foolbox.PyTorchModel(view.eval(), bounds=(0, 1), device=where)
 
 
@@ -62,7 +62,7 @@ def to_art(model: nn.Module, *, shape: Sequence[int], num_classes: int) -> Any:
         input_shape=tuple(shape),
         nb_classes=num_classes,
         clip_values=(0.0, 1.0),
-        device_type="cpu" if _device(view).type == "cpu" else "gpu",
+        device_type="cpu" if device_of(view).type == "cpu" else "gpu",
     )
 
 
@@ -116,11 +116,6 @@ def _has_gradient(model: nn.Module, images: Tensor) -> bool:
 
 def _view(model: nn.Module) -> nn.Module:
     return model.sampled(per="image") if isinstance(model, Members) else model
-
-
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _library(module: str, package: str) -> ModuleType:
