@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from redefense.data import Dataset, load_dataset
 from redefense.defences import Stage
 from redefense.defences.vanilla import Vanilla
 from redefense.ensembles import Independent
-from redefense.errors import ConfigError, Interrupted, TrainingError
+from redefense.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from redefense.models import build
 from redefense.recipes import recipe
 from redefense.rng import stream
@@ -95,7 +96,9 @@ class _Given:
 
 
 @pytest.mark.parametrize("moment", [0.2, 0.6])
-def test_a_killed_process_loses_at_most_an_interval(tmp_path: Path, moment: float) -> None:
+def test_a_killed_process_loses_at_most_an_interval(
+    tmp_path: Path, moment: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tiny("vanilla", "epochs=60", "batch_size=64", "data.images=128")
     whole = tmp_path / "whole"
     begun = time.monotonic()
@@ -113,8 +116,14 @@ def test_a_killed_process_loses_at_most_an_interval(tmp_path: Path, moment: floa
     time.sleep(moment * seconds)
     process.kill()
     process.wait()
+    kept, ended = latest(checkpoints, pytest.fail), (tmp_path / "killed" / "final").is_dir()
     train(run, tmp_path / "killed", resume=True, quiet=True)
     assert_same_bits(weights(whole), weights(tmp_path / "killed"))
+    told = capsys.readouterr().err
+    if ended:
+        assert "is finished" in told
+    elif kept is not None:
+        assert f"going on from {kept.path.name}" in told
 
 
 def test_resuming_a_folder_without_a_checkpoint_starts_over(tmp_path: Path) -> None:
@@ -159,6 +168,64 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         train(tiny("vanilla"), tmp_path / "other", quiet=True)
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_goes_on_from_any_folder_without_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").write_text("from the shell")
+    train(tiny("vanilla"), tmp_path / "run", resume=True, quiet=True)
+    train(tiny("vanilla"), tmp_path / "whole", quiet=True)
+    assert_same_bits(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert (tmp_path / "run" / "log.txt").read_text() == "from the shell"
+    with pytest.raises(ConfigError, match=r"must name a folder, and .*log\.txt is a file"):
+        train(tiny("vanilla"), tmp_path / "run" / "log.txt", quiet=True)
+
+
+def test_a_damaged_end_is_made_again_from_the_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train(tiny("vanilla"), out, quiet=True)
+    before = weights(out)
+    end = out / "final" / "weights.safetensors"
+    end.write_bytes(end.read_bytes()[:-1])
+    train(tiny("vanilla"), out, resume=True, quiet=True)
+    told = capsys.readouterr().err
+    assert "is damaged" in told
+    assert "nothing to do" not in told
+    assert_same_bits(weights(out), before)
+    end.write_bytes(end.read_bytes()[:-1])
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(CheckpointError, match="final is damaged"):
+        train(tiny("vanilla"), out, resume=True, quiet=True)
+
+
+def test_other_data_are_another_run_and_the_same_elsewhere_are_not(tmp_path: Path) -> None:
+    digits = load_dataset("digits")
+    for name, turned in (("same", False), ("other", True)):
+        arrays = {}
+        for split in ("train", "test"):
+            part = getattr(digits, split)
+            x = part.take(torch.arange(len(part))).numpy().transpose(0, 2, 3, 1)
+            arrays |= {f"x_{split}": x[:, ::-1] if turned else x, f"y_{split}": part.labels.numpy()}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    here, there, other = (tmp_path / name for name in ("same.npz", "moved.npz", "other.npz"))
+    shutil.copy(here, there)
+    out, begun = tmp_path / "run", tmp_path / "begun"
+    train(tiny("vanilla", f"data.spec=npz:{here}"), out, quiet=True)
+    elsewhere = tiny("vanilla", f"data.spec=npz:{there}")
+    wrong = tiny("vanilla", f"data.spec=npz:{other}")
+    train(elsewhere, out, resume=True, quiet=True)
+    begun.mkdir()
+    shutil.copy(out / "run.json", begun)  # killed before its first checkpoint
+    for folder in (out, begun):
+        with pytest.raises(ConfigError, match="holds another run"):
+            train(wrong, folder, resume=True, quiet=True)
+    shutil.rmtree(out / "final")
+    with pytest.raises(ConfigError, match="holds another run"):
+        train(wrong, out, resume=True, quiet=True)
+    train(elsewhere, out, resume=True, quiet=True)
+    assert (out / "final").is_dir()
 
 
 def test_training_never_reads_the_test_split(

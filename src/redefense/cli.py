@@ -15,8 +15,9 @@ app = typer.Typer(
     help="Train, attack, measure and deploy robust classifier ensembles, above all random ones.",
     no_args_is_help=True,
     add_completion=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command()(training.train)
 app.command()(evaluating.evaluate)
@@ -30,10 +31,14 @@ app.command()(training.materialise)
 app.command()(deploying.export)
 app.command()(deploying.verify)
 app.command()(serving.serve)
-data_app = typer.Typer(help="Look at data before using it.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Look at data before using it.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 data_app.command("check")(looking.data_check)
-bench_app = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(bench_app, name="bench")
 bench_app.command("attacks")(measuring.bench_attacks)
 bench_app.command("inference")(measuring.bench_inference)
@@ -83,7 +88,8 @@ def main() -> None:
         traceback.print_exc()
         typer.echo(
             "redefense: unless you changed redefense or added to it, this is a defect of ours; "
-            "please report it with the text above",
+            "please report it, with the text above, among the issues of the repository that you "
+            "got redefense from",
             err=True,
         )
         raise SystemExit(70) from None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.objectives import LEAST_CLASSES, margin
-from redefense.ensembles import as_ensemble, frozen_weights
+from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
 from redefense.errors import ConfigError
 from redefense.threat import Threat
 from redefense.types import (
@@ -55,9 +55,8 @@ Distortion = tuple[Literal["l0", "l2", "linf"], float]
 class Attack(ABC):
     """Finds, for each image, a point on which the victim errs; called with a threat and a stream.
 
-    Attacks run in the mode the victim is in and never change it: put the victim in eval mode
-    first, or its batch norm will learn from the attack. Nothing else is left behind: parameter
-    gradients, `requires_grad` flags and the global generators are as before.
+    Attacks run in the mode the victim is in and never change it. Nothing is left behind: parameter
+    gradients, `requires_grad` flags, running moments and the global generators are as before.
 
     Attributes:
         adaptive: is given the ensemble with all its members; a bare module counts as one member.
@@ -136,7 +135,12 @@ class Attack(ABC):
         if threat.norm not in self.norms:
             known = ", ".join(f"{n:g}" for n in self.norms)
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
-        with torch.inference_mode(False), torch.no_grad(), frozen_weights(victim):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            frozen_weights(victim),
+            frozen_statistics(victim),
+        ):
             x = x.detach().clone() if x.is_inference() else x.detach()
             y = (y.clone() if y.is_inference() else y).long()
             try:

@@ -127,7 +127,7 @@ def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Set
     if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
         refuse("shape must be a list of numbers")
     if len(shape) != 4 or tuple(shape[1:]) != model.shape or shape[0] < 1:
-        refuse(f"shape must be [number of images, {', '.join(map(str, model.shape))}]")
+        refuse(f"shape must be [number of images, {', '.join(map(str, model.shape))}], got {shape}")
     if shape[0] > settings.max_batch:
         refuse(f"at most {settings.max_batch} images a request, got {shape[0]}", 413)
     size = _parameters(tensor).get("binary_data_size")
@@ -176,7 +176,8 @@ def _checked(values: NDArray[Any], datatype: str) -> Floats:
     bound = 255 if datatype == "UINT8" else 1
     # NaN compares false with everything, so this also catches it
     if not (low >= 0 and high <= bound):
-        refuse(f"{datatype} images must be finite and lie in [0, {bound}]")
+        found = f"found {low:g} to {high:g}"
+        refuse(f"{datatype} images must be finite and lie in [0, {bound}], {found}")
     images = values.astype(np.float32)
     return images / np.float32(255) if datatype == "UINT8" else images
 

@@ -24,6 +24,7 @@ from redefense.train.checkpoint import (
     latest,
     optimizer_tensors,
     prune,
+    read,
     restore_optimizer,
     save,
     step_folder,
@@ -36,7 +37,6 @@ from redefense.train.loading import (
     Signature,
     find_final,
     fresh,
-    load,
     load_checkpoint,
     load_weights,
     resolve,
@@ -94,10 +94,15 @@ def _train(
         check_apart(kind, stages)
         _check_mesh(team, run, defence, kind.num_members)
     begun = team.first_does(lambda: _claim(run, out, resume))
-    if team.first_does(lambda: _is_finished(out)):
-        return load(out, device=device)
+    final = team.first_does(lambda: _finished(out) if begun is not None else None)
+    if final is not None and begun == run.data.spec:
+        return _loaded(final, out, device, team)
     dataset = _load_data(run, team, download, progress=not quiet)
     signature = Signature.of(dataset)
+    if final is not None:
+        with team.agreed():
+            _check_data(run, out, begun, final, signature)
+        return _loaded(final, out, device, team)
     train_split, validation, _ = train_validation(dataset, run.data.validation)
     with team.agreed():
         loader = Loader(
@@ -118,12 +123,14 @@ def _train(
     ensemble = fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
     check_weights(team, ensemble)
-    checkpoint = team.first_does(lambda: latest(out / "checkpoints", note) if begun else None)
+    checkpoint = team.first_does(
+        lambda: latest(out / "checkpoints", note) if begun is not None else None
+    )
     position, totals = Position(), {}
     with team.agreed():
+        if begun is not None:
+            _check_data(run, out, begun, checkpoint, signature)
         if checkpoint is not None:
-            if checkpoint.state["data"]["checksum"] != signature.checksum:
-                raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
             load_weights(ensemble, checkpoint)
             position = Position(**checkpoint.state["position"])
             totals = checkpoint.state["totals"]
@@ -156,11 +163,50 @@ def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> Non
         )
 
 
-def _is_finished(out: Path) -> bool:
+def _finished(out: Path) -> Checkpoint | None:
+    """The end of the run; None if it is not reached, or damaged with a checkpoint to go on from.
+
+    Raises:
+        CheckpointError: if the end is damaged and all before it, too.
+    """
     if not (out / "final").is_dir():
-        return False
-    note(f"{out} is finished; nothing to do")
-    return True
+        return None
+    try:
+        return read(out / "final")
+    except CheckpointError as error:
+        if latest(out / "checkpoints", note) is None:
+            raise
+        note(f"{error}; trying the one before it")
+        return None
+
+
+def _loaded(final: Checkpoint, out: Path, device: str, team: Mesh) -> Members:
+    if team.first:
+        note(f"{out} is finished; nothing to do")
+    return load_checkpoint(final, device=device)
+
+
+def _check_data(
+    run: Run, out: Path, stored: str | None, checkpoint: Checkpoint | None, signature: Signature
+) -> None:
+    """Refuse to go on with other data than before, wherever they lie today.
+
+    A checkpoint knows the checksum of its data; without one the specification that the run began
+    with, `stored`, must be the same.
+
+    Raises:
+        ConfigError: if the run names other data.
+        DataError: if its data have changed where they lie.
+    """
+    if checkpoint is None:
+        if stored != run.data.spec:
+            raise ConfigError(f"{out} holds another run (it differs in data, which is {stored})")
+        return
+    if checkpoint.state["data"]["checksum"] == signature.checksum:
+        return
+    if stored != run.data.spec:
+        raise ConfigError(f"{out} holds another run: {run.data.spec} is not its data, {stored}")
+    raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
 
 
 def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
@@ -329,11 +375,20 @@ def accuracy(ensemble: Members, split: Split, batch_size: int) -> float:
     return float(right) / count
 
 
-def _claim(run: Run, out: Path, resume: bool) -> bool:
-    """Whether `out` holds a beginning of this very run; refuses anything else that is there."""
+def _claim(run: Run, out: Path, resume: bool) -> str | None:
+    """The data specification of the beginning of this very run in `out`; None if there is none.
+
+    Raises:
+        ConfigError: for another run, for anything else that is there unless `resume`, or if `out`
+            is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must name a folder, and {out} is a file")
     if not out.exists() or all(path.name.startswith(UNWRITTEN) for path in out.iterdir()):
-        return False
+        return None
     if not (out / "run.json").is_file():
+        if resume:  # killed before it began: whatever lies there is not of a run
+            return None
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
     if not resume:
         raise ConfigError(f"{out} already holds a run; use --resume or another --out")
@@ -345,6 +400,7 @@ def _claim(run: Run, out: Path, resume: bool) -> bool:
     stored, wanted = (
         json.loads(to_json(it)) for it in (resolve(parse_run(record, f"{out}/run.json"))[0], run)
     )
+    spec = str(stored["data"]["spec"])
     # the same data, or members to start from, may lie elsewhere today: checksums are compared
     for settings in (stored, wanted):
         with contextlib.suppress(KeyError, TypeError):
@@ -354,7 +410,7 @@ def _claim(run: Run, out: Path, resume: bool) -> bool:
     if stored != wanted:
         keys = [k for k in wanted if stored.get(k) != wanted[k]]
         raise ConfigError(f"{out} holds another run (it differs in {', '.join(keys)})")
-    return True
+    return spec
 
 
 def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
