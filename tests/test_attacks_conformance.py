@@ -119,6 +119,19 @@ def test_no_side_effects(name: str) -> None:  # S05
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_network_in_train_mode_learns_nothing_from_an_attack(name: str) -> None:  # S05
+    x, y = images()
+    head = small_net(0)
+    net = nn.Sequential(nn.BatchNorm2d(x.shape[1]).double(), head).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    run(name, net, x, y)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    net(x)
+    assert net.state_dict()["0.num_batches_tracked"] == 1, "the network was left unable to learn"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_float32_image_inside_inference_mode(name: str) -> None:
     (x, y), net = images(1), small_net(0).float()
     with torch.inference_mode():

@@ -102,6 +102,7 @@ def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> No
         (["report", "nowhere"], 3, "nowhere"),
         (["list", "colours"], 2, "cannot list 'colours'"),
         (["show", "digits-rde"], 2, "digits-red"),
+        (["show", "digits-red", "--cost", "--parameters"], 2, "ask for one"),
         (["show", "x" * 300], 2, "xxx"),
         (["show", "digits-red", "--set", "defence.name=[1]"], 2, "unknown defence [1]"),
         (["train", "digits-red", "--set", "optim.lr=Infinity"], 2, "finite"),
@@ -137,6 +138,25 @@ def test_a_refused_evaluation_leaves_no_claim_behind(run: Runner) -> None:
     for words in (["--images", "400"], ["--suite", "mine.json"], ["--suite", "empty.json"]):
         assert run("evaluate", "v", *words).code == 2
     assert not Path("v/evaluation").exists()
+
+
+def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    fixed = {"attack": "fgsm", "view": "averaged", "threat": {"eps": 0.03}}
+    Path("mine.json").write_text(json.dumps({"cells": [fixed]}))
+    refused = run("evaluate", "v", "--suite", "mine.json", "--images", "10", "--eps", "0.3")
+    assert (refused.code, len(refused.err.strip().splitlines())) == (2, 1)
+    assert "fixes its threat" in refused.err
+    assert "L-inf eps 0.03\n" in run("evaluate", "v", "--suite", "mine.json", "--images", "10").err
+    Path("both.json").write_text(json.dumps({"cells": [fixed, {**fixed, "threat": None}]}))
+    both = run("evaluate", "v", "--suite", "both.json", "--images", "10", "--eps", "0.3")
+    assert "L-inf eps 0.03, L-inf eps 0.3\n" in both.err
+
+
+def test_without_a_command_the_help_is_all_that_is_said(run: Runner) -> None:
+    result = run()
+    assert result.err.startswith("Usage: redefense")
+    assert "\n  train " in result.err
 
 
 def test_a_file_where_a_folder_should_be_is_refused(run: Runner) -> None:

@@ -21,7 +21,7 @@ from redefense.errors import ConfigError, InputError
 from redefense.models import build
 from redefense.rng import stream
 from redefense.train.loading import load
-from redefense.types import Ensemble
+from redefense.types import Ensemble, Per
 
 
 class Constant(nn.Module):
@@ -214,3 +214,11 @@ def test_training_some_members_leaves_the_others_in_evaluation_mode() -> None:
     ensemble = Independent(networks(3))
     ensemble.train_members((0, 2))
     assert [ensemble.member(m).training for m in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("per", ["call", "image"])
+def test_no_images_have_no_answers(per: Per) -> None:
+    ensemble = Independent(networks(2))
+    some = torch.rand(2, 1, 3, 3)
+    for view in (ensemble.sampled(per=per), ensemble.averaged()):
+        assert view(some[:0]).shape == (0, view(some).shape[1])

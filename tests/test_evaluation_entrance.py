@@ -1,9 +1,11 @@
 """What `evaluate` refuses or warns of, since its figures would be wrong and not look it."""
 
+import json
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import redefense
+from redefense.config import override
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.cells import check_outputs
 from redefense.evaluation.run import Report
 from redefense.evaluation.suite import SUITES
+from redefense.recipes import recipe
 from redefense.rng import stream
+from redefense.train.run import train
 
 IMAGES = torch.rand(12, 1, 4, 4, generator=stream(0, "entrance"))
 LABELS = torch.arange(12) % 3
@@ -151,3 +156,32 @@ def test_red_checks_of_the_measurement_are_warned_of() -> None:
     assert isinstance(told := caught[-1].message, redefense.RedCheckWarning)
     assert told.report is not None  # whoever raises warnings keeps the measurement
     assert told.report.headline == report.headline
+
+
+def test_a_trained_run_is_measured_as_its_own_threat_and_method_say(tmp_path: Path) -> None:
+    run = override(recipe("digits-gal"), ["epochs=1", "data.images=64"])
+    ensemble = train(run, tmp_path / "run", quiet=True)
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"cells": [{"attack": "fgsm", "view": "protocol"}]}))
+    (cell,) = redefense.evaluate(ensemble, "digits", suite=str(mine), images=4).data["cells"]
+    assert (cell["threat"]["eps"], cell["view"]) == (0.2, "averaged")
+    threat, members = redefense.Threat(eps=0.1), [ensemble.member(m) for m in range(3)]
+    (cell,) = redefense.evaluate(members, "digits", str(mine), threat, images=4).data["cells"]
+    assert (cell["threat"]["eps"], cell["view"]) == (0.1, "sampled")
+
+
+def test_denormal_numbers_are_flushed_while_it_computes_and_as_before_afterwards() -> None:
+    def flushed() -> bool:
+        return not bool(torch.tensor(1e-40) * 1.0)
+
+    class Watched(Linear):
+        def forward(self, x: Tensor) -> Any:
+            seen.append(flushed())
+            return super().forward(x)
+
+    seen: list[bool] = []
+    for before in (True, False):
+        torch.set_flush_denormal(before)
+        evaluate(Watched(3))
+        assert flushed() == before
+    assert all(seen)

@@ -203,12 +203,12 @@ def test_a_damaged_end_is_made_again_from_the_last_checkpoint(
 def test_other_data_are_another_run_and_the_same_elsewhere_are_not(tmp_path: Path) -> None:
     digits = load_dataset("digits")
     for name, turned in (("same", False), ("other", True)):
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for split in ("train", "test"):
             part = getattr(digits, split)
             x = part.take(torch.arange(len(part))).numpy().transpose(0, 2, 3, 1)
             arrays |= {f"x_{split}": x[:, ::-1] if turned else x, f"y_{split}": part.labels.numpy()}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
+        np.savez(tmp_path / f"{name}.npz", allow_pickle=False, **arrays)
     here, there, other = (tmp_path / name for name in ("same.npz", "moved.npz", "other.npz"))
     shutil.copy(here, there)
     out, begun = tmp_path / "run", tmp_path / "begun"

@@ -72,7 +72,11 @@ def main() -> None:
             raise SystemExit(error.code) from None
         _fail(str(error), error.code)
     except typer.TyperException as error:
-        _fail(" ".join(error.format_message().split()), 2)
+        message = error.format_message()
+        if message.startswith("Usage:"):  # without a command the help is the answer
+            typer.echo(message, err=True)
+            raise SystemExit(2) from None
+        _fail(" ".join(message.split()), 2)
     except typer.Abort:
         raise SystemExit(130) from None
     except KeyboardInterrupt:

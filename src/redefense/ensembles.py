@@ -316,6 +316,8 @@ class Sampled(nn.Module):
 
 def logits_of_drawn(ensemble: Ensemble, x: Images, drawn: Tensor) -> Logits:
     """(B, C) logits where member drawn[b] answers image b: the work of one member, not of M."""
+    if len(drawn) == 0:
+        return ensemble.logits_of(0, x)
     groups = [(drawn == m).nonzero().flatten().to(x.device) for m in drawn.unique().tolist()]
     logits = [
         ensemble.logits_of(m, x[rows])

@@ -33,6 +33,7 @@ from redefense.evaluation.statistics import paired_difference
 from redefense.models import build
 from redefense.rng import stream
 from redefense.threat import Threat
+from redefense.train.device import computing
 from redefense.types import Images, Labels
 
 MEMBERS: Final = 4
@@ -125,6 +126,7 @@ class Scene:
         ), left
 
 
+@computing()
 def run(
     *,
     images: int = 256,

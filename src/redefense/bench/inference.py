@@ -20,7 +20,7 @@ from redefense.errors import ConfigError
 from redefense.kinds import HyperKind, IndependentKind, Kind
 from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.train.device import channels_last, check_device
+from redefense.train.device import channels_last, check_device, computing
 from redefense.train.loading import resolve
 
 BATCHES = (1, 256)
@@ -30,6 +30,7 @@ HYPER: Final = ("cifar10-ps-red", "cifar10-mini-ps-red")
 View = Callable[[Tensor], Tensor]
 
 
+@computing()
 def run(
     *,
     model: str = "resnet18",

@@ -26,7 +26,7 @@ from redefense.ensembles import Members
 from redefense.phases import watched
 from redefense.rng import stream
 from redefense.train.describe import num_written
-from redefense.train.device import channels_last, check_device
+from redefense.train.device import channels_last, check_device, computing
 from redefense.train.ledger import Ledger
 from redefense.train.steps import Precision, gradients_stay, take_steps
 from redefense.types import Batch
@@ -37,6 +37,7 @@ SINGLE: Final = 4
 OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 
 
+@computing()
 def run(
     *,
     model: str = "resnet8",

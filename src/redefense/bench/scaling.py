@@ -29,6 +29,7 @@ from redefense.ensembles import Members
 from redefense.errors import ConfigError
 from redefense.rng import stream
 from redefense.threat import Threat
+from redefense.train.device import computing
 from redefense.train.distributed import Mesh, Tally, processes
 from redefense.train.exchange import spread_over
 from redefense.train.fit import take_step
@@ -87,6 +88,7 @@ def meshes(counts: Sequence[int], num_members: int) -> list[str]:
     ]
 
 
+@computing()
 def run(
     *,
     settings: Run,

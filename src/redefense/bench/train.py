@@ -33,7 +33,7 @@ from redefense.kinds import IndependentKind
 from redefense.rng import stream
 from redefense.train.accelerators import cores
 from redefense.train.cost import ledger_seconds
-from redefense.train.device import channels_last, check_device
+from redefense.train.device import channels_last, check_device, computing
 from redefense.train.optim import make_optimizer
 from redefense.train.steps import Precision, booked_step, take_steps
 from redefense.types import Batch, Images
@@ -55,6 +55,7 @@ OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 Step = Callable[[], None]
 
 
+@computing()
 def run(
     *,
     models: Sequence[str] = ("resnet8", "resnet20"),

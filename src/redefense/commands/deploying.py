@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Quiet, RunDir, computing, say
+from redefense.commands.options import DataSpec, Json, Quiet, RunDir, say
 
 
 def export(
@@ -28,20 +28,19 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a bundle: a file per member, and what is needed to run and verify it without torch."""
-    with computing():
-        from redefense.export.summary import summary
-        from redefense.export.trained import export_run
+    from redefense.export.summary import summary
+    from redefense.export.trained import export_run
 
-        export_run(
-            path,
-            out,
-            data=data,
-            precision=precision,
-            calibration=calibration,
-            license_name=license_name,
-            sign=sign,
-            say=lambda line: say(line, quiet),
-        )
+    export_run(
+        path,
+        out,
+        data=data,
+        precision=precision,
+        calibration=calibration,
+        license_name=license_name,
+        sign=sign,
+        say=lambda line: say(line, quiet),
+    )
     shown = summary(out)
     if as_json:
         typer.echo(json.dumps(shown.as_dict(), indent=1))

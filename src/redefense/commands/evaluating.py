@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, computing, say
+from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, say
 from redefense.errors import ConfigError
 
 
@@ -38,24 +38,23 @@ def evaluate(
     quiet = quiet or not first
     if checks not in ("quick", "full"):
         raise ConfigError(f"--checks must be quick or full, got {checks}")
-    with computing():
-        from redefense.evaluation.api import evaluate_run
-        from redefense.evaluation.wording import OF_DEFENCE
+    from redefense.evaluation.api import evaluate_run
+    from redefense.evaluation.wording import OF_DEFENCE
 
-        report, target = evaluate_run(
-            path,
-            suite=suite,
-            data=data,
-            images=images,
-            eps=eps,
-            norm=norm,
-            seed=seed,
-            seeds=seeds,
-            device=device,
-            out=out,
-            checks=checks,
-            say=None if quiet else lambda line: say(line, quiet),
-        )
+    report, target = evaluate_run(
+        path,
+        suite=suite,
+        data=data,
+        images=images,
+        eps=eps,
+        norm=norm,
+        seed=seed,
+        seeds=seeds,
+        device=device,
+        out=out,
+        checks=checks,
+        say=None if quiet else lambda line: say(line, quiet),
+    )
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
         word = "of the defence" if check["id"] in OF_DEFENCE else "check failed"
@@ -133,10 +132,9 @@ def landscape(
     quiet: Quiet = False,
 ) -> None:
     """Draw the loss surfaces of two members over the plane of their gradients."""
-    with computing():
-        from redefense.evaluation.landscape import write_landscape
+    from redefense.evaluation.landscape import write_landscape
 
-        written = write_landscape(paths, out, image=image)
+    written = write_landscape(paths, out, image=image)
     say(f"wrote {written}", quiet)
 
 

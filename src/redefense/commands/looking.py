@@ -43,6 +43,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a recipe or a run with every setting resolved."""
+    if cost and parameters:
+        raise ConfigError("--parameters and --cost are two tables: ask for one of them")
     run = resolve_run(what, changes, data, None)
     from redefense.train.loading import resolve
 

@@ -11,7 +11,6 @@ from redefense.commands.options import (
     Json,
     Quiet,
     Set,
-    computing,
     resolve_run,
     say,
 )
@@ -37,19 +36,18 @@ def bench_attacks(
     as_json: Json = False,
 ) -> None:
     """Ours beside TorchAttacks: accuracy, passes, seconds; and what the draw hides."""
-    with computing():
-        from redefense.bench.attacks import run, tables
+    from redefense.bench.attacks import run, tables
 
-        result = run(
-            images=images,
-            model=model,
-            data=data,
-            seed=seed,
-            train_images=train_images,
-            single=single,
-            json=as_json,
-            names=attack,
-        )
+    result = run(
+        images=images,
+        model=model,
+        data=data,
+        seed=seed,
+        train_images=train_images,
+        single=single,
+        json=as_json,
+        names=attack,
+    )
     typer.echo(json.dumps(result, indent=1) if as_json else tables(result))
 
 
@@ -62,12 +60,9 @@ def bench_inference(
     as_json: Json = False,
 ) -> None:
     """Latency of the drawn member and of the average, over that of one plain member."""
-    with computing():
-        from redefense.bench.inference import run, table
+    from redefense.bench.inference import run, table
 
-        result = run(
-            model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device
-        )
+    result = run(model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device)
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
 
@@ -86,18 +81,17 @@ def bench_train(
     quiet: Quiet = False,
 ) -> None:
     """Seconds of a RED step: the authors' joint graph beside the engine, and the FLOP floor."""
-    with computing():
-        from redefense.bench.train import run, table
+    from redefense.bench.train import run, table
 
-        result = run(
-            models=model or ("resnet8", "resnet20"),
-            members=members or (3, 8),
-            batch=batch,
-            steps=steps,
-            rounds=rounds,
-            device=device,
-            tell=lambda line: say(line, quiet),
-        )
+    result = run(
+        models=model or ("resnet8", "resnet20"),
+        members=members or (3, 8),
+        batch=batch,
+        steps=steps,
+        rounds=rounds,
+        device=device,
+        tell=lambda line: say(line, quiet),
+    )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
 
@@ -117,19 +111,18 @@ def bench_memory(
     """Peak memory of a RED step by number of members, beside that of the joint graph."""
     if precision not in ("bf16", "fp32"):
         raise ConfigError(f"--precision must be bf16 or fp32, got {precision}")
-    with computing():
-        from redefense.bench.memory import MEMBERS, run, table
+    from redefense.bench.memory import MEMBERS, run, table
 
-        result = run(
-            model=model,
-            members=members or MEMBERS,
-            ensemble=ensemble,
-            batch=batch,
-            differentiate=differentiate,
-            precision="bf16" if precision == "bf16" else "fp32",
-            device=device,
-            tell=lambda line: say(line, quiet),
-        )
+    result = run(
+        model=model,
+        members=members or MEMBERS,
+        ensemble=ensemble,
+        batch=batch,
+        differentiate=differentiate,
+        precision="bf16" if precision == "bf16" else "fp32",
+        device=device,
+        tell=lambda line: say(line, quiet),
+    )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
 
@@ -147,13 +140,12 @@ def bench_scaling(
 ) -> None:
     """Train on every mesh of gloo processes: differences from one process, and bytes exchanged."""
     settings = resolve_run(what, changes, None, None)
-    with computing():
-        from redefense.bench.scaling import run, table
+    from redefense.bench.scaling import run, table
 
-        result = run(
-            settings=settings,
-            counts=processes or (1, 2, 4),
-            steps=steps,
-            tell=lambda line: say(line, quiet),
-        )
+    result = run(
+        settings=settings,
+        counts=processes or (1, 2, 4),
+        steps=steps,
+        tell=lambda line: say(line, quiet),
+    )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))

@@ -1,7 +1,5 @@
 """What the commands share: options, how a run is named, how a command speaks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,18 +38,6 @@ def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: in
     if seed is not None:
         assignments.append(f"seed={seed}")
     return override(run, assignments)
-
-
-@contextmanager
-def computing() -> Iterator[None]:
-    """What every computing command sets: denormal numbers cost tens of times the time on a CPU."""
-    import torch
-
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def say(line: str, quiet: bool) -> None:

@@ -12,7 +12,6 @@ from redefense.commands.options import (
     Quiet,
     RunDir,
     Set,
-    computing,
     resolve_run,
     say,
 )
@@ -59,13 +58,12 @@ def train(
     if start is not None:
         run = run.model_copy(update={"start": StartConfig(path=str(start))})
     target = out if out is not None else Path("runs") / run.recipe
-    with computing():
-        from redefense.train.run import train as train_run
+    from redefense.train.run import train as train_run
 
-        train_run(
-            run, target, resume=resume, device=device, quiet=quiet, download=download,
-            profile=profile, mesh=mesh,
-        )  # fmt: skip
+    train_run(
+        run, target, resume=resume, device=device, quiet=quiet, download=download,
+        profile=profile, mesh=mesh,
+    )  # fmt: skip
     say(f"trained {target}; next: redefense evaluate {target}", quiet)
 
 

@@ -29,15 +29,17 @@ from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import code
 from redefense.evaluation.run import Report, run_suite
 from redefense.evaluation.store import read_object, write_text
-from redefense.evaluation.suite import suite_named
+from redefense.evaluation.suite import Suite, suite_named
 from redefense.evaluation.wording import OF_DEFENCE
 from redefense.evaluation.workers import own_device, workers
 from redefense.threat import Threat
+from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
 from redefense.train.run import accuracy
 from redefense.types import check_images, check_labels
 
 
+@computing()
 def evaluate(
     model: nn.Module | Sequence[nn.Module],
     data: str | tuple[Tensor, Tensor],
@@ -57,7 +59,8 @@ def evaluate(
             which each query meets one at random.
         data: a data specification, whose test split is used, or (images, labels).
         suite: a name of `SUITES`, or a `.json` file.
-        threat: what the adversary may do; L-inf 8/255 unless given.
+        threat: what the adversary may do; of a trained run its own unless given, of any other
+            model L-inf 8/255.
         mixture: sampling probabilities of a list of networks; uniform unless given.
         seed: of every draw.
         images: the first N of one published permutation of the test split.
@@ -77,7 +80,8 @@ def evaluate(
     """
     plan = suite_named(suite)
     ensemble = _ensemble(model, mixture)
-    allowed = _config(threat or Threat())
+    run = None if ensemble.origin is None else ensemble.origin.run
+    allowed = _config(threat or Threat()) if run is None or threat is not None else run.threat
     if isinstance(data, str):
         place = str(ensemble.mixture.device)
         subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
@@ -99,7 +103,8 @@ def evaluate(
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
         x, y = (part[index].to(ensemble.mixture.device) for part in (x, y))
         subject = Subject(ensemble, x, y, index, "given images", "given")
-    subject = replace(subject, randomized=ensemble.num_members > 1)
+    drawn = ensemble.num_members > 1 and (run is None or _randomized(run))
+    subject = replace(subject, randomized=drawn)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
         report = run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
@@ -110,6 +115,7 @@ def evaluate(
     return report
 
 
+@computing()
 def evaluate_run(
     path: Path,
     *,
@@ -173,6 +179,8 @@ def evaluate_run(
         drift=_drift(path, ensemble, dataset, run) if own else None,
     )
     check_plan(subject, plan, threat)
+    if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
+        raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")
     with workers() as team:
         if team.first:
@@ -183,7 +191,7 @@ def evaluate_run(
         subject = replace(subject, workers=team)
         voice = say if team.first else None
         tell = voice or _silent
-        tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(threat)}")
+        tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
         with _stoppable(), shown(voice) if voice else nullcontext(SILENT) as progress:
             report = run_suite(
@@ -304,8 +312,10 @@ def _override(threat: ThreatConfig, eps: float | None, norm: str | None) -> Thre
     )
 
 
-def _words(threat: ThreatConfig) -> str:
-    return f"{'L-inf' if threat.norm == 'inf' else 'L2'} eps {threat.eps:g}"
+def _words(suite: Suite, threat: ThreatConfig) -> str:
+    """The threats of the cells, each once."""
+    threats = dict.fromkeys((t.norm, t.eps) for t in (c.threat or threat for c in suite.cells))
+    return ", ".join(f"{'L-inf' if norm == 'inf' else 'L2'} eps {eps:g}" for norm, eps in threats)
 
 
 def _manifest(folder: Path) -> str:

@@ -20,6 +20,7 @@ from redefense.ensembles import Members
 from redefense.errors import ConfigError, DataError, lacking
 from redefense.evaluation.measures import input_gradients
 from redefense.threat import TINY
+from redefense.train.device import computing
 from redefense.train.loading import find_final, load_checkpoint
 
 GRID = 31
@@ -144,6 +145,7 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
     return stream.getvalue()
 
 
+@computing()
 def write_landscape(paths: Sequence[Path], out: Path, *, image: int | None = None) -> Path:
     """Draw the surfaces of one run, or of several below each other, into an .svg or .png file.
 

@@ -17,6 +17,7 @@ from redefense.kinds import ENSEMBLES
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
+from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, load_checkpoint, resolve
 
 CALIBRATION = 512
@@ -26,6 +27,7 @@ _UNMEASURED = (
 )
 
 
+@computing()
 def export_run(
     path: Path,
     out: Path,

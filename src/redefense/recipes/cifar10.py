@@ -133,6 +133,15 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed")),
     "cifar10-mini-red-at": partial(_mini, _red(MINI, adversarial_training=True)),
     "cifar10-mini-ps-red": partial(_mini, _red(MINI), ensemble=_MINI_HYPER),
+    "cifar10-mini-ps-red-released": partial(
+        _mini, _red(MINI, preset="released"), ensemble=_MINI_HYPER
+    ),
+    "cifar10-mini-ps-red-printed": partial(
+        _mini, _red(MINI, preset="printed"), ensemble=_MINI_HYPER
+    ),
+    "cifar10-mini-ps-red-at": partial(
+        _mini, _red(MINI, adversarial_training=True), ensemble=_MINI_HYPER
+    ),
 }
 
 # ours: the arithmetic of cifar10-mini-at; an adversary of one step leaves it 2.7 times the images
@@ -166,4 +175,9 @@ CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-red-printed": partial(_full, _red(PUBLISHED, preset="printed")),
     "cifar10-red-at": partial(_full, _red(PUBLISHED, adversarial_training=True)),
     "cifar10-ps-red": partial(_full, _red(PUBLISHED), ensemble=_HYPER),
+    "cifar10-ps-red-released": partial(_full, _red(PUBLISHED, preset="released"), ensemble=_HYPER),
+    "cifar10-ps-red-printed": partial(_full, _red(PUBLISHED, preset="printed"), ensemble=_HYPER),
+    "cifar10-ps-red-at": partial(
+        _full, _red(PUBLISHED, adversarial_training=True), ensemble=_HYPER
+    ),
 }

@@ -25,6 +25,10 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
 
 _RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 0.1, "lipschitz": 0.5}
 
+_RELEASED: Final = {"name": "red", "preset": "released", "adversary": ADVERSARY}
+_PRINTED: Final = {"name": "red", "preset": "printed", "adversary": ADVERSARY}
+_RED_AT: Final = {**_RED, "adversarial_training": True}
+
 _LEAKY: Final = {
     "name": "independent", "model": "digits-cnn", "num_members": 3, "activation": "leaky",
 }  # fmt: skip
@@ -59,12 +63,11 @@ DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-mrboost": partial(_run, {"name": "mrboost", "adversary": ADVERSARY}),
     "digits-barre": partial(_run, _BARRE),
     "digits-red": partial(_run, _RED),
-    "digits-red-released": partial(
-        _run, {"name": "red", "preset": "released", "adversary": ADVERSARY}
-    ),
-    "digits-red-printed": partial(
-        _run, {"name": "red", "preset": "printed", "adversary": ADVERSARY}
-    ),
-    "digits-red-at": partial(_run, {**_RED, "adversarial_training": True}),
+    "digits-red-released": partial(_run, _RELEASED),
+    "digits-red-printed": partial(_run, _PRINTED),
+    "digits-red-at": partial(_run, _RED_AT),
     "digits-ps-red": partial(_run, _RED, ensemble=_HYPER),
+    "digits-ps-red-released": partial(_run, _RELEASED, ensemble=_HYPER),
+    "digits-ps-red-printed": partial(_run, _PRINTED, ensemble=_HYPER),
+    "digits-ps-red-at": partial(_run, _RED_AT, ensemble=_HYPER),
 }

@@ -29,7 +29,7 @@ from redefense.train.checkpoint import (
     save,
     step_folder,
 )
-from redefense.train.device import channels_last
+from redefense.train.device import channels_last, computing
 from redefense.train.distributed import Mesh, processes
 from redefense.train.exchange import check_weights
 from redefense.train.fit import Position, fit
@@ -50,6 +50,7 @@ UNWRITTEN = ".writing-"
 """How the names of files begin that are not whole yet."""
 
 
+@computing()
 def train(
     run: Run,
     out: Path,
