@@ -155,7 +155,7 @@ def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed(run
 
 def test_without_a_command_the_help_is_all_that_is_said(run: Runner) -> None:
     result = run()
-    assert result.err.startswith("Usage: redefense")
+    assert result.err.startswith("Usage: ")
     assert "\n  train " in result.err
 
 
