@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from redefense.defences import Defence
@@ -71,3 +72,16 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def slow_gradients(members: Independent, x: Tensor, y: Tensor) -> list[list[Tensor]]:
+    """g[m][b], one image at a time, from the loss of that image alone."""
+    rows = []
+    for m in range(members.num_members):
+        row = []
+        for b in range(len(x)):
+            image = x[b : b + 1].clone().requires_grad_()
+            loss = F.cross_entropy(members.logits_of(m, image), y[b : b + 1])
+            row.append(torch.autograd.grad(loss, image)[0].flatten())
+        rows.append(row)
+    return rows

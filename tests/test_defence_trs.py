@@ -8,28 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from defence_tools import assert_same, batch, engine_gradients, ensemble, gradients_of, identical
+from defence_tools import (
+    assert_same,
+    batch,
+    engine_gradients,
+    ensemble,
+    gradients_of,
+    identical,
+    slow_gradients,
+)
 from redefense.defences.trs import TRS, roughness_gradient
 from redefense.defences.vanilla import Vanilla
-from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.rng import stream
 
 MEMBERS = [2, 3, 8]
 PRESETS = ["printed", "released"]
-
-
-def slow_gradients(members: Independent, x: Tensor, y: Tensor) -> list[list[Tensor]]:
-    """g[m][b], one image at a time, from the loss of that image alone."""
-    rows = []
-    for m in range(members.num_members):
-        row = []
-        for b in range(len(x)):
-            image = x[b : b + 1].clone().requires_grad_()
-            loss = F.cross_entropy(members.logits_of(m, image), y[b : b + 1])
-            row.append(torch.autograd.grad(loss, image)[0].flatten())
-        rows.append(row)
-    return rows
 
 
 @pytest.mark.parametrize("size", [6, 5])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defence_tools import slow_gradients
 from redefense.defences.base import Adversary
 from redefense.defences.coupled import directional
 from redefense.defences.red import RED, WEIGHTS
@@ -39,19 +40,6 @@ def batch(size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
         for name in ("x", "x_adv")
     )
     return x, torch.arange(size) % 4, x_adv
-
-
-def slow_gradients(members: Independent, x: Tensor, y: Tensor) -> list[list[Tensor]]:
-    """g[m][b], one image at a time, from the loss of that image alone."""
-    rows = []
-    for m in range(members.num_members):
-        row = []
-        for b in range(len(x)):
-            image = x[b : b + 1].clone().requires_grad_()
-            loss = F.cross_entropy(members.logits_of(m, image), y[b : b + 1])
-            row.append(torch.autograd.grad(loss, image)[0].flatten())
-        rows.append(row)
-    return rows
 
 
 def slow_s(g: Sequence[Sequence[Tensor]], images: range) -> float:

@@ -113,7 +113,8 @@ def system_integers(bound: int, count: int) -> Tensor:
 def draw_members(mixture: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
     """(count,) int64 indices of members drawn with probabilities `mixture` (M,), on the CPU.
 
-    The only place that draws members. With `rng` the draw is reproducible; without, it comes from
+    The only place in torch code that draws members: what runs without torch, a bundle and the
+    server, does so itself. With `rng` the draw is reproducible; without, it comes from
     the operating system's entropy (by rejection where the mixture is uniform).
     """
     probs = mixture.detach().double().cpu()

@@ -3,7 +3,7 @@
 They climb a smooth stand-in and judge every point exactly: the probability that the drawn member
 answers right is the mixture's weight on the members that do. For each image they keep the point
 where it is lowest, ties going to the stand-in; the clean image wins only where it is strictly
-better. Support of probability zero are never asked.
+better. Members of probability zero are never asked.
 """
 
 import math

@@ -25,9 +25,24 @@ from redefense.data.source import Refuse, Source, materialise, strict
 from redefense.errors import DataError
 
 __all__ = [
-    "DATASETS", "Augment", "Dataset", "Loader", "Reader", "Split", "find", "load_dataset",
-    "test_indices", "train_validation",
+    "DATASETS", "Augment", "Dataset", "Loader", "Published", "Reader", "Split", "find",
+    "load_dataset", "published", "test_indices", "train_validation",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """What is known of a data set before it is read.
+
+    Attributes:
+        images: of its training split.
+        num_classes: that its labels name.
+        shape: of an image.
+    """
+
+    images: int
+    num_classes: int
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,33 +54,41 @@ class Reader:
         read: from a path, and what to do with faults, to what was found.
         place: the data need a path.
         origin: where to get them, if there is one place.
+        published: its size, of data that are the same everywhere.
     """
 
     summary: str
     read: Callable[[Path, Refuse], Source]
     place: bool = True
     origin: str = ""
+    published: Published | None = None
 
 
 DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
     {
         "digits": Reader(
-            summary="1,797 8x8 digits, shipped with the package", read=digits.read, place=False
+            summary="1,797 8x8 digits, shipped with the package",
+            read=digits.read,
+            place=False,
+            published=Published(images=1437, num_classes=10, shape=(1, 8, 8)),
         ),
         "cifar10": Reader(
             summary="CIFAR-10 as official batches, packed or not, or hub parquet: cifar10:PATH",
             read=cifar.read_cifar10,
             origin="add --download, or get cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz",
+            published=Published(images=50_000, num_classes=10, shape=(3, 32, 32)),
         ),
         "cifar100": Reader(
             summary="CIFAR-100 with fine labels, in the same layouts: cifar100:PATH",
             read=cifar.read_cifar100,
             origin="add --download, or get cifar-100-python.tar.gz from www.cs.toronto.edu/~kriz",
+            published=Published(images=50_000, num_classes=100, shape=(3, 32, 32)),
         ),
         "tiny-imagenet": Reader(
             summary="TinyImageNet as its zip or folder, or hub parquet: tiny-imagenet:PATH",
             read=tiny_imagenet.read,
             origin="get tiny-imagenet-200.zip from cs231n.stanford.edu",
+            published=Published(images=100_000, num_classes=200, shape=(3, 64, 64)),
         ),
         "folder": Reader(
             summary="images as split/class/file, packed or not: folder:PATH", read=folder.read
@@ -106,6 +129,12 @@ def find(spec: str, refuse: Refuse = strict) -> Source:
         origin = DATASETS[kind].origin
         raise DataError(f"{path}: no such file or folder" + f" ({origin})" * bool(origin))
     return DATASETS[kind].read(path, refuse)
+
+
+def published(spec: str) -> Published | None:
+    """What is known of the data set that a specification names; None of the user's own data."""
+    reader = DATASETS.get(spec.partition(":")[0])
+    return None if reader is None else reader.published
 
 
 def load_dataset(

@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redefense.attacks.gradient import random_starts
+from redefense.attacks.base import Look
+from redefense.attacks.gradient import climb, random_starts
 from redefense.defences.base import Defence, Stage, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
@@ -56,7 +57,7 @@ class TRS(Defence):
         similarity: weight of the gradients' similarity.
         smoothness: weight of their size at x'.
         first_eps: radius of the ball around an image in the first epoch, in pixel units.
-        last_eps: what the radius grows to.
+        last_eps: where its growth, an equal step each epoch, would be after the last one.
         steps: of the search for x'.
         step_size: length of its steps, as a fraction of the radius.
         warm_start: share of the epochs that train plain members first.
@@ -136,12 +137,16 @@ class TRS(Defence):
     ) -> Images:
         """The points of the ball where the members' squared gradient norms add up to most."""
         threat, module = Threat(eps=eps), cast(nn.Module, ensemble)
+        unknown = torch.zeros(len(x), device=x.device)  # how far it got: nothing asks
+
+        def look(point: Images, with_grad: bool) -> Look:
+            return Look(unknown, unknown, roughness_gradient(ensemble, point, y))
+
         with evaluating(module), frozen_weights(module), phase(EXAMPLES):
-            point = random_starts(x, y, threat, rng)()
-            for _ in range(self.steps):
-                ascent = roughness_gradient(ensemble, point, y).sign()
-                point = threat.project(point + self.step_size * eps * ascent, x)
-        return point
+            return climb(
+                look, random_starts(x, y, threat, rng)(), x, threat,
+                steps=self.steps, step_size=self.step_size * eps,
+            )  # fmt: skip
 
     def _coupled(self, num_members: int, x: Images, y: Labels, rough: Images) -> Coupled:
         half = len(x) // 2

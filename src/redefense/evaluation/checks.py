@@ -18,9 +18,6 @@ from redefense.evaluation.metrics import (
 )
 from redefense.evaluation.statistics import exact_expectation, paired_difference
 
-SAMPLE = 32
-"""Images on which the checks that need passes of their own look."""
-
 GAP_POINTS = 5.0
 
 

@@ -16,12 +16,10 @@ from redefense.attacks.gradient import PGD
 from redefense.attacks.objectives import margin
 from redefense.ensembles import Members, frozen_weights
 from redefense.evaluation.checks import Check
+from redefense.evaluation.checks_sample import SAMPLE
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Ensemble
-
-SAMPLE = 32
-"""Images looked at."""
 
 
 def before_run(ensemble: Ensemble, x: Tensor, y: Tensor) -> list[Check]:

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 
 from redefense.config import Run, suggestion
+from redefense.data import published
 from redefense.defences import Stage
 from redefense.ensembles import Members
 from redefense.errors import ConfigError
@@ -31,13 +32,6 @@ from redefense.train.ledger import Entry, Ledger
 from redefense.train.loading import resolve
 from redefense.train.steps import booked_step, forward_flops
 from redefense.types import Batch
-
-TRAINING_IMAGES: Final[Mapping[str, int]] = {
-    "digits": 1437,
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "tiny-imagenet": 100_000,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,12 +170,11 @@ def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
 
 
 def _images(run: Run) -> int:
-    family = run.data.spec.partition(":")[0]
-    if family in TRAINING_IMAGES:
-        total = TRAINING_IMAGES[family]
-        total -= round(run.data.validation * total)
+    if (known := published(run.data.spec)) is not None:
+        total = known.images - round(run.data.validation * known.images)
         return min(total, run.data.images or total)
     if run.data.images is None:
+        family = run.data.spec.partition(":")[0]
         raise ConfigError(f"the number of {family} images is not known: give --set data.images=N")
     return run.data.images
 

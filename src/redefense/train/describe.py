@@ -1,22 +1,17 @@
 """How large a run's ensemble is: parameters by part, on disk and in memory."""
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
 from redefense.config import Run
+from redefense.data import published
 from redefense.ensembles import Hyper, Members
 from redefense.errors import ConfigError
 from redefense.kinds import Kind
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import Signature, find_final
-
-_SHAPES: Final = {
-    "digits": (10, (1, 8, 8)),
-    "cifar10": (10, (3, 32, 32)),
-    "tiny-imagenet": (200, (3, 64, 64)),
-}
 
 
 def known_images(what: str, run: Run) -> tuple[Checkpoint | None, int, tuple[int, int, int]]:
@@ -25,13 +20,13 @@ def known_images(what: str, run: Run) -> tuple[Checkpoint | None, int, tuple[int
     Raises:
         ConfigError: for data of unknown shape, before a run is trained on it.
     """
-    family = run.data.spec.partition(":")[0]
     if Path(what).is_dir():
         checkpoint = find_final(Path(what))
         signature = Signature.stored(checkpoint.state)
         return checkpoint, len(signature.classes), signature.shape
-    if family in _SHAPES:
-        return None, *_SHAPES[family]
+    if (known := published(run.data.spec)) is not None:
+        return None, known.num_classes, known.shape
+    family = run.data.spec.partition(":")[0]
     raise ConfigError(f"the shape of {family} data is known once a run is trained: give its DIR")
 
 
