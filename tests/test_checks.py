@@ -222,6 +222,7 @@ def test_a_suite_that_cannot_know_says_so() -> None:
 @pytest.mark.parametrize(
     ("name", "attacks", "arguments"),
     [
+        ("S01", {"pgd": ("pgd", HALF)}, {"moved": 0.1001}),
         ("S03", {"pgd": ("pgd", HALF)}, {"log": 0.02}),
         ("S07b", {"cw": ("cw", HALF)},
          {"cells": {"cw": {"view": "averaged", "bounded": False, "repr": "CW(preset='x')"}}}),
@@ -231,6 +232,9 @@ def test_a_suite_that_cannot_know_says_so() -> None:
         ("S17", {"square": ("square", HALF), "pgd": ("pgd", GOOD)}, {}),
         ("S18", {"t": ("transfer", NONE), "pgd": ("pgd", GOOD)}, {}),
         ("S20", {"h": ("hinge", HALF), "pgd": ("pgd", NONE)}, {"headline": {"aware": 0.5}}),
+        # a minimum of means, where each attack fools the other half of the images
+        ("S21", {"h": ("hinge", [HALF[0]] * 2), "arc": ("arc", [HALF[1]] * 2)},
+         {"headline": {"aware": 0.5}}),
         ("S31", {"pgd": ("pgd", HALF)}, {"cells": {"pgd": {"accuracy": {
             "protocol": 0.9, "expected": 0.5, "worst_member": 0.5, "best_member": 0.5,
             "any": 1.0, "all": 0.0}}}}),

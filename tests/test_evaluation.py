@@ -16,6 +16,7 @@ from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.api import evaluate
 from redefense.evaluation.cells import Cell, Subject, attack_cell, verify_ball
+from redefense.evaluation.plan import attack_of, plan_of
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
 from redefense.threat import Threat
@@ -347,8 +348,13 @@ def test_what_cannot_be_evaluated_is_refused() -> None:
 
 def test_every_cell_of_every_suite_can_be_built() -> None:
     for suite in SUITES.values():
-        for spec in (*suite.cells, *suite.beside):
-            assert spec.attack in ATTACKS
+        for randomized in (True, False):
+            plan = plan_of(suite, ThreatConfig(eps=0.1), randomized)
+            assert [planned.spec.attack for planned in plan] == [c.attack for c in suite.cells]
+            assert len({planned.identity for planned in plan}) == len(plan)
+        # whom it stands beside faces attacks that the ensemble faces, too: else no equal terms
+        met = [planned.attack for planned in plan_of(suite, ThreatConfig(eps=0.1), True)]
+        assert all(attack_of(spec) in met for spec in suite.beside)
 
 
 def test_the_suites_are_the_promised_ones() -> None:
