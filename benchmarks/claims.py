@@ -155,10 +155,6 @@ class Evaluated(_Data):
         """The bounded attacks and what they left of each image, to find those that two runs met."""
         return {c.key: c.each for c in self.cells if c.bounded}
 
-    def best_alone(self) -> Figure | None:
-        """The member that is best on these images; the chosen one where only that is known."""
-        return max(self.alone, key=lambda f: f.value, default=self.best_single_member)
-
 
 class Training(_Data):
     """What the training took.
@@ -404,14 +400,16 @@ def report(paths: Sequence[Path], out: Path) -> list[Path]:
 
 
 COLUMNS: Final = (
-    "method", "images", "clean", "unaware", "aware", "best member", "averaged", "cost",
+    "method", "images", "clean", "unaware", "aware", "same attacks", "best member", "averaged",
+    "cost",
 )  # fmt: skip
 
 
 def table(claims: Sequence[Claim], against: str | None = None) -> str:
     """A Markdown table, percent with 95 % intervals, cost in forward passes per member and image.
 
-    The best member is the one that is best on these images, where all were attacked.
+    The best member is the one that is best on these images, where all were attacked. Under "same
+    attacks" is what the ensemble keeps under those that this member and the average met, too.
 
     Args:
         claims: one row each, in this order.
@@ -421,9 +419,12 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
     rows = []
     for it in claims:
         found = it.headline
-        figures = [found.clean, found.unaware, found.aware, found.best_alone(), found.averaged]
+        shown = result(it)
+        figures = [
+            shown.clean, shown.unaware, shown.aware, shown.knowing, shown.best_alone, shown.averaged
+        ]  # fmt: skip
         row = [it.name, str(found.data["num_images"])]
-        row += [with_interval(None if f is None else f.estimate) for f in figures]
+        row += [with_interval(figure) for figure in figures]
         row += [f"{it.training.passes:.1f}"]
         if base is not None:
             row.append(_paired(found, base))

@@ -16,8 +16,9 @@ SAID = "What the figures say of the defence:"
 """What stands above these."""
 
 RIVALS = (
-    "Single members and the average met only attackers who know the model, so a gain over them is "
-    "taken under these attacks: it may differ from the difference of the headlines."
+    "Each single member and the average were attacked for themselves, by some of the attacks that "
+    "know the model. A gain over them is taken under the same ones, and may differ from the "
+    "difference of the headlines."
 )
 """Why a gain is not the difference of two figures of a table."""
 
