@@ -24,8 +24,7 @@ from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.base import TORCHATTACKS
 from redefense.attacks.pixels import OnePixel
 from redefense.attacks.pixle import Pixle
-from redefense.data import load_dataset
-from redefense.data.dataset import Dataset, test_indices
+from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.evaluation.metering import Meter, Metered
@@ -37,6 +36,8 @@ from redefense.train.device import computing
 from redefense.types import Images, Labels
 
 MEMBERS: Final = 4
+HELD_OUT: Final = 0.2
+"""Share of the training images that no member sees and that are attacked."""
 LIBRARY: Final = "torchattacks==3.5.1"
 HOW_TO_INSTALL: Final = (
     f"without {LIBRARY} the columns of the library stay empty: "
@@ -141,7 +142,7 @@ def run(
     """Train the victims briefly, attack them, and gather both tables.
 
     Args:
-        images: how many test images, the first of the published permutation.
+        images: how many of the training images that are held out; the test split is not for this.
         model: name in `MODELS`; "auto" takes a small one that fits the data.
         data: a spec, e.g. `cifar10:PATH`; None takes the shipped digits.
         seed: of the trainings and of every attack.
@@ -171,12 +172,13 @@ def run(
     notes = [] if library is not None else [HOW_TO_INSTALL]
     for note in notes:
         tell(note)
+    shown, held, _ = train_validation(dataset, HELD_OUT)
     members = [
-        train_member(dataset, model, seed=seed + m, train_images=train_images, tell=tell)
+        train_member(dataset, shown, model, seed=seed + m, train_images=train_images, tell=tell)
         for m in range(1 if single else MEMBERS)
     ]
-    scene = _scene(dataset, members, images, seed)
-    alone = _scene(dataset, members[:1], images, seed)
+    scene = _scene(dataset, held, members, images, seed)
+    alone = _scene(dataset, held, members[:1], images, seed)
     first = [
         single_row(alone, name, library, tell) for name in chosen if not ATTACKS[name].adaptive
     ]
@@ -209,12 +211,16 @@ def _library() -> ModuleType | None:
         return None
 
 
-def _scene(dataset: Dataset, members: list[nn.Module], images: int, seed: int) -> Scene:
-    index = test_indices(len(dataset.test), images)
+def _scene(
+    dataset: Dataset, held: Split, members: list[nn.Module], images: int, seed: int
+) -> Scene:
+    if images > len(held):
+        raise ConfigError(f"{dataset.name} holds {len(held)} images out, not {images}")
+    index = torch.arange(images)
     return Scene(
         members=Independent(members),
-        x=dataset.test.float(index),
-        y=dataset.test.labels[index].long(),
+        x=held.float(index),
+        y=held.labels[index].long(),
         eps=EPS.get(dataset.name, 2 / 255),
         num_classes=dataset.num_classes,
         seed=seed,
@@ -223,6 +229,7 @@ def _scene(dataset: Dataset, members: list[nn.Module], images: int, seed: int) -
 
 def train_member(
     dataset: Dataset,
+    shown: Split,
     model: str,
     *,
     seed: int,
@@ -232,7 +239,7 @@ def train_member(
     """A network trained just long enough to be worth attacking."""
     rng = stream(seed, "bench", "member")
     net = build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=rng).train()
-    x, y = dataset.train, dataset.train.labels.long()
+    x, y = shown, shown.labels.long()
     epochs = EPOCHS.get(dataset.name, 1)
     taken = len(x) if train_images is None else min(train_images, len(x))
     size = min(128, taken)

@@ -18,7 +18,7 @@ from redefense.errors import ConfigError
 
 
 def bench_attacks(
-    images: Annotated[int, typer.Option(min=1, help="How many test images.")] = 256,
+    images: Annotated[int, typer.Option(min=1, help="How many held-out images.")] = 256,
     model: Annotated[
         str, typer.Option(help="A network's name; one that fits by default.")
     ] = "auto",

@@ -69,6 +69,13 @@ _ADAM: Final[Mapping[str, Any]] = {
     "batch_size": 128,
     "precision": "fp32",
 }
+# its code's adversarial script: 180 epochs, drops after 80, 120 and 160
+_ADP_AT_RUN: Final = {
+    **_ADAM,
+    "optim": _ADAM["optim"].model_copy(update={"milestones": (80 / 180, 120 / 180, 160 / 180)}),
+    "epochs": 180,
+    "batch_size": 64,
+}
 _TRS_RUN: Final = {
     **_ADAM,
     "optim": _ADAM["optim"].model_copy(update={"milestones": (1 / 3, 2 / 3)}),
@@ -159,9 +166,7 @@ CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-at": partial(_full, _AT, **_SGD_200),
     "cifar10-gal": partial(_full, {"name": "gal"}, **_ADAM, ensemble=_LEAKY),
     "cifar10-adp": partial(_full, {"name": "adp"}, **{**_ADAM, "batch_size": 64}),
-    "cifar10-adp-at": partial(
-        _full, {"name": "adp", "adversarial_training": True}, **{**_ADAM, "batch_size": 64}
-    ),
+    "cifar10-adp-at": partial(_full, {"name": "adp", "adversarial_training": True}, **_ADP_AT_RUN),
     "cifar10-dverge": partial(_full, _DVERGE, **{**_SGD_200, "epochs": 400}),
     "cifar10-dverge-at": partial(
         _full, {**_DVERGE, "adversarial_training": True}, **{**_SGD_200, "epochs": 400}
