@@ -595,3 +595,12 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_the_report_does_not_import_torch() -> None:
     code = "import redefense.evaluation.report, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_network_is_not_said_to_draw(tmp_path: Path) -> None:
+    build_run(tmp_path / "one", members=1)
+    build_run(tmp_path / "three", members=3)
+    one, three = (wording.answers(join([tmp_path / n]))[1].text for n in ("one", "three"))
+    assert "knows the network (" in one
+    assert "draw" not in one
+    assert "knows all 3 members and how one is drawn, but not which will answer" in three

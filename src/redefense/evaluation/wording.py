@@ -219,12 +219,13 @@ def answers(results: Sequence[Result]) -> list[Answer]:
         how += f" Not compared with it: {runs} on other data or within another budget."
     attackers = len(top.bounded)
     members = f"all {top.num_members} members" if top.num_members else "all members"
+    alone = top.num_members == 1
+    known = "the network" if alone else f"{members} and how one is drawn, but not which will answer"
     whom = (
-        f"Against an attacker who may {budget(top)}, knows {members} and how one is drawn, but "
-        f"not which one will answer ({attackers} attack{'s' * (attackers != 1)} within this "
-        "budget were tried)."
+        f"Against an attacker who may {budget(top)}, and knows {known} "
+        f"({attackers} attack{'s' * (attackers != 1)} within this budget were tried)."
     )
-    if top.unaware is not None and top.aware is not None:
+    if not alone and top.unaware is not None and top.aware is not None:
         gap = 100 * (top.unaware.value - top.aware.value)
         whom += (
             f" The strongest attack here that does not know about the draw leaves "
