@@ -417,7 +417,7 @@ def test_aware_is_defined_as_it_is_joined(tmp_path: Path) -> None:
     (words,) = re.findall("<dt>Aware</dt><dd>(.*?)</dd>", html.read_text())
     assert "left untouched, or attacked by anybody" in words
     for text in (html.read_text(), md.read_text()):
-        assert "it may differ from the difference of the headlines" in text
+        assert "may differ from the difference of the headlines" in text
 
 
 def test_checks_of_the_defence_stand_apart_on_the_page_and_in_markdown(tmp_path: Path) -> None:
