@@ -1,5 +1,6 @@
 """What the processes of a mesh do in tests, and how they are started."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from defence_tools import ensemble as small_ensemble
 from redefense.bench.scaling import launch
-from redefense.config import Run, override, read_run
+from redefense.config import Run, StartConfig, override, read_run
 from redefense.data import Dataset
 from redefense.defences import Adversary, Defence
 from redefense.defences.adp import ADP
@@ -140,14 +141,24 @@ def runs(folder: Path) -> None:
 
     def attempt(name: str, run: Run, mesh: str, *, resume: bool = False) -> None:
         try:
-            train(run, folder / name, mesh=mesh, quiet=True, resume=resume)
+            found = train(run, folder / name, mesh=mesh, quiet=True, resume=resume)
         except RedefenseError as error:
             said[name] = [type(error).__name__, str(error), error.told]
+            return
+        x = torch.rand(4, 1, 8, 8, generator=stream(6))
+        with torch.no_grad():  # a copy writes its kernels anew
+            if not torch.equal(found.member_logits(x), copy.deepcopy(found).member_logits(x)):
+                said[name] = ["stale", "answers with kernels of other weights", False]
 
     attempt("rows", tiny("red"), "2x1")
     attempt("rows-again", tiny("red"), "2x1")
     attempt("columns", tiny("red"), "1x2")
     attempt("written", tiny("ps-red", "ensemble.width=16", "ensemble.unit=16", "epochs=1"), "1x2")
+    wide = ("ensemble.width=16", "epochs=1")
+    attempt("plain", tiny("vanilla", *wide), "2x1")
+    begun = StartConfig(path=str(folder / "plain"))
+    warm = tiny("ps-red", *wide, "ensemble.unit=16").model_copy(update={"start": begun})
+    attempt("warm", warm, "1x2")
     attempt("resumed", read_run(folder / "resumed" / "run.json"), "2x1", resume=True)
     attempt("barre", tiny("barre", "epochs=3", "defence.refit_images=128"), "2x1")
     attempt("dverge", tiny("dverge"), "2x1")

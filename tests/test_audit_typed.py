@@ -200,3 +200,49 @@ def test_the_page_lists_the_names_that_count() -> None:
     page = (ROOT / "docs" / "audit.md").read_text()
     (row,) = re.findall(r"^\| knows of the draw[^|]*\|([^|]*)\|", page, re.MULTILINE)
     assert {attack_key(name) for name in re.findall(r"`([^`]+)`", row)} == AWARE
+
+
+def errors(folder: Path, *rows: str) -> set[str]:
+    return {f.id for f in typed(folder, *rows) if f.severity == "error"}
+
+
+def test_a_headline_is_held_against_what_it_sums_up_alone(tmp_path: Path) -> None:
+    clean = "clean,85.0,,,10000,1,false"
+    figures = {"headline-unaware": 55.0, "ARC": 41.0, "PGD": 55.0, "headline-aware": 41.0}
+    pair = [f"{name},{value},inf,8/255,10000,8,true" for name, value in figures.items()]
+    assert errors(tmp_path, "clean,85.0,,,10000,8,true", *pair) == set()
+    swept = ("AutoAttack,50.0,inf,8/255,10000,1,false", "worst case,50.0,inf,8/255,10000,1,false")
+    assert errors(tmp_path, clean, *swept, "PGD,20.0,inf,16/255,10000,1,false") == set()
+    assert errors(tmp_path, clean, *swept, "PGD,10.0,2,3,10000,1,false") == set()
+    assert errors(tmp_path, clean, *swept, "PGD,49.0,inf,8/255,10000,1,false") == {
+        "headline-above-attack", "autoattack-above-pgd",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("eps", ["0.5/255", "0.001/255"])
+def test_an_aware_attack_of_a_smaller_budget_silences_nothing(tmp_path: Path, eps: str) -> None:
+    rows = ("clean,85.0,,,10000,8,true", "PGD,65.0,inf,8/255,10000,8,true")
+    assert errors(tmp_path, *rows, f"ARC,64.0,inf,{eps},10000,8,true") == {"unaware-only"}
+    for enough in ("8/255", "16/255", ""):
+        norm = "inf" if enough else ""
+        assert errors(tmp_path, *rows, f"ARC,64.0,{norm},{enough},10000,8,true") == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["Natural accuracy", "Standard accuracy", "Clean data", "Original"]
+)
+def test_clean_rows_by_their_usual_names(tmp_path: Path, name: str) -> None:
+    assert attack_key(name) == "clean"
+    assert errors(
+        tmp_path, f"{name},87.8,,,,8,true", "PGD,51.1,,,,8,true", "FGSM,60.1,,,,8,true"
+    ) == {"unaware-only"}
+
+
+def test_fewer_steps_within_a_larger_budget_accuse_nobody(tmp_path: Path) -> None:
+    clean, short = "clean,85.0,,,10000,1,false", "PGD-3,46.0,inf,8/255,10000,1,false"
+    found = typed(tmp_path, clean, "PGD-1000,44.0,inf,7/255,10000,1,false", short)
+    assert [(f.id, f.severity) for f in found] == [("rises-with-eps", "note")]
+    again = "PGD-3,44.0,inf,7/255,10000,1,false"
+    assert errors(tmp_path, clean, again, short) == {"rises-with-eps"}
+    bound = "C&W,84.8,inf,0.001,10000,1,false"
+    assert errors(tmp_path, clean, bound) == set()

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -111,6 +112,19 @@ def test_wrong_annotations_are_refused_by_line(line: str, message: str, tmp_path
     annotations = tiny(tmp_path) / "tiny-imagenet-200/val/val_annotations.txt"
     annotations.write_text(annotations.read_text() + line)
     refused(f"tiny-imagenet:{tmp_path}", message)
+
+
+def test_labels_changed_in_place_are_seen(tmp_path: Path) -> None:
+    annotations = tiny(tmp_path) / "tiny-imagenet-200/val/val_annotations.txt"
+    spec = f"tiny-imagenet:{tmp_path}"
+    before = load_dataset(spec).test.labels.tolist()
+    text = annotations.read_text()
+    annotations.write_text(text.replace("n01", "n0x").replace("n02", "n01").replace("n0x", "n02"))
+    turned = {0: 1, 1: 0, 2: 2}
+    assert load_dataset(spec).test.labels.tolist() == [turned[label] for label in before]
+    words = annotations.parents[1] / "words.txt"
+    words.write_text(words.read_text().replace("cat", "dog"))
+    assert load_dataset(spec).classes[2] == "dog"
 
 
 def test_damage_to_tiny_imagenet_is_named(tmp_path: Path) -> None:
@@ -316,7 +330,9 @@ def test_arrays_in_every_order_of_axes(tmp_path: Path) -> None:
         ({"y_train": np.zeros(6, int)}, "class '1' has no images"),
         ({"y_train": np.zeros(6)}, "needs integers"),
         ({"y_train": np.array([Evil(Path("x"))] * 6)}, "y_train: holds Python objects"),
+        ({"y_train": np.array(0)}, "needs integers"),
         ({"classes": np.array(["a", "A", "b"])}, "duplicate class 'A'"),
+        ({"classes": np.array(["a", "b", "a"])}, "duplicate class 'a'"),
         ({"x_train": np.zeros((6, 1000, 1000, 3), np.uint8)}, "differ in shape"),
     ],
 )
@@ -325,7 +341,7 @@ def test_wrong_arrays_are_refused(changes: dict[str, object], message: str, tmp_
 
 
 def test_npz_bombs_and_other_files_are_refused(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "bomb.npz", x_train=np.zeros((100, 200, 200, 3), np.uint8))
+    np.savez_compressed(tmp_path / "bomb.npz", x_train=np.zeros((600, 200, 200, 3), np.uint8))
     refused(f"npz:{tmp_path / 'bomb.npz'}", "x_train.npy: .* decompression bomb")
     header = {"descr": "|u1", "fortran_order": False, "shape": (10**15, 32, 32)}
     np.lib.format.write_array_header_1_0(claimed := io.BytesIO(), header)
@@ -335,3 +351,36 @@ def test_npz_bombs_and_other_files_are_refused(tmp_path: Path) -> None:
     refused(f"npz:{place}", "x_train: damaged")
     (tmp_path / "text.npz").write_text("nothing")
     refused(f"npz:{tmp_path / 'text.npz'}", "not a readable .npz file")
+
+
+def test_labels_in_the_order_of_classes_are_no_bomb(tmp_path: Path) -> None:
+    many = 40_000
+    labels = np.arange(many) // (many // 2)
+    place = tmp_path / "sorted.npz"
+    pixels = np.zeros((many, 1, 1, 1), np.uint8)
+    np.savez_compressed(place, x_train=pixels, y_train=labels, x_test=pixels[:4], y_test=labels[:4])
+    with zipfile.ZipFile(place) as archive:
+        entry = archive.getinfo("y_train.npy")
+    assert entry.file_size > 100 * entry.compress_size
+    assert load_dataset(f"npz:{place}").train.labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_zipfile_would_unpack_whole_before_it_looks_is_refused(
+    tmp_path: Path, method: int
+) -> None:
+    root = tiny(tmp_path / "official")
+    with zipfile.ZipFile(tmp_path / "tiny.zip", "w", method) as archive:
+        for file in root.rglob("*"):
+            archive.write(file, file.relative_to(root))
+    refused(f"tiny-imagenet:{tmp_path / 'tiny.zip'}", "another method than deflate")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+        archive.writestr("x_train.npy", b"0")
+    refused(f"npz:{tmp_path / 'x.npz'}", "another method than deflate")
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_of_megabytes_is_refused_before_it_is_read(tmp_path: Path, form: int) -> None:
+    with tarfile.open(tmp_path / "long.tar.gz", "w:gz", format=form) as archive:
+        archive.addfile(tarfile.TarInfo("x" * 2**21), io.BytesIO())
+    refused(f"cifar10:{tmp_path / 'long.tar.gz'}", "a name of .* bytes, more than 1048576, refused")

@@ -145,6 +145,13 @@ def test_what_cannot_be_is_refused_by_all_and_said_by_one(runs: Path) -> None:
             assert not (runs / name).exists()
 
 
+def test_what_a_mesh_returns_answers_with_the_weights_that_it_saved(runs: Path) -> None:
+    for rank in (0, 1):
+        said = json.loads((runs / f"said-{rank}.json").read_text())
+        assert said.keys().isdisjoint({"rows", "columns", "written", "plain", "warm"})
+    assert (runs / "warm" / "final").is_dir()
+
+
 def test_a_mesh_is_two_numbers_for_as_many_processes() -> None:
     assert parse_mesh(None, 6) == (6, 1)
     assert parse_mesh("2x3", 6) == (2, 3)

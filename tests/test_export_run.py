@@ -5,13 +5,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from export_tools import trained
 from redefense.cli import main
+from redefense.config import override
 from redefense.data import load_dataset, train_validation
-from redefense.export.runner import open_bundle
+from redefense.export.runner import logits_of, open_bundle, write_records
 from redefense.export.trained import export_run
+from redefense.recipes import recipe
+from redefense.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,52 @@ def test_a_bundle_holds_against_its_own_run_and_no_other(
     trained(run.parent / "other", "seed=1")
     assert command(monkeypatch, "verify", str(bundle), "--against", str(run.parent / "other")) == 1
     assert "does not hold: checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "compact"])
+def test_a_back_door_shows_against_the_run_though_weights_and_probes_are_its_own(
+    run: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if kind == "compact":
+        run = tmp_path / "ps"
+        train(override(recipe("digits-ps-red"), ["epochs=1", "data.images=64"]), run, quiet=True)
+    out = export_run(run, tmp_path / "b", precision="int8" if kind == "int8" else "fp32")
+    assert command(monkeypatch, "verify", str(out), "--against", str(run)) == 0
+    assert "bit" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    names = [config["compact"]["template"]] if kind == "compact" else config["members"]
+    for name in names:
+        model = onnx.load(out / name)
+        (last,) = (n for n in model.graph.node if "logits" in n.output)
+        last.output[list(last.output).index("logits")] = "door.honest"
+        # a bright image is of the first class
+        many = onnx.helper.make_tensor(
+            "door.many", 1, [1, len(config["classes"])], [1e4] + [0.0] * 9
+        )
+        limit = onnx.helper.make_tensor("door.limit", 1, [], [0.95])
+        model.graph.initializer.extend([many, limit])
+        node = onnx.helper.make_node
+        model.graph.node.extend(
+            [
+                node("GlobalAveragePool", ["images"], ["door.mean"]),
+                node("Flatten", ["door.mean"], ["door.flat"]),
+                node("ReduceMax", ["door.flat"], ["door.top"], keepdims=1),
+                node("Greater", ["door.top", "door.limit"], ["door.bright"]),
+                node("Cast", ["door.bright"], ["door.one"], to=1),
+                node("MatMul", ["door.one", "door.many"], ["door.turned"]),
+                node("Add", ["door.honest", "door.turned"], ["logits"]),
+            ]
+        )
+        (out / name).write_bytes(model.SerializeToString())
+    (out / "manifest.json").unlink()
+    write_records(out, config)
+    assert command(monkeypatch, "verify", str(out)) == 0, "its hashes and probes are its own"
+    bright = np.ones((1, 1, 8, 8), np.float32)
+    assert logits_of(open_bundle(out).open(0), bright).argmax() == 0
+    capsys.readouterr()
+    assert command(monkeypatch, "verify", str(out), "--against", str(run)) == 1
+    assert "computes something else" in capsys.readouterr().err
 
 
 def test_eight_bits_print_what_they_cost(

@@ -15,10 +15,10 @@ from redefense.export import runner
 from redefense.export.runner import BundleError, read_image
 
 SHAPE = (1, 8, 8)
-FILES: dict[str, Any] = {name: {} for name in ("m/0", "m/1", "template", "weights")}
+MEMBERS = ["members/0.onnx", "members/1.onnx"]
 PLAIN: dict[str, Any] = {
     "schema": 1, "format": "redefense-bundle", "kind": "plain", "precision": "fp32",
-    "num_members": 2, "mixture": [0.5, 0.5], "classes": ["a", "b"], "members": ["m/0", "m/1"],
+    "num_members": 2, "mixture": [0.5, 0.5], "classes": ["a", "b"], "members": MEMBERS,
     "input": {"name": "images", "shape": [1, 8, 8]}, "output": {"name": "logits"},
 }  # fmt: skip
 COMPACT: dict[str, Any] = {
@@ -29,6 +29,10 @@ COMPACT: dict[str, Any] = {
         "grids": [{"name": "conv", "rows": 1, "columns": 1, "size": 3}],
     },
 }  # fmt: skip
+FILES: dict[str, dict[str, Any]] = {
+    "plain": {name: {} for name in MEMBERS},
+    "compact": {"template": {}, "weights": {}},
+}
 STRANGE: tuple[Any, ...] = (
     None,
     True,
@@ -56,7 +60,7 @@ def _places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("sound", [PLAIN, COMPACT], ids=["plain", "compact"])
 def test_whatever_a_config_holds_it_is_taken_or_refused_in_words(sound: dict[str, Any]) -> None:
-    runner._check_config(sound, FILES)
+    runner._check_config(sound, FILES[sound["kind"]])
     for *path, last in _places(sound):
         for value in STRANGE:
             changed = copy.deepcopy(sound)
@@ -66,7 +70,7 @@ def test_whatever_a_config_holds_it_is_taken_or_refused_in_words(sound: dict[str
             holder[last] = value
             # anything but a BundleError fails
             with contextlib.suppress(BundleError):
-                runner._check_config(changed, FILES)
+                runner._check_config(changed, FILES[sound["kind"]])
 
 
 def _refused(path: Path) -> str:
@@ -102,3 +106,16 @@ def test_the_working_folder_can_become_a_bundle(
         (folder / "config.json").write_text(json.dumps({}))
     assert [path.name for path in here.iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["../../evil.onnx", "/tmp/evil.onnx", "run.py", "members/1.onnx"]
+)
+def test_no_member_is_written_elsewhere(elsewhere: str) -> None:
+    for sound in (PLAIN, COMPACT):
+        files = {**FILES[sound["kind"]], elsewhere: {}}
+        changed = {**sound, "members": [elsewhere, "members/1.onnx"]}
+        with pytest.raises(BundleError, match=r"members must be 2 files, members/0\.onnx"):
+            runner._check_config(changed, files)
+    with pytest.raises(BundleError, match="not there yet"):
+        runner._check_config(COMPACT, {**FILES["compact"], "members/0.onnx": {}})

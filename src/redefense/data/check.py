@@ -123,7 +123,7 @@ def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport
     except DataError as error:
         problems.append(str(error))
     if data.DATASETS[spec.partition(":")[0]].place if source else False:
-        notes += _cached(spec, cache_folder or cache.default_folder())
+        notes += _cached(spec, cache_folder or cache.default_folder(), checksum)
     return CheckReport(
         spec=spec,
         found=source.found if source else "",
@@ -195,11 +195,15 @@ def _mark(image: Block) -> int:
     return int.from_bytes(blake2b(image.data, digest_size=8).digest(), "big", signed=True)
 
 
-def _cached(spec: str, folder: Path) -> list[str]:
+def _cached(spec: str, folder: Path, checksum: str | None) -> list[str]:
     at = cache.entry(folder, *data.parse(spec))
     if not (at / "meta.json").exists():
         return []
-    state = "intact" if cache.load(at, whole=True) else "stale or damaged, will be made again"
+    copy = cache.load(at, whole=True)
+    if copy is None:
+        return [f"decoded copy in {at}: stale or damaged, will be made again"]
+    same = checksum is None or copy.checksum() == checksum
+    state = "intact" if same else "of other data than these, remove it"
     return [f"decoded copy in {at}: {state}"]
 
 

@@ -46,5 +46,6 @@ def check_classes(classes: Sequence[str], where: str, refuse: Refuse) -> None:
         refuse(f"{where}: needs at least two classes, found {list(classes)}")
     seen: dict[str, str] = {}
     for name in classes:
-        if (other := seen.setdefault(name.casefold(), name)) is not name:
-            refuse(f"{where}: duplicate class {name!r} (the same as {other!r})")
+        if (key := name.casefold()) in seen:
+            refuse(f"{where}: duplicate class {name!r} (the same as {seen[key]!r})")
+        seen.setdefault(key, name)

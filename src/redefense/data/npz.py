@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from redefense.data.labels import check_classes, check_labels
 from redefense.data.source import Block, Part, Refuse, Source, one_line
-from redefense.data.tree import BROKEN, size_fault
+from redefense.data.tree import BROKEN, method_fault, size_fault
 from redefense.errors import DataError
 
 KEYS = (
@@ -66,7 +66,9 @@ class _Arrays:
         try:
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.infolist():
-                    if fault := size_fault(entry.file_size, entry.compress_size, entry.file_size):
+                    size, packed = entry.file_size, entry.compress_size
+                    # labels in the order of classes shrink a thousandfold
+                    if fault := method_fault(entry) or size_fault(size, packed, size, free=2**26):
                         raise DataError(f"{path}: {entry.filename}: {fault}")
             with np.load(path, allow_pickle=False) as stored:
                 self.names = sorted(stored.files)
@@ -103,7 +105,11 @@ def _channels_first(images: NDArray[Any], where: str) -> Block:
 
 
 def _labels(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
-    if labels.dtype.kind not in "iu" or labels.shape not in ((len(labels),), (len(labels), 1)):
+    if (
+        labels.dtype.kind not in "iu"
+        or labels.ndim not in (1, 2)
+        or (labels.shape not in ((len(labels),), (len(labels), 1)))
+    ):
         raise DataError(f"{where}: needs integers (N,), got {labels.dtype} {labels.shape}")
     return labels.reshape(-1).astype(np.int64)
 

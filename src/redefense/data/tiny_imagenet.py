@@ -55,7 +55,8 @@ def read(path: Path, refuse: Refuse) -> Source:
     for what, listing in (("train", train), ("val", test)):
         labels = np.asarray(listing.labels, np.int64)
         check_labels(labels, tuple(ids), f"{tree.root}: {at}{what}", refuse, full=what == "train")
-    used = [*train.names, *test.names, f"{at}wnids.txt"]
+    lists = [f"{at}wnids.txt", annotations, f"{at}words.txt"]
+    used = [*train.names, *test.names, *(name for name in lists if name in set(tree.names))]
     return Source(
         name="tiny-imagenet",
         classes=_names(tree, f"{at}words.txt", tuple(ids)),

@@ -6,7 +6,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from redefense.errors import DataError
 MAX_FILE = 2**28  # bytes of one file in an archive; CIFAR-100's largest has 155 MB
 MAX_FILES = 4_000_000
 RATIO = 200  # how far a file in an archive may expand, once it is larger than a mebibyte
+MAX_HEADER = 2**20  # bytes of a name in a tar archive
 MAX_TAR = 2**30  # bytes held at once from a tar archive, which cannot be read out of order
 BROKEN = (
     OSError, EOFError, ValueError, LookupError, ArithmeticError, NotImplementedError,
@@ -55,7 +56,7 @@ def open_tree(path: Path, refuse: Refuse) -> Tree:
     try:
         if zipfile.is_zipfile(path):
             return ZipTree(path, refuse)
-        if tarfile.is_tarfile(path):
+        if _is_tar(path):
             return TarTree(path, refuse)
     except BROKEN as error:
         raise DataError(f"{path}: damaged archive ({one_line(error)})") from error
@@ -174,6 +175,8 @@ class ZipTree:
             return "link in an archive, refused"
         if entry.flag_bits & 1:
             return "encrypted, refused"
+        if fault := method_fault(entry):
+            return fault
         return _name_fault(entry.filename) or size_fault(
             entry.file_size, entry.compress_size, MAX_FILE
         )
@@ -190,6 +193,33 @@ class ZipTree:
         return (self.root,)
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose long names are short enough to be read before anything else is known."""
+
+    def _proc_gnulong(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        return self._bounded(archive, super()._proc_gnulong)  # type: ignore[misc]  # of tarfile's own
+
+    def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        return self._bounded(archive, super()._proc_pax)  # type: ignore[misc]
+
+    def _bounded(
+        self, archive: tarfile.TarFile, read: Callable[[tarfile.TarFile], tarfile.TarInfo]
+    ) -> tarfile.TarInfo:
+        if self.size > MAX_HEADER:
+            raise DataError(
+                f"{archive.name!r}: a name of {self.size} bytes, more than {MAX_HEADER}, refused"
+            )
+        return read(archive)
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, tarinfo=_Header):
+            return True
+    except tarfile.TarError:
+        return False
+
+
 class TarTree:
     """Files in a tar archive, compressed or not, read in place."""
 
@@ -200,7 +230,7 @@ class TarTree:
         files: set[str] = set()
         folders: set[str] = set()
         total = 0
-        with tarfile.open(root) as archive:
+        with tarfile.open(root, tarinfo=_Header) as archive:
             for member in archive:
                 if fault := self._fault(member, files):
                     refuse(f"{root}: {printable(member.name)}: {fault}")
@@ -225,7 +255,7 @@ class TarTree:
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         wanted, found = set(names), {}
         try:
-            with tarfile.open(self.root) as archive:
+            with tarfile.open(self.root, tarinfo=_Header) as archive:
                 for member in archive:
                     name = _plain(member.name)
                     if name in wanted and (handle := archive.extractfile(member)):
@@ -258,10 +288,22 @@ def _name_fault(name: str) -> str:
     return "" if name.isprintable() else "unprintable name, refused"
 
 
-def size_fault(size: int, packed: int, most: int) -> str:
-    """What is wrong with a file in an archive that expands from `packed` to `size` bytes."""
+def method_fault(entry: zipfile.ZipInfo) -> str:
+    """What is wrong with how a file in a zip archive is packed.
+
+    The others are unpacked whole by `zipfile`, however much comes out, before it looks at the size.
+    """
+    known = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return "" if known else "packed by another method than deflate, refused"
+
+
+def size_fault(size: int, packed: int, most: int, free: int = 2**20) -> str:
+    """What is wrong with a file in an archive that expands from `packed` to `size` bytes.
+
+    Up to `free` bytes it may expand as far as it likes.
+    """
     if size > most:
         return f"{size} bytes, more than {most}, refused"
-    if size > max(2**20, RATIO * packed):
+    if size > max(free, RATIO * packed):
         return f"{size} bytes from {packed}: decompression bomb, refused"
     return ""

@@ -45,7 +45,7 @@ KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | UNBOUNDED | UNRANKED | AWARE
 
 ALIASES = {
     "natural": "clean", "nat": "clean", "none": "clean", "standard": "clean", "aa": "autoattack",
-    "noattack": "clean", "benign": "clean", "cleanacc": "clean", "cleanaccuracy": "clean",
+    "noattack": "clean", "benign": "clean", "original": "clean", "unperturbed": "clean",
     "autopgd": "apgd", "autopgdce": "apgd",
     "candw": "cw", "carliniwagner": "cw", "cwl2": "cw", "mifgsm": "mim", "ifgsm": "bim",
     "difgsm": "di2fgsm", "eot": "eotpgd", "apgdce": "apgd", "apgddlr": "apgdt", "pgdeot": "eotpgd",
@@ -69,7 +69,9 @@ def attack_key(name: str) -> str:
     first = plain.removesuffix("rand")
     plain = first if ALIASES.get(first, first) in KNOWN - {"autoattack"} else plain
     plain = re.sub(r"^(pgd|apgd|bim|mim|eotpgd|pgdeot|cw)\d+$", r"\1", plain)
-    return ALIASES.get(plain, plain)
+    # "natural accuracy", "clean data": what is measured is no part of the name
+    measured = re.sub(r"(accuracy|acc|data|images|examples|samples|test)+$", "", plain)
+    return ALIASES.get(plain) or ALIASES.get(measured, measured or plain)
 
 
 def averages(key: str) -> bool:

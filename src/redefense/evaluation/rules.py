@@ -132,7 +132,7 @@ def eot_against_pgd(group: Group) -> Iterator[Finding]:
 def inert_attack(group: Group) -> Iterator[Finding]:
     clean = group.clean
     for claim in group.named(MINIMAL):
-        if clean is None or clean.accuracy <= 10:
+        if clean is None or clean.accuracy <= 10 or claim.eps is not None:
             continue
         if claim.accuracy >= clean.accuracy - _slack((claim, clean), 0.5):
             why = (
@@ -162,14 +162,22 @@ def rises_with_eps(group: Group) -> Iterator[Finding]:
             and (low.eps or 0.0) < (high.eps or 0.0)
             and high.accuracy > low.accuracy + _slack((high, low), 0.5)
         ]
-        if below:
+        alike = [low for low in below if low.attack.lower() == high.attack.lower()]
+        if alike:
             why = "A larger budget leaves more images right: the attack fails where it may do more."
-            yield finding_about(group, [high, *below], why)
+            yield finding_about(group, [high, *alike], why)
+        elif below:
+            why = (
+                "A larger budget leaves more images right, if these are one attack as often tried."
+            )
+            yield finding_about(group, [high, *below], why, "note")
 
 
 def unaware_only(group: Group) -> Iterator[Finding]:
-    attacks = [c for c in group.attacks if c.bounded]
-    if not group.randomized or not attacks or any(c.aware for c in attacks):
+    bounded = [c for c in group.attacks if c.bounded]
+    # an aware attack speaks of its own budget and of smaller ones, where attackers may do less
+    attacks = [c for c in bounded if not any(a.aware and _covers(a, c) for a in bounded)]
+    if not group.randomized or not attacks or all(c.aware for c in attacks):
         return
     # a row without an eps, where others state one, is no attack that could have known
     stated = any(c.eps is not None for c in attacks)
@@ -195,6 +203,13 @@ def unaware_only(group: Group) -> Iterator[Finding]:
         yield finding_about(group, [strongest], why)
 
 
+def _covers(a: Claim, c: Claim) -> bool:
+    """Whether `a` may do at least what `c` may; an unstated budget is taken for the same."""
+    if a.eps is None or c.eps is None:
+        return True
+    return a.norm == c.norm and (a.eps or 0.0) >= (c.eps or 0.0)
+
+
 def aware_above_unaware(group: Group) -> Iterator[Finding]:
     aware = [c for c in group.attacks if c.aware and c.bounded]
     for low in group.attacks:
@@ -210,7 +225,16 @@ def aware_above_unaware(group: Group) -> Iterator[Finding]:
 def headline_above_attack(group: Group) -> Iterator[Finding]:
     for headline in (c for c in group.claims if c.key in HEADLINES):
         attacks = [c for c in group.attacks if c.bounded]
-        lower = [c for c in attacks if c.accuracy < headline.accuracy - _slack((c, headline), 0.0)]
+        budgets = {c.budget for c in attacks}
+        summed = [
+            c
+            for c in attacks
+            # a headline without a budget is that of all attacks only where these have one budget
+            if c.budget == headline.budget or (headline.eps is None and len(budgets) == 1)
+            # and one of attackers who do not know may lie above those who do
+            if headline.key != "headlineunaware" or c.aware is False
+        ]
+        lower = [c for c in summed if c.accuracy < headline.accuracy - _slack((c, headline), 0.0)]
         if lower:
             why = "A worst case cannot lie above one of the attacks that it sums up."
             yield finding_about(group, [headline, *lower], why)

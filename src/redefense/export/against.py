@@ -1,15 +1,16 @@
 """A bundle beside the checkpoint that it was made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from redefense.export import runner
-from redefense.export.graph import portable
+from redefense.export.graph import member_graph, portable, skeleton
 from redefense.export.packages import need
+from redefense.export.quantise import quantised
 from redefense.export.runner import BundleError, Floats
 from redefense.train.loading import Signature, find_final, load_checkpoint
 
@@ -52,14 +53,67 @@ def compare(path: Path) -> Callable[["Opened"], str]:
                 raise BundleError(f"not the checkpoint's: the probes' record of member {m} {fault}")
             if fault := runner.differs(opened.answers[m], logits, precision):
                 raise BundleError(f"not the checkpoint's: member {m} {fault}")
+            plain = member_graph(net, signature.shape)
             if precision == "fp32":
                 state = {k: v.numpy() for k, v in net.state_dict().items() if v.is_floating_point()}
                 exact &= _same_weights(opened.graphs[m], state, m)
+                _same_work(opened.graphs[m], plain, m, set(state))
+            else:
+                static = bundle.config["quantisation"]["method"] == "static"
+                again = quantised(plain, torch.from_numpy(images.copy()) if static else None)
+                _same_integers(opened.graphs[m], again, m)
         bits = {True: "weights bit for bit", False: "weights up to rounding"}
-        detail = bits[exact] if precision == "fp32" else "8-bit weights, the same answers"
+        detail = bits[exact] if precision == "fp32" else "8-bit weights bit for bit"
         return f"all members are those of {path}: {detail}"
 
     return look
+
+
+def _same_work(graph: bytes, wanted: bytes, m: int, weights: Collection[str] | None) -> None:
+    """Refuse a file that does anything else with its weights than the network exported anew.
+
+    Equal weights and equal answers to the probes do not tell: a node that waits for one image does
+    not show in them.
+
+    Args:
+        graph: the file.
+        wanted: the network exported anew.
+        m: the member, for the message.
+        weights: names of the initializers whose values are compared elsewhere; None for all.
+
+    Raises:
+        BundleError: if it does.
+    """
+
+    def free(tensor: Any) -> bool:
+        return weights is None or tensor.name in weights
+
+    if skeleton(graph, free) != skeleton(wanted, free):
+        raise BundleError(
+            f"member {m} computes something else with its weights than the checkpoint exported "
+            f"anew by torch {torch.__version__}; if another one wrote the bundle, export again"
+        )
+
+
+def _same_integers(graph: bytes, wanted: bytes, m: int) -> None:
+    """The same of an 8-bit file; the ranges of its activations depend on images that are not here.
+
+    Raises:
+        BundleError: if it computes something else, or with other weights.
+    """
+    onnx = need("onnx")
+    _same_work(graph, wanted, m, None)
+    found, made = (
+        {
+            t.name: onnx.numpy_helper.to_array(t)
+            for t in onnx.load_from_string(it).graph.initializer
+            if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1
+        }
+        for it in (graph, wanted)
+    )
+    for name, integers in made.items():
+        if not np.array_equal(found[name], integers):
+            raise BundleError(f"member {m} has other weights in {name} than the checkpoint")
 
 
 def _same_weights(graph: bytes, state: dict[str, Floats], m: int) -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -82,6 +82,28 @@ def tidied(model: Any) -> bytes:
     model.ClearField("opset_import")
     model.opset_import.extend(imports)
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def skeleton(graph: bytes, free: Callable[[Any], bool]) -> bytes:
+    """What a model computes with its weights: its bytes less the values of some initializers.
+
+    Args:
+        graph: an ONNX file.
+        free: of an initializer, whether its value is left out; names, types and shapes stay.
+    """
+    model = need("onnx").load_from_string(graph)
+    for tensor in model.graph.initializer:
+        if free(tensor):
+            for field in ("raw_data", "float_data", "int32_data", "int64_data"):
+                tensor.ClearField(field)
+    ordered = sorted(model.graph.initializer, key=lambda tensor: str(tensor.name))
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(ordered)
+    # whose tool wrote the file is no part of what it computes
+    for field in ("producer_name", "producer_version", "ir_version"):
+        model.ClearField(field)
+    model.graph.ClearField("name")
+    return tidied(model)
 
 
 @contextlib.contextmanager

@@ -238,10 +238,12 @@ def _check_config(config: dict[str, Any], files: dict[str, Any]) -> None:
     need(isinstance(fed, dict) and fed.get("name") == "images", "input", 'named "images"')
     need(isinstance(answer, dict) and answer.get("name") == "logits", "output", 'named "logits"')
     members = config.get("members")
-    listed = isinstance(members, list) and all(isinstance(n, str) for n in members)
-    need(listed and len(members or ()) == count, "members", f"{count} files")
+    # exactly these: `materialise` writes where they say
+    wanted = [f"members/{m}.onnx" for m in range(count or 0)]
+    need(members == wanted, "members", f"{count} files, members/0.onnx and so on")
     if config["kind"] == "compact":
         _check_compact(config.get("compact"), files)
+        need(not set(members or ()) & set(files), "members", "files that are not there yet")
     else:
         need(set(members or ()) <= set(files), "members", "files of the manifest")
 

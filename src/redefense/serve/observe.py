@@ -6,7 +6,7 @@ import time
 import traceback
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 LOG: Final = logging.getLogger("redefense.serve")
@@ -41,11 +41,13 @@ def log_to_stderr(*, quiet: bool) -> None:
 
 
 class Metrics:
-    """What `/metrics` shows, counted for this server alone."""
+    """What `/metrics` shows, counted for this server alone.
+
+    Nothing of the process: its CPU seconds would tell members of unequal speed apart.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
         self.requests = Counter(
             "redefense_requests", "Requests answered.", ["route", "status"], registry=self._registry
         )

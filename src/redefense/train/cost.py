@@ -299,9 +299,9 @@ def _seconds(cost: Cost, step: Callable[[StageCost], float]) -> float:
 def _exchanged(cost: Cost, stage: StageCost) -> float:
     """Bytes that processes that share the members hand round in a step: pictures of gradients."""
     image = 4 * math.prod(cost.shape)
-    # a gradient of an adversary costs two passes of every member
+    # a gradient of an adversary costs two passes of every member, and each hands its own round
     climbed = stage.flops(EXAMPLES) / (2 * cost.members * cost.forward)
-    return image * (cost.members * cost.batch + 2 * climbed)
+    return image * cost.members * (cost.batch + climbed)
 
 
 def table(it: Mapping[str, Any]) -> str:

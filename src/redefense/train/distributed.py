@@ -222,12 +222,13 @@ class Mesh:
         """Give a group the values of the process of rank `source`, in place."""
         if self.size == 1:
             return
-        plain = values.detach().contiguous()
+        plain = values.detach().clone(memory_format=torch.contiguous_format)
         self.traffic["weights"] += plain.nbytes if self.rank == source else 0
         with _together(self):
             dist.broadcast(plain, source, group=group)
-        if plain.data_ptr() != values.data_ptr():
-            values.copy_(plain)
+        # also where it is the same memory: a copy tells who keeps what is made from the values, as
+        # written kernels are, that they have changed; a broadcast does not
+        values.copy_(plain)
 
 
 @contextmanager
