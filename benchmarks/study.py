@@ -164,7 +164,7 @@ ROWS: Final = (
     _ablation("printed", recipe="cifar10-mini-red-printed"),
     _ablation("m5", "ensemble.num_members=5", minutes=13.0),
     _ablation("m8", "ensemble.num_members=8", minutes=20.0),
-    SWIFT, ALONE, *(_again(row, 1) for row in (VANILLA, AT, RED, OTHER, SWIFT)),
+    SWIFT, ALONE, *(_again(row, 1) for row in (VANILLA, AT, RED, OTHER, SWIFT, ALONE)),
     _long("vanilla", "epochs=22"), _long("at", "epochs=5"),
     _long("swift", "epochs=13", recipe="swift-cifar10-mini"),
     _long(
