@@ -9,10 +9,7 @@ RedefenseError
     └── Interrupted  stopped by a signal after saving                          exit 130 or 143
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from redefense.evaluation.run import Report
+from typing import Any
 
 
 def lacking(what: str, package: str, extra: str) -> str:
@@ -25,10 +22,10 @@ class RedCheckWarning(UserWarning):
     """A self-check of an evaluation failed: read it before you quote a figure.
 
     Attributes:
-        report: the whole measurement, for who has warnings raised as errors.
+        report: the `Report` of the whole measurement, for who has warnings raised as errors.
     """
 
-    def __init__(self, told: str, report: "Report | None" = None) -> None:
+    def __init__(self, told: str, report: Any = None) -> None:
         super().__init__(told)
         self.report = report
 
