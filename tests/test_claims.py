@@ -207,10 +207,12 @@ def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
 
 
 def test_one_network_gains_nothing_over_itself() -> None:
-    """Its draw, its average and its only member are one: equal attacks must leave them equal."""
+    """Its draw, its average and its only member are one: equal attacks leave them equal, to luck."""
     alone = [c for c in map(claims.read, STORED) if c.run["ensemble"]["num_members"] == 1]
     assert alone
     for found in (evaluated for claim in alone for evaluated in claim.evaluations):
         for gain in (found.over_single, found.over_averaged, found.over_alone):
             assert gain is not None
-            assert gain.value == 0
+            assert gain.low is not None
+            assert gain.high is not None
+            assert gain.low <= 0 <= gain.high
