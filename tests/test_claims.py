@@ -207,7 +207,7 @@ def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
 
 
 def test_one_network_gains_nothing_over_itself() -> None:
-    """Its draw, its average and its only member are one: equal attacks leave them equal, to luck."""
+    """Its draw, average and only member are one: equal attacks leave them equal, up to luck."""
     alone = [c for c in map(claims.read, STORED) if c.run["ensemble"]["num_members"] == 1]
     assert alone
     for found in (evaluated for claim in alone for evaluated in claim.evaluations):
