@@ -185,3 +185,18 @@ def test_denormal_numbers_are_flushed_while_it_computes_and_as_before_afterwards
         evaluate(Watched(3))
         assert flushed() == before
     assert all(seen)
+
+
+def test_a_warning_points_at_the_line_that_asked() -> None:
+    # in a process of its own: the shape checker of this test run stands between
+    program = (
+        "import torch, redefense; from torch import nn\n"
+        "class Masked(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.flatten(1).detach()\n"
+        "x = torch.rand(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))\n"
+        "redefense.evaluate(Masked(), (x, torch.arange(8) % 4))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "<string>:6: RedCheckWarning: S22" in done.stderr

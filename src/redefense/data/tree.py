@@ -200,7 +200,7 @@ class _Header(tarfile.TarInfo):
         return self._bounded(archive, super()._proc_gnulong)  # type: ignore[misc]  # of tarfile's own
 
     def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        return self._bounded(archive, super()._proc_pax)  # type: ignore[misc]
+        return self._bounded(archive, super()._proc_pax)  # type: ignore[misc]  # of tarfile's own
 
     def _bounded(
         self, archive: tarfile.TarFile, read: Callable[[tarfile.TarFile], tarfile.TarInfo]

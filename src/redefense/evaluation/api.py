@@ -111,7 +111,7 @@ def evaluate(
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(told, stacklevel=3)  # the caller's line, not the decorator's
     return report
 
 

@@ -177,7 +177,7 @@ def unaware_only(group: Group) -> Iterator[Finding]:
     bounded = [c for c in group.attacks if c.bounded]
     # an aware attack speaks of its own budget and of smaller ones, where attackers may do less
     attacks = [c for c in bounded if not any(a.aware and _covers(a, c) for a in bounded)]
-    if not group.randomized or not attacks or all(c.aware for c in attacks):
+    if not group.randomized or not attacks:
         return
     # a row without an eps, where others state one, is no attack that could have known
     stated = any(c.eps is not None for c in attacks)
