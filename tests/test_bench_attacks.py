@@ -88,4 +88,4 @@ def test_for_the_first_table_alone_one_network_is_trained(
     assert result["random"] is None
     assert "random ensemble" not in bench.tables(result)
     assert "200 training images" in bench.tables(result)
-    assert capsys.readouterr().err.count("trained linear on 200 images") == 1
+    assert capsys.readouterr().err.count("trained 1 x linear on 200 images") == 1

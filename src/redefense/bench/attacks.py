@@ -17,14 +17,16 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.base import TORCHATTACKS
 from redefense.attacks.pixels import OnePixel
 from redefense.attacks.pixle import Pixle
+from redefense.config import OptimConfig
 from redefense.data import Dataset, Split, load_dataset, train_validation
+from redefense.data.loader import Loader
+from redefense.defences.vanilla import Vanilla
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.evaluation.metering import Meter, Metered
@@ -33,6 +35,7 @@ from redefense.models import build
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.device import computing
+from redefense.train.steps import fit_only
 from redefense.types import Images, Labels
 
 MEMBERS: Final = 4
@@ -46,6 +49,7 @@ HOW_TO_INSTALL: Final = (
 
 # undefended networks are all at zero for larger budgets, where nothing can be compared
 EPS: Final[Mapping[str, float]] = MappingProxyType({"digits": 0.1, "cifar10": 2 / 255})
+OPTIM: Final = OptimConfig(name="sgd", lr=0.15, weight_decay=5e-4, schedule="one-cycle")
 EPOCHS: Final[Mapping[str, int]] = MappingProxyType({"digits": 12, "cifar10": 1})
 
 Theirs = Callable[[ModuleType, nn.Module, float, int], Any]
@@ -173,12 +177,12 @@ def run(
     for note in notes:
         tell(note)
     shown, held, _ = train_validation(dataset, HELD_OUT)
-    members = [
-        train_member(dataset, shown, model, seed=seed + m, train_images=train_images, tell=tell)
-        for m in range(1 if single else MEMBERS)
-    ]
+    members = train_members(
+        dataset, shown, model, 1 if single else MEMBERS,
+        seed=seed, train_images=train_images, tell=tell,
+    )  # fmt: skip
     scene = _scene(dataset, held, members, images, seed)
-    alone = _scene(dataset, held, members[:1], images, seed)
+    alone = _scene(dataset, held, Independent([members.member(0)]), images, seed)
     first = [
         single_row(alone, name, library, tell) for name in chosen if not ATTACKS[name].adaptive
     ]
@@ -189,7 +193,7 @@ def run(
             "model": model,
             "images": len(scene.y),
             "eps": scene.eps,
-            "members": len(members),
+            "members": members.num_members,
             "seed": seed,
             "train_images": train_images,
             "threads": torch.get_num_threads(),
@@ -211,14 +215,12 @@ def _library() -> ModuleType | None:
         return None
 
 
-def _scene(
-    dataset: Dataset, held: Split, members: list[nn.Module], images: int, seed: int
-) -> Scene:
+def _scene(dataset: Dataset, held: Split, members: Independent, images: int, seed: int) -> Scene:
     if images > len(held):
         raise ConfigError(f"{dataset.name} holds {len(held)} images out, not {images}")
     index = torch.arange(images)
     return Scene(
-        members=Independent(members),
+        members=members,
         x=held.float(index),
         y=held.labels[index].long(),
         eps=EPS.get(dataset.name, 2 / 255),
@@ -227,36 +229,32 @@ def _scene(
     )
 
 
-def train_member(
+def train_members(
     dataset: Dataset,
     shown: Split,
     model: str,
+    count: int,
     *,
     seed: int,
     train_images: int | None,
     tell: Callable[[str], None],
-) -> nn.Module:
-    """A network trained just long enough to be worth attacking."""
-    rng = stream(seed, "bench", "member")
-    net = build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=rng).train()
-    x, y = shown, shown.labels.long()
-    epochs = EPOCHS.get(dataset.name, 1)
-    taken = len(x) if train_images is None else min(train_images, len(x))
-    size = min(128, taken)
-    per_epoch = taken // size
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.15, total_steps=epochs * per_epoch
+) -> Independent:
+    """Undefended networks, trained just long enough to be worth attacking."""
+    nets = [
+        build(
+            model, num_classes=dataset.num_classes, shape=dataset.shape,
+            generator=stream(seed, "bench", "member", m),
+        )
+        for m in range(count)
+    ]  # fmt: skip
+    members, epochs = Independent(nets), EPOCHS.get(dataset.name, 1)
+    loader = Loader(shown, batch_size=128, seed=seed, augment=False, limit=train_images)
+    fit_only(
+        members, Vanilla().stages(count, epochs), loader, optim=OPTIM, precision="fp32", seed=seed
     )
-    for _ in range(epochs):
-        order = torch.randperm(len(x), generator=rng)[:taken]
-        for index in order.split(size)[:per_epoch]:
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(net(x.float(index)), y[index]).backward()
-            optimizer.step()
-            schedule.step()
-    tell(f"trained {model} on {taken} images, {epochs} epoch(s), seed {seed}")
-    return net.eval()
+    taken = len(shown) if train_images is None else min(train_images, len(shown))
+    tell(f"trained {count} x {model} on {taken} images, {epochs} epoch(s), seed {seed}")
+    return members.eval()
 
 
 def single_row(

@@ -1,4 +1,4 @@
-"""Single steps of the training loop, for benchmarks and the cost model."""
+"""The training loop without its keeping: for benchmarks, their victims and the cost model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Members
 from redefense.phases import OPTIMIZER, watched
-from redefense.train.fit import Position, fit
+from redefense.train.fit import Loader, Position, fit
 from redefense.train.ledger import Ledger
 from redefense.types import Batch
 
@@ -34,6 +34,34 @@ class _Same:
             yield self.batch
 
 
+def fit_only(
+    ensemble: Members,
+    stages: Sequence[Stage],
+    loader: Loader,
+    *,
+    optim: OptimConfig,
+    precision: Precision,
+    seed: int = 0,
+    start: Position | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Train through the stages, and save and log nothing."""
+    fit(
+        ensemble,
+        stages,
+        loader,
+        optim=optim,
+        seed=seed,
+        precision=precision,
+        start=start or Position(),
+        start_totals={},
+        restore=lambda optimizer: None,
+        save=lambda position, optimizer, totals: None,
+        on_step=lambda position, terms: on_step(),
+        on_epoch=lambda stage, position, means: None,
+    )
+
+
 def take_steps(
     ensemble: Members,
     stages: Sequence[Stage],
@@ -53,20 +81,10 @@ def take_steps(
     """
     # one epoch more, since the loop takes the first step of a stage for its beginning
     last = replace(stages[index], epochs=epoch + 2, before=None, after=None)
-    fit(
-        ensemble,
-        (*stages[:index], last),
-        _Same(batch, steps),
-        optim=optim,
-        seed=seed,
-        precision=precision,
-        start=Position(index, epoch + 1),
-        start_totals={},
-        restore=lambda optimizer: None,
-        save=lambda position, optimizer, totals: None,
-        on_step=lambda position, terms: on_step(),
-        on_epoch=lambda stage, position, means: None,
-    )
+    fit_only(
+        ensemble, (*stages[:index], last), _Same(batch, steps), optim=optim, precision=precision,
+        seed=seed, start=Position(index, epoch + 1), on_step=on_step,
+    )  # fmt: skip
 
 
 def booked_step(
