@@ -5,32 +5,35 @@ python benchmarks/claims.py table [CLAIM...]                Markdown, one row a 
 python benchmarks/claims.py report [CLAIM...] --out PAGE    the report page over them
 python benchmarks/claims.py recompute CLAIM --data SPEC     train, evaluate, compare; exit 1
 
-A claim holds the resolved run without paths, the hash of its weights, what its training cost, and
-for each threat and set of images the suites that were run, where and by which commit, both
-headlines with intervals, every attack, and the red self-checks. The correctness of each image under
-each bounded attack is kept too, so that claims on the same images can be compared by paired
-differences, over the attacks that both have met.
+`claim_files.py` says what such a file holds.
 """
 
 import argparse
-import base64
 import json
 import subprocess
 import sys
 import tempfile
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
 import numpy as np
-import study
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from claim_files import (
+    Attacked,
+    Claim,
+    Evaluated,
+    Figure,
+    Plan,
+    claim,
+    least,
+    read,
+    unpacked,
+    write,
+)  # fmt: skip
 
 from redefense.config import parse_run
 from redefense.errors import DataError, RedefenseError
-from redefense.evaluation.joined import TRIES, Result, join
+from redefense.evaluation.joined import TRIES, Result
 from redefense.evaluation.records import (
     Accuracy,
     Budget,
@@ -49,277 +52,9 @@ from redefense.evaluation.statistics import (
     paired_difference,
     success_within,
 )
-from redefense.evaluation.suite import SUITES
 from redefense.evaluation.tables import markdown_table, with_interval
-from redefense.hub.pretrained import without_paths
-from redefense.train.cost import count
-from redefense.train.loading import find_final
 
 CLAIMS: Final = Path("claims")
-STEPS: Final = 65535
-"""Levels in which the correctness of an image is kept."""
-
-Attack = tuple[str, str, str]
-"""Name, view and the call that rebuilds it."""
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Figure(_Data):
-    """A fraction, or a difference of two, with its 95 % interval where one is known."""
-
-    value: float = Field(ge=-1, le=1)
-    low: float | None = Field(default=None, ge=-1, le=1)
-    high: float | None = Field(default=None, ge=-1, le=1)
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.value, self.low, self.high)
-
-
-class Attacked(_Data):
-    """One cell: the call that rebuilds the attack, and the exact expected accuracy it left.
-
-    Attributes:
-        faced: single members and the average met it, too, each for itself.
-        each: packed correctness per image, of bounded attacks.
-    """
-
-    id: str
-    attack: str
-    view: str
-    aware: bool
-    bounded: bool
-    repr: str
-    expected: Figure
-    faced: bool = False
-    each: str | None = None
-
-    @property
-    def key(self) -> Attack:
-        """What makes two cells the same attack, whoever met it."""
-        return self.attack, self.view, self.repr
-
-
-class Plan(_Data):
-    """How a suite was run.
-
-    Attributes:
-        file: name of the evaluation in the run's folder.
-        suite: its name, or its whole definition if it is not one of ours.
-    """
-
-    file: str
-    suite: str | dict[str, Any]
-    norm: Literal["inf", "2"]
-    eps: float
-    images: int | None
-    seed: int
-    seeds: int
-    checks: str
-    provenance: dict[str, Any]
-
-
-class Evaluated(_Data):
-    """All suites of the run at one threat on one set of images, joined."""
-
-    data: dict[str, Any]
-    norm: Literal["inf", "2"]
-    eps: float
-    suites: tuple[Plan, ...]
-    clean: Figure | None
-    unaware: Figure | None
-    aware: Figure | None
-    best_single_member: Figure | None
-    averaged: Figure | None
-    over_single: Figure | None
-    over_averaged: Figure | None
-    alone: tuple[Figure, ...] = ()
-    over_alone: Figure | None = None
-    cells: tuple[Attacked, ...]
-    red_checks: tuple[str, ...]
-    untouched: str | None = Field(default=None, description="packed correctness of clean images")
-    lowest: str | None = Field(description="per image, URL-safe base64 of 16-bit levels")
-
-    def per_image(self) -> NDArray[np.float64] | None:
-        """(n,) the lowest expected correctness that any bounded attack left."""
-        if self.lowest is None:
-            return None
-        raw = base64.urlsafe_b64decode(self.lowest)
-        levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
-        return levels / STEPS
-
-    def attacks(self) -> dict[Attack, str | None]:
-        """The bounded attacks and what they left of each image, to find those that two runs met."""
-        return {c.key: c.each for c in self.cells if c.bounded}
-
-
-class Training(_Data):
-    """What the training took.
-
-    Attributes:
-        images: seen, over all epochs.
-        passes: forward-pass equivalents per member and image seen, counted.
-        minutes: on the machine of the study, None where they were not logged.
-        weights: SHA-256 of the weights file.
-    """
-
-    epochs: int
-    images: int
-    passes: float
-    minutes: float | None
-    weights: str
-
-
-class Claim(_Data):
-    """One run and everything that was measured of it."""
-
-    version: Literal[1] = Field(default=1, alias="schema")
-    name: str
-    run: dict[str, Any]
-    training: Training
-    evaluations: tuple[Evaluated, ...] = Field(min_length=1)
-
-    @property
-    def headline(self) -> Evaluated:
-        """The evaluation with an aware figure under most attacks, that on most images first."""
-        known = [e for e in self.evaluations if e.aware is not None] or list(self.evaluations)
-        return max(known, key=lambda e: (len(e.cells), e.data["num_images"]))
-
-
-def claim(run: Path) -> Claim:
-    """The claim of an evaluated run.
-
-    Raises:
-        DataError: if the run is not trained, not evaluated or damaged.
-    """
-    checkpoint = find_final(run)
-    data = checkpoint.state["data"]
-    clean_run = without_paths(checkpoint.run)
-    cost = count(clean_run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
-    took = study.measured(run.parent).get(f"{run.name}/train")
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
-    return Claim(
-        name=run.resolve().name,
-        run=clean_run.model_dump(mode="json"),
-        training=Training(
-            epochs=clean_run.epochs,
-            images=cost.steps * cost.batch,
-            passes=round(cost.passes(), 2),
-            minutes=None if took is None else round(took, 1),
-            weights=manifest["sha256"]["weights.safetensors"],
-        ),
-        evaluations=tuple(evaluated(result) for result in join([run])),
-    )
-
-
-def evaluated(result: Result) -> Evaluated:
-    """One joined result as data."""
-    data = result.evaluations[0].data
-    assert result.norm in ("inf", "2")
-    return Evaluated(
-        data={**data.model_dump(), "num_images": data.num_images},
-        norm="2" if result.norm == "2" else "inf",
-        eps=0.0 if result.eps is None else result.eps,
-        suites=tuple(planned(stored) for stored in result.suites),
-        clean=figure(result.clean),
-        unaware=figure(result.unaware),
-        aware=figure(result.aware),
-        best_single_member=figure(result.single),
-        averaged=figure(result.averaged),
-        over_single=figure(result.over_single),
-        over_averaged=figure(result.over_averaged),
-        alone=tuple(f for e in result.alone if (f := figure(e)) is not None),
-        over_alone=figure(result.over_alone),
-        cells=tuple(
-            Attacked(
-                id=scored.cell.id, attack=scored.cell.attack, view=scored.cell.view,
-                aware=scored.cell.aware, bounded=scored.cell.bounded, repr=scored.cell.repr,
-                expected=estimated, faced=scored.faced,
-                each=packed(scored.q) if scored.cell.bounded else None,
-            )
-            for scored in result.cells
-            if (estimated := figure(scored.expected)) is not None
-        ),
-        red_checks=tuple(c.id for c in result.checks if c.passed is False),
-        untouched=packed(result.suites[0].clean.q),
-        lowest=lowest(result),
-    )  # fmt: skip
-
-
-def figure(estimate: Estimate | None) -> Figure | None:
-    if estimate is None:
-        return None
-    value, low, high = (None if v is None else round(float(v), 6) for v in estimate)
-    assert value is not None
-    return Figure(value=value, low=low, high=high)
-
-
-def lowest(result: Result) -> str | None:
-    """Per image, the lowest expected correctness over clean image and bounded attacks."""
-    scored = [*result.bounded, result.suites[0].clean]
-    per_image = [s.q for s in scored if s.q is not None]
-    if result.aware is None or len(per_image) < len(scored):
-        return None
-    levels = np.rint(STEPS * np.min(per_image, axis=0)).astype("<u2")
-    return base64.urlsafe_b64encode(levels.tobytes()).decode()
-
-
-def packed(q: NDArray[np.float64] | None) -> str | None:
-    """Correctness (n,) in [0, 1] as text: deflated 16-bit levels in URL-safe base64."""
-    if q is None:
-        return None
-    levels = np.rint(STEPS * q).astype("<u2")
-    return base64.urlsafe_b64encode(zlib.compress(levels.tobytes(), 9)).decode()
-
-
-def unpacked(text: str) -> NDArray[np.float64]:
-    """What `packed` was given, to half a level."""
-    raw = zlib.decompress(base64.urlsafe_b64decode(text))
-    levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
-    return levels / STEPS
-
-
-def planned(stored: Stored) -> Plan:
-    """How a stored suite was run.
-
-    Raises:
-        DataError: if the evaluation's plan is missing.
-    """
-    plan, file = stored.plan, stored.file
-    if plan is None or file is None or plan.threat.eps is None:
-        raise DataError(f"{stored.name}: {file} has no plan.json, so it cannot be recomputed")
-    name = plan.suite["name"]
-    ours = name in SUITES and SUITES[name].model_dump(mode="json") == plan.suite
-    return Plan(
-        file=file.stem, suite=name if ours else plan.suite,
-        norm="2" if plan.threat.norm == "2" else "inf",
-        eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
-        checks=plan.checks, provenance=stored.evaluation.provenance,
-    )  # fmt: skip
-
-
-def read(path: Path) -> Claim:
-    """A stored claim.
-
-    Raises:
-        DataError: naming the file and the first key that is wrong.
-    """
-    try:
-        return Claim.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path} is not a claim: {place}: {first['msg']}") from None
-
-
-def write(it: Claim, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{it.name}.json"
-    path.write_text(json.dumps(it.model_dump(mode="json", by_alias=True), indent=1) + "\n")
-    return path
 
 
 def result(it: Claim) -> Result:
@@ -453,20 +188,6 @@ def _paired(found: Evaluated, base: Evaluated) -> str:
         + ("" if gain.low is None else f" [{100 * gain.low:+.1f}, {100 * (gain.high or 0):+.1f}]")
         + note
     )
-
-
-def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
-    """Per image, the lowest correctness over the clean image and these attacks.
-
-    Raises:
-        DataError: if there is no attack, or the claim does not keep what they left of each image.
-    """
-    texts = [found.untouched, *(found.attacks()[attack] for attack in attacks)]
-    kept = [unpacked(text) for text in texts if text is not None]
-    if not attacks or len(kept) < len(texts):
-        raise DataError("a claim does not keep what each attack left of each image: make it anew")
-    lowest: NDArray[np.float64] = np.min(kept, axis=0)
-    return lowest
 
 
 def recompute(it: Claim, data: str, folder: Path) -> list[str]:

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import claim_files
 import claims
 import numpy as np
-from claims import Attack, Claim, Evaluated
+from claim_files import Attack, Claim, Evaluated
 from numpy.typing import NDArray
 
 from redefense.errors import ConfigError, DataError, RedefenseError
@@ -52,7 +53,7 @@ def seeds_of(name: str, folder: Path) -> list[Claim]:
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
-    return [claims.read(folder / f"{name}-{seed}.json") for seed in numbers]
+    return [claim_files.read(folder / f"{name}-{seed}.json") for seed in numbers]
 
 
 def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row], int]:
@@ -74,10 +75,14 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
 
 
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
-    aware = [claims.least(e, common) for e in seeds]  # refuses those that keep no single images
-    kept = [{a: claims.unpacked(each) for a, each in e.attacks().items() if each} for e in seeds]
+    aware = [
+        claim_files.least(e, common) for e in seeds
+    ]  # refuses those that keep no single images
+    kept = [
+        {a: claim_files.unpacked(each) for a, each in e.attacks().items() if each} for e in seeds
+    ]
     return Row(
-        clean=np.stack([claims.unpacked(e.untouched) for e in seeds if e.untouched]),
+        clean=np.stack([claim_files.unpacked(e.untouched) for e in seeds if e.untouched]),
         unaware=np.stack([min((left[a] for a in unaware), key=np.mean) for left in kept]),
         aware=np.stack(aware),
     )

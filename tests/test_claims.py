@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import claim_files
 import claims
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ MINE = {
 
 def cheap(path: Path) -> bool:
     """Whether a test has the data and the time to make this claim again."""
-    claim = claims.read(path)
+    claim = claim_files.read(path)
     few = claim.training.passes * claim.training.images < CHEAP
     return few and claim.run["data"]["spec"] == "digits"
 
@@ -57,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Path) -> None:
-    claim, text = claims.read(path), path.read_text()
+    claim, text = claim_files.read(path), path.read_text()
     assert claim.name == path.stem
     assert not re.search(r'"/|\\\\|:/', text), "a path of somebody's machine"
     resolve(parse_run(claim.run, path.name))
@@ -88,7 +89,7 @@ def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Pa
     "path", [path for path in STORED if cheap(path)], ids=lambda path: path.stem
 )
 def test_a_cheap_claim_can_be_made_again(path: Path, tmp_path: Path) -> None:
-    assert claims.recompute(claims.read(path), "digits", tmp_path) == []
+    assert claims.recompute(claim_files.read(path), "digits", tmp_path) == []
 
 
 def test_there_are_claims_that_a_test_makes_again() -> None:
@@ -96,7 +97,7 @@ def test_there_are_claims_that_a_test_makes_again() -> None:
 
 
 def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
-    claim = claims.claim(runs / "tiny-0")
+    claim = claim_files.claim(runs / "tiny-0")
     (result,) = join([runs / "tiny-0"])
     (found,) = claim.evaluations
     assert result.aware is not None
@@ -107,22 +108,22 @@ def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
     suites = {plan.file: plan.suite for plan in found.suites}
     assert suites["quick"] == "quick"
     assert Suite.model_validate(suites["mine-30"]) == Suite.model_validate(MINE)
-    path = claims.write(claim, tmp_path)
-    assert claims.read(path) == claim
+    path = claim_files.write(claim, tmp_path)
+    assert claim_files.read(path) == claim
     assert str(runs) not in path.read_text()
 
 
 def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None:
-    claim = claims.claim(runs / "tiny-0")
+    claim = claim_files.claim(runs / "tiny-0")
     assert claims.differences(claim, claim) == []
     (found,) = claim.evaluations
-    better = found.model_copy(update={"aware": claims.Figure(value=0.99, low=0.98, high=1.0)})
+    better = found.model_copy(update={"aware": claim_files.Figure(value=0.99, low=0.98, high=1.0)})
     (line,) = claims.differences(claim.model_copy(update={"evaluations": (better,)}), claim)
     assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
 
 
 def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
-    both = [claims.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
     heading, _, first, second = claims.table(both, against="tiny-0").splitlines()
     assert [cell.strip() for cell in heading.split("|")[1:-1]] == [
         *claims.COLUMNS, "aware, against tiny-0",
@@ -140,19 +141,19 @@ def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
 
 
 def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path) -> None:
-    base, other = (claims.claim(runs / f"tiny-{seed}").headline for seed in (0, 1))
+    base, other = (claim_files.claim(runs / f"tiny-{seed}").headline for seed in (0, 1))
     fewer = tuple(c for c in other.cells if c.attack != "hinge")
     assert 0 < len(fewer) < len(other.cells)
     part = other.model_copy(update={"cells": fewer})
     common = part.attacks().keys()
-    mine, theirs = (claims.least(e, common) for e in (part, base))
+    mine, theirs = (claim_files.least(e, common) for e in (part, base))
     assert mine is not None
     assert theirs is not None
     said = claims._paired(part, base)
     assert said.startswith(f"{100 * (mine - theirs).mean():+.1f} ")
     assert said.endswith(f", {len(common)} attacks of both")
     # over all attacks this is the worst case that the report joins
-    everything = claims.least(other, other.attacks().keys())
+    everything = claim_files.least(other, other.attacks().keys())
     whole = other.per_image()
     assert everything is not None
     assert whole is not None
@@ -165,12 +166,12 @@ def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path
 def test_what_is_no_claim_is_named(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = claims.claim(runs / "tiny-0").model_dump(mode="json", by_alias=True)
+    good = claim_files.claim(runs / "tiny-0").model_dump(mode="json", by_alias=True)
 
     def refused(change: dict[str, Any], match: str) -> None:
         (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
         with pytest.raises(DataError, match=match):
-            claims.read(tmp_path / "bad.json")
+            claim_files.read(tmp_path / "bad.json")
 
     refused({"schema": 2}, "schema")
     refused({"evaluations": []}, "evaluations")
@@ -184,7 +185,9 @@ def test_what_is_no_claim_is_named(
 def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
     runs: Path, tmp_path: Path
 ) -> None:
-    paths = [claims.write(claims.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)]
+    paths = [
+        claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
+    ]
     claims.report(paths, tmp_path / "claims.html")
     write_report([runs / "tiny-0", runs / "tiny-1"], tmp_path / "runs.html")
     of_claims, of_runs = (
@@ -208,7 +211,7 @@ def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
 
 def test_one_network_gains_nothing_over_itself() -> None:
     """Its draw, average and only member are one: equal attacks leave them equal, up to luck."""
-    alone = [c for c in map(claims.read, STORED) if c.run["ensemble"]["num_members"] == 1]
+    alone = [c for c in map(claim_files.read, STORED) if c.run["ensemble"]["num_members"] == 1]
     assert alone
     for found in (evaluated for claim in alone for evaluated in claim.evaluations):
         for gain in (found.over_single, found.over_averaged, found.over_alone):

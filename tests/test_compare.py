@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import claims
+import claim_files
 import compare
 import numpy as np
 import pytest
@@ -17,23 +17,25 @@ AWARE = {"hinge", "arc"}
 N = 200
 
 
-def claim(name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03) -> claims.Claim:
+def claim(
+    name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03
+) -> claim_files.Claim:
     """A claim of which only what is compared is filled in."""
     cells = tuple(
-        claims.Attacked(
+        claim_files.Attacked(
             id=attack, attack=attack, view="members" if attack in AWARE else "sampled",
             aware=attack in AWARE, bounded=True, repr=f"{attack}()",
-            expected=claims.Figure(value=float(q.mean())), each=claims.packed(q),
+            expected=claim_files.Figure(value=float(q.mean())), each=claim_files.packed(q),
         )
         for attack, q in left.items()
     )  # fmt: skip
-    found = claims.Evaluated(
+    found = claim_files.Evaluated(
         data={"num_images": len(clean)}, norm="inf", eps=eps, suites=(), clean=None, unaware=None,
         aware=None, best_single_member=None, averaged=None, over_single=None, over_averaged=None,
-        cells=cells, red_checks=(), untouched=claims.packed(clean), lowest=None,
+        cells=cells, red_checks=(), untouched=claim_files.packed(clean), lowest=None,
     )  # fmt: skip
-    training = claims.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
-    return claims.Claim(schema=1, name=name, run={}, training=training, evaluations=(found,))
+    training = claim_files.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
+    return claim_files.Claim(schema=1, name=name, run={}, training=training, evaluations=(found,))
 
 
 def draws(seed: int, p: float) -> NDArray[np.float64]:
@@ -41,14 +43,14 @@ def draws(seed: int, p: float) -> NDArray[np.float64]:
 
 
 @pytest.fixture
-def at() -> list[claims.Claim]:
+def at() -> list[claim_files.Claim]:
     return [
         claim(f"at-{s}", draws(s, 0.9), {"fgsm": draws(10 + s, 0.8), "hinge": draws(20 + s, 0.7)})
         for s in (0, 1)
     ]
 
 
-def test_only_attacks_that_all_have_met_count(at: list[claims.Claim]) -> None:
+def test_only_attacks_that_all_have_met_count(at: list[claim_files.Claim]) -> None:
     zero = np.zeros(N)
     clean, fgsm, hinge = draws(5, 0.8), draws(6, 0.7), draws(7, 0.6)
     other = claim("red-0", clean, {"fgsm": fgsm, "hinge": hinge, "arc": zero, "pgd": zero})
@@ -62,7 +64,9 @@ def test_only_attacks_that_all_have_met_count(at: list[claims.Claim]) -> None:
     assert not alone["red"].aware.any()
 
 
-def test_figures_are_means_over_seeds_and_differences_are_paired(at: list[claims.Claim]) -> None:
+def test_figures_are_means_over_seeds_and_differences_are_paired(
+    at: list[claim_files.Claim],
+) -> None:
     better = [claim("red-3", np.ones(N), {"fgsm": np.ones(N), "hinge": np.ones(N)})]
     found, _ = compare.under_common({"at": at, "red": better})
     each = found["at"].aware.mean(1)
@@ -77,10 +81,10 @@ def test_figures_are_means_over_seeds_and_differences_are_paired(at: list[claims
     assert note == f"2 attacks that all have met, {N} images"
 
 
-def test_what_cannot_be_compared_is_refused(at: list[claims.Claim]) -> None:
+def test_what_cannot_be_compared_is_refused(at: list[claim_files.Claim]) -> None:
     both = {"fgsm": draws(6, 0.7), "hinge": draws(7, 0.6)}
 
-    def refused(other: claims.Claim, match: str) -> None:
+    def refused(other: claim_files.Claim, match: str) -> None:
         with pytest.raises(DataError, match=match):
             compare.under_common({"at": at, "red": [other]})
 
@@ -94,10 +98,10 @@ def test_what_cannot_be_compared_is_refused(at: list[claims.Claim]) -> None:
 
 
 def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
-    at: list[claims.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at: list[claim_files.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for it in (*at, claim("at-m5-0", np.ones(N), {})):
-        claims.write(it, tmp_path)
+        claim_files.write(it, tmp_path)
     assert compare.seeds_of("at", tmp_path) == at
     with pytest.raises(ConfigError, match="gal-SEED"):
         compare.seeds_of("gal", tmp_path)
