@@ -195,7 +195,7 @@ def test_no_two_recipes_read_the_same(run: Runner) -> None:
     entries = {e["name"]: e["summary"] for e in json.loads(run("list", "recipes", "--json").out)}
     assert len(set(entries.values())) == len(entries)
     assert entries["digits-red-printed"].startswith("red printed, 3 x digits-cnn, ")
-    assert "red with similarity 0.1 and adversarial training, 3 x" in entries["digits-red-at"]
+    assert entries["digits-red-at"].startswith("red with adversarial training, 3 x digits-cnn, ")
     assert "digits-cnn written by a hypernetwork" in entries["digits-ps-red"]
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redefense.config import OptimConfig, Run, override
-from redefense.data import Dataset, load_dataset
+from redefense.data import Dataset, Split, load_dataset
 from redefense.defences import Stage
 from redefense.defences.vanilla import Vanilla
 from redefense.ensembles import Independent
@@ -31,7 +31,7 @@ from redefense.train.checkpoint import latest
 from redefense.train.fit import Position, fit
 from redefense.train.loading import load
 from redefense.train.optim import learning_rate
-from redefense.train.run import train
+from redefense.train.run import _tell_weak, accuracy, member_accuracies, train
 from redefense.types import Batch, Ensemble, Loss
 
 
@@ -322,6 +322,38 @@ def test_training_lowers_the_loss(tmp_path: Path, precision: str) -> None:
     records = [json.loads(line) for line in lines]
     assert records[-1]["ce"] < 0.2 * records[0]["ce"]
     assert records[-1]["validation_accuracy"] > 0.8
+    for record in records:
+        mean = sum(record["validation_members"]) / run.ensemble["num_members"]
+        assert record["validation_accuracy"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_a_member_that_answers_alike_whatever_it_sees_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = torch.zeros(10, 1, 2, 2, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(10) * 20
+    split = Split(images, torch.arange(10))
+
+    class Reader(nn.Module):  # the label is the brightness of one pixel
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            label = (x[:, 0, 0, 0] * 255 / 20).round().long()
+            return torch.nn.functional.one_hot(label, 10).float()
+
+    class Silent(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.eye(10)[3].expand(len(x), 10)
+
+    ensemble = Independent([Reader(), Silent()], mixture=[0.75, 0.25])
+    each = member_accuracies(ensemble, split, batch_size=4)
+    assert each.tolist() == [1.0, 0.1]
+    assert accuracy(ensemble, split, batch_size=4) == pytest.approx(0.775)
+    _tell_weak(ensemble, each)
+    assert "member 1 is right on 10.0 % of the validation images, where the best is on 100.0 %" in (
+        capsys.readouterr().err
+    )
+    _tell_weak(Independent([Reader(), Silent()], mixture=[1.0, 0.0]), each)  # never drawn
+    _tell_weak(ensemble, torch.tensor([1.0, 0.5]))
+    assert capsys.readouterr().err == ""
 
 
 def test_vanilla_is_each_members_own_cross_entropy() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from defence_tools import slow_gradients
 from redefense.defences.base import Adversary
 from redefense.defences.coupled import directional
-from redefense.defences.red import RED, WEIGHTS
+from redefense.defences.red import RED, WEIGHTS, WITH_ADVERSARIAL_TRAINING
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.models import build
@@ -87,6 +88,17 @@ def slow_terms(
         "similarity": slow_s(g_mixed, range(half)) + slow_s(g_mixed, range(half, size)),
         "lipschitz": slow_n(g_mixed),
     }
+
+
+def test_our_penalties_are_lighter_beside_adversarial_training_unless_given() -> None:
+    def weights(**settings: Any) -> tuple[float | None, float | None]:
+        red = RED(adversarial_training=True, **settings)
+        return red.similarity, red.lipschitz
+
+    assert weights() == WITH_ADVERSARIAL_TRAINING < WEIGHTS["calibrated"]
+    assert weights(similarity=1.0) == (1.0, WITH_ADVERSARIAL_TRAINING[1])
+    assert weights(preset="released") == WEIGHTS["released"]
+    assert weights(preset="printed") == WEIGHTS["printed"]
 
 
 @pytest.mark.parametrize("size", [6, 5])

@@ -211,6 +211,23 @@ def test_where_one_member_alone_is_known_no_table_claims_more(tmp_path: Path) ->
     assert (result.best_alone, result.best_index) == (result.alone[0], 0)
 
 
+def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
+    told = wording.members_weak((0.725, 0.1, 1 / 6))
+    assert told.replace(wording.PERCENT, " %") == (
+        "Untouched, member 1 answers 10.0 % and member 2 answers 16.7 % of the images, where the "
+        "best answers 72.5 %: queries that meet such a member are lost."
+    )
+    document = build_run(tmp_path / "red")
+    page, markdown = tmp_path / "page.html", tmp_path / "page.md"
+    write_report([tmp_path / "red"], page)
+    assert "queries that meet" not in page.read_text() + markdown.read_text()  # all are alike
+    document["clean"]["per_member"] = [0.725, 0.1, 1 / 6]
+    (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
+    write_report([tmp_path / "red"], page)
+    assert told in page.read_text()
+    assert told.replace(wording.PERCENT, " %") in markdown.read_text()
+
+
 def test_members_alone_stand_where_they_stand_in_every_suite(tmp_path: Path) -> None:
     run = tmp_path / "red"
     build_run(run, alone=(0.5, 0.2, 0.3))

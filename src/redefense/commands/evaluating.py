@@ -39,7 +39,7 @@ def evaluate(
     if checks not in ("quick", "full"):
         raise ConfigError(f"--checks must be quick or full, got {checks}")
     from redefense.evaluation.api import evaluate_run
-    from redefense.evaluation.wording import OF_DEFENCE
+    from redefense.evaluation.wording import OF_DEFENCE, PERCENT, members_weak
 
     report, target = evaluate_run(
         path,
@@ -59,6 +59,8 @@ def evaluate(
     for check in red:
         word = "of the defence" if check["id"] in OF_DEFENCE else "check failed"
         say(f"{word}, {check['id']}: {check['detail']}", quiet)
+    if weak := members_weak(report.data["clean"]["per_member"]):
+        say(weak.replace(PERCENT, " %"), quiet)
     if as_json and first:
         typer.echo(report.to_json(), nl=False)
     elif not as_json:

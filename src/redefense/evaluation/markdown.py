@@ -40,8 +40,8 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         "",
     ]
     for name, result in zip(labels(rows), results, strict=True):
-        if told := wording.members_alone(result):
-            parts += [escape_markdown(f"{name}: {told}"), ""]
+        for told in (wording.members_alone(result), wording.members_weak(result.clean_members)):
+            parts += [escape_markdown(f"{name}: {told}"), ""] if told else []
     parts += ["## Every attack", ""]
     columns = attack_columns(results)
     body = []

@@ -8,6 +8,7 @@ from redefense.evaluation.joined import Result, eps_text
 from redefense.evaluation.records import Check
 from redefense.evaluation.statistics import Estimate
 from redefense.evaluation.tables import interval, labels_of, percent
+from redefense.train.weak import weak_members
 
 OF_DEFENCE = ("S36", "S38")
 """Checks that say something of the defence, and nothing of how well it was measured."""
@@ -136,6 +137,21 @@ def members_alone(result: Result) -> str:
     if result.single_index is None:
         return told
     return f"{told} The one {_chosen_on(result)} is member {result.single_index}, counted from 0."
+
+
+def members_weak(each: Sequence[float]) -> str:
+    """Which members answer next to nothing on clean images; empty if none does.
+
+    Args:
+        each: clean accuracy of every member.
+    """
+    if not (weak := weak_members(each)):
+        return ""
+    told = " and ".join(f"member {m} answers {100 * each[m]:.1f}{PERCENT}" for m in weak)
+    return (
+        f"Untouched, {told} of the images, where the best answers {100 * max(each):.1f}{PERCENT}: "
+        "queries that meet such a member are lost."
+    )
 
 
 def checks_of(result: Result) -> tuple[list[Check], list[Check]]:

@@ -23,7 +23,7 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
     return base.model_copy(update=changes)
 
 
-_RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 0.1, "lipschitz": 0.5}
+_RED: Final = {"name": "red", "adversary": ADVERSARY}
 
 _RELEASED: Final = {"name": "red", "preset": "released", "adversary": ADVERSARY}
 _PRINTED: Final = {"name": "red", "preset": "printed", "adversary": ADVERSARY}

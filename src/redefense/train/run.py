@@ -44,6 +44,7 @@ from redefense.train.loading import (
 from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.profile import profiled
 from redefense.train.warm import begin_from, check_alike, check_apart, recorded, told
+from redefense.train.weak import weak_members
 
 VALIDATION_IMAGES = 2000
 UNWRITTEN = ".writing-"
@@ -284,6 +285,7 @@ class _Session:
     start: Position
     quiet: bool
     team: Mesh
+    members: Tensor | None = None
 
     def fit(self, checkpoint: Checkpoint | None, totals: dict[str, float]) -> None:
         """Run the loop from the checkpoint, or from the beginning."""
@@ -308,14 +310,17 @@ class _Session:
             progress.update(position.total, f"loss {terms['total']:.3f}")
 
         def on_epoch(stage: Stage, position: Position, means: Mapping[str, float]) -> None:
-            clean = accuracy(self.ensemble, self.validation, self.run.batch_size)
+            self.members = member_accuracies(self.ensemble, self.validation, self.run.batch_size)
             if metrics is None:
                 return
-            epoch = position.epoch
+            epoch, clean = position.epoch, _expected(self.ensemble, self.members)
             metrics.write(
                 position.total,
-                {"stage": stage.name, "epoch": epoch, **means, "validation_accuracy": clean},
-            )
+                {
+                    "stage": stage.name, "epoch": epoch, **means, "validation_accuracy": clean,
+                    "validation_members": self.members.tolist(),
+                },
+            )  # fmt: skip
             if not self.quiet:
                 text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                 note(
@@ -343,6 +348,8 @@ class _Session:
             progress.close()
             if metrics is not None:
                 metrics.close()
+        if self.members is not None and not self.quiet:
+            _tell_weak(self.ensemble, self.members)
 
     def _save(
         self, position: Position, optimizer: Mapping[str, Tensor], sums: Mapping[str, float]
@@ -363,17 +370,37 @@ class _Session:
         prune(self.out / "checkpoints")
 
 
-def accuracy(ensemble: Members, split: Split, batch_size: int) -> float:
-    """Exact expected clean accuracy on the first images of a split (2000 at most)."""
+def member_accuracies(ensemble: Members, split: Split, batch_size: int) -> Tensor:
+    """(M,) clean accuracy of every member on the first images of a split (2000 at most)."""
     device = ensemble.mixture.device
-    right = torch.zeros((), dtype=torch.float64, device=device)
+    right = torch.zeros(ensemble.num_members, dtype=torch.float64, device=device)
     count = min(len(split), VALIDATION_IMAGES)
     with torch.no_grad(), evaluating(ensemble):
         for index in torch.arange(count).split(batch_size):
             logits = ensemble.member_logits(split.float(index).to(device))
-            hits = logits.argmax(-1) == split.labels[index].to(device)
-            right += (ensemble.mixture @ hits.to(ensemble.mixture)).sum()
-    return float(right) / count
+            right += (logits.argmax(-1) == split.labels[index].to(device)).sum(1)
+    return right / count
+
+
+def accuracy(ensemble: Members, split: Split, batch_size: int) -> float:
+    """Exact expected clean accuracy on these images."""
+    return _expected(ensemble, member_accuracies(ensemble, split, batch_size))
+
+
+def _expected(ensemble: Members, accuracies: Tensor) -> float:
+    return float(ensemble.mixture.to(accuracies) @ accuracies)
+
+
+def _tell_weak(ensemble: Members, accuracies: Tensor) -> None:
+    """Say which members that are ever drawn have learnt next to nothing."""
+    each = accuracies.tolist()
+    drawn = [m for m in weak_members(each) if ensemble.mixture[m] > 0]
+    if drawn:
+        figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in drawn)
+        note(
+            f"{figures} of the validation images, where the best is on {100 * max(each):.1f} %: "
+            "queries that meet it are lost. Train longer, or with weaker penalties"
+        )
 
 
 def _claim(run: Run, out: Path, resume: bool) -> str | None:
