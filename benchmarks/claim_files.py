@@ -102,6 +102,7 @@ class Evaluated(_Data):
     eps: float
     suites: tuple[Plan, ...]
     clean: Figure | None
+    clean_members: tuple[float, ...] = ()
     unaware: Figure | None
     aware: Figure | None
     best_single_member: Figure | None
@@ -197,6 +198,7 @@ def evaluated(result: Result) -> Evaluated:
         eps=0.0 if result.eps is None else result.eps,
         suites=tuple(planned(stored) for stored in result.suites),
         clean=figure(result.clean),
+        clean_members=tuple(round(value, 6) for value in result.clean_members),
         unaware=figure(result.unaware),
         aware=figure(result.aware),
         best_single_member=figure(result.single),

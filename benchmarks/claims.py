@@ -77,7 +77,7 @@ def result(it: Claim) -> Result:
     return Result(
         name=it.name, norm=found.norm, eps=found.eps,
         suites=tuple(_evaluation(it, plan) for plan in found.suites), cells=cells,
-        clean=_estimate(found.clean), clean_averaged=None, clean_members=(),
+        clean=_estimate(found.clean), clean_averaged=None, clean_members=found.clean_members,
         unaware=_estimate(found.unaware), unaware_label=None if unaware is None else unaware.label,
         aware=_estimate(found.aware), single=_estimate(found.best_single_member),
         single_index=None, chosen_on=None, averaged=_estimate(found.averaged),
