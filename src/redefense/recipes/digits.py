@@ -34,7 +34,7 @@ _LEAKY: Final = {
 }  # fmt: skip
 _DVERGE: Final = {"name": "dverge", "eps": 0.3}
 _TRS: Final = {"name": "trs", "first_eps": EPS / 3, "last_eps": EPS}
-# the printed form at the weights of our RED, the best of five on the validation split: its
+# the printed form at the weights of our RED, best of three tried on the validation split: its
 # smoothness counts gradient norms twice
 _TRS_OURS: Final = {**_TRS, "preset": "printed", "similarity": 0.1, "smoothness": 0.25}
 _ADP_AT: Final = {
