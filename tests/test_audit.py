@@ -319,6 +319,19 @@ def test_an_honest_evaluation_holds(tmp_path: Path) -> None:
     assert {f.id for f in findings} == {"unbounded-attack"}
 
 
+def test_members_that_learnt_next_to_nothing_are_a_note(tmp_path: Path) -> None:
+    def silent(**changes: Any) -> list[Finding]:
+        clean = {"expected": 0.9, "per_member": [0.9, 0.1, 0.9]}
+        found = audit_of(tmp_path, evaluation(clean=clean, **changes))
+        return [f for f in found if f.id == "silent-member"]
+
+    (finding,) = silent()
+    assert finding.severity == "note"
+    assert finding.figures == {"member": 10.0, "best": 90.0}
+    assert "Member 1 answers few clean images" in finding.why
+    assert silent(mixture=[0.5, 0.0, 0.5]) == []  # nobody meets it
+
+
 @pytest.mark.parametrize(
     ("headline", "rule"),
     [

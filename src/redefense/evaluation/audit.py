@@ -24,6 +24,7 @@ from redefense.evaluation.claims import grouped, of_evaluation, read_csv
 from redefense.evaluation.findings import Finding
 from redefense.evaluation.records import Cell, Evaluation, evaluations_of, load, parse, read_json
 from redefense.evaluation.rules import findings_of
+from redefense.train.weak import weak_members
 
 __all__ = ["Finding", "audit", "exit_code"]
 
@@ -54,7 +55,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 def _of_document(document: object, path: Path) -> list[Finding]:
     evaluation = parse(document, str(path))
     findings = [f for group in grouped(of_evaluation(evaluation)) for f in findings_of(group)]
-    findings += _headline(evaluation)
+    findings += [*_headline(evaluation), *_silent(evaluation)]
     for cell in evaluation.cells:
         findings += _cell(evaluation, cell)
     findings += _red_checks(evaluation)
@@ -137,6 +138,21 @@ def _cell(evaluation: Evaluation, cell: Cell) -> Iterator[Finding]:
         yield _about(
             evaluation, "images-unchanged", why, rows=[cell.id], severity="note",
             unchanged=cell.unchanged,
+        )  # fmt: skip
+
+
+def _silent(evaluation: Evaluation) -> Iterator[Finding]:
+    each = evaluation.clean.per_member
+    for m in weak_members(each):
+        if evaluation.mixture and evaluation.mixture[m] == 0:
+            continue
+        why = (
+            f"Member {m} answers few clean images, and so do queries that meet it: it has learnt "
+            "next to nothing, as one may that pleases a penalty by answering alike everywhere."
+        )
+        yield _about(
+            evaluation, "silent-member", why, rows=["clean"], severity="note", member=each[m],
+            best=max(each),
         )  # fmt: skip
 
 
