@@ -202,7 +202,7 @@ def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
         found += [(_label(number, planned, plan, again), passes) for again in range(job.seeds)]
     found += pieces(job)
     if job.suite.measures:
-        found.append((MEASURES, ROUGH_PASSES * members * min(count, MEASURED)))
+        found.append((MEASURES, float(ROUGH_PASSES * members * min(count, MEASURED))))
     return found
 
 

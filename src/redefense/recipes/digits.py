@@ -23,11 +23,11 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
     return base.model_copy(update=changes)
 
 
-_RED: Final = {"name": "red", "adversary": ADVERSARY}
+_RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 0.1, "lipschitz": 0.5}
 
 _RELEASED: Final = {"name": "red", "preset": "released", "adversary": ADVERSARY}
 _PRINTED: Final = {"name": "red", "preset": "printed", "adversary": ADVERSARY}
-_RED_AT: Final = {**_RED, "adversarial_training": True}
+_RED_AT: Final = {"name": "red", "adversary": ADVERSARY, "adversarial_training": True}
 
 _LEAKY: Final = {
     "name": "independent", "model": "digits-cnn", "num_members": 3, "activation": "leaky",
