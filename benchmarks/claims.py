@@ -29,7 +29,7 @@ from claim_files import (
     read,
     unpacked,
     write,
-)  # fmt: skip
+)
 
 from redefense.config import parse_run
 from redefense.errors import DataError, RedefenseError

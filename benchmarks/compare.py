@@ -75,9 +75,8 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
 
 
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
-    aware = [
-        claim_files.least(e, common) for e in seeds
-    ]  # refuses those that keep no single images
+    # refuses those that keep no single images
+    aware = [claim_files.least(e, common) for e in seeds]
     kept = [
         {a: claim_files.unpacked(each) for a, each in e.attacks().items() if each} for e in seeds
     ]

@@ -217,6 +217,7 @@ def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
         "Untouched, member 1 answers 10.0 % and member 2 answers 16.7 % of the images, where the "
         "best answers 72.5 %: queries that meet such a member are lost."
     )
+    assert wording.members_weak((0.7, 0.1), (1.0, 0.0)) == ""  # nobody meets it
     document = build_run(tmp_path / "red")
     page, markdown = tmp_path / "page.html", tmp_path / "page.md"
     write_report([tmp_path / "red"], page)

@@ -59,7 +59,7 @@ def evaluate(
     for check in red:
         word = "of the defence" if check["id"] in OF_DEFENCE else "check failed"
         say(f"{word}, {check['id']}: {check['detail']}", quiet)
-    if weak := members_weak(report.data["clean"]["per_member"]):
+    if weak := members_weak(report.data["clean"]["per_member"], report.data["mixture"]):
         say(weak.replace(PERCENT, " %"), quiet)
     if as_json and first:
         typer.echo(report.to_json(), nl=False)

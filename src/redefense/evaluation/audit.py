@@ -143,9 +143,7 @@ def _cell(evaluation: Evaluation, cell: Cell) -> Iterator[Finding]:
 
 def _silent(evaluation: Evaluation) -> Iterator[Finding]:
     each = evaluation.clean.per_member
-    for m in weak_members(each):
-        if evaluation.mixture and evaluation.mixture[m] == 0:
-            continue
+    for m in weak_members(each, evaluation.mixture):
         why = (
             f"Member {m} answers few clean images, and so do queries that meet it: it has learnt "
             "next to nothing, as one may that pleases a penalty by answering alike everywhere."

@@ -40,7 +40,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         "",
     ]
     for name, result in zip(labels(rows), results, strict=True):
-        for told in (wording.members_alone(result), wording.members_weak(result.clean_members)):
+        for told in (wording.members_alone(result), wording.weak_of(result)):
             parts += [escape_markdown(f"{name}: {told}"), ""] if told else []
     parts += ["## Every attack", ""]
     columns = attack_columns(results)

@@ -215,7 +215,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),
         "members_alone": wording.members_alone,
-        "members_weak": wording.members_weak,
+        "weak_of": wording.weak_of,
         "results": results,
         "rivals": wording.RIVALS,
         "said_heading": wording.SAID,

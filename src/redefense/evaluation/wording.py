@@ -139,19 +139,25 @@ def members_alone(result: Result) -> str:
     return f"{told} The one {_chosen_on(result)} is member {result.single_index}, counted from 0."
 
 
-def members_weak(each: Sequence[float]) -> str:
+def members_weak(each: Sequence[float], mixture: Sequence[float] | None = None) -> str:
     """Which members answer next to nothing on clean images; empty if none does.
 
     Args:
         each: clean accuracy of every member.
+        mixture: with what probability each is drawn; None draws all.
     """
-    if not (weak := weak_members(each)):
+    if not (weak := weak_members(each, mixture)):
         return ""
     told = " and ".join(f"member {m} answers {100 * each[m]:.1f}{PERCENT}" for m in weak)
     return (
         f"Untouched, {told} of the images, where the best answers {100 * max(each):.1f}{PERCENT}: "
         "queries that meet such a member are lost."
     )
+
+
+def weak_of(result: Result) -> str:
+    """The same of a joined result."""
+    return members_weak(result.clean_members, result.evaluations[0].mixture)
 
 
 def checks_of(result: Result) -> tuple[list[Check], list[Check]]:

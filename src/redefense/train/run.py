@@ -392,11 +392,10 @@ def _expected(ensemble: Members, accuracies: Tensor) -> float:
 
 
 def _tell_weak(ensemble: Members, accuracies: Tensor) -> None:
-    """Say which members that are ever drawn have learnt next to nothing."""
+    """Say which members have learnt next to nothing."""
     each = accuracies.tolist()
-    drawn = [m for m in weak_members(each) if ensemble.mixture[m] > 0]
-    if drawn:
-        figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in drawn)
+    if weak := weak_members(each, ensemble.mixture.tolist()):
+        figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in weak)
         note(
             f"{figures} of the validation images, where the best is on {100 * max(each):.1f} %: "
             "queries that meet it are lost. Train longer, or with weaker penalties"

@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 
 
-def weak_members(accuracies: Sequence[float]) -> tuple[int, ...]:
-    """Members that are right less than half as often as the best of them.
+def weak_members(
+    accuracies: Sequence[float], mixture: Sequence[float] | None = None
+) -> tuple[int, ...]:
+    """Members that are ever drawn, and right less than half as often as the best of all.
 
     Penalties on input gradients can silence members: one that answers alike whatever it sees has no
     gradient, and so resembles none. A query that meets it is lost.
 
     Args:
         accuracies: of every member, on the same clean images.
+        mixture: with what probability each is drawn; None draws all.
     """
-    return tuple(m for m, value in enumerate(accuracies) if 2 * value < max(accuracies))
+    weak = [m for m, value in enumerate(accuracies) if 2 * value < max(accuracies)]
+    return tuple(m for m in weak if not mixture or mixture[m] > 0)
