@@ -116,6 +116,11 @@ class Evaluated(_Data):
     untouched: str | None = Field(default=None, description="packed correctness of clean images")
     lowest: str | None = Field(description="per image, URL-safe base64 of 16-bit levels")
 
+    @property
+    def subject(self) -> tuple[int, str, str, float]:
+        """Number of images, which ones, and the threat: what makes two of them comparable."""
+        return self.data["num_images"], str(self.data), self.norm, self.eps
+
     def per_image(self) -> NDArray[np.float64] | None:
         """(n,) the lowest expected correctness that any bounded attack left."""
         if self.lowest is None:
@@ -161,6 +166,20 @@ class Claim(_Data):
         known = [e for e in self.evaluations if e.aware is not None] or list(self.evaluations)
         return max(known, key=lambda e: (len(e.cells), e.data["num_images"]))
 
+    def on(self, images: int) -> "Claim | None":
+        """The claim with nothing but what was measured on so many images; None if nothing was."""
+        found = tuple(e for e in self.evaluations if e.data["num_images"] == images)
+        return self.model_copy(update={"evaluations": found}) if found else None
+
+    def keeping(self, older: "Claim") -> "Claim":
+        """With what an older claim says of the same weights on other images or at other threats."""
+        if older.training.weights != self.training.weights:
+            return self
+        mine = {e.subject for e in self.evaluations}
+        others = [e for e in older.evaluations if e.subject not in mine]
+        both = sorted([*self.evaluations, *others], key=lambda e: e.subject)
+        return self.model_copy(update={"evaluations": tuple(both)})
+
 
 def claim(run: Path) -> Claim:
     """The claim of an evaluated run.
@@ -184,7 +203,7 @@ def claim(run: Path) -> Claim:
             minutes=None if took is None else round(took, 1),
             weights=manifest["sha256"]["weights.safetensors"],
         ),
-        evaluations=tuple(evaluated(result) for result in join([run])),
+        evaluations=tuple(sorted(map(evaluated, join([run])), key=lambda e: e.subject)),
     )
 
 

@@ -5,7 +5,8 @@ python benchmarks/claims.py table [CLAIM...]                Markdown, one row a 
 python benchmarks/claims.py report [CLAIM...] --out PAGE    the report page over them
 python benchmarks/claims.py recompute CLAIM --data SPEC     train, evaluate, compare; exit 1
 
-`claim_files.py` says what such a file holds.
+`claim_files.py` says what such a file holds. Made again of the same weights, a claim keeps what it
+held about other images.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from claim_files import (
 )
 
 from redefense.config import parse_run
-from redefense.errors import DataError, RedefenseError
+from redefense.errors import ConfigError, DataError, RedefenseError
 from redefense.evaluation.joined import TRIES, Result
 from redefense.evaluation.records import (
     Accuracy,
@@ -217,7 +218,8 @@ def recompute(it: Claim, data: str, folder: Path) -> list[str]:
 def differences(one: Claim, other: Claim) -> list[str]:
     """Headlines of two claims about the same run that lie outside each other's intervals."""
     found = []
-    for mine, theirs in zip(one.evaluations, other.evaluations, strict=True):
+    pairs = (sorted(it.evaluations, key=lambda e: e.subject) for it in (one, other))
+    for mine, theirs in zip(*pairs, strict=True):
         for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
             a, b = getattr(mine, key), getattr(theirs, key)
             if (a is None) != (b is None) or (a is not None and not _agree(a, b)):
@@ -248,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     showing = commands.add_parser("table", help="print a Markdown table")
     showing.add_argument("claims", nargs="*", type=Path)
     showing.add_argument("--against", help="name of a claim: add paired differences from it")
+    showing.add_argument("--images", type=int, help="only what was measured on so many images")
     paging = commands.add_parser("report", help="write the report page over claims")
     paging.add_argument("claims", nargs="*", type=Path)
     paging.add_argument("--out", type=Path, required=True)
@@ -267,6 +270,9 @@ def _perform(given: argparse.Namespace) -> int:
     if given.command == "make":
         for run in given.runs:
             made = claim(run)
+            before = given.out / f"{made.name}.json"
+            if before.is_file():
+                made = made.keeping(read(before))
             for plan in (p for e in made.evaluations for p in e.suites):
                 commit = str(plan.provenance.get("commit", ""))
                 if not commit or commit.endswith("-dirty"):
@@ -275,7 +281,12 @@ def _perform(given: argparse.Namespace) -> int:
             sys.stdout.write(f"{write(made, given.out)}\n")
         return 0
     if given.command == "table":
-        sys.stdout.write(table(list(map(read, _stored(given))), given.against) + "\n")
+        shown = list(map(read, _stored(given)))
+        if given.images is not None:
+            shown = [part for it in shown if (part := it.on(given.images)) is not None]
+        if given.against not in (None, *(it.name for it in shown)):
+            raise ConfigError(f"--against {given.against} is none of the claims shown")
+        sys.stdout.write(table(shown, given.against) + "\n")
         return 0
     if given.command == "report":
         for path in report(_stored(given), given.out):

@@ -59,14 +59,25 @@ def seeds_of(name: str, folder: Path) -> list[Claim]:
 def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row], int]:
     """Each method's row, and under how many attacks: those that every claim has met.
 
+    Where claims were measured on several sets of images, it is the largest that all have.
+
     Raises:
         DataError: if the claims speak of different images or threats, keep no single images, or
             share no attack of either kind.
     """
-    found = {name: [it.headline for it in seeds] for name, seeds in methods.items()}
-    every = [e for seeds in found.values() for e in seeds]
-    if len({(str(e.data), e.norm, e.eps) for e in every}) > 1:
+    found = {
+        name: [{e.subject: e for e in it.evaluations} for it in seeds]
+        for name, seeds in methods.items()
+    }
+    shared = set.intersection(*(set(sets) for seeds in found.values() for sets in seeds))
+    if not shared:
         raise DataError("the claims are about different images or threats")
+    largest = max(shared)
+    return _rows({name: [sets[largest] for sets in seeds] for name, seeds in found.items()})
+
+
+def _rows(found: Mapping[str, Sequence[Evaluated]]) -> tuple[dict[str, Row], int]:
+    every = [e for seeds in found.values() for e in seeds]
     common = set.intersection(*(set(e.attacks()) for e in every))
     aware = {c.key for e in every for c in e.cells if c.aware} & common
     if not aware or aware == common:

@@ -140,6 +140,22 @@ def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
     assert np.allclose(100 * (other - one).mean(), 100 * gain.value)
 
 
+def test_the_table_of_one_number_of_images_leaves_others_out(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
+    ]
+    words = ["table", *map(str, paths), "--images"]
+    assert claims.main([*words, "30", "--against", "tiny-0"]) == 0
+    both = list(map(claim_files.read, paths))
+    assert capsys.readouterr().out == claims.table(both, against="tiny-0") + "\n"
+    assert claims.main([*words, "31"]) == 0
+    assert "tiny" not in capsys.readouterr().out
+    assert claims.main([*words, "31", "--against", "tiny-0"]) == 2
+    assert "tiny-0 is none of the claims shown" in capsys.readouterr().err
+
+
 def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path) -> None:
     base, other = (claim_files.claim(runs / f"tiny-{seed}").headline for seed in (0, 1))
     fewer = tuple(c for c in other.cells if c.attack != "hinge")

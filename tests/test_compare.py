@@ -81,6 +81,40 @@ def test_figures_are_means_over_seeds_and_differences_are_paired(
     assert note == f"2 attacks that all have met, {N} images"
 
 
+def test_the_largest_set_of_images_that_all_have_is_compared(at: list[claim_files.Claim]) -> None:
+    def on(images: int) -> claim_files.Evaluated:
+        left = {"fgsm": np.full(images, 0.5), "hinge": np.full(images, images / 1000)}
+        return claim("", np.ones(images), left).evaluations[0]
+
+    def measured(*images: int) -> claim_files.Claim:
+        return at[0].model_copy(update={"evaluations": tuple(map(on, images))})
+
+    for one, other, largest in [((300, 500), (500, 300, 900), 500), ((200,), (100, 200), 200)]:
+        found, _ = compare.under_common({"at": [measured(*one)], "red": [measured(*other)]})
+        np.testing.assert_allclose(
+            found["red"].aware, np.full((1, largest), largest / 1000), atol=1e-5
+        )
+    with pytest.raises(DataError, match="different images"):
+        compare.under_common({"at": [measured(300)], "red": [measured(500)]})
+    only = measured(300, 500).on(300)
+    assert only is not None
+    assert [e.data["num_images"] for e in only.evaluations] == [300]
+    assert measured(300).on(500) is None
+
+
+def test_a_claim_made_anew_keeps_what_other_images_said_of_the_same_weights(
+    at: list[claim_files.Claim],
+) -> None:
+    (found,) = at[0].evaluations
+    better = found.model_copy(update={"unaware": claim_files.Figure(value=0.5)})
+    fewer = claim("", np.ones(9), {"hinge": np.ones(9)}).evaluations[0]
+    new = at[0].model_copy(update={"evaluations": (better,)})
+    older = at[0].model_copy(update={"evaluations": (found, fewer)})
+    assert new.keeping(older).evaluations == (fewer, better)
+    trained = older.training.model_copy(update={"weights": "others"})
+    assert new.keeping(older.model_copy(update={"training": trained})) == new
+
+
 def test_what_cannot_be_compared_is_refused(at: list[claim_files.Claim]) -> None:
     both = {"fgsm": draws(6, 0.7), "hinge": draws(7, 0.6)}
 
