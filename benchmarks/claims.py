@@ -128,11 +128,26 @@ def _estimate(found: Figure | None) -> Estimate | None:
     return None if found is None else found.estimate
 
 
-def report(paths: Sequence[Path], out: Path) -> list[Path]:
-    """The report page over claims, and Markdown, CSV and JSON beside it."""
-    commands = [f"python benchmarks/claims.py recompute {path} --data SPEC" for path in paths]
-    results = [result(read(path)) for path in paths]
-    return write_pages(results, commands, out, paths)
+def report(paths: Sequence[Path], out: Path, images: int | None = None) -> list[Path]:
+    """The report page over claims, and Markdown, CSV and JSON beside it.
+
+    Args:
+        paths: files of claims, one row each.
+        out: the page.
+        images: only what was measured on so many; claims without are left out.
+
+    Raises:
+        ConfigError: if none is left, or as `write_pages`.
+    """
+    shown = {path: it for path in paths if (it := _on(read(path), images)) is not None}
+    if not shown:
+        raise ConfigError(f"none of the claims was measured on --images {images}")
+    commands = [f"python benchmarks/claims.py recompute {path} --data SPEC" for path in shown]
+    return write_pages(list(map(result, shown.values())), commands, out, paths)
+
+
+def _on(it: Claim, images: int | None) -> Claim | None:
+    return it if images is None else it.on(images)
 
 
 COLUMNS: Final = (
@@ -250,10 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     showing = commands.add_parser("table", help="print a Markdown table")
     showing.add_argument("claims", nargs="*", type=Path)
     showing.add_argument("--against", help="name of a claim: add paired differences from it")
-    showing.add_argument("--images", type=int, help="only what was measured on so many images")
     paging = commands.add_parser("report", help="write the report page over claims")
     paging.add_argument("claims", nargs="*", type=Path)
     paging.add_argument("--out", type=Path, required=True)
+    for parts in (showing, paging):
+        parts.add_argument("--images", type=int, help="only what was measured on so many images")
     checking = commands.add_parser("recompute", help="train, evaluate and compare; exit 1")
     checking.add_argument("claim", type=Path)
     checking.add_argument("--data", required=True, help="e.g. digits or cifar10:PATH")
@@ -281,15 +297,14 @@ def _perform(given: argparse.Namespace) -> int:
             sys.stdout.write(f"{write(made, given.out)}\n")
         return 0
     if given.command == "table":
-        shown = list(map(read, _stored(given)))
-        if given.images is not None:
-            shown = [part for it in shown if (part := it.on(given.images)) is not None]
+        every = map(read, _stored(given))
+        shown = [part for it in every if (part := _on(it, given.images)) is not None]
         if given.against not in (None, *(it.name for it in shown)):
             raise ConfigError(f"--against {given.against} is none of the claims shown")
         sys.stdout.write(table(shown, given.against) + "\n")
         return 0
     if given.command == "report":
-        for path in report(_stored(given), given.out):
+        for path in report(_stored(given), given.out, given.images):
             sys.stdout.write(f"{path}\n")
         return 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -154,6 +154,13 @@ def test_the_table_of_one_number_of_images_leaves_others_out(
     assert "tiny" not in capsys.readouterr().out
     assert claims.main([*words, "31", "--against", "tiny-0"]) == 2
     assert "tiny-0 is none of the claims shown" in capsys.readouterr().err
+    page = tmp_path / "page.html"
+    words[0] = "report"
+    assert claims.main([*words, "31", "--out", str(page)]) == 2
+    assert "none of the claims was measured on --images 31" in capsys.readouterr().err
+    assert not page.exists()
+    assert claims.main([*words, "30", "--out", str(page)]) == 0
+    assert "tiny-1" in page.with_suffix(".md").read_text()
 
 
 def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path) -> None:

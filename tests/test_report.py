@@ -92,7 +92,16 @@ def test_without_an_aware_attack_there_is_no_headline(tmp_path: Path) -> None:
     assert row["aware"] is None
     assert row["unaware"] is None
     (result,) = join([tmp_path / "red"])
-    assert "cannot be said" in wording.answers([result])[0].text
+    robust, whom, worth = wording.answers([result])
+    assert "cannot be said" in robust.text
+    # nor is anybody said to have known, or to have compared
+    assert whom.lead == "One who does not know, linf 0.2"
+    assert (
+        "does not know how a member is drawn (1 attack within this budget was tried)" in whom.text
+    )
+    assert "knows" not in whom.text
+    assert worth.lead == "Not measured"
+    assert "takes an attack that knows the ensemble" in worth.text
 
 
 def test_unbounded_attacks_enter_no_headline(tmp_path: Path) -> None:

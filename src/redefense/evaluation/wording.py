@@ -76,7 +76,8 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="open",
             short="not measured",
-            sentence="Neither a single member nor the averaged ensemble was attacked.",
+            sentence="That takes an attack that knows the ensemble, on the draw, on the single "
+            "members and on the average alike.",
         )
     gains = [(name, gain) for name, _, gain in rivals if gain is not None]
     if not gains:
@@ -242,11 +243,15 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     attackers = len(top.bounded)
     members = f"all {top.num_members} members" if top.num_members else "all members"
     alone = top.num_members == 1
-    known = "the network" if alone else f"{members} and how one is drawn, but not which will answer"
-    whom = (
-        f"Against an attacker who may {budget(top)}, and knows {known} "
-        f"({attackers} attack{'s' * (attackers != 1)} within this budget were tried)."
-    )
+    were = "attack within this budget was" if attackers == 1 else "attacks within this budget were"
+    tried = f"({attackers} {were} tried)"
+    knows = alone or top.aware is not None
+    if knows:
+        draw = f"{members} and how one is drawn, but not which will answer"
+        known = f"knows {'the network' if alone else draw}"
+    else:
+        known = "does not know how a member is drawn"
+    whom = f"Against an attacker who may {budget(top)}, and {known} {tried}."
     if not alone and top.unaware is not None and top.aware is not None:
         gap = 100 * (top.unaware.value - top.aware.value)
         whom += (
@@ -261,7 +266,11 @@ def answers(results: Sequence[Result]) -> list[Answer]:
             lead=f"{percent(top.aware)}{PERCENT}" if top.aware is not None else "Unknown",
             text=how,
         ),
-        Answer(question="Against whom?", lead=f"One who knows, {top.threat}", text=whom),
+        Answer(
+            question="Against whom?",
+            lead=f"One who {'knows' if knows else 'does not know'}, {top.threat}",
+            text=whom,
+        ),
         Answer(
             question="Is the randomness worth it?",
             lead=worth.short.capitalize(),
