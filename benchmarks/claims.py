@@ -53,7 +53,7 @@ from redefense.evaluation.statistics import (
     paired_difference,
     success_within,
 )
-from redefense.evaluation.tables import markdown_table, with_interval
+from redefense.evaluation.tables import markdown_table, percent, with_interval
 
 CLAIMS: Final = Path("claims")
 
@@ -141,7 +141,7 @@ def report(paths: Sequence[Path], out: Path, images: int | None = None) -> list[
     """
     shown = {path: it for path in paths if (it := _on(read(path), images)) is not None}
     if not shown:
-        raise ConfigError(f"none of the claims was measured on --images {images}")
+        raise ConfigError(f"no claim was measured on --images {images}")
     commands = [f"python benchmarks/claims.py recompute {path} --data SPEC" for path in shown]
     return write_pages(list(map(result, shown.values())), commands, out, paths)
 
@@ -183,6 +183,34 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
     heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
     # the intervals' brackets need no escape where the page is Markdown and not a link
     return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
+
+
+def attacks_table(claims: Sequence[Claim]) -> str:
+    """A Markdown table, percent: one row an attack, one column a claim, and how sure they are.
+
+    Where an attack was run with several settings or on several views, the one that left least.
+    Unbounded attacks come last, under their own words, for they are no part of a headline.
+    """
+    found = {it.name: it.headline for it in claims}
+    left: dict[tuple[bool, str], dict[str, Estimate]] = {}
+    for name, e in found.items():
+        for cell in sorted(e.cells, key=lambda cell: -cell.expected.value):
+            left.setdefault((not cell.bounded, cell.attack), {})[name] = cell.expected.estimate
+    rows = [["views", *(", ".join(sorted({c.view for c in e.cells})) for e in found.values())]]
+    rows += [["clean", *(percent(_estimate(e.clean)) for e in found.values())]]
+    rows += [
+        [f"{attack} (unbounded)" if unbounded else attack]
+        + [percent(figures.get(name)) for name in found]
+        for (unbounded, attack), figures in sorted(left.items(), key=lambda item: item[0])
+    ]
+    spread = max(
+        max(e.value - e.low, e.high - e.value)
+        for figures in left.values()
+        for e in figures.values()
+        if e.low is not None and e.high is not None
+    )
+    note = f"95 % intervals reach at most {100 * spread:.1f} points to a side"
+    return f"{markdown_table(['attack', *found], rows)}\n\n{note}"
 
 
 def _paired(found: Evaluated, base: Evaluated) -> str:
@@ -268,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paging = commands.add_parser("report", help="write the report page over claims")
     paging.add_argument("claims", nargs="*", type=Path)
     paging.add_argument("--out", type=Path, required=True)
+    showing.add_argument("--attacks", action="store_true", help="one row an attack instead")
     for parts in (showing, paging):
         parts.add_argument("--images", type=int, help="only what was measured on so many images")
     checking = commands.add_parser("recompute", help="train, evaluate and compare; exit 1")
@@ -301,7 +330,12 @@ def _perform(given: argparse.Namespace) -> int:
         shown = [part for it in every if (part := _on(it, given.images)) is not None]
         if given.against not in (None, *(it.name for it in shown)):
             raise ConfigError(f"--against {given.against} is none of the claims shown")
-        sys.stdout.write(table(shown, given.against) + "\n")
+        if given.attacks and given.against is not None:
+            raise ConfigError("--attacks takes no --against")
+        if not shown:
+            raise ConfigError(f"no claim was measured on --images {given.images}")
+        text = attacks_table(shown) if given.attacks else table(shown, given.against)
+        sys.stdout.write(f"{text}\n")
         return 0
     if given.command == "report":
         for path in report(_stored(given), given.out, given.images):

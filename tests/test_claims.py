@@ -140,6 +140,22 @@ def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
     assert np.allclose(100 * (other - one).mean(), 100 * gain.value)
 
 
+def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    heading, _, views, clean, *rows, _, note = claims.attacks_table(both).splitlines()
+    assert heading == "| attack | tiny-0 | tiny-1 |"
+    assert "members" in views
+    assert clean.startswith("| clean |")
+    told = {row.split(" | ")[0].strip("| ").replace("\\", ""): row.split(" | ")[1] for row in rows}
+    cells = both[0].headline.cells
+    least = {c.attack: min(d.expected.value for d in cells if d.attack == c.attack) for c in cells}
+    assert told == {attack: f"{100 * value:.1f}" for attack, value in least.items()}
+    widest = max(
+        (c.expected.high or 1) - c.expected.value for it in both for c in it.headline.cells
+    )
+    assert float(note.split()[-5]) >= round(100 * widest, 1)
+
+
 def test_the_table_of_one_number_of_images_leaves_others_out(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,14 +166,14 @@ def test_the_table_of_one_number_of_images_leaves_others_out(
     assert claims.main([*words, "30", "--against", "tiny-0"]) == 0
     both = list(map(claim_files.read, paths))
     assert capsys.readouterr().out == claims.table(both, against="tiny-0") + "\n"
-    assert claims.main([*words, "31"]) == 0
-    assert "tiny" not in capsys.readouterr().out
-    assert claims.main([*words, "31", "--against", "tiny-0"]) == 2
-    assert "tiny-0 is none of the claims shown" in capsys.readouterr().err
+    assert claims.main([*words, "31"]) == 2
+    assert "no claim was measured on --images 31" in capsys.readouterr().err
+    assert claims.main([*words, "30", "--against", "tiny-2"]) == 2
+    assert "tiny-2 is none of the claims shown" in capsys.readouterr().err
     page = tmp_path / "page.html"
     words[0] = "report"
     assert claims.main([*words, "31", "--out", str(page)]) == 2
-    assert "none of the claims was measured on --images 31" in capsys.readouterr().err
+    assert "no claim was measured on --images 31" in capsys.readouterr().err
     assert not page.exists()
     assert claims.main([*words, "30", "--out", str(page)]) == 0
     assert "tiny-1" in page.with_suffix(".md").read_text()
