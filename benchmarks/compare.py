@@ -43,8 +43,13 @@ class Row(NamedTuple):
     aware: Values
 
 
-def seeds_of(name: str, folder: Path) -> list[Claim]:
+def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
     """All claims `folder/NAME-SEED.json`, lowest seed first.
+
+    Args:
+        name: of the method.
+        folder: of the claims.
+        images: only what was measured on so many; a seed without is left out.
 
     Raises:
         ConfigError: if there is none.
@@ -53,13 +58,19 @@ def seeds_of(name: str, folder: Path) -> list[Claim]:
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
-    return [claim_files.read(folder / f"{name}-{seed}.json") for seed in numbers]
+    found = [claim_files.read(folder / f"{name}-{seed}.json") for seed in numbers]
+    if images is None:
+        return found
+    if not (parts := [part for it in found if (part := it.on(images)) is not None]):
+        raise ConfigError(f"no claim {folder / name}-SEED.json was measured on {images} images")
+    return parts
 
 
 def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row], int]:
     """Each method's row, and under how many attacks: those that every claim has met.
 
-    Where claims were measured on several sets of images, it is the largest that all have.
+    Of several sets of images that all were attacked on, that with the most attacks that all have
+    met, and of these the largest.
 
     Raises:
         DataError: if the claims speak of different images or threats, keep no single images, or
@@ -69,20 +80,24 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
         name: [{e.subject: e for e in it.evaluations} for it in seeds]
         for name, seeds in methods.items()
     }
-    shared = set.intersection(*(set(sets) for seeds in found.values() for sets in seeds))
+    every = [sets for seeds in found.values() for sets in seeds]
+    shared = set.intersection(*map(set, every))
     if not shared:
         raise DataError("the claims are about different images or threats")
-    largest = max(shared)
-    return _rows({name: [sets[largest] for sets in seeds] for name, seeds in found.items()})
-
-
-def _rows(found: Mapping[str, Sequence[Evaluated]]) -> tuple[dict[str, Row], int]:
-    every = [e for seeds in found.values() for e in seeds]
-    common = set.intersection(*(set(e.attacks()) for e in every))
-    aware = {c.key for e in every for c in e.cells if c.aware} & common
-    if not aware or aware == common:
+    common = {
+        subject: set.intersection(*(set(sets[subject].attacks()) for sets in every))
+        for subject in shared
+    }
+    chosen = max(shared, key=lambda subject: (len(common[subject]), subject))
+    attacks = common[chosen]
+    aware = {c.key for sets in every for c in sets[chosen].cells if c.aware} & attacks
+    if not aware or aware == attacks:
         raise DataError("the claims share no attack that knows of the draw, or none that does not")
-    return {name: _row(seeds, common, common - aware) for name, seeds in found.items()}, len(common)
+    rows = {
+        name: _row([sets[chosen] for sets in seeds], attacks, attacks - aware)
+        for name, seeds in found.items()
+    }
+    return rows, len(attacks)
 
 
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
@@ -131,12 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="+", help="names of claims without their seed")
     parser.add_argument("--against", help="one of them: add paired differences from it")
+    parser.add_argument("--images", type=int, help="only what was measured on so many images")
     parser.add_argument("--claims", type=Path, default=claims.CLAIMS, help="their folder")
     given = parser.parse_args(arguments)
     if given.against not in (None, *given.methods):
         parser.error(f"--against {given.against} is none of the methods")
     try:
-        methods = {name: seeds_of(name, given.claims) for name in given.methods}
+        methods = {name: seeds_of(name, given.claims, given.images) for name in given.methods}
         sys.stdout.write(table(methods, given.against) + "\n")
     except RedefenseError as error:
         sys.stderr.write(f"compare: {error}\n")

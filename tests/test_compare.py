@@ -81,25 +81,34 @@ def test_figures_are_means_over_seeds_and_differences_are_paired(
     assert note == f"2 attacks that all have met, {N} images"
 
 
-def test_the_largest_set_of_images_that_all_have_is_compared(at: list[claim_files.Claim]) -> None:
+def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
+    at: list[claim_files.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def on(images: int) -> claim_files.Evaluated:
         left = {"fgsm": np.full(images, 0.5), "hinge": np.full(images, images / 1000)}
+        if images == 900:  # the only set without the third attack
+            return claim("", np.ones(images), left).evaluations[0]
+        left["arc"] = np.ones(images)
         return claim("", np.ones(images), left).evaluations[0]
 
     def measured(*images: int) -> claim_files.Claim:
         return at[0].model_copy(update={"evaluations": tuple(map(on, images))})
 
-    for one, other, largest in [((300, 500), (500, 300, 900), 500), ((200,), (100, 200), 200)]:
-        found, _ = compare.under_common({"at": [measured(*one)], "red": [measured(*other)]})
-        np.testing.assert_allclose(
-            found["red"].aware, np.full((1, largest), largest / 1000), atol=1e-5
-        )
+    for one, other, best in [((300, 500), (500, 300), 500), ((900, 100), (100, 200, 900), 100)]:
+        found, attacks = compare.under_common({"at": [measured(*one)], "red": [measured(*other)]})
+        assert attacks == 3
+        left = np.full((1, best), best / 1000)
+        np.testing.assert_allclose(found["red"].aware, left, atol=1e-5)
     with pytest.raises(DataError, match="different images"):
         compare.under_common({"at": [measured(300)], "red": [measured(500)]})
-    only = measured(300, 500).on(300)
-    assert only is not None
-    assert [e.data["num_images"] for e in only.evaluations] == [300]
-    assert measured(300).on(500) is None
+    claim_files.write(measured(300, 500), tmp_path)
+    claim_files.write(measured(300).model_copy(update={"name": "at-7"}), tmp_path)
+    only = compare.seeds_of("at", tmp_path, 500)
+    assert [[e.data["num_images"] for e in it.evaluations] for it in only] == [[500]]
+    assert compare.main(["at", "--images", "300", "--claims", str(tmp_path)]) == 0
+    assert "| at | 2 |" in capsys.readouterr().out
+    assert compare.main(["at", "--images", "9", "--claims", str(tmp_path)]) == 2
+    assert "was measured on 9 images" in capsys.readouterr().err
 
 
 def test_a_claim_made_anew_keeps_what_other_images_said_of_the_same_weights(
