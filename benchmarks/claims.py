@@ -185,32 +185,67 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
     return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
 
 
-def attacks_table(claims: Sequence[Claim]) -> str:
+def attacks_table(claims: Sequence[Claim], images: int | None = None) -> str:
     """A Markdown table, percent: one row an attack, one column a claim, and how sure they are.
 
-    Where an attack was run with several settings or on several views, the one that left least.
+    Where an attack was run with several settings or on several views, the one that left least. Then
+    the least that one bounded attack left, as it would be quoted, and what is left of the same
+    images by the worst for each, once attackers who know the ensemble are counted as well.
     Unbounded attacks come last, under their own words, for they are no part of a headline.
+
+    Args:
+        claims: one column each, in this order.
+        images: only what was measured on so many; claims without are left out.
     """
-    found = {it.name: it.headline for it in claims}
+    shown = {it.name: part.headline for it in claims if (part := _on(it, images)) is not None}
     left: dict[tuple[bool, str], dict[str, Estimate]] = {}
-    for name, e in found.items():
+    for name, e in shown.items():
         for cell in sorted(e.cells, key=lambda cell: -cell.expected.value):
             left.setdefault((not cell.bounded, cell.attack), {})[name] = cell.expected.estimate
-    rows = [["views", *(", ".join(sorted({c.view for c in e.cells})) for e in found.values())]]
-    rows += [["clean", *(percent(_estimate(e.clean)) for e in found.values())]]
-    rows += [
-        [f"{attack} (unbounded)" if unbounded else attack]
-        + [percent(figures.get(name)) for name in found]
-        for (unbounded, attack), figures in sorted(left.items(), key=lambda item: item[0])
+    knowing = {it.name: _knowing(it, shown[it.name]) for it in claims if it.name in shown}
+
+    def row(head: str, figures: Mapping[str, Estimate | None]) -> list[str]:
+        return [head, *(percent(figures.get(name)) for name in shown)]
+
+    bounded = {attack: figures for (other, attack), figures in left.items() if not other}
+    unbounded = {attack: figures for (other, attack), figures in left.items() if other}
+    least = {
+        name: min((f[name] for f in bounded.values() if name in f), default=None) for name in shown
+    }
+    rows = [
+        ["views", *(", ".join(sorted({c.view for c in e.cells})) for e in shown.values())],
+        row("clean", {name: _estimate(e.clean) for name, e in shown.items()}),
+        *(row(attack, figures) for attack, figures in sorted(bounded.items())),
+        row("least of these", least),
+        row("with attackers who know", knowing),
+        *(row(f"{attack} (unbounded)", figures) for attack, figures in sorted(unbounded.items())),
     ]
+    quoted = [e for figures in left.values() for e in figures.values()]
     spread = max(
         max(e.value - e.low, e.high - e.value)
-        for figures in left.values()
-        for e in figures.values()
-        if e.low is not None and e.high is not None
+        for e in (*quoted, *knowing.values())
+        if e is not None and e.low is not None and e.high is not None
     )
     note = f"95 % intervals reach at most {100 * spread:.1f} points to a side"
-    return f"{markdown_table(['attack', *found], rows)}\n\n{note}"
+    return f"{markdown_table(['attack', *shown], rows)}\n\n{note}"
+
+
+def _knowing(it: Claim, found: Evaluated) -> Estimate | None:
+    """What the worst attack for each of these images leaves, those of larger evaluations too.
+
+    None if no attacker who knows the ensemble met these images. Numbers of images are the first so
+    many of one permutation.
+    """
+    n = found.data["num_images"]
+    others = [
+        e
+        for e in it.evaluations
+        if (e.norm, e.eps, e.data["split"]) == (found.norm, found.eps, found.data["split"])
+        and e.data["num_images"] >= n
+    ]
+    if not any(e.aware is not None for e in others):
+        return None
+    return accuracy_interval(np.min([least(e, e.attacks())[:n] for e in others], axis=0))
 
 
 def _paired(found: Evaluated, base: Evaluated) -> str:
@@ -326,7 +361,7 @@ def _perform(given: argparse.Namespace) -> int:
             sys.stdout.write(f"{write(made, given.out)}\n")
         return 0
     if given.command == "table":
-        every = map(read, _stored(given))
+        every = list(map(read, _stored(given)))
         shown = [part for it in every if (part := _on(it, given.images)) is not None]
         if given.against not in (None, *(it.name for it in shown)):
             raise ConfigError(f"--against {given.against} is none of the claims shown")
@@ -334,7 +369,7 @@ def _perform(given: argparse.Namespace) -> int:
             raise ConfigError("--attacks takes no --against")
         if not shown:
             raise ConfigError(f"no claim was measured on --images {given.images}")
-        text = attacks_table(shown) if given.attacks else table(shown, given.against)
+        text = attacks_table(every, given.images) if given.attacks else table(shown, given.against)
         sys.stdout.write(f"{text}\n")
         return 0
     if given.command == "report":

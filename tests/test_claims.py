@@ -17,6 +17,7 @@ from redefense.evaluation.joined import join
 from redefense.evaluation.report import write_report
 from redefense.evaluation.statistics import paired_difference
 from redefense.evaluation.suite import Suite
+from redefense.evaluation.tables import percent
 from redefense.recipes import recipe
 from redefense.train.loading import resolve
 from redefense.train.run import train
@@ -147,13 +148,47 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
     assert "members" in views
     assert clean.startswith("| clean |")
     told = {row.split(" | ")[0].strip("| ").replace("\\", ""): row.split(" | ")[1] for row in rows}
-    cells = both[0].headline.cells
+    found = both[0].headline
+    cells = found.cells
     least = {c.attack: min(d.expected.value for d in cells if d.attack == c.attack) for c in cells}
+    least["least of these"] = min(least.values())
+    assert found.aware is not None
+    least["with attackers who know"] = found.aware.value
     assert told == {attack: f"{100 * value:.1f}" for attack, value in least.items()}
     widest = max(
         (c.expected.high or 1) - c.expected.value for it in both for c in it.headline.cells
     )
     assert float(note.split()[-5]) >= round(100 * widest, 1)
+
+
+def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluation(
+    runs: Path,
+) -> None:
+    whole = claim_files.claim(runs / "tiny-0")
+    (found,) = whole.evaluations
+
+    def first(q: str | None) -> str:
+        assert q is not None
+        return claim_files.packed(claim_files.unpacked(q)[:20]) or ""
+
+    unaware = tuple(
+        c.model_copy(update={"each": first(c.each)})
+        for c in found.cells
+        if c.bounded and not c.aware
+    )
+    changes = {
+        "data": {**found.data, "num_images": 20}, "cells": unaware, "aware": None,
+        "untouched": first(found.untouched),
+    }  # fmt: skip
+    part = found.model_copy(update=changes)
+    q = found.per_image()
+    assert q is not None
+    joined = whole.model_copy(update={"evaluations": (part, found)})
+    row = next(r for r in claims.attacks_table([joined], 20).splitlines() if "who know" in r)
+    assert row == f"| with attackers who know | {100 * q[:20].mean():.1f} |"
+    alone = whole.model_copy(update={"evaluations": (part,)})
+    row = next(r for r in claims.attacks_table([alone], 20).splitlines() if "who know" in r)
+    assert row == f"| with attackers who know | {percent(None)} |"
 
 
 def test_the_table_of_one_number_of_images_leaves_others_out(
