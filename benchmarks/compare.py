@@ -18,10 +18,11 @@ import claim_files
 import claims
 import numpy as np
 from claim_files import Attack, Claim, Evaluated
+from claim_pages import gain
 from numpy.typing import NDArray
 
 from redefense.errors import ConfigError, DataError, RedefenseError
-from redefense.evaluation.statistics import accuracy_interval, paired_difference
+from redefense.evaluation.statistics import accuracy_interval
 from redefense.evaluation.tables import markdown_table, with_interval
 
 Values = NDArray[np.float64]
@@ -127,19 +128,14 @@ def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) ->
         each = ", ".join(f"{100 * value:.1f}" for value in row.aware.mean(1))
         line = [name, str(len(row.aware)), *means, each]
         if against is not None:
-            line.append("" if name == against else _gain(row.aware, found[against].aware))
+            line.append(
+                "" if name == against else gain(row.aware.mean(0), found[against].aware.mean(0))
+            )
         lines.append(line)
     heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
     text = markdown_table(heading, lines).replace("\\[", "[").replace("\\]", "]")
     images = next(iter(found.values())).aware.shape[1]
     return f"{text}\n\n{attacks} attacks that all have met, {images} images"
-
-
-def _gain(mine: Values, theirs: Values) -> str:
-    value, low, high = paired_difference(mine.mean(0), theirs.mean(0))
-    assert low is not None
-    assert high is not None
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

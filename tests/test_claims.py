@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import claim_files
+import claim_pages
 import claims
 import numpy as np
 import pytest
@@ -125,9 +126,9 @@ def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None
 
 def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
     both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
-    heading, _, first, second = claims.table(both, against="tiny-0").splitlines()
+    heading, _, first, second = claim_pages.table(both, against="tiny-0").splitlines()
     assert [cell.strip() for cell in heading.split("|")[1:-1]] == [
-        *claims.COLUMNS, "aware, against tiny-0",
+        *claim_pages.COLUMNS, "aware, against tiny-0",
     ]  # fmt: skip
     clean = both[0].headline.clean
     assert clean is not None
@@ -143,7 +144,7 @@ def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
 
 def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None:
     both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
-    heading, _, views, clean, *rows, _, note = claims.attacks_table(both).splitlines()
+    heading, _, views, clean, *rows, _, note = claim_pages.attacks_table(both).splitlines()
     assert heading == "| attack | tiny-0 | tiny-1 |"
     assert "members" in views
     assert clean.startswith("| clean |")
@@ -159,6 +160,19 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
         (c.expected.high or 1) - c.expected.value for it in both for c in it.headline.cells
     )
     assert float(note.split()[-5]) >= round(100 * widest, 1)
+
+
+def test_the_table_of_attacks_shows_paired_differences(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    *rows, _, note = claim_pages.attacks_table(both, against="tiny-0").splitlines()
+    assert note.endswith("paired differences from tiny-0")
+    row = next(r for r in rows if "who know" in r)
+    one, other = (c.headline.per_image() for c in both)
+    assert one is not None
+    assert other is not None
+    (value, low, high) = (f"{100 * (v or 0):+.1f}" for v in paired_difference(other, one))
+    told = f"{100 * one.mean():.1f} | {100 * other.mean():.1f} ({value} [{low}, {high}])"
+    assert row == f"| with attackers who know | {told} |"
 
 
 def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluation(
@@ -184,10 +198,10 @@ def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluatio
     q = found.per_image()
     assert q is not None
     joined = whole.model_copy(update={"evaluations": (part, found)})
-    row = next(r for r in claims.attacks_table([joined], 20).splitlines() if "who know" in r)
+    row = next(r for r in claim_pages.attacks_table([joined], 20).splitlines() if "who know" in r)
     assert row == f"| with attackers who know | {100 * q[:20].mean():.1f} |"
     alone = whole.model_copy(update={"evaluations": (part,)})
-    row = next(r for r in claims.attacks_table([alone], 20).splitlines() if "who know" in r)
+    row = next(r for r in claim_pages.attacks_table([alone], 20).splitlines() if "who know" in r)
     assert row == f"| with attackers who know | {percent(None)} |"
 
 
@@ -200,7 +214,7 @@ def test_the_table_of_one_number_of_images_leaves_others_out(
     words = ["table", *map(str, paths), "--images"]
     assert claims.main([*words, "30", "--against", "tiny-0"]) == 0
     both = list(map(claim_files.read, paths))
-    assert capsys.readouterr().out == claims.table(both, against="tiny-0") + "\n"
+    assert capsys.readouterr().out == claim_pages.table(both, against="tiny-0") + "\n"
     assert claims.main([*words, "31"]) == 2
     assert "no claim was measured on --images 31" in capsys.readouterr().err
     assert claims.main([*words, "30", "--against", "tiny-2"]) == 2
@@ -223,7 +237,7 @@ def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path
     mine, theirs = (claim_files.least(e, common) for e in (part, base))
     assert mine is not None
     assert theirs is not None
-    said = claims._paired(part, base)
+    said = claim_pages._paired(part, base)
     assert said.startswith(f"{100 * (mine - theirs).mean():+.1f} ")
     assert said.endswith(f", {len(common)} attacks of both")
     # over all attacks this is the worst case that the report joins
@@ -234,7 +248,7 @@ def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path
     np.testing.assert_array_equal(everything, whole)
     unkept = tuple(c.model_copy(update={"each": None}) for c in fewer)
     old = part.model_copy(update={"cells": unkept})
-    assert claims._paired(old, base) == "other attacks"
+    assert claim_pages._paired(old, base) == "other attacks"
 
 
 def test_what_is_no_claim_is_named(
@@ -262,7 +276,7 @@ def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
     paths = [
         claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
     ]
-    claims.report(paths, tmp_path / "claims.html")
+    claim_pages.report(paths, tmp_path / "claims.html")
     write_report([runs / "tiny-0", runs / "tiny-1"], tmp_path / "runs.html")
     of_claims, of_runs = (
         json.loads((tmp_path / name).read_text())["results"]
@@ -280,14 +294,15 @@ def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
             else:
                 assert told[key] == expected, key
     with pytest.raises(ConfigError, match="would write over"):
-        claims.report(paths, paths[0].with_suffix(".html"))
+        claim_pages.report(paths, paths[0].with_suffix(".html"))
 
 
 def test_one_network_gains_nothing_over_itself() -> None:
     """Its draw, average and only member are one: equal attacks leave them equal, up to luck."""
     alone = [c for c in map(claim_files.read, STORED) if c.run["ensemble"]["num_members"] == 1]
-    assert alone
-    for found in (evaluated for claim in alone for evaluated in claim.evaluations):
+    known = [e for claim in alone for e in claim.evaluations if e.aware is not None]
+    assert known
+    for found in known:
         for gain in (found.over_single, found.over_averaged, found.over_alone):
             assert gain is not None
             assert gain.low is not None
