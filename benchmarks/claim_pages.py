@@ -3,7 +3,7 @@
 `claims.py` is the command, `claim_files.py` the format.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -167,8 +167,8 @@ def attacks_table(
     """A Markdown table, percent: one row an attack, one column a claim, and how sure they are.
 
     Where an attack was run with several settings or on several views, the one that left least. Then
-    the least that one bounded attack left, as it would be quoted, and what is left of the same
-    images by the worst for each, once attackers who know the ensemble are counted as well.
+    the least that one bounded attack left, as it would be quoted; what is left by the worst of them
+    for each image; and the same once attackers who know the ensemble are counted as well.
     Unbounded attacks come last, under their own words, for they are no part of a headline.
 
     Args:
@@ -178,28 +178,22 @@ def attacks_table(
     """
     shown = {it.name: part.headline for it in claims if (part := on_images(it, images)) is not None}
     met = {name: _least_of_each(e) for name, e in shown.items()}
-    rows: dict[str, dict[str, _Shown]] = {
-        "clean": {name: _Shown(_estimate(e.clean), e.untouched) for name, e in shown.items()}
+    bounded = _by_attack(met, unbounded=False)
+    quoted = {
+        name: min(found, key=lambda it: it.value)
+        for name in shown
+        if (found := [row[name] for row in bounded.values() if name in row])
     }
-    for unbounded in (False, True):
-        for attack in sorted(
-            {a for each in met.values() for other, a in each if other is unbounded}
-        ):
-            head = f"{attack} (unbounded)" if unbounded else attack
-            rows[head] = {
-                n: e[unbounded, attack] for n, e in met.items() if (unbounded, attack) in e
-            }
-        if not unbounded:
-            rows["least of these"] = {
-                name: min((s for (other, _), s in each.items() if not other), key=lambda s: s.value)
-                for name, each in met.items()
-                if any(not other for other, _ in each)
-            }
-            rows["with attackers who know"] = {
-                it.name: _Shown(accuracy_interval(q), packed(q))
-                for it in claims
-                if it.name in shown and (q := _knowing(it, shown[it.name])) is not None
-            }
+    worst = {name: _worst(e) for name, e in shown.items()}
+    knowing = {it.name: _knowing(it, shown[it.name]) for it in claims if it.name in shown}
+    rows: dict[str, dict[str, _Shown]] = {
+        "clean": {name: _Shown(_estimate(e.clean), e.untouched) for name, e in shown.items()},
+        **bounded,
+        "least of these": quoted,
+        "worst of these for each image": _summed(worst),
+        "with attackers who know": _summed(knowing),
+        **_by_attack(met, unbounded=True),
+    }
     lines = [["views", *(", ".join(sorted({c.view for c in e.cells})) for e in shown.values())]]
     for head, row in rows.items():
         base = None if against is None else row.get(against)
@@ -235,6 +229,35 @@ def _least_of_each(found: Evaluated) -> dict[tuple[bool, str], _Shown]:
     return {(not c.bounded, c.attack): _Shown(c.expected.estimate, c.each) for c in cells}
 
 
+def _by_attack(
+    met: Mapping[str, Mapping[tuple[bool, str], _Shown]], *, unbounded: bool
+) -> dict[str, dict[str, _Shown]]:
+    """By attack and name, in alphabetical order."""
+    attacks = sorted(
+        {attack for each in met.values() for other, attack in each if other is unbounded}
+    )
+    return {
+        attack + " (unbounded)" * unbounded: {
+            name: each[unbounded, attack]
+            for name, each in met.items()
+            if (unbounded, attack) in each
+        }
+        for attack in attacks
+    }
+
+
+def _summed(left: Mapping[str, NDArray[np.float64] | None]) -> dict[str, _Shown]:
+    return {n: _Shown(accuracy_interval(q), packed(q)) for n, q in left.items() if q is not None}
+
+
+def _worst(found: Evaluated) -> NDArray[np.float64] | None:
+    """Per image what the worst bounded attack leaves; None without such, or without records."""
+    try:
+        return least(found, found.attacks())
+    except DataError:
+        return None
+
+
 def _beside(it: _Shown | None, base: _Shown | None) -> str:
     if it is None or base is None or it is base or it.each is None or base.each is None:
         return percent(None if it is None else it.estimate)
@@ -256,8 +279,9 @@ def _knowing(it: Claim, found: Evaluated) -> NDArray[np.float64] | None:
     ]
     if not any(e.aware is not None for e in others):
         return None
-    lowest: NDArray[np.float64] = np.min([least(e, e.attacks())[:n] for e in others], axis=0)
-    return lowest
+    each = [q[:n] for e in others if (q := _worst(e)) is not None]
+    lowest: NDArray[np.float64] = np.min(each, axis=0)
+    return lowest if len(each) == len(others) else None
 
 
 def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
