@@ -161,6 +161,12 @@ class Claim(_Data):
     evaluations: tuple[Evaluated, ...] = Field(min_length=1)
 
     @property
+    def passes(self) -> float:
+        """Forward-pass equivalents of one member that the whole training took."""
+        members: int = self.run["ensemble"]["num_members"]
+        return self.training.images * self.training.passes * members
+
+    @property
     def headline(self) -> Evaluated:
         """The evaluation with an aware figure under most attacks, that on most images first."""
         known = [e for e in self.evaluations if e.aware is not None] or list(self.evaluations)

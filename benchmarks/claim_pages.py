@@ -133,7 +133,7 @@ COLUMNS: Final = (
 
 
 def table(claims: Sequence[Claim], against: str | None = None) -> str:
-    """A Markdown table, percent with 95 % intervals, cost in forward passes per member and image.
+    """A Markdown table, percent with 95 % intervals, cost in millions of a member's forward passes.
 
     The best member is the one that is best on these images, where all were attacked. Under "same
     attacks" is what the ensemble keeps under those that this member and the average met, too.
@@ -152,13 +152,60 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
         ]  # fmt: skip
         row = [it.name, str(found.data["num_images"])]
         row += [with_interval(figure) for figure in figures]
-        row += [f"{it.training.passes:.1f}"]
+        row += [f"{it.passes / 1e6:.2f}"]
         if base is not None:
             row.append(_paired(found, base))
         rows.append(row)
     heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
     # the intervals' brackets need no escape where the page is Markdown and not a link
     return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
+
+
+DRAW_COLUMNS: Final = (
+    "method", "images", "drawn", "best member", "draw over best member", "averaged",
+    "draw over average",
+)  # fmt: skip
+
+
+def draw_table(claims: Sequence[Claim]) -> str:
+    """A Markdown table of what drawing is worth, percent and points with 95 % intervals.
+
+    The draw, the member that is best on these images and the average each under the attacks that
+    all three have met, each attacked for itself; single networks are left out.
+
+    Args:
+        claims: one row each, in this order.
+    """
+    rows = []
+    for it in claims:
+        found, shown = it.headline, result(it)
+        if len(found.alone) < 2:
+            continue
+        over = (
+            _over(gained, shown.knowing, rival)
+            for gained, rival in (
+                (found.over_alone, shown.best_alone),
+                (found.over_averaged, shown.averaged),
+            )
+        )
+        figures = [
+            with_interval(shown.knowing), percent(shown.best_alone), next(over),
+            percent(shown.averaged), next(over),
+        ]  # fmt: skip
+        rows.append([it.name, str(found.data["num_images"]), *figures])
+    return markdown_table(DRAW_COLUMNS, rows).replace("\\[", "[").replace("\\]", "]")
+
+
+def _over(gained: Figure | None, drawn: Estimate | None, rival: Estimate | None) -> str:
+    """The paired gain; in a claim that kept no such pairs the bare difference."""
+    if gained is None and drawn is not None and rival is not None:
+        gained = Figure(value=drawn.value - rival.value)
+    return percent(None) if gained is None else _points(gained)
+
+
+def _points(found: Figure) -> str:
+    ends = (f"{100 * end:+.1f}" for end in (found.low, found.high) if end is not None)
+    return f"{100 * found.value:+.1f} [{', '.join(ends)}]".removesuffix(" []")
 
 
 def attacks_table(
@@ -287,8 +334,7 @@ def _knowing(it: Claim, found: Evaluated) -> NDArray[np.float64] | None:
 def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
     """The mean paired difference in points with its 95 % interval."""
     value, low, high = paired_difference(mine, theirs)
-    ends = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * value:+.1f}{ends}"
+    return _points(Figure(value=value, low=low, high=high))
 
 
 def _paired(found: Evaluated, base: Evaluated) -> str:

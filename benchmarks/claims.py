@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from claim_files import Claim, Figure, claim, read, write
-from claim_pages import attacks_table, on_images, report, table
+from claim_pages import attacks_table, draw_table, on_images, report, table
 
 from redefense.config import parse_run
 from redefense.errors import ConfigError, RedefenseError
@@ -90,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paging = commands.add_parser("report", help="write the report page over claims")
     paging.add_argument("claims", nargs="*", type=Path)
     paging.add_argument("--out", type=Path, required=True)
-    showing.add_argument("--attacks", action="store_true", help="one row an attack instead")
+    instead = showing.add_mutually_exclusive_group()
+    instead.add_argument("--attacks", action="store_true", help="one row an attack instead")
+    instead.add_argument("--draw", action="store_true", help="what drawing is worth instead")
     for parts in (showing, paging):
         parts.add_argument("--images", type=int, help="only what was measured on so many images")
     checking = commands.add_parser("recompute", help="train, evaluate and compare; exit 1")
@@ -126,7 +128,9 @@ def _perform(given: argparse.Namespace) -> int:
             raise ConfigError(f"--against {given.against} is none of the claims shown")
         if not shown:
             raise ConfigError(f"no claim was measured on --images {given.images}")
-        if given.attacks:
+        if given.draw:
+            text = draw_table(shown)
+        elif given.attacks:
             text = attacks_table(every, given.images, given.against)
         else:
             text = table(shown, given.against)

@@ -164,6 +164,25 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
     assert float(note.split()[-5]) >= round(100 * widest, 1)
 
 
+def test_the_table_of_the_draw_shows_what_the_report_joins(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    heading, _, first, _ = claim_pages.draw_table(both).splitlines()
+    named = [cell.strip() for cell in heading.split("|")[1:-1]]
+    assert named == list(claim_pages.DRAW_COLUMNS)
+    (joined,) = join([runs / "tiny-0"])
+    assert joined.knowing is not None
+    assert joined.over_alone is not None
+    assert joined.best_alone is not None
+    cells = dict(zip(named, (cell.strip() for cell in first.split("|")[1:-1]), strict=True))
+    assert cells["drawn"].startswith(f"{100 * joined.knowing.value:.1f} [")
+    assert cells["best member"] == percent(joined.best_alone)
+    assert cells["draw over best member"].startswith(f"{100 * joined.over_alone.value:+.1f} [")
+    drawn = joined.knowing.value - joined.best_alone.value
+    assert joined.over_alone.value == pytest.approx(drawn)
+    one = both[0].headline.model_copy(update={"alone": both[0].headline.alone[:1]})
+    assert len(claim_pages.draw_table([both[0].model_copy(update={"evaluations": (one,)})])) < 200
+
+
 def test_the_table_of_attacks_shows_paired_differences(runs: Path) -> None:
     both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
     *rows, _, note = claim_pages.attacks_table(both, against="tiny-0").splitlines()
