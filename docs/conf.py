@@ -26,7 +26,8 @@ python_maximum_signature_line_length = 88
 html_theme = "alabaster"
 html_theme_options = {
     "description": "Randomized robust ensembles, measured honestly",
-    "page_width": "1080px",
+    "page_width": "1280px",
+    "body_max_width": "1040px",  # tables of ten columns
 }
 html_show_sourcelink = False
 html_copy_source = False
