@@ -126,6 +126,11 @@ def on_images(it: Claim, images: int | None) -> Claim | None:
     return it if images is None else it.on(images)
 
 
+def with_brackets(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose intervals keep their brackets: in these pages they are no links."""
+    return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
+
+
 COLUMNS: Final = (
     "method", "images", "clean", "unaware", "aware", "same attacks", "best member", "averaged",
     "cost",
@@ -157,8 +162,7 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
             row.append(_paired(found, base))
         rows.append(row)
     heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
-    # the intervals' brackets need no escape where the page is Markdown and not a link
-    return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
+    return with_brackets(heading, rows)
 
 
 DRAW_COLUMNS: Final = (
@@ -181,19 +185,15 @@ def draw_table(claims: Sequence[Claim]) -> str:
         found, shown = it.headline, result(it)
         if len(found.alone) < 2:
             continue
-        over = (
-            _over(gained, shown.knowing, rival)
-            for gained, rival in (
-                (found.over_alone, shown.best_alone),
-                (found.over_averaged, shown.averaged),
-            )
-        )
         figures = [
-            with_interval(shown.knowing), percent(shown.best_alone), next(over),
-            percent(shown.averaged), next(over),
-        ]  # fmt: skip
+            with_interval(shown.knowing),
+            percent(shown.best_alone),
+            _over(found.over_alone, shown.knowing, shown.best_alone),
+            percent(shown.averaged),
+            _over(found.over_averaged, shown.knowing, shown.averaged),
+        ]
         rows.append([it.name, str(found.data["num_images"]), *figures])
-    return markdown_table(DRAW_COLUMNS, rows).replace("\\[", "[").replace("\\]", "]")
+    return with_brackets(DRAW_COLUMNS, rows)
 
 
 def _over(gained: Figure | None, drawn: Estimate | None, rival: Estimate | None) -> str:
@@ -249,8 +249,7 @@ def attacks_table(
     note = f"95 % intervals reach at most {100 * reach:.1f} points to a side"
     if against is not None:
         note += f"; in parentheses paired differences from {against}"
-    text = markdown_table(["attack", *shown], lines).replace("\\[", "[").replace("\\]", "]")
-    return f"{text}\n\n{note}"
+    return f"{with_brackets(['attack', *shown], lines)}\n\n{note}"
 
 
 class _Shown(NamedTuple):

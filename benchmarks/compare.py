@@ -18,12 +18,12 @@ import claim_files
 import claims
 import numpy as np
 from claim_files import Attack, Claim, Evaluated
-from claim_pages import gain
+from claim_pages import gain, with_brackets
 from numpy.typing import NDArray
 
 from redefense.errors import ConfigError, DataError, RedefenseError
 from redefense.evaluation.statistics import accuracy_interval
-from redefense.evaluation.tables import markdown_table, with_interval
+from redefense.evaluation.tables import with_interval
 
 Values = NDArray[np.float64]
 
@@ -133,7 +133,7 @@ def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) ->
             )
         lines.append(line)
     heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
-    text = markdown_table(heading, lines).replace("\\[", "[").replace("\\]", "]")
+    text = with_brackets(heading, lines)
     images = next(iter(found.values())).aware.shape[1]
     return f"{text}\n\n{attacks} attacks that all have met, {images} images"
 
