@@ -213,9 +213,9 @@ def attacks_table(
 ) -> str:
     """A Markdown table, percent: one row an attack, one column a claim, and how sure they are.
 
-    Where an attack was run with several settings or on several views, the one that left least. Then
-    the least that one bounded attack left, as it would be quoted; what is left by the worst of them
-    for each image; and the same once attackers who know the ensemble are counted as well.
+    Attackers who do not know of the draw, each by the settings and view that left least. Then the
+    least that one bounded attack left, as it would be quoted; what is left by the worst of them for
+    each image; and the same once attackers who know the ensemble are counted as well.
     Unbounded attacks come last, under their own words, for they are no part of a headline.
 
     Args:
@@ -224,14 +224,18 @@ def attacks_table(
         against: name of the claim from which paired differences are shown, where a row has them.
     """
     shown = {it.name: part.headline for it in claims if (part := on_images(it, images)) is not None}
-    met = {name: _least_of_each(e) for name, e in shown.items()}
+    cells = {name: _least_of_each(e) for name, e in shown.items()}
+    met = {
+        name: {key: _Shown(c.expected.estimate, c.each) for key, c in each.items()}
+        for name, each in cells.items()
+    }
     bounded = _by_attack(met, unbounded=False)
     quoted = {
         name: min(found, key=lambda it: it.value)
         for name in shown
         if (found := [row[name] for row in bounded.values() if name in row])
     }
-    worst = {name: _worst(e) for name, e in shown.items()}
+    worst = {name: _worst(e, unaware=True) for name, e in shown.items()}
     knowing = {it.name: _knowing(it, shown[it.name]) for it in claims if it.name in shown}
     rows: dict[str, dict[str, _Shown]] = {
         "clean": {name: _Shown(_estimate(e.clean), e.untouched) for name, e in shown.items()},
@@ -241,7 +245,8 @@ def attacks_table(
         "with attackers who know": _summed(knowing),
         **_by_attack(met, unbounded=True),
     }
-    lines = [["views", *(", ".join(sorted({c.view for c in e.cells})) for e in shown.values())]]
+    views = [", ".join(sorted({c.view for c in each.values()})) for each in cells.values()]
+    lines = [["views", *views]]
     for head, row in rows.items():
         base = None if against is None else row.get(against)
         lines.append([head, *(_beside(row.get(name), base) for name in shown)])
@@ -269,10 +274,10 @@ class _Shown(NamedTuple):
         return 0.0 if low is None or high is None else max(value - low, high - value)
 
 
-def _least_of_each(found: Evaluated) -> dict[tuple[bool, str], _Shown]:
-    """By (unbounded, attack), the cell that left least."""
+def _least_of_each(found: Evaluated) -> dict[tuple[bool, str], Attacked]:
+    """By (unbounded, attack), the cell that left least, of attackers who do not know of a draw."""
     cells = sorted(found.cells, key=lambda cell: -cell.expected.value)
-    return {(not c.bounded, c.attack): _Shown(c.expected.estimate, c.each) for c in cells}
+    return {(not c.bounded, c.attack): c for c in cells if not c.aware}
 
 
 def _by_attack(
@@ -296,10 +301,11 @@ def _summed(left: Mapping[str, NDArray[np.float64] | None]) -> dict[str, _Shown]
     return {n: _Shown(accuracy_interval(q), packed(q)) for n, q in left.items() if q is not None}
 
 
-def _worst(found: Evaluated) -> NDArray[np.float64] | None:
+def _worst(found: Evaluated, *, unaware: bool = False) -> NDArray[np.float64] | None:
     """Per image what the worst bounded attack leaves; None without such, or without records."""
+    knowing = {c.key for c in found.cells if c.aware and unaware}
     try:
-        return least(found, found.attacks())
+        return least(found, found.attacks().keys() - knowing)
     except DataError:
         return None
 
