@@ -128,6 +128,10 @@ def _perform(given: argparse.Namespace) -> int:
             raise ConfigError(f"--against {given.against} is none of the claims shown")
         if not shown:
             raise ConfigError(f"no claim was measured on --images {given.images}")
+        if given.draw and given.against is not None:
+            raise ConfigError(
+                "--draw compares each claim with its own members: it takes no --against"
+            )
         if given.draw:
             text = draw_table(shown)
         elif given.attacks:

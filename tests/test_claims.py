@@ -240,6 +240,8 @@ def test_the_table_of_one_number_of_images_leaves_others_out(
     assert "no claim was measured on --images 31" in capsys.readouterr().err
     assert claims.main([*words, "30", "--against", "tiny-2"]) == 2
     assert "tiny-2 is none of the claims shown" in capsys.readouterr().err
+    assert claims.main([*words, "30", "--draw", "--against", "tiny-0"]) == 2
+    assert "takes no --against" in capsys.readouterr().err
     page = tmp_path / "page.html"
     words[0] = "report"
     assert claims.main([*words, "31", "--out", str(page)]) == 2
