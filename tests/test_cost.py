@@ -16,7 +16,7 @@ from redefense.kinds import HyperKind, IndependentKind
 from redefense.phases import EXAMPLES, INPUT_GRADIENTS, PHASES
 from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.train.accelerators import ACCELERATORS, Accelerator
+from redefense.train.accelerators import ACCELERATORS, Accelerator, known
 from redefense.train.cost import count, passes_per_image, predict, table
 from redefense.train.ledger import Ledger
 from redefense.train.loading import resolve
@@ -231,3 +231,13 @@ def test_the_command_shows_what_the_library_predicts() -> None:
     expected = predict(count(run, num_classes=10, shape=(3, 32, 32)), "h100-sxm", devices=2)
     assert json.loads(shown.stdout) == expected
     assert CliRunner().invoke(app, words).stdout == table(expected) + "\n"
+
+
+def test_a_device_is_known_by_what_torch_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = ACCELERATORS["cpu-2-cores-avx512"]
+    here = known(torch.device("cpu"))
+    assert here is not None
+    assert here.half == two.half * torch.get_num_threads() / 2
+    for name, at in {"NVIDIA H100 80GB HBM3": "h100-sxm", "NVIDIA T4": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert known(torch.device("cuda")) is (None if at is None else ACCELERATORS[at])

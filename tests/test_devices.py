@@ -67,6 +67,7 @@ def test_networks_are_measured_where_they_lie(suite: str, checks: str, tmp_path:
     assert {k: v for k, v in far.items() if k != "provenance"} == {
         k: v for k, v in near.items() if k != "provenance"
     }
+    assert far["provenance"]["machine"] == near["provenance"]["machine"] + ", meta"
 
 
 @pytest.fixture

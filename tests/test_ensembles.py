@@ -178,7 +178,9 @@ def test_networks_and_lists_become_ensembles() -> None:
     assert as_ensemble(ensemble) is ensemble
     assert as_ensemble(Constant(1.0)).num_members == 1
     assert as_ensemble([Constant(1.0), Constant(2.0)]).num_members == 2
+    # on every Python: one that misses the mixture, a buffer, would attack a single random network
     assert isinstance(ensemble, Ensemble)
+    assert not isinstance(Constant(1.0), Ensemble)
     with pytest.raises(InputError, match="got str"):
         as_ensemble("resnet8")
     with pytest.raises(InputError, match="got str as element 1"):

@@ -84,8 +84,19 @@ class Loss:
     terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class _ByAttributes(type(Protocol)):  # type: ignore[misc]  # a base that only calling gives
+    """Asks an object for what it should have.
+
+    From 3.12 on Python looks for it where a module's buffers are not: `mixture` would be missing,
+    and an ensemble taken for one network that answers at random.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return all(hasattr(instance, name) for name in vars(cls) if not name.startswith("_"))
+
+
 @runtime_checkable
-class Ensemble(Protocol):
+class Ensemble(Protocol, metaclass=_ByAttributes):
     """M classifiers and the probabilities with which each answers a query."""
 
     @property

@@ -31,7 +31,7 @@ from redefense.defences.red import RED
 from redefense.ensembles import Members
 from redefense.kinds import IndependentKind
 from redefense.rng import stream
-from redefense.train.accelerators import cores
+from redefense.train.accelerators import Accelerator, known
 from redefense.train.cost import ledger_seconds
 from redefense.train.device import channels_last, check_device, computing
 from redefense.train.optim import make_optimizer
@@ -118,7 +118,10 @@ def _case(
     batch = Batch(x, torch.randint(10, (size,), generator=rng), torch.arange(size))
     adversary = Adversary(steps=steps)
     too_large = _too_large(ensemble, batch, here)
-    predicted = {name: _predicted(ensemble, batch, way, adversary) for name, way in ENGINE.items()}
+    at = known(here)
+    predicted = {
+        name: _predicted(ensemble, batch, way, adversary, at) for name, way in ENGINE.items() if at
+    }
     ensemble.to(here)
     batch = Batch(batch.x.to(here), batch.y.to(here), batch.index)
     ways: dict[str, Step] = {} if too_large else {"joint": _joint(ensemble, batch, adversary, seed)}
@@ -143,7 +146,7 @@ def _case(
             "times_faster_than_joint": faster,
             "times_the_floor": statistics.median(floor),
         }
-        if name in predicted and here.type == "cpu":
+        if name in predicted:
             shown[name]["predicted_seconds"] = predicted[name]
     return {
         "model": model,
@@ -187,13 +190,17 @@ def _engine(
 
 
 def _predicted(
-    ensemble: Members, batch: Batch, way: tuple[str, Precision], adversary: Adversary
+    ensemble: Members,
+    batch: Batch,
+    way: tuple[str, Precision],
+    adversary: Adversary,
+    at: Accelerator,
 ) -> float:
-    """Seconds of a step on as many cores as there are threads, by the cost model."""
+    """Seconds of a step there, by the cost model."""
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
     theirs = channels_last(copy.deepcopy(ensemble))
     ledger = booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
-    return ledger_seconds(ledger.entries, cores(torch.get_num_threads()))
+    return ledger_seconds(ledger.entries, at)
 
 
 def _forwards(ensemble: Members, x: Images) -> dict[str, Step]:

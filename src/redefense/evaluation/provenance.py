@@ -12,10 +12,11 @@ import torch
 
 import redefense
 
+_CPU: Final = torch.device("cpu")
 _PACKAGE: Final = Path(redefense.__file__).resolve().parent
 _MAKERS: Final = (
     "attacks/*.py", "models/*.py", "ensembles.py", "penalties.py", "rng.py", "spread.py",
-    "threat.py",
+    "threat.py", "types.py",
     *(f"evaluation/{name}.py" for name in (
         "beside", "cells", "measures", "metering", "metrics", "plan", "statistics", "store",
         "suite", "workers",
@@ -24,20 +25,29 @@ _MAKERS: Final = (
 """The modules that decide what an evaluation keeps on its way."""
 
 
-def provenance(seed: int) -> dict[str, Any]:
-    """Where a number comes from: versions, commit, machine, seed, date.
+def provenance(seed: int, device: torch.device = _CPU) -> dict[str, Any]:
+    """Where a number comes from: versions, commit, machine (its accelerator too), seed, date.
 
     To be asked before the work: while it is done others may commit.
     """
+    cores, threads = os.cpu_count(), torch.get_num_threads()
     return {
         "version": redefense.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {cores} cores, {threads} threads, "
+        f"Python {platform.python_version()}{_accelerator(device)}",
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _accelerator(device: torch.device) -> str:
+    """What it is called, behind a comma; nothing for the CPU."""
+    if device.type == "cpu":
+        return ""
+    named = device.type == "cuda" and torch.cuda.get_device_name(device)
+    return f", {named or device.type}"
 
 
 def code() -> str:

@@ -115,8 +115,8 @@ def run_suite(
         ConfigError: for an unknown attack or setting.
     """
     ensemble, x, y = subject.ensemble, subject.x, subject.y
-    made = provenance(seed)
     check_images(x)
+    made = provenance(seed, x.device)
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
     if subject.workers.count > 1 and store is None:

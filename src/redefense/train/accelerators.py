@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+import torch
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerator:
@@ -20,6 +22,7 @@ class Accelerator:
         stream: share of the bandwidth that element-wise operations reach.
         launch: seconds that any operation takes at least.
         source: where the peaks are from.
+        called: what torch calls the device.
     """
 
     half: float
@@ -31,6 +34,7 @@ class Accelerator:
     stream: float
     launch: float
     source: str
+    called: str = ""
 
     def seconds(self, *, half: bool, flops: float, moved: float) -> float:
         """Of one operation: what takes longest, its arithmetic, its traffic or its start."""
@@ -45,16 +49,19 @@ ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
             half=989e12, single=494e12, bandwidth=3.35e12, memory=80e9, link=450e9,
             reach=0.4, stream=0.8, launch=6e-6,
             source="NVIDIA H100 data sheet: bfloat16 and TF32 without sparsity, NVLink 900 GB/s",
+            called="NVIDIA H100 80GB HBM3",
         ),
         "a100-sxm": Accelerator(
             half=312e12, single=156e12, bandwidth=2.04e12, memory=80e9, link=300e9,
             reach=0.5, stream=0.8, launch=6e-6,
             source="NVIDIA A100 80 GB data sheet: bfloat16 and TF32, NVLink 600 GB/s",
+            called="NVIDIA A100-SXM4-80GB",
         ),
         "rtx-4090": Accelerator(
             half=165e12, single=82.6e12, bandwidth=1.01e12, memory=24e9, link=32e9,
             reach=0.5, stream=0.8, launch=6e-6,
             source="NVIDIA Ada whitepaper: bfloat16 with fp32 sums and TF32; PCIe 4.0 x16",
+            called="NVIDIA GeForce RTX 4090",
         ),
         "cpu-2-cores-avx512": Accelerator(
             half=768e9, single=384e9, bandwidth=40e9, memory=16e9, link=1e9,
@@ -73,3 +80,13 @@ def cores(count: int) -> Accelerator:
     return replace(
         two, half=two.half * share, single=two.single * share, bandwidth=two.bandwidth * share
     )
+
+
+def known(device: torch.device) -> Accelerator | None:
+    """What the table says of a device: of a CPU its share for the threads in use."""
+    if device.type == "cpu":
+        return cores(torch.get_num_threads())
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((at for at in ACCELERATORS.values() if at.called == name), None)
