@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from redefense.train.device import name_of
+
 
 def seconds(take: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one call, the mean over `repeats`, all work on the device included."""
@@ -19,7 +21,10 @@ def seconds(take: Callable[[], object], device: torch.device, repeats: int = 1) 
 
 def machine(device: str) -> dict[str, Any]:
     """What figures of one run must be read with."""
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    place = torch.device(device)
+    named = {} if place.type == "cpu" else {"accelerator": name_of(place)}
+    threads = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"device": device, **named, **threads}
 
 
 def _wait(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 import redefense
+from redefense.train.device import name_of
 
 _CPU: Final = torch.device("cpu")
 _PACKAGE: Final = Path(redefense.__file__).resolve().parent
@@ -31,23 +32,16 @@ def provenance(seed: int, device: torch.device = _CPU) -> dict[str, Any]:
     To be asked before the work: while it is done others may commit.
     """
     cores, threads = os.cpu_count(), torch.get_num_threads()
+    accelerator = "" if device.type == "cpu" else f", {name_of(device)}"
     return {
         "version": redefense.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}, {cores} cores, {threads} threads, "
-        f"Python {platform.python_version()}{_accelerator(device)}",
+        f"Python {platform.python_version()}{accelerator}",
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _accelerator(device: torch.device) -> str:
-    """What it is called, behind a comma; nothing for the CPU."""
-    if device.type == "cpu":
-        return ""
-    named = device.type == "cuda" and torch.cuda.get_device_name(device)
-    return f", {named or device.type}"
 
 
 def code() -> str:

@@ -7,6 +7,8 @@ from typing import Final
 
 import torch
 
+from redefense.train.device import name_of
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerator:
@@ -86,7 +88,4 @@ def known(device: torch.device) -> Accelerator | None:
     """What the table says of a device: of a CPU its share for the threads in use."""
     if device.type == "cpu":
         return cores(torch.get_num_threads())
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((at for at in ACCELERATORS.values() if at.called == name), None)
+    return next((at for at in ACCELERATORS.values() if at.called == name_of(device)), None)

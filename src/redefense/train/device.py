@@ -9,6 +9,11 @@ from redefense.ensembles import Members
 from redefense.errors import ConfigError
 
 
+def name_of(device: torch.device) -> str:
+    """What the accelerator is called; the kind of device where torch does not say."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def computing() -> Iterator[None]:
     """Flushes denormal numbers: on a CPU they cost tens of times the time of others."""
