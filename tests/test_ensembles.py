@@ -187,6 +187,15 @@ def test_networks_and_lists_become_ensembles() -> None:
         as_ensemble([Constant(1.0), "resnet8"])
 
 
+def test_half_an_ensemble_is_no_single_network() -> None:
+    class Half(Constant):
+        def logits_of(self, m: int, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+    with pytest.raises(InputError, match=r"Half has members \(logits_of\), but not num_members"):
+        as_ensemble(Half(1.0))
+
+
 def test_modes_and_flags_come_back_as_they_were() -> None:
     net = build("digits-cnn", num_classes=3, shape=(1, 8, 8), generator=stream(0)).train()
     frozen_layer = next(net.children())

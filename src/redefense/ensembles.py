@@ -369,9 +369,20 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
 
 
 def as_ensemble(model: object) -> Ensemble:
-    """An ensemble as it is; a bare network as an ensemble of one; a list as independent members."""
+    """An ensemble as it is; a bare network as an ensemble of one; a list as independent members.
+
+    Raises:
+        InputError: for anything else, and for what has members and is no whole ensemble: taken for
+            one network it would answer at random, and look better than it is.
+    """
     if isinstance(model, nn.Module):
-        return model if isinstance(model, Ensemble) else Independent([model])
+        lacking = Ensemble.lacking(model)
+        if lacking and hasattr(model, "logits_of"):
+            raise InputError(
+                f"{type(model).__name__} has members (logits_of), but not {', '.join(lacking)}: "
+                "see redefense.types.Ensemble"
+            )
+        return Independent([model]) if lacking else cast(Ensemble, model)
     if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
         return Independent(model)
     got = type(model).__name__

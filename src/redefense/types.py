@@ -92,7 +92,12 @@ class _ByAttributes(type(Protocol)):  # type: ignore[misc]  # a base that only c
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return all(hasattr(instance, name) for name in vars(cls) if not name.startswith("_"))
+        return not cls.lacking(instance)
+
+    def lacking(cls, instance: object) -> list[str]:
+        """Names of what the object has not."""
+        public = [name for name in vars(cls) if not name.startswith("_")]
+        return [name for name in public if not hasattr(instance, name)]
 
 
 @runtime_checkable
