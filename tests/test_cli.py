@@ -13,6 +13,7 @@ import pytest
 import redefense
 from redefense.cli import main
 from redefense.commands import looking
+from redefense.evaluation import api
 from redefense.recipes import RECIPES
 
 QUICK = ["--set", "epochs=1", "--set", "ensemble.model=mlp", "--set", "batch_size=256", "--quiet"]
@@ -138,6 +139,27 @@ def test_a_refused_evaluation_leaves_no_claim_behind(run: Runner) -> None:
     for words in (["--images", "400"], ["--suite", "mine.json"], ["--suite", "empty.json"]):
         assert run("evaluate", "v", *words).code == 2
     assert not Path("v/evaluation").exists()
+
+
+def test_an_evaluation_names_every_machine_that_worked_on_it(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> dict[str, str]:
+        words = ["evaluate", "v", "--suite", "quick", "--images", "10", "--json"]
+        found: dict[str, str] = json.loads(run(*words).out)["provenance"]
+        return found
+
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    here = told()
+    with monkeypatch.context() as patch:
+        other = {"torch": here["torch"], "machine": "another one, NVIDIA H100 80GB HBM3"}
+        patch.setattr(api, "place_of", lambda device: other)
+        both = told()
+    assert (both["machine"], both["torch"]) == (
+        f"{here['machine']}; another one, NVIDIA H100 80GB HBM3",
+        here["torch"],
+    )
+    assert told()["machine"] == both["machine"]
 
 
 def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed(run: Runner) -> None:

@@ -170,21 +170,21 @@ def test_a_trained_run_is_measured_as_its_own_threat_and_method_say(tmp_path: Pa
     assert (cell["threat"]["eps"], cell["view"]) == (0.1, "sampled")
 
 
-def test_denormal_numbers_are_flushed_while_it_computes_and_as_before_afterwards() -> None:
-    def flushed() -> bool:
-        return not bool(torch.tensor(1e-40) * 1.0)
+def test_it_computes_without_denormal_numbers_and_repeatably_and_leaves_both_as_they_were() -> None:
+    def modes() -> tuple[bool, bool]:
+        return not bool(torch.tensor(1e-40) * 1.0), torch.backends.cudnn.deterministic
 
     class Watched(Linear):
         def forward(self, x: Tensor) -> Any:
-            seen.append(flushed())
+            seen.append(modes())
             return super().forward(x)
 
-    seen: list[bool] = []
-    for before in (True, False):
-        torch.set_flush_denormal(before)
+    seen: list[tuple[bool, bool]] = []
+    for before in ((True, False), (False, False)):
+        torch.set_flush_denormal(before[0])
         evaluate(Watched(3))
-        assert flushed() == before
-    assert all(seen)
+        assert modes() == before
+    assert set(seen) == {(True, True)}
 
 
 def test_a_warning_points_at_the_line_that_asked() -> None:

@@ -26,7 +26,7 @@ from redefense.evaluation.beside import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject, laid_out
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
-from redefense.evaluation.provenance import code
+from redefense.evaluation.provenance import code, joined, place_of
 from redefense.evaluation.run import Report, run_suite
 from redefense.evaluation.store import read_object, write_text
 from redefense.evaluation.suite import Suite, suite_named
@@ -184,10 +184,10 @@ def evaluate_run(
     store = target.with_suffix("")
     with workers() as team:
         if team.first:
-            _claim(store, target, settings)
+            _claim(store, target, settings, place_of(subject.x.device))
         team.wait()
         # every process reads what the first one wrote, so that all see the same refusal
-        started = _claim(store, target, settings)
+        started, places = _claim(store, target, settings)
         subject = replace(subject, workers=team)
         voice = say if team.first else None
         tell = voice or _silent
@@ -199,7 +199,7 @@ def evaluate_run(
                 say=tell, progress=progress,
             )  # fmt: skip
         report.data["suite"] = plan.name
-        report.data["provenance"]["date"] = started
+        report.data["provenance"] |= {**joined(places), "date": started}
         if data is not None and not own:
             report.data["provenance"]["data"] = data
         if team.first:
@@ -324,18 +324,24 @@ def _manifest(folder: Path) -> str:
     return digest
 
 
-def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> str:
+def _claim(
+    store: Path, target: Path, settings: Mapping[str, Any], place: Mapping[str, str] | None = None
+) -> tuple[str, list[dict[str, str]]]:
     """Refuse to mix settings: cells that lie there must come from this very plan.
 
+    With a place it is written down that the evaluation is worked on there from now on.
+
     Returns:
-        When the evaluation was first started, so that one that was killed tells the same date.
+        When the evaluation was first started, so that one that was killed tells the same date; and
+        all the places that worked on it.
     """
     plan = store / "plan.json"
+    here = [] if place is None else [dict(place)]
     if plan.is_file():
         stored = read_object(plan)
         if stored is None:
             raise DataError(f"{plan} is damaged; remove {store} to start over")
-        started = str(stored.pop("started", ""))
+        started, places = str(stored.pop("started", "")), stored.pop("places", [])
         if stored != settings:
             keys = [k for k in settings if stored.get(k) != settings[k]]
             if keys == ["code"]:
@@ -348,10 +354,20 @@ def _claim(store: Path, target: Path, settings: Mapping[str, Any]) -> str:
                 f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
                 "name another file with --out"
             )
-        return started
+        if here and here[0] not in places:
+            places = places + here
+            _write_plan(plan, settings, started, places)
+        return started, places
     if target.exists():
         raise ConfigError(f"{target} exists and is not ours; name another file with --out")
     store.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    write_text(plan, json.dumps({**settings, "started": now}, indent=1) + "\n")
-    return now
+    _write_plan(plan, settings, now, here)
+    return now, here
+
+
+def _write_plan(
+    plan: Path, settings: Mapping[str, Any], started: str, places: Sequence[Mapping[str, str]]
+) -> None:
+    known = {**settings, "started": started, "places": places}
+    write_text(plan, json.dumps(known, indent=1) + "\n")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -31,17 +32,30 @@ def provenance(seed: int, device: torch.device = _CPU) -> dict[str, Any]:
 
     To be asked before the work: while it is done others may commit.
     """
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    accelerator = "" if device.type == "cpu" else f", {name_of(device)}"
     return {
         "version": redefense.__version__,
         "commit": _commit(),
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}, {cores} cores, {threads} threads, "
-        f"Python {platform.python_version()}{accelerator}",
+        **place_of(device),
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def place_of(device: torch.device) -> dict[str, str]:
+    """Where this process computes: its torch, and its machine."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    accelerator = "" if device.type == "cpu" else f", {name_of(device)}"
+    return {
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {cores} cores, {threads} threads, "
+        f"Python {platform.python_version()}{accelerator}",
+    }
+
+
+def joined(places: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Where something was computed that one place began and others went on with."""
+    keys = dict.fromkeys(key for place in places for key in place)
+    return {key: "; ".join(dict.fromkeys(place[key] for place in places)) for key in keys}
 
 
 def code() -> str:
