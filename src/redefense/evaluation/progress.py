@@ -6,6 +6,7 @@ come is guessed in passes too, at the speed of what is done.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ class Progress:
         names = [name for name, _ in self._plan]
         at = names.index(label) if label in names else -1
         guess = self._plan[at][1] if at >= 0 else float(total)
-        later = sum(passes for _, passes in self._plan[at + 1 :]) if at >= 0 else 0.0
+        later = math.fsum(passes for _, passes in self._plan[at + 1 :]) if at >= 0 else 0.0
         self._piece = _Piece(
             label=label, total=total, share=max(share, 1), unit=unit,
             begun=self._clock(), guess=guess, later=later,
