@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Python 3.11, make and git are all they need.
-PYTHON ?= python3.11
+# Python 3.11 or later, make and git are all they need.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs/demo
