@@ -152,15 +152,23 @@ def test_an_evaluation_names_every_machine_that_worked_on_it(
 
     run("train", "digits-vanilla", "--out", "v", *QUICK)
     here = told()
+    file = Path("v/evaluation/quick.json")
     with monkeypatch.context() as patch:
-        other = {"torch": here["torch"], "machine": "another one, NVIDIA H100 80GB HBM3"}
+        other = {"torch": "2.11.0+cu130", "machine": "another one, NVIDIA H100 80GB HBM3"}
         patch.setattr(api, "place_of", lambda device: other)
+        assert told()["machine"] == here["machine"], "a finished one is read, not worked on"
+        file.unlink()
         both = told()
-    assert (both["machine"], both["torch"]) == (
-        f"{here['machine']}; another one, NVIDIA H100 80GB HBM3",
-        here["torch"],
+    assert both["torch"] == f"{here['torch']}; 2.11.0+cu130"
+    assert both["machine"] == (
+        f"{here['machine']}, torch {here['torch']}; {other['machine']}, torch 2.11.0+cu130"
     )
-    assert told()["machine"] == both["machine"]
+    plan = Path("v/evaluation/quick/plan.json")
+    old = json.loads(plan.read_text())
+    del old["places"]  # as it was before places were written down
+    plan.write_text(json.dumps(old))
+    file.unlink()
+    assert told()["machine"].startswith("not recorded, torch not recorded; ")
 
 
 def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed(run: Runner) -> None:

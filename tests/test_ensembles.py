@@ -188,12 +188,23 @@ def test_networks_and_lists_become_ensembles() -> None:
 
 
 def test_half_an_ensemble_is_no_single_network() -> None:
-    class Half(Constant):
+    class Gated(Constant):
+        mixture = torch.ones(2)
+
+    class Half(Gated):
         def logits_of(self, m: int, x: Tensor) -> Tensor:
             return x.flatten(1)
 
-    with pytest.raises(InputError, match=r"Half has members \(logits_of\), but not num_members"):
+    with pytest.raises(InputError, match="Half looks like an ensemble, but has no num_members"):
         as_ensemble(Half(1.0))
+    assert as_ensemble([Half(1.0)]).num_members == as_ensemble(Gated(1.0)).num_members == 1
+
+
+def test_what_is_derived_from_the_protocol_is_asked_for_as_any_class_is() -> None:
+    class Mine(Ensemble):
+        pass
+
+    assert not isinstance(Independent([Constant(1.0)]), Mine)
 
 
 def test_modes_and_flags_come_back_as_they_were() -> None:

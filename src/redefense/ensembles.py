@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,16 @@ from redefense.errors import ConfigError, InputError
 from redefense.models import hyper
 from redefense.rng import draw_members
 from redefense.spread import ALONE, Spread
-from redefense.types import Ensemble, Float, Images, Logits, Per, cannot_take, check_images
+from redefense.types import (
+    Ensemble,
+    Float,
+    Images,
+    Logits,
+    Per,
+    cannot_take,
+    check_images,
+    lacking,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +377,10 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
     return probs / probs.sum()
 
 
+MARKS: Final = frozenset({"num_members", "mixture", "logits_of", "member_logits"})
+"""What a single network has no use for."""
+
+
 def as_ensemble(model: object) -> Ensemble:
     """An ensemble as it is; a bare network as an ensemble of one; a list as independent members.
 
@@ -376,13 +389,16 @@ def as_ensemble(model: object) -> Ensemble:
             one network it would answer at random, and look better than it is.
     """
     if isinstance(model, nn.Module):
-        lacking = Ensemble.lacking(model)
-        if lacking and hasattr(model, "logits_of"):
+        missing = lacking(model)
+        if not missing:
+            return cast(Ensemble, model)
+        # one such name may be chance, as a network's own `mixture`
+        if len(MARKS.intersection(missing)) <= len(MARKS) - 2:
             raise InputError(
-                f"{type(model).__name__} has members (logits_of), but not {', '.join(lacking)}: "
-                "see redefense.types.Ensemble"
+                f"{type(model).__name__} looks like an ensemble, but has no {', '.join(missing)}: "
+                "see redefense.types.Ensemble, or give [model] if it is one network"
             )
-        return Independent([model]) if lacking else cast(Ensemble, model)
+        return Independent([model])
     if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
         return Independent(model)
     got = type(model).__name__

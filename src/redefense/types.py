@@ -29,7 +29,7 @@ else:
 
 __all__ = [
     "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
-    "Progress", "UInt8", "Victim", "cannot_take", "check_images", "check_labels",
+    "Progress", "UInt8", "Victim", "cannot_take", "check_images", "check_labels", "lacking",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -84,20 +84,22 @@ class Loss:
     terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class _ByAttributes(type(Protocol)):  # type: ignore[misc]  # a base that only calling gives
-    """Asks an object for what it should have.
+if TYPE_CHECKING:
+    from abc import ABCMeta as _ProtocolMeta
+else:
+    _ProtocolMeta = type(Protocol)
+
+
+class _ByAttributes(_ProtocolMeta):
+    """Asks an object for what an ensemble has.
 
     From 3.12 on Python looks for it where a module's buffers are not: `mixture` would be missing,
     and an ensemble taken for one network that answers at random.
     """
 
-    def __instancecheck__(cls, instance: object) -> bool:
-        return not cls.lacking(instance)
-
-    def lacking(cls, instance: object) -> list[str]:
-        """Names of what the object has not."""
-        public = [name for name in vars(cls) if not name.startswith("_")]
-        return [name for name in public if not hasattr(instance, name)]
+    def __instancecheck__(self, instance: object) -> bool:
+        # classes derived from it are asked for as any class is
+        return not lacking(instance) if self is Ensemble else super().__instancecheck__(instance)
 
 
 @runtime_checkable
@@ -129,6 +131,13 @@ class Ensemble(Protocol, metaclass=_ByAttributes):
     def parameters_of(self, m: int) -> list[nn.Parameter]: ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+
+def lacking(instance: object) -> list[str]:
+    """What an ensemble has, and this object has not."""
+    names = [name for name in vars(Ensemble) if not name.startswith("_")]
+    # asked by name, as a module answers for its buffers only then
+    return [name for name in names if not hasattr(instance, name)]
 
 
 def check_images(x: Tensor, what: str = "images") -> None:

@@ -27,6 +27,10 @@ BATCHES = (1, 256)
 HYPER: Final = ("cifar10-ps-red", "cifar10-mini-ps-red")
 """Whose hypernetworks write the members: the first whose units tile the network."""
 
+WARM_UP: Final = 64
+"""Answers before an accelerator is timed: its libraries make a plan for each new number of images
+that one member answers, and draws make many."""
+
 View = Callable[[Tensor], Tensor]
 
 
@@ -81,9 +85,8 @@ def run(
         x = torch.rand(batch, 3, 32, 32, generator=stream(seed, "bench", batch)).to(place)
         # one image takes milliseconds: as many as make a round worth timing
         repeats = max(1, 64 // batch)
-        # a GPU's libraries make a plan for each new number of images, and draws make many
         for view in views.values():
-            _seconds(view, x, 1 if place.type == "cpu" else 64)
+            _seconds(view, x, 1 if place.type == "cpu" else WARM_UP)
         found = [{k: _seconds(v, x, repeats) for k, v in views.items()} for _ in range(rounds)]
         for name in others:
             ratios = [round_[name] / round_["member"] for round_ in found]

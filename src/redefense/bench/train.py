@@ -82,8 +82,8 @@ def run(
     Returns:
         `settings` and `cases`, one for each model and number of members: median seconds of one
         `forward` pass of a member and of each way, how many times faster than `joint` it is, how
-        many times the floor, and on a CPU what the cost model predicts. A joint graph larger than
-        the free memory is `skipped`, with the reason.
+        many times the floor, and on a device that the cost model knows what it predicts. A joint
+        graph larger than the free memory is `skipped`, with the reason.
 
     Raises:
         ConfigError: for an unknown network or device.

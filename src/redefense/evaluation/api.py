@@ -26,7 +26,7 @@ from redefense.evaluation.beside import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject, laid_out
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
-from redefense.evaluation.provenance import code, joined, place_of
+from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
 from redefense.evaluation.run import Report, run_suite
 from redefense.evaluation.store import read_object, write_text
 from redefense.evaluation.suite import Suite, suite_named
@@ -183,8 +183,9 @@ def evaluate_run(
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")
     with workers() as team:
+        here = team.gather([place_of(subject.x.device)])
         if team.first:
-            _claim(store, target, settings, place_of(subject.x.device))
+            _claim(store, target, settings, here)
         team.wait()
         # every process reads what the first one wrote, so that all see the same refusal
         started, places = _claim(store, target, settings)
@@ -325,23 +326,22 @@ def _manifest(folder: Path) -> str:
 
 
 def _claim(
-    store: Path, target: Path, settings: Mapping[str, Any], place: Mapping[str, str] | None = None
+    store: Path, target: Path, settings: Mapping[str, Any], here: Sequence[dict[str, str]] = ()
 ) -> tuple[str, list[dict[str, str]]]:
     """Refuse to mix settings: cells that lie there must come from this very plan.
 
-    With a place it is written down that the evaluation is worked on there from now on.
+    With places it is written down that an unfinished evaluation is worked on there from now on.
 
     Returns:
         When the evaluation was first started, so that one that was killed tells the same date; and
         all the places that worked on it.
     """
     plan = store / "plan.json"
-    here = [] if place is None else [dict(place)]
     if plan.is_file():
         stored = read_object(plan)
         if stored is None:
             raise DataError(f"{plan} is damaged; remove {store} to start over")
-        started, places = str(stored.pop("started", "")), stored.pop("places", [])
+        started, known = str(stored.pop("started", "")), stored.pop("places", [UNKNOWN])
         if stored != settings:
             keys = [k for k in settings if stored.get(k) != settings[k]]
             if keys == ["code"]:
@@ -354,16 +354,21 @@ def _claim(
                 f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
                 "name another file with --out"
             )
-        if here and here[0] not in places:
-            places = places + here
+        places = known if target.exists() else _distinct([*known, *here])
+        if places != known:
             _write_plan(plan, settings, started, places)
         return started, places
     if target.exists():
         raise ConfigError(f"{target} exists and is not ours; name another file with --out")
     store.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    _write_plan(plan, settings, now, here)
-    return now, here
+    places = _distinct(here)
+    _write_plan(plan, settings, now, places)
+    return now, places
+
+
+def _distinct(places: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    return [place for i, place in enumerate(places) if place not in places[:i]]
 
 
 def _write_plan(

@@ -18,7 +18,7 @@ _CPU: Final = torch.device("cpu")
 _PACKAGE: Final = Path(redefense.__file__).resolve().parent
 _MAKERS: Final = (
     "attacks/*.py", "models/*.py", "ensembles.py", "penalties.py", "rng.py", "spread.py",
-    "threat.py", "types.py",
+    "threat.py", "types.py", "train/device.py",
     *(f"evaluation/{name}.py" for name in (
         "beside", "cells", "measures", "metering", "metrics", "plan", "statistics", "store",
         "suite", "workers",
@@ -54,8 +54,16 @@ def place_of(device: torch.device) -> dict[str, str]:
 
 def joined(places: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Where something was computed that one place began and others went on with."""
-    keys = dict.fromkeys(key for place in places for key in place)
-    return {key: "; ".join(dict.fromkeys(place[key] for place in places)) for key in keys}
+    if len(places) == 1:
+        return dict(places[0])
+    return {
+        "torch": "; ".join(dict.fromkeys(place["torch"] for place in places)),
+        "machine": "; ".join(f"{place['machine']}, torch {place['torch']}" for place in places),
+    }
+
+
+UNKNOWN: Final = {"torch": "not recorded", "machine": "not recorded"}
+"""Where something was begun before places were written down."""
 
 
 def code() -> str:

@@ -48,8 +48,8 @@ class Accelerator:
 LAUNCH: Final = 35e-6
 """Seconds in which a host hands over an operation of a training step, whatever the GPU.
 
-Measured beside one H100 (a virtual machine, torch 2.11): 28 to 55 us, steps of ResNet-8, 20 and 18
-with three and eight members, `redefense bench train --device cuda`. The GPU would take 6.
+Measured beside two H100 (virtual machines, one thread, torch 2.11): 28 to 44 us and 34 to 55 us an
+operation, steps of ResNet-8, 20 and 18 with three and eight members; see docs/gpus.md.
 """
 
 ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(

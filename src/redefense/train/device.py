@@ -20,7 +20,8 @@ def computing() -> Iterator[None]:
 
     On a CPU denormal numbers cost tens of times the time of others. On a GPU, left alone, cuDNN may
     add up weights' gradients in any order: two trainings of one seed differed, and a resumed one
-    would differ from one that was never stopped.
+    would differ from one that was never stopped. That setting is the whole process's, not the
+    thread's.
     """
     cudnn = torch.backends.cudnn
     before = not bool(torch.tensor(1e-40) * 1.0), cudnn.deterministic
