@@ -32,6 +32,7 @@ from redefense.kinds import ENSEMBLES, HyperKind
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.train.describe import count_parameters
+from redefense.train.device import computing
 from redefense.train.fit import take_step
 from redefense.train.loading import resolve
 from redefense.train.optim import make_optimizer
@@ -68,9 +69,9 @@ def ratios(above: Callable[[], object], below: Callable[[], object], count: int)
     return statistics.median(seconds(above) / seconds(below) for _ in range(count))
 
 
+@computing()
 def measure(name: str, batch_size: int, members: int, repeats: int) -> dict[str, float]:
     """All ratios of a PS-RED recipe on random images."""
-    torch.set_flush_denormal(True)
     _, kind, _ = resolve(recipe(name))
     assert isinstance(kind, HyperKind)
     kind = replace(kind, num_members=members)
@@ -134,9 +135,9 @@ def trained(run: Run, out: Path) -> dict[str, Any]:
     return {**row, "validation_accuracy": last["validation_accuracy"]}
 
 
+@computing()
 def options(name: str, spec: str, steps: int) -> dict[str, dict[str, Any]]:
     """One row an option, one for plain members and one for the recipe started from those."""
-    torch.set_flush_denormal(True)
     base = short(name, spec, steps)
     _, kind, _ = resolve(base)
     plain = base.model_copy(update={"ensemble": settings_of(ENSEMBLES, kind.plain())})

@@ -74,8 +74,8 @@ def _called(rank: int, count: int, port: int, work: Callable[..., None], args: A
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)  # as torchrun's are: rounding depends on it
-    torch.set_flush_denormal(True)
-    work(*args)
+    with computing():
+        work(*args)
 
 
 def meshes(counts: Sequence[int], num_members: int) -> list[str]:
