@@ -113,7 +113,9 @@ class Shift(Adversary):
 
     asked: ClassVar[list[float]] = []
 
-    def craft(self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
+    def craft(
+        self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator, **_: object
+    ) -> Tensor:
         self.asked.append(self.eps)
         return (x + self.eps).clamp(0, 1)
 

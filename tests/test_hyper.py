@@ -324,7 +324,9 @@ def test_an_attack_finds_the_same_examples_as_on_plain_members() -> None:
 class GivenAdversary(Adversary):
     """Hands out examples made beforehand, after asking the ensemble as an attack would."""
 
-    def craft(self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
+    def craft(
+        self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator, **more: object
+    ) -> Tensor:
         with evaluating(victim), frozen_weights(victim):
             for _ in range(3):
                 assert victim(x).grad_fn is None

@@ -166,7 +166,9 @@ def gradients_of(members: nn.Module, run: Callable[[], None]) -> dict[str, Tenso
 class GivenAdversary(Adversary):
     """Hands out examples made beforehand."""
 
-    def craft(self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
+    def craft(
+        self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator, **_: object
+    ) -> Tensor:
         return (x * 0.8 + 0.1).detach()
 
 

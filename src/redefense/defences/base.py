@@ -23,7 +23,7 @@ Before = Callable[[Members], None]
 After = Callable[[Members, Iterator[Batch], torch.Generator], None]
 
 GRAPHS: Final = 3
-"""So many members' graphs of the crafted images take no more memory than one second derivative."""
+"""So many members' graphs of the crafted images take no more memory than one member's training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,18 +47,28 @@ class Adversary:
         if not self.step_size > 0:
             raise ConfigError(f"adversary.step_size must be positive, got {self.step_size}")
 
-    def craft(self, victim: nn.Module, x: Images, y: Labels, rng: torch.Generator) -> Images:
+    def craft(
+        self,
+        victim: nn.Module,
+        x: Images,
+        y: Labels,
+        rng: torch.Generator,
+        *,
+        room: int | None = None,
+    ) -> Images:
         """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off.
 
         Against the average of many members few images are attacked at once, so that the graphs of
-        all members fit into the memory that training one member takes.
+        all members fit into the memory that training one member takes: `room` images' graphs
+        through one member, `GRAPHS` times those attacked unless said.
         """
         if len(x) == 0:
             return x
         attack = PGD(
             steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
         )
-        begun, size = rng.get_state(), _images_at_once(victim, len(x))
+        room = GRAPHS * len(x) if room is None else room
+        begun, size = rng.get_state(), _images_at_once(victim, len(x), room)
         crafted = []
         with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
             for images, labels in zip(x.split(size), y.split(size), strict=True):
@@ -82,12 +92,12 @@ class Adversary:
         return examples
 
 
-def _images_at_once(victim: nn.Module, count: int) -> int:
+def _images_at_once(victim: nn.Module, count: int, room: int) -> int:
     if not isinstance(victim, Averaged):
         return count
     ensemble = victim.ensemble
     # processes that have fewer members than others cut the batch as those do: they craft together
-    return max(1, min(count, GRAPHS * count // spread_of(ensemble).most(ensemble.num_members)))
+    return max(1, min(count, room // spread_of(ensemble).most(ensemble.num_members)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
