@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from defence_tools import batch, ensemble
 from redefense.attacks.gradient import PGD
 from redefense.defences.base import GRAPHS, Adversary
+from redefense.defences.red import RED
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.distributed import Mesh
@@ -43,6 +44,29 @@ def test_processes_with_unequal_shares_of_the_members_cut_a_batch_alike(
         cuts.append([])
         Adversary().craft(members.averaged(), data.x, data.y, stream(0))
     assert cuts[0] == cuts[1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_members", "cuts"),
+    [
+        ("calibrated", 8, [8]),
+        ("calibrated", 12, [5, 3]),
+        ("printed", 4, [16]),
+        ("printed", 8, [8, 8]),
+    ],
+)
+def test_red_takes_as_many_images_as_fit_beside_its_second_derivative(
+    preset: str, num_members: int, cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def crafted(attack: PGD, victim: nn.Module, x: Tensor, *_: object, **__: object) -> Tensor:
+        sizes.append(len(x))
+        return x
+
+    monkeypatch.setattr(PGD, "perturb", crafted)
+    next(RED(preset=preset).loss(ensemble(num_members), batch(16), stream(0)))
+    assert sizes == cuts
 
 
 @pytest.mark.parametrize("num_members", [1, 3, 4, 12, 30])
