@@ -202,8 +202,8 @@ ASSUMPTIONS: Final = (
     "an operation takes the longest of its arithmetic, its traffic and its launch",
     "single-precision convolutions run in TF32 where there is such a thing, as torch does it",
     "validation, data loading, checkpoints and a mixture's refit at the end of a stage not counted",
-    "an attack on an average is taken in parts, as by one process with all members; processes that "
-    "share them take it in fewer, so that their time is an upper bound",
+    "where one process attacks the average of many members in parts, processes that share the "
+    "members take it in fewer: their time is an upper bound",
     "workspace inside operations and the allocator's rounding are not in the memory",
 )
 
