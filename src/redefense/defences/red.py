@@ -43,7 +43,7 @@ slowly, and against the weights above it loses: on the digits two of three membe
 one without a gradient costs nothing. Chosen on the digits' validation split."""
 
 
-GRAPHS: Final = 4
+ROOM: Final = 4
 """So many members' graphs of a batch, with frozen weights, take no more memory than the second
 derivative of one member: counted for ResNet-8, 20 and 18 in both precisions."""
 
@@ -121,7 +121,7 @@ class RED(Defence):
         first = 0 if self.preset == "printed" else len(x) // 2
         x_adv = x.clone()
         x_adv[first:] = self.adversary.craft(
-            ensemble.averaged(), x[first:], y[first:], rng, room=GRAPHS * len(x)
+            ensemble.averaged(), x[first:], y[first:], rng, room=ROOM * len(x)
         )
         own = None
         if self.adversarial_training:
