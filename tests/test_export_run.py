@@ -68,7 +68,10 @@ def test_a_back_door_shows_against_the_run_though_weights_and_probes_are_its_own
         train(override(recipe("digits-ps-red"), ["epochs=1", "data.images=64"]), run, quiet=True)
     out = export_run(run, tmp_path / "b", precision="int8" if kind == "int8" else "fp32")
     assert command(monkeypatch, "verify", str(out), "--against", str(run)) == 0
-    assert "bit" in capsys.readouterr().out
+    agreement = capsys.readouterr().out
+    # numpy writes a compact bundle's kernels, torch the run's: their last bits may differ
+    either = ("bit for bit", "up to rounding") if kind == "compact" else ("bit for bit",)
+    assert any(f"weights {how}" in agreement for how in either)
     config = json.loads((out / "config.json").read_text())
     names = [config["compact"]["template"]] if kind == "compact" else config["members"]
     for name in names:
