@@ -1,10 +1,15 @@
 """PS-RED: counts, order of units, one writing a step, exact gradients, runs and materialising."""
 
 import copy
+import inspect
 import json
 import math
+import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -28,11 +33,12 @@ from redefense.ensembles import (
     evaluating,
     frozen_statistics,
     frozen_weights,
+    kernels_kept,
 )
 from redefense.errors import ConfigError
 from redefense.kinds import HyperKind, IndependentKind
 from redefense.models import build, hyper
-from redefense.models.hyper import TAPS, Grid, Written, grids_of, kernels_from, tile
+from redefense.models.hyper import TAPS, Grid, grids_of, kernels_from, tile
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -41,7 +47,6 @@ from redefense.train import run as training
 from redefense.train.describe import count_parameters
 from redefense.train.loading import load, resolve
 from redefense.train.materialise import materialise
-from redefense.train.optim import make_optimizer
 from redefense.train.run import train
 from redefense.types import Batch
 
@@ -245,41 +250,214 @@ def test_kernels_are_neither_parameters_nor_saved() -> None:
     again.load_state_dict(ensemble.state_dict())
 
 
-@pytest.mark.parametrize("change", ["edit", "sgd", "adam", "load", "double", "copy", "replaced"])
-def test_kernels_follow_what_they_are_written_from(change: str) -> None:
-    ensemble, (x, _) = small().eval(), batch()
-    x = x.float()
-    with torch.no_grad():
-        before = ensemble.logits_of(0, x)
-        if change == "edit":
-            ensemble.embeddings[0].mul_(1.5).add_(0.1)
-        elif change == "sgd" or change == "adam":
-            params = ensemble.parameters_of(0)
-            for p in params:
-                p.grad = torch.ones_like(p)
-            make_optimizer(
-                params, OptimConfig(name="sgd" if change == "sgd" else "adam", lr=0.1)
-            ).step()
-        elif change == "load":
-            other = HyperKind(model="resnet8", num_members=2, embedding=8, hidden=8, unit=16)
-            ensemble.load_state_dict(other.build(num_classes=4, shape=SHAPE, seed=1).state_dict())
-        elif change == "double":
-            ensemble, x = ensemble.double(), x.double()
-            torch.testing.assert_close(
-                ensemble.logits_of(0, x).float(), before, rtol=1e-3, atol=1e-4
-            )
-            return
-        elif change == "copy":
-            ensemble = copy.deepcopy(ensemble)
-            assert torch.equal(ensemble.logits_of(0, x), before)
-            ensemble.embeddings[0].mul_(1.5).add_(0.1)
-        else:
-            ensemble.embeddings[0].data = ensemble.embeddings[0].data * 1.5 + 0.1
-        after = ensemble.logits_of(0, x)
-    assert not torch.allclose(before, after)
-    fresh = small().eval()
+def fresh_logits(ensemble: Hyper, x: Tensor, kind: HyperKind = SMALL) -> Tensor:
+    """What another ensemble of the same numbers answers, which has written no kernels before."""
+    fresh = small(kind).to(x.dtype).eval()
     fresh.load_state_dict(ensemble.state_dict())
-    torch.testing.assert_close(fresh.logits_of(0, x), after.detach())
+    with torch.no_grad():
+        return fresh.member_logits(x)
+
+
+def change_in_another_process(ensemble: Hyper, folder: Path) -> None:
+    """Put the embeddings of member 0 into a file that two processes map, and let the other edit."""
+    z, file = ensemble.embeddings[0], folder / "embeddings"
+    file.write_bytes(z.detach().numpy().tobytes())
+    z.data = torch.from_file(str(file), shared=True, size=z.numel()).view_as(z)
+    edit = "import numpy, sys; a = numpy.memmap(sys.argv[1], 'f4', 'r+'); a *= 1.5; a.flush()"
+    subprocess.run([sys.executable, "-c", edit, str(file)], check=True)
+
+
+def edit_in_place(ensemble: Hyper, folder: Path) -> None:
+    with torch.no_grad():
+        ensemble.embeddings[0].mul_(1.5).add_(0.1)
+
+
+def edit_data(ensemble: Hyper, folder: Path) -> None:
+    data = ensemble.embeddings[0].data
+    data.copy_(data * 1.5 + 0.1)
+
+
+def replace_data(ensemble: Hyper, folder: Path) -> None:
+    ensemble.embeddings[0].data = ensemble.embeddings[0].data * 1.5 + 0.1
+
+
+def from_a_vector(ensemble: Hyper, folder: Path) -> None:
+    vector = nn.utils.parameters_to_vector(ensemble.parameters()).detach()
+    nn.utils.vector_to_parameters(vector * 1.1, ensemble.parameters())
+
+
+def load_another(ensemble: Hyper, folder: Path) -> None:
+    other = SMALL.build(num_classes=4, shape=SHAPE, seed=1)
+    ensemble.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit_in_place, edit_data, replace_data, from_a_vector, load_another,
+        change_in_another_process,
+    ],
+)  # fmt: skip
+def test_kernels_follow_what_they_are_written_from(
+    change: Callable[[Hyper, Path], None], tmp_path: Path
+) -> None:
+    ensemble, x = small().eval(), batch()[0].float()
+    with torch.no_grad():
+        before = ensemble.member_logits(x)
+        change(ensemble, tmp_path)
+        after = ensemble.member_logits(x)
+    assert not torch.allclose(before[0], after[0])
+    assert torch.equal(after, fresh_logits(ensemble, x))
+
+
+OPTIMIZERS = sorted(
+    name
+    for name, found in vars(torch.optim).items()
+    if isinstance(found, type)
+    and issubclass(found, torch.optim.Optimizer)
+    and found is not torch.optim.Optimizer
+)
+FORMS: dict[str, dict[str, bool]] = {
+    "plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True},
+}  # fmt: skip
+
+
+def optimizer_of(params: list[nn.Parameter], name: str, form: str) -> torch.optim.Optimizer | None:
+    """None where torch has no such form, or refuses these parameters."""
+    made = getattr(torch.optim, name)
+    settings = FORMS[form]
+    if not settings.keys() <= inspect.signature(made).parameters.keys():
+        if form != "plain":
+            return None
+        settings = {}
+    try:
+        found: torch.optim.Optimizer = made(params, lr=0.05, **settings)
+    except (ValueError, RuntimeError):
+        return None
+    return found
+
+
+def few(ensemble: Hyper, name: str) -> list[nn.Parameter]:
+    """Parameters that the optimizer takes: Muon knows matrices alone."""
+    found = [p for m in range(2) for p in ensemble.parameters_of(m)]
+    return [p for p in found if p.ndim == 2 or name != "Muon"]
+
+
+def form_exists(name: str, form: str) -> bool:
+    return optimizer_of(few(small(OF_TWO_LAYERS), name), name, form) is not None
+
+
+OF_TWO_LAYERS = HyperKind(model="digits-cnn", num_members=2, embedding=3, hidden=3, unit=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(n, f) for n in OPTIMIZERS for f in FORMS if form_exists(n, f)]
+)
+def test_kernels_follow_every_optimizer_of_torch(name: str, form: str) -> None:
+    """A user's own loop, which asks for logits without gradients between the steps."""
+    ensemble, (x, y) = small(OF_TWO_LAYERS), batch()
+    x = x.float()
+    params = few(ensemble, name)
+    optimizer = optimizer_of(params, name, form)
+    assert optimizer is not None
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        if name == "SparseAdam":  # takes sparse gradients alone
+            for p in params:
+                p.grad = torch.ones_like(p).to_sparse()
+            return torch.zeros(())
+        loss = F.cross_entropy(ensemble.logits_of(0, x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        with torch.no_grad():
+            before = ensemble.eval().logits_of(0, x)
+        ensemble.train()
+        closure()
+        optimizer.step(closure)
+        with torch.no_grad():
+            after = ensemble.eval().member_logits(x)
+        assert not torch.equal(before, after[0])
+        assert torch.equal(after, fresh_logits(ensemble, x, OF_TWO_LAYERS))
+
+
+def test_an_average_of_weights_writes_the_kernels_of_the_average() -> None:
+    ensemble, x = small().eval(), batch()[0].float()
+    averaged = torch.optim.swa_utils.AveragedModel(ensemble, use_buffers=True)
+    with torch.no_grad():
+        for _ in range(2):
+            averaged.update_parameters(ensemble)
+            ensemble.member_logits(x)
+            averaged.module.member_logits(x)
+            ensemble.embeddings[0].add_(0.5)
+        averaged.update_parameters(ensemble)
+        found = averaged.module.eval().member_logits(x)
+    assert not torch.equal(found, fresh_logits(ensemble, x))
+    assert torch.equal(found, fresh_logits(averaged.module, x))
+
+
+def test_kernels_follow_another_type_also_where_they_are_kept() -> None:
+    ensemble, (x, _) = small().eval(), batch()
+    with torch.no_grad(), kernels_kept(ensemble):
+        before = ensemble.logits_of(0, x.float())
+        after = ensemble.double().logits_of(0, x)
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_a_copy_keeps_no_kernels(copied: Callable[[Hyper], Hyper]) -> None:
+    ensemble, x = small(), batch()[0].float()
+    with kernels_kept(ensemble):
+        before = ensemble.logits_of(0, x)  # with a graph, which cannot be copied
+        other = copied(ensemble)
+        with torch.no_grad():
+            assert torch.equal(other.logits_of(0, x), before)
+            other.embeddings[0].mul_(1.5)
+            after = other.member_logits(x)
+    assert not torch.allclose(after[0], before)
+    other.eval()
+    with torch.no_grad():
+        assert torch.equal(other.member_logits(x), fresh_logits(other, x))
+
+
+def test_kernels_are_kept_within_a_block_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ensemble, x = small().eval(), batch()[0].float()
+    write, written = hyper.write, []
+    monkeypatch.setattr(hyper, "write", lambda *args: (written.append(1), write(*args))[1])
+
+    def counted(times: int) -> int:
+        written.clear()
+        with torch.no_grad():
+            for _ in range(times):
+                ensemble.member_logits(x)
+        return len(written)
+
+    assert counted(3) == 6
+    with kernels_kept(nn.Sequential(ensemble)):
+        assert counted(3) == 2
+        with kernels_kept(ensemble):
+            assert counted(3) == 0
+        assert counted(1) == 0  # the outer block goes on
+    assert counted(1) == 2
+    written.clear()
+    PGD(steps=5)(ensemble.averaged(), x, torch.zeros(6).long(), Threat(eps=0.05), rng=stream(0))
+    assert len(written) == 2  # an attack keeps them
+
+
+def test_threads_that_ask_one_member_do_not_disturb_each_other() -> None:
+    ensemble, x = small().eval(), batch()[0].float()
+    with torch.no_grad():
+        expected = ensemble.logits_of(0, x)
+
+    def ask(_: int) -> bool:
+        with torch.no_grad():
+            return torch.equal(ensemble.logits_of(0, x), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(32)))
 
 
 def test_kernels_written_under_inference_mode_serve_training() -> None:
@@ -457,8 +635,9 @@ def test_a_step_writes_each_member_once_and_differentiates_the_writing_once(
     for _ in range(2):
         made.clear()
         optimizer.zero_grad()
-        for part in red.loss(ensemble, Batch(x, y, torch.arange(len(x))), stream(0)):
-            part.total.backward()
+        with kernels_kept(ensemble):
+            for part in red.loss(ensemble, Batch(x, y, torch.arange(len(x))), stream(0)):
+                part.total.backward()
         optimizer.step()
         # per member: one writing without a graph for all passes, one within the backward pass
         assert sorted(made) == [False, False, True, True]
@@ -475,15 +654,13 @@ def test_a_graph_from_before_a_step_is_refused() -> None:
 
 def test_unused_graphs_keep_no_kernels_alive() -> None:
     ensemble, (x, _) = small().double(), batch()
-    ensemble.logits_of(0, x)  # with a graph that no backward pass will use
-    kept = ensemble._cache[0]
-    assert isinstance(kept, Written)
-    assert kept.linked is not None
-    old = weakref.ref(kept)
-    del kept
-    with torch.no_grad():
-        ensemble.embeddings[0].add_(1.0)
-        ensemble.logits_of(0, x)
+    with kernels_kept(ensemble):
+        ensemble.logits_of(0, x)  # with a graph that no backward pass will use
+        assert ensemble._kept is not None
+        kept = ensemble._kept[0]
+        assert kept.linked is not None
+        old = weakref.ref(kept)
+        del kept
     assert old() is None
 
 

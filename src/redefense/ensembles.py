@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -171,9 +171,9 @@ class Hyper(Members):
     """PS-RED: M networks whose convolutions, but the first, are written by hypernetworks.
 
     Parameters, and what is saved, are stem, batch norm, classifier, embeddings and hypernetworks.
-    Kernels are written when first needed and again when those change; the copy that attacks and
-    inference use has no graph, and in training all passes of a member up to its backward pass
-    share one graph through its hypernetwork.
+    Every forward pass writes the kernels of the member that it asks, so they follow any optimizer
+    and any edit. Where weights stay as they are for a while (a training step up to the optimizer's,
+    an attack, many answers in a row), `kernels_kept` writes them once.
 
     Args:
         members: plain networks of any architecture of convolutions; their kernels are given up.
@@ -227,28 +227,41 @@ class Hyper(Members):
                 for grids in self.grids
             ]
         )
-        self._forget()
+        self._kept: dict[int, hyper.Written] | None = None
 
     def logits_of(self, m: int, x: Images) -> Logits:
         """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
-        net, grids, sources = self.members[m], self.grids[m], self._sources(m)
-        written = self._written(m, sources)
-        if not (torch.is_grad_enabled() and any(s.requires_grad for s in sources)):
+        grids, sources = self.grids[m], self._sources(m)
+        written = self._written(m)
+        kernels = written.kernels
+        if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
+            kernels = hyper.linked(written, grids, self.taps, sources)
+        with hyper.wearing(self.members[m], grids, kernels) as net:
             return cast(Tensor, net(x))
-        hyper.wear(net, grids, hyper.linked(written, grids, self.taps, sources))
+
+    @contextmanager
+    def kernels_kept(self) -> Iterator[None]:
+        """Within, each member's kernels are written once, when they are first needed.
+
+        In training all passes of a member up to its backward pass then share one graph through its
+        hypernetwork. The weights must not change meanwhile. Blocks may be nested.
+        """
+        if self._kept is not None:
+            yield
+            return
+        self._kept = {}
         try:
-            return cast(Tensor, net(x))
+            yield
         finally:
-            hyper.wear(net, grids, written.kernels)
+            self._kept = None
 
     def member(self, m: int) -> nn.Module:
         """Member m written out: a plain network of its own, a copy as of now.
 
         Train the ensemble through `logits_of`; what is done to this copy does not reach it.
         """
-        self._written(m, self._sources(m))
         net = copy.deepcopy(self.members[m])
-        hyper.own(net, self.grids[m])
+        hyper.own(net, self.grids[m], self._written(m).kernels)
         return net
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
@@ -266,33 +279,22 @@ class Hyper(Members):
         writer = cast(hyper.Hypernetwork, self.writers[0 if self.shared else m])
         return (self.embeddings[m], *writer.sources())
 
-    def _written(self, m: int, sources: Sequence[Tensor]) -> hyper.Written:
-        """The kernels of member m, which its network wears; written anew if a source changed."""
-        key, cached = hyper.key_of(sources), self._cache[m]
-        if cached is not None and cached.key == key:
-            return cached
-        # neither a graph nor inference tensors, which training could not use later
-        with torch.inference_mode(False), torch.no_grad():
-            kernels = hyper.write(self.grids[m], self.taps, sources)
-        hyper.wear(self.members[m], self.grids[m], kernels)
-        fresh = self._cache[m] = hyper.Written(key, kernels)
-        return fresh
-
-    def forget(self, m: int) -> None:
-        """Give up the kernels of member m; they are written anew when next needed."""
-        self._cache[m] = None
-
-    def _forget(self) -> None:
-        self._cache: list[hyper.Written | None] = [None] * self.num_members
+    def _written(self, m: int) -> hyper.Written:
+        """The kernels of member m: those kept, or written now."""
+        kept = {} if self._kept is None else self._kept
+        if m not in kept:
+            # neither a graph nor inference tensors, which training could not use later
+            with torch.inference_mode(False), torch.no_grad():
+                kept[m] = hyper.Written(hyper.write(self.grids[m], self.taps, self._sources(m)))
+        return kept[m]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Hyper":
-        # another device or type: kernels are written there
-        self._forget()
+        if self._kept is not None:  # another device or type: kernels are written there
+            self._kept.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]  # torch leaves it untyped
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies write their own kernels: a graph cannot be copied
-        return {**self.__dict__, "_cache": [None] * self.num_members}
+        return {**self.__dict__, "_kept": None}  # copies write their own kernels
 
 
 class Averaged(nn.Module):
@@ -424,13 +426,24 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def kernels_kept(module: nn.Module) -> Iterator[None]:
+    """`Hyper.kernels_kept` for every `Hyper` in a module: its weights must not change within."""
+    with ExitStack() as stack:
+        for child in module.modules():
+            if isinstance(child, Hyper):
+                stack.enter_context(child.kernels_kept())
+        yield
+
+
+@contextmanager
 def frozen_weights(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient within the block, so none is computed or stored."""
+    """The weights are constants within the block: no gradient of theirs is computed or stored."""
     flags = [(p, p.requires_grad) for p in module.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)
     try:
-        yield
+        with kernels_kept(module):
+            yield
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)

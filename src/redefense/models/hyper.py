@@ -11,8 +11,10 @@ is a grid whose nine taps are reduced to one. Stem, batch norm and classifier st
 """
 
 import math
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -202,22 +204,15 @@ def write(grids: Sequence[Grid], taps: str, sources: Sequence[Tensor]) -> tuple[
 
 @dataclass(slots=True, weakref_slot=True)
 class Written:
-    """Kernels of one member, valid as long as the sources are as they were.
+    """Kernels of one member.
 
     Attributes:
-        key: identifies the sources' memory and how often it was changed.
         kernels: without a graph; for inference and attacks.
         linked: the same numbers, from which gradients flow to the sources; dropped once they have.
     """
 
-    key: tuple[tuple[int, int], ...]
     kernels: tuple[Tensor, ...]
     linked: tuple[Tensor, ...] | None = None
-
-
-def key_of(sources: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Changes with every in-place update, load or replacement of a source."""
-    return tuple((s.data_ptr(), s._version) for s in sources)
 
 
 class _Link(torch.autograd.Function):
@@ -265,14 +260,29 @@ def strip(net: nn.Module, grids: Sequence[Grid]) -> None:
         del conv.weight
 
 
-def wear(net: nn.Module, grids: Sequence[Grid], kernels: Sequence[Tensor]) -> None:
-    """Let a stripped network compute with these kernels: no parameters, nothing that is saved."""
+_worn = threading.RLock()
+
+
+@contextmanager
+def wearing(
+    net: nn.Module, grids: Sequence[Grid], kernels: Sequence[Tensor]
+) -> Iterator[nn.Module]:
+    """Within, a stripped network computes with these kernels: no parameters, nothing to save.
+
+    One thread at a time, since the network is the same object for all of them.
+    """
+    convs = [net.get_submodule(grid.name) for grid in grids]
+    with _worn:
+        for conv, kernel in zip(convs, kernels, strict=True):
+            conv.__dict__["weight"] = kernel
+        try:
+            yield net
+        finally:
+            for conv in convs:
+                del conv.__dict__["weight"]
+
+
+def own(net: nn.Module, grids: Sequence[Grid], kernels: Sequence[Tensor]) -> None:
+    """Make copies of these kernels parameters of a stripped network."""
     for grid, kernel in zip(grids, kernels, strict=True):
-        net.get_submodule(grid.name).__dict__["weight"] = kernel
-
-
-def own(net: nn.Module, grids: Sequence[Grid]) -> None:
-    """Make the kernels that a stripped network wears its own parameters."""
-    for grid in grids:
-        conv = net.get_submodule(grid.name)
-        conv.register_parameter("weight", nn.Parameter(conv.__dict__.pop("weight")))
+        net.get_submodule(grid.name).register_parameter("weight", nn.Parameter(kernel.clone()))

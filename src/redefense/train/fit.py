@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from redefense.config import OptimConfig
 from redefense.defences import Stage
-from redefense.ensembles import Members
+from redefense.ensembles import Members, kernels_kept
 from redefense.errors import Interrupted, TrainingError
 from redefense.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.rng import draw_seed, stream
@@ -177,7 +177,11 @@ def take_step(
     summed: dict[str, Tensor] = {}
     # no cache: weights cast while they ask for no gradient must not serve passes that need one
     autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
-    with autocast if precision == "bf16" else nullcontext(), phase(MEMBER_STEPS):
+    with (
+        autocast if precision == "bf16" else nullcontext(),
+        kernels_kept(ensemble),
+        phase(MEMBER_STEPS),
+    ):
         for part in stage.loss(ensemble, batch, rng):
             _backward(part)
             for name, value in part.terms.items():

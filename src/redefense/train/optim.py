@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.autograd.graph import increment_version
 
 from redefense.config import OptimConfig
 
@@ -32,8 +31,6 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
             weight_decay=config.weight_decay,
             fused=fused,
         )
-    # a fused step does not count as a change, and kernels that hypernetworks write would stay old
-    optimizer.register_step_post_hook(lambda *_: increment_version(params))
     return optimizer
 
 

@@ -15,7 +15,7 @@ from redefense.config import Run, parse_run, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.data.loader import Loader
 from redefense.defences import Defence, Stage
-from redefense.ensembles import Members, Origin, evaluating
+from redefense.ensembles import Members, Origin, evaluating, kernels_kept
 from redefense.errors import CheckpointError, ConfigError, DataError
 from redefense.kinds import Kind
 from redefense.train.checkpoint import (
@@ -375,7 +375,7 @@ def member_accuracies(ensemble: Members, split: Split, batch_size: int) -> Tenso
     device = ensemble.mixture.device
     right = torch.zeros(ensemble.num_members, dtype=torch.float64, device=device)
     count = min(len(split), VALIDATION_IMAGES)
-    with torch.no_grad(), evaluating(ensemble):
+    with torch.no_grad(), evaluating(ensemble), kernels_kept(ensemble):
         for index in torch.arange(count).split(batch_size):
             logits = ensemble.member_logits(split.float(index).to(device))
             right += (logits.argmax(-1) == split.labels[index].to(device)).sum(1)
