@@ -24,6 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "fab": {"steps": 10},
     "meanprob_apgd": {"steps": 25},
     "square": {"queries": 300},
+    "subset": {"steps": 25},
 }
 EPS = 0.1
 CASES = [(name, norm) for name in NAMES for norm in ATTACKS[name].norms]
@@ -199,7 +200,7 @@ def test_a_pinned_draw_is_that_member(name: str) -> None:  # S29
 
 def test_names_and_summaries_are_complete() -> None:
     paper = "fgsm bim mim pgd di2fgsm eotpgd apgd autoattack square cw deepfool sparsefool"
-    others = "onepixel pixle apgdt fab arc hinge meanprob_pgd meanprob_apgd transfer"
+    others = "onepixel pixle apgdt fab arc hinge meanprob_pgd meanprob_apgd subset transfer"
     assert set(ATTACKS) >= {*paper.split(), *others.split()}
     for attack in ATTACKS.values():
         assert attack.summary

@@ -18,6 +18,7 @@ from redefense.attacks.pixels import OnePixel
 from redefense.attacks.pixle import Pixle
 from redefense.attacks.sparse import SparseFool
 from redefense.attacks.square import Square
+from redefense.attacks.subset import Subset
 
 __all__ = ["ATTACKS", "Attack"]
 
@@ -45,6 +46,7 @@ ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
         "hinge": Hinge,
         "meanprob_apgd": MeanProbAPGD,
         "meanprob_pgd": MeanProbPGD,
+        "subset": Subset,
         "transfer": Transfer,
     }
 )

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from redefense.attacks.objectives import LEAST_CLASSES, margin
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
-from redefense.errors import ConfigError
-from redefense.threat import Threat
+from redefense.errors import ConfigError, InputError
+from redefense.threat import Threat, norms
 from redefense.types import (
     Bool,
     Float,
@@ -64,6 +64,7 @@ class Attack(ABC):
         stated: of an attack that nothing bounds, the distortion at which it is scored.
         norms: the threat norms it can attack in.
         randomized: draws from `rng`.
+        takes_starts: can go on from points that other attacks found; implements `perturb_from`.
         summary: one line for `redefense list attacks`.
         presets: published settings by name, see the module's docstring.
     """
@@ -73,6 +74,7 @@ class Attack(ABC):
     stated: ClassVar[Distortion | None] = None
     norms: ClassVar[tuple[float, ...]] = (math.inf, 2.0)
     randomized: ClassVar[bool] = True
+    takes_starts: ClassVar[bool] = False
     summary: ClassVar[str] = ""
     presets: ClassVar[Presets] = {}
 
@@ -112,7 +114,14 @@ class Attack(ABC):
 
     @final
     def __call__(
-        self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
+        self,
+        victim: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        *,
+        rng: torch.Generator,
+        starts: Tensor | None = None,
     ) -> Images:
         """Check the input once, then perturb.
 
@@ -122,13 +131,16 @@ class Attack(ABC):
             y: their labels, in [0, C).
             threat: what the adversary may do.
             rng: the source of all randomness.
+            starts: (K, B, ch, H, W), K >= 1 points of the ball for each image, e.g. the best that
+                other attacks found, to start from as well; only for attacks with `takes_starts`.
 
         Returns:
             Perturbed images in [0, 1], detached, same shape and type as `x`.
 
         Raises:
             InputError: the images or labels break the contract, or the victim cannot take them.
-            ConfigError: the attack does not know the threat's norm or the victim's class count.
+            ConfigError: the attack does not know the threat's norm or the victim's class count,
+                or takes no starts.
         """
         check_images(x)
         check_labels(y, len(x))
@@ -143,8 +155,12 @@ class Attack(ABC):
         ):
             x = x.detach().clone() if x.is_inference() else x.detach()
             y = (y.clone() if y.is_inference() else y).long()
+            if starts is not None:
+                starts = self._check_starts(starts, x, threat)
             try:
-                return self.perturb(victim, x, y, threat, rng=rng).detach()
+                if starts is None:
+                    return self.perturb(victim, x, y, threat, rng=rng).detach()
+                return self.perturb_from(victim, x, y, threat, starts, rng=rng).detach()
             except (IndexError, RuntimeError):
                 # looked at only now: asking the victim first would cost every attack a query
                 try:
@@ -162,6 +178,39 @@ class Attack(ABC):
 
         Training calls this directly, with weights' gradients off (`ensembles.frozen_weights`).
         """
+
+    def perturb_from(
+        self,
+        victim: nn.Module,
+        x: Images,
+        y: Labels,
+        threat: Threat,
+        starts: Float[Tensor, "K B ch H W"] | None,
+        *,
+        rng: torch.Generator,
+    ) -> Images:
+        """As `perturb`, but may start from given points of the ball as well."""
+        raise NotImplementedError(f"{type(self).__name__} has `takes_starts` without this method")
+
+    def _check_starts(self, starts: Tensor, x: Images, threat: Threat) -> Tensor:
+        """The starts in the type of `x`, with rounding at the ball's edge removed."""
+        name = type(self).__name__
+        if not self.takes_starts:
+            raise ConfigError(f"{name} takes no starts: its first points are its own choice")
+        if starts.ndim != 5 or len(starts) == 0 or starts.shape[1:] != x.shape:
+            raise InputError(
+                f"starts must be of shape (K, {', '.join(map(str, x.shape))}) with K >= 1, "
+                f"got {tuple(starts.shape)}"
+            )
+        check_images(starts.flatten(0, 1), "starts")
+        starts = starts.detach().clone() if starts.is_inference() else starts.detach()
+        starts = starts.to(x.dtype)
+        farthest = max(float(norms(start - x, threat.norm).max()) for start in starts)
+        if farthest > threat.eps * (1 + 1e-4) + 1e-6:
+            raise InputError(
+                f"starts must lie within {threat.eps:g} of their images, got {farthest:g}"
+            )
+        return torch.stack([threat.project(start, x) for start in starts])
 
 
 class Look(NamedTuple):
