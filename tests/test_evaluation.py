@@ -15,7 +15,9 @@ from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.api import evaluate
+from redefense.evaluation.audit import audit
 from redefense.evaluation.cells import Cell, Subject, attack_cell, verify_ball
+from redefense.evaluation.joined import join
 from redefense.evaluation.plan import attack_of, plan_of
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
@@ -83,6 +85,49 @@ def test_a_report_prints_as_one_line_of_figures() -> None:
     assert str(report).startswith("Report(suite='quick', num_images=2, unaware=")
     assert str(report).endswith(f"red_checks={red})")
     assert len(str(report)) < 300
+
+
+def test_a_saved_report_joins_to_its_own_headline_and_its_json_alone_says_what_it_lacks(
+    tmp_path: Path,
+) -> None:
+    x, y = images([0.05, 0.15, 0.25, 0.35])
+    report = evaluate([Ramp(), Ramp(1), Constant(1)], (x, y), threat=Threat(eps=EPS))
+    assert report.save(tmp_path / "own") == tmp_path / "own" / "evaluation" / "quick.json"
+    (result,) = join([tmp_path / "own"])
+    headline = report.headline
+    assert result.aware is not None
+    assert result.single is not None
+    assert result.aware.value == headline["aware"]
+    assert result.aware[1:] == pytest.approx(headline["aware_interval"])
+    assert result.single.value == headline["best_single_member"]
+    assert result.over_averaged is not None  # paired, which needs every image's record
+    assert not any("missing" in note for note in result.notes)
+    assert "records-missing" not in {f.id for f in audit(tmp_path / "own")}
+
+    alone = tmp_path / "alone.json"
+    alone.write_text(report.to_json())
+    (bare,) = join([alone])
+    assert bare.over_averaged is None
+    (note,) = [note for note in bare.notes if "missing" in note]
+    assert "4 of 4 attacks" in note
+    assert "report.save" in note
+    (finding,) = [f for f in audit(alone) if f.id == "records-missing"]
+    assert finding.severity == "note"
+    assert len(finding.rows) == 4
+
+
+def test_a_report_is_saved_again_but_never_over_a_run_of_the_command_line(tmp_path: Path) -> None:
+    x, y = images([0.1, 0.3])
+    first = evaluate(Ramp(), (x, y), threat=Threat(eps=EPS))
+    second = evaluate(Ramp(), (x, y), threat=Threat(eps=0.4))
+    first.save(tmp_path)
+    target = second.save(tmp_path)
+    assert target.read_text() == second.to_json()
+    assert join([tmp_path])[0].eps == 0.4
+    (tmp_path / "evaluation" / "quick" / "plan.json").write_text("{}")
+    with pytest.raises(ConfigError, match="made by `redefense evaluate` and is not replaced"):
+        first.save(tmp_path)
+    assert target.read_text() == second.to_json()
 
 
 def expected(data: dict[str, Any]) -> list[float]:

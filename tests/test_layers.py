@@ -12,7 +12,7 @@ import redefense
 SRC = Path(redefense.__file__).parent
 
 LAYERS = [
-    {"types", "errors", "rng", "config", "threat", "phases", "spread"},
+    {"types", "errors", "rng", "config", "threat", "phases", "spread", "files"},
     {"data", "models"},
     {"ensembles", "penalties", "attacks", "written"},
     {"kinds", "defences"},

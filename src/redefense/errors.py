@@ -5,6 +5,7 @@ RedefenseError
 ├── InputError       images, labels or arguments handed to the API are wrong   exit 2
 ├── DataError        a data set or a run is missing, damaged or refused        exit 3
 │   └── CheckpointError  a checkpoint is missing, truncated or altered         exit 3
+├── WriteError       a file cannot be written: no room (exit 1), no permission exit 2
 └── TrainingError    training cannot go on (non-finite loss, no gradient)      exit 1
     └── Interrupted  stopped by a signal after saving                          exit 130 or 143
 """
@@ -58,6 +59,14 @@ class DataError(RedefenseError):
 
 class CheckpointError(DataError):
     """A checkpoint is missing, truncated or altered."""
+
+
+class WriteError(RedefenseError, OSError):
+    """A file cannot be written: the disk is full, or the place does not allow it."""
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.code = 1 if full else 2
 
 
 class TrainingError(RedefenseError):

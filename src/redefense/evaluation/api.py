@@ -28,10 +28,11 @@ from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
 from redefense.evaluation.run import Report, run_suite
-from redefense.evaluation.store import read_object, write_text
+from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite, suite_named
 from redefense.evaluation.wording import OF_DEFENCE
 from redefense.evaluation.workers import own_device, workers
+from redefense.files import write_text
 from redefense.threat import Threat
 from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint

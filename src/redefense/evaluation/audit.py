@@ -14,7 +14,7 @@ percent, because one image is worth 0.28 points. `sound_randomized_table.csv` sh
 a randomized defence must state, and holds: its figures are invented.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -60,9 +60,11 @@ def _of_document(document: object, path: Path) -> list[Finding]:
         findings += _cell(evaluation, cell)
     findings += _red_checks(evaluation)
     try:
-        load(path)
+        missing = [file for stored in load(path) for file in stored.missing]
     except DataError as error:
         findings.append(_about(evaluation, "records-contradict", f"{error}."))
+    else:
+        findings += _records_missing(evaluation, missing)
     return findings
 
 
@@ -152,6 +154,16 @@ def _silent(evaluation: Evaluation) -> Iterator[Finding]:
             evaluation, "silent-member", why, rows=["clean"], severity="note", member=each[m],
             best=max(each),
         )  # fmt: skip
+
+
+def _records_missing(evaluation: Evaluation, files: Sequence[str]) -> Iterator[Finding]:
+    if files:
+        why = (
+            "The per-image records are not beside this file, so nothing shows that its figures are "
+            "those of its images: copy the folder of the records along, or in Python write the "
+            "evaluation by `report.save(DIR)`."
+        )
+        yield _about(evaluation, "records-missing", why, rows=files, severity="note")
 
 
 def _red_checks(evaluation: Evaluation) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ member is attacked on the evaluated images too.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
@@ -43,6 +44,10 @@ class Beside:
         """(n,) of the best member."""
         return cast(Bools, self.members[self.best])
 
+    def save(self, path: Path) -> None:
+        """Write the records as an npz file."""
+        write_arrays(path, asdict(self) | {"single": self.single})
+
     def figures(self) -> dict[str, Any]:
         """What the headline says of them."""
         return {
@@ -77,7 +82,7 @@ def beside(job: Job) -> Beside | None:
         )
     found = _attacked(job)
     if (saved := job.save(place)) is not None:
-        write_arrays(saved, asdict(found) | {"single": found.single})
+        found.save(saved)
         forget(job.place("beside.chunks"))
     each = ", ".join(f"{100 * share:.1f}" for share in found.members.mean(1))
     job.say(

@@ -16,6 +16,7 @@ from redefense.evaluation import reproduce, tables
 from redefense.evaluation.joined import Result, join
 from redefense.evaluation.markdown import markdown
 from redefense.evaluation.statistics import Estimate
+from redefense.files import write_text
 
 HUB_NAMES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -52,10 +53,7 @@ def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "m
     """
     text = card(run_dir, license_name=license_name)
     path = out if out is not None else run_dir / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_text(path, text)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -339,6 +340,17 @@ def _merged_checks(suites: Sequence[Stored]) -> tuple[Check, ...]:
     return tuple(checks[key] for key in sorted(checks))
 
 
+_KEEP: Final = (
+    "They lie in a folder beside the evaluation's JSON file, which does not hold them: copy both, "
+    "and in Python write both by `report.save(DIR)`."
+)
+
+
+def _missing(bounded: Sequence[Scored]) -> str:
+    count = sum(c.q is None for c in bounded)
+    return f"The per-image records of {count} of {len(bounded)} attacks are missing"
+
+
 def _notes(pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored]) -> list[str]:
     notes = []
     bounded = [c for c in cells if c.cell.bounded]
@@ -348,9 +360,9 @@ def _notes(pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored]) -> list
             "what the others say about a randomized defence is not a claim of robustness."
         )
     elif pair.aware is None:
-        notes.append("Per-image records are missing, so the suites cannot be joined.")
+        notes.append(f"{_missing(bounded)}, so the suites cannot be joined. {_KEEP}")
     elif pair.q_aware is None:
-        notes.append("Per-image records are missing: the headline is the one the suite stored.")
+        notes.append(f"{_missing(bounded)}: the headline is the one the suite stored. {_KEEP}")
     if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
         stored = home[0].evaluation.headline
         if stored is not None and stored.aware is not None and pair.aware is not None:

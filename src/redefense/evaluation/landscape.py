@@ -19,6 +19,7 @@ from redefense.data import load_dataset, train_validation
 from redefense.ensembles import Members
 from redefense.errors import ConfigError, DataError, lacking
 from redefense.evaluation.measures import input_gradients
+from redefense.files import write_bytes
 from redefense.threat import TINY
 from redefense.train.device import computing
 from redefense.train.loading import find_final, load_checkpoint
@@ -157,8 +158,5 @@ def write_landscape(paths: Sequence[Path], out: Path, *, image: int | None = Non
     if kind not in ("svg", "png"):
         raise ConfigError(f"--out must name an .svg or .png file, got {out}")
     drawing = draw([(path.resolve().name, surface_of(path, image=image)) for path in paths], kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.part")
-    aside.write_bytes(drawing)
-    aside.replace(out)
+    write_bytes(out, drawing)
     return out

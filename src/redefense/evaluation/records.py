@@ -200,6 +200,11 @@ class Stored:
         return None if self.file is None else self.file.parent
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """Files of per-image records that the evaluation names and that were not found."""
+        return tuple(s.cell.per_image for s in self.cells if s.q is None and s.cell.per_image)
+
+    @property
     def budget(self) -> tuple[str, float | None]:
         """The threat the suite is about: that of its bounded cells, aware ones first."""
         bounded = [c.cell for c in self.cells if c.cell.bounded and c.cell.threat is not None]

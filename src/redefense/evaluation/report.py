@@ -18,6 +18,7 @@ from redefense.evaluation.joined import TRIES, Result, join
 from redefense.evaluation.markdown import markdown
 from redefense.evaluation.records import Source
 from redefense.evaluation.tables import format_table, summary_table
+from redefense.files import write_text
 
 __all__ = ["format_table", "summary_table", "write_pages", "write_report"]
 
@@ -74,12 +75,8 @@ def write_pages(
     for path in texts:
         if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
             raise ConfigError(f"--out {out} would write over {path}, which is no report")
-    out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        # written aside and renamed: an interrupted report leaves no half page
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_text(path, text)
     return list(texts)
 
 

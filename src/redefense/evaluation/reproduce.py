@@ -35,7 +35,7 @@ def command(stored: Stored) -> str | None:
     """The command that makes this suite's figures again; None where no run is known."""
     evaluation, plan = stored.evaluation, stored.plan
     run = _run(stored)
-    if run is None:
+    if run is None or not evaluation.run:  # one made in Python is of no run
         return None
     suite = evaluation.suite if evaluation.suite in SUITES else f"{evaluation.suite}.json"
     words = ["redefense", "evaluate", run, "--suite", suite]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
@@ -37,8 +38,9 @@ from redefense.evaluation.plan import Job, Planned, Say, attack_of, check_plan, 
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.statistics import exact_expectation
-from redefense.evaluation.store import forget, own_images, read_object, write_text
+from redefense.evaluation.store import forget, own_images, read_object
 from redefense.evaluation.suite import Suite
+from redefense.files import write_text
 from redefense.types import check_images, check_labels
 
 
@@ -49,10 +51,15 @@ class Report:
     Attributes:
         data: what `DIR/evaluation/SUITE.json` holds.
         cells: per-image records by cell id, "clean" among them.
+        index: (n,) where the images stand in the test split, or among those given.
+        baselines: records of the single members and of the averaged ensemble; None where the suite
+            does not attack them.
     """
 
     data: dict[str, Any]
     cells: Mapping[str, Cell]
+    index: NDArray[np.int64]
+    baselines: Beside | None = None
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -73,6 +80,39 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.data, indent=1) + "\n"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the evaluation with its per-image records, for `redefense report` and `audit`.
+
+        An earlier evaluation under the same suite that was saved there is replaced.
+
+        Args:
+            folder: the evaluation goes to `FOLDER/evaluation/SUITE.json`, its records to the folder
+                `SUITE` beside that file.
+
+        Returns:
+            The JSON file.
+
+        Raises:
+            ConfigError: if an evaluation made by `redefense evaluate` lies there.
+            WriteError: if a file cannot be written.
+        """
+        home = Path(folder) / "evaluation"
+        target = home / f"{self.data['suite']}.json"
+        records = home / self.data["clean"]["per_image"]
+        if (records.parent / "plan.json").exists():
+            raise ConfigError(
+                f"{target} was made by `redefense evaluate` and is not replaced; "
+                "name another folder"
+            )
+        target.unlink(missing_ok=True)  # it must not stand beside the records of another
+        for cell in self.data["cells"]:
+            self.cells[cell["id"]].save(home / cell["per_image"], self.index)
+        self.cells["clean"].save(records, self.index)
+        if self.baselines is not None:
+            self.baselines.save(records.with_name("beside.npz"))
+        write_text(target, self.to_json())
+        return target
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -162,7 +202,7 @@ def run_suite(
         *(full_checks(subject, data, records, seed) if checks == "full" else ()),
     ]
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
-    return Report(data, records)
+    return Report(data, records, subject.index, others)
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> dict[str, Any]:

@@ -4,12 +4,11 @@ Images are worked through in fixed chunks. Every chunk has random streams of its
 is kept of a chunk is what working on it again would give, on however many processes.
 """
 
+import io
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 from zipfile import BadZipFile
@@ -19,29 +18,12 @@ from numpy.typing import NDArray
 
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.workers import ALONE, Workers
+from redefense.files import write_bytes
 
 Arrays = dict[str, NDArray[Any]]
 
 CHUNK: Final = 100
 """Images worked on at a time. Streams are named by chunk, so it is part of every result."""
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with _aside(path) as aside:
-        aside.write_text(text)
 
 
 def read_object(path: Path | None) -> dict[str, Any] | None:
@@ -57,8 +39,9 @@ def read_object(path: Path | None) -> dict[str, Any] | None:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write an npz file, whole or not at all."""
-    with _aside(path) as aside, aside.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    content = io.BytesIO()  # not into the file: numpy's archive writes again when it is closed
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    write_bytes(path, content.getvalue())
 
 
 def read_arrays(path: Path | None) -> Arrays | None:

@@ -24,6 +24,7 @@ from redefense.export.graph import member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
+from redefense.files import writing
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Images, cannot_take, check_images
@@ -91,7 +92,7 @@ def export(
         )
     target = Path(out)
     try:
-        with runner.aside(target) as folder:
+        with writing(target), runner.aside(target) as folder:
             _write(ensemble, folder, about, images, int8, target.name)
             _check(runner.open_bundle(folder))
             if sign is not None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import redefense
@@ -21,6 +21,7 @@ from redefense.config import Run, parse_run
 from redefense.ensembles import Members, Origin
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError, lacking
 from redefense.evaluation.card import card, unmeasured_card
+from redefense.files import write_bytes, write_text
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import find_final, load_checkpoint
 
@@ -66,14 +67,9 @@ def save_pretrained(
         "run": without_paths(origin.run).model_dump(mode="json"),
         "data": dict(origin.data),
     }
-    target.mkdir(parents=True, exist_ok=True)
-    aside = target / f".{WEIGHTS}.part"
-    save_file(weights, aside, metadata={"format": "pt"})
-    aside.replace(target / WEIGHTS)
-    for file, content in ((CONFIG, json.dumps(config, indent=1) + "\n"), (CARD, text)):
-        part = target / f".{file}.part"
-        part.write_text(content, encoding="utf-8")
-        part.replace(target / file)
+    write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    write_text(target / CONFIG, json.dumps(config, indent=1) + "\n")
+    write_text(target / CARD, text)
     return target
 
 

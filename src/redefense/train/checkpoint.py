@@ -20,6 +20,7 @@ from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
 from redefense.errors import CheckpointError
+from redefense.files import reason
 
 FORMAT = 1
 KEEP = 2
@@ -86,7 +87,7 @@ def save(
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"cannot write checkpoint {target}: {error}") from None
+        raise CheckpointError(f"cannot write checkpoint {target}: {reason(error)}") from None
 
 
 def read(path: Path) -> Checkpoint:

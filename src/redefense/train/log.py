@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from redefense.files import append_line, write_text
+
 PLAIN_INTERVAL = 15.0
 
 
@@ -33,10 +35,7 @@ class Metrics:
                         kept.append(line)
                 except ValueError:  # cut off by a kill
                     break
-        # whole or not at all: a kill must not take the lines that are kept
-        aside = self.path.with_name(f".writing-{self.path.name}")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.rename(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self._board = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -45,8 +44,7 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one record."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(self.path, json.dumps({"step": step, **values}))
         if self._board is not None:
             for key, value in values.items():
                 if isinstance(value, float):

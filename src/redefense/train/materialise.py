@@ -4,7 +4,8 @@ from pathlib import Path
 
 from redefense.config import settings_of, to_json
 from redefense.ensembles import Independent
-from redefense.errors import CheckpointError, ConfigError
+from redefense.errors import ConfigError
+from redefense.files import write_text
 from redefense.kinds import ENSEMBLES, HyperKind
 from redefense.train.checkpoint import save
 from redefense.train.loading import find_final, load_checkpoint, resolve
@@ -17,7 +18,8 @@ def materialise(path: Path, out: Path) -> None:
 
     Raises:
         ConfigError: if the members of `path` are plain already, or `out` is not free.
-        CheckpointError: if there is no trained run at `path`, or `out` cannot be written.
+        CheckpointError: if there is no trained run at `path`.
+        WriteError: if `out` cannot be written.
     """
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
@@ -28,10 +30,6 @@ def materialise(path: Path, out: Path) -> None:
     written = load_checkpoint(checkpoint)
     plain = Independent([written.member(m) for m in range(written.num_members)], written.mixture)
     run = run.model_copy(update={"ensemble": settings_of(ENSEMBLES, kind.plain())})
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(to_json(run))
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out}: {error}") from None
+    write_text(out / "run.json", to_json(run))
     state = {"data": checkpoint.state["data"]}
     save(out / "final", run=run, weights=plain.state_dict(), state=state)

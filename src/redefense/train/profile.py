@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from redefense.files import write_text
 from redefense.phases import OTHER, PHASES, watched
 from redefense.train.log import note
 
@@ -76,5 +77,5 @@ def profiled(folder: Path, device: str | torch.device) -> Iterator[None]:
             yield
     finally:
         profile.charge()
-        (folder / "profile.json").write_text(json.dumps(profile.as_dict(), indent=1) + "\n")
+        write_text(folder / "profile.json", json.dumps(profile.as_dict(), indent=1) + "\n")
         note(profile.table())

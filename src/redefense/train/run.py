@@ -17,6 +17,7 @@ from redefense.data.loader import Loader
 from redefense.defences import Defence, Stage
 from redefense.ensembles import Members, Origin, evaluating, kernels_kept
 from redefense.errors import CheckpointError, ConfigError, DataError
+from redefense.files import UNFINISHED, write_text
 from redefense.kinds import Kind
 from redefense.train.checkpoint import (
     ASIDE,
@@ -47,8 +48,6 @@ from redefense.train.warm import begin_from, check_alike, check_apart, recorded,
 from redefense.train.weak import weak_members
 
 VALIDATION_IMAGES = 2000
-UNWRITTEN = ".writing-"
-"""How the names of files begin that are not whole yet."""
 
 
 @computing()
@@ -411,7 +410,7 @@ def _claim(run: Run, out: Path, resume: bool) -> str | None:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out must name a folder, and {out} is a file")
-    if not out.exists() or all(path.name.startswith(UNWRITTEN) for path in out.iterdir()):
+    if not out.exists() or all(path.name.startswith(UNFINISHED) for path in out.iterdir()):
         return None
     if not (out / "run.json").is_file():
         if resume:  # killed before it began: whatever lies there is not of a run
@@ -442,15 +441,9 @@ def _claim(run: Run, out: Path, resume: bool) -> str | None:
 
 def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
     """Write what the run is, and where it started; `run.json` appears whole or not at all."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if started is not None:
-            (out / f"{UNWRITTEN}start.json").write_text(json.dumps(started, indent=1) + "\n")
-            (out / f"{UNWRITTEN}start.json").rename(out / "start.json")
-        (out / f"{UNWRITTEN}run.json").write_text(to_json(run))
-        (out / f"{UNWRITTEN}run.json").rename(out / "run.json")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error}") from None
+    if started is not None:
+        write_text(out / "start.json", json.dumps(started, indent=1) + "\n")
+    write_text(out / "run.json", to_json(run))
 
 
 def _finish(run: Run, out: Path, ensemble: Members, signature: Signature) -> None:
