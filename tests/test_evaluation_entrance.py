@@ -17,7 +17,7 @@ import redefense
 from redefense.config import override
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
-from redefense.evaluation.cells import check_outputs
+from redefense.evaluation.answers import check_outputs
 from redefense.evaluation.run import Report
 from redefense.evaluation.suite import SUITES
 from redefense.recipes import recipe

@@ -22,8 +22,9 @@ from redefense.data import Dataset, Split, load_dataset, test_indices, train_val
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
 from redefense.errors import ConfigError, DataError, InputError, Interrupted, RedCheckWarning
+from redefense.evaluation.answers import laid_out
 from redefense.evaluation.beside import SELECTION_IMAGES
-from redefense.evaluation.cells import Subject, laid_out
+from redefense.evaluation.cells import Subject
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of

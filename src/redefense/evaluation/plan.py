@@ -7,7 +7,8 @@ from pathlib import Path
 from redefense.attacks import ATTACKS, Attack
 from redefense.config import ThreatConfig, construct, suggestion
 from redefense.errors import ConfigError
-from redefense.evaluation.cells import Subject, check_outputs
+from redefense.evaluation.answers import check_outputs
+from redefense.evaluation.cells import Subject
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite
 
