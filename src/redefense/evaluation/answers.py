@@ -1,4 +1,4 @@
-"""What the members answer, asked before the first attack: refused where no attack could measure it."""
+"""Questions that every member must answer before the first attack, or be refused."""
 
 from typing import Final
 
