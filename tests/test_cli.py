@@ -76,6 +76,34 @@ def test_commands_on_a_card_and_a_report_work_where_these_were_made(run: Runner)
     assert redefense.load(json.loads(path)).num_members == 3
 
 
+def test_a_threat_may_be_written_as_people_do(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    for number, words in enumerate((["--eps", "8/255"], ["--norm", "l2", "--eps", "128/255"])):
+        out = f"{number}.json"
+        done = run("evaluate", "v", "--images", "4", "--out", out, *words)
+        assert done.code == 0, done.err
+        given = {cell["id"] for cell in json.loads(Path(out).read_text())["cells"]}
+        assert all(("linf-0.031373" if number == 0 else "l2-0.501961") in name for name in given)
+    for words, says in (
+        (["--eps", "8/0"], "--eps must be a finite number, or a fraction such as 8/255, got '8/0'"),
+        (["--norm", "l1", "--eps", "1"], "--norm must be 'inf' or '2' (or 'linf', 'l2'), got 'l1'"),
+        (["--norm", "L2"], "--norm L2 needs --eps"),
+        (["--norm", "L2", "--eps", "1000"], "eps must lie in [0, 100], got 1000"),
+    ):
+        refused = run("evaluate", "v", "--out", "no.json", *words)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert says in refused.err
+
+
+def test_a_bundle_given_in_place_of_its_run_is_one_line(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    assert run("export", "v", "--out", "bundle", "--quiet").code == 0
+    for command in ("evaluate", "export", "landscape"):
+        refused = run(command, "bundle", "--out", "new.svg")
+        assert (refused.code, refused.err.count("\n")) == (3, 1)
+        assert "bundle is a bundle or a folder for a model hub, not a run" in refused.err
+
+
 def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> None:
     run("train", "digits-vanilla", "--out", "v", *QUICK)
     run("evaluate", "v", "--images", "20", "--quiet")

@@ -8,6 +8,7 @@ import pytest
 
 from redefense.config import choose, override, parse_run, settings_of, to_json
 from redefense.defences import DEFENCES
+from redefense.defences.red import RED
 from redefense.errors import ConfigError
 from redefense.kinds import ENSEMBLES
 from redefense.recipes import RECIPES, recipe
@@ -39,6 +40,25 @@ def test_overrides_reach_every_depth_and_keep_the_rest() -> None:
     assert run.threat == recipe("digits-red").threat
 
 
+def test_threats_may_be_written_as_people_do_and_are_stored_as_numbers() -> None:
+    run = override(
+        recipe("digits-red"),
+        ["threat.norm=2", "threat.eps=128/255", "defence.adversary.eps=8/255"],
+    )
+    assert (run.threat.norm, run.threat.eps) == ("2", 128 / 255)
+    resolved, _, defence = resolve(run)
+    assert isinstance(defence, RED)
+    assert defence.adversary.eps == resolved.defence["adversary"]["eps"] == 8 / 255
+    assert override(run, ["threat.norm=Linf"]).threat.norm == "inf"
+    for name, radii in {
+        "dverge": ["eps"],
+        "trs": ["first_eps", "last_eps"],
+        "adp": ["smallest_eps"],
+    }.items():
+        settings = {"name": name, **dict.fromkeys(radii, "2/255")}
+        assert all(getattr(choose(DEFENCES, settings, "defence"), key) == 2 / 255 for key in radii)
+
+
 def test_another_defence_brings_its_own_settings() -> None:
     run = override(recipe("digits-red"), ["defence.name=vanilla"])
     assert run.defence == {"name": "vanilla"}
@@ -67,7 +87,10 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("similarity=1", "unknown setting 'similarity' (did you mean defence.similarity?)"),
         ("eps=0.1", "(did you mean defence.adversary.eps or threat.eps or optim.eps?)"),
         ("smoothness=1", "; if it is the method's own: defence.smoothness"),
-        ("threat.norm=1", "'inf' or '2'"),
+        ("threat.norm=1", "threat.norm: norm must be 'inf' or '2' (or 'linf', 'l2'), got 1"),
+        ("threat.eps=8/0", "threat.eps: eps must be a finite number, or a fraction such as 8/255"),
+        ("defence.adversary.eps=8/x", "adversary.eps: eps must be a finite number, or a fraction"),
+        ("threat.eps=510/255", "L-inf eps must lie in [0, 1] as pixels do, got 2"),
         ("threat.eps=8", "L-inf eps must lie in [0, 1] as pixels do, got 8 (did you mean 8/255?)"),
         ("defence.adversary.eps=8", "adversary.eps must lie in [0, 1] as pixels do, got 8"),
         ("defence.similarty=3", "unknown setting defence.similarty (did you mean similarity?)"),

@@ -351,6 +351,10 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
         ("{", "cannot read"),
         ('{"cells": [{"attack": "pgd"}]}', "cells.0.view"),
         ('{"cells": [{"attack": "pgd", "view": "sampled"}], "colour": 1}', "colour"),
+        (
+            '{"cells": [{"attack": "pgd", "view": "sampled", "threat": {"eps": "8/0"}}]}',
+            r"cells.0.threat.eps: eps must be a finite number.* got '8/0'$",
+        ),
         ('{"name": "quick", "cells": [{"attack": "pgd", "view": "sampled"}]}', "name of its own"),
     ],
 )
@@ -358,6 +362,13 @@ def test_a_bad_suite_file_is_refused_by_name(text: str, reason: str, tmp_path: P
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ConfigError, match=reason):
         suite_named(str(tmp_path / "bad.json"))
+
+
+def test_a_suite_file_takes_a_threat_as_people_write_it(tmp_path: Path) -> None:
+    cell = {"attack": "pgd", "view": "sampled", "threat": {"norm": 2, "eps": "128/255"}}
+    (tmp_path / "mine.json").write_text(json.dumps({"cells": [cell]}))
+    (found,) = suite_named(str(tmp_path / "mine.json")).cells
+    assert found.threat == ThreatConfig(norm="2", eps=128 / 255)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """The ball: inside, on its border, outside."""
 
 import math
+import re
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from redefense.attacks.gradient import random_starts
+from redefense.config import ThreatConfig, read_eps, read_norm
 from redefense.errors import ConfigError
 from redefense.rng import stream
 from redefense.threat import Threat, norms, steepest
@@ -115,3 +119,44 @@ def test_senseless_threats_are_refused(norm: float, eps: float, says: str) -> No
 def test_an_l2_ball_may_reach_further_than_one_pixel() -> None:
     assert Threat(norm=2.0, eps=8.0).eps == 8
     assert Threat(norm=math.inf, eps=1.0).eps == 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "means"),
+    [
+        *(
+            (name, math.inf)
+            for name in ("inf", "linf", "Linf", "L-inf", "l_inf", "L\u221e", math.inf)
+        ),
+        *((name, 2.0) for name in ("2", "l2", "L2", "L-2", "\u21132", "2.0", 2.0, np.float32(2))),
+    ],
+)
+def test_a_norm_may_be_written_in_any_usual_way(norm: Any, means: float) -> None:
+    # the dataclass is what both readers, of Python and of settings, make of it
+    assert Threat(norm=float(read_norm(norm)), eps=0.1) == Threat(norm=means, eps=0.1)
+    assert ThreatConfig.of(norm, 0.1) == ThreatConfig.of(means, 0.1)
+    if isinstance(norm, str):
+        assert Threat(norm=norm).norm == means
+
+
+@pytest.mark.parametrize(
+    ("text", "means"), [("8/255", 8 / 255), (" 1 / 3 ", 1 / 3), ("3e-2", 0.03)]
+)
+def test_a_radius_may_be_written_as_a_fraction_and_means_the_quotient(
+    text: str, means: float
+) -> None:
+    assert Threat(eps=text).eps == ThreatConfig.of("inf", text).eps == means
+
+
+@pytest.mark.parametrize(
+    "eps", ["", "8/0", "8/255/2", "8/", "eight", "nan", "inf", "1e999", True, None, [0.1]]
+)
+def test_what_is_no_radius_is_refused_as_it_was_written(eps: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"finite number.*got {re.escape(repr(eps))}$"):
+        read_eps(eps)
+
+
+@pytest.mark.parametrize("norm", ["", "l1", "l", "3", 1, True, None, [2], torch.tensor(2)])
+def test_what_is_no_norm_is_refused_as_it_was_written(norm: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"'inf' or '2'.*got {re.escape(repr(norm))}$"):
+        read_norm(norm)

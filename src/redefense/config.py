@@ -7,12 +7,14 @@ defences and so on are resolved through mappings given by the caller, never thro
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from redefense.errors import ConfigError
 
@@ -44,6 +46,51 @@ class DataConfig(_Frozen):
     validation: float = Field(default=0.1, gt=0, lt=1)
 
 
+Norm = Literal["inf", "2"]
+
+
+def read_norm(value: object, what: str = "norm") -> Norm:
+    """A threat's norm as people write it: inf, 2, "inf", "Linf", "l2" and the like.
+
+    Raises:
+        ConfigError: for any other norm.
+    """
+    plain = str(value).lower().replace("\u221e", "inf").replace("\u2113", "l")
+    plain = "".join(c for c in plain if c not in "-_ ").removeprefix("l").removesuffix(".0")
+    found = {"2": "2", "inf": "inf", "infty": "inf", "infinity": "inf"}.get(plain)
+    # text and numbers only: True, or a tensor that happens to print so, was meant otherwise
+    if found is None or not isinstance(value, str | Real):
+        raise ConfigError(f"{what} must be 'inf' or '2' (or 'linf', 'l2'), got {value!r}")
+    return cast(Norm, found)
+
+
+def read_eps(value: object, what: str = "eps") -> float:
+    """A radius as people write it: a number, or text such as "0.03" or "8/255".
+
+    Raises:
+        ConfigError: for anything else, and for what is not finite.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError  # noqa: TRY301 - float(True) is 1, which nobody means
+        if isinstance(value, str):
+            above, slash, below = value.partition("/")
+            found = float(above) / (float(below) if slash else 1.0)
+        else:
+            found = float(cast(Any, value))
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(
+            f"{what} must be a finite number, or a fraction such as 8/255, got {value!r}"
+        )
+    return found
+
+
+Eps = Annotated[float, BeforeValidator(read_eps)]
+"""A radius in a stored or typed setting: fractions such as "8/255" are read as well."""
+
+
 def check_linf(eps: float, what: str = "L-inf eps") -> None:
     """Refuse an L-inf radius that reaches out of the images' range: it was meant in levels.
 
@@ -58,8 +105,22 @@ def check_linf(eps: float, what: str = "L-inf eps") -> None:
 class ThreatConfig(_Frozen):
     """The adversary that the run is measured against; `check` holds where it is used."""
 
-    norm: Literal["inf", "2"] = "inf"
-    eps: float = Field(default=0.03, ge=0, le=100)
+    norm: Annotated[Norm, BeforeValidator(read_norm)] = "inf"
+    eps: Annotated[Eps, Field(ge=0, le=100)] = 0.03
+
+    @classmethod
+    def of(cls, norm: object, eps: object) -> "ThreatConfig":
+        """From any way to write both.
+
+        Raises:
+            ConfigError: for an unknown norm, or an eps outside [0, 100] or, for L-inf, [0, 1].
+        """
+        radius = read_eps(eps)
+        if not 0 <= radius <= 100:
+            raise ConfigError(f"eps must lie in [0, 100], got {radius:g}")
+        found = cls(norm=read_norm(norm), eps=radius)
+        found.check()
+        return found
 
     def check(self) -> None:
         """Refuse an L-inf eps above 1, with a ConfigError: pydantic would wrap it in its own."""
@@ -154,7 +215,7 @@ def parse_run(data: Any, source: str = "run") -> Run:
         run = Run.model_validate_json(json.dumps(data))
         run.threat.check()
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{source}: {_one_line(error)}") from None
+        raise ConfigError(f"{source}: {one_line(error)}") from None
     return run
 
 
@@ -245,7 +306,7 @@ def construct(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
         try:
             values[key] = TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
         except (ValidationError, TypeError) as error:
-            raise ConfigError(f"{where}.{key}: {_one_line(error)}") from None
+            raise ConfigError(f"{where}.{key}: {one_line(error)}") from None
     try:
         return cls(**values)
     except ConfigError as error:
@@ -272,7 +333,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def _init_fields(cls: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
@@ -302,10 +363,13 @@ def _places(data: Mapping[str, Any], key: str, at: str = "") -> list[str]:
     ]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The first fault that pydantic found: place, rule and value; of other errors, their text."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
+    if isinstance(own := first.get("ctx", {}).get("error"), ConfigError):
+        return f"{place + ': ' if place else ''}{own}"
     message = first["msg"].removeprefix("Input ")
     return f"{place + ' ' if place else ''}{message}, got {first['input']!r}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redefense.config import check_linf
+from redefense.config import check_linf, read_eps, read_norm
 from redefense.errors import ConfigError
 from redefense.types import Float, Images
 
@@ -35,23 +35,29 @@ def steepest(grad: Tensor, norm: float) -> Tensor:
     return scaled / per_image(norms(scaled, 2.0).clamp_min(TINY), scaled)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, init=False)
 class Threat:
-    """The adversary may move an image at most `eps` in `norm` (inf or 2), within [0, 1].
+    """The adversary may move an image at most `eps` in `norm`, within [0, 1].
+
+    Args:
+        norm: `math.inf` or 2, or text such as "linf", "Linf", "inf", "l2", "2".
+        eps: in pixel units of [0, 1]; a number, or text such as "8/255".
+
+    Attributes:
+        norm: inf or 2.0.
+        eps: as a number.
 
     Raises:
         ConfigError: unless norm is inf or 2 and eps is finite and not negative; L-inf, at most 1.
     """
 
-    norm: float = math.inf
-    eps: float = 8 / 255
+    norm: float
+    eps: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", float(self.norm))
-        object.__setattr__(self, "eps", float(self.eps))
-        if self.norm not in (2.0, math.inf):
-            raise ConfigError(f"threat norm must be inf or 2, got {self.norm:g}")
-        if not 0 <= self.eps < math.inf:
+    def __init__(self, *, norm: float | str = math.inf, eps: float | str = 8 / 255) -> None:
+        object.__setattr__(self, "norm", float(read_norm(norm, "threat norm")))
+        object.__setattr__(self, "eps", read_eps(eps, "threat eps"))
+        if self.eps < 0:
             raise ConfigError(f"threat eps must be finite and not negative, got {self.eps}")
         if self.norm == math.inf:
             check_linf(self.eps)

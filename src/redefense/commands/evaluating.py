@@ -21,8 +21,10 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="The first N of a fixed permutation of the test split."),
     ] = None,
-    eps: Annotated[float | None, typer.Option(help="Radius of the threat; the run's own.")] = None,
-    norm: Annotated[str | None, typer.Option(help="inf or 2.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radius of the threat, e.g. 8/255; the run's own.")
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of every draw of the evaluation.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How often each attack is run.")] = 1,
     device: Device = "cpu",

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from redefense.config import Eps
 from redefense.defences.base import Adversary, Defence, check_weights
 from redefense.ensembles import frozen_statistics, spread_of
 from redefense.errors import ConfigError
@@ -56,7 +57,7 @@ class ADP(Defence):
     adversary: Adversary = field(
         default_factory=lambda: Adversary(eps=0.05, steps=10, step_size=0.1)
     )
-    smallest_eps: float = 0.01
+    smallest_eps: Eps = 0.01
 
     def __post_init__(self) -> None:
         check_weights(entropy=self.entropy, log_det=self.log_det)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import PGD
-from redefense.config import check_linf
+from redefense.config import Eps, check_linf
 from redefense.ensembles import Averaged, Members, evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.phases import EXAMPLES, phase
@@ -36,7 +36,7 @@ class Adversary:
         step_size: length of a step as a fraction of eps.
     """
 
-    eps: float = 0.03
+    eps: Eps = 0.03
     steps: int = 10
     step_size: float = 0.25
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from redefense.attacks.base import Look, input_gradient
 from redefense.attacks.gradient import climb
+from redefense.config import Eps
 from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import evaluating, frozen_weights
@@ -58,7 +59,7 @@ class DVERGE(Defence):
     summary: ClassVar[str] = "members learn from images that carry what fools the others"
 
     weight: float = 1.0
-    eps: float = 0.07
+    eps: Eps = 0.07
     steps: int = 10
     step_size: float = 0.1
     start: float = 0.5

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from redefense.attacks.base import Look
 from redefense.attacks.gradient import climb, random_starts
+from redefense.config import Eps
 from redefense.defences.base import Defence, Stage, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
@@ -71,8 +72,8 @@ class TRS(Defence):
     preset: str = "released"
     similarity: float = 40.0
     smoothness: float = 2.5
-    first_eps: float = 0.01
-    last_eps: float = 0.03
+    first_eps: Eps = 0.01
+    last_eps: Eps = 0.03
     steps: int = 6
     step_size: float = 1 / 3
     warm_start: float = 0.0

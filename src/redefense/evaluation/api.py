@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import redefense
-from redefense.config import Run, ThreatConfig
+from redefense.config import Run, ThreatConfig, read_eps, read_norm
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
@@ -83,7 +83,7 @@ def evaluate(
     plan = suite_named(suite)
     ensemble = _ensemble(model, mixture)
     run = None if ensemble.origin is None else ensemble.origin.run
-    allowed = _config(threat or Threat()) if run is None or threat is not None else run.threat
+    allowed = run.threat if run is not None and threat is None else _config(threat or Threat())
     if isinstance(data, str):
         place = str(ensemble.mixture.device)
         subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
@@ -124,7 +124,7 @@ def evaluate_run(
     suite: str = "quick",
     data: str | None = None,
     images: int | None = None,
-    eps: float | None = None,
+    eps: float | str | None = None,
     norm: str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -300,19 +300,14 @@ def _run_json(path: Path, run: Run) -> dict[str, Any]:
 
 
 def _config(threat: Threat) -> ThreatConfig:
-    return ThreatConfig(norm="2" if threat.norm == 2 else "inf", eps=threat.eps)
+    return ThreatConfig.of(threat.norm, threat.eps)
 
 
-def _override(threat: ThreatConfig, eps: float | None, norm: str | None) -> ThreatConfig:
-    if norm not in (None, "inf", "2"):
-        raise ConfigError(f"--norm must be inf or 2, got {norm}")
-    if norm is not None and norm != threat.norm and eps is None:
+def _override(threat: ThreatConfig, eps: float | str | None, norm: str | None) -> ThreatConfig:
+    chosen = threat.norm if norm is None else read_norm(norm, "--norm")
+    if chosen != threat.norm and eps is None:
         raise ConfigError(f"--norm {norm} needs --eps: the run's own eps is for another norm")
-    if eps is not None and not 0 <= eps <= 100:
-        raise ConfigError(f"--eps must lie in [0, 100], got {eps}")
-    return ThreatConfig.model_validate(
-        {"norm": norm or threat.norm, "eps": threat.eps if eps is None else eps}
-    )
+    return ThreatConfig.of(chosen, threat.eps if eps is None else read_eps(eps, "--eps"))
 
 
 def _words(suite: Suite, threat: ThreatConfig) -> str:

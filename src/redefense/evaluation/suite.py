@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from redefense.config import ThreatConfig, suggestion
+from redefense.config import ThreatConfig, one_line, suggestion
 from redefense.errors import ConfigError
 
 View = Literal["sampled", "averaged", "members", "protocol"]
@@ -186,9 +186,7 @@ def suite_named(name: str) -> Suite:
     try:
         suite = Suite.model_validate({"name": path.stem, **json.loads(path.read_text())})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path} is not a suite: {place} {first['msg']}") from None
+        raise ConfigError(f"{path} is not a suite: {one_line(error)}") from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():

@@ -84,6 +84,11 @@ def find_final(path: Path) -> Checkpoint:
         CheckpointError: if there is none, or it is damaged.
     """
     folder = path / "final" if (path / "final").is_dir() else path
+    if (folder / "config.json").is_file():  # a checkpoint has none
+        raise CheckpointError(
+            f"{path} is a bundle or a folder for a model hub, not a run: give the directory of the "
+            "run that it was made from"
+        )
     if not (folder / "manifest.json").is_file():
         if (path / "checkpoints").is_dir():
             raise CheckpointError(f"{path} is not trained to its end; go on with train --resume")
