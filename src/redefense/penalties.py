@@ -29,6 +29,14 @@ def pairwise_cosines(grads: Float[Tensor, "M B D"]) -> Float[Tensor, "B M M"]:
     return (grads @ grads.mT).div(lengths.clamp_min(TINY))
 
 
+def _distinct(cosines: Float[Tensor, "B M M"]) -> Float[Tensor, "B P"]:
+    """The entries of the P unordered pairs of distinct members, row by row."""
+    num_members = cosines.shape[1]
+    rows, columns = torch.triu_indices(num_members, num_members, 1, device=cosines.device)
+    # not cosines[:, rows, columns], whose backward pass sorts the indices on an accelerator
+    return cosines.flatten(1).index_select(1, rows * num_members + columns)
+
+
 def gradient_similarity(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
     """Mean |cosine| between the input gradients of distinct members (RED, Eq. 3; TRS).
 
@@ -42,8 +50,7 @@ def gradient_similarity(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
     num_members, num_images = grads.shape[:2]
     if num_members < 2 or num_images == 0:
         return _full(grads).new_zeros(())
-    rows, columns = torch.triu_indices(num_members, num_members, 1, device=grads.device)
-    return pairwise_cosines(grads)[:, rows, columns].abs().mean()
+    return _distinct(pairwise_cosines(grads)).abs().mean()
 
 
 def lipschitz(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
@@ -86,8 +93,7 @@ def gradient_alignment(grads: Float[Tensor, "M B D"]) -> Float[Tensor, ""]:
     num_members, num_images = grads.shape[:2]
     if num_members < 2 or num_images == 0:
         return _full(grads).new_zeros(())
-    rows, columns = torch.triu_indices(num_members, num_members, 1, device=grads.device)
-    return pairwise_cosines(grads)[:, rows, columns].logsumexp(1).mean()
+    return _distinct(pairwise_cosines(grads)).logsumexp(1).mean()
 
 
 def ensemble_entropy(logits: Float[Tensor, "M B C"]) -> Float[Tensor, ""]:
@@ -112,7 +118,7 @@ def log_det_diversity(logits: Float[Tensor, "M B C"], y: Labels) -> Float[Tensor
         Scalar <= M * 1e-6: about 0 for orthogonal columns, (M - 1) log 1e-6 + log M for equal ones.
         With M >= C it measures the 1e-6 alone, since columns live in C - 1 dimensions.
     """
-    mask = F.one_hot(y, logits.shape[-1]).bool()
+    mask = y[:, None] == torch.arange(logits.shape[-1], device=y.device)
     wrong = logits.double().masked_fill(mask, -torch.inf).softmax(-1)
     columns = F.normalize(wrong, dim=-1).transpose(0, 1)
     gram = columns @ columns.mT

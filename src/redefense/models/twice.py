@@ -67,12 +67,28 @@ class Conv2d(nn.Conv2d):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with the second derivative of the module's text, in two fused passes."""
+    """`nn.BatchNorm2d` with the second derivative of the module's text, in two fused passes.
+
+    Attributes:
+        zero: (C,) zeros, the mean and shift of the backward pass with frozen weights. Making them
+            there would take a tenth of the operations of an attack.
+    """
+
+    zero: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("zero", torch.zeros(self.num_features), persistent=False)
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if "zero" in self._buffers:  # not yet when torch's constructor calls this
+            self.zero.zero_()  # a layer made on the meta device gets its memory uninitialised
 
     def forward(self, input: Tensor) -> Tensor:
         known = self.affine and self.momentum is not None and input.numel() > input.shape[1]
         if not self.training and self._is_frozen() and _differentiates(self, input):
-            state = (self.weight, self.bias, self.running_mean, self.running_var)
+            state = (self.weight, self.bias, self.running_mean, self.running_var, self.zero)
             return cast(Tensor, _apply(_FrozenNorm, input, state, self.eps))
         if not (known and self.training and torch.is_grad_enabled()):
             return super().forward(input)
@@ -170,10 +186,13 @@ class _BatchNorm(Function):
         ctx.save_for_backward(x, weight, mu, r)
         ctx.eps = eps
         ctx.mark_non_differentiable(mu, r)
+        ctx.set_materialize_grads(False)  # or zeros would be made for mu and r
         return y, mu, r
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, gy: Tensor | None, *_: Any) -> Any:
+        if gy is None:
+            return None, None, None, None, None
         x, weight, mu, r = ctx.saved_tensors
         return (*_apply(_BatchNormBackward, gy, x, weight, mu, r, ctx.eps), None, None)
 
@@ -233,9 +252,8 @@ class _FrozenNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: tuple[Tensor, ...], eps: float) -> Tensor:
-        weight, bias, mean, var = state
-        zero = torch.zeros_like(var)
-        ctx.state, ctx.eps = (weight, zero.to(bias), zero, var), eps
+        weight, bias, mean, var, zero = state
+        ctx.state, ctx.eps = (weight, zero, zero, var, zero), eps
         return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
     @staticmethod

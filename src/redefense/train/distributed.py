@@ -226,8 +226,6 @@ class Mesh:
         self.traffic["weights"] += plain.nbytes if self.rank == source else 0
         with _together(self):
             dist.broadcast(plain, source, group=group)
-        # also where it is the same memory: a copy tells who keeps what is made from the values, as
-        # written kernels are, that they have changed; a broadcast does not
         values.copy_(plain)
 
 
