@@ -77,6 +77,39 @@ def test_a_cached_set_is_mapped_and_cannot_be_written_through(root: Path) -> Non
     assert not [file for file in entry(root).iterdir() if b"pickle" in file.read_bytes()]
 
 
+def exchange(file: Path, content: bytes, *, moved: bool) -> None:
+    """Another content of the same size and time."""
+    before = file.stat()
+    assert len(content) == before.st_size
+    aside = file.with_name("aside") if moved else file
+    aside.write_bytes(content)
+    os.utime(aside, ns=(before.st_atime_ns, before.st_mtime_ns))
+    aside.replace(file)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_other_content_of_equal_size_and_time_is_seen(
+    kind: str, moved: bool, root: Path, tmp_path: Path
+) -> None:
+    contents = []
+    for number, image in enumerate(some_pixels(2, 3, 8, 8)):
+        if kind == "folder":
+            file, spec = root / "train" / "cat" / "0.png", f"folder:{root}"
+            file.write_bytes(png(image, "BMP"))
+        else:
+            file, spec = root / "set.npz", f"npz:{root / 'set.npz'}"
+            y = (np.arange(6) + number) % 2
+            np.savez(file, x_train=some_pixels(6, 8, 8), y_train=y, x_test=image, y_test=y[:3])
+        contents.append(file.read_bytes())
+    file.write_bytes(contents[0])
+    first = load_dataset(spec, cache=tmp_path / "cache").checksum()
+    exchange(file, contents[1], moved=moved)
+    second = load_dataset(spec, cache=tmp_path / "cache").checksum()
+    assert second != first
+    assert second == load_dataset(spec, cache=tmp_path / "fresh").checksum()
+
+
 @pytest.mark.parametrize("change", ["touched", "altered", "added", "removed", "class"])
 def test_a_changed_source_is_decoded_again(
     change: str, root: Path, monkeypatch: pytest.MonkeyPatch

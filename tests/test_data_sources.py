@@ -1,14 +1,11 @@
 """TinyImageNet, folders, parquet and npz in all layouts; what is wrong is refused by name."""
 
 import io
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -226,65 +223,6 @@ def test_links_inside_a_folder_are_followed(tmp_path: Path) -> None:
     (root / "train" / "cat" / "2.png").symlink_to(root / "train" / "cat" / "0.png")
     images = load_dataset(f"folder:{root}").train.images
     assert torch.equal(images[2], images[0])
-
-
-# parquet
-
-
-def hub_rows(count: int = 6) -> list[tuple[bytes, int]]:
-    return [(png(image), n % 2) for n, image in enumerate(some_pixels(count, 3, 8, 8))]
-
-
-@pytest.mark.parametrize("file", ["data/{}-00000-of-00001-ab12.parquet", "x/{}/0000.parquet"])
-def test_parquet_columns_are_found_by_type(file: str, tmp_path: Path) -> None:
-    rows = hub_rows()
-    root = write_parquet(tmp_path, rows, rows[:2], ["no", "yes"], image="picture", file=file)
-    found = load_dataset(f"parquet:{root}")
-    assert found.classes == ("no", "yes")
-    assert torch.equal(found.train.images, torch.from_numpy(some_pixels(6, 3, 8, 8)))
-    assert found.train.labels.tolist() == [0, 1] * 3
-    assert "'picture'" in found.found
-    nameless = write_parquet(tmp_path / "nameless", rows, rows, [])
-    assert load_dataset(f"parquet:{nameless}").classes == ("0", "1")
-
-
-def test_damaged_parquet_is_named(tmp_path: Path) -> None:
-    rows = hub_rows()
-    write_parquet(tmp_path / "a", [*rows, (b"text", 0)], rows, ["no", "yes"])
-    refused(f"parquet:{tmp_path / 'a'}", "train-.* row 6: not an image")
-    write_parquet(tmp_path / "b", [*rows, (rows[0][0], 2)], rows, ["no", "yes"])
-    refused(f"parquet:{tmp_path / 'b'}", r"train: 1 unknown labels outside \[0, 2\).*2 of image 6")
-    root = write_parquet(tmp_path / "c", rows, rows, ["no", "yes"])
-    (root / "test-00000-of-00001.parquet").rename(root / "rest.parquet")
-    refused(f"parquet:{root}", "no test file among 2 parquet files")
-    empty = write_parquet(tmp_path / "d", rows, [], ["no", "yes"])
-    refused(f"parquet:{empty}", "test: no images")
-    (root / "test-0.parquet").write_bytes(b"PAR1 nothing")
-    refused(f"parquet:{root}", "test-0.parquet: not a readable parquet file")
-    (root / "test-0.parquet").unlink()
-    (root / "test-0.parquet").symlink_to(tmp_path / "a" / "test-00000-of-00001.parquet")
-    refused(f"parquet:{root}", "link out of")
-    pq.write_table(pa.table({"label": [1]}), tmp_path / "c" / "train-00000-of-00001.parquet")
-    (root / "test-0.parquet").unlink()
-    (root / "rest.parquet").rename(root / "test-0.parquet")
-    refused(f"parquet:{root}", "needs one image column")
-
-
-def test_links_inside_the_hubs_own_cache_are_followed(tmp_path: Path) -> None:
-    rows = hub_rows()
-    snapshot = write_parquet(tmp_path / "snapshots" / "rev", rows, rows, ["no", "yes"])
-    (tmp_path / "blobs").mkdir()
-    for number, file in enumerate(sorted(snapshot.iterdir())):
-        file.rename(tmp_path / "blobs" / str(number))
-        file.symlink_to(tmp_path / "blobs" / str(number))
-    assert len(load_dataset(f"parquet:{snapshot}").train) == 6
-
-
-def test_a_missing_pyarrow_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write_parquet(tmp_path, hub_rows(), hub_rows(), ["no", "yes"])
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(f"parquet:{root}", r"needs pyarrow; .* -e '\.\[parquet\]'")
 
 
 # npz

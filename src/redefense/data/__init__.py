@@ -1,11 +1,13 @@
 """Every source of images a user has: found by looking, checked, and held as bytes."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
+from urllib.parse import parse_qsl, urlencode
 
 from redefense.data import (
     cache as disk,
@@ -51,15 +53,17 @@ class Reader:
 
     Attributes:
         summary: a line for the user.
-        read: from a path, and what to do with faults, to what was found.
+        read: from a path, what to do with faults, and options, to what was found.
         place: the data need a path.
+        options: that may follow the path.
         origin: where to get them, if there is one place.
         published: its size, of data that are the same everywhere.
     """
 
     summary: str
-    read: Callable[[Path, Refuse], Source]
+    read: Callable[..., Source]
     place: bool = True
+    options: tuple[str, ...] = ()
     origin: str = ""
     published: Published | None = None
 
@@ -94,8 +98,10 @@ DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
             summary="images as split/class/file, packed or not: folder:PATH", read=folder.read
         ),
         "parquet": Reader(
-            summary="any image set in the layout of the Hugging Face hub: parquet:PATH",
+            summary="any image set in the layout of the Hugging Face hub: parquet:PATH, "
+            "or parquet:PATH?config=NAME&label=COLUMN&image=COLUMN",
             read=parquet.read,
+            options=("config", "label", "image"),
         ),
         "npz": Reader(
             summary="arrays x_train y_train x_test y_test in one file: npz:FILE", read=npz.read
@@ -104,18 +110,56 @@ DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
 )
 
 
-def parse(spec: str) -> tuple[str, Path]:
-    """Kind and path of a spec such as `digits` or `cifar10:PATH`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What a data set is asked for by, taken apart."""
+
+    kind: str
+    path: Path
+    options: Mapping[str, str]
+
+    def copy_in(self, folder: Path) -> Path:
+        """Where the decoded copy lies in the cache."""
+        options = "\0" + urlencode(sorted(self.options.items())) if self.options else ""
+        return disk.entry(folder, self.kind, self.path, options)
+
+    def check_place(self) -> None:
+        """Refuse a path where nothing is.
+
+        Raises:
+            DataError: saying where the data are found, if there is one place.
+        """
+        try:
+            there = self.path.exists()
+        except OSError as error:  # a folder above is closed, or the name is too long
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if not there:
+            origin = DATASETS[self.kind].origin
+            raise DataError(f"{self.path}: no such file or folder" + f" ({origin})" * bool(origin))
+
+
+def parse(spec: str) -> Spec:
+    """A specification such as `digits`, `cifar10:PATH` or `parquet:PATH?label=COLUMN`.
 
     Raises:
-        DataError: if the kind is unknown, or a path is missing or needless.
+        DataError: if the kind or an option is unknown, or a path is missing or needless.
     """
     kind, _, place = spec.partition(":")
     if kind not in DATASETS:
         raise DataError(f"unknown data set {kind!r}; choose from {', '.join(DATASETS)}")
     if DATASETS[kind].place != bool(place):
         raise DataError(f"{kind} needs a path: {kind}:PATH" if not place else f"{kind} has no path")
-    return kind, Path(place).expanduser()
+    known, options = DATASETS[kind].options, {}
+    before, mark, after = place.rpartition("?")
+    if known and mark and not os.path.exists(os.path.expanduser(place)):
+        try:
+            pairs = parse_qsl(after, keep_blank_values=True, strict_parsing=True)
+        except ValueError:
+            raise DataError(f"{spec}: options are written ?NAME=VALUE&NAME=VALUE") from None
+        place, options = before, dict(pairs)
+        if len(options) < len(pairs) or not options.keys() <= set(known):
+            raise DataError(f"{spec}: the options are {', '.join(known)}, each once")
+    return Spec(kind=kind, path=Path(os.path.expanduser(place)), options=options)
 
 
 def find(spec: str, refuse: Refuse = strict) -> Source:
@@ -124,11 +168,9 @@ def find(spec: str, refuse: Refuse = strict) -> Source:
     Raises:
         DataError: one line that names the file and the rule, unless `refuse` takes it.
     """
-    kind, path = parse(spec)
-    if not path.exists():
-        origin = DATASETS[kind].origin
-        raise DataError(f"{path}: no such file or folder" + f" ({origin})" * bool(origin))
-    return DATASETS[kind].read(path, refuse)
+    parsed = parse(spec)
+    parsed.check_place()
+    return DATASETS[parsed.kind].read(parsed.path, refuse, **parsed.options)
 
 
 def published(spec: str) -> Published | None:
@@ -143,7 +185,7 @@ def load_dataset(
     """Load a data set; the second time from its decoded, memory-mapped copy.
 
     Args:
-        spec: e.g. `digits`, `cifar10:PATH`, `folder:PATH`.
+        spec: e.g. `digits`, `cifar10:PATH`, `folder:PATH`, `parquet:PATH?label=COLUMN`.
         cache: folder for decoded copies; `$REDEFENSE_CACHE` or the user's cache folder by default.
         download: fetch the set from the hub into PATH if nothing is there.
         progress: show on stderr how far decoding is.
@@ -151,12 +193,13 @@ def load_dataset(
     Raises:
         DataError: one line that names the file and the rule.
     """
-    kind, path = parse(spec)
-    if not DATASETS[kind].place:
+    parsed = parse(spec)
+    if not DATASETS[parsed.kind].place:
         return materialise(find(spec), _silent)
     if download:
-        hub.fetch(kind, path)
-    at = disk.entry(cache or disk.default_folder(), kind, path)
+        hub.fetch(parsed.kind, parsed.path)
+    parsed.check_place()
+    at = parsed.copy_in(cache or disk.default_folder())
     if (kept := disk.load(at)) is not None:
         return kept
     try:

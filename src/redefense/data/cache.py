@@ -1,7 +1,7 @@
 """Decoded sets on disk, memory-mapped, so that a second start takes no time.
 
 One folder a set: `meta.json` names the array files, with digests of their pieces, and the source
-files with size and time. It is replaced in one step after the arrays are complete; arrays are
+files with size and times. It is replaced in one step after the arrays are complete; arrays are
 `.npy` and never pickled. What is stale or damaged is decoded again.
 """
 
@@ -22,7 +22,7 @@ import torch
 from redefense.data.dataset import Dataset, Digest, Split, content_digest
 from redefense.data.source import Part, Source, all_blocks
 
-FORMAT = 1  # raised whenever files, or what a source is decoded to, change
+FORMAT = 2  # raised whenever files, or what a source is decoded to, change
 PIECE = 2**24  # bytes under one digest
 WHOLE = 2**31  # bytes up to which every piece is verified at each load
 SAMPLE = 64  # pieces verified, evenly spread, of what is larger
@@ -41,9 +41,11 @@ def default_folder() -> Path:
     return Path.home() / ".cache" / "redefense"
 
 
-def entry(folder: Path, kind: str, path: Path) -> Path:
+def entry(folder: Path, kind: str, path: Path, options: str = "") -> Path:
     """The folder of one set's cache."""
-    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    # surrogates stand for bytes of a path that are no UTF-8
+    place = os.path.realpath(path) + options
+    key = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:16]
     return folder / f"{kind}-{key}"
 
 
@@ -122,12 +124,16 @@ def locked(at: Path) -> Iterator[None]:
 
 
 def stamps(files: "tuple[Path, ...] | list[Path]") -> list[list[Any]]:
-    """Absolute path, size (0 for a folder) and time of each file."""
+    """Absolute path, size (0 for a folder) and times of each file.
+
+    The time of the content alone is not enough: copying tools set it, so a file may be exchanged
+    for another of equal size and time. That of the last change to the file cannot be set.
+    """
     found: list[list[Any]] = []
     for file in files:
         status = file.stat()
         size = 0 if file.is_dir() else status.st_size
-        found.append([str(file.absolute()), size, status.st_mtime_ns])
+        found.append([str(file.absolute()), size, status.st_mtime_ns, status.st_ctime_ns])
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,23 +124,29 @@ def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport
         problems.append(str(error))
     if data.DATASETS[spec.partition(":")[0]].place if source else False:
         notes += _cached(spec, cache_folder or cache.default_folder(), checksum)
+    train, test = _counts(source, "train"), _counts(source, "test")
+    if source and (
+        unasked := [source.classes[n] for n, count in enumerate(test.per_class) if not count]
+    ):
+        notes.append(f"{len(unasked)} classes have no test images: {_shortened(unasked)}")
     return CheckReport(
         spec=spec,
         found=source.found if source else "",
         name=source.name if source else "",
         shape=source.shape if source else (),
         classes=source.classes if source else (),
-        train=_counts(source, source.train if source else None),
-        test=_counts(source, source.test if source else None),
+        train=train,
+        test=test,
         checksum=None if problems else checksum,
         problems=tuple(printable(problem) for problem in dict.fromkeys(problems)),
         notes=tuple(notes),
     )
 
 
-def _counts(source: Source | None, part: Part | None) -> Counts:
-    if source is None or part is None:
+def _counts(source: Source | None, what: Literal["train", "test"]) -> Counts:
+    if source is None:
         return Counts(num_images=0, per_class=())
+    part = source.train if what == "train" else source.test
     known = part.labels[(part.labels >= 0) & (part.labels < len(source.classes))]
     per_class = np.bincount(known, minlength=len(source.classes))
     return Counts(num_images=len(part.labels), per_class=tuple(int(n) for n in per_class))
@@ -196,7 +202,7 @@ def _mark(image: Block) -> int:
 
 
 def _cached(spec: str, folder: Path, checksum: str | None) -> list[str]:
-    at = cache.entry(folder, *data.parse(spec))
+    at = data.parse(spec).copy_in(folder)
     if not (at / "meta.json").exists():
         return []
     copy = cache.load(at, whole=True)

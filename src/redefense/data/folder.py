@@ -5,21 +5,20 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from redefense.data.labels import SPLITS, check_classes, check_labels
+from redefense.data.labels import SPLITS, check_classes, check_labels, one_form, refuse_twins
 from redefense.data.source import Refuse, Source, common_shape, encoded, spread
 from redefense.data.tree import Tree, open_tree
 from redefense.errors import DataError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
-LITTER = ("thumbs.db", "desktop.ini")
-"""Left by file managers; like all hidden files they are passed over."""
 
 
 def read(path: Path, refuse: Refuse) -> Source:
     """Images of one size in `train/CLASS/FILE` and `test/CLASS/FILE` (or `val/...`).
 
-    Classes are the folders of the training split in sorted order. Grey images become RGB unless
-    all are grey.
+    Classes are the folders of the training split in sorted order. Hidden files and folders are
+    passed over. Images are read as viewers show them: turned as their EXIF orientation says, on
+    white where they are transparent. Grey images become RGB unless all are grey.
 
     Raises:
         DataError: naming the file or folder that breaks a rule.
@@ -28,14 +27,19 @@ def read(path: Path, refuse: Refuse) -> Source:
     at, train_folder, test_folder = _splits(tree)
     train = _images(tree, f"{at}{train_folder}/", refuse)
     test = _images(tree, f"{at}{test_folder}/", refuse)
-    classes = tuple(sorted({label for _, label in train}))
+    found, tested = (sorted({label for _, label in images}) for images in (train, test))
     where = str(tree.root)
-    check_classes(classes, f"{where}: {at}{train_folder}", refuse)
-    for label in sorted({label for _, label in test} - set(classes)):
-        refuse(f"{where}: {at}{test_folder}/{label}: unknown class, not among the training ones")
-    _refuse_empty(tree, at, (train_folder, test_folder), refuse)
+    check_classes(found, f"{where}: {at}{train_folder}", refuse)
+    refuse_twins(tested, f"{where}: {at}{test_folder}", refuse)
+    classes = tuple(dict.fromkeys(sorted(map(one_form, found))))
     number = {label: place for place, label in enumerate(classes)}
-    test = [(name, label) for name, label in test if label in number]
+    for label in tested:
+        if one_form(label) not in number:
+            refuse(
+                f"{where}: {at}{test_folder}/{label}: unknown class, not among the training ones"
+            )
+    _refuse_empty(tree, at, (train_folder, test_folder), refuse)
+    test = [(name, label) for name, label in test if one_form(label) in number]
     for what, listing in ((train_folder, train), (test_folder, test)):
         if not listing:
             raise DataError(f"{where}: no images below {at}{what}")
@@ -43,7 +47,7 @@ def read(path: Path, refuse: Refuse) -> Source:
     shape = common_shape(tree.items(spread(names)), refuse, where)
 
     def labels(listing: Sequence[tuple[str, str]]) -> np.ndarray:
-        return np.array([number[label] for _, label in listing], np.int64)
+        return np.array([number[one_form(label)] for _, label in listing], np.int64)
 
     check_labels(labels(train), classes, where, refuse, full=True)
     return Source(
@@ -84,8 +88,6 @@ def _images(tree: Tree, at: str, refuse: Refuse) -> list[tuple[str, str]]:
         if not name.startswith(at):
             continue
         parts = name.removeprefix(at).split("/")
-        if any(part.startswith(".") for part in parts) or parts[-1].lower() in LITTER:
-            continue
         if not parts[-1].lower().endswith(ENDINGS):
             refuse(f"{tree.root}: {name}: not an image by its name ({', '.join(ENDINGS[:3])} ...)")
         elif len(parts) != 2:

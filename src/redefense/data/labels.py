@@ -1,5 +1,6 @@
 """Rules that labels and classes of every kind of data set must keep."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,15 +38,30 @@ def check_labels(
 
 
 def check_classes(classes: Sequence[str], where: str, refuse: Refuse) -> None:
-    """Refuse fewer than two classes and names that occur twice (also up to case).
+    """Refuse fewer than two classes and names that occur twice.
+
+    Names that differ in case, spaces at their ends or Unicode form alone are the same: readers
+    cannot tell them apart, and some file systems do not.
 
     Raises:
         DataError: through `refuse`, naming the class.
     """
     if len(classes) < 2:
         refuse(f"{where}: needs at least two classes, found {list(classes)}")
+    refuse_twins(classes, where, refuse)
+
+
+def refuse_twins(names: Sequence[str], where: str, refuse: Refuse) -> None:
+    """Refuse names of classes that are the same but for case, spaces or Unicode form."""
     seen: dict[str, str] = {}
-    for name in classes:
-        if (key := name.casefold()) in seen:
-            refuse(f"{where}: duplicate class {name!r} (the same as {seen[key]!r})")
+    for name in names:
+        key = one_form(one_form(name).casefold()).strip()
+        if key in seen:
+            alike = "" if name == seen[key] else " but for case, spaces or Unicode form"
+            refuse(f"{where}: duplicate class {name!r} (the same as {seen[key]!r}{alike})")
         seen.setdefault(key, name)
+
+
+def one_form(name: str) -> str:
+    """A name in the composed Unicode form: macOS and Linux spell accents in two ways."""
+    return unicodedata.normalize("NFC", name)

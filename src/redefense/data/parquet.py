@@ -1,23 +1,30 @@
 """Parquet files as the Hugging Face hub stores image sets: a struct of bytes, and a label."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
 from redefense.data.labels import SPLITS, check_classes, check_labels
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
-from redefense.data.tree import allowed_root, file_fault, folders_above
+from redefense.data.tree import allowed_root, file_fault, folders_above, is_hidden
 from redefense.errors import DataError, lacking
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LABELS = ("label", "labels", "fine_label")
-"""Names tried in this order where a table has several integer columns."""
+LABELS = ("label", "labels", "fine_label", "class", "target")
+"""Names of the label column, in order of preference; of other names only a `ClassLabel` is one."""
+
+SHARD = re.compile(r"(?P<what>.*?)(?P<number>\d{1,9})(-of-(?P<total>\d{1,9})(?!\d).*)?")
+"""Names of the parts of one table, such as 0000, train-3 or train-00000-of-00002-ab12."""
+
+SHOWN = 3  # names in a message
 
 MAX_UNNAMED = 10_000
 
@@ -25,18 +32,37 @@ UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, 
 """Bases of all errors of pyarrow."""
 
 
-def read(path: Path, refuse: Refuse, name: str = "parquet") -> Source:
-    """All parquet files below a folder, of any column names.
+def read(
+    path: Path,
+    refuse: Refuse,
+    name: str = "parquet",
+    *,
+    config: str | None = None,
+    label: str | None = None,
+    image: str | None = None,
+) -> Source:
+    """The parquet files of one configuration below a folder.
 
-    The image column is the struct with a field `bytes`, the label an integer column; the names of
-    the classes come from the schema's `huggingface` metadata, or are the numbers.
+    The image column is the struct with a field `bytes`; the label is the integer column named
+    `label` (see `LABELS`) or the only one that the schema's `huggingface` metadata calls a
+    `ClassLabel`. The names of the classes come from that metadata, or are the numbers.
+
+    Args:
+        path: a folder, e.g. a clone from the hub.
+        refuse: what to do with faults.
+        name: of the set.
+        config: folder of the configuration, where there are several.
+        label: name of the label column, where it has another than the usual ones.
+        image: name of the image column, where there are several.
 
     Raises:
         DataError: if pyarrow is missing, or files, splits, columns or labels are not as needed.
     """
-    files = split_files(path)
+    files = split_files(path, config)
     pq = _pyarrow_parquet()
-    train, test = (_Table(files[split], pq) for split in ("train", "test"))
+    train, test = (_Table(files[split], pq, path, label, image) for split in ("train", "test"))
+    if (train.image, train.label) != (test.image, test.label):
+        raise DataError(f"{path}: the columns of train and test differ")
     if train.classes != test.classes:
         raise DataError(f"{path}: the classes of train and test differ")
     classes = train.classes or _numbered(path, train.labels, test.labels)
@@ -56,23 +82,29 @@ def read(path: Path, refuse: Refuse, name: str = "parquet") -> Source:
     )
 
 
-def split_files(path: Path) -> dict[str, list[Path]]:
-    """Parquet files below `path` by split, found by file name (train-...) or folder (train/...).
+def split_files(path: Path, config: str | None = None) -> dict[str, list[Path]]:
+    """Parquet files of one configuration by split.
+
+    The split is found by file name (train-...) or folder (train/...), and the configuration is the
+    folder that holds the files, as on the hub.
 
     Raises:
-        DataError: if there is no training or no test file, or a link leads elsewhere.
+        DataError: if there is no training or no test file, parts of a table are missing, there are
+            several configurations and none is chosen, or a link leads elsewhere.
     """
     if not path.is_dir():
         raise DataError(f"{path}: not a folder of parquet files")
-    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    everything = sorted(path.rglob("*.parquet"))
+    places = sorted(path.rglob("*.parquet"))
+    everything = [file for file in places if not is_hidden(file.relative_to(path).as_posix())]
+    configs: dict[str, dict[str, list[Path]]] = {}
     for file in everything:
         if fault := file_fault(file, allowed_root(path)):
             raise DataError(fault)
-        first = file.stem.replace("_", "-").replace(".", "-").split("-")[0]
-        for split, words in SPLITS.items():
-            if first in words or (first.isdigit() and file.parent.name in words):
-                found[split].append(file)
+        if (split := _split(file)) is not None:
+            inside = file.parent.parent if file.parent.name in SPLITS[split] else file.parent
+            folder = (path if file.parent == path else inside).relative_to(path).as_posix()
+            configs.setdefault(folder, {name: [] for name in SPLITS})[split].append(file)
+    found = _chosen(path, configs, config)
     found["test"] = found["test"] or found["validation"]
     for split in ("train", "test"):
         if not found[split]:
@@ -80,7 +112,70 @@ def split_files(path: Path) -> dict[str, list[Path]]:
                 f"{path}: no {split} file among {len(everything)} parquet files; "
                 f"expected {split}-*.parquet or {split}/0000.parquet"
             )
+        _check_shards(found[split], f"{path}: {split}")
     return found
+
+
+def _split(file: Path) -> str | None:
+    first = file.stem.replace("_", "-").replace(".", "-").split("-")[0]
+    for split, words in SPLITS.items():
+        if first in words or (first.isdigit() and file.parent.name in words):
+            return split
+    return None
+
+
+def _chosen(
+    path: Path, configs: Mapping[str, dict[str, list[Path]]], config: str | None
+) -> dict[str, list[Path]]:
+    names = sorted(configs)
+    if config is not None and config not in configs:
+        raise DataError(f"{path}: no configuration {config!r}; there are {_some(names)}")
+    if config is None and len(names) > 1:
+        raise DataError(
+            f"{path}: {len(names)} configurations, {_some(names)}; choose one, "
+            f"as in parquet:{path}?config={quote(names[0])}, or give its folder"
+        )
+    return configs[config or names[0]] if names else {split: [] for split in SPLITS}
+
+
+def _some(names: Sequence[str], count: int = 0) -> str:
+    """The first of some names, and how many more of `count` there are."""
+    more = max(count, len(names)) - SHOWN
+    return ", ".join(names[:SHOWN]) + f" and {more} more" * (more > 0)
+
+
+def _check_shards(files: Sequence[Path], where: str) -> None:
+    """Refuse the files of one split unless they are all the parts of one table, each once."""
+    shards = [match for file in files if (match := SHARD.fullmatch(file.stem))]
+    several = len(shards) < len(files) or len({(s["what"], s["total"]) for s in shards}) > 1
+    if several and len(files) > 1:
+        raise DataError(
+            f"{where}: {_some([file.name for file in files])} are not numbered as parts of one "
+            f"table, as in train-00000-of-{len(files):05}.parquet"
+        )
+    if not shards:
+        return
+    (what, number, total), numbers = shards[0].group("what", "number", "total"), set()
+    for file, shard in zip(files, shards, strict=True):
+        if int(shard["number"]) in numbers:
+            raise DataError(f"{where}: {file.name}: this part is there twice")
+        numbers.add(int(shard["number"]))
+    # a few count from one
+    first = int(0 not in numbers and bool(numbers & {1, int(total or 1)}))
+    if total is None and what and min(numbers) > 1:  # a year, for instance
+        return
+    expected = range(first, first + int(total) if total else max(numbers) + 1)
+    ending = f"-of-{total}" if total else ""
+
+    def named(n: int) -> str:
+        return f"{what}{n:0{len(number)}}{ending}.parquet"
+
+    if unknown := numbers - set(expected):
+        raise DataError(f"{where}: {named(min(unknown))}: more than {total} parts")
+    if missing := len(expected) - len(numbers):
+        some = [*islice((named(n) for n in expected if n not in numbers), SHOWN)]
+        told = f"{missing} of {len(expected)} parts are missing"
+        raise DataError(f"{where}: {told}: {_some(some, missing)}")
 
 
 def _pyarrow_parquet() -> Any:
@@ -98,15 +193,28 @@ def _numbered(path: Path, *labels: np.ndarray) -> tuple[str, ...]:
     return tuple(str(number) for number in range(top + 1))
 
 
-class _Table:
-    """The files of one split, columns found by their type."""
+def _structs(schema: "pa.Schema") -> list[str]:
+    """Names of columns that may hold encoded images."""
+    structs = [f for f in schema if str(f.type).startswith("struct<")]
+    return [str(f.name) for f in structs if f.type.get_field_index("bytes") >= 0]
 
-    def __init__(self, files: Sequence[Path], pq: Any) -> None:
+
+def _integers(schema: "pa.Schema") -> list[str]:
+    return [str(f.name) for f in schema if str(f.type).startswith(("int", "uint"))]
+
+
+class _Table:
+    """The files of one split and their two columns."""
+
+    def __init__(
+        self, files: Sequence[Path], pq: Any, path: Path, label: str | None, image: str | None
+    ) -> None:
         self.files, self.pq = files, pq
+        self._hint = f"as in parquet:{path}?"
         schema = self._open(files[0]).schema_arrow
-        self.image = self._image_column(schema)
-        self.label = self._label_column(schema)
-        self.classes = self._class_names(schema)
+        self.image = self._image_column(schema, image)
+        self.label = self._label_column(schema, label)
+        self.classes = self._class_names(schema, self.label)
         self.labels = np.concatenate([self._labels(file) for file in files])
 
     def _open(self, file: Path) -> Any:
@@ -116,8 +224,14 @@ class _Table:
             raise DataError(f"{file}: not a readable parquet file") from error
 
     def _labels(self, file: Path) -> np.ndarray:
+        opened = self._open(file)
+        schema = opened.schema_arrow
+        if self.label not in _integers(schema) or self.image not in _structs(schema):
+            raise DataError(f"{file}: other columns than in {self.files[0].name}: {schema.names}")
+        if self._class_names(schema, self.label) != self.classes:
+            raise DataError(f"{file}: other names of classes than in {self.files[0].name}")
         try:
-            column = self._open(file).read(columns=[self.label]).column(0)
+            column = opened.read(columns=[self.label]).column(0)
         except UNREADABLE as error:
             raise DataError(
                 f"{file}: column {self.label!r} cannot be read ({one_line(error)})"
@@ -126,34 +240,38 @@ class _Table:
             raise DataError(f"{file}: {column.null_count} images without a label")
         return np.asarray(column.to_numpy(), np.int64)
 
-    def _image_column(self, schema: "pa.Schema") -> str:
-        fields = [
-            f.name
-            for f in schema
-            if str(f.type).startswith("struct<") and f.type.get_field_index("bytes") >= 0
-        ]
+    def _image_column(self, schema: "pa.Schema", chosen: str | None) -> str:
+        fields = _structs(schema)
+        if chosen is not None:
+            fields = [chosen] if chosen in fields else []
         if len(fields) != 1:
+            among = _some([*fields, *(name for name in schema.names if name not in fields)])
             raise DataError(
-                f"{self.files[0]}: needs one image column (a struct with bytes), "
-                f"found {len(fields)} among {schema.names}"
+                f"{self.files[0]}: needs one image column (a struct with bytes), found "
+                f"{len(fields)} among {among}; of several name one, {self._hint}image=COLUMN"
             )
-        return str(fields[0])
+        return fields[0]
 
-    def _label_column(self, schema: "pa.Schema") -> str:
-        fields = [f.name for f in schema if str(f.type).startswith(("int", "uint"))]
-        if len(fields) > 1:
-            fields = [name for name in LABELS if name in fields][:1]
-        if len(fields) != 1:
+    def _label_column(self, schema: "pa.Schema", chosen: str | None) -> str:
+        fields = _integers(schema)
+        if chosen is not None:
+            known = [chosen] if chosen in fields else []
+        else:
+            known = [name for name in LABELS if name in fields][:1]
+            known = known or [name for name in fields if self._class_names(schema, name)]
+        if len(known) != 1:
             raise DataError(
-                f"{self.files[0]}: needs one integer column of labels, found {schema.names}"
+                f"{self.files[0]}: needs a label column: an integer one named {LABELS[0]} or "
+                f"described as a ClassLabel; found {_some(fields) or 'no integers'}. Name another, "
+                f"{self._hint}label=COLUMN"
             )
-        return str(fields[0])
+        return known[0]
 
-    def _class_names(self, schema: "pa.Schema") -> tuple[str, ...]:
+    def _class_names(self, schema: "pa.Schema", column: str) -> tuple[str, ...]:
         raw = (schema.metadata or {}).get(b"huggingface", b"{}")
         try:
-            feature = json.loads(raw).get("info", {}).get("features", {}).get(self.label, {})
-            names = feature.get("names", ())
+            feature = json.loads(raw).get("info", {}).get("features", {}).get(column, {})
+            names = feature.get("names") or ()
             if isinstance(names, dict):  # number to name, as some cards have it
                 names = [names[str(number)] for number in range(len(names))]
             return tuple(str(name) for name in names)

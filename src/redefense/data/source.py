@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -18,6 +19,7 @@ from PIL import Image
 
 from redefense.data.dataset import Dataset, Split
 from redefense.errors import DataError
+from redefense.export.runner import PictureError, as_shown
 
 Block = NDArray[np.uint8]
 """Some images of one split, (n, ch, H, W), in order."""
@@ -39,8 +41,6 @@ MAX_PIXELS = 2**24  # of one image; a photograph of 16 megapixels is no input fo
 SAMPLED = 64  # images looked at to find the common shape
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
 """No others are even tried: some call external programs."""
-GREY = ("1", "L", "LA", "La")
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -105,32 +105,30 @@ def decode(raw: bytes, name: str, shape: Shape) -> Block:
         DataError: naming the image, if it is damaged, too large or of another kind than `shape`.
     """
     channels, height, width = shape
-    with _opened(raw, name) as image:
-        if image.size != (width, height):
-            raise DataError(
-                f"{name}: is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
-                "images of one set must have one size"
-            )
-        if channels == 1 and image.mode not in GREY:
-            raise DataError(f"{name}: a colour image among grey ones")
-        try:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except (OSError, ValueError, SyntaxError, IndexError) as error:
-            raise DataError(f"{name}: damaged image ({one_line(error)})") from error
+    image = _shown(raw, name)
+    if image.size != (width, height):
+        raise DataError(
+            f"{name}: is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
+            "images of one set must have one size"
+        )
+    if channels == 1 and image.mode != "L":
+        raise DataError(f"{name}: a colour image among grey ones; save it as grey, or all as RGB")
+    pixels = np.asarray(image if len(image.getbands()) == channels else image.convert("RGB"))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def measure(raw: bytes, name: str) -> Shape:
-    """Channels, height and width of one encoded image, from its header.
+    """Channels, height and width of one encoded image.
 
     Raises:
         DataError: naming the image, if it is damaged, too large or not 8 bits deep.
     """
-    with _opened(raw, name) as image:
-        return 1 if image.mode in GREY else 3, image.size[1], image.size[0]
+    image = _shown(raw, name)
+    return len(image.getbands()), image.size[1], image.size[0]
 
 
-def _opened(raw: bytes, name: str) -> Image.Image:
+def _shown(raw: bytes, name: str) -> Image.Image:
+    """One encoded image as viewers show it, grey (L) or RGB."""
     if not raw:
         raise DataError(f"{name}: empty file")
     try:
@@ -144,9 +142,13 @@ def _opened(raw: bytes, name: str) -> Image.Image:
         raise DataError(
             f"{name}: decompression bomb, refused: {width}x{height} pixels, at most {MAX_PIXELS}"
         )
-    if image.mode in DEEP:
-        raise DataError(f"{name}: more than 8 bits a pixel (mode {image.mode}), convert it first")
-    return image
+    try:
+        shown: Image.Image = as_shown(image)
+    except PictureError as error:
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:  # decoders raise many types on damaged files
+        raise DataError(f"{name}: damaged image ({one_line(error)})") from error
+    return shown
 
 
 def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) -> Shape:
@@ -156,11 +158,12 @@ def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) 
         DataError: if none is readable.
     """
     shapes: list[Shape] = []
-    for name, raw in items:
-        try:
-            shapes.append(measure(raw, name))
-        except DataError as error:
-            refuse(str(error))
+    with _decoding():
+        for name, raw in items:
+            try:
+                shapes.append(measure(raw, name))
+            except DataError as error:
+                refuse(str(error))
     if not shapes:
         raise DataError(f"{what}: no readable image")
     sizes = [shape[1:] for shape in shapes]
@@ -180,14 +183,22 @@ def decoded(items: Iterable[tuple[str, bytes]], shape: Shape) -> Iterator[Block]
         yield np.stack(some)
 
 
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Pillow's warnings: a bomb is an error, and EXIF that is damaged is read as far as it goes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 def by_threads(
     items: Iterable[tuple[str, bytes]], work: Callable[[str, bytes], T], shape: Shape
 ) -> Iterator[list[T]]:
     """Results of `work` on each pair, in order, a block at a time, by threads on all cores."""
     cores = os.cpu_count() or 1
     size = max(1, min(BLOCK, BLOCK_BYTES // math.prod(shape)))
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _decoding(), ThreadPoolExecutor(cores) as pool:
         for some in batched(items, size):
             # a task per run of images: one per image costs as much as decoding a small one
             runs = batched(some, max(1, len(some) // (4 * cores)))

@@ -23,17 +23,24 @@ BROKEN = (
     struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError,
 )  # fmt: skip
 """What the standard library raises on archives that are damaged or made to confuse it."""
+LITTER = frozenset(
+    {
+        "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
+        "system volume information", "lost+found",
+    }
+)  # fmt: skip
+"""Files and folders that operating systems leave, in lower case."""
 
 
 @runtime_checkable
 class Tree(Protocol):
-    """Files below one root, by their names with forward slashes."""
+    """Files below one root that are not hidden, by their names with forward slashes."""
 
     root: Path
     kind: str
     names: Sequence[str]
     empty: Sequence[str]
-    """Folders that hold nothing."""
+    """Folders that hold no such file, neither themselves nor below."""
 
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Each file's name (as to be told to the user) and bytes, in the given order."""
@@ -42,6 +49,16 @@ class Tree(Protocol):
     def files(self, names: Sequence[str]) -> tuple[Path, ...]:
         """What on disk the content of these files depends on."""
         ...
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name, or a folder in it, starts with a dot or is left by an operating system.
+
+    Such files are passed over: version control, notebooks and file managers keep copies of images
+    in them, which are no part of a data set.
+    """
+    parts = PurePosixPath(name).parts
+    return any((part[0] == "." and part != "..") or part.lower() in LITTER for part in parts)
 
 
 def open_tree(path: Path, refuse: Refuse) -> Tree:
@@ -81,7 +98,7 @@ def allowed_root(path: Path) -> Path:
     That is `path`, or the repository's folder in a cache of the Hugging Face hub, whose snapshots
     consist of links to `blobs`.
     """
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # unlike resolve() it takes links that lead in a circle
     for parent in real.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent
@@ -97,7 +114,7 @@ def file_fault(file: Path, root: Path) -> str:
         return ""
     if not stat.S_ISLNK(mode):
         return f"{file}: neither file nor folder, refused"
-    target = file.resolve()
+    target = Path(os.path.realpath(file))
     if not target.is_relative_to(root):
         return f"{file}: link out of {root}, refused"
     if not target.exists():
@@ -117,23 +134,24 @@ class FolderTree:
     def __init__(self, root: Path, refuse: Refuse) -> None:
         self.root = root
         found: list[str] = []
-        empty: list[str] = []
+        inside: set[str] = set()
         limit = allowed_root(root)
         for place, folders, files in os.walk(root, onerror=_unreadable):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            files = [name for name in files if not is_hidden(name)]
             here = Path(place)
             faults = {name: file_fault(here / name, limit) for name in (*folders, *files)}
             for fault in filter(None, faults.values()):
                 refuse(fault)
             prefix = here.relative_to(root).as_posix()
-            empty += [prefix] if not folders and not files else []
+            inside.add(prefix)
             found += [
                 name if prefix == "." else f"{prefix}/{name}" for name in files if not faults[name]
             ]
             if len(found) > MAX_FILES:
                 raise DataError(f"{root}: more than {MAX_FILES} files")
         self.names: Sequence[str] = sorted(found)
-        self.empty: Sequence[str] = sorted(empty)
+        self.empty = _empty(inside, self.names)
 
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
@@ -160,13 +178,18 @@ class ZipTree:
         with zipfile.ZipFile(root) as archive:
             everything = archive.infolist()
         self._entries: dict[str, zipfile.ZipInfo] = {}
+        folders: set[str] = set()
         for entry in everything:
-            if fault := self._fault(entry):
+            if is_hidden(entry.filename):
+                folders.add(str(PurePosixPath(entry.filename).parent))
+            elif fault := self._fault(entry):
                 refuse(f"{root}: {printable(entry.filename)}: {fault}")
-            elif not entry.is_dir():
+            elif entry.is_dir():
+                folders.add(entry.filename)
+            else:
                 self._entries[_plain(entry.filename)] = entry
         self.names: Sequence[str] = sorted(self._entries)
-        self.empty = _empty({entry.filename for entry in everything if entry.is_dir()}, self.names)
+        self.empty = _empty(folders, self.names)
 
     def _fault(self, entry: zipfile.ZipInfo) -> str:
         if _plain(entry.filename) in self._entries:
@@ -232,11 +255,13 @@ class TarTree:
         total = 0
         with tarfile.open(root, tarinfo=_Header) as archive:
             for member in archive:
-                if fault := self._fault(member, files):
+                if is_hidden(member.name):
+                    folders.add(str(PurePosixPath(member.name).parent))
+                elif fault := self._fault(member, files):
                     refuse(f"{root}: {printable(member.name)}: {fault}")
-                    continue
-                (folders if member.isdir() else files).add(_plain(member.name))
-                total += member.size
+                else:
+                    (folders if member.isdir() else files).add(_plain(member.name))
+                total += member.size  # to reach the next one, what is passed over is unpacked, too
                 if total > MAX_TAR:
                     raise DataError(f"{root}: more than {MAX_TAR} bytes; extract it first")
         self.names: Sequence[str] = sorted(files)
@@ -270,10 +295,11 @@ class TarTree:
 
 
 def _empty(folders: Iterable[str], names: Sequence[str]) -> Sequence[str]:
-    """Those of some folders of an archive that hold nothing."""
+    """Those of some folders, and of the folders above them, that hold none of the files."""
     plain = {_plain(folder) for folder in folders}
-    holders = {str(parent) for name in (*names, *plain) for parent in PurePosixPath(name).parents}
-    return sorted(plain - holders)
+    plain |= {str(parent) for folder in plain for parent in PurePosixPath(folder).parents}
+    holders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    return sorted(name for name in plain - holders if not is_hidden(name))
 
 
 def _plain(name: str) -> str:

@@ -59,6 +59,10 @@ class BundleError(ValueError):
     """A bundle is missing, damaged, or not what its own records say."""
 
 
+class PictureError(ValueError):
+    """A picture is not one image of 8 bits a channel; the message goes on behind its name."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """What a bundle says of itself, checked.
@@ -360,18 +364,65 @@ def _picture(path: Path, shape: tuple[int, int, int]) -> Floats:
         raise BundleError(f"{path}: members take {channels} channels, which pictures lack")
     try:
         with Image.open(path) as picture:
-            mode = picture.mode
-            flat = picture.convert("L" if channels == 1 else "RGB")
-            small = flat.resize((width, height), Image.Resampling.BILINEAR)
-            if picture.size != small.size:
-                was = f"{picture.width} x {picture.height}"
-                sys.stderr.write(f"run.py: {path} was {was}, resized to {width} x {height}\n")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BundleError(f"{path}: {error}") from None
-    if mode.startswith(("I", "F")):  # cut, not scaled, by the conversion
-        raise BundleError(f"{path} has more than 8 bits a channel")
+            shown = as_shown(picture)
+        flat = shown.convert("L" if channels == 1 else "RGB")
+        small = flat.resize((width, height), Image.Resampling.BILINEAR)
+    except PictureError as error:
+        raise BundleError(f"{path} {error}") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise many types on damaged files
+        raise BundleError(f"{path}: not a readable picture ({error})") from None
+    if shown.size != small.size:
+        was = f"{shown.width} x {shown.height}"
+        sys.stderr.write(f"run.py: {path} was {was}, resized to {width} x {height}\n")
     pixels = np.asarray(small, np.float32).reshape(height, width, channels)
     return (pixels / np.float32(255)).transpose(2, 0, 1)[None]
+
+
+def as_shown(picture: Any) -> Any:
+    """A picture that Pillow has opened, as viewers show it: in mode L if it is grey, else RGB.
+
+    It is turned as its EXIF orientation says, and blended with white where it is transparent.
+    Data sets and the server read their pictures with this function, too, so that a network is
+    trained, evaluated and asked about the same pixels.
+
+    Raises:
+        PictureError: for several frames, or more than 8 bits a channel.
+    """
+    from PIL import Image
+
+    # a stereo photograph (MPO) is shown by its first picture
+    if picture.format != "MPO" and getattr(picture, "is_animated", False):
+        raise PictureError(f"has {picture.n_frames} frames; save the one that is meant alone")
+    if picture.mode.startswith(("I", "F")) or any(_is_deep(*tile) for tile in picture.tile):
+        raise PictureError("has more than 8 bits a channel; convert it to 8 bits first")
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    grey = picture.mode in ("1", "L", "LA", "La")
+    picture.load()
+    try:
+        turn = turns.get(picture.getexif().get(274))
+    except Exception:  # noqa: BLE001 - viewers ignore EXIF that cannot be read, whatever is wrong
+        turn = None
+    shown = picture if turn is None else picture.transpose(turn)
+    if "transparency" in shown.info or shown.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        layer = shown if shown.mode == "RGBA" else shown.convert("RGBA")
+        shown = Image.new("RGB", layer.size, "white")
+        shown.paste(layer, mask=layer)
+    mode = "L" if grey else "RGB"
+    return shown if shown.mode == mode else shown.convert(mode)  # to convert is to copy
+
+
+def _is_deep(decoder: str, _box: Any, _offset: int, args: Any) -> bool:
+    """Whether one part of a file has more than 8 bits a channel, which Pillow would cut to 8."""
+    most = args[-1] if decoder.startswith("ppm") and isinstance(args, tuple) else 255
+    return ";16" in str(args) or most > 255
 
 
 def deviation(found: Floats, stored: Floats) -> tuple[float, float]:

@@ -35,7 +35,7 @@ from redefense.serve.protocol import (
 from redefense.serve.settings import Settings
 
 _HELD_BODIES = 16  # largest bodies that are held at a time
-_DECODERS = 4  # a small file may hold a picture of `max_pixels`, at seven bytes each
+_DECODERS = 4  # a small file may hold a picture of `max_pixels`, at thirteen bytes each
 _PAGE: Final = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),

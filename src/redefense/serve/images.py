@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from redefense.export.runner import PictureError, as_shown
 from redefense.serve.draws import Floats
 from redefense.serve.protocol import refuse
 
@@ -15,7 +16,7 @@ FORMATS: Final = {"image/png": "PNG", "image/jpeg": "JPEG"}
 def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> Floats:
     """Decode a PNG or JPEG, (1, C, H, W), resized where its size is another.
 
-    Transparency is dropped and deeper pixels are refused, as in image folders (`redefense.data`).
+    It is read as shown (`redefense.export.runner.as_shown`), like the pictures of data sets.
 
     Raises:
         HTTPException: 400 for what is no such picture, 413 for too many pixels.
@@ -30,15 +31,17 @@ def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> 
         refuse("the body is no PNG or JPEG picture")
     if size[0] * size[1] > max_pixels:
         refuse(f"a picture may have at most {max_pixels} pixels, got {size[0]} x {size[1]}", 413)
-    if picture.mode.startswith(("I", "F")):
-        refuse("a picture may have at most 8 bits a channel")
     channels, height, width = shape
     try:
         # resizing to the size it has leaves a picture as it is
-        fitted = picture.convert("L" if channels == 1 else "RGB").resize(
-            (width, height), Image.Resampling.BILINEAR
+        fitted = (
+            as_shown(picture)
+            .convert("L" if channels == 1 else "RGB")
+            .resize((width, height), Image.Resampling.BILINEAR)
         )
         pixels = np.asarray(fitted, dtype=np.float32) / np.float32(255)
+    except PictureError as error:
+        refuse(f"the picture {error}")
     except Exception:  # noqa: BLE001 - decoders raise many types on damaged files
         refuse("the picture is damaged")
     planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
