@@ -12,7 +12,7 @@ import redefense
 SRC = Path(redefense.__file__).parent
 
 LAYERS = [
-    {"types", "errors", "rng", "config", "threat", "phases", "spread", "files"},
+    {"types", "errors", "rng", "config", "threat", "phases", "spread", "files", "pictures"},
     {"data", "models"},
     {"ensembles", "penalties", "attacks", "written"},
     {"kinds", "defences"},

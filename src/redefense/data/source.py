@@ -19,7 +19,7 @@ from PIL import Image
 
 from redefense.data.dataset import Dataset, Split
 from redefense.errors import DataError
-from redefense.export.runner import PictureError, as_shown
+from redefense.pictures import PictureError, as_shown
 
 Block = NDArray[np.uint8]
 """Some images of one split, (n, ch, H, W), in order."""

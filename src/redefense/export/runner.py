@@ -59,6 +59,7 @@ class BundleError(ValueError):
     """A bundle is missing, damaged, or not what its own records say."""
 
 
+# PictureError, as_shown and _is_deep are those of `redefense.pictures`, which does not travel
 class PictureError(ValueError):
     """A picture is not one image of 8 bits a channel; the message goes on behind its name."""
 
@@ -382,8 +383,8 @@ def as_shown(picture: Any) -> Any:
     """A picture that Pillow has opened, as viewers show it: in mode L if it is grey, else RGB.
 
     It is turned as its EXIF orientation says, and blended with white where it is transparent.
-    Data sets and the server read their pictures with this function, too, so that a network is
-    trained, evaluated and asked about the same pixels.
+    Data sets, the server and the run.py of bundles all read pictures so: a network is trained,
+    evaluated and asked about the same pixels.
 
     Raises:
         PictureError: for several frames, or more than 8 bits a channel.

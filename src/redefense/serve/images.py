@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from redefense.export.runner import PictureError, as_shown
+from redefense.pictures import PictureError, as_shown
 from redefense.serve.draws import Floats
 from redefense.serve.protocol import refuse
 
@@ -16,7 +16,7 @@ FORMATS: Final = {"image/png": "PNG", "image/jpeg": "JPEG"}
 def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> Floats:
     """Decode a PNG or JPEG, (1, C, H, W), resized where its size is another.
 
-    It is read as shown (`redefense.export.runner.as_shown`), like the pictures of data sets.
+    It is read as shown (`redefense.pictures.as_shown`), like the pictures of data sets.
 
     Raises:
         HTTPException: 400 for what is no such picture, 413 for too many pixels.
