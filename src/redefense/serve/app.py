@@ -94,7 +94,7 @@ class Service:
     async def infer(self, request: Request) -> Response:
         """Tensors in, tensors out; also a picture, as one image."""
         self._check_names(request)
-        if _media_type(request) in FORMATS:
+        if _media_type(request).startswith(("image/", "multipart/")):
             images = await self._picture(request)
             wanted = dict.fromkeys(output_types(self.settings, len(self.model.classes)), False)
             question = Question(images=images, wanted=wanted)
@@ -153,8 +153,8 @@ class Service:
             raise HTTPException(404, f"the model here has version {VERSION}")
 
     async def _picture(self, request: Request) -> Floats:
-        if _media_type(request) not in FORMATS:
-            raise HTTPException(415, f"send a picture as {' or '.join(FORMATS)}")
+        if (kind := _media_type(request)) not in FORMATS:
+            raise HTTPException(415, f"send a picture as {' or '.join(FORMATS)}, got {kind[:40]}")
         async with self._bodies.read(request) as body:
             limit, deadline = self.settings.max_pixels, self.settings.deadline
             try:

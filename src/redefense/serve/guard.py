@@ -26,6 +26,7 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
 }
 _GONE = 499  # what a log says where the client left before its answer
+_PLAIN: Final = {"Accept-Encoding": "identity"}
 _UNREAD: Final = {"Connection": "close"}  # the rest of the body will not be read
 
 
@@ -120,9 +121,16 @@ class Bodies:
         """The body of a request; it counts against the total while the context lasts.
 
         Raises:
-            HTTPException: 413 too large, 408 too slow, 429 too much is held already.
+            HTTPException: 413 too large, 408 too slow, 415 compressed, 429 too much is held.
         """
         content = bytearray()
+        coding = ", ".join(request.headers.getlist("content-encoding")).strip()
+        if coding.lower() not in ("", "identity"):
+            # a few bytes may unpack to more than there is memory; binary tensors are small enough
+            plain = "a body must come as it is, not compressed"
+            raise HTTPException(
+                415, f"{plain} (Content-Encoding: {coding[:40]})", {**_UNREAD, **_PLAIN}
+            )
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and len(announced) < 20 and int(announced) > self._limit:
             self._too_large()

@@ -4,6 +4,7 @@ Pure functions; whatever is wrong with a request is an HTTPException with a stat
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -26,6 +27,7 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "UINT8": np.dtype("u1"),
 }
 _ID_LENGTH = 256
+_SHOWN = 60  # characters of a client's value in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,19 +100,34 @@ def _json_object(content: bytes) -> dict[str, Any]:
     def not_a_number(name: str) -> NoReturn:
         refuse(f"{name} is not a JSON number")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # others that read the request, such as a proxy that checks it, may take the first of two
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                refuse(f"{_shown(name)} stands {count} times in one object, it may stand once")
+        return dict(pairs)
+
     try:
-        value = json.loads(content, parse_constant=not_a_number)
-    except (ValueError, RecursionError):
-        refuse("the request is not valid JSON")
+        value = json.loads(content, parse_constant=not_a_number, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        refuse(f"the request is not valid JSON: {error}")
     if not isinstance(value, dict):
         refuse("the request must be a JSON object")
     return value
 
 
+def _shown(value: object) -> str:
+    """A value of the client's, short enough for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
 def _parameters(holder: Mapping[str, Any]) -> Mapping[str, Any]:
-    parameters = holder.get("parameters", {})
+    parameters = holder.get("parameters")
+    if parameters is None:  # clients write null for what is not given
+        return {}
     if not isinstance(parameters, dict):
-        refuse("parameters must be an object")
+        refuse(f"parameters must be an object, got {_shown(parameters)}")
     return parameters
 
 
@@ -121,15 +138,18 @@ def _is_count(value: object) -> bool:
 def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Settings) -> Floats:
     name, datatype, shape = (tensor.get(key) for key in ("name", "datatype", "shape"))
     if name != INPUT:
-        refuse(f"the input is named {INPUT}")
+        refuse(f"the input is named {INPUT}, got {_shown(name)}")
     if not isinstance(datatype, str) or datatype not in _DTYPES:
-        refuse(f"datatype must be one of {', '.join(_DTYPES)}")
+        refuse(f"datatype must be one of {', '.join(_DTYPES)}, got {_shown(datatype)}")
     if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        refuse("shape must be a list of numbers")
+        refuse(f"shape must be a list of whole numbers, got {_shown(shape)}")
     if len(shape) != 4 or tuple(shape[1:]) != model.shape or shape[0] < 1:
-        refuse(f"shape must be [number of images, {', '.join(map(str, model.shape))}], got {shape}")
+        refuse(
+            f"shape must be [number of images, {', '.join(map(str, model.shape))}], got "
+            + _shown(shape)
+        )
     if shape[0] > settings.max_batch:
-        refuse(f"at most {settings.max_batch} images a request, got {shape[0]}", 413)
+        refuse(f"at most {settings.max_batch} images a request, got {_shown(shape[0])}", 413)
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
         if blobs:
@@ -147,7 +167,7 @@ def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Set
 def _from_bytes(
     size: object, blobs: bytes, tensor: Mapping[str, Any], datatype: str
 ) -> NDArray[Any]:
-    if "data" in tensor:
+    if tensor.get("data") is not None:
         refuse("an input has data or binary_data_size, not both")
     if size != len(blobs) or isinstance(size, bool):
         refuse(f"binary_data_size must be the {len(blobs)} bytes behind the JSON")
@@ -166,9 +186,12 @@ def _numbers(data: object, datatype: str) -> NDArray[Any]:
         refuse("data must be numbers, flat or nested as shape says")
     if values.dtype.kind not in "iuf":
         refuse("data must be numbers, flat or nested as shape says")
-    if datatype == "UINT8" and values.dtype.kind == "f":
-        refuse("UINT8 data must be whole numbers")
-    return values
+    if datatype == "UINT8":
+        if values.dtype.kind == "f":
+            refuse("UINT8 data must be whole numbers")
+        return values
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        return values.astype(_DTYPES[datatype])
 
 
 def _checked(values: NDArray[Any], datatype: str) -> Floats:
@@ -176,7 +199,7 @@ def _checked(values: NDArray[Any], datatype: str) -> Floats:
     bound = 255 if datatype == "UINT8" else 1
     # NaN compares false with everything, so this also catches it
     if not (low >= 0 and high <= bound):
-        found = f"found {low:g} to {high:g}"
+        found = f"found {low!s} to {high!s}"  # every digit: 1.0000001 is not 1
         refuse(f"{datatype} images must be finite and lie in [0, {bound}], {found}")
     images = values.astype(np.float32)
     return images / np.float32(255) if datatype == "UINT8" else images
@@ -193,15 +216,17 @@ def _wanted(request: Mapping[str, Any], known: Mapping[str, object]) -> dict[str
     for output in outputs:
         name = output.get("name")
         if not isinstance(name, str) or name not in known or name in wanted:
-            refuse(f"outputs are {', '.join(known)}, each at most once")
+            refuse(f"outputs are {', '.join(known)}, each at most once, got {_shown(name)}")
         wanted[name] = _flag(_parameters(output), "binary_data", default=everything_binary)
     return wanted
 
 
 def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
-    value = parameters.get(name, default)
+    value = parameters.get(name)
+    if value is None:
+        return default
     if not isinstance(value, bool):
-        refuse(f"{name} must be true or false")
+        refuse(f"{name} must be true or false, got {_shown(value)}")
     return value
 
 
