@@ -167,9 +167,22 @@ def test_copies_are_noted_and_not_refused(tmp_path: Path) -> None:
     report = check_dataset(f"folder:{root}")
     assert report.problems == ()
     assert report.notes == (
-        "1 training images are copies of others",
+        "1 training images are copies of others, 1 of them in another class",
         "1 test images are also training images, the first is number 6",
     )
+
+
+def test_copies_in_another_class_are_counted(tmp_path: Path) -> None:
+    root = sound(tmp_path)
+    cat = root / "train" / "cat"
+    for place in (
+        root / "train" / "dog" / "8.png",
+        root / "train" / "emu" / "9.png",
+        cat / "7.png",
+    ):
+        place.write_bytes((cat / "0.png").read_bytes())
+    (note,) = check_dataset(f"folder:{root}").notes
+    assert note == "3 training images are copies of others, 2 of them in another class"
 
 
 def test_every_broken_row_of_a_table_is_named(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def _counts(source: Source | None, what: Literal["train", "test"]) -> Counts:
 
 
 def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
-    """Checksum of the content, as `Dataset.checksum`; images in both splits are noted."""
+    """Checksum of the content, as `Dataset.checksum`; copies and leaks are noted."""
     content = content_digest(source.classes, source.shape)
     prints: list[NDArray[np.int64]] = []
     for what, part in (("train", source.train), ("test", source.test)):
@@ -167,8 +167,14 @@ def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
             refuse(f"{source.name} {what}: {len(marks)} images for {len(part.labels)} labels")
         prints.append(np.array(marks, np.int64))
     train, test = prints
-    if twice := len(train) - len(np.unique(train)):
-        notes.append(f"{twice} training images are copies of others")
+    _, first, which = np.unique(train, return_index=True, return_inverse=True)
+    if twice := len(train) - len(first):
+        told = f"{twice} training images are copies of others"
+        if len(train) == len(source.train.labels):  # all could be read
+            labels = source.train.labels
+            other = int((labels != labels[first][which]).sum())
+            told += f", {other} of them in another class" * bool(other)
+        notes.append(told)
     leaked = np.flatnonzero(np.isin(test, train))
     if len(leaked):
         notes.append(

@@ -97,6 +97,11 @@ def _channels_first(images: NDArray[Any], where: str) -> Block:
         )
     if images.ndim == 3:
         return images[:, None]
+    if images.shape[1] in (1, 3) and images.shape[3] in (1, 3) and images[0].size > 1:
+        raise DataError(
+            f"{where}: shape {images.shape} does not tell which axis holds the channels, the "
+            "second or the last; images 1 or 3 pixels high or wide cannot be read"
+        )
     if images.shape[1] in (1, 3):
         return images
     if images.shape[3] in (1, 3):
