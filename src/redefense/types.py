@@ -29,7 +29,8 @@ else:
 
 __all__ = [
     "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
-    "Progress", "UInt8", "Victim", "cannot_take", "check_images", "check_labels", "lacking",
+    "Progress", "UInt8", "Victim", "cannot_take", "check_images", "check_labels", "correct",
+    "lacking",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -138,6 +139,17 @@ def lacking(instance: object) -> list[str]:
     names = [name for name in vars(Ensemble) if not name.startswith("_")]
     # asked by name, as a module answers for its buffers only then
     return [name for name in names if not hasattr(instance, name)]
+
+
+def correct(logits: Float[Tensor, "*M B C"], y: Labels) -> Bool[Tensor, "*M B"]:
+    """Whether each row of logits has its highest entry at the label.
+
+    A row without a highest entry is wrong for every label: one with NaN, one that masks every class
+    with -inf, or one with several entries of +inf. `argmax` would name a class all the same.
+    """
+    top = logits.amax(-1, keepdim=True)
+    answers = top.isfinite().squeeze(-1) | ((logits == top) & (top > -torch.inf)).sum(-1).eq(1)
+    return answers & (logits.argmax(-1) == y)
 
 
 def check_images(x: Tensor, what: str = "images") -> None:

@@ -22,7 +22,7 @@ from redefense.attacks.objectives import margin
 from redefense.ensembles import as_ensemble
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image
-from redefense.types import Ensemble, Float, Images, Int, Labels, Logits
+from redefense.types import Ensemble, Float, Images, Int, Labels, Logits, correct
 
 
 class Support:
@@ -42,7 +42,7 @@ class Support:
 
         Rounded, so that equal sums over different members compare as equal.
         """
-        right = torch.stack([z.detach().argmax(1) == y for z in logits], dim=1).double()
+        right = torch.stack([correct(z.detach(), y) for z in logits], dim=1).double()
         return (right @ torch.tensor(self.shares, device=y.device).double()).round(decimals=9)
 
     def log_odds(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:

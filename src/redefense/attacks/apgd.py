@@ -22,7 +22,7 @@ from redefense.attacks.objectives import objective_named, targeted_dlr, targeted
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import TINY, Threat, norms, per_image, steepest
-from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim
+from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim, correct
 
 Attempt = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images and labels to points and whether each fools."""
@@ -184,7 +184,7 @@ def filtered(
         attempts: the attempts for a given number of classes.
     """
     logits = victim(x)
-    x_adv, right = x.clone(), logits.argmax(1) == y
+    x_adv, right = x.clone(), correct(logits, y)
     for attempt in attempts(logits.shape[1]):
         rows = right.nonzero().flatten()
         if len(rows) == 0:

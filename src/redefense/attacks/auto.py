@@ -12,7 +12,7 @@ from redefense.attacks.fab import FAB
 from redefense.attacks.gradient import check_steps
 from redefense.attacks.square import Square
 from redefense.threat import Threat
-from redefense.types import Images, Labels, Victim
+from redefense.types import Images, Labels, Victim, correct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class AutoAttack(Attack):
         for part in parts:
             rng.set_state(state)  # every part seeds anew
             point = part(victim, x[rows], y[rows], threat, rng=rng)
-            fooled = victim(point).argmax(1) != y[rows]
+            fooled = ~correct(victim(point), y[rows])
             x_adv[rows[fooled]] = point[fooled]
             rows = rows[~fooled]
             if len(rows) == 0:

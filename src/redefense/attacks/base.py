@@ -38,6 +38,7 @@ from redefense.types import (
     cannot_take,
     check_images,
     check_labels,
+    correct,
 )
 
 Presets = Mapping[str, Mapping[str, object]]
@@ -282,7 +283,7 @@ class Best:
         with torch.no_grad():
             logits = victim(x)
         part = self.select(rows)
-        part.offer(x, (logits.argmax(1) == y).to(x.dtype), margin(logits, y))
+        part.offer(x, correct(logits, y).to(x.dtype), margin(logits, y))
         self.update(rows, part)
 
     def offer(

@@ -23,7 +23,7 @@ from redefense.attacks.minimal import in_blocks
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, per_image
-from redefense.types import Float, Images, Labels, Victim
+from redefense.types import Float, Images, Labels, Victim, correct
 
 _INSET, _INSET_MOST = 1e-6, 1e-2  # CW: how far from the border of the box a descent starts
 _BOLDER = 10.0  # CW: growth of the rate until an image is fooled, with c and the inset
@@ -209,7 +209,7 @@ def carlini_wagner_published(
             loss = size.sum() + c * (own - other).clamp_min(-kappa).sum()
             (w.grad,) = torch.autograd.grad(loss, w)
         optimizer.step()
-        better = (logits.detach().argmax(1) != y) & (size.detach() < best_size)
+        better = ~correct(logits.detach(), y) & (size.detach() < best_size)
         best_size = torch.where(better, size.detach(), best_size)
         best = torch.where(per_image(better, x), point.detach(), best)
         if step % max(steps // 10, 1) == 0:

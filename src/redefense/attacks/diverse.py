@@ -14,7 +14,7 @@ from redefense.attacks.objectives import Objective, objective_named
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
-from redefense.types import Bool, Images, Int, Labels, Victim
+from redefense.types import Bool, Images, Int, Labels, Victim, correct
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -101,7 +101,7 @@ def look_through(
             return Look(value.detach(), torch.ones_like(value), grad)
         with torch.no_grad():
             logits = victim(x)
-            right = (logits.argmax(1) == y).to(x.dtype)
+            right = correct(logits, y).to(x.dtype)
             return Look(objective(logits, y), right, grad)
 
     return look

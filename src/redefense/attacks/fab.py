@@ -22,7 +22,7 @@ from redefense.attacks.gradient import check_steps
 from redefense.attacks.objectives import targeted_margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, norms, per_image
-from redefense.types import Bool, Float, Images, Labels, Victim
+from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
 
 def to_hyperplane(
@@ -129,7 +129,7 @@ class FAB(Attack):
         for _ in range(self.steps):
             point = self._move(victim, point, x, y, target, threat.norm)
             with torch.no_grad():
-                fooled = victim(point).argmax(1) != y
+                fooled = ~correct(victim(point), y)
             length = norms(point - x, threat.norm)
             closer = fooled & (length < distance)
             nearest = torch.where(closer.view(-1, 1, 1, 1), point, nearest)
@@ -162,13 +162,13 @@ class FAB(Attack):
         def towards(rank: int) -> Attempt:
             def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
                 found = x.clone()
-                rows = (victim(x).argmax(1) == y).nonzero().flatten()
+                rows = correct(victim(x), y).nonzero().flatten()
                 if len(rows) > 0:
                     target = victim(x).sort(dim=1).indices[:, -rank]
                     walk = self.walk(victim, x[rows], y[rows], target[rows], threat)
                     found[rows] = walk.point
                 length = norms(found - x, threat.norm)
-                return found, (victim(found).argmax(1) != y) & (length <= threat.eps)
+                return found, ~correct(victim(found), y) & (length <= threat.eps)
 
             return attempt
 

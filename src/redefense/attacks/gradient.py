@@ -28,7 +28,7 @@ from redefense.attacks.objectives import Objective, objective_named
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import Threat, per_image, steepest
-from redefense.types import Images, Labels, Victim
+from redefense.types import Images, Labels, Victim, correct
 
 PUBLISHED: Final = (TORCHATTACKS, RED_RELEASED)
 """Both publish the same settings; the budget (8/255, 0.03) is the threat's."""
@@ -46,7 +46,7 @@ def look_at(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) 
 
     def look(x: Tensor, with_grad: bool) -> Look:
         x = x.detach().requires_grad_(with_grad)
-        values, correct, grads = [], [], []
+        values, rights, grads = [], [], []
         for _ in range(draws):
             with torch.set_grad_enabled(with_grad):
                 logits = victim(x)
@@ -54,9 +54,9 @@ def look_at(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) 
             if with_grad:
                 grads.append(input_gradient(value, x))
             values.append(value.detach())
-            correct.append((logits.detach().argmax(1) == y).to(x.dtype))
+            rights.append(correct(logits.detach(), y).to(x.dtype))
         grad = _mean(grads) if grads else None
-        return Look(_mean(values), _mean(correct), grad)
+        return Look(_mean(values), _mean(rights), grad)
 
     return look
 

@@ -24,7 +24,7 @@ from redefense.attacks.base import (
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, per_image
-from redefense.types import Float, Images, Int, Labels, Logits, Victim
+from redefense.types import Float, Images, Int, Labels, Logits, Victim, correct
 
 _BLOCK = {"cpu": 64}  # images attacked at a time: larger batches leave a processor's cache
 _BLOCK_ELSEWHERE = 512  # fills an accelerator and bounds the memory of the jacobians
@@ -134,7 +134,7 @@ def deepfool_published(
             totals = logits.sum(0).unbind()
         predicted = logits.detach().argmax(1)
         target[active] = predicted
-        still = predicted == y[active]
+        still = correct(logits.detach(), y[active])
         if not bool(still.any()):
             break
         rows = [input_gradient(total, here, keep_graph=True) for total in totals]

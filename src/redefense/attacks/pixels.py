@@ -21,7 +21,7 @@ from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
-from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim
+from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim, correct
 
 _QUERIES = {"cpu": 64}  # candidates in one forward pass: larger ones leave a processor's cache
 _QUERIES_ELSEWHERE = 1024  # fills an accelerator and bounds the memory
@@ -270,11 +270,11 @@ class OnePixel(Attack):
             copies = genes.shape[1]
             logits = logits_at(victim, paint_genes(x[rows], genes))
             true = y[rows].repeat_interleave(copies)
-            energy, fooled = energy_of(logits, true), logits.argmax(1) != true
+            energy, fooled = energy_of(logits, true), ~correct(logits, true)
             return energy.view(-1, copies), fooled.view(-1, copies)
 
         def fools(genes: Tensor, rows: Tensor) -> Tensor:
-            return logits_at(victim, paint_genes(x[rows], genes[:, None])).argmax(1) != y[rows]
+            return ~correct(logits_at(victim, paint_genes(x[rows], genes[:, None])), y[rows])
 
         genes = evolve(
             self._numpy_proposals(x, y, rng) if published else self._proposals(x, y, rng),

@@ -20,7 +20,7 @@ from redefense.attacks.pixels import (
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
-from redefense.types import Bool, Float, Images, Int, Labels, Victim
+from redefense.types import Bool, Float, Images, Int, Labels, Victim, correct
 
 
 def move_pixels(
@@ -170,7 +170,7 @@ class Pixle(Attack):
         energy = (true_margins if self.preset is None else true_probs)(logits, y)
         if rechecks(self.recheck, self.preset):
             logits = logits_at(victim, x)
-        return energy, logits.argmax(1) != y
+        return energy, ~correct(logits, y)
 
     def _strong(self, victim: Victim, x: Images, y: Labels, patches: StreamPatches) -> Images:
         # any candidate is worth more than the clean image

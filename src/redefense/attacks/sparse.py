@@ -12,7 +12,7 @@ from redefense.attacks.minimal import deepfool, deepfool_published, in_blocks
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.threat import Threat, norms, per_image
-from redefense.types import Images, Labels, Victim
+from redefense.types import Images, Labels, Victim, correct
 
 _BEYOND = 1e-3  # how far the solver goes beyond the hyperplane, along its unit normal
 _LEAST = 1e-4  # the smallest move of a coordinate
@@ -130,7 +130,7 @@ def sparsefool_published(
         if bool(done.all()):
             break
         with torch.no_grad():
-            wrong = cast(Tensor, victim(point)).argmax(1) != y
+            wrong = ~correct(victim(point), y)
         done |= wrong
         rows = (~wrong).nonzero().flatten()
         if not len(rows):

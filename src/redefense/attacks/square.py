@@ -14,7 +14,7 @@ from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import TINY, Threat
-from redefense.types import Bool, Float, Images, Int, Labels, Victim
+from redefense.types import Bool, Float, Images, Int, Labels, Victim, correct
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
@@ -233,7 +233,7 @@ class Square(Attack):
         def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
             draws = BatchDraws(rng, len(x), x.device)
             found = self.search(victim, x, y, threat, draws, ties_fool=True)
-            return found, victim(found).argmax(1) != y
+            return found, ~correct(victim(found), y)
 
         return filtered(victim, x, y, lambda _: [attempt])
 
@@ -255,7 +255,7 @@ class Square(Attack):
             with torch.no_grad():
                 logits = victim(x)
             value = margin(logits, y)
-            return value, value >= 0 if ties_fool else logits.argmax(1) != y
+            return value, value >= 0 if ties_fool else ~correct(logits, y)
 
         point = (stripes if linf else tiles)(draws, x, threat.eps)
         value, fooled = judge(point, y)

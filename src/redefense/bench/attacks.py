@@ -36,7 +36,7 @@ from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.device import computing
 from redefense.train.steps import fit_only
-from redefense.types import Images, Labels
+from redefense.types import Images, Labels, correct
 
 MEMBERS: Final = 4
 HELD_OUT: Final = 0.2
@@ -110,7 +110,7 @@ class Scene:
         """(B,) probability that a random member is right."""
         with torch.no_grad():
             parts = [self.members.member_logits(part) for part in x.split(64)]
-        right = torch.cat(parts, dim=1).argmax(2) == self.y
+        right = correct(torch.cat(parts, dim=1), self.y)
         return self.members.mixture @ right.to(self.members.mixture.dtype)
 
     def figures(self, attack: Callable[[Metered], Tensor]) -> tuple[Figures, Tensor]:

@@ -36,6 +36,7 @@ from redefense.train.fit import take_step
 from redefense.train.loading import Signature, load, resolve
 from redefense.train.optim import make_optimizer
 from redefense.train.run import accuracy, train
+from redefense.types import correct
 
 IMAGES = 256
 """How many validation images the robust accuracies are taken on."""
@@ -232,7 +233,7 @@ def _robust(ensemble: Members, split: Split, settings: Run) -> float:
     victim = ensemble.averaged()
     moved = attack(victim, x, y, Threat(norm=norm, eps=settings.threat.eps), rng=stream(0))
     with torch.no_grad():
-        return float((victim(moved).argmax(1) == y).double().mean())
+        return float(correct(victim(moved), y).double().mean())
 
 
 def table(result: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from redefense.ensembles import Members, evaluating, frozen_weights, mean_log_pr
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Float, Images, Int, Logits, Loss
+from redefense.types import Batch, Ensemble, Float, Images, Int, Logits, Loss, correct
 
 Part = tuple[Float[Tensor, "_ ch H W"], Int[Tensor, " _"]]
 """A batch of images and their labels, of a size of its own: the last may be smaller."""
@@ -124,7 +124,7 @@ class BARRE(Defence):
             for x, y in images:
                 point = ATTACK(ensemble, x, y, Threat(eps=self.adversary.eps), rng=rng)
                 for m in range(count):
-                    wrong[m] += (ensemble.logits_of(m, point).argmax(1) != y).sum()
+                    wrong[m] += (~correct(ensemble.logits_of(m, point), y)).sum()
                 seen += len(y)
         return wrong / seen
 

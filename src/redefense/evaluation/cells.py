@@ -24,7 +24,7 @@ from redefense.evaluation.store import CHUNK, in_chunks, read_arrays, write_arra
 from redefense.evaluation.workers import ALONE, Workers
 from redefense.rng import stream
 from redefense.threat import Threat, norms
-from redefense.types import Ensemble, Images, Labels, Victim, check_images
+from redefense.types import Ensemble, Images, Labels, Victim, check_images, correct
 
 BUDGET_SLACK = 1e-6
 
@@ -169,8 +169,8 @@ def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, 
         averaged = mean_log_probs(logits, ensemble.mixture)
     delta = x_adv - x
     return {
-        "correct": (logits.argmax(-1) == y).cpu().numpy(),
-        "averaged": (averaged.argmax(-1) == y).cpu().numpy(),
+        "correct": correct(logits, y).cpu().numpy(),
+        "averaged": correct(averaged, y).cpu().numpy(),
         "linf": norms(delta, math.inf).double().cpu().numpy(),
         "l2": norms(delta, 2.0).double().cpu().numpy(),
         "l0": norms(delta, 0.0).double().cpu().numpy(),

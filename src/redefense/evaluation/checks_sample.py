@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from redefense.attacks import Attack
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Ensemble, Images, Labels
+from redefense.types import Ensemble, Images, Labels, correct
 
 SAMPLE: Final = 32
 """Images looked at."""
@@ -40,7 +40,7 @@ class Sample:
         """(n,) expected correctness."""
         judge = self.ensemble if ensemble is None else ensemble
         with torch.no_grad():
-            hits = (judge.member_logits(x).argmax(-1) == self.y).double()
+            hits = correct(judge.member_logits(x), self.y).double()
         return judge.mixture.to(hits) @ hits
 
     def at(self, eps: float, norm: float | None = None) -> "Sample":

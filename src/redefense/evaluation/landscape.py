@@ -23,6 +23,7 @@ from redefense.files import write_bytes
 from redefense.threat import TINY
 from redefense.train.device import computing
 from redefense.train.loading import find_final, load_checkpoint
+from redefense.types import correct
 
 GRID = 31
 BATCH = 256
@@ -99,7 +100,7 @@ def surface_of(path: Path, *, image: int | None = None) -> Surface:
     x, y = split.float(index), split.labels[index]
     if image is None:
         with torch.no_grad():
-            right = (ensemble.member_logits(x)[:2].argmax(-1) == y).all(0).nonzero().flatten()
+            right = correct(ensemble.member_logits(x)[:2], y).all(0).nonzero().flatten()
         if len(right) == 0:
             raise DataError(f"{path}: no validation image that both members answer correctly")
         x, y = x[right[:1]], y[right[:1]]

@@ -29,7 +29,7 @@ from redefense.evaluation.statistics import (
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Bool, Ensemble, Float, Images, Labels
+from redefense.types import Bool, Ensemble, Float, Images, Labels, correct
 
 MEASURED: Final = 200
 """Images on which members are measured; the attacks of the suite see all."""
@@ -118,7 +118,7 @@ def member_measures(
     """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
     with torch.no_grad():
-        right = ensemble.member_logits(x).argmax(-1) == y
+        right = correct(ensemble.member_logits(x), y)
     common = right.all(0)
     jobs: list[Callable[[], Any]] = [
         lambda: curve(ensemble, x, y, threat, worst, seed=seed),
@@ -172,7 +172,7 @@ def curve(
     grid = [0.0, *(unit * k for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))]
     grid = [eps for eps in grid if eps < largest] + [largest]
     with torch.no_grad():
-        hits = (ensemble.member_logits(x).argmax(-1) == y).cpu().numpy()
+        hits = correct(ensemble.member_logits(x), y).cpu().numpy()
     lowest, rows = exact_expectation(hits, mixture), []
     for eps in grid:
         if eps > 0:
@@ -180,7 +180,7 @@ def curve(
             rng = stream(seed, "curve", f"{eps:.9g}")
             x_adv = ATTACKS["hinge"]()(ensemble, x, y, at, rng=rng)  # type: ignore[arg-type]  # an ensemble is a module
             with torch.no_grad():
-                hits = (ensemble.member_logits(x_adv).argmax(-1) == y).cpu().numpy()
+                hits = correct(ensemble.member_logits(x_adv), y).cpu().numpy()
             lowest = np.minimum(lowest, exact_expectation(hits, mixture))
         if eps >= threat.eps:
             lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))
@@ -240,7 +240,7 @@ class Convention:
             with torch.no_grad():
                 logits = ensemble.member_logits(x_adv)
                 average = mean_log_probs(logits, ensemble.mixture)
-            fooled |= torch.cat([logits, average[None]]).argmax(-1) != y
+            fooled |= ~correct(torch.cat([logits, average[None]]), y)
         shares: list[float] = fooled.double().mean(1).tolist()
         return shares
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from redefense.data import Split
 from redefense.export import runner
 from redefense.export.graph import tidied
 from redefense.export.packages import need
-from redefense.types import Images
+from redefense.types import Images, correct
 
 BATCH = 64
 
@@ -100,7 +101,7 @@ def _accuracy(model: bytes, split: Split) -> float:
     session, right, start = runner.open_session(model), 0, 0
     for raw in split.chunks(BATCH):
         images = raw.numpy().astype(np.float32) / np.float32(255)
-        labels = split.labels[start : start + len(raw)].numpy()
-        right += int((runner.logits_of(session, images).argmax(-1) == labels).sum())
+        logits = torch.from_numpy(runner.logits_of(session, images))
+        right += int(correct(logits, split.labels[start : start + len(raw)]).sum())
         start += len(raw)
     return right / len(split)

@@ -46,6 +46,7 @@ from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.profile import profiled
 from redefense.train.warm import begin_from, check_alike, check_apart, recorded, told
 from redefense.train.weak import weak_members
+from redefense.types import correct
 
 VALIDATION_IMAGES = 2000
 
@@ -377,7 +378,7 @@ def member_accuracies(ensemble: Members, split: Split, batch_size: int) -> Tenso
     with torch.no_grad(), evaluating(ensemble), kernels_kept(ensemble):
         for index in torch.arange(count).split(batch_size):
             logits = ensemble.member_logits(split.float(index).to(device))
-            right += (logits.argmax(-1) == split.labels[index].to(device)).sum(1)
+            right += correct(logits, split.labels[index].to(device)).sum(1)
     return right / count
 
 
