@@ -90,3 +90,11 @@ def test_a_folder_is_no_place_for_a_file(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="file"):
         write_text(tmp_path / "file" / "page.html", LONG)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "page.html"]
+
+
+def test_text_that_came_from_a_path_in_another_encoding_is_written_as_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    write_text(path, os.fsdecode(b"run \xff"))
+    assert path.read_text(encoding="utf-8") == "run \ufffd"
+    write_text(path, "r\u00fcn".encode().decode("ascii", "surrogateescape"))  # read where LANG=C
+    assert path.read_text(encoding="utf-8") == "r\u00fcn"

@@ -9,7 +9,9 @@ import typer
 
 import redefense
 from redefense.commands import deploying, evaluating, looking, measuring, serving, training
+from redefense.commands.streams import accept_every_letter
 from redefense.errors import RedefenseError
+from redefense.files import is_full, reason
 
 app = typer.Typer(
     help="Train, attack, measure and deploy robust classifier ensembles, above all random ones.",
@@ -65,6 +67,7 @@ def _root(
 
 def main() -> None:
     """Entry point: errors of the user's are one line, errors of ours keep their traceback."""
+    accept_every_letter()
     try:
         code = app(standalone_mode=False)
     except RedefenseError as error:
@@ -86,6 +89,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
+        if is_full(error):  # files are named where they are written: this is a stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _fail(f"cannot write standard output: {reason(error)}", 1)
         # a place that cannot be read or written is the user's to mend
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     except Exception:  # noqa: BLE001 - the last line of defence: say whose fault it is

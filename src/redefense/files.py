@@ -32,18 +32,19 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, WriteError):
             raise
-        raise WriteError(f"cannot write {path}: {reason(error)}", full=_full(error)) from None
+        raise WriteError(f"cannot write {path}: {reason(error)}", full=is_full(error)) from None
 
 
 def reason(error: OSError) -> str:
     """Why a file could not be written, and what to do about it."""
     text = error.strerror or str(error)
-    if _full(error):
+    if is_full(error):
         return f"{text}; free some space on its disk and run the same command again"
     return f"{text}; choose another place, or make this one writable"
 
 
-def _full(error: OSError) -> bool:
+def is_full(error: OSError) -> bool:
+    """Whether the error says that no room is left, on the disk or within a quota."""
     # safetensors raises its own error, which holds the number in its text alone
     return error.errno in _NO_ROOM or "os error 28" in str(error)
 
@@ -85,7 +86,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         WriteError: if it cannot be written.
     """
-    write_bytes(path, text.encode())
+    # a path that was no text in the locale's encoding holds its bytes as surrogates
+    content = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    write_bytes(path, content.encode())
 
 
 def append_line(path: Path, line: str) -> None:

@@ -580,6 +580,9 @@ def main(words: Sequence[str], folder: Path) -> int:
     parser.add_argument("--scores", action="store_true", help="print the score of every class")
     parser.add_argument("--check", action="store_true", help="compare members with the probes")
     asked = parser.parse_args(words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of classes may be in any script
+            stream.reconfigure(errors="backslashreplace")
     say = sys.stdout.write
     try:
         bundle = open_bundle(folder)

@@ -24,7 +24,7 @@ from redefense.export.graph import member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
-from redefense.files import writing
+from redefense.files import write_text, writing
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Images, cannot_take, check_images
@@ -181,5 +181,5 @@ def _write(
         if about.card
         else unmeasured_card(name, data=about.data, num_members=ensemble.num_members)
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", text)
     runner.write_records(folder, config)
