@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -361,15 +361,15 @@ def test_kernels_follow_every_optimizer_of_torch(name: str, form: str) -> None:
     optimizer = optimizer_of(params, name, form)
     assert optimizer is not None
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         if name == "SparseAdam":  # takes sparse gradients alone
             for p in params:
                 p.grad = torch.ones_like(p).to_sparse()
-            return torch.zeros(())
+            return 0.0
         loss = F.cross_entropy(ensemble.logits_of(0, x), y)
         loss.backward()
-        return loss
+        return float(loss.detach())
 
     for _ in range(2):
         with torch.no_grad():
@@ -386,16 +386,17 @@ def test_kernels_follow_every_optimizer_of_torch(name: str, form: str) -> None:
 def test_an_average_of_weights_writes_the_kernels_of_the_average() -> None:
     ensemble, x = small().eval(), batch()[0].float()
     averaged = torch.optim.swa_utils.AveragedModel(ensemble, use_buffers=True)
+    average = cast(Hyper, averaged.module)
     with torch.no_grad():
         for _ in range(2):
             averaged.update_parameters(ensemble)
             ensemble.member_logits(x)
-            averaged.module.member_logits(x)
+            average.member_logits(x)
             ensemble.embeddings[0].add_(0.5)
         averaged.update_parameters(ensemble)
-        found = averaged.module.eval().member_logits(x)
+        found = average.eval().member_logits(x)
     assert not torch.equal(found, fresh_logits(ensemble, x))
-    assert torch.equal(found, fresh_logits(averaged.module, x))
+    assert torch.equal(found, fresh_logits(average, x))
 
 
 def test_kernels_follow_another_type_also_where_they_are_kept() -> None:
@@ -425,8 +426,13 @@ def test_a_copy_keeps_no_kernels(copied: Callable[[Hyper], Hyper]) -> None:
 
 def test_kernels_are_kept_within_a_block_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     ensemble, x = small().eval(), batch()[0].float()
-    write, written = hyper.write, []
-    monkeypatch.setattr(hyper, "write", lambda *args: (written.append(1), write(*args))[1])
+    write, written = hyper.write, list[int]()
+
+    def counting(*args: Any) -> Any:
+        written.append(1)
+        return write(*args)
+
+    monkeypatch.setattr(hyper, "write", counting)
 
     def counted(times: int) -> int:
         written.clear()

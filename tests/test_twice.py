@@ -156,7 +156,7 @@ def test_evaluation_and_no_grad_are_torchs_to_the_bit() -> None:
 @pytest.mark.parametrize("changes", [{}, {"momentum": None}, {"track_running_stats": False}])
 def test_a_frozen_norm_is_known_to_be_affine(changes: dict[str, bool | None]) -> None:
     x = torch.randn(4, 3, 2, 2, generator=rng()).requires_grad_()
-    norm = BatchNorm2d(3, **changes).requires_grad_(False).eval()  # type: ignore[arg-type]  # one of either
+    norm = BatchNorm2d(3, **changes).requires_grad_(False).eval()
     (grad,) = torch.autograd.grad(norm(x).sum(), x, create_graph=True)
     assert grad.requires_grad == (not norm.track_running_stats)  # moments of the batch move with x
 
