@@ -8,13 +8,10 @@ import copy
 import importlib.util
 import io
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +24,7 @@ from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.checks import Check
 from redefense.evaluation.checks_draws import copies, expectation, pinned, planes
 from redefense.evaluation.checks_health import active, climbed, stability
-from redefense.evaluation.checks_sample import SAMPLE, Sample
+from redefense.evaluation.checks_sample import SAMPLE, Sample, global_generators_kept
 from redefense.evaluation.metrics import worst_case
 from redefense.evaluation.statistics import exact_expectation
 from redefense.rng import stream
@@ -174,16 +171,6 @@ def rounding(sample: Sample) -> Check:
     # one image of the sample is more than a point
     passed = abs(gap) <= max(0.01, 1 / len(sample.x))
     return Check("S40", passed, f"rounding to 8 bits changes {100 * gap:+.1f} points")
-
-
-@contextmanager
-def global_generators_kept() -> Iterator[None]:
-    """Other libraries reseed the global generators; give them back."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(state)
-    np.random.set_state(numpy_state)
 
 
 def another_implementation(sample: Sample) -> Check:
