@@ -7,7 +7,7 @@ otherwise in the mode in which it was given is refused; smaller differences turn
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from redefense.ensembles import evaluating
 from redefense.errors import InputError
 from redefense.evaluation.checks import Check
-from redefense.evaluation.checks_sample import evenly_spread, global_generators_kept
+from redefense.evaluation.checks_sample import SAMPLE, evenly_spread, global_generators_kept
 from redefense.evaluation.store import CHUNK
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Ensemble, Images, Labels, Logits, cannot_take, check_labels
+from redefense.types import Ensemble, Float, Images, Labels, Logits, cannot_take, check_labels
 
 REPEATS: Final = 8
 """How often the same is asked again: a draw among two escapes once in 256, for each image."""
@@ -73,11 +73,15 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
     for m in range(ensemble.num_members):
         with _state_kept(module):
             with evaluating(module):
-                evaluated = ask(ensemble, m, points)
+                evaluated, *again = (ask(ensemble, m, points) for _ in range(1 + REPEATS))
             try:
                 given = ask(ensemble, m, points)
             except InputError as error:
                 raise _other_mode(module, m, str(error)) from None
+        if not isinstance(evaluated, Tensor) or evaluated.ndim != 2:
+            continue  # `check_outputs` refuses it
+        if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
+            continue  # it draws in evaluation mode too, which `check_outputs` refuses
         if bool((differences(evaluated, given) > ROUNDING).any()):
             raise _other_mode(module, m, f"there {_said(evaluated, given)}")
 
@@ -91,11 +95,11 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
     last = x.contiguous(memory_format=torch.channels_last)
     # a clone, since images of one channel count as both layouts and keep their strides
     first = x.clone(memory_format=torch.contiguous_format)
-    points = sample_points(x)
-    with_last = _answers(ensemble, points.contiguous(memory_format=torch.channels_last))
+    # slices keep the strides, by which networks that call `view` are served or not
+    with_last = _answers(ensemble, last[:SAMPLE])
     if with_last is None:
         return first
-    with_first = _answers(ensemble, points.clone(memory_format=torch.contiguous_format))
+    with_first = _answers(ensemble, first[:SAMPLE])
     if with_first is None or not _is_first(x):
         return last
     alike = (
@@ -105,7 +109,7 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
     return last if all(alike) else first
 
 
-def ask(ensemble: Ensemble, m: int, x: Images) -> Logits:
+def ask(ensemble: Ensemble, m: int, x: Images) -> Any:
     """(B, C) logits of member m, without a graph and on a copy, which it may overwrite.
 
     Raises:
@@ -118,7 +122,7 @@ def ask(ensemble: Ensemble, m: int, x: Images) -> Logits:
         raise cannot_take(x, error) from None
 
 
-def sample_points(x: Images) -> Images:
+def sample_points(x: Images) -> Float[Tensor, "K ch H W"]:
     """A few images, the same with noise of 8/255, as attacks make them, and one of noise alone."""
     images = x[evenly_spread(x)]
     uniform = torch.rand(images.shape, generator=stream(0, "points"), dtype=torch.float64).to(x)
@@ -136,7 +140,9 @@ def differences(first: Tensor, other: Tensor) -> Tensor:
     a, b = first.double(), other.double()
     finite = a.isfinite() & b.isfinite()
     # entries that are not finite are equal or entirely different
-    gap = torch.where(finite, (a - b).abs(), torch.where(a.eq(b) | a.isnan() & b.isnan(), 0, 1e300))
+    gap = torch.where(
+        finite, (a - b).abs(), torch.where(a.eq(b) | a.isnan() & b.isnan(), 0.0, torch.inf)
+    )
     known = torch.where(a.isfinite(), a, a.nan_to_num(0.0, 0.0, 0.0))
     size, span = known.abs().amax(0), (known.amax(0) - known.amin(0)).amax()
     beyond = (gap - ULPS * eps * size).clamp_min(0).amax(1)
@@ -225,7 +231,10 @@ def _is_first(x: Tensor) -> bool:
 def _answers(ensemble: Ensemble, x: Images) -> list[Tensor] | None:
     """Every member's logits, or None if one cannot take these images, in this layout."""
     try:
-        return [ask(ensemble, m, x) for m in range(ensemble.num_members)]
+        answers = [ask(ensemble, m, x) for m in range(ensemble.num_members)]
+        # other kinds of output are refused by `check_outputs`
+        fit = (isinstance(z, Tensor) and z.ndim == 2 and len(z) == len(x) for z in answers)
+        return answers if all(fit) else None
     except (InputError, TypeError):  # `check_outputs` reports what is wrong
         return None
 

@@ -22,7 +22,7 @@ from redefense.data import Dataset, Split, load_dataset, test_indices, train_val
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
 from redefense.errors import ConfigError, DataError, InputError, Interrupted, RedCheckWarning
-from redefense.evaluation.answers import laid_out
+from redefense.evaluation.answers import check_modes, laid_out
 from redefense.evaluation.beside import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.plan import Say, check_plan
@@ -97,7 +97,8 @@ def evaluate(
                     else type(data).__name__
                 )
             )
-        x, y = data
+        # tensors of inference mode cannot take part in gradients
+        x, y = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in data)
         check_images(x)
         check_labels(y, len(x))
         y = y.long()
@@ -107,6 +108,7 @@ def evaluate(
         subject = Subject(ensemble, x, y, index, "given images", "given")
     drawn = ensemble.num_members > 1 and (run is None or _randomized(run))
     subject = replace(subject, randomized=drawn)
+    check_modes(ensemble, subject.x)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
         report = run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)

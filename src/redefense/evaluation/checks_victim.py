@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
@@ -16,6 +15,7 @@ from redefense.attacks.gradient import PGD
 from redefense.attacks.objectives import margin
 from redefense.ensembles import Members, frozen_weights
 from redefense.evaluation.checks import Check
+from redefense.evaluation.checks_derivative import derivatives_agree, log_odds
 from redefense.evaluation.checks_sample import SAMPLE
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -26,6 +26,7 @@ def before_run(ensemble: Ensemble, x: Tensor, y: Tensor) -> list[Check]:
     """Checks of the victim itself and of the units of its images."""
     x, y = x[:SAMPLE], y[:SAMPLE]
     return [
+        derivatives_agree(ensemble, x, y),
         _units(x),
         _side_effects(ensemble, x, y),
         _isolation(ensemble, x[:4], y[:4]),
@@ -116,8 +117,14 @@ def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     sums = logits.sum(-1)
     if not bool(logits.isfinite().all()):
         return Check("S07", False, "non-finite outputs")
-    if bool((logits >= 0).all()) and bool((sums - 1).abs().max() < 1e-4):
-        return Check("S07", False, "members return probabilities; attacks need logits")
+    kinds = (logits >= 0).flatten(1).all(1) & ((sums - 1).abs().amax(1) < 1e-4)
+    if bool(kinds.any()):
+        which = ", ".join(str(m) for m in kinds.nonzero().flatten().tolist())
+        return Check(
+            "S07",
+            False,
+            f"members {which} return probabilities; attacks need logits: leave the softmax out",
+        )
     top = logits.topk(2, dim=-1)
     right = top.indices[..., 0] == y
     runner_up = torch.where(right, top.values[..., 1], top.values[..., 0])
@@ -132,11 +139,14 @@ def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
         for m, at in itertools.product(range(ensemble.num_members), (x, starts)):
             point = at.detach().clone().requires_grad_()
-            loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
-            if not loss.requires_grad:
+            # of the log odds, which attacks climb: that of cross-entropy vanishes for large logits
+            loss = log_odds(ensemble.logits_of(m, point.clone()), y).sum()
+            grad = None
+            if loss.requires_grad:
+                (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
+            if grad is None:
                 lost += len(x)
                 continue
-            (grad,) = torch.autograd.grad(loss, point)
             size = grad.flatten(1).abs().amax(1)
             lost += int((~(size > 0) | ~size.isfinite()).sum())
     total = 2 * ensemble.num_members * len(x)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
+from redefense.evaluation.answers import Answers
 from redefense.evaluation.beside import NOTHING, Beside, beside, pieces
 from redefense.evaluation.cells import (
     BUDGET_SLACK,
@@ -168,7 +169,8 @@ def run_suite(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
         store=store, say=say, progress=progress,
     )  # fmt: skip
-    before = before_run(ensemble, x, y)
+    asked = Answers.to(ensemble, x)
+    before = [asked.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))
     records, repeats = _records(job, plan, mixture)
     others = beside(job)
@@ -190,6 +192,7 @@ def run_suite(
     single = others.single if others is not None else None
     done = [
         *before,
+        asked.later(),
         *after_run(
             data,
             records,

@@ -28,7 +28,9 @@ def computing() -> Iterator[None]:
     torch.set_flush_denormal(True)
     cudnn.deterministic = True
     try:
-        yield
+        # test loops of other libraries run in inference mode, where nothing has a gradient
+        with torch.inference_mode(False):
+            yield
     finally:
         torch.set_flush_denormal(before[0])
         cudnn.deterministic = before[1]
