@@ -29,7 +29,7 @@ UNRANKED = frozenset(
 
 AWARE = frozenset(
     {
-        "arc", "hinge", "meanprobpgd", "meanprobapgd", "adaptive", "aware", "worstaware",
+        "arc", "hinge", "subset", "meanprobpgd", "meanprobapgd", "adaptive", "aware", "worstaware",
         "autoattackrand", "eotexact",
     }
 )  # fmt: skip
