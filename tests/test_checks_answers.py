@@ -101,7 +101,7 @@ def test_an_active_layer_that_evaluation_would_switch_off_is_refused() -> None:
         with pytest.raises(InputError, match=r"training mode.*call \.eval\(\)"):
             check_modes(model, X)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        check_modes(cast(Independent, model.eval()), X)
+        check_modes(model.eval(), X)
     # in training mode without a layer that minds it: nothing to say
     check_modes(Independent([Net()]), X)
 
