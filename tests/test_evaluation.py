@@ -21,6 +21,7 @@ from redefense.evaluation.joined import join
 from redefense.evaluation.plan import attack_of, plan_of
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
+from redefense.rng import stream
 from redefense.threat import Threat
 
 EPS = 0.2
@@ -310,6 +311,16 @@ def test_records_hold_what_every_member_said_to_every_image(tmp_path: Path) -> N
     assert back is not None
     assert back.correct.dtype == bool
     assert isinstance(back.seconds, float)
+
+
+@pytest.mark.parametrize("size", [8, 64, 224])
+def test_projected_points_of_any_size_are_inside_and_a_breach_is_not(size: int) -> None:
+    x = torch.rand(2, 3, size, size, generator=stream(0, "images"))
+    threat = Threat(norm=2, eps=3.0)
+    near = threat.project((x + torch.randn(x.shape, generator=stream(1, "moves"))).clamp(0, 1), x)
+    verify_ball(near, x, threat, "projected")
+    with pytest.raises(InputError, match="left the ball"):
+        verify_ball(near, x, Threat(norm=2, eps=3.0 - 1e-4), "a smaller ball")
 
 
 def test_a_breach_of_the_ball_is_an_error_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
