@@ -316,11 +316,11 @@ def test_records_hold_what_every_member_said_to_every_image(tmp_path: Path) -> N
 @pytest.mark.parametrize("size", [8, 64, 224])
 def test_projected_points_of_any_size_are_inside_and_a_breach_is_not(size: int) -> None:
     x = torch.rand(2, 3, size, size, generator=stream(0, "images"))
-    threat = Threat(norm=2, eps=3.0)
+    threat = Threat(norm=2.0, eps=3.0)
     near = threat.project((x + torch.randn(x.shape, generator=stream(1, "moves"))).clamp(0, 1), x)
     verify_ball(near, x, threat, "projected")
     with pytest.raises(InputError, match="left the ball"):
-        verify_ball(near, x, Threat(norm=2, eps=3.0 - 1e-4), "a smaller ball")
+        verify_ball(near, x, Threat(norm=2.0, eps=3.0 - 1e-4), "a smaller ball")
 
 
 def test_a_breach_of_the_ball_is_an_error_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
