@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from defence_tools import batch, ensemble
 from redefense.attacks.gradient import PGD
+from redefense.defences import base
 from redefense.defences.base import GRAPHS, Adversary
 from redefense.defences.red import RED
 from redefense.rng import stream
@@ -33,11 +34,11 @@ def test_processes_with_unequal_shares_of_the_members_cut_a_batch_alike(
     data = batch(16)
     cuts: list[list[int]] = []
 
-    def crafted(attack: PGD, victim: nn.Module, x: Tensor, *_: object, **__: object) -> Tensor:
+    def crafted(look: object, start: Tensor, x: Tensor, *_: object, **__: object) -> Tensor:
         cuts[-1].append(len(x))
         return x
 
-    monkeypatch.setattr(PGD, "perturb", crafted)
+    monkeypatch.setattr(base, "climb", crafted)
     for rank in range(2):
         members = ensemble(num_members, "digits-cnn")
         members.spread = Shared(Mesh(shape=(1, 2), rank=rank), num_members)
@@ -60,11 +61,11 @@ def test_red_takes_as_many_images_as_fit_beside_its_second_derivative(
 ) -> None:
     sizes: list[int] = []
 
-    def crafted(attack: PGD, victim: nn.Module, x: Tensor, *_: object, **__: object) -> Tensor:
+    def crafted(look: object, start: Tensor, x: Tensor, *_: object, **__: object) -> Tensor:
         sizes.append(len(x))
         return x
 
-    monkeypatch.setattr(PGD, "perturb", crafted)
+    monkeypatch.setattr(base, "climb", crafted)
     next(RED(preset=preset).loss(ensemble(num_members), batch(16), stream(0)))
     assert sizes == cuts
 

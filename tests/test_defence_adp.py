@@ -114,10 +114,18 @@ class Shift(Adversary):
     asked: ClassVar[list[float]] = []
 
     def craft(
-        self, victim: nn.Module, x: Tensor, y: Tensor, rng: torch.Generator, **_: object
+        self,
+        victim: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        rng: torch.Generator,
+        *,
+        room: int | None = None,
+        eps: Tensor | None = None,
     ) -> Tensor:
-        self.asked.append(self.eps)
-        return (x + self.eps).clamp(0, 1)
+        radius = self.eps if eps is None else float(eps)
+        self.asked.append(radius)
+        return (x + radius).clamp(0, 1)
 
 
 def test_adversarial_training_adds_the_loss_at_a_radius_drawn_for_each_batch() -> None:

@@ -7,7 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redefense.rng import ImageStreams, draw_members, stream, system_integers, system_uniform
+from redefense.rng import (
+    Draws,
+    ImageStreams,
+    draw_members,
+    draw_seed,
+    drawn,
+    seed_from,
+    stream,
+    system_integers,
+    system_uniform,
+)
+
+CPU = torch.device("cpu")
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
@@ -97,3 +109,37 @@ def test_rejection_sampling_refuses_bounds_it_cannot_serve() -> None:
     assert set(system_integers(3, 300).tolist()) == {0, 1, 2}
     with pytest.raises(ValueError, match="bound must lie in"):
         system_integers(0, 1)
+
+
+def test_kept_draws_are_those_of_the_plain_stream_and_are_renewed_in_place() -> None:
+    def draw_all(rng: torch.Generator) -> list[torch.Tensor]:
+        return [
+            drawn(rng, lambda g: torch.rand(4, generator=g), CPU),
+            torch.as_tensor(seed_from(rng)),
+            drawn(rng, lambda g: torch.randint(9, (), generator=g), CPU),
+        ]
+
+    draws = Draws(stream(0, "first"), CPU)
+    found = draw_all(draws)
+    assert all(map(torch.equal, found, draw_all(stream(0, "first"))))
+    assert draws.repeats(stream(0, "first"))
+    draws.renew(stream(0, "second"))
+    assert all(map(torch.equal, found, draw_all(stream(0, "second"))))
+    assert all(a is b for a, b in zip(draw_all(draws), found, strict=True))
+    with pytest.raises(RuntimeError, match="more numbers"):
+        seed_from(draws)
+
+
+def test_draws_past_the_function_that_keeps_them_are_noticed() -> None:
+    draws = Draws(stream(0), CPU)
+    seed_from(draws)
+    torch.rand(2, generator=draws)
+    assert not draws.repeats(stream(0))
+
+
+def test_a_given_seed_gives_the_streams_of_a_generator_that_draws_it() -> None:
+    x, y = images(3), torch.zeros(3, dtype=torch.long)
+    seed = draw_seed(stream(5))
+    for known in (seed, torch.tensor(seed)):
+        keys = ImageStreams.of(known, x, y).keys
+        assert torch.equal(keys, ImageStreams.of(stream(5), x, y).keys)

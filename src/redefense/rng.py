@@ -5,6 +5,7 @@ Nothing here, and nothing in this package, touches torch's, numpy's or Python's 
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,83 @@ def stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> t
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+Seed = int | Tensor
+"""A seed drawn already: a number, or one that lies on the device."""
+
+Draw = Callable[[torch.Generator], Tensor]
+
+
+class Draws(torch.Generator):
+    """A generator that keeps what `drawn` draws, each in memory of its own on the device.
+
+    A recorded training step draws nothing when it is replayed: `renew` draws for it before, in the
+    same order and from the step's own stream, into the memory that the recording reads.
+
+    Args:
+        rng: the stream of the first step. It is not moved.
+        device: where the numbers are wanted.
+    """
+
+    def __new__(cls, rng: torch.Generator, device: torch.device) -> "Draws":
+        return super().__new__(cls, rng.device)  # type: ignore[call-arg]  # torch's stub lacks it
+
+    def __init__(self, rng: torch.Generator, device: torch.device) -> None:
+        self.device_of_values = device
+        self.made: list[tuple[Draw, Tensor]] = []
+        self.place: int | None = None
+        self.set_state(rng.get_state())
+
+    def take(self, draw: Draw) -> Tensor:
+        """What `draw` gives: drawn now, or after `renew` what was drawn then, in that order.
+
+        Raises:
+            RuntimeError: if more is asked for than was drawn.
+        """
+        if self.place is None:
+            self.made.append((draw, draw(self).to(self.device_of_values, copy=True)))
+            return self.made[-1][1]
+        if self.place == len(self.made):
+            raise RuntimeError("the step draws more numbers than the one before it")
+        self.place += 1
+        return self.made[self.place - 1][1]
+
+    def repeats(self, rng: torch.Generator) -> bool:
+        """Whether all that was drawn from a copy of the stream `rng` was drawn by `drawn`."""
+        again = torch.Generator(rng.device)
+        again.set_state(rng.get_state())
+        for draw, _ in self.made:
+            draw(again)
+        return torch.equal(again.get_state(), self.get_state())
+
+    def renew(self, rng: torch.Generator) -> None:
+        """Draw the numbers of another step from its stream."""
+        self.place = 0
+        for draw, value in self.made:
+            value.copy_(draw(rng))
+
+
+def drawn(rng: torch.Generator, draw: Draw, device: torch.device) -> Tensor:
+    """What `draw` draws from a generator, on the device.
+
+    Whatever a training loss draws it draws by this, so that its steps can be recorded.
+    """
+    return rng.take(draw) if isinstance(rng, Draws) else draw(rng).to(device)
+
+
 def draw_seed(rng: torch.Generator) -> int:
     """One 63-bit seed drawn from `rng`: what an attack takes from its generator."""
-    return int(torch.randint(2**63 - 1, (), generator=rng, device=rng.device))
+    return int(_draw_seed(rng))
+
+
+def _draw_seed(rng: torch.Generator) -> Tensor:
+    return torch.randint(2**63 - 1, (), generator=rng, device=rng.device)
+
+
+def seed_from(rng: torch.Generator | Seed) -> Seed:
+    """A seed as it is; one drawn from a generator, on the device where that keeps its draws."""
+    if isinstance(rng, Draws):
+        return rng.take(_draw_seed)
+    return draw_seed(rng) if isinstance(rng, torch.Generator) else rng
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
@@ -59,12 +134,12 @@ class ImageStreams:
     counter: int = 0
 
     @classmethod
-    def of(cls, rng: torch.Generator, x: Tensor, y: Tensor) -> "ImageStreams":
-        """Streams from one seed drawn from `rng` and each image's bits and label."""
+    def of(cls, rng: torch.Generator | Seed, x: Tensor, y: Tensor) -> "ImageStreams":
+        """Streams from one seed, drawn from `rng` or given, and each image's bits and label."""
         bits = x.detach().to(torch.float32).contiguous().flatten(1).view(torch.int32).long()
         place = mix64(torch.arange(1, bits.shape[1] + 1, device=x.device) * _GOLDEN)
         content = (mix64(bits * _GOLDEN + place)).sum(1)
-        return cls(mix64(mix64(content + y.long() * _GOLDEN) ^ draw_seed(rng)))
+        return cls(mix64(mix64(content + y.long() * _GOLDEN) ^ seed_from(rng)))
 
     def _next(self, count: int) -> Tensor:
         steps = torch.arange(self.counter + 1, self.counter + count + 1, device=self.keys.device)

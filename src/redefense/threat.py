@@ -1,5 +1,6 @@
 """What the adversary may do: one object, shared by every attack and by the harness."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ class Threat:
             raise ConfigError(f"threat eps must be finite and not negative, got {self.eps}")
         if self.norm == math.inf:
             check_linf(self.eps)
+
+    def with_radius(self, eps: Float[Tensor, ""]) -> "Threat":
+        """The same ball with a radius that lies on the device. Reads and checks nothing."""
+        ball = copy.copy(self)
+        object.__setattr__(ball, "eps", eps)
+        return ball
 
     def project(self, x_adv: Images, x: Images) -> Images:
         """Nearest point of the ball, then of the box; allowed points stay where they are."""

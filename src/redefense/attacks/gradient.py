@@ -26,7 +26,7 @@ from redefense.attacks.base import (
 )
 from redefense.attacks.objectives import Objective, objective_named
 from redefense.errors import ConfigError
-from redefense.rng import ImageStreams
+from redefense.rng import ImageStreams, Seed
 from redefense.threat import Threat, per_image, steepest
 from redefense.types import Images, Labels, Victim, correct
 
@@ -75,7 +75,7 @@ def climb(
     threat: Threat,
     *,
     steps: int,
-    step_size: float,
+    step_size: float | Tensor,
     shrink: float = 1.0,
     decay: float | None = None,
     best: Best | None = None,
@@ -150,17 +150,22 @@ def climb_from(
 
 
 def random_starts(
-    x: Images, y: Labels, threat: Threat, rng: Generator, *, of_batch: bool = False
+    x: Images, y: Labels, threat: Threat, rng: Generator | Seed, *, of_batch: bool = False
 ) -> Callable[[], Tensor]:
-    """Makes random points of the ball, each image from its own stream, or all from `rng`."""
+    """Makes random points of the ball, each image from its own stream, or all from `rng`.
+
+    With a seed in place of a generator, parts of a batch get the same points as the whole.
+    """
     flat = threat.norm == math.inf
-    if of_batch and flat:
-        return lambda: threat.project(x + batch_noise(x, -threat.eps, threat.eps, rng), x)
-    streams = None if of_batch else ImageStreams.of(rng, x, y)
+    common = rng if of_batch and isinstance(rng, Generator) else None
+    if common is not None and flat:
+        return lambda: threat.project(x + batch_noise(x, -threat.eps, threat.eps, common), x)
+    streams = None if common is not None else ImageStreams.of(rng, x, y)
 
     def uniform(like: Tensor) -> Tensor:
-        if streams is None:
-            return batch_noise(like, 0.0, 1.0, rng)
+        if common is not None:
+            return batch_noise(like, 0.0, 1.0, common)
+        assert streams is not None
         return streams.uniform(*like.shape[1:]).to(x.dtype)
 
     def start() -> Tensor:

@@ -21,7 +21,7 @@ that costs one more forward pass a member.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import torch
@@ -34,6 +34,7 @@ from redefense.ensembles import frozen_statistics, spread_of
 from redefense.errors import ConfigError
 from redefense.penalties import ensemble_entropy, log_det_diversity
 from redefense.phases import PENALTY, phase
+from redefense.rng import drawn
 from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
 
 
@@ -87,10 +88,9 @@ class ADP(Defence):
         """The gradient of `terms`' total, one member's graph at a time."""
         yield from self._parts(ensemble, batch.x, batch.y)
         if self.adversarial_training:
-            share = torch.rand((), generator=rng, device=rng.device).item()
+            share = drawn(rng, _uniform, batch.x.device)
             eps = self.smallest_eps + share * (self.adversary.eps - self.smallest_eps)
-            adversary = replace(self.adversary, eps=eps)
-            x_adv = adversary.craft(ensemble.averaged(), batch.x, batch.y, rng)
+            x_adv = self.adversary.craft(ensemble.averaged(), batch.x, batch.y, rng, eps=eps)
             yield from self._parts(ensemble, x_adv, batch.y)
 
     def _parts(self, ensemble: Ensemble, x: Images, y: Labels) -> Iterator[Loss]:
@@ -120,3 +120,7 @@ class ADP(Defence):
         entropy, log_det = ensemble_entropy(logits), log_det_diversity(logits, y)
         bonus = -self.entropy * entropy - self.log_det * log_det
         return {"entropy": entropy, "log_det": log_det, "bonus": bonus}
+
+
+def _uniform(rng: torch.Generator) -> Float[Tensor, ""]:
+    return torch.rand((), generator=rng, device=rng.device).double()

@@ -9,14 +9,15 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.gradient import PGD
+from redefense.attacks.gradient import climb, look_at, random_starts
+from redefense.attacks.objectives import OBJECTIVES
 from redefense.config import Eps, check_linf
 from redefense.ensembles import Averaged, Members, evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.phases import EXAMPLES, phase
-from redefense.rng import draw_seed
+from redefense.rng import seed_from
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Images, Labels, Loss
+from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
 
 LossFn = Callable[[Ensemble, Batch, torch.Generator], Iterator[Loss]]
 Before = Callable[[Members], None]
@@ -55,26 +56,36 @@ class Adversary:
         rng: torch.Generator,
         *,
         room: int | None = None,
+        eps: Float[Tensor, ""] | None = None,
     ) -> Images:
         """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off.
 
         Against the average of many members few images are attacked at once, so that the graphs of
         all members fit into the memory that training one member takes: `room` images' graphs
-        through one member, `GRAPHS` times those attacked unless said.
+        through one member, `GRAPHS` times those attacked unless said. `eps` is a radius that lies
+        on the device, in place of the adversary's own.
         """
         if len(x) == 0:
             return x
-        attack = PGD(
-            steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
-        )
+        threat = Threat(eps=self.eps)
+        if eps is not None:
+            threat = threat.with_radius(eps)
         room = GRAPHS * len(x) if room is None else room
-        begun, size = rng.get_state(), _images_at_once(victim, len(x), room)
+        size = _images_at_once(victim, len(x), room)
+        seed = seed_from(rng)  # of streams that are the images' own: parts change nothing
         crafted = []
         with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
             for images, labels in zip(x.split(size), y.split(size), strict=True):
-                rng.set_state(begun)  # whose streams are the images' own: chunks change nothing
-                threat = Threat(eps=self.eps)
-                crafted.append(attack.perturb(victim, images, labels, threat, rng=rng).detach())
+                crafted.append(
+                    climb(
+                        look_at(victim, labels, OBJECTIVES["cross_entropy"]),
+                        random_starts(images, labels, threat, seed)(),
+                        images,
+                        threat,
+                        steps=self.steps,
+                        step_size=self.step_size * threat.eps,
+                    ).detach()
+                )
         return torch.cat(crafted)
 
     def craft_own(
@@ -87,7 +98,7 @@ class Adversary:
             if m in own:
                 examples.append(self.craft(ensemble.member(m), x, y, rng))
             else:
-                draw_seed(rng)  # as the attack would: who crafts must not change what is crafted
+                seed_from(rng)  # as the attack would: who crafts must not change what is crafted
                 examples.append(x)
         return examples
 

@@ -21,11 +21,12 @@ gradients there. The paper names Adam, the code uses SGD: recipes follow the cod
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from redefense.attacks.base import Look, input_gradient
 from redefense.attacks.gradient import climb
@@ -36,9 +37,9 @@ from redefense.ensembles import evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.models import Tapped
 from redefense.phases import EXAMPLES, phase
-from redefense.rng import stream
+from redefense.rng import drawn, stream
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Images, Loss
+from redefense.types import Batch, Ensemble, Images, Int, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,13 @@ class DVERGE(Defence):
     def distil(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> list[Images]:
         """x'_j of each member j: images of the batch with the features of other images."""
         x, size = batch.x, len(batch.x)
-        roll = int(torch.randint(1, max(size, 2), (), generator=rng, device=rng.device))
-        layer = torch.rand((), generator=stream(batch.progress.seed, "layer")).item()
-        target = x.roll(roll, 0)
+
+        def shift(rng: torch.Generator) -> Int[Tensor, ""]:
+            return torch.randint(1, max(size, 2), (), generator=rng, device=rng.device)
+
+        roll = drawn(rng, shift, x.device)
+        target = x.index_select(0, (torch.arange(size, device=x.device) - roll) % size)
+        layer = _layer(batch.progress.seed)
         return [
             self._distil(ensemble.member(m), x, target, layer) for m in range(ensemble.num_members)
         ]
@@ -144,3 +149,9 @@ class DVERGE(Defence):
                 look, x, x, Threat(eps=self.eps),
                 steps=self.steps, step_size=self.step_size * self.eps, decay=1.0,
             ).detach()  # fmt: skip
+
+
+@lru_cache(maxsize=1)  # steps of an epoch share it, and a recorded one must not draw
+def _layer(seed: int) -> float:
+    """Where in a network the features of an epoch are taken, in [0, 1)."""
+    return torch.rand((), generator=stream(seed, "layer")).item()

@@ -33,9 +33,10 @@ from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.ensembles import spread_of
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_alignment
+from redefense.rng import drawn
 from redefense.spread import ALONE, Spread
 from redefense.threat import per_image
-from redefense.types import Batch, Ensemble, Images, Labels, Loss
+from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
 
 NOISE: Final[Mapping[str, float]] = MappingProxyType({"dverge": 0.045, "trs": 0.0})
 """Standard deviation of each preset's noise, in pixel units."""
@@ -102,6 +103,13 @@ def with_noise(x: Images, deviation: float, rng: torch.Generator, spread: Spread
         return x
     size, rows = spread.rows(len(x))
     shape = (size, *x.shape[1:])
-    noise = torch.randn(shape, generator=rng, device=rng.device, dtype=x.dtype)[rows].to(x.device)
-    chosen = torch.rand(size, generator=rng, device=rng.device)[rows].to(x.device) < 0.5
-    return torch.where(per_image(chosen, x), (x + deviation * noise).clamp(0.0, 1.0), x)
+
+    def normal(rng: torch.Generator) -> Images:
+        return torch.randn(shape, generator=rng, device=rng.device, dtype=x.dtype)[rows]
+
+    def uniform(rng: torch.Generator) -> Float[Tensor, " B"]:
+        return torch.rand(size, generator=rng, device=rng.device)[rows]
+
+    noise, share = drawn(rng, normal, x.device), drawn(rng, uniform, x.device)
+    noisy = (x + deviation * noise).clamp(0.0, 1.0)
+    return torch.where(per_image(share < 0.5, x), noisy, x)
