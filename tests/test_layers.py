@@ -12,7 +12,18 @@ import redefense
 SRC = Path(redefense.__file__).parent
 
 LAYERS = [
-    {"types", "errors", "rng", "config", "threat", "phases", "spread", "files", "pictures"},
+    {
+        "types",
+        "errors",
+        "rng",
+        "config",
+        "threat",
+        "phases",
+        "spread",
+        "files",
+        "pictures",
+        "recording",
+    },
     {"data", "models"},
     {"ensembles", "penalties", "attacks", "written"},
     {"kinds", "defences"},

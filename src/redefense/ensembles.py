@@ -57,6 +57,7 @@ class Members(nn.Module):
     mixture: Tensor
     origin: Origin | None = None
     spread: Spread = ALONE
+    _shares: list[float] | None = None
 
     def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
         super().__init__()
@@ -68,6 +69,19 @@ class Members(nn.Module):
     def set_mixture(self, mixture: Sequence[float] | Tensor) -> None:
         """Replace the sampling probabilities, in place."""
         self.mixture.copy_(check_mixture(mixture, self.num_members))
+
+    def shares(self) -> list[float]:
+        """The mixture as Python numbers; within `mixture_known` no accelerator is waited for."""
+        return self.mixture.tolist() if self._shares is None else self._shares
+
+    @contextmanager
+    def mixture_known(self) -> Iterator[None]:
+        """Within, `shares` reads nothing: the mixture, read at the beginning, must not change."""
+        self._shares = self.shares()
+        try:
+            yield
+        finally:
+            self._shares = None
 
     def logits_of(self, m: int, x: Images) -> Logits:
         """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""

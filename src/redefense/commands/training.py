@@ -42,6 +42,13 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Print where the time went, and keep it.")
     ] = False,
+    replay: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off",
+            help="Record steps on a CUDA device and replay them, to the same bits.",
+        ),
+    ] = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe, or a run from its JSON record."""
@@ -62,7 +69,7 @@ def train(
 
     train_run(
         run, target, resume=resume, device=device, quiet=quiet, download=download,
-        profile=profile, mesh=mesh,
+        profile=profile, mesh=mesh, replay=replay,
     )  # fmt: skip
     say(f"trained {target}; next: redefense evaluate {target}", quiet)
 

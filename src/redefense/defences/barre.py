@@ -147,7 +147,8 @@ class Answering(nn.Module):
 
 def drawable(ensemble: Ensemble) -> list[int]:
     """The members that answer at all."""
-    return [m for m, share in enumerate(ensemble.mixture.tolist()) if share > 0]
+    shares = ensemble.shares() if isinstance(ensemble, Members) else ensemble.mixture.tolist()
+    return [m for m, share in enumerate(shares) if share > 0]
 
 
 def begin(m: int, ensemble: Members) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -16,11 +17,13 @@ from redefense.defences import Stage
 from redefense.ensembles import Members, kernels_kept
 from redefense.errors import Interrupted, TrainingError
 from redefense.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
+from redefense.recording import Recorder
 from redefense.rng import draw_seed, stream
 from redefense.train.distributed import Mesh, Tally
 from redefense.train.exchange import spread_over
 from redefense.train.optim import learning_rate, make_optimizer
-from redefense.types import Batch, Loss, Progress
+from redefense.train.replay import Compute, RecordedSteps
+from redefense.types import Batch, Progress
 
 SAVE_INTERVAL = 30.0
 ECHO = 1.0
@@ -75,6 +78,7 @@ def fit(
     on_step: Callable[[Position, Mapping[str, float]], None],
     on_epoch: EndOfEpoch,
     mesh: Mesh | None = None,
+    recorder: Recorder | None = None,
 ) -> None:
     """Train through all stages from `start`, saving every epoch and every half minute.
 
@@ -87,6 +91,8 @@ def fit(
     `start_totals` are the running sums of the epoch that `start` is in the middle of. The processes
     of `mesh` train together: the loader gives each its share of every batch, and all are called
     back alike, `save` included; what they own of the weights is then newer than the rest.
+
+    With a `recorder` steps are recorded and replayed, see `train.replay`. It is for one process.
 
     Raises:
         TrainingError: for a non-finite loss, before the optimizer step; or if, on the first step of
@@ -102,6 +108,9 @@ def fit(
             params = [p for m in stage.members if m in own for p in ensemble.parameters_of(m)]
             params = [p for p in dict.fromkeys(params) if p.requires_grad]
             optimizer, tally = make_optimizer(params, optim), Tally(mesh)
+            compute: Compute = partial(gradients, ensemble, stage, params, precision)
+            if recorder is not None:
+                compute = RecordedSteps(recorder, ensemble, params, compute, stage.name)
             num_steps = max(1, stage.epochs * len(loader))
             if position.epoch + position.step:
                 restore(optimizer)
@@ -120,7 +129,7 @@ def fit(
                         ensemble, stage, replace(batch, progress=progress), optimizer, params,
                         lr=lr, clip=optim.clip, precision=precision, total=position.total,
                         rng=stream(seed, "step", position.total),
-                        first=epoch == step == 0, tally=tally,
+                        first=epoch == step == 0, tally=tally, compute=compute,
                     )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
@@ -168,24 +177,16 @@ def take_step(
     rng: torch.Generator,
     first: bool,
     tally: Tally | None = None,
+    compute: Compute | None = None,
 ) -> dict[str, float]:
-    """One optimizer step; returns the summed terms of the loss, of all processes of the tally's."""
+    """One optimizer step; returns the summed terms of the loss, of all processes of the tally's.
+
+    `compute` leaves the gradients with the parameters, as `gradients` does.
+    """
     tally = tally or Tally(Mesh())
     mesh = tally.mesh
-    ensemble.train_members(stage.members)
-    optimizer.zero_grad(set_to_none=True)
-    summed: dict[str, Tensor] = {}
-    # no cache: weights cast while they ask for no gradient must not serve passes that need one
-    autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
-    with (
-        autocast if precision == "bf16" else nullcontext(),
-        kernels_kept(ensemble),
-        phase(MEMBER_STEPS),
-    ):
-        for part in stage.loss(ensemble, batch, rng):
-            _backward(part)
-            for name, value in part.terms.items():
-                summed[name] = summed[name] + value if name in summed else value
+    compute = compute or partial(gradients, ensemble, stage, params, precision)
+    summed = compute(batch, rng)
     mesh.average(params)
     terms = tally(summed)
     where = f"in stage {stage.name!r} at step {total + 1}"
@@ -204,6 +205,40 @@ def take_step(
     return terms
 
 
+def gradients(
+    ensemble: Members,
+    stage: Stage,
+    params: Sequence[nn.Parameter],
+    precision: Literal["fp32", "bf16"],
+    batch: Batch,
+    rng: torch.Generator,
+) -> dict[str, Tensor]:
+    """The first half of a step, on the device alone: gradients by the parameters.
+
+    Nothing in it reads a number back, so that it can be recorded; what it draws it draws by
+    `rng.drawn`.
+
+    Returns:
+        The summed terms of the loss, detached scalars.
+    """
+    ensemble.train_members(stage.members)
+    for parameter in params:
+        parameter.grad = None
+    summed: dict[str, Tensor] = {}
+    # no cache: weights cast while they ask for no gradient must not serve passes that need one
+    autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
+    with (
+        autocast if precision == "bf16" else nullcontext(),
+        kernels_kept(ensemble),
+        phase(MEMBER_STEPS),
+    ):
+        for part in stage.loss(ensemble, batch, rng):
+            part.total.backward()
+            for name, value in part.terms.items():
+                summed[name] = summed[name] + value if name in summed else value
+    return summed
+
+
 def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: str) -> None:
     """Refuse to go on when a parameter that should learn got no gradient, or a non-finite one.
 
@@ -217,10 +252,6 @@ def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: 
     broken = [names.get(p, "?") for p in params if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]  # checked above
     if broken:
         raise TrainingError(f"non-finite gradient {where} for {', '.join(broken[:5])}")
-
-
-def _backward(part: Loss) -> None:
-    part.total.backward()
 
 
 def _epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:

@@ -19,6 +19,7 @@ from redefense.ensembles import Members, Origin, evaluating, kernels_kept
 from redefense.errors import CheckpointError, ConfigError, DataError
 from redefense.files import UNFINISHED, write_text
 from redefense.kinds import Kind
+from redefense.recording import Recorder, recorder_for
 from redefense.train.checkpoint import (
     ASIDE,
     Checkpoint,
@@ -62,6 +63,7 @@ def train(
     download: bool = False,
     profile: bool = False,
     mesh: str | None = None,
+    replay: str = "auto",
 ) -> Members:
     """Train `run` into the directory `out` and return the ensemble in evaluation mode.
 
@@ -74,6 +76,9 @@ def train(
     columns that share the members. How many there are is no part of the run: it changes rounding
     alone, is kept with each checkpoint, and may be another when the run is resumed.
 
+    With `replay` "auto" one process on a CUDA device records its steps as CUDA graphs and replays
+    them, to the same bits (`train.replay`); not while profiling. "off" computes every step anew.
+
     Raises:
         ConfigError: for a wrong setting, an `out` that holds a run already (without `resume`), or
             another run than the one to be resumed.
@@ -81,12 +86,23 @@ def train(
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
+    if replay not in ("auto", "off"):
+        raise ConfigError(f"--replay must be auto or off, got {replay!r}")
     with processes(mesh, device) as team:
-        return _train(run, out, team, resume, quiet or not team.first, download, profile)
+        records = replay == "auto" and team.size == 1 and not profile
+        recorder = recorder_for(team.device) if records else None
+        return _train(run, out, team, resume, quiet or not team.first, download, profile, recorder)
 
 
 def _train(
-    run: Run, out: Path, team: Mesh, resume: bool, quiet: bool, download: bool, profile: bool
+    run: Run,
+    out: Path,
+    team: Mesh,
+    resume: bool,
+    quiet: bool,
+    download: bool,
+    profile: bool,
+    recorder: Recorder | None,
 ) -> Members:
     device = str(team.device)
     with team.agreed():
@@ -147,7 +163,7 @@ def _train(
         run, out, stages, ensemble, loader, validation, signature, position, quiet, team
     )
     with profiled(out, device) if profile and team.first else contextlib.nullcontext():
-        session.fit(checkpoint, totals)
+        session.fit(checkpoint, totals, recorder)
     team.first_does(lambda: _finish(run, out, ensemble, signature))
     ensemble.origin = Origin(run, signature.as_dict(), out)
     return ensemble.eval()
@@ -287,7 +303,12 @@ class _Session:
     team: Mesh
     members: Tensor | None = None
 
-    def fit(self, checkpoint: Checkpoint | None, totals: dict[str, float]) -> None:
+    def fit(
+        self,
+        checkpoint: Checkpoint | None,
+        totals: dict[str, float],
+        recorder: Recorder | None = None,
+    ) -> None:
         """Run the loop from the checkpoint, or from the beginning."""
         own = self.team.own(self.ensemble.num_members)
         here = {p for m in own for p in self.ensemble.parameters_of(m)}
@@ -343,6 +364,7 @@ class _Session:
                 on_step=on_step,
                 on_epoch=on_epoch,
                 mesh=self.team,
+                recorder=recorder,
             )
         finally:
             progress.close()
