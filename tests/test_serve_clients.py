@@ -132,6 +132,8 @@ def test_a_refusal_says_what_was_sent(client: Client, sent: object, message: str
         ("br", b"\x0b"),
         ("identity, gzip", gzip.compress(b"{}")),
     ],
+    # gzip writes the time into its bytes, which must not name a test
+    ids=["gzip", "in capitals", "deflate", "brotli", "the second of two"],
 )
 @pytest.mark.parametrize("path", ["infer", "classify"])
 def test_compressed_bodies_are_refused_by_name(
