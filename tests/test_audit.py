@@ -18,7 +18,7 @@ from redefense.attacks import ATTACKS
 from redefense.data import load_dataset
 from redefense.errors import DataError
 from redefense.evaluation.audit import Finding, audit, exit_code
-from redefense.evaluation.claims import COLUMNS, read_csv
+from redefense.evaluation.claims_csv import COLUMNS, read_csv
 from redefense.evaluation.names import KNOWN, attack_key
 from redefense.rng import stream
 from redefense.threat import Threat

@@ -7,7 +7,7 @@ import pytest
 
 from redefense.errors import DataError
 from redefense.evaluation.audit import Finding, audit
-from redefense.evaluation.claims import COLUMNS, OPTIONAL, read_csv
+from redefense.evaluation.claims_csv import COLUMNS, OPTIONAL, read_csv
 from redefense.evaluation.names import AWARE, attack_key
 
 ROOT = Path(__file__).parents[1]

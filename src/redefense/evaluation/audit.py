@@ -1,6 +1,6 @@
 """The claim linter: which figures of a table cannot be believed, and why.
 
-It reads an evaluation of ours or a small CSV typed in from a paper (columns in `claims.COLUMNS`
+It reads an evaluation of ours or a small CSV typed in from a paper (columns in `claims_csv.COLUMNS`
 and, where the source says whose attacker knows of the draw, `aware`; one row a figure, accuracy in
 percent, empty where the source is silent; a method that was trained in two ways needs two names).
 The rules are those that need no model, only the figures.
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from redefense.errors import DataError
-from redefense.evaluation.claims import grouped, of_evaluation, read_csv
+from redefense.evaluation.claims import grouped, of_evaluation
+from redefense.evaluation.claims_csv import read_csv
 from redefense.evaluation.findings import Finding
 from redefense.evaluation.records import Cell, Evaluation, evaluations_of, load, parse, read_json
 from redefense.evaluation.rules import findings_of

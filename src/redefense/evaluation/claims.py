@@ -1,27 +1,13 @@
 """Claims of robustness as rows: typed in from a paper, or taken from an evaluation of ours."""
 
-import csv
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from redefense.config import check_linf
-from redefense.errors import ConfigError, DataError
-from redefense.evaluation.names import HEADLINES, UNBOUNDED, attack_key, knows_the_draw
+from redefense.evaluation.names import HEADLINES, attack_key, squeezed
 from redefense.evaluation.records import Evaluation
 
-COLUMNS = (
-    "table", "dataset", "method", "attack", "accuracy", "norm", "eps", "num_images", "members",
-    "randomized",
-)  # fmt: skip
-
-OPTIONAL = ("aware",)
-"""Columns that a table may have besides."""
-
-NORMS = ("inf", "2", "1", "0")
-
-_TRUTH = {"": None, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+SAME_EPS = 0.05
+"""Share by which radii may differ that mean the same, as 0.03, 0.031 and 8/255 do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +18,9 @@ class Claim:
         where: how to find it, e.g. `line 5`.
         key: the attack's name in lower case without punctuation, steps and synonyms.
         accuracy: in percent.
-        decimals: digits stated after the point; None for a figure that was not typed.
+        decimals: digits stated after the point; None for a figure that was not typed, and for a
+            count of images.
+        spread: what is stated after +-, in points; such a figure is a mean of several.
         norm, eps: the budget; None where unstated.
         view: what the attacker queried; empty where unstated.
         aware: whether the attacker knows that answers are drawn; None where neither the table
@@ -47,6 +35,7 @@ class Claim:
     key: str
     accuracy: float
     decimals: int | None = None
+    spread: float | None = None
     norm: str | None = None
     eps: float | None = None
     num_images: int | None = None
@@ -60,13 +49,16 @@ class Claim:
     def is_attack(self) -> bool:
         return self.key != "clean" and self.key not in HEADLINES
 
-    @property
-    def budget(self) -> tuple[str | None, float | None]:
-        return self.norm, self.eps
+    def same_budget(self, other: "Claim") -> bool:
+        """Whether both budgets are meant to be one: equal norms, radii within `SAME_EPS`."""
+        if self.norm != other.norm or self.eps is None or other.eps is None:
+            return (self.norm, self.eps) == (other.norm, other.eps)
+        return abs(self.eps - other.eps) <= SAME_EPS * max(self.eps, other.eps)
 
     def __str__(self) -> str:
         digits = 2 if self.decimals is None else self.decimals
-        return f"{self.where}: {self.attack} {self.accuracy:.{digits}f}"
+        spread = "" if self.spread is None else f" +- {self.spread:g}"
+        return f"{self.where}: {self.attack} {self.accuracy:.{digits}f}{spread}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,114 +95,18 @@ def grouped(claims: Sequence[Claim]) -> list[Group]:
     """Claims about the same method and data set, in the order of their first row.
 
     The table does not separate them: what one paper says of one model in two tables must agree.
+    Names that differ by case, spaces, hyphens or Unicode form alone are taken for one.
     """
     groups: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims:
-        groups.setdefault((claim.dataset, claim.method), []).append(claim)
+        groups.setdefault((squeezed(claim.dataset), squeezed(claim.method)), []).append(claim)
     return [
-        Group(subject=" ".join(part for part in key if part), claims=tuple(rows))
-        for key, rows in groups.items()
-    ]
-
-
-def read_csv(path: Path) -> list[Claim]:
-    """Claims of a CSV with the columns `COLUMNS`; accuracies in percent, empty where unstated.
-
-    A column `aware` may say whose attacker knows of the draw, whatever the attack's name.
-
-    Raises:
-        DataError: naming the line, column and value that cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    reader = csv.DictReader(text.splitlines(), strict=True)
-    try:
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: {error}") from None
-    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(f"{path} lacks the columns {', '.join(missing)}")
-    if not rows:
-        raise DataError(f"{path} states no figure")
-    return [_claim(path, line, row) for line, row in rows]
-
-
-def _claim(path: Path, line: int, row: dict[str, str | None]) -> Claim:
-    values = {column: (row.get(column) or "").strip() for column in (*COLUMNS, *OPTIONAL)}
-    if None in row:
-        raise DataError(f"{path} line {line} has more cells than columns")
-
-    def number(column: str, low: float, high: float) -> float | None:
-        text = values[column].removesuffix("%").strip()
-        if not text:
-            return None
-        try:
-            above, _, below = text.partition("/")  # `8/255` is how budgets are written
-            value = float(above) / (float(below) if below else 1.0)
-        except (ValueError, ZeroDivisionError):
-            value = float("nan")
-        if not low <= value <= high:
-            raise DataError(
-                f"{path} line {line}: {column} must be a number from {low:g} to {high:g}, "
-                f"got {values[column]!r}"
-            )
-        return value
-
-    def count(column: str) -> int | None:
-        value = number(column, 1.0, 1e12)
-        if value is not None and value != int(value):
-            raise DataError(f"{path} line {line}: {column} must be whole, got {values[column]!r}")
-        return None if value is None else int(value)
-
-    def truth(column: str) -> bool | None:
-        text = values[column]
-        if text.lower() not in _TRUTH:
-            raise DataError(
-                f"{path} line {line}: {column} must be true, yes, 1, false, no, 0 or empty, "
-                f"got {text!r}"
-            )
-        return _TRUTH[text.lower()]
-
-    accuracy = number("accuracy", 0.0, 100.0)
-    if accuracy is None or not values["attack"] or not values["method"]:
-        raise DataError(f"{path} line {line}: method, attack and accuracy must be given")
-    key, eps, aware = attack_key(values["attack"]), number("eps", 0.0, 1e9), truth("aware")
-    norm = _norm(values["norm"])
-    if norm not in (None, *NORMS):
-        raise DataError(
-            f"{path} line {line}: norm must be {', '.join(NORMS)} or empty, got {values['norm']!r}"
+        Group(
+            subject=" ".join(part for part in (rows[0].dataset, rows[0].method) if part),
+            claims=tuple(rows),
         )
-    if norm == "inf" and eps is not None:
-        try:
-            check_linf(eps, f"{path} line {line}: L-inf eps")
-        except ConfigError as error:
-            raise DataError(str(error)) from None
-    return Claim(
-        where=f"line {line}",
-        dataset=values["dataset"],
-        method=values["method"],
-        attack=values["attack"],
-        key=key,
-        accuracy=accuracy,
-        decimals=len(values["accuracy"].removesuffix("%").strip().partition(".")[2]),
-        norm=norm,
-        eps=eps,
-        num_images=count("num_images"),
-        members=count("members"),
-        randomized=truth("randomized"),
-        aware=knows_the_draw(key) if aware is None else aware,
-        bounded=eps is not None or key not in UNBOUNDED,
-    )
-
-
-def _norm(text: str) -> str | None:
-    """`Linf`, `L-inf`, `inf`, `L2`, `2` ... as one of `NORMS`; None if empty, else as written."""
-    plain = text.lower().replace("\u221e", "inf").replace("\u2113", "l")
-    plain = re.sub(r"[-_ {}\\]", "", plain).removeprefix("l").removesuffix(".0")
-    return {"infty": "inf", "infinity": "inf"}.get(plain, plain) or None
+        for rows in groups.values()
+    ]
 
 
 def of_evaluation(evaluation: Evaluation) -> list[Claim]:

@@ -4,6 +4,7 @@ Names are compared as keys: lower case, without punctuation, steps, norms and sy
 """
 
 import re
+import unicodedata
 
 GRADIENT = frozenset({"fgsm", "bim", "mim", "pgd", "di2fgsm", "eotpgd"})
 ITERATIVE = frozenset({"bim", "mim", "pgd", "eotpgd"})
@@ -56,13 +57,25 @@ ALIASES = {
 }  # fmt: skip
 
 
+def ordinary(text: str) -> str:
+    """Text in lower case, in one Unicode form, with plain hyphens and without invisible letters."""
+    letters = unicodedata.normalize("NFKC", text.casefold())
+    hyphens = ("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in letters)
+    return "".join(c for c in hyphens if unicodedata.category(c) != "Cf").strip()
+
+
+def squeezed(name: str) -> str:
+    """A name without what people write in several ways: case, spaces, hyphens, Unicode form."""
+    return re.sub(r"[-_\s]", "", ordinary(name))
+
+
 def attack_key(name: str) -> str:
     """`EOT-PGD` -> `eotpgd`, `C&W` -> `cw`, `PGD-20` -> `pgd`: what the rules go by.
 
     Of what stands in brackets only that counts which makes another attacker of it.
     """
     telling = r"\((?:[^)]*?(?<![-\w])(rand|eot|adaptive)(?!-?[a-z]))?[^)]*\)"
-    plain = re.sub(telling, r" \1", name.lower()).replace("c&w", "cw")
+    plain = re.sub(telling, r" \1", ordinary(name)).replace("c&w", "cw")
     plain = re.sub(r"[-_ ](\d+|l[-_]?(inf|[012]))$", "", plain.strip())
     plain = re.sub(r"[^a-z0-9]", "", plain)
     # a random start is no random answer: of the brackets only AutoAttack's tells
@@ -88,3 +101,18 @@ def knows_the_draw(key: str) -> bool | None:
     if key in AWARE:
         return True
     return False if key in KNOWN or averages(key) else None
+
+
+def steps_of(name: str) -> int | None:
+    """Steps or queries that the name of an attack states: `PGD-20`, `PGD (20 steps)` -> 20.
+
+    None if it states none, or something besides.
+    """
+    found = re.fullmatch(
+        r"([a-z][a-z&\d -]*?)[-_ ^{(\[]*(\d+)[-_ ]*(steps?|iter(?:ation)?s?|queries)?[}\])]*",
+        ordinary(name),
+    )
+    # the number after EoT is one of draws
+    if found is None or ("eot" in found[1] and found[3] is None) or found[1].endswith("-l"):
+        return None
+    return int(found[2])

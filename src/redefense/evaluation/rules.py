@@ -6,6 +6,7 @@ a few tenths of a point for random starts, two images, one unit of the last stat
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from types import MappingProxyType
 from typing import Final
 
@@ -20,6 +21,8 @@ from redefense.evaluation.names import (
     MINIMAL,
     WHITE_BOX,
     averages,
+    squeezed,
+    steps_of,
 )
 
 
@@ -31,7 +34,7 @@ def _contained(group: Group) -> bool:
     def contains(a: Claim, c: Claim) -> bool:
         """Whether it left no more, with no larger a budget."""
         smaller = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) <= (c.eps or 0)
-        return (a.budget == c.budget or smaller) and a.accuracy <= c.accuracy + 0.5
+        return (a.same_budget(c) or smaller) and a.accuracy <= c.accuracy + 0.5
 
     return bool(group.randomized and aware) and all(
         any(contains(a, c) for a in aware) for c in bounded
@@ -39,15 +42,27 @@ def _contained(group: Group) -> bool:
 
 
 def _slack(claims: Sequence[Claim], points: float) -> float:
-    """What chance may explain: `points`, two images, or one unit of the last stated digit."""
+    """What chance may explain: `points`, two images, or one unit of the last stated digit.
+
+    The spreads of means are added, and so is what a slightly smaller budget may explain: twice the
+    share by which it is smaller, of the images that are wrong within the larger one.
+    """
     sizes = [c.num_images for c in claims if c.num_images is not None]
     last = [10.0**-c.decimals for c in claims if c.decimals is not None]
-    return max([points, *([200 / min(sizes)] if sizes else []), *last])
+    high, low = (choose(claims, key=lambda c: c.accuracy) for choose in (max, min))
+    smaller = 0.0
+    if high.norm == low.norm and high.eps is not None and low.eps:
+        smaller = max(2 * (1 - high.eps / low.eps), 0.0) * (100 - low.accuracy)
+    spreads = sum(c.spread or 0.0 for c in claims)
+    return max([points, *([200 / min(sizes)] if sizes else []), *last]) + spreads + smaller
 
 
 def _comparable(a: Claim, b: Claim) -> bool:
-    same_view = a.view == b.view or not a.view or not b.view
-    return a.bounded and b.bounded and a.budget == b.budget and same_view
+    return a.bounded and b.bounded and a.same_budget(b) and _same_view(a, b)
+
+
+def _same_view(a: Claim, b: Claim) -> bool:
+    return a.view == b.view or not a.view or not b.view
 
 
 def _above(
@@ -95,6 +110,58 @@ def iterative_above_single_step(group: Group) -> Iterator[Finding]:
     for high, below in _above(group, ITERATIVE - {"eotpgd"}, {"fgsm"}, 0.5):
         why = "Many steps leave more images right than one: gradients are masked or steps wrong."
         yield finding_about(group, [high, *below], why)
+
+
+def rises_with_steps(group: Group) -> Iterator[Finding]:
+    counted = [(c, steps) for c in group.attacks if (steps := steps_of(c.attack)) is not None]
+    for high, many in counted:
+        below = [
+            low
+            for low, few in counted
+            if (low.key, low.aware) == (high.key, high.aware) and few < many
+            and _comparable(high, low) and high.accuracy > low.accuracy + _slack((high, low), 1.0)
+        ]  # fmt: skip
+        if below:
+            why = (
+                "More steps leave more images right: gradients are masked, steps too long, or the "
+                "figures are not those of one model."
+            )
+            yield finding_about(group, [high, *below], why)
+
+
+def duplicates_differ(group: Group) -> Iterator[Finding]:
+    """The same attack, or none, stated twice with other figures; an error beyond chance."""
+    chance = 0.5 if group.randomized is False else 2.0
+    for first, second in combinations(group.claims, 2):
+        if not _same_measurement(first, second):
+            continue
+        gap = abs(first.accuracy - second.accuracy)
+        rounding = sum(0.5 * 10.0**-c.decimals for c in (first, second) if c.decimals is not None)
+        if gap <= rounding + 1e-9:
+            continue
+        beyond = gap > _slack((first, second), chance)
+        why = (
+            "One measurement has two figures: one of them is wrong, or they are of two models, "
+            "which need two names."
+            if beyond
+            else "One measurement has two figures, as near to each other as chance brings them."
+        )
+        yield finding_about(group, [first, second], why, "error" if beyond else "note")
+
+
+def _same_measurement(a: Claim, b: Claim) -> bool:
+    """Whether two typed claims say that they are of one attack, budget, and set of images."""
+    stated = ((getattr(a, key), getattr(b, key)) for key in ("num_images", "members", "randomized"))
+    clean = a.key == b.key == "clean"  # whose budget says nothing
+    attack = squeezed(a.attack) == squeezed(b.attack) and (
+        (a.norm, a.eps, a.aware, a.bounded) == (b.norm, b.eps, b.aware, b.bounded)
+    )
+    return (
+        None not in (a.decimals, b.decimals)
+        and (clean or attack)
+        and _same_view(a, b)
+        and all(first == second for first, second in stated)
+    )
 
 
 def black_box_below_white_box(group: Group) -> Iterator[Finding]:
@@ -213,7 +280,7 @@ def _covers(a: Claim, c: Claim) -> bool:
 def aware_above_unaware(group: Group) -> Iterator[Finding]:
     aware = [c for c in group.attacks if c.aware and c.bounded]
     for low in group.attacks:
-        same = [c for c in aware if c.budget == low.budget]
+        same = [c for c in aware if c.same_budget(low)]
         if not group.randomized or low.aware is not False or not low.bounded or not same:
             continue
         best = min(same, key=lambda c: c.accuracy)
@@ -225,12 +292,12 @@ def aware_above_unaware(group: Group) -> Iterator[Finding]:
 def headline_above_attack(group: Group) -> Iterator[Finding]:
     for headline in (c for c in group.claims if c.key in HEADLINES):
         attacks = [c for c in group.attacks if c.bounded]
-        budgets = {c.budget for c in attacks}
+        one_budget = all(c.same_budget(attacks[0]) for c in attacks)
         summed = [
             c
             for c in attacks
             # a headline without a budget is that of all attacks only where these have one budget
-            if c.budget == headline.budget or (headline.eps is None and len(budgets) == 1)
+            if c.same_budget(headline) or (headline.eps is None and one_budget)
             # and one of attackers who do not know may lie above those who do
             if headline.key != "headlineunaware" or c.aware is False
         ]
@@ -264,6 +331,8 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "autoattack-above-pgd": autoattack_above_pgd,
         "apgd-above-pgd": apgd_above_pgd,
         "iterative-above-single-step": iterative_above_single_step,
+        "rises-with-steps": rises_with_steps,
+        "duplicates-differ": duplicates_differ,
         "black-box-below-white-box": black_box_below_white_box,
         "eot-below-pgd": eot_against_pgd,
         "inert-attack": inert_attack,
@@ -276,6 +345,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "unknown-attack": stated.unknown_attack,
         "draw-denied": stated.draw_denied,
         "draw-unstated": stated.draw_unstated,
+        "spelling": stated.spelling,
         "fractions": stated.fractions,
         "other-norm": stated.other_norm,
         "norm-unstated": stated.norm_unstated,
@@ -291,6 +361,7 @@ _STRENGTH = frozenset(
     {
         "autoattack-above-apgd", "autoattack-above-pgd", "apgd-above-pgd", "inert-attack",
         "iterative-above-single-step", "black-box-below-white-box", "above-clean", "rises-with-eps",
+        "rises-with-steps",
     }
 )  # fmt: skip
 

@@ -38,6 +38,15 @@ def fractions(group: Group) -> Iterator[Finding]:
         yield finding_about(group, claims, why, "note" if group.clean is None else "error")
 
 
+def spelling(group: Group) -> Iterator[Finding]:
+    for what in ("dataset", "method"):
+        first = {getattr(c, what): c for c in reversed(group.claims)}
+        if len(first) > 1:
+            names = ", ".join(map(repr, reversed(first)))
+            why = f"Taken for one {what}: {names}. If they are several, give them other names."
+            yield finding_about(group, list(reversed(first.values())), why, "note")
+
+
 def unknown_attack(group: Group) -> Iterator[Finding]:
     unknown = [c for c in group.attacks if c.key not in KNOWN]
     if unknown:
@@ -77,7 +86,9 @@ def too_few_images(group: Group) -> Iterator[Finding]:
     """Digits finer than one image; an error from ten times finer on."""
     for claim in group.claims:
         n, decimals = claim.num_images, claim.decimals
-        if n is None or decimals is None or 100 / n <= 10.0**-decimals * (1 + 1e-9):
+        if n is None or decimals is None or claim.spread is not None:
+            continue  # means of several runs may have finer digits
+        if 100 / n <= 10.0**-decimals * (1 + 1e-9):
             continue
         coarse = 100 / n > 10.0 ** (1 - decimals) * (1 + 1e-9)
         low, high = wilson(round(claim.accuracy * n / 100), n)
@@ -92,6 +103,8 @@ def impossible_share(group: Group) -> Iterator[Finding]:
     for claim in group.claims:
         n, decimals = claim.num_images, claim.decimals
         if n is None or decimals is None or group.randomized is not False:
+            continue
+        if claim.spread is not None:
             continue
         nearest = 100 * round(claim.accuracy * n / 100) / n
         if abs(nearest - claim.accuracy) > 0.5 * 10.0**-decimals + 1e-9:
