@@ -55,8 +55,11 @@ class Attacked(_Data):
     """One cell: the call that rebuilds the attack, and the exact expected accuracy it left.
 
     Attributes:
-        faced: single members and the average met it, too, each for itself.
+        expected: None where it did not meet all images.
+        faced: in older claims, single members and the average met it too, each for itself.
         each: packed correctness per image, of bounded attacks.
+        met: which images it met, packed as correctness is; None for all. Where an attack did not
+            meet an image, that was lost before it.
     """
 
     id: str
@@ -65,9 +68,10 @@ class Attacked(_Data):
     aware: bool
     bounded: bool
     repr: str
-    expected: Figure
+    expected: Figure | None
     faced: bool = False
     each: str | None = None
+    met: str | None = None
 
     @property
     def key(self) -> Attack:
@@ -129,9 +133,9 @@ class Evaluated(_Data):
         levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
         return levels / STEPS
 
-    def attacks(self) -> dict[Attack, str | None]:
-        """The bounded attacks and what they left of each image, to find those that two runs met."""
-        return {c.key: c.each for c in self.cells if c.bounded}
+    def attacks(self) -> dict[Attack, Attacked]:
+        """The bounded attacks, to find those that two runs met."""
+        return {c.key: c for c in self.cells if c.bounded}
 
 
 class Training(_Data):
@@ -236,11 +240,12 @@ def evaluated(result: Result) -> Evaluated:
             Attacked(
                 id=scored.cell.id, attack=scored.cell.attack, view=scored.cell.view,
                 aware=scored.cell.aware, bounded=scored.cell.bounded, repr=scored.cell.repr,
-                expected=estimated, faced=scored.faced,
+                expected=figure(scored.expected),
                 each=packed(scored.q) if scored.cell.bounded else None,
+                met=None if scored.whole or scored.met is None else packed(scored.met),
             )
             for scored in result.cells
-            if (estimated := figure(scored.expected)) is not None
+            if scored.expected is not None or scored.q is not None
         ),
         red_checks=tuple(c.id for c in result.checks if c.passed is False),
         untouched=packed(result.suites[0].clean.q),
@@ -257,16 +262,14 @@ def figure(estimate: Estimate | None) -> Figure | None:
 
 
 def lowest(result: Result) -> str | None:
-    """Per image, the lowest expected correctness over clean image and bounded attacks."""
-    scored = [*result.bounded, result.suites[0].clean]
-    per_image = [s.q for s in scored if s.q is not None]
-    if result.aware is None or len(per_image) < len(scored):
+    """Per image, the lowest expected correctness over clean image and everything that was run."""
+    if result.q_aware is None:
         return None
-    levels = np.rint(STEPS * np.min(per_image, axis=0)).astype("<u2")
+    levels = np.rint(STEPS * result.q_aware).astype("<u2")
     return base64.urlsafe_b64encode(levels.tobytes()).decode()
 
 
-def packed(q: NDArray[np.float64] | None) -> str | None:
+def packed(q: NDArray[np.float64] | NDArray[np.bool_] | None) -> str | None:
     """Correctness (n,) in [0, 1] as text: deflated 16-bit levels in URL-safe base64."""
     if q is None:
         return None
@@ -324,12 +327,22 @@ def write(it: Claim, folder: Path) -> Path:
 def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
     """Per image, the lowest correctness over the clean image and these attacks.
 
+    NaN where that is not known: where one of them did not meet an image that none of the others
+    took, because an attack that is not among them had.
+
     Raises:
         DataError: if there is no attack, or the claim does not keep what they left of each image.
     """
-    texts = [found.untouched, *(found.attacks()[attack] for attack in attacks)]
-    kept = [unpacked(text) for text in texts if text is not None]
-    if not attacks or len(kept) < len(texts):
-        raise DataError("a claim does not keep what each attack left of each image: make it anew")
-    lowest: NDArray[np.float64] = np.min(kept, axis=0)
-    return lowest
+    if not attacks or found.untouched is None:
+        raise DataError(_ANEW)
+    lowest, known = unpacked(found.untouched), np.ones(found.data["num_images"], dtype=bool)
+    for cell in (found.attacks()[attack] for attack in attacks):
+        if cell.each is None:
+            raise DataError(_ANEW)
+        left = unpacked(cell.each)
+        met = np.ones_like(known) if cell.met is None else unpacked(cell.met) > 0
+        lowest, known = np.where(met, np.minimum(lowest, left), lowest), known & met
+    return np.where(known | (lowest == 0), lowest, np.nan)
+
+
+_ANEW: Final = "a claim does not keep what each attack left of each image: make it anew"

@@ -48,9 +48,6 @@ def result(it: Claim) -> Result:
         default=None,
     )
     q = found.per_image()
-    knowing = [c.q for c in cells if c.faced and c.q is not None]
-    if knowing and found.untouched is not None:
-        knowing.append(unpacked(found.untouched))
     return Result(
         name=it.name, norm=found.norm, eps=found.eps,
         suites=tuple(_evaluation(it, plan) for plan in found.suites), cells=cells,
@@ -59,9 +56,8 @@ def result(it: Claim) -> Result:
         aware=_estimate(found.aware), single=_estimate(found.best_single_member),
         single_index=None, chosen_on=None, averaged=_estimate(found.averaged),
         alone=tuple(figure.estimate for figure in found.alone),
-        knowing=accuracy_interval(np.min(knowing, axis=0)) if knowing else None,
         over_single=_estimate(found.over_single), over_averaged=_estimate(found.over_averaged),
-        over_alone=_estimate(found.over_alone), fooled=None,
+        over_alone=_estimate(found.over_alone), q_aware=q, fooled=None,
         tries_aware=None if q is None else success_within(q, TRIES),
         tries_unaware=(
             None if unaware is None or unaware.q is None else success_within(unaware.q, TRIES)
@@ -72,16 +68,28 @@ def result(it: Claim) -> Result:
 
 
 def _scored(cell: Attacked, found: Evaluated) -> Scored:
-    low, high = cell.expected.low, cell.expected.high
+    value, low, high = _estimate(cell.expected) or (None, None, None)
+    q, met = (None if text is None else unpacked(text) for text in (cell.each, cell.met))
     kept = Cell(
         id=cell.id, attack=cell.attack, view=cell.view, aware=cell.aware, bounded=cell.bounded,
-        repr=cell.repr, accuracy=Accuracy(expected=cell.expected.value),
+        repr=cell.repr, accuracy=Accuracy(expected=value),
         threat=Budget(norm=found.norm, eps=found.eps) if cell.bounded else None,
         interval=None if low is None or high is None else (low, high),
     )  # fmt: skip
-    q = None if cell.each is None else unpacked(cell.each)
     suite = " + ".join(map(suite_name, found.suites))
-    return Scored(cell=kept, suite=suite, correct=None, q=q, faced=cell.faced)
+    met = None if met is None else met > 0
+    return Scored(cell=kept, suite=suite, correct=None, q=q, met=met)
+
+
+def drawn(found: Evaluated) -> Estimate | None:
+    """The draw, to be compared with its members and their average: each in its own worst case.
+
+    In older claims all three were compared under the attacks that all had faced.
+    """
+    faced = [unpacked(c.each) for c in found.cells if c.faced and c.each is not None]
+    if faced and found.untouched is not None:
+        return accuracy_interval(np.min([*faced, unpacked(found.untouched)], axis=0))
+    return _estimate(found.aware)
 
 
 def _evaluation(it: Claim, plan: Plan) -> Stored:
@@ -92,7 +100,7 @@ def _evaluation(it: Claim, plan: Plan) -> Stored:
     return Stored(
         name=it.name, source=None, file=None, plan=None, evaluation=evaluation, index=None,
         clean=Scored(cell=Cell(id="clean", attack="clean"), suite="", correct=None, q=None),
-        cells=(), single=None, averaged=None, alone=None,
+        cells=(), further=(), single=None, averaged=None, alone=None,
     )  # fmt: skip
 
 
@@ -141,7 +149,8 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
     """A Markdown table, percent with 95 % intervals, cost in millions of a member's forward passes.
 
     The best member is the one that is best on these images, where all were attacked. Under "same
-    attacks" is what the ensemble keeps under those that this member and the average met, too.
+    attacks" is what the ensemble keeps under those that this member and the average met, too; that
+    is its aware figure, unless the claim is an older one.
 
     Args:
         claims: one row each, in this order.
@@ -153,7 +162,7 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
         found = it.headline
         shown = result(it)
         figures = [
-            shown.clean, shown.unaware, shown.aware, shown.knowing, shown.best_alone, shown.averaged
+            shown.clean, shown.unaware, shown.aware, drawn(found), shown.best_alone, shown.averaged
         ]  # fmt: skip
         row = [it.name, str(found.data["num_images"])]
         row += [with_interval(figure) for figure in figures]
@@ -174,8 +183,8 @@ DRAW_COLUMNS: Final = (
 def draw_table(claims: Sequence[Claim]) -> str:
     """A Markdown table of what drawing is worth, percent and points with 95 % intervals.
 
-    The draw, the member that is best on these images and the average each under the attacks that
-    all three have met, each attacked for itself; single networks are left out.
+    The draw, the member that is best on these images and the average, each in its own worst case
+    (in older claims, under the attacks that all three have met); single networks are left out.
 
     Args:
         claims: one row each, in this order.
@@ -186,11 +195,11 @@ def draw_table(claims: Sequence[Claim]) -> str:
         if len(found.alone) < 2:
             continue
         figures = [
-            with_interval(shown.knowing),
+            with_interval(drawn(found)),
             percent(shown.best_alone),
-            _over(found.over_alone, shown.knowing, shown.best_alone),
+            _over(found.over_alone, drawn(found), shown.best_alone),
             percent(shown.averaged),
-            _over(found.over_averaged, shown.knowing, shown.averaged),
+            _over(found.over_averaged, drawn(found), shown.averaged),
         ]
         rows.append([it.name, str(found.data["num_images"]), *figures])
     return with_brackets(DRAW_COLUMNS, rows)
@@ -226,7 +235,7 @@ def attacks_table(
     shown = {it.name: part.headline for it in claims if (part := on_images(it, images)) is not None}
     cells = {name: _least_of_each(e) for name, e in shown.items()}
     met = {
-        name: {key: _Shown(c.expected.estimate, c.each) for key, c in each.items()}
+        name: {key: _Shown(_estimate(c.expected), c.each) for key, c in each.items()}
         for name, each in cells.items()
     }
     bounded = _by_attack(met, unbounded=False)
@@ -276,7 +285,7 @@ class _Shown(NamedTuple):
 
 def _least_of_each(found: Evaluated) -> dict[tuple[bool, str], Attacked]:
     """By (unbounded, attack), the cell that left least, of attackers who do not know of a draw."""
-    cells = sorted(found.cells, key=lambda cell: -cell.expected.value)
+    cells = sorted(found.cells, key=lambda cell: -cell.expected.value if cell.expected else -1.0)
     return {(not c.bounded, c.attack): c for c in cells if not c.aware}
 
 
@@ -303,6 +312,8 @@ def _summed(left: Mapping[str, NDArray[np.float64] | None]) -> dict[str, _Shown]
 
 def _worst(found: Evaluated, *, unaware: bool = False) -> NDArray[np.float64] | None:
     """Per image what the worst bounded attack leaves; None without such, or without records."""
+    if not unaware and found.lowest is not None:
+        return found.per_image()
     knowing = {c.key for c in found.cells if c.aware and unaware}
     try:
         return least(found, found.attacks().keys() - knowing)
@@ -355,4 +366,7 @@ def _paired(found: Evaluated, base: Evaluated) -> str:
         except DataError:
             return "other attacks"
         note = f", {len(common)} attacks of both"
+        known = ~np.isnan(one) & ~np.isnan(other)
+        if not known.all():
+            one, other, note = one[known], other[known], f"{note}, {known.sum()} images"
     return gain(one, other) + note

@@ -98,20 +98,28 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
         name: _row([sets[chosen] for sets in seeds], attacks, attacks - aware)
         for name, seeds in found.items()
     }
-    return rows, len(attacks)
+    # what only other attacks have taken was not met by all of the common ones
+    known = ~np.isnan(np.concatenate([row.aware for row in rows.values()])).any(0)
+    return {name: Row(*(v[:, known] for v in row)) for name, row in rows.items()}, len(attacks)
 
 
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
     # refuses those that keep no single images
-    aware = [claim_files.least(e, common) for e in seeds]
+    aware = [_worst(e, common) for e in seeds]
     kept = [
-        {a: claim_files.unpacked(each) for a, each in e.attacks().items() if each} for e in seeds
+        {a: claim_files.unpacked(c.each) for a, c in e.attacks().items() if c.each} for e in seeds
     ]
     return Row(
         clean=np.stack([claim_files.unpacked(e.untouched) for e in seeds if e.untouched]),
         unaware=np.stack([min((left[a] for a in unaware), key=np.mean) for left in kept]),
         aware=np.stack(aware),
     )
+
+
+def _worst(found: Evaluated, common: Set[Attack]) -> Values:
+    """The lowest that the common attacks leave; where there are no others, of all that was run."""
+    whole = found.per_image() if common == found.attacks().keys() else None
+    return claim_files.least(found, common) if whole is None else whole
 
 
 def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) -> str:

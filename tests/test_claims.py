@@ -83,7 +83,7 @@ def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Pa
             assert figure.low is not None
             assert figure.high is not None
             assert figure.low <= figure.value <= figure.high
-        bounded = [c.expected.value for c in found.cells if c.bounded]
+        bounded = [c.expected.value for c in found.cells if c.bounded and c.expected is not None]
         assert found.aware.value <= min(bounded) + 1e-6
 
 
@@ -170,14 +170,14 @@ def test_the_table_of_the_draw_shows_what_the_report_joins(runs: Path) -> None:
     named = [cell.strip() for cell in heading.split("|")[1:-1]]
     assert named == list(claim_pages.DRAW_COLUMNS)
     (joined,) = join([runs / "tiny-0"])
-    assert joined.knowing is not None
+    assert joined.aware is not None
     assert joined.over_alone is not None
     assert joined.best_alone is not None
     cells = dict(zip(named, (cell.strip() for cell in first.split("|")[1:-1]), strict=True))
-    assert cells["drawn"].startswith(f"{100 * joined.knowing.value:.1f} [")
+    assert cells["drawn"].startswith(f"{100 * joined.aware.value:.1f} [")
     assert cells["best member"] == percent(joined.best_alone)
     assert cells["draw over best member"].startswith(f"{100 * joined.over_alone.value:+.1f} [")
-    drawn = joined.knowing.value - joined.best_alone.value
+    drawn = joined.aware.value - joined.best_alone.value
     assert joined.over_alone.value == pytest.approx(drawn)
     one = both[0].headline.model_copy(update={"alone": both[0].headline.alone[:1]})
     assert len(claim_pages.draw_table([both[0].model_copy(update={"evaluations": (one,)})])) < 200

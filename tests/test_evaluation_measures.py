@@ -20,6 +20,7 @@ from redefense.evaluation.measures import (
     pair_statistics,
     worst_over,
 )
+from redefense.evaluation.tried import Tried
 from redefense.threat import Threat
 
 
@@ -111,8 +112,9 @@ def measured(
     convention: Convention, ensemble: Members, x: Tensor, y: Tensor, threat: Threat
 ) -> dict[str, Any]:
     common = (ensemble.member_logits(x).argmax(-1) == y).all(0)
+    tried = Tried(ensemble, x, y, threat)
     rows = [
-        convention.row(ensemble, m, x, y, common, threat, seed=0)
+        convention.row(ensemble, m, x, y, common, threat, tried, seed=0)
         for m in range(ensemble.num_members)
     ]
     return convention.table(rows, common, threat)
@@ -136,7 +138,9 @@ def test_transfer_follows_both_conventions() -> None:
 
 def test_the_curve_falls_where_the_boundaries_are_and_ends_at_zero() -> None:
     x, y = flat(0.55, 0.65, 0.9), torch.tensor([1, 1, 1])
-    rows = curve(Independent([Ramp(0)]), x, y, Threat(eps=0.1), np.ones((1, 3), dtype=bool), seed=0)
+    threat, ensemble = Threat(eps=0.1), Independent([Ramp(0)])
+    tried, worst = Tried(ensemble, x, y, threat), np.ones((1, 3), dtype=bool)
+    rows = curve(ensemble, x, y, threat, worst, tried, seed=0)
     accuracies = {round(row[0], 3): row[1] for row in rows}
     assert accuracies[0.0] == 1.0
     assert accuracies[0.025] == 1.0
@@ -144,12 +148,15 @@ def test_the_curve_falls_where_the_boundaries_are_and_ends_at_zero() -> None:
     assert accuracies[0.2] == pytest.approx(1 / 3)
     assert rows[-1][1] == 0.0
     assert all(len(row) == 4 for row in rows)
+    # its points within the threat are told; those beyond are none of it
+    assert tried.arrays["correct"].tolist() == [[False, True, True]]
 
 
 def test_the_curve_takes_over_what_the_suite_found() -> None:
     x, y = flat(0.9, 0.9), torch.tensor([1, 1])
     worst = np.array([[False, True]])
-    rows = curve(Independent([Ramp(0)]), x, y, Threat(eps=0.1), worst, seed=0)
+    threat, ensemble = Threat(eps=0.1), Independent([Ramp(0)])
+    rows = curve(ensemble, x, y, threat, worst, Tried(ensemble, x, y, threat), seed=0)
     values = [row[1] for row in rows]
     assert values[:5] == [1.0, 1.0, 1.0, 1.0, 0.5]
     assert values == sorted(values, reverse=True)
@@ -160,8 +167,9 @@ def test_member_measures_are_plain_data() -> None:
     ensemble = Independent([Ramp(0), Ramp(1)])
     subject = Subject(ensemble, x, y, np.arange(2), "made up")
     worst = np.array([[True, True], [False, True]])
-    found = member_measures(subject, Threat(eps=0.1), worst, worst, seed=0)
-    assert found["members_alone"] == [1.0, 0.5]
+    found, points = member_measures(subject, Threat(eps=0.1), worst, seed=0)
     assert len(found["transfer"]) == 2
-    assert found["diversity"]["attacked"]["disagreement"] == 0.5
     assert found["curve"][0][1] == 1.0
+    # what is printed of the points is what is told of them: each member fooled on the first image
+    assert points["alone"].tolist() == [[False, True]] * 2
+    assert points["correct"].shape == (2, 2)

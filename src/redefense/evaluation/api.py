@@ -23,7 +23,7 @@ from redefense.defences import DEFENCES
 from redefense.ensembles import Independent, Members, as_ensemble, evaluating
 from redefense.errors import ConfigError, DataError, InputError, Interrupted, RedCheckWarning
 from redefense.evaluation.answers import check_modes, laid_out
-from redefense.evaluation.beside import SELECTION_IMAGES
+from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown

@@ -93,7 +93,7 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
     headline = evaluation.headline
     expected = [
         (cell, cell.accuracy.expected)
-        for cell in evaluation.cells
+        for cell in (*evaluation.cells, *evaluation.further_cells)
         if cell.accuracy.expected is not None
     ]
     bounded = [(cell, value) for cell, value in expected if cell.bounded]

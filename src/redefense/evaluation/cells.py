@@ -3,19 +3,20 @@
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.attacks import Attack
 from redefense.config import ThreatConfig
-from redefense.ensembles import as_ensemble, evaluating, mean_log_probs
+from redefense.ensembles import mean_log_probs
 from redefense.errors import InputError
 from redefense.evaluation.metering import Meter, Metered
 from redefense.evaluation.metrics import Bools, Floats
@@ -33,13 +34,17 @@ COST: Final = ("forwards", "backwards", "seconds")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one attack did to every image.
+    """What one attack did to every image that it met.
 
     Attributes:
-        correct: (M, n) whether each member is right on the perturbed image.
+        correct: (M, n) whether each member is right on the perturbed image; False for all members
+            where an image was lost before this attack and so was not attacked.
         averaged: (n,) whether the averaged ensemble is.
         linf: (n,) largest change of a channel; `l2` its length; `l0` pixels changed.
-        forwards: passes of one image through one member, per image; `backwards` likewise.
+        met: (n,) the images that were attacked; all unless given.
+        alone: (M, n) whether each member is right on all points of the image; `correct` unless
+            several points were tried, of which `correct` is the worst.
+        forwards: passes of one image through one member, per image met; `backwards` likewise.
         seconds: wall-clock time of the attack alone.
     """
 
@@ -48,13 +53,29 @@ class Cell:
     linf: Floats
     l2: Floats
     l0: Floats
+    met: Bools = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    alone: Bools = field(default_factory=lambda: np.zeros((0, 0), dtype=bool))
     forwards: float = 0.0
     backwards: float = 0.0
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.met.size:
+            object.__setattr__(self, "met", np.ones(self.correct.shape[1], dtype=bool))
+        if not self.alone.size:
+            object.__setattr__(self, "alone", self.correct)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all images were attacked."""
+        return bool(self.met.all())
+
     def save(self, path: Path, index: NDArray[np.int64]) -> None:
         """Write the records, and which images of the data set they are of."""
-        write_arrays(path, {"index": index, **asdict(self)})
+        arrays = {"index": index, **asdict(self)}
+        if self.alone is self.correct:
+            del arrays["alone"]
+        write_arrays(path, arrays)
 
     @classmethod
     def read(cls, path: Path | None) -> "Cell | None":
@@ -105,6 +126,105 @@ def as_threat(config: ThreatConfig) -> Threat:
     return Threat(norm=math.inf if config.norm == "inf" else 2.0, eps=config.eps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One attack on the images that it is to meet, in fixed chunks.
+
+    Attributes:
+        view: "sampled", "averaged", "members", or "member 0" for the first member alone.
+        name: of its random streams.
+        met: (n,) the images to attack; the others count as lost.
+        starts: gives points (K, B, C, H, W) of a chunk from which the attack may begin.
+        keep: is handed the chunk, the rows in it that were attacked, and their perturbed images.
+    """
+
+    subject: Subject
+    attack: Attack
+    threat: ThreatConfig
+    view: str
+    seed: int
+    name: str
+    met: Bools
+    starts: Callable[[slice], Tensor] | None = None
+    keep: Callable[[slice, NDArray[np.int64], Images, Bools], None] | None = None
+
+    def chunk(self, images: slice, progress: Progress = SILENT) -> dict[str, Any]:
+        """Attack a chunk; verify the ball; ask every member about the result."""
+        subject, met = self.subject, self.met[images]
+        rows = met.nonzero()[0]
+        empty = _unmet(subject.ensemble.num_members, met)
+        if len(rows) == 0:
+            return empty | dict.fromkeys(COST, 0.0)
+        chosen = torch.from_numpy(rows).to(subject.x.device)
+        whole = len(rows) == len(met)
+        x, y = subject.x[images], subject.y[images]
+        if not whole:
+            x, y = x[chosen], y[chosen]
+        budget, meter = as_threat(self.threat), Meter(progress.passed)
+        victim = self._victim(Metered(subject.ensemble, meter), images.start)
+        more = {}
+        if self.starts is not None:
+            points = self.starts(images)
+            more["starts"] = points if whole else points[:, chosen]
+        rng = stream(self.seed, "attack", self.name, images.start)
+        begun = time.perf_counter()
+        x_adv = self.attack(victim, x, y, budget, rng=rng, **more)
+        seconds = time.perf_counter() - begun
+        if self.attack.bounded:
+            verify_ball(x_adv, x, budget, self.name)
+        judged = judge(subject.ensemble, x_adv, x, y)
+        if self.keep is not None:
+            self.keep(images, rows, x_adv, judged["correct"])
+        for key, values in judged.items():
+            empty[key][..., rows] = values
+        cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
+        return empty | cost
+
+    def _victim(self, metered: Metered, start: int) -> Victim:
+        if self.view == "sampled":
+            return metered.sampled(rng=stream(self.seed, "draws", self.name, start))
+        if self.view == "averaged":
+            return metered.averaged()
+        if self.view.startswith(MEMBER):
+            return metered.member(member_of(self.view))
+        return metered
+
+    def run(self, kept: Path | None = None, progress: Progress = SILENT) -> Cell:
+        """All chunks. Finished ones are kept in the folder `kept`, as `in_chunks` does."""
+
+        def fits(images: slice, part: Mapping[str, NDArray[Any]]) -> bool:
+            return "met" in part and np.array_equal(part["met"], self.met[images])
+
+        parts = in_chunks(
+            len(self.met), partial(self.chunk, progress=progress), fits=fits, kept=kept,
+            workers=self.subject.workers, progress=progress,
+        )  # fmt: skip
+        totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
+        count = max(1, int(self.met.sum()))
+        return Cell(
+            **_merge(parts),
+            forwards=totals["forwards"] / count,
+            backwards=totals["backwards"] / count,
+            seconds=totals["seconds"],
+        )
+
+
+MEMBER: Final = "member "
+"""How the view of one member begins."""
+
+
+def member_of(view: str) -> int:
+    """Which member a view of one is."""
+    return int(view.removeprefix(MEMBER))
+
+
+def _unmet(num_members: int, met: Bools) -> dict[str, Any]:
+    """The records of a chunk of which no image was attacked."""
+    nothing = {key: np.zeros(len(met)) for key in ("linf", "l2", "l0")}
+    correct, averaged = np.zeros((num_members, len(met)), bool), np.zeros(len(met), bool)
+    return {"correct": correct, "averaged": averaged, **nothing, "met": met}
+
+
 def attack_cell(
     subject: Subject,
     attack: Attack,
@@ -120,34 +240,11 @@ def attack_cell(
 
     Finished chunks are kept in the folder `kept`, as `in_chunks` does.
     """
-    budget = as_threat(threat)
-
-    def work(images: slice) -> dict[str, Any]:
-        x, y, start = subject.x[images], subject.y[images], images.start
-        meter = Meter(progress.passed)
-        metered = Metered(subject.ensemble, meter)
-        victim: Victim = metered
-        if view == "sampled":
-            victim = metered.sampled(rng=stream(seed, "draws", name, start))
-        elif view == "averaged":
-            victim = metered.averaged()
-        begun = time.perf_counter()
-        x_adv = attack(victim, x, y, budget, rng=stream(seed, "attack", name, start))
-        seconds = time.perf_counter() - begun
-        if attack.bounded:
-            verify_ball(x_adv, x, budget, name)
-        cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
-        return judge(subject.ensemble, x_adv, x, y) | cost
-
-    count = len(subject.x)
-    parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
-    totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
-    return Cell(
-        **_merge(parts),
-        forwards=totals["forwards"] / count,
-        backwards=totals["backwards"] / count,
-        seconds=totals["seconds"],
-    )
+    task = Task(
+        subject=subject, attack=attack, threat=threat, view=view, seed=seed, name=name,
+        met=np.ones(len(subject.x), dtype=bool),
+    )  # fmt: skip
+    return task.run(kept, progress)
 
 
 def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
@@ -188,41 +285,3 @@ def clean_cell(subject: Subject) -> Cell:
 
 def _merge(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
     return {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
-
-
-def robust_correctness(
-    model: nn.Module,
-    x: Images,
-    y: Labels,
-    attacks: Sequence[Attack],
-    threat: Threat,
-    *,
-    seed: int,
-    name: str,
-    workers: Workers = ALONE,
-    kept: Path | None = None,
-    progress: Progress = SILENT,
-) -> Bools:
-    """(n,) whether a deterministic classifier is right on the image and after every attack.
-
-    Images answered wrongly are not attacked any further.
-    """
-
-    def work(images: slice) -> dict[str, Any]:
-        meter = Meter(progress.passed)
-        alone = Metered(as_ensemble(model), meter)
-        xs, ys = x[images], y[images]
-        right = judge(alone, xs, xs, ys)["correct"][0]
-        for attack in attacks:
-            rows = torch.from_numpy(right.nonzero()[0]).to(x.device)
-            if len(rows) == 0:
-                break
-            rng = stream(seed, "beside", name, repr(attack), images.start)
-            x_adv = attack(alone, xs[rows], ys[rows], threat, rng=rng)
-            verify_ball(x_adv, xs[rows], threat, name)
-            right[right] = judge(alone, x_adv, xs[rows], ys[rows])["correct"][0]
-        return {"right": right, "forwards": meter.forwards}
-
-    with evaluating(model):
-        parts = in_chunks(len(x), work, kept=kept, workers=workers, progress=progress)
-    return np.concatenate([part["right"] for part in parts])

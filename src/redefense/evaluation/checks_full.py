@@ -9,8 +9,9 @@ import importlib.util
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,51 +20,78 @@ from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.attacks.apgd import APGD
 from redefense.attacks.square import Square
+from redefense.config import ThreatConfig
 from redefense.ensembles import Independent, Members
-from redefense.evaluation.cells import Cell, Subject
-from redefense.evaluation.checks import Check
+from redefense.evaluation.cells import Cell, Subject, as_threat
+from redefense.evaluation.checks import BLACK_BOX, Check
 from redefense.evaluation.checks_draws import copies, expectation, pinned, planes
 from redefense.evaluation.checks_health import active, climbed, stability
 from redefense.evaluation.checks_sample import SAMPLE, Sample, global_generators_kept
 from redefense.evaluation.metrics import worst_case
+from redefense.evaluation.plan import Planned
 from redefense.evaluation.statistics import exact_expectation
+from redefense.evaluation.store import Arrays
+from redefense.evaluation.tried import Tried
 from redefense.rng import stream
-from redefense.threat import Threat
 
 CORNERS: Final = 1000
 ROUNDING: Final = 255
 
 
 def full_checks(
-    subject: Subject, data: Mapping[str, Any], records: Mapping[str, Cell], seed: int
-) -> list[Check]:
+    subject: Subject,
+    plan: Sequence[Planned],
+    records: Mapping[str, Cell],
+    seed: int,
+    *,
+    counts: bool,
+) -> tuple[list[Check], Arrays | None]:
     """All of them, at the threat of the suite's first bounded cell, aware ones first.
 
     They are spread over the subject's processes; all get all results.
+
+    Args:
+        subject: the ensemble and its images.
+        plan: the cells.
+        records: of every cell.
+        seed: of all draws.
+        counts: whether that threat is the headline's.
+
+    Returns:
+        The checks, and what their points within the headline's threat left of the first images.
     """
-    ensemble, x, y = subject.ensemble, subject.x, subject.y
-    cells = [c for c in data["cells"] if c["bounded"]]
-    cells.sort(key=lambda c: not c["aware"])
-    given: Mapping[str, Any] = cells[0]["threat"] if cells else {"norm": "inf", "eps": 8 / 255}
+    ensemble, x, y = subject.ensemble, subject.x[:SAMPLE], subject.y[:SAMPLE]
+    cells = sorted((p for p in plan if p.attack.bounded), key=lambda p: not p.aware)
+    given = cells[0].threat if cells else ThreatConfig(eps=8 / 255)
     mixture = ensemble.mixture.detach().double().cpu().numpy()
     white = [
-        exact_expectation(records[c["id"]].correct[:, :SAMPLE], mixture)
-        for c in cells
-        if c["threat"] == given and c["attack"] != "square"
+        exact_expectation(records[p.identity].correct[:, :SAMPLE], mixture)
+        for p in cells
+        if p.threat == given and p.spec.attack not in BLACK_BOX
     ]
+    threat = as_threat(given)
+    tried = Tried(ensemble, x, y, threat) if counts else None
     sample = Sample(
         ensemble=ensemble,
-        x=x[:SAMPLE],
-        y=y[:SAMPLE],
-        threat=Threat(norm=math.inf if given["norm"] == "inf" else 2.0, eps=given["eps"]),
+        x=x,
+        y=y,
+        threat=threat,
         seed=seed,
         found=torch.from_numpy(worst_case(white)).to(x.device) if white else None,
     )
     workers = subject.workers
     jobs: list[Callable[[Sample], list[Check]]] = [partial(_alone, c) for c in CHECKS]
     jobs.append(climbed)
-    found = workers.gather([job(sample) for job in workers.share(jobs)])
-    return [check for checks in found for check in checks]
+    results = []
+    for job in workers.share(jobs):
+        apart = None if tried is None else tried.fork()
+        results.append((job(replace(sample, tried=apart)), None if apart is None else apart.arrays))
+    # added up in one order, on however many processes they were found
+    done = workers.gather(results)
+    for _, arrays in done:
+        if tried is not None and arrays is not None:
+            tried.add(arrays)
+    return [check for checks, _ in done for check in checks], tried and tried.arrays
 
 
 def _alone(check: Callable[[Sample], Check], sample: Sample) -> list[Check]:
@@ -87,6 +115,7 @@ def batch_mates(sample: Sample) -> Check:
     everyone = torch.arange(len(x), device=x.device)
     whole, turned = run(everyone), run(everyone.flip(0)).flip(0)
     single = torch.cat([run(row) for row in everyone[:4].split(1)])
+    sample.count(whole.to(sample.x.dtype))
     gap = max(float((whole - turned).abs().max()), float((whole[:4] - single).abs().max()))
     return Check("S08", gap < 1e-6, f"another batch moves an attacked pixel by {gap:.1g} at most")
 
@@ -148,6 +177,7 @@ def noise(sample: Sample) -> Check:
     for _ in range(CORNERS):
         sign = torch.randint(0, 2, sample.x.shape, generator=rng).to(sample.x) * 2 - 1
         point = sample.threat.project(sample.x + sample.threat.eps * sign, sample.x)
+        sample.count(point)
         lowest = torch.minimum(lowest, sample.q(point))
     only = int((lowest < sample.found - 1e-9).sum())
     return Check("S19", only == 0, f"{only} images broken more often by {CORNERS} random corners")
@@ -186,6 +216,7 @@ def another_implementation(sample: Sample) -> Check:
     silence = contextlib.redirect_stdout(io.StringIO())
     with global_generators_kept(), silence, torch.enable_grad():
         theirs = torchattacks.APGD(member, eps=sample.threat.eps)(sample.x, sample.y)
+    sample.count(theirs.detach())
     a, b = (float(sample.q(x, alone).mean()) for x in (ours, theirs))
     passed = abs(a - b) <= max(0.005, 1 / len(sample.x))
     return Check("S39", passed, f"APGD on member 0: {100 * a:.1f} %, TorchAttacks {100 * b:.1f} %")

@@ -46,6 +46,7 @@ def track(sample: Sample) -> Track:
             step_size=0.25 * sample.threat.eps, best=best,
         )  # fmt: skip
     value, correct = (torch.stack([getattr(s, key) for s in seen]) for key in ("value", "correct"))
+    sample.count(best.x)
     return Track(value=value, correct=correct, returned=sample.q(best.x))
 
 
@@ -111,6 +112,7 @@ def active(sample: Sample) -> Check:
     head = Planted(sample.ensemble, sample.x, planted)
     y = torch.zeros_like(sample.y)
     x_adv = ATTACKS["pgd"]()(head, sample.x, y, sample.threat, rng=stream(sample.seed, "S27 pgd"))
+    sample.count(x_adv)
     with torch.no_grad():
         # where the members answer alike at both points nothing was planted
         there, hit = (head(at).argmax(1) == 1 for at in (planted, x_adv))

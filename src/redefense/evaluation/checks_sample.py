@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks import Attack
+from redefense.evaluation.tried import Tried
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Ensemble, Images, Labels, correct
@@ -44,6 +45,7 @@ class Sample:
     Attributes:
         found: (n,) lowest expected correctness over the suite's bounded white-box cells; None
             where the suite has none.
+        tried: takes all points within the headline's threat; None at other threats.
     """
 
     ensemble: Ensemble
@@ -52,11 +54,19 @@ class Sample:
     threat: Threat
     seed: int
     found: Tensor | None = None
+    tried: Tried | None = None
 
     def run(self, attack: Attack, name: str, victim: nn.Module | None = None) -> Tensor:
         """Points that an attack finds on the ensemble, or on another victim."""
         subject = cast(nn.Module, self.ensemble) if victim is None else victim
-        return attack(subject, self.x, self.y, self.threat, rng=stream(self.seed, name))
+        x_adv = attack(subject, self.x, self.y, self.threat, rng=stream(self.seed, name))
+        self.count(x_adv)
+        return x_adv
+
+    def count(self, x: Tensor) -> None:
+        """Let points within the threat count for the headline, as those of attacks do."""
+        if self.tried is not None:
+            self.tried.offer(x)
 
     def q(self, x: Tensor, ensemble: Ensemble | None = None) -> Tensor:
         """(n,) expected correctness."""
@@ -68,4 +78,4 @@ class Sample:
     def at(self, eps: float, norm: float | None = None) -> "Sample":
         """The same at another budget, without the suite's results."""
         threat = Threat(norm=self.threat.norm if norm is None else norm, eps=eps)
-        return replace(self, threat=threat, found=None)
+        return replace(self, threat=threat, found=None, tried=None)

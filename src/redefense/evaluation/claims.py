@@ -26,6 +26,8 @@ class Claim:
         aware: whether the attacker knows that answers are drawn; None where neither the table
             nor the attack's name tells.
         bounded: whether an eps bounds the attack.
+        whole: whether the attack met all images; where it did not, its accuracy is what it and
+            those before it leave, and is not compared with that of other attacks.
     """
 
     where: str
@@ -44,6 +46,7 @@ class Claim:
     view: str = ""
     aware: bool | None = False
     bounded: bool = True
+    whole: bool = True
 
     @property
     def is_attack(self) -> bool:
@@ -87,8 +90,9 @@ class Group:
         return max((c.members or 1 for c in self.claims), default=1)
 
     def named(self, keys: Iterable[str]) -> tuple[Claim, ...]:
+        """Attacks of these names, to be compared: those that met all images."""
         wanted = frozenset(keys)
-        return tuple(c for c in self.claims if c.key in wanted)
+        return tuple(c for c in self.claims if c.key in wanted and c.whole)
 
 
 def grouped(claims: Sequence[Claim]) -> list[Group]:
@@ -145,6 +149,7 @@ def of_evaluation(evaluation: Evaluation) -> list[Claim]:
                 view=cell.view,
                 aware=cell.aware,
                 bounded=cell.bounded,
+                whole=cell.met in (None, evaluation.data.num_images),
             )
         )
     return claims

@@ -46,13 +46,14 @@ class Result:
 
     Attributes:
         unaware: lowest exact expected accuracy over the bounded unaware cells.
-        aware: mean over images of the lowest expected correctness over all bounded cells and the
-            clean image; both headlines are None without a bounded aware cell.
-        single, averaged: the chosen single member and the averaged ensemble under attack.
-        alone: every member so attacked; the best of them here may beat the one that was chosen.
-        knowing: the ensemble under those attacks alone that its rivals without a draw faced, too.
-        over_single, over_averaged, over_alone: `knowing` minus each, paired over images; the
-            last one minus the best of `alone`.
+        aware: mean over images of the lowest expected correctness over everything that was run and
+            the clean image; both headlines are None without a bounded aware cell.
+        single, averaged: the chosen single member and the averaged ensemble, each in its own worst
+            case.
+        alone: every member in its own; the best of them here may beat the one that was chosen.
+        over_single, over_averaged, over_alone: `aware` minus each, paired over images; the last one
+            minus the best of `alone`.
+        q_aware: (n,) expected correctness in each image's worst case.
         fooled: (M + 1,) images by the number of members fooled at the worst case.
         tries_aware, tries_unaware: (TRIES,) attacker's success within K draws.
         notes: what the reader must know about how the figures came about.
@@ -74,10 +75,10 @@ class Result:
     chosen_on: str | None
     averaged: Estimate | None
     alone: tuple[Estimate, ...]
-    knowing: Estimate | None
     over_single: Estimate | None
     over_averaged: Estimate | None
     over_alone: Estimate | None
+    q_aware: NDArray[np.float64] | None
     fooled: NDArray[np.int64] | None
     tries_aware: NDArray[np.float64] | None
     tries_unaware: NDArray[np.float64] | None
@@ -181,7 +182,8 @@ def _results(run: Sequence[Stored]) -> list[Result]:
 def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
     first = suites[0]
     home = [stored for stored in suites if stored.budget == budget]
-    pair = _joined_headline(suites, cells) or _stored_headline(suites, home, cells)
+    further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
+    pair = _joined_headline(suites, cells, further) or _stored_headline(suites, home, cells)
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
     single, single_q, single_from = _beside(home, "single")
     averaged, averaged_q, _ = _beside(home, "averaged")
@@ -205,15 +207,15 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         chosen_on=chosen.chosen_on if chosen is not None else None,
         averaged=averaged,
         alone=_members(home, alone),
-        knowing=None if pair.q_knowing is None else accuracy_interval(pair.q_knowing),
-        over_single=_over(pair.q_knowing, single_q),
-        over_averaged=_over(pair.q_knowing, averaged_q),
-        over_alone=_over(pair.q_knowing, max(alone, key=np.mean, default=None)),
+        over_single=_over(q_aware, single_q),
+        over_averaged=_over(q_aware, averaged_q),
+        over_alone=_over(q_aware, max(alone, key=np.mean, default=None)),
+        q_aware=q_aware,
         fooled=pair.fooled,
         tries_aware=None if q_aware is None else success_within(q_aware, TRIES),
         tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
         checks=_merged_checks(suites),
-        notes=tuple(_notes(pair, home, cells)),
+        notes=tuple(_notes(pair, home, cells, further)),
     )
 
 
@@ -224,30 +226,32 @@ class _Pair:
     aware: Estimate | None = None
     q_aware: NDArray[np.float64] | None = None
     q_unaware: NDArray[np.float64] | None = None
-    q_knowing: NDArray[np.float64] | None = None
     fooled: NDArray[np.int64] | None = None
 
 
-def _joined_headline(suites: Sequence[Stored], cells: Sequence[Scored]) -> _Pair | None:
-    """Both headlines image by image; None unless every bounded cell has its records."""
+def _joined_headline(
+    suites: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+) -> _Pair | None:
+    """Both headlines image by image; None unless everything bounded that was run has its records.
+
+    Images that an attack did not meet are recorded as they were before it, so that the minimum over
+    all records is the worst case.
+    """
     bounded = [c for c in cells if c.cell.bounded]
-    if not bounded or any(c.q is None for c in bounded):
+    if not bounded or any(c.q is None for c in (*bounded, *further)):
         return None
     if not any(c.cell.aware for c in bounded):
         return _Pair()
     clean = [s.clean for s in suites if s.clean.q is not None][:1]
-    scored = [(c, c.q, c.correct) for c in [*bounded, *clean]]
+    scored = [(c, c.q, c.correct) for c in [*bounded, *further, *clean]]
     qs = np.stack([q for _, q, _ in scored if q is not None])
     worst = qs.argmin(0)
     # (M, n): the members' correctness on the image of the attack that hurts it most
     correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
     unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
-    faced = [i for i, c in enumerate(bounded) if c.faced]
-    equal = [*faced, *range(len(bounded), len(qs))]
     pair = _Pair(
         aware=accuracy_interval(qs.min(0)),
         q_aware=qs.min(0),
-        q_knowing=qs[equal].min(0) if faced else None,
         fooled=fooled_histogram(correct.T),
     )
     if not unaware:
@@ -351,7 +355,9 @@ def _missing(bounded: Sequence[Scored]) -> str:
     return f"The per-image records of {count} of {len(bounded)} attacks are missing"
 
 
-def _notes(pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored]) -> list[str]:
+def _notes(
+    pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+) -> list[str]:
     notes = []
     bounded = [c for c in cells if c.cell.bounded]
     if not any(c.cell.aware for c in bounded):
@@ -360,9 +366,16 @@ def _notes(pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored]) -> list
             "what the others say about a randomized defence is not a claim of robustness."
         )
     elif pair.aware is None:
-        notes.append(f"{_missing(bounded)}, so the suites cannot be joined. {_KEEP}")
+        notes.append(f"{_missing([*bounded, *further])}, so the suites cannot be joined. {_KEEP}")
     elif pair.q_aware is None:
-        notes.append(f"{_missing(bounded)}: the headline is the one the suite stored. {_KEEP}")
+        notes.append(
+            f"{_missing([*bounded, *further])}: the headline is the one the suite stored. {_KEEP}"
+        )
+    if any(not c.whole for c in bounded):
+        notes.append(
+            "Attacks without a figure of their own met only the images that those before them had "
+            "left standing: what they found is in the worst case."
+        )
     if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
         stored = home[0].evaluation.headline
         if stored is not None and stored.aware is not None and pair.aware is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
-from redefense.ensembles import Members, frozen_weights, mean_log_probs
+from redefense.ensembles import Members, frozen_weights
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.metrics import Bools, Floats
 from redefense.evaluation.progress import SILENT, Progress
@@ -26,6 +26,8 @@ from redefense.evaluation.statistics import (
     fooled_histogram,
     success_within,
 )
+from redefense.evaluation.store import Arrays
+from redefense.evaluation.tried import Tried
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -107,21 +109,21 @@ def member_measures(
     subject: Subject,
     threat: Threat,
     worst: Bools,
-    alone: Bools | None,
     *,
     seed: int,
     progress: Progress = SILENT,
-) -> dict[str, Any]:
-    """Transfer, diversity, accuracy against eps, and the bounds that single members set.
+) -> tuple[dict[str, Any], Arrays]:
+    """Transfer, diversity and accuracy against eps, and what was tried for them at the threat.
 
     What takes long is spread over the subject's processes; all get all of it.
     """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
+    tried = Tried(ensemble, x, y, threat)
     with torch.no_grad():
         right = correct(ensemble.member_logits(x), y)
     common = right.all(0)
-    jobs: list[Callable[[], Any]] = [
-        lambda: curve(ensemble, x, y, threat, worst, seed=seed),
+    jobs: list[Callable[[Tried], Any]] = [
+        lambda tried: curve(ensemble, x, y, threat, worst, tried, seed=seed),
         *(
             partial(convention.row, ensemble, m, x, y, common, threat, seed=seed)
             for convention in CONVENTIONS.values()
@@ -132,9 +134,14 @@ def member_measures(
     progress.begin(MEASURES, len(jobs), share=len(own), unit="parts")
     results = []
     for job in own:
-        results.append(job())
+        apart = tried.fork()
+        results.append((job(apart), apart.arrays))
         progress.advance(1, 0.0)
-    falling, *rows = subject.workers.gather(results)
+    # added up in one order, on however many processes they were found
+    (falling, points), *others = subject.workers.gather(results)
+    for arrays in (points, *(arrays for _, arrays in others)):
+        tried.add(arrays)
+    rows = [row for row, _ in others]
     conventions = {
         name: convention.table(rows[i * len(right) : (i + 1) * len(right)], common, threat)
         for i, (name, convention) in enumerate(CONVENTIONS.items())
@@ -146,22 +153,27 @@ def member_measures(
         "diversity": {
             **gradient_diversity(ensemble, x, y),
             "clean": pair_statistics(right.cpu().numpy()),
-            "attacked": pair_statistics(worst),
             "images": len(x),
         },
     }
-    if alone is not None:
-        found["members_alone"] = alone.mean(1).tolist()
-    return found
+    return found, tried.arrays
 
 
 def curve(
-    ensemble: Ensemble, x: Images, y: Labels, threat: Threat, worst: Bools, *, seed: int
+    ensemble: Ensemble,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    worst: Bools,
+    tried: Tried,
+    *,
+    seed: int,
 ) -> list[list[float]]:
     """Accuracy of the sampled ensemble against eps, from 0 until nothing stands.
 
     Hinge-20 at each eps; an image once fooled stays fooled, as the larger ball holds the point. At
-    the threat's own eps and beyond, the suite's worst case counts too.
+    the threat's own eps and beyond, the suite's worst case counts too. Points within the threat
+    are offered to `tried`.
 
     Returns:
         Rows (eps, accuracy, low, high).
@@ -179,8 +191,11 @@ def curve(
             at = Threat(norm=threat.norm, eps=eps)
             rng = stream(seed, "curve", f"{eps:.9g}")
             x_adv = ATTACKS["hinge"]()(ensemble, x, y, at, rng=rng)  # type: ignore[arg-type]  # an ensemble is a module
-            with torch.no_grad():
-                hits = correct(ensemble.member_logits(x_adv), y).cpu().numpy()
+            if eps <= threat.eps:
+                hits = tried.offer(x_adv)["correct"]
+            else:
+                with torch.no_grad():
+                    hits = correct(ensemble.member_logits(x_adv), y).cpu().numpy()
             lowest = np.minimum(lowest, exact_expectation(hits, mixture))
         if eps >= threat.eps:
             lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))
@@ -221,15 +236,16 @@ class Convention:
         y: Labels,
         common: Bool[Tensor, " B"],
         threat: Threat,
+        tried: Tried,
         *,
         seed: int,
     ) -> list[float]:
         """Shares of images made on member `source` that fool each member, then the average.
 
-        `common` says which images all members answer rightly.
+        `common` says which images all members answer rightly. All points are offered to `tried`.
         """
-        if self.only_correct:
-            x, y = x[common], y[common]
+        rows = common if self.only_correct else torch.ones_like(common)
+        x, y = x[rows], y[rows]
         if len(x) == 0:
             return []
         fooled = torch.zeros(ensemble.num_members + 1, len(x), dtype=torch.bool, device=x.device)
@@ -237,10 +253,9 @@ class Convention:
             # equal members get equal attacks
             rng = stream(seed, "transfer", self.steps, start)
             x_adv = self.attack(ensemble.member(source), x, y, threat, rng=rng)
-            with torch.no_grad():
-                logits = ensemble.member_logits(x_adv)
-                average = mean_log_probs(logits, ensemble.mixture)
-            fooled |= ~correct(torch.cat([logits, average[None]]), y)
+            found = tried.offer(x_adv, rows)
+            right = np.concatenate([found["correct"], found["averaged"][None]])
+            fooled |= ~torch.from_numpy(right).to(x.device)
         shares: list[float] = fooled.double().mean(1).tolist()
         return shares
 

@@ -24,6 +24,7 @@ class Job:
         seed: of all draws.
         seeds: how often each attack is run, each time from other streams.
         store: folder of all that is saved on the way, if any.
+        checks: "quick" or "full".
         say: takes lines.
         progress: is told how far it is.
     """
@@ -34,6 +35,7 @@ class Job:
     seed: int
     seeds: int
     store: Path | None
+    checks: str
     say: Say
     progress: Progress
 

@@ -57,7 +57,7 @@ class Accuracy(_Record):
 
 
 class Cell(_Record):
-    """One attack at one threat on one view."""
+    """One attack at one threat on one view; `met` is of how many images, None of all."""
 
     id: str
     attack: str
@@ -70,6 +70,7 @@ class Cell(_Record):
     threat: Budget | None = None
     accuracy: Accuracy = Accuracy()
     interval: tuple[float, float] | None = None
+    met: int | None = None
     unchanged: float | None = None
     forwards: float | None = None
     backwards: float | None = None
@@ -132,6 +133,7 @@ class Evaluation(_Record):
     data: Data
     clean: Clean = Clean()
     cells: tuple[Cell, ...] = ()
+    further_cells: tuple[Cell, ...] = ()
     headline: Headline | None = None
     checks: tuple[Check, ...] = ()
     mixture: tuple[float, ...] | None = None
@@ -149,17 +151,29 @@ class Scored:
     Attributes:
         correct: (M, n) correctness of every member; None where only the summary is known.
         q: (n,) exact expected correctness, the mixture-weighted mean of `correct`.
-        faced: single members and the averaged ensemble met this very attack, each for itself.
+        met: (n,) the images that were attacked; None for all, or where that is not known. The
+            others were lost before, or are recorded as they were then.
     """
 
     cell: Cell
     suite: str
     correct: NDArray[np.bool_] | None
     q: NDArray[np.float64] | None
-    faced: bool = False
+    met: NDArray[np.bool_] | None = None
+    num_images: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the attack met all images, so that its accuracy is its own."""
+        if self.met is not None:
+            return bool(self.met.all())
+        return self.cell.met is None or self.cell.met == self.num_images
 
     @property
     def expected(self) -> Estimate | None:
+        """Its accuracy; None where it is not known, or not one of all images."""
+        if not self.whole:
+            return None
         value = self.cell.accuracy.expected
         if value is not None and self.cell.interval is not None:
             return Estimate(value, *self.cell.interval)
@@ -180,6 +194,7 @@ class Stored:
         source: the run or the file that the user named; None for JSON.
         file: where the evaluation lies, from `source`.
         plan: how it was made; None where that is not stored.
+        further: what was run besides the cells of the suite, and counts for the headline.
     """
 
     name: str
@@ -190,6 +205,7 @@ class Stored:
     index: NDArray[np.int64] | None
     clean: Scored
     cells: tuple[Scored, ...]
+    further: tuple[Scored, ...]
     single: NDArray[np.float64] | None
     averaged: NDArray[np.float64] | None
     alone: NDArray[np.float64] | None
@@ -295,10 +311,10 @@ def _mixture(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
 
 
 def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any]]) -> Scored:
+    n, suite = evaluation.data.num_images, evaluation.suite
     if "correct" not in arrays:
-        return Scored(cell=cell, suite=evaluation.suite, correct=None, q=None)
+        return Scored(cell=cell, suite=suite, correct=None, q=None, num_images=n)
     correct = arrays["correct"].astype(bool)
-    n = evaluation.data.num_images
     if correct.ndim != 2 or correct.shape[1] != n:
         raise DataError(f"records of {cell.id} have shape {correct.shape}, expected (M, {n})")
     q = exact_expectation(correct, _mixture(evaluation, len(correct)))
@@ -308,7 +324,10 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
             f"{evaluation.suite}: {cell.id} states an accuracy of {stored:.4f}, "
             f"its per-image records give {q.mean():.4f}"
         )
-    return Scored(cell=cell, suite=evaluation.suite, correct=correct, q=q)
+    met = arrays["met"].astype(bool) if "met" in arrays else None
+    if met is not None and met.shape != (n,):
+        raise DataError(f"records of {cell.id}: met has shape {met.shape}, expected ({n},)")
+    return Scored(cell=cell, suite=suite, correct=correct, q=q, met=met, num_images=n)
 
 
 def _plan(file: Path | None) -> Plan | None:
@@ -316,20 +335,6 @@ def _plan(file: Path | None) -> Plan | None:
     if file is None or not (path := file.with_suffix("") / "plan.json").is_file():
         return None
     return _valid(Plan, read_json(path), f"{path} is not a valid plan")
-
-
-def _faced(evaluation: Evaluation, plan: Plan | None) -> list[bool]:
-    """Which cells the rivals without a draw faced, too: all aware ones where no plan tells."""
-    cells = evaluation.cells
-    if plan is None or len(specs := plan.suite.get("cells", ())) != len(cells):
-        return [cell.aware for cell in cells]
-    beside = [_call(spec) for spec in plan.suite.get("beside", ())]
-    pairs = zip(cells, specs, strict=True)
-    return [cell.aware and _call(spec) in beside for cell, spec in pairs]
-
-
-def _call(spec: Mapping[str, Any]) -> tuple[object, object]:
-    return spec.get("attack"), spec.get("settings") or {}
 
 
 def _stored(
@@ -344,7 +349,8 @@ def _stored(
         interval=evaluation.clean.interval,
     )
     clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
-    arrays = [_arrays(folder, cell.per_image) for cell in evaluation.cells]
+    every = (*evaluation.cells, *evaluation.further_cells)
+    arrays = [_arrays(folder, cell.per_image) for cell in every]
     plan = _plan(file)
     clean = _arrays(folder, clean_file)
     # an evaluation written under another name keeps its records under that name
@@ -359,6 +365,8 @@ def _stored(
     alone = beside.get("members")
     if alone is not None and (alone.ndim != 2 or alone.shape[1] != n):
         raise DataError(f"{name}: {beside_file}: members must have shape (M, {n})")
+    scored = [_scored(evaluation, c, a) for c, a in zip(every, arrays, strict=True)]
+    own = len(evaluation.cells)
     return Stored(
         name=name,
         source=source,
@@ -367,13 +375,8 @@ def _stored(
         evaluation=evaluation,
         index=indices[0].astype(np.int64) if indices else None,
         clean=_scored(evaluation, clean_cell, clean),
-        cells=tuple(
-            replace(_scored(evaluation, cell, a), faced=faced)
-            for cell, a, faced in zip(
-                evaluation.cells, arrays, _faced(evaluation, plan), strict=True
-            )
-            if cell.attack != "clean"
-        ),
+        cells=tuple(c for c in scored[:own] if c.cell.attack != "clean"),
+        further=tuple(scored[own:]),
         single=beside["single"].astype(np.float64) if "single" in beside else None,
         averaged=beside["averaged"].astype(np.float64) if "averaged" in beside else None,
         alone=None if alone is None else alone.astype(np.float64),

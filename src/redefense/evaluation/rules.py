@@ -220,7 +220,7 @@ def above_clean(group: Group) -> Iterator[Finding]:
 
 
 def rises_with_eps(group: Group) -> Iterator[Finding]:
-    swept = [c for c in group.attacks if c.eps is not None]
+    swept = [c for c in group.attacks if c.eps is not None and c.whole]
     for high in swept:
         below = [
             low

@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.answers import Answers
-from redefense.evaluation.beside import NOTHING, Beside, beside, pieces
+from redefense.evaluation.baselines import NOTHING, Baselines, attack_baselines, baselines, pieces
 from redefense.evaluation.cells import (
     BUDGET_SLACK,
     Cell,
     Subject,
     as_threat,
-    attack_cell,
     clean_cell,
     image_digest,
 )
-from redefense.evaluation.checks import after_run
+from redefense.evaluation.checks import Check, after_run
 from redefense.evaluation.checks_full import full_checks
 from redefense.evaluation.checks_victim import before_run
 from redefense.evaluation.headline import headline, interval
@@ -33,14 +32,17 @@ from redefense.evaluation.measures import (
     ROUGH_PASSES,
     joint_measures,
     member_measures,
+    pair_statistics,
 )
-from redefense.evaluation.metrics import Bools, Floats, accuracies
-from redefense.evaluation.plan import Job, Planned, Say, attack_of, check_plan, plan_of, threat_of
+from redefense.evaluation.metrics import Floats, accuracies
+from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
+from redefense.evaluation.running import Further, Runner, cell_label, run_order
 from redefense.evaluation.statistics import exact_expectation
-from redefense.evaluation.store import forget, own_images, read_object
+from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
+from redefense.evaluation.tried import record_of
 from redefense.files import write_text
 from redefense.types import check_images, check_labels
 
@@ -60,7 +62,7 @@ class Report:
     data: dict[str, Any]
     cells: Mapping[str, Cell]
     index: NDArray[np.int64]
-    baselines: Beside | None = None
+    baselines: Baselines | None = None
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class Report:
                 "name another folder"
             )
         target.unlink(missing_ok=True)  # it must not stand beside the records of another
-        for cell in self.data["cells"]:
+        for cell in (*self.data["cells"], *self.data["further_cells"]):
             self.cells[cell["id"]].save(home / cell["per_image"], self.index)
         self.cells["clean"].save(records, self.index)
         if self.baselines is not None:
@@ -167,45 +169,44 @@ def run_suite(
     # single members, the average and the measures stand beside the headline: at its threat
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
-        store=store, say=say, progress=progress,
+        store=store, checks=checks, say=say, progress=progress,
     )  # fmt: skip
     asked = Answers.to(ensemble, x)
     before = [asked.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))
-    records, repeats = _records(job, plan, mixture)
-    others = beside(job)
-    found = headline(plan, records, mixture, [attack_of(spec) for spec in suite.beside])
-    data = _facts(job, made, records["clean"], mixture) | {
+    clean = _clean(job)
+    runner = Runner(job, plan, mixture, clean)
+    records, repeats = runner.cells(plan)
+    records["clean"] = clean
+    attack_baselines(runner)
+    measured = _measured(job, runner) if suite.measures else {}
+    full = _full_checks(job, runner, plan, records) if checks == "full" else []
+    runner.points.forget()
+    rivals, worst = baselines(runner), runner.worst
+    data = _facts(job, made, clean, mixture) | {
         "cells": [
             _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed)
             for planned in plan
         ],
-        "headline": {**found.figures, **(others.figures() if others is not None else NOTHING)},
+        "further_cells": [_further_json(it, job, mixture) for it in runner.others],
+        "headline": headline(plan, records, worst)
+        | (NOTHING if rivals is None else rivals.figures()),
     }
-    if found.worst is None:
-        # half a pair would be read as the whole
-        data["headline"] = dict.fromkeys(data["headline"])
-    else:
-        data |= joint_measures(found.worst, mixture, found.corrects)
-        if suite.measures:
-            data |= _measured(job, found.worst, others)
-    single = others.single if others is not None else None
-    done = [
-        *before,
-        asked.later(),
-        *after_run(
-            data,
-            records,
-            mixture,
-            worst=found.worst,
-            equal=found.equal,
-            single=single,
-            log=subject.drift,
-        ),
-        *(full_checks(subject, data, records, seed) if checks == "full" else ()),
-    ]
+    if worst is not None:
+        data |= joint_measures(worst.correct, mixture, np.stack(worst.corrects))
+        if measured:
+            attacked = {"attacked": pair_statistics(worst.correct)}
+            data |= measured | {"diversity": measured["diversity"] | attacked}
+    records |= {it.identity: it.cell for it in runner.others}
+    after = after_run(
+        data, records, mixture,
+        worst=None if worst is None else worst.q,
+        single=None if rivals is None else rivals.single,
+        log=subject.drift,
+    )  # fmt: skip
+    done = [*before, asked.later(), *after, *full]
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
-    return Report(data, records, subject.index, others)
+    return Report(data, records, subject.index, rivals)
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> dict[str, Any]:
@@ -239,51 +240,22 @@ def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
     """What will be done, for the progress: labels and passes, guessed."""
     members, count = job.subject.ensemble.num_members, len(job.subject.x)
     found = []
-    for number, planned in enumerate(plan, 1):
+    for number, planned in enumerate(run_order(plan), 1):
         asked = 1 if planned.spec.view == "sampled" else members
         passes = rough_passes(planned.attack) * asked * count
-        found += [(_label(number, planned, plan, again), passes) for again in range(job.seeds)]
+        found += [(cell_label(number, planned, plan, again), passes) for again in range(job.seeds)]
     found += pieces(job)
     if job.suite.measures:
         found.append((MEASURES, float(ROUGH_PASSES * members * min(count, MEASURED))))
     return found
 
 
-def _label(number: int, planned: Planned, plan: Sequence[Planned], repeat: int) -> str:
-    again = f", run {repeat + 1}" if repeat else ""
-    return f"cell {number}/{len(plan)} {planned.spec.label or planned.identity}{again}"
-
-
-def _records(
-    job: Job, plan: Sequence[Planned], mixture: Floats
-) -> tuple[dict[str, Cell], dict[str, list[Cell]]]:
-    """Every cell's records, attacked now or found in the store, and its repeats."""
-    subject, records, repeats = job.subject, {"clean": clean_cell(job.subject)}, {}
+def _clean(job: Job) -> Cell:
+    """The records of the images as they are."""
+    clean = clean_cell(job.subject)
     if (place := job.save(job.place("clean.npz"))) is not None:
-        records["clean"].save(place, subject.index)
-    for number, planned in enumerate(plan, 1):
-        again: list[Cell] = []
-        for repeat in range(job.seeds):
-            name = planned.identity + (f".seed{repeat}" if repeat else "")
-            place, kept = job.place(f"{name}.npz"), job.place(f"{name}.chunks")
-            cell = Cell.read(place)
-            if cell is None:
-                label, count = _label(number, planned, plan, repeat), len(subject.x)
-                job.progress.begin(label, count, share=own_images(count, subject.workers))
-                cell = attack_cell(
-                    subject, planned.attack, planned.threat, planned.spec.view,
-                    seed=job.seed, name=name, kept=kept, progress=job.progress,
-                )  # fmt: skip
-                if (saved := job.save(place)) is not None:
-                    cell.save(saved, subject.index)
-                    forget(kept)
-                expected = float(exact_expectation(cell.correct, mixture).mean())
-                job.say(f"{label}: {100 * expected:.1f} % expected accuracy, {cell.seconds:.1f} s")
-            again.append(cell)
-        records[planned.identity], *repeats[planned.identity] = again
-        # nobody looks for the next cell before this one is written
-        subject.workers.wait()
-    return records, repeats
+        clean.save(place, job.subject.index)
+    return clean
 
 
 def _cell_json(
@@ -296,7 +268,7 @@ def _cell_json(
 ) -> dict[str, Any]:
     spec, threat, identity, attack = planned.spec, planned.threat, planned.identity, planned.attack
     cell = records[identity]
-    moved = cell.linf > 0
+    moved = cell.linf[cell.met] > 0
     found: dict[str, Any] = {
         "id": identity,
         "attack": spec.attack,
@@ -305,11 +277,12 @@ def _cell_json(
         "view": spec.view,
         "aware": planned.aware,
         "bounded": attack.bounded,
-        "distortion": {k: float(np.median(getattr(cell, k))) for k in ("l0", "l2", "linf")},
+        "distortion": {k: _median(getattr(cell, k)[cell.met]) for k in ("l0", "l2", "linf")},
         "threat": {"norm": threat.norm, "eps": threat.eps},
         "accuracy": accuracies(cell.correct, cell.averaged, mixture, seed=seed, name=identity),
         "interval": interval(exact_expectation(cell.correct, mixture)),
-        "unchanged": float(1 - moved.mean()),
+        "met": int(cell.met.sum()),
+        "unchanged": float(1 - moved.mean()) if len(moved) else 0.0,
         "forwards": cell.forwards,
         "backwards": cell.backwards,
         "seconds": round(cell.seconds, 3),
@@ -332,6 +305,10 @@ def _cell_json(
     return found
 
 
+def _median(values: Floats) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
 def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) -> float:
     """Expected accuracy if only changes of at most `limit` count; others leave the image clean."""
     allowed = getattr(cell, norm) <= limit + BUDGET_SLACK
@@ -339,17 +316,63 @@ def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) ->
     return float(exact_expectation(found, mixture).mean())
 
 
-def _measured(job: Job, worst: Bools, others: Beside | None) -> dict[str, Any]:
+def _further_json(it: Further, job: Job, mixture: Floats) -> dict[str, Any]:
+    """An attack that is no cell of the suite, but counts for the headline."""
+    return {
+        "id": it.identity,
+        "attack": it.attack,
+        "label": it.label,
+        "repr": it.repr,
+        "view": it.view,
+        "aware": True,
+        "bounded": True,
+        "threat": {"norm": job.threat.norm, "eps": job.threat.eps},
+        "met": int(it.cell.met.sum()),
+        "accuracy": {"expected": float(exact_expectation(it.cell.correct, mixture).mean())},
+        "forwards": it.cell.forwards,
+        "backwards": it.cell.backwards,
+        "per_image": f"{job.suite.name}/{it.identity}.npz",
+    }
+
+
+def _measured(job: Job, runner: Runner) -> dict[str, Any]:
     """What is known of the members beyond the attacks, computed once and kept in the store."""
-    place = job.place("measures.json")
-    if (stored := read_object(place)) is not None:
-        return stored
-    alone = others.members if others is not None else None
-    found = member_measures(
-        job.subject, as_threat(job.threat), worst, alone, seed=job.seed, progress=job.progress
-    )
-    if (saved := job.save(place)) is not None:
-        write_text(saved, json.dumps(found, indent=1) + "\n")
-    job.say(f"{job.suite.name}: measured transfer, diversity and accuracy against eps")
+    worst = runner.worst
+    if worst is None:
+        return {}
+    place, tried = job.place("measures.json"), job.place("measures.npz")
+    found, cell = read_object(place), Cell.read(tried)
+    if found is None or cell is None:
+        found, arrays = member_measures(
+            job.subject, as_threat(job.threat), worst.correct, seed=job.seed, progress=job.progress
+        )
+        cell = record_of(arrays, worst)
+        if (saved := job.save(tried)) is not None:
+            cell.save(saved, job.subject.index)
+        if (saved := job.save(place)) is not None:
+            write_text(saved, json.dumps(found, indent=1) + "\n")
+        job.say(f"{job.suite.name}: measured transfer, diversity and accuracy against eps")
     job.subject.workers.wait()
+    runner.count("measures", "for the transfer matrix and accuracy against eps", cell)
     return found
+
+
+def _full_checks(
+    job: Job, runner: Runner, plan: Sequence[Planned], records: Mapping[str, Cell]
+) -> list[Check]:
+    """The S-checks that attack on their own; what they find within the threat counts."""
+    place, tried, worst = job.place("checks.json"), job.place("checks.npz"), runner.worst
+    stored, cell = read_object(place), Cell.read(tried)
+    if stored is None or (worst is not None and cell is None):
+        found, arrays = full_checks(job.subject, plan, records, job.seed, counts=worst is not None)
+        if worst is not None and arrays is not None:
+            cell = record_of(arrays, worst)
+            if (saved := job.save(tried)) is not None:
+                cell.save(saved, job.subject.index)
+        stored = {"checks": [check.as_dict() for check in found]}
+        if (saved := job.save(place)) is not None:
+            write_text(saved, json.dumps(stored, indent=1) + "\n")
+    job.subject.workers.wait()
+    if cell is not None and worst is not None:
+        runner.count("checks", "for the checks of the attacks on the first images", cell)
+    return [Check(**check) for check in stored["checks"]]

@@ -60,6 +60,7 @@ def in_chunks(
     count: int,
     work: Callable[[slice], Mapping[str, Any]],
     *,
+    fits: Callable[[slice, Arrays], bool] = lambda images, part: True,
     kept: Path | None = None,
     workers: Workers = ALONE,
     progress: Progress = SILENT,
@@ -69,6 +70,7 @@ def in_chunks(
     Args:
         count: of images.
         work: makes the arrays of a chunk, "forwards" (passes that it took) among them.
+        fits: whether the arrays found for a chunk are those that `work` would make.
         kept: folder in which finished chunks are kept, and found again after an interruption;
             `forget` it once their union is saved.
         workers: the processes among which the chunks are spread.
@@ -84,6 +86,8 @@ def in_chunks(
         # a single chunk is saved with what it is the whole of
         place = kept / f"{start}.npz" if kept is not None and len(starts) > 1 else None
         found = read_arrays(place)
+        if found is not None and not fits(images, found):
+            found = None
         part = found
         if part is None:
             part = {key: np.asarray(value) for key, value in work(images).items()}

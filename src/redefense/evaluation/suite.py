@@ -62,8 +62,10 @@ class Suite(_Data):
         name: of its file in `DIR/evaluation`.
         summary: one line for `redefense list suites`.
         cells: what is run.
-        beside: adaptive cells that the best single member and the averaged ensemble must face
-            too, so that the worth of the randomness can be read off.
+        beside: attacks on each single member and on the averaged ensemble, so that the worth of the
+            randomness can be read off.
+        cascade: whether attacks that know the ensemble leave out the images on which those before
+            made every member err; the headline needs each image's worst case only.
         measures: whether the members are measured too: transfer, diversity, each alone under
             attack, and accuracy against eps.
     """
@@ -72,6 +74,7 @@ class Suite(_Data):
     summary: str = ""
     cells: tuple[CellSpec, ...] = Field(min_length=1)
     beside: tuple[CellSpec, ...] = ()
+    cascade: bool = False
     measures: bool = False
 
 

@@ -191,7 +191,7 @@ _CSV_COLUMNS = (
     "run", "data", "split", "num_images", "norm", "eps", "suite", "cell", "attack", "view",
     "aware", "bounded", "accuracy", "low", "high", "protocol", "protocol_sd", "averaged",
     "worst_member", "best_member", "any", "all", "unchanged", "l0", "l2", "linf", "forwards",
-    "backwards", "seconds",
+    "backwards", "seconds", "met",
 )  # fmt: skip
 
 
@@ -235,9 +235,12 @@ def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
             if cell.threat is not None and not cell.bounded:
                 row |= {"norm": cell.threat.norm, "eps": cell.threat.eps}
             figures = accuracy.model_dump(exclude={"expected"}) | {"unchanged": cell.unchanged}
+            if not scored.whole:
+                figures = {"unchanged": cell.unchanged}
             row |= {k: None if v is None else round(100 * v, 4) for k, v in figures.items()}
             row |= dict(cell.distortion or {})
             row |= {key: getattr(cell, key) for key in ("forwards", "backwards", "seconds")}
+            row["met"] = cell.met
             rows.append(row)
     return [{key: row.get(key) for key in _CSV_COLUMNS} for row in rows]
 
@@ -257,7 +260,6 @@ def to_json(results: Sequence[Result]) -> str:
         | {
             key: estimate and estimate._asdict()
             for key, estimate in (
-                ("knowing", r.knowing),
                 ("over_single", r.over_single),
                 ("over_averaged", r.over_averaged),
             )

@@ -1,0 +1,169 @@
+"""What the randomness is compared with: every single member, and the averaged ensemble.
+
+Both are deterministic. Each is attacked for itself by the attacks that the suite names in `beside`,
+on the images where it still stands after everything else that was run. Its worst case is over all
+points, as that of the ensemble is, and these points count against the ensemble, too.
+
+The single member that is compared with is chosen on validation images, whose luck can only make it
+too weak a rival: so every member is attacked on the evaluated images too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+
+from redefense.attacks.adaptive import Hinge
+from redefense.evaluation.cells import MEMBER, as_threat, judge, member_of
+from redefense.evaluation.headline import interval
+from redefense.evaluation.metering import Meter, Metered
+from redefense.evaluation.metrics import Bools
+from redefense.evaluation.plan import Job, attack_of
+from redefense.evaluation.progress import rough_passes
+from redefense.evaluation.running import Runner
+from redefense.evaluation.store import forget, in_chunks, own_images, read_arrays, write_arrays
+from redefense.evaluation.suite import CellSpec
+from redefense.rng import stream
+
+SELECTION_IMAGES: Final = 200
+"""Validation images on which the best single member is chosen."""
+
+SELECTION: Final = Hinge(steps=20)
+"""The attack on each member there: it only has to tell a better one from a worse one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Baselines:
+    """Their worst cases on the evaluated images.
+
+    Attributes:
+        members: (M, n) whether every member alone is right on each point found.
+        averaged: (n,) whether the averaged ensemble is.
+        best: the single member that is compared with, chosen on `chosen_on`.
+    """
+
+    members: Bools
+    averaged: Bools
+    best: int
+    chosen_on: str
+
+    @property
+    def single(self) -> Bools:
+        """(n,) of the best member."""
+        return cast(Bools, self.members[self.best])
+
+    def figures(self) -> dict[str, Any]:
+        """What the headline says of them."""
+        return {
+            "best_single_member": float(self.single.mean()),
+            "best_single_member_interval": interval(self.single.astype(np.float64)),
+            "best_single_member_index": self.best,
+            "chosen_on": self.chosen_on,
+            "single_members": self.members.mean(1).tolist(),
+            "averaged": float(self.averaged.mean()),
+            "averaged_interval": interval(self.averaged.astype(np.float64)),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the records as an npz file."""
+        write_arrays(path, asdict(self) | {"single": self.single})
+
+
+NOTHING: Final = dict.fromkeys(
+    f"{key}{s}" for key in ("best_single_member", "averaged") for s in ("", "_interval")
+)
+"""What the headline says of them where a suite does not attack them."""
+
+
+def attack_baselines(runner: Runner) -> None:
+    """Attack every member and the average where each still stands.
+
+    What a cell of the suite has tried already is not repeated: the same attack on the same view.
+    """
+    job, worst = runner.job, runner.worst
+    if worst is None:
+        return
+    for name, view, spec in _each(job):
+        attack = attack_of(spec)
+        standing = worst.averaged if view == "averaged" else worst.alone[member_of(view)]
+        met = standing & ~runner.met_by(attack, view)
+        if met.any():
+            runner.further(name, spec, attack, view, met)
+
+
+def _each(job: Job) -> Iterator[tuple[str, str, CellSpec]]:
+    """Name, view and attack of all that is run."""
+    views = [f"{MEMBER}{m}" for m in range(job.subject.ensemble.num_members)]
+    for view in (*views, "averaged"):
+        for number, spec in enumerate(job.suite.beside):
+            yield f"{view.replace(' ', '-')}-{spec.attack}-{number}", view, spec
+
+
+def baselines(runner: Runner) -> Baselines | None:
+    """Their worst cases over everything that was run; None for a suite that does not ask for it."""
+    job, worst = runner.job, runner.worst
+    if worst is None or not job.suite.beside:
+        return None
+    chosen, on = _on_validation(job), "validation"
+    if chosen is None:
+        chosen, on = worst.alone, "evaluated images"
+    found = Baselines(
+        members=worst.alone,
+        averaged=worst.averaged,
+        best=int(np.argmax(chosen.mean(1))),
+        chosen_on=on,
+    )
+    if (place := job.save(job.place("beside.npz"))) is not None:
+        found.save(place)
+    return found
+
+
+def pieces(job: Job) -> Iterator[tuple[str, float]]:
+    """What will be done, for the progress: labels and passes, guessed."""
+    members, count = job.subject.ensemble.num_members, len(job.subject.x)
+    for name, view, spec in _each(job):
+        passes = rough_passes(attack_of(spec)) * (members if view == "averaged" else 1)
+        yield name, STANDING * passes * count
+    on = job.subject.validation
+    if on is not None and job.suite.beside:
+        yield CHOICE, rough_passes(SELECTION) * members * min(SELECTION_IMAGES, len(on[0]))
+
+
+STANDING: Final = 0.3
+"""Share of the images on which one of them may still stand, for the progress."""
+
+CHOICE: Final = "choosing a single member"
+
+
+def _on_validation(job: Job) -> Bools | None:
+    """(M, k) whether each member is right on validation images and under attack; None without."""
+    if job.subject.validation is None:
+        return None
+    place = job.place("choice.npz")
+    if (stored := read_arrays(place)) is not None:
+        return stored["right"]
+    x, y = (part[:SELECTION_IMAGES] for part in job.subject.validation)
+    ensemble, workers = job.subject.ensemble, job.subject.workers
+    own = own_images(len(x), workers)
+    job.progress.begin(CHOICE, len(x), share=own)
+
+    def work(images: slice) -> dict[str, Any]:
+        meter = Meter(job.progress.passed)
+        metered, xs, ys = Metered(ensemble, meter), x[images], y[images]
+        right = judge(ensemble, xs, xs, ys)["correct"]
+        for m in range(ensemble.num_members):
+            rng = stream(job.seed, "choice", images.start)  # equal members get equal attacks
+            x_adv = SELECTION(metered.member(m), xs, ys, as_threat(job.threat), rng=rng)
+            right[m] &= judge(ensemble, x_adv, xs, ys)["correct"][m]
+        return {"right": right, "forwards": meter.forwards}
+
+    kept = job.place("choice.chunks")
+    parts = in_chunks(len(x), work, kept=kept, workers=workers, progress=job.progress)
+    right = np.concatenate([part["right"] for part in parts], axis=1)
+    if (saved := job.save(place)) is not None:
+        write_arrays(saved, {"right": right})
+        forget(kept)
+    workers.wait()
+    return right
