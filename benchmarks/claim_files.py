@@ -85,6 +85,7 @@ class Plan(_Data):
     Attributes:
         file: name of the evaluation in the run's folder.
         suite: its name, or its whole definition if it is not one of ours.
+        cascade: whether images that are lost were left out, where that is not the suite's choice.
     """
 
     file: str
@@ -95,6 +96,7 @@ class Plan(_Data):
     seed: int
     seeds: int
     checks: str
+    cascade: bool | None = None
     provenance: dict[str, Any]
 
 
@@ -294,12 +296,14 @@ def planned(stored: Stored) -> Plan:
     if plan is None or file is None or plan.threat.eps is None:
         raise DataError(f"{stored.name}: {file} has no plan.json, so it cannot be recomputed")
     name = plan.suite["name"]
-    ours = name in SUITES and SUITES[name].model_dump(mode="json") == plan.suite
+    whole = {**plan.suite, "cascade": name in SUITES and SUITES[name].cascade}
+    ours = name in SUITES and SUITES[name].model_dump(mode="json") == whole
+    chosen = None if whole == plan.suite or not ours else bool(plan.suite.get("cascade"))
     return Plan(
         file=file.stem, suite=name if ours else plan.suite,
         norm="2" if plan.threat.norm == "2" else "inf",
         eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
-        checks=plan.checks, provenance=stored.evaluation.provenance,
+        checks=plan.checks, cascade=chosen, provenance=stored.evaluation.provenance,
     )  # fmt: skip
 
 

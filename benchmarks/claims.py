@@ -43,8 +43,9 @@ def recompute(it: Claim, data: str, folder: Path) -> list[str]:
             (folder / "suite.json").write_text(json.dumps(suite))
             suite = str(folder / "suite.json")
         images = [] if plan.images is None else ["--images", str(plan.images)]
+        cascade = [] if plan.cascade is not False else ["--no-cascade"]
         _redefense(
-            "evaluate", str(again), "--data", data, "--suite", suite, *images,
+            "evaluate", str(again), "--data", data, "--suite", suite, *images, *cascade,
             "--eps", repr(plan.eps), "--norm", plan.norm, "--seed", str(plan.seed),
             "--seeds", str(plan.seeds), "--checks", plan.checks,
             "--out", str(again / "evaluation" / f"{plan.file}.json"),

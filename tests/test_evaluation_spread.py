@@ -23,7 +23,7 @@ from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.run import run_suite
-from redefense.evaluation.suite import SUITES
+from redefense.evaluation.suite import Suite
 from redefense.evaluation.workers import workers
 
 rng = torch.Generator().manual_seed(0)
@@ -35,13 +35,24 @@ for member in members:
 with workers() as team:
     subject = Subject(Independent(members).eval(), x, y, np.arange(230), "made up", workers=team)
     store = Path(sys.argv[1])
-    data = run_suite(subject, SUITES["quick"], ThreatConfig(eps=0.1), store=store).data
+    suite = Suite.model_validate_json(sys.argv[2])
+    data = run_suite(subject, suite, ThreatConfig(eps=0.1), store=store).data
     data["provenance"].pop("date")
     for cell in data["cells"]:
         cell.pop("seconds")
     if team.first:
         store.with_suffix(".json").write_text(json.dumps(data))
 """
+
+SUITE = {
+    "name": "mine", "cascade": True, "measures": True,
+    "cells": [
+        {"attack": "pgd", "view": "sampled", "settings": {"steps": 3}},
+        {"attack": "hinge", "view": "members", "settings": {"steps": 3}},
+        {"attack": "subset", "view": "members", "settings": {"steps": 3, "num_targets": 1}},
+    ],
+    "beside": [{"attack": "hinge", "view": "members", "settings": {"steps": 6}}],
+}  # fmt: skip
 
 
 def _run(store: Path, count: int) -> dict[str, Any]:
@@ -52,7 +63,8 @@ def _run(store: Path, count: int) -> dict[str, Any]:
               "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(store)], env={**shared, "RANK": str(rank)}
+            [sys.executable, "-c", SCRIPT, str(store), json.dumps(SUITE)],
+            env={**shared, "RANK": str(rank)},
         )
         for rank in range(count)
     ]
@@ -62,12 +74,12 @@ def _run(store: Path, count: int) -> dict[str, Any]:
 
 
 def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
-    one, two = _run(tmp_path / "one" / "quick", 1), _run(tmp_path / "two" / "quick", 2)
+    one, two = _run(tmp_path / "one" / "mine", 1), _run(tmp_path / "two" / "mine", 2)
     for data in (one, two):
         data["provenance"].pop("commit")  # somebody may commit between the two
     assert one == two
-    for path in sorted((tmp_path / "one" / "quick").glob("*.npz")):
-        with np.load(path) as a, np.load(tmp_path / "two" / "quick" / path.name) as b:
+    for path in sorted((tmp_path / "one" / "mine").glob("*.npz")):
+        with np.load(path) as a, np.load(tmp_path / "two" / "mine" / path.name) as b:
             assert a.files == b.files
             assert all(np.array_equal(a[k], b[k]) for k in a.files if k != "seconds")
 

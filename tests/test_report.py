@@ -296,7 +296,7 @@ def test_what_was_run_besides_counts_and_cells_that_met_few_images_have_no_figur
     (folder / "quick" / "member-0.npz").unlink()
     (result,) = join([tmp_path / "red"])
     assert result.q_aware is None
-    assert "records of 1 of 5 attacks are missing" in "".join(result.notes)
+    assert "records of 1 of 1 further attacks are missing" in "".join(result.notes)
 
 
 def test_one_member_draws_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ def evaluate(
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
     checks: Annotated[str, typer.Option(help="quick, or full.")] = "quick",
+    no_cascade: Annotated[
+        bool,
+        typer.Option("--no-cascade", help="Attack images, too, that earlier attacks have taken."),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on a red check.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -55,6 +59,7 @@ def evaluate(
         device=device,
         out=out,
         checks=checks,
+        cascade=False if no_cascade else None,
         say=None if quiet else lambda line: say(line, quiet),
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]

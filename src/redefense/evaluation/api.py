@@ -53,6 +53,7 @@ def evaluate(
     images: int | None = None,
     seeds: int = 1,
     checks: str = "quick",
+    cascade: bool | None = None,
 ) -> Report:
     """Measure any classifier, ensemble or list of classifiers.
 
@@ -68,6 +69,9 @@ def evaluate(
         images: the first N of one published permutation of the test split.
         seeds: how often each attack is run.
         checks: "quick" or "full".
+        cascade: whether attacks that know the ensemble leave out images on which every member errs
+            already; the suite's own choice unless given. Where attacks start independently of
+            others, the headline is the same either way.
 
     Returns:
         The report; nothing is written.
@@ -80,7 +84,7 @@ def evaluate(
         ConfigError: for an unknown suite or setting, or a suite that needs more classes.
         DataError: if the data cannot be read.
     """
-    plan = suite_named(suite)
+    plan = suite_named(suite).cascading(cascade)
     ensemble = _ensemble(model, mixture)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else _config(threat or Threat())
@@ -133,6 +137,7 @@ def evaluate_run(
     device: str = "cpu",
     out: Path | None = None,
     checks: str = "quick",
+    cascade: bool | None = None,
     say: Say | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
@@ -151,7 +156,7 @@ def evaluate_run(
         ConfigError: if an evaluation with other settings is stored there.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
-    plan, device = suite_named(suite), own_device(device)
+    plan, device = suite_named(suite).cascading(cascade), own_device(device)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)

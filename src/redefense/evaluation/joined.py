@@ -350,9 +350,12 @@ _KEEP: Final = (
 )
 
 
-def _missing(bounded: Sequence[Scored]) -> str:
-    count = sum(c.q is None for c in bounded)
-    return f"The per-image records of {count} of {len(bounded)} attacks are missing"
+def _missing(bounded: Sequence[Scored], further: Sequence[Scored]) -> str:
+    which, kind = bounded, "attacks"
+    if all(c.q is not None for c in bounded):
+        which, kind = further, "further attacks"
+    count = sum(c.q is None for c in which)
+    return f"The per-image records of {count} of {len(which)} {kind} are missing"
 
 
 def _notes(
@@ -366,10 +369,10 @@ def _notes(
             "what the others say about a randomized defence is not a claim of robustness."
         )
     elif pair.aware is None:
-        notes.append(f"{_missing([*bounded, *further])}, so the suites cannot be joined. {_KEEP}")
+        notes.append(f"{_missing(bounded, further)}, so the suites cannot be joined. {_KEEP}")
     elif pair.q_aware is None:
         notes.append(
-            f"{_missing([*bounded, *further])}: the headline is the one the suite stored. {_KEEP}"
+            f"{_missing(bounded, further)}: the headline is the one the suite stored. {_KEEP}"
         )
     if any(not c.whole for c in bounded):
         notes.append(

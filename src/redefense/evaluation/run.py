@@ -181,7 +181,7 @@ def run_suite(
     attack_baselines(runner)
     measured = _measured(job, runner) if suite.measures else {}
     full = _full_checks(job, runner, plan, records) if checks == "full" else []
-    runner.points.forget()
+    runner.forget_points()
     rivals, worst = baselines(runner), runner.worst
     data = _facts(job, made, clean, mixture) | {
         "cells": [

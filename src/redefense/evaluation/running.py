@@ -159,6 +159,12 @@ class Runner:
             self._met.append((attack, view, met))
         return cell
 
+    def forget_points(self) -> None:
+        """Remove the points that were kept for attacks to come."""
+        self.job.subject.workers.wait()
+        if self.job.subject.workers.first:
+            self.points.forget()
+
     def _say(self, label: str, cell: Cell) -> None:
         if cell.whole:
             expected = float(exact_expectation(cell.correct, self._mixture).mean())

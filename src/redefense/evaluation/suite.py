@@ -77,6 +77,10 @@ class Suite(_Data):
     cascade: bool = False
     measures: bool = False
 
+    def cascading(self, cascade: bool | None) -> "Suite":
+        """The same suite with or without its cascade; None leaves it as it is."""
+        return self if cascade is None else self.model_copy(update={"cascade": cascade})
+
 
 _MEANPROB = CellSpec(
     attack="meanprob_pgd", view="members", settings={"steps": 20}, label="meanprob PGD-20"
