@@ -1,7 +1,7 @@
 """Everything that was run counts, and images that are lost need no further attack."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -47,7 +47,8 @@ HANDING_ON = Suite(
 
 def members(count: int, *, pixels: int = 9, classes: int = 4) -> list[nn.Module]:
     """Small networks with kinks, so that attacks differ."""
-    made, rng = [], stream(0, "members")
+    made: list[nn.Module] = []
+    rng = stream(0, "members")
     for _ in range(count):
         layers = nn.Linear(pixels, 12), nn.ReLU(), nn.Linear(12, classes)
         for p in (p for layer in layers for p in layer.parameters()):
@@ -232,12 +233,12 @@ def test_black_boxes_run_last_and_unaware_attacks_before_the_others() -> None:
 
 def test_lost_means_that_every_member_that_can_be_drawn_errs() -> None:
     clean = np.array([[1, 0, 0], [0, 0, 1], [1, 1, 1]], dtype=bool)
-    nothing = dict.fromkeys(("linf", "l2", "l0"), np.zeros(3))
-    record = Cell(correct=clean, averaged=clean[0], **nothing)
+    zeros = np.zeros(3)
+    record = Cell(correct=clean, averaged=clean[0], linf=zeros, l2=zeros, l0=zeros)
     worst = WorstCase(np.array([0.5, 0.5, 0.0]), record)
     assert worst.lost.tolist() == [False, True, False]
     point = Cell(
-        correct=np.zeros((3, 3), dtype=bool), averaged=clean[0] & False, **nothing,
+        correct=clean & False, averaged=clean[0] & False, linf=zeros, l2=zeros, l0=zeros,
         met=np.array([True, False, False]),
     )  # fmt: skip
     filled = worst.filled(point)
@@ -256,8 +257,8 @@ def test_a_cascade_can_be_chosen_where_an_evaluation_is_asked_for(tmp_path: Path
         cascade: [
             c["met"]
             for c in evaluate(
-                who.ensemble, (who.x, who.y), str(tmp_path / "mine.json"), Threat(eps=EPS),
-                cascade=cascade,
+                cast(nn.Module, who.ensemble), (who.x, who.y), str(tmp_path / "mine.json"),
+                Threat(eps=EPS), cascade=cascade,
             ).data["cells"]
         ]
         for cascade in (None, True, False)

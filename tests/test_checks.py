@@ -1,6 +1,7 @@
 """Every S-check is green on a sound evaluation and red on one that was built to fail it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -250,6 +251,8 @@ def test_a_suite_that_cannot_know_says_so() -> None:
         # an attack on the second member alone leaves 0.5 at most; alone they keep 0.25 on average
         ("B1", {"h": ("hinge", HALF)}, {"headline": {"aware": 0.9, "single_members": [0.5, 0.0]}}),
         ("B1", {"h": ("hinge", HALF)}, {"headline": {"aware": 0.1, "single_members": [0.5, 0.0]}}),
+        # what else was run made up for cells that are weaker than attacks on one member
+        ("B1", {"h": ("hinge", GOOD)}, {"headline": {"aware": 0.2, "single_members": [0.4, 0.0]}}),
     ],
 )  # fmt: skip
 def test_records_built_to_fail_are_caught(
@@ -263,6 +266,28 @@ def test_what_members_keep_alone_bounds_the_aware_figure_of_every_suite_with_a_d
     assert check("B1") == Check("B1", True, "aware 50.0 %, single members allow 30.0 to 60.0 %")
     check = checked({"h": ("hinge", HALF)}, headline={"aware": 0.5})
     assert check("B1") == Check("B1", None, "this suite attacks no member alone")
+
+
+@pytest.mark.parametrize(("taken", "passed"), [(2, False), (16, True)])
+def test_transfer_that_takes_more_of_what_was_left_than_white_boxes_of_all_is_caught(
+    taken: int, passed: bool
+) -> None:
+    # white boxes take some of 20 images, transfer half of the others, and hinge meets the rest
+    image = np.arange(20)
+    met = {
+        "pgd": image >= 0,
+        "transfer": image >= taken,
+        "hinge": (image >= taken) & (image % 2 > 0),
+    }
+    stands = {"pgd": met["transfer"], "transfer": met["hinge"], "hinge": met["hinge"]}
+    records = {
+        name: replace(record(np.stack([left, left])), met=met[name])
+        for name, left in stands.items()
+    }
+    cells = [cell(name, name, records[name].correct) for name in records]
+    data = {"cells": cells, "headline": {"unaware": None, "aware": None}}
+    found = after_run(data, records | {"clean": record(GOOD, 0.0)}, EVEN)
+    assert [c.passed for c in found if c.id == "S18"] == [passed]
 
 
 def test_an_aware_attack_that_helps_the_defender_is_caught() -> None:

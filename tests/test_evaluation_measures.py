@@ -149,7 +149,7 @@ def test_the_curve_falls_where_the_boundaries_are_and_ends_at_zero() -> None:
     assert rows[-1][1] == 0.0
     assert all(len(row) == 4 for row in rows)
     # its points within the threat are told; those beyond are none of it
-    assert tried.arrays["correct"].tolist() == [[False, True, True]]
+    assert tried.cell.correct.tolist() == [[False, True, True]]
 
 
 def test_the_curve_takes_over_what_the_suite_found() -> None:
@@ -171,5 +171,5 @@ def test_member_measures_are_plain_data() -> None:
     assert len(found["transfer"]) == 2
     assert found["curve"][0][1] == 1.0
     # what is printed of the points is what is told of them: each member fooled on the first image
-    assert points["alone"].tolist() == [[False, True]] * 2
-    assert points["correct"].shape == (2, 2)
+    assert points.alone.tolist() == [[False, True]] * 2
+    assert points.correct.shape == (2, 2)

@@ -93,7 +93,7 @@ def after_run(
         _gap(data["headline"], len(mixture)),
         _no_better_than_clean(cells, q),
         _helps(worst, single, mixture, data["headline"].get("single_members")),
-        _bounds(data["headline"], mixture),
+        _bounds(data["headline"], cells, q, mixture),
     ]
 
 
@@ -157,11 +157,18 @@ def _transfer_is_weaker(
         return Check("S18", None, "no transfer attack to compare with")
     gaps = []
     for name, others in pairs:
-        met = np.logical_and.reduce([records[o].met for o in (name, *others)])
-        if not met.any():
-            continue
-        white, transfer = worst_case([q[o][met] for o in others]), q[name][met]
-        gaps.append(float(white.mean() - transfer.mean()) - _tolerance(white, transfer))
+        own = records[name].met
+        met = np.logical_and.reduce([own, *(records[o].met for o in others)])
+        if met.any():
+            white, transfer = worst_case([q[o][met] for o in others]), q[name][met]
+            gaps.append(float(white.mean() - transfer.mean()) - _tolerance(white, transfer))
+        # what those before it had left is hard to take: a larger share of it is more than chance
+        before = [o for o in others if records[o].met[own].all()]
+        if before and own.any() and not own.all():
+            lost = worst_case([q[o] for o in before])[q["clean"] > 0] == 0
+            taken = (q[name][own] == 0).astype(float)
+            error = 2 * (taken.std() / len(taken) ** 0.5 + lost.std() / len(lost) ** 0.5)
+            gaps.append(float(taken.mean() - lost.mean() - error))
     if not gaps:
         return Check("S18", None, "no image that transfer and white-box attacks have both met")
     return Check("S18", max(gaps) <= 0, f"transfer is {100 * max(gaps):+.1f} points stronger than "
@@ -215,11 +222,21 @@ def _no_better_than_clean(
     )  # fmt: skip
 
 
-def _bounds(headline: Mapping[str, Any], mixture: NDArray[np.float64]) -> Check:
+SEARCH_LUCK = 0.01
+"""Share of images by which equal searches from other starts differed: copies, trained on digits."""
+
+
+def _bounds(
+    headline: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    q: Mapping[str, NDArray[np.float64]],
+    mixture: NDArray[np.float64],
+) -> Check:
     """B1, what single members allow: sum_m p_m A_m <= aware <= 1 - max_m p_m (1 - A_m).
 
     A_m is what member m keeps alone, in its own worst case. Every point counts for the ensemble and
-    for each member, so this holds exactly.
+    for each member, so this holds exactly. The suite's cells by themselves may miss the upper bound
+    by chance only: further above it, an attack on one member does better than those on all.
     """
     alone, aware = headline.get("single_members"), headline["aware"]
     if aware is None or alone is None or len(mixture) == 1:
@@ -228,7 +245,12 @@ def _bounds(headline: Mapping[str, Any], mixture: NDArray[np.float64]) -> Check:
     low = float(mixture @ np.array(alone))
     high = 1 - float((mixture * (1 - np.array(alone))).max())
     told = f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %"
-    return Check("B1", low - 1e-9 <= aware <= high + 1e-9, told)
+    own = float(worst_case([q["clean"], *(q[name] for name in _of_headline(cells))]).mean())
+    slack = max(1 / len(q["clean"]), SEARCH_LUCK)
+    if own > high + slack:
+        told += f"; the suite's own cells leave {100 * own:.1f} %: an attack on one member "
+        told += "does better than those on all"
+    return Check("B1", low - 1e-9 <= aware <= high + 1e-9 and own <= high + slack, told)
 
 
 def _mean(q: Mapping[str, NDArray[np.float64]], name: str) -> float:
@@ -288,6 +310,12 @@ def _aware_is_stronger(
     )
 
 
+def _of_headline(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The bounded cells at the threat of the aware ones."""
+    threats = [c["threat"] for c in cells if c["aware"] and c["bounded"]]
+    return [c["id"] for c in cells if c["bounded"] and c["threat"] in threats]
+
+
 def _worst_is_lowest(data: Mapping[str, Any], q: Mapping[str, NDArray[np.float64]]) -> Check:
     """The stated worst case against the records: the minimum per image, not of means.
 
@@ -296,9 +324,7 @@ def _worst_is_lowest(data: Mapping[str, Any], q: Mapping[str, NDArray[np.float64
     stated, cells = data["headline"]["aware"], data["cells"]
     if stated is None:
         return Check("S21", None, "no headline")
-    threats = [c["threat"] for c in cells if c["aware"] and c["bounded"]]
-    same = [c["id"] for c in cells if c["bounded"] and c["threat"] in threats]
-    same += [c["id"] for c in data.get("further_cells", ())]
+    same = [*_of_headline(cells), *(c["id"] for c in data.get("further_cells", ()))]
     worst = float(worst_case([q["clean"], *(q[name] for name in same)]).mean())
     return Check(
         "S21",

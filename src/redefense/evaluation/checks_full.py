@@ -30,7 +30,6 @@ from redefense.evaluation.checks_sample import SAMPLE, Sample, global_generators
 from redefense.evaluation.metrics import worst_case
 from redefense.evaluation.plan import Planned
 from redefense.evaluation.statistics import exact_expectation
-from redefense.evaluation.store import Arrays
 from redefense.evaluation.tried import Tried
 from redefense.rng import stream
 
@@ -45,7 +44,7 @@ def full_checks(
     seed: int,
     *,
     counts: bool,
-) -> tuple[list[Check], Arrays | None]:
+) -> tuple[list[Check], Cell | None]:
     """All of them, at the threat of the suite's first bounded cell, aware ones first.
 
     They are spread over the subject's processes; all get all results.
@@ -85,13 +84,14 @@ def full_checks(
     results = []
     for job in workers.share(jobs):
         apart = None if tried is None else tried.fork()
-        results.append((job(replace(sample, tried=apart)), None if apart is None else apart.arrays))
+        results.append((job(replace(sample, tried=apart)), None if apart is None else apart.cell))
     # added up in one order, on however many processes they were found
     done = workers.gather(results)
-    for _, arrays in done:
-        if tried is not None and arrays is not None:
-            tried.add(arrays)
-    return [check for checks, _ in done for check in checks], tried and tried.arrays
+    for _, cell in done:
+        if tried is not None and cell is not None:
+            tried.add(cell)
+    found = [check for checks, _ in done for check in checks]
+    return found, None if tried is None else tried.cell
 
 
 def _alone(check: Callable[[Sample], Check], sample: Sample) -> list[Check]:

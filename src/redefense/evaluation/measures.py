@@ -17,7 +17,7 @@ from torch import Tensor
 from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
 from redefense.ensembles import Members, frozen_weights
-from redefense.evaluation.cells import Subject
+from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.metrics import Bools, Floats
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.statistics import (
@@ -26,7 +26,6 @@ from redefense.evaluation.statistics import (
     fooled_histogram,
     success_within,
 )
-from redefense.evaluation.store import Arrays
 from redefense.evaluation.tried import Tried
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.rng import stream
@@ -112,7 +111,7 @@ def member_measures(
     *,
     seed: int,
     progress: Progress = SILENT,
-) -> tuple[dict[str, Any], Arrays]:
+) -> tuple[dict[str, Any], Cell]:
     """Transfer, diversity and accuracy against eps, and what was tried for them at the threat.
 
     What takes long is spread over the subject's processes; all get all of it.
@@ -135,12 +134,12 @@ def member_measures(
     results = []
     for job in own:
         apart = tried.fork()
-        results.append((job(apart), apart.arrays))
+        results.append((job(apart), apart.cell))
         progress.advance(1, 0.0)
     # added up in one order, on however many processes they were found
     (falling, points), *others = subject.workers.gather(results)
-    for arrays in (points, *(arrays for _, arrays in others)):
-        tried.add(arrays)
+    for cell in (points, *(cell for _, cell in others)):
+        tried.add(cell)
     rows = [row for row, _ in others]
     conventions = {
         name: convention.table(rows[i * len(right) : (i + 1) * len(right)], common, threat)
@@ -156,7 +155,7 @@ def member_measures(
             "images": len(x),
         },
     }
-    return found, tried.arrays
+    return found, tried.cell
 
 
 def curve(
@@ -192,7 +191,7 @@ def curve(
             rng = stream(seed, "curve", f"{eps:.9g}")
             x_adv = ATTACKS["hinge"]()(ensemble, x, y, at, rng=rng)  # type: ignore[arg-type]  # an ensemble is a module
             if eps <= threat.eps:
-                hits = tried.offer(x_adv)["correct"]
+                hits = tried.offer(x_adv).correct
             else:
                 with torch.no_grad():
                     hits = correct(ensemble.member_logits(x_adv), y).cpu().numpy()
@@ -254,7 +253,7 @@ class Convention:
             rng = stream(seed, "transfer", self.steps, start)
             x_adv = self.attack(ensemble.member(source), x, y, threat, rng=rng)
             found = tried.offer(x_adv, rows)
-            right = np.concatenate([found["correct"], found["averaged"][None]])
+            right = np.concatenate([found.correct, found.averaged[None]])[:, found.met]
             fooled |= ~torch.from_numpy(right).to(x.device)
         shares: list[float] = fooled.double().mean(1).tolist()
         return shares

@@ -343,10 +343,10 @@ def _measured(job: Job, runner: Runner) -> dict[str, Any]:
     place, tried = job.place("measures.json"), job.place("measures.npz")
     found, cell = read_object(place), Cell.read(tried)
     if found is None or cell is None:
-        found, arrays = member_measures(
+        found, first = member_measures(
             job.subject, as_threat(job.threat), worst.correct, seed=job.seed, progress=job.progress
         )
-        cell = record_of(arrays, worst)
+        cell = record_of(first, worst)
         if (saved := job.save(tried)) is not None:
             cell.save(saved, job.subject.index)
         if (saved := job.save(place)) is not None:
@@ -364,9 +364,9 @@ def _full_checks(
     place, tried, worst = job.place("checks.json"), job.place("checks.npz"), runner.worst
     stored, cell = read_object(place), Cell.read(tried)
     if stored is None or (worst is not None and cell is None):
-        found, arrays = full_checks(job.subject, plan, records, job.seed, counts=worst is not None)
-        if worst is not None and arrays is not None:
-            cell = record_of(arrays, worst)
+        found, first = full_checks(job.subject, plan, records, job.seed, counts=worst is not None)
+        if worst is not None and first is not None:
+            cell = record_of(first, worst)
             if (saved := job.save(tried)) is not None:
                 cell.save(saved, job.subject.index)
         stored = {"checks": [check.as_dict() for check in found]}

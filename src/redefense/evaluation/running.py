@@ -75,13 +75,13 @@ class Runner:
         """The records of every cell, and those of its repetitions with other seeds."""
         records, repeats = {}, {}
         for number, planned in enumerate(run_order(plan), 1):
-            again = []
+            again, met = [], self.everything
+            if self.job.suite.cascade and planned.aware and self._counts(planned):
+                assert self.worst is not None
+                met = ~self.worst.lost
+            # repetitions meet the same images, so that they can be compared
             for repeat in range(self.job.seeds):
                 name = planned.identity + (f".seed{repeat}" if repeat else "")
-                met = self.everything
-                if self.job.suite.cascade and planned.aware and self._counts(planned):
-                    assert self.worst is not None
-                    met = ~self.worst.lost
                 cell = self.attack(
                     name, planned.attack, planned.threat, planned.spec.view, met,
                     label=cell_label(number, planned, plan, repeat),

@@ -159,6 +159,7 @@ AWARE: Final = Suite(
         ),
     ),
     beside=_AWARE_BUDGET,
+    cascade=True,
     measures=True,
 )
 
@@ -168,6 +169,7 @@ FULL: Final = Suite(
     # PGD-10 is in two of them
     cells=(*QUICK.cells, *PAPER.cells, *LIBRARY.cells, *(c for c in AWARE.cells if c != _PGD)),
     beside=AWARE.beside,
+    cascade=True,
     measures=True,
 )
 

@@ -1,12 +1,12 @@
 """Points that measurements and checks try on the first images: they count as those of cells do."""
 
 from copy import copy
+from dataclasses import asdict, replace
 
 import numpy as np
 from torch import Tensor
 
 from redefense.evaluation.cells import Cell, judge, verify_ball
-from redefense.evaluation.store import Arrays
 from redefense.evaluation.worst import WorstCase
 from redefense.threat import Threat
 from redefense.types import Bool, Ensemble, Images, Labels
@@ -24,19 +24,24 @@ class Tried:
 
     def __init__(self, ensemble: Ensemble, x: Images, y: Labels, threat: Threat) -> None:
         self._ensemble, self._x, self._y, self._threat = ensemble, x, y, threat
-        self._mixture = ensemble.mixture.detach().double().cpu().numpy()
-        clean = judge(ensemble, x, x, y)
-        self.arrays: Arrays = {
-            "correct": clean["correct"], "averaged": clean["averaged"], "alone": clean["correct"],
-        }  # fmt: skip
+        self._clean = Cell(**judge(ensemble, x, x, y))
+        self._worst = WorstCase(ensemble.mixture.detach().double().cpu().numpy(), self._clean)
+
+    @property
+    def cell(self) -> Cell:
+        """The record of the k images: each one's worst point, and `alone` over all points."""
+        worst = self._worst
+        return replace(
+            self._clean, correct=worst.correct, averaged=worst.averaged, alone=worst.alone
+        )
 
     def fork(self) -> "Tried":
         """Another one that starts from what is known here, for a part of the work."""
         other = copy(self)
-        other.arrays = dict(self.arrays)
+        other._worst = copy(self._worst)
         return other
 
-    def offer(self, points: Images, rows: Bool[Tensor, " k"] | None = None) -> Arrays:
+    def offer(self, points: Images, rows: Bool[Tensor, " k"] | None = None) -> Cell:
         """Put points within the threat to all members.
 
         Args:
@@ -44,40 +49,35 @@ class Tried:
             rows: the images that have a point.
 
         Returns:
-            "correct" (M, K) and "averaged" (K,) of the points.
+            The record of the k images, of which `rows` were met.
 
         Raises:
             InputError: if a point lies outside the box or the ball.
         """
+        met = np.ones(len(self._x), dtype=bool) if rows is None else rows.cpu().numpy()
         chosen = slice(None) if rows is None else rows
         x, y = self._x[chosen], self._y[chosen]
-        if len(x) == 0:
-            return {key: values[..., :0] for key, values in self.arrays.items()}
-        verify_ball(points, x, self._threat, "a measurement")
-        found = judge(self._ensemble, points, x, y)
-        at = chosen if rows is None else rows.cpu().numpy()
-        every = {key: values.copy() for key, values in self.arrays.items()}
-        for key, source in (("correct", "correct"), ("averaged", "averaged"), ("alone", "correct")):
-            every[key][..., at] = found[source]
-        self.add(every)
-        return found
+        correct, averaged = self._clean.correct.copy(), self._clean.averaged.copy()
+        if len(x):
+            verify_ball(points, x, self._threat, "a measurement")
+            found = judge(self._ensemble, points, x, y)
+            correct[:, met], averaged[met] = found["correct"], found["averaged"]
+        cell = replace(self._clean, correct=correct, averaged=averaged, alone=correct, met=met)
+        self.add(cell)
+        return cell
 
-    def add(self, arrays: Arrays) -> None:
+    def add(self, cell: Cell) -> None:
         """Count what was found on the same images elsewhere."""
-        old = self.arrays
-        better = self._mixture @ arrays["correct"] < self._mixture @ old["correct"] - 1e-9
-        self.arrays = {
-            "correct": np.where(better, arrays["correct"], old["correct"]),
-            "averaged": old["averaged"] & arrays["averaged"],
-            "alone": old["alone"] & arrays["alone"],
-        }
+        self._worst.add("tried", cell)
 
 
-def record_of(arrays: Arrays, worst: WorstCase) -> Cell:
-    """What was tried on the first images as the record of all of them."""
-    n, k = len(worst.q), len(arrays["averaged"])
-    full = {key: np.zeros((*values.shape[:-1], n), dtype=bool) for key, values in arrays.items()}
-    for key, values in arrays.items():
-        full[key][..., :k] = values
-    nothing = {key: np.zeros(n) for key in ("linf", "l2", "l0")}
-    return worst.filled(Cell(**full, **nothing, met=np.arange(n) < k))
+def record_of(cell: Cell, worst: WorstCase) -> Cell:
+    """A record of the first images as one of all of them, of which it met the first."""
+    more = len(worst.q) - len(cell.met)
+
+    whole = {
+        key: np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, more)])
+        for key, values in asdict(cell).items()
+        if isinstance(values, np.ndarray)
+    }
+    return worst.filled(replace(cell, **whole))

@@ -39,7 +39,7 @@ class WorstCase:
         self.source: Sequence[str] = ["clean"] * len(self.q)
         self.alone: Bools = clean.correct
         self.averaged: Bools = clean.averaged
-        self.corrects = [clean.correct]
+        self.corrects: Sequence[Bools] = [clean.correct]
 
     @property
     def lost(self) -> Bools:
@@ -71,4 +71,4 @@ class WorstCase:
         self.source = [name if b else s for b, s in zip(better, self.source, strict=True)]
         self.alone = self.alone & (cell.alone | ~cell.met)
         self.averaged = self.averaged & (cell.averaged | ~cell.met)
-        self.corrects.append(cell.correct)
+        self.corrects = [*self.corrects, cell.correct]
