@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks import ATTACKS
+import redefense.attacks
+import redefense.defences
+from redefense.attacks import ATTACKS, PGD
+from redefense.defences import DEFENCES
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.rng import stream
@@ -89,6 +92,22 @@ def test_an_image_does_not_depend_on_its_batch_mates(name: str) -> None:  # S08
     for i in range(len(x)):
         alone = run(name, small_net(0), x[i : i + 1], y[i : i + 1])
         torch.testing.assert_close(alone, together[i : i + 1])
+
+
+def test_attacks_and_defences_are_importable_from_their_packages() -> None:
+    for package, mapping in ((redefense.attacks, ATTACKS), (redefense.defences, DEFENCES)):
+        for cls in mapping.values():
+            assert getattr(package, cls.__name__) is cls
+            assert cls.__name__ in package.__all__
+
+
+def test_without_a_stream_draws_come_from_the_system() -> None:
+    (x, y), net = images(), small_net(0)
+    state = torch.get_rng_state()
+    first, second = (PGD(steps=1)(net, x, y, Threat(norm="linf", eps="8/255")) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert all((norms(x_adv - x, math.inf) <= 8 / 255 + 1e-12).all() for x_adv in (first, second))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def numpy_state() -> object:

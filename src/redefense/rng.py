@@ -161,6 +161,11 @@ class ImageStreams:
         return ImageStreams(self.keys[rows], self.counter)
 
 
+def system_stream() -> torch.Generator:
+    """A generator on the CPU seeded with 63 bits of the operating system's entropy."""
+    return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
+
+
 def system_uniform(count: int) -> Tensor:
     """(count,) float64 in [0, 1) from the operating system's entropy, for secret draws."""
     raw = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)

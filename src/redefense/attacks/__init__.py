@@ -1,4 +1,4 @@
-"""Attacks: `ATTACKS[name]()(victim, x, y, threat, rng=rng)`; see `base` for the contract."""
+"""Attacks: `PGD(steps=50)(model, x, y, Threat(eps=8 / 255))`; see `base` for the contract."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -20,7 +20,11 @@ from redefense.attacks.sparse import SparseFool
 from redefense.attacks.square import Square
 from redefense.attacks.subset import Subset
 
-__all__ = ["ATTACKS", "Attack"]
+__all__ = [
+    "APGD", "APGDT", "ARC", "ATTACKS", "BIM", "CW", "DI2FGSM", "EOTPGD", "FAB", "FGSM", "MIM",
+    "PGD", "Attack", "AutoAttack", "DeepFool", "Hinge", "MeanProbAPGD", "MeanProbPGD", "OnePixel",
+    "Pixle", "SparseFool", "Square", "Subset", "Transfer",
+]  # fmt: skip
 
 ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
     {

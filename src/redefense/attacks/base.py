@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from redefense.attacks.objectives import LEAST_CLASSES, margin
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
 from redefense.errors import ConfigError, InputError
+from redefense.rng import system_stream
 from redefense.threat import Threat, norms
 from redefense.types import (
     Bool,
@@ -121,7 +122,7 @@ class Attack(ABC):
         y: Labels,
         threat: Threat,
         *,
-        rng: torch.Generator,
+        rng: torch.Generator | None = None,
         starts: Tensor | None = None,
     ) -> Images:
         """Check the input once, then perturb.
@@ -131,7 +132,7 @@ class Attack(ABC):
             x: clean images in [0, 1].
             y: their labels, in [0, C).
             threat: what the adversary may do.
-            rng: the source of all randomness.
+            rng: the source of all randomness; the operating system's entropy unless given.
             starts: (K, B, ch, H, W), K >= 1 points of the ball for each image, e.g. the best that
                 other attacks found, to start from as well; only for attacks with `takes_starts`.
 
@@ -145,6 +146,7 @@ class Attack(ABC):
         """
         check_images(x)
         check_labels(y, len(x))
+        rng = system_stream() if rng is None else rng
         if threat.norm not in self.norms:
             known = ", ".join(f"{n:g}" for n in self.norms)
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")

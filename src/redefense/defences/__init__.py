@@ -15,7 +15,10 @@ from redefense.defences.red import RED
 from redefense.defences.trs import TRS
 from redefense.defences.vanilla import Vanilla
 
-__all__ = ["DEFENCES", "Adversary", "Defence", "Stage"]
+__all__ = [
+    "ADP", "BARRE", "DEFENCES", "DVERGE", "GAL", "RED", "TRS", "AdversarialTraining", "Adversary",
+    "Defence", "MRBoost", "Stage", "Vanilla",
+]  # fmt: skip
 
 DEFENCES: Final[Mapping[str, type[Defence]]] = MappingProxyType(
     {
