@@ -2,6 +2,7 @@
 
 from copy import copy
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -75,7 +76,7 @@ def record_of(cell: Cell, worst: WorstCase) -> Cell:
     """A record of the first images as one of all of them, of which it met the first."""
     more = len(worst.q) - len(cell.met)
 
-    whole = {
+    whole: dict[str, Any] = {
         key: np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, more)])
         for key, values in asdict(cell).items()
         if isinstance(values, np.ndarray)
