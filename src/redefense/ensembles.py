@@ -1,9 +1,9 @@
 """Ensembles of M classifiers and the views of them that attacks, reports and users query."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,6 +16,7 @@ import redefense
 from redefense.config import Run
 from redefense.errors import ConfigError, InputError
 from redefense.models import hyper
+from redefense.networks import ask, copied, mode_of, set_evaluation
 from redefense.rng import draw_members
 from redefense.spread import ALONE, Spread
 from redefense.types import (
@@ -24,7 +25,6 @@ from redefense.types import (
     Images,
     Logits,
     Per,
-    cannot_take,
     check_images,
     lacking,
 )
@@ -85,7 +85,7 @@ class Members(nn.Module):
 
     def logits_of(self, m: int, x: Images) -> Logits:
         """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
-        return cast(Tensor, self.member(m)(x))
+        return ask(self.member(m), x)
 
     def member(self, m: int) -> nn.Module:
         """Member m as a plain network."""
@@ -153,12 +153,7 @@ class Members(nn.Module):
         trained = None if self.origin is None else tuple(self.origin.data["shape"])
         if trained is not None and x.shape[1:] != trained:
             raise InputError(f"images must be {trained} as in training, got {tuple(x.shape[1:])}")
-        try:
-            return cast(Tensor, self.sampled(per="image")(x))
-        except torch.OutOfMemoryError:
-            raise  # says nothing of the shape
-        except RuntimeError as error:
-            raise cannot_take(x, error) from error
+        return cast(Tensor, self.sampled(per="image")(x))
 
 
 class Independent(Members):
@@ -274,7 +269,7 @@ class Hyper(Members):
 
         Train the ensemble through `logits_of`; what is done to this copy does not reach it.
         """
-        net = copy.deepcopy(self.members[m])
+        net = copied(self.members[m])
         hyper.own(net, self.grids[m], self._written(m).kernels)
         return net
 
@@ -362,9 +357,9 @@ def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network's first parameter lies; the CPU for one without."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    """Where a network's first parameter or buffer lies; the CPU for one without."""
+    value = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if value is None else value.device
 
 
 def spread_of(ensemble: Ensemble) -> Spread:
@@ -380,7 +375,10 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
     """
     if mixture is None:
         return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
-    probs = torch.as_tensor(mixture, dtype=torch.float64).detach().clone()
+    try:
+        probs = torch.as_tensor(mixture, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ConfigError(f"the mixture must be a list of probabilities, got {mixture!r}") from None
     if probs.shape != (num_members,):
         raise ConfigError(
             f"the mixture needs one probability for each of {num_members} members, "
@@ -404,6 +402,8 @@ def as_ensemble(model: object) -> Ensemble:
         InputError: for anything else, and for what has members and is no whole ensemble: taken for
             one network it would answer at random, and look better than it is.
     """
+    if isinstance(model, nn.ModuleList):
+        model = list(model)
     if isinstance(model, nn.Module):
         missing = lacking(model)
         if not missing:
@@ -418,6 +418,8 @@ def as_ensemble(model: object) -> Ensemble:
     if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
         return Independent(model)
     got = type(model).__name__
+    if isinstance(model, type):
+        got = f"the class {model.__name__}: make a network of it"
     if isinstance(model, list | tuple):
         odd = (i for i, member in enumerate(model) if not isinstance(member, nn.Module))
         at = next(odd, None)
@@ -430,13 +432,14 @@ def as_ensemble(model: object) -> Ensemble:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; every submodule then gets its own mode back."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
+    modes = [(child, mode_of(child)) for child in module.modules()]
+    set_evaluation(module)
     try:
         yield
     finally:
         for child, training in modes:
-            child.training = training
+            if training is not None:
+                child.training = training
 
 
 @contextmanager

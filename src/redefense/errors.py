@@ -6,6 +6,7 @@ RedefenseError
 ├── DataError        a data set or a run is missing, damaged or refused        exit 3
 │   └── CheckpointError  a checkpoint is missing, truncated or altered         exit 3
 ├── WriteError       a file cannot be written: no room (exit 1), no permission exit 2
+├── ResourceError    memory does not suffice                                   exit 1
 └── TrainingError    training cannot go on (non-finite loss, no gradient)      exit 1
     └── Interrupted  stopped by a signal after saving                          exit 130 or 143
 """
@@ -67,6 +68,12 @@ class WriteError(RedefenseError, OSError):
     def __init__(self, message: str, *, full: bool = False) -> None:
         super().__init__(message)
         self.code = 1 if full else 2
+
+
+class ResourceError(RedefenseError):
+    """Memory does not suffice for what was asked."""
+
+    code = 1
 
 
 class TrainingError(RedefenseError):

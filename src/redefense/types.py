@@ -7,12 +7,12 @@ first layer.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from redefense.errors import InputError
+from redefense.errors import InputError, RedefenseError, ResourceError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
@@ -29,8 +29,8 @@ else:
 
 __all__ = [
     "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
-    "Progress", "UInt8", "Victim", "cannot_take", "check_images", "check_labels", "correct",
-    "lacking",
+    "Progress", "UInt8", "Victim", "cannot_differentiate", "cannot_take", "check_images",
+    "check_labels", "correct", "first_line", "lacking",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -160,9 +160,13 @@ def check_images(x: Tensor, what: str = "images") -> None:
     """
     if not isinstance(x, Tensor):
         raise InputError(f"{what} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise InputError(f"{what} must be of one size, got a nested tensor")
     if x.ndim != 4 or x.numel() == 0:
         raise InputError(f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point():
+    if x.is_meta or x.layout is not torch.strided:
+        raise InputError(f"{what} must be dense and hold values, got {x.layout} on {x.device}")
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise InputError(f"{what} must be floating point in [0, 1], got dtype {x.dtype}")
     low, high = (float(v) for v in x.detach().aminmax())
     # NaN compares false with everything, so this also catches it
@@ -171,10 +175,58 @@ def check_images(x: Tensor, what: str = "images") -> None:
         raise InputError(f"{what} must be finite and lie in [0, 1], found the value {bad:g}")
 
 
-def cannot_take(x: Tensor, error: Exception) -> InputError:
+def cannot_take(x: Tensor, error: Exception) -> RedefenseError:
     """What to raise when a network refuses images that keep the contract, usually their shape."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"the model cannot take images of {tuple(x.shape[1:])}: {first}")
+    shape = tuple(x.shape[1:])
+    turned = len(shape) == 3 and shape[0] > 4 and shape[2] in (1, 3, 4)
+    hint = " (images are (channels, H, W): permute them)" if turned else ""
+    batch = f" in a batch of {len(x)}" if x.ndim == 4 else ""
+    return _refusal(error, f"the model cannot take images of {shape}{batch}{hint}")
+
+
+def cannot_differentiate(error: Exception) -> RedefenseError:
+    """What to raise when the backward pass of a network fails."""
+    twice = any(part in str(error) for part in _NO_SECOND_DERIVATIVE)
+    hint = (
+        " twice, which the penalties of red, gal and trs need: train red or gal with "
+        "differentiate=finite, or another method, such as at; attention by torch's "
+        "scaled_dot_product_attention can be differentiated twice here"
+    )
+    return _refusal(error, f"the model cannot be differentiated{hint if twice else ''}")
+
+
+_NO_SECOND_DERIVATIVE: Final = (
+    "is not implemented", "once_differentiable", "double backward", "appears to not have been used",
+)  # fmt: skip
+_NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memory")
+
+
+def first_line(error: Exception) -> str:
+    """The line of an error's text that says what was wrong; empty if it has no text."""
+    lines = str(error).strip().splitlines() or [""]
+    # scripted networks say so in the last line only
+    return lines[-1 if "TorchScript" in lines[0] else 0].strip()
+
+
+def _refusal(error: Exception, what: str) -> RedefenseError:
+    """One line on what a network raised: the first line of its text, and of what kind it was."""
+    if isinstance(error, RedefenseError):
+        return error
+    first = first_line(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
+    ):
+        return ResourceError(
+            f"memory does not suffice for the model and these images: {first or 'no text'}; give "
+            "it fewer or smaller images at once, or another device"
+        )
+    kind = type(error).__name__
+    plain = first and isinstance(error, RuntimeError | ValueError | AssertionError)
+    return InputError(f"{what}: {first}" if plain else f"{what}: {kind}: {first}".rstrip(": "))
+
+
+def _integers(y: Tensor) -> bool:
+    return not (y.is_floating_point() or y.is_complex() or y.is_quantized or y.dtype == torch.bool)
 
 
 def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> None:
@@ -183,12 +235,14 @@ def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> 
     Raises:
         InputError: naming the rule and the offending shape, type or value.
     """
-    if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+    if not isinstance(y, Tensor) or y.ndim != 1 or not _integers(y):
         got = f"shape {tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(f"labels must be a vector of integers, got {got}")
     if len(y) != num_images:
         raise InputError(f"need one label per image, got {len(y)} labels for {num_images} images")
-    low, high = (int(v) for v in y.aminmax())
+    if y.is_meta or y.layout is not torch.strided:
+        raise InputError(f"labels must be dense and hold values, got {y.layout} on {y.device}")
+    low, high = (int(v) for v in y.long().aminmax())  # some types have no minimum of their own
     if low < 0 or (num_classes is not None and high >= num_classes):
         bound = f"[0, {num_classes})" if num_classes is not None else "[0, ...)"
         raise InputError(f"labels must lie in {bound}, found {low if low < 0 else high}")

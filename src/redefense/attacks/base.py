@@ -27,16 +27,17 @@ from torch import Tensor, nn
 
 from redefense.attacks.objectives import LEAST_CLASSES, margin
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
-from redefense.errors import ConfigError, InputError
+from redefense.errors import ConfigError, InputError, RedefenseError
+from redefense.networks import Asked, differentiating
 from redefense.rng import system_stream
 from redefense.threat import Threat, norms
 from redefense.types import (
     Bool,
+    Ensemble,
     Float,
     Images,
     Int,
     Labels,
-    cannot_take,
     check_images,
     check_labels,
     correct,
@@ -147,6 +148,8 @@ class Attack(ABC):
         check_images(x)
         check_labels(y, len(x))
         rng = system_stream() if rng is None else rng
+        if not isinstance(threat, Threat):
+            raise ConfigError(f"threat must be a redefense.Threat, got {threat!r}")
         if threat.norm not in self.norms:
             known = ", ".join(f"{n:g}" for n in self.norms)
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
@@ -160,16 +163,17 @@ class Attack(ABC):
             y = (y.clone() if y.is_inference() else y).long()
             if starts is not None:
                 starts = self._check_starts(starts, x, threat)
+            # an ensemble asks its members so itself, and adaptive attacks must see all of them
+            asked = victim if isinstance(victim, Ensemble) else Asked(victim)
             try:
                 if starts is None:
-                    return self.perturb(victim, x, y, threat, rng=rng).detach()
-                return self.perturb_from(victim, x, y, threat, starts, rng=rng).detach()
-            except (IndexError, RuntimeError):
+                    return self.perturb(asked, x, y, threat, rng=rng).detach()
+                return self.perturb_from(asked, x, y, threat, starts, rng=rng).detach()
+            except RedefenseError:
+                raise
+            except Exception:
                 # looked at only now: asking the victim first would cost every attack a query
-                try:
-                    logits = as_ensemble(victim).logits_of(0, x[:1])
-                except RuntimeError as refused:
-                    raise cannot_take(x, refused) from refused
+                logits = as_ensemble(asked).logits_of(0, x[:1])
                 check_labels(y, len(x), logits.shape[-1])
                 raise
 
@@ -244,7 +248,8 @@ def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Im
         return torch.zeros_like(x)
     with torch.enable_grad():
         total = values.sum()
-    (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
+    with differentiating():
+        (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
     return torch.zeros_like(x) if grad is None else grad.nan_to_num_(nan=0.0)
 
 

@@ -22,6 +22,7 @@ from redefense.attacks.base import (
 from redefense.attacks.minimal import in_blocks
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
+from redefense.networks import differentiating
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Labels, Victim, correct
 
@@ -207,7 +208,8 @@ def carlini_wagner_published(
             true = F.one_hot(y, logits.shape[1]).to(logits.dtype)
             own, other = (true * logits).max(1)[0], ((1 - true) * logits).max(1)[0]
             loss = size.sum() + c * (own - other).clamp_min(-kappa).sum()
-            (w.grad,) = torch.autograd.grad(loss, w)
+            with differentiating():
+                (w.grad,) = torch.autograd.grad(loss, w)
         optimizer.step()
         better = ~correct(logits.detach(), y) & (size.detach() < best_size)
         best_size = torch.where(better, size.detach(), best_size)

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, say
-from redefense.errors import ConfigError
 
 
 def evaluate(
@@ -42,8 +41,6 @@ def evaluate(
     # of the processes that torchrun starts, one speaks
     first = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not first
-    if checks not in ("quick", "full"):
-        raise ConfigError(f"--checks must be quick or full, got {checks}")
     from redefense.evaluation.api import evaluate_run
     from redefense.evaluation.wording import OF_DEFENCE, PERCENT, members_weak
 
@@ -81,16 +78,13 @@ def report(
         list[Path],
         typer.Argument(metavar="DIR...", help="Evaluated runs, or files of evaluations."),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="An .html page, .md, .csv and .json beside it; or one of these, or .tex."
-        ),
-    ] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The page; .md and .csv are put beside it.")] = Path(
+        "report.html"
+    ),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a report over one or many evaluated runs: an offline page, or a table."""
+    """Write one offline page (and Markdown and CSV) over one or many evaluated runs."""
     from rich.console import Console
 
     from redefense.evaluation.report import write_report

@@ -14,6 +14,7 @@ from redefense.attacks.objectives import OBJECTIVES
 from redefense.config import Eps, check_linf
 from redefense.ensembles import Averaged, Members, evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
+from redefense.networks import Asked
 from redefense.phases import EXAMPLES, phase
 from redefense.rng import seed_from
 from redefense.threat import Threat
@@ -96,7 +97,7 @@ class Adversary:
         examples = []
         for m in range(ensemble.num_members):
             if m in own:
-                examples.append(self.craft(ensemble.member(m), x, y, rng))
+                examples.append(self.craft(Asked(ensemble.member(m)), x, y, rng))
             else:
                 seed_from(rng)  # as the attack would: who crafts must not change what is crafted
                 examples.append(x)

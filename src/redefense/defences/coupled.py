@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from redefense.ensembles import frozen_statistics, frozen_weights, spread_of
 from redefense.errors import ConfigError
 from redefense.models.twice import input_gradients
+from redefense.networks import differentiable_twice, differentiating
 from redefense.phases import INPUT_GRADIENTS, PENALTY, phase
 from redefense.threat import norms, per_image
 from redefense.types import Ensemble, Float, Labels, Loss
@@ -135,11 +136,11 @@ class Coupled:
             shared = point is self.ce_images
             x = _of(point, m).detach().requires_grad_()
             module = cast(nn.Module, ensemble)
-            with nullcontext() if shared else frozen_statistics(module):
+            with nullcontext() if shared else frozen_statistics(module), differentiable_twice():
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
             if shared:
                 ce = loss / len(self.y)
-            with input_gradients():
+            with input_gradients(), differentiating():
                 (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
             grads.append(grad.flatten(1))
         if ce is None:
@@ -154,7 +155,9 @@ class Coupled:
             for m in spread_of(ensemble).own(ensemble.num_members):
                 x = _of(point, m).detach().requires_grad_()
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
-                grads.append(torch.autograd.grad(loss, x)[0].flatten(1))
+                with differentiating():
+                    (grad,) = torch.autograd.grad(loss, x)
+                grads.append(grad.flatten(1))
         return torch.stack(grads)
 
 

@@ -98,9 +98,7 @@ class DVERGE(Defence):
         distilled = [] if self.weight == 0 else self.distil(ensemble, batch, rng)
         # all examples first: the first backward pass must not come before the last crafting
         own = (
-            [self.adversary.craft(ensemble.member(m), batch.x, y, rng) for m in range(num_members)]
-            if self.adversarial_training
-            else []
+            self.adversary.craft_own(ensemble, batch.x, y, rng) if self.adversarial_training else []
         )
         for m in range(num_members):
             for source, x in enumerate(distilled):

@@ -43,6 +43,7 @@ from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import evaluating, frozen_weights, spread_of
 from redefense.errors import ConfigError
+from redefense.networks import differentiable_twice, differentiating
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
 from redefense.phases import EXAMPLES, phase
 from redefense.threat import Threat
@@ -174,11 +175,12 @@ def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
     with torch.enable_grad():
         for m in spread.own(ensemble.num_members):
             point = x.detach().requires_grad_()
-            loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
-            (grad,) = torch.autograd.grad(loss, point, create_graph=True)
-            part = torch.zeros_like(x)
-            if grad.requires_grad:  # it does not depend on the point where the loss is linear
-                part = torch.autograd.grad(grad.square().sum(), point)[0]
+            with differentiable_twice(), differentiating():
+                loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
+                (grad,) = torch.autograd.grad(loss, point, create_graph=True)
+                part = torch.zeros_like(x)
+                if grad.requires_grad:  # it does not depend on the point where the loss is linear
+                    part = torch.autograd.grad(grad.square().sum(), point)[0]
             parts.append(part)
     total = torch.zeros_like(x)
     for part in spread.members(torch.stack(parts)):

@@ -19,9 +19,10 @@ from redefense.errors import InputError
 from redefense.evaluation.checks import Check
 from redefense.evaluation.checks_sample import SAMPLE, evenly_spread, global_generators_kept
 from redefense.evaluation.store import CHUNK
+from redefense.networks import mode_of
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Ensemble, Float, Images, Labels, Logits, cannot_take, check_labels
+from redefense.types import Ensemble, Float, Images, Labels, Logits, check_labels
 
 REPEATS: Final = 8
 """How often the same is asked again: a draw among two escapes once in 256, for each image."""
@@ -67,7 +68,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
         InputError: if a member answers otherwise, as with active dropout or batch norm.
     """
     module = cast(nn.Module, ensemble)
-    if not any(child.training for child in module.modules()):
+    if not any(mode_of(child) for child in module.modules()):
         return
     points = sample_points(x)
     for m in range(ensemble.num_members):
@@ -110,16 +111,9 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
 
 
 def ask(ensemble: Ensemble, m: int, x: Images) -> Any:
-    """(B, C) logits of member m, without a graph and on a copy, which it may overwrite.
-
-    Raises:
-        InputError: if it cannot take the images.
-    """
-    try:
-        with torch.no_grad():
-            return ensemble.logits_of(m, x.clone())
-    except (RuntimeError, ValueError) as error:
-        raise cannot_take(x, error) from None
+    """(B, C) logits of member m, without a graph."""
+    with torch.no_grad():
+        return ensemble.logits_of(m, x)
 
 
 def sample_points(x: Images) -> Float[Tensor, "K ch H W"]:
@@ -201,7 +195,7 @@ def _other_mode(module: nn.Module, m: int, what: str) -> InputError:
     active = {
         type(child).__name__
         for child in module.modules()
-        if child.training and isinstance(child, (_DropoutNd, _NormBase))
+        if mode_of(child) and isinstance(child, (_DropoutNd, _NormBase))
     }
     layers = f" (active layers: {', '.join(sorted(active))})" if active else ""
     return InputError(

@@ -20,9 +20,16 @@ import redefense
 from redefense.config import Run, ThreatConfig, read_eps, read_norm
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
-from redefense.ensembles import Independent, Members, as_ensemble, evaluating
-from redefense.errors import ConfigError, DataError, InputError, Interrupted, RedCheckWarning
+from redefense.ensembles import Members, evaluating
+from redefense.errors import ConfigError, DataError, Interrupted, RedCheckWarning
 from redefense.evaluation.answers import check_modes, laid_out
+from redefense.evaluation.arguments import (
+    check_checks,
+    read_ensemble,
+    read_pair,
+    read_threat,
+    whole,
+)
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.plan import Say, check_plan
@@ -38,7 +45,6 @@ from redefense.threat import Threat
 from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
 from redefense.train.run import accuracy
-from redefense.types import check_images, check_labels
 
 
 @computing()
@@ -85,27 +91,17 @@ def evaluate(
         DataError: if the data cannot be read.
     """
     plan = suite_named(suite).cascading(cascade)
-    ensemble = _ensemble(model, mixture)
+    seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
+    images = None if images is None else whole(images, "images", 1)
+    check_checks(checks)
+    ensemble = read_ensemble(model, mixture)
     run = None if ensemble.origin is None else ensemble.origin.run
-    allowed = run.threat if run is not None and threat is None else _config(threat or Threat())
+    allowed = run.threat if run is not None and threat is None else read_threat(threat)
     if isinstance(data, str):
         place = str(ensemble.mixture.device)
         subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
     else:
-        if not isinstance(data, tuple | list) or len(data) != 2:
-            raise InputError(
-                "data must be a specification or a pair (images, labels) of tensors, got "
-                + (
-                    f"{len(data)} of them"
-                    if isinstance(data, tuple | list)
-                    else type(data).__name__
-                )
-            )
-        # tensors of inference mode cannot take part in gradients
-        x, y = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in data)
-        check_images(x)
-        check_labels(y, len(x))
-        y = y.long()
+        x, y = read_pair(data)
         count = len(x) if images is None else images
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
         x, y = (part[index].to(ensemble.mixture.device) for part in (x, y))
@@ -157,6 +153,7 @@ def evaluate_run(
         DataError: if the run or its data is missing, damaged or does not fit.
     """
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
+    check_checks(checks)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)
@@ -258,17 +255,6 @@ def _randomized(run: Run) -> bool:
     return defence is None or defence.randomized
 
 
-def _ensemble(model: Any, mixture: Sequence[float] | None) -> Members:
-    if mixture is not None:
-        if isinstance(model, nn.Module):
-            raise InputError("a mixture goes with a list of networks, one probability each")
-        return Independent(model, mixture)
-    ensemble = as_ensemble(model)
-    if not isinstance(ensemble, Members):
-        raise InputError(f"cannot evaluate a {type(model).__name__}")
-    return ensemble
-
-
 def _subject(
     ensemble: Members,
     dataset: Dataset,
@@ -304,10 +290,6 @@ def _images(split: Split, index: Tensor, device: str) -> tuple[Tensor, Tensor]:
 
 def _run_json(path: Path, run: Run) -> dict[str, Any]:
     return {"name": path.resolve().name, **run.model_dump(mode="json")}
-
-
-def _config(threat: Threat) -> ThreatConfig:
-    return ThreatConfig.of(threat.norm, threat.eps)
 
 
 def _override(threat: ThreatConfig, eps: float | str | None, norm: str | None) -> ThreatConfig:

@@ -4,7 +4,6 @@ Here are those of the pipeline and of the attacks' strength, and the list of all
 """
 
 import contextlib
-import copy
 import importlib.util
 import io
 import math
@@ -31,6 +30,7 @@ from redefense.evaluation.metrics import worst_case
 from redefense.evaluation.plan import Planned
 from redefense.evaluation.statistics import exact_expectation
 from redefense.evaluation.tried import Tried
+from redefense.networks import copied
 from redefense.rng import stream
 
 CORNERS: Final = 1000
@@ -106,7 +106,7 @@ def zero_budget(sample: Sample) -> Check:
 
 def batch_mates(sample: Sample) -> Check:
     """S08, in double precision, where it must be exact."""
-    ensemble = copy.deepcopy(cast(nn.Module, sample.ensemble)).double()
+    ensemble = copied(cast(nn.Module, sample.ensemble)).double()
     x, y, attack = sample.x.double(), sample.y, ATTACKS["hinge"]()
 
     def run(rows: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def repeats(sample: Sample) -> Check:
 def precision(sample: Sample) -> Check:
     """S10: attacked images judged in this precision and in double."""
     x_adv = sample.run(ATTACKS["hinge"](), "S10")
-    exact = cast(Members, copy.deepcopy(cast(nn.Module, sample.ensemble)).double())
+    exact = cast(Members, copied(cast(nn.Module, sample.ensemble)).double())
     gap = float((sample.q(x_adv) - sample.q(x_adv.double(), exact)).mean())
     return Check("S10", abs(gap) <= 0.002, f"double precision changes {100 * gap:+.1f} points")
 
@@ -209,7 +209,7 @@ def another_implementation(sample: Sample) -> Check:
         return Check("S39", None, "torchattacks is not installed, or the norm is not linf")
     import torchattacks
 
-    member = copy.deepcopy(sample.ensemble.member(0))
+    member = copied(sample.ensemble.member(0))
     alone = Independent([member])
     ours = sample.run(APGD(preset="torchattacks-3.5.1"), "S39", member)
     # it prints, and what we print may be read by a machine

@@ -17,6 +17,7 @@ from redefense.ensembles import Members, frozen_weights
 from redefense.evaluation.checks import Check
 from redefense.evaluation.checks_derivative import derivatives_agree, log_odds
 from redefense.evaluation.checks_sample import SAMPLE
+from redefense.networks import differentiating, mode_of
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Ensemble
@@ -87,7 +88,7 @@ def unchanged_state(module: nn.Module) -> Iterator[Callable[[], list[str]]]:
         return {
             "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
             "requires_grad": [p.requires_grad for p in module.parameters()],
-            "modes": [child.training for child in module.modules()],
+            "modes": [mode_of(child) for child in module.modules()],
             "buffers": [b.clone() for b in module.buffers()],
             "torch's generator": torch.get_rng_state(),
             "numpy's generator": str(np.random.get_state()),
@@ -143,7 +144,8 @@ def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
             loss = log_odds(ensemble.logits_of(m, point.clone()), y).sum()
             grad = None
             if loss.requires_grad:
-                (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
+                with differentiating():
+                    (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
             if grad is None:
                 lost += len(x)
                 continue

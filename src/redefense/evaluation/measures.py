@@ -27,6 +27,7 @@ from redefense.evaluation.statistics import (
     success_within,
 )
 from redefense.evaluation.tried import Tried
+from redefense.networks import differentiating
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -353,6 +354,9 @@ def input_gradients(ensemble: Ensemble, x: Images, y: Labels) -> Float[Tensor, "
         for m in range(ensemble.num_members):
             point = x.detach().clone().requires_grad_()
             loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
-            grad = torch.autograd.grad(loss, point)[0] if loss.requires_grad else x.new_zeros(())
+            with differentiating():
+                grad = (
+                    torch.autograd.grad(loss, point)[0] if loss.requires_grad else x.new_zeros(())
+                )
             grads.append(grad.expand_as(x).flatten(1))
     return torch.stack(grads)

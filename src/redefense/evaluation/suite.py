@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -178,18 +179,20 @@ SUITES: Final[Mapping[str, Suite]] = MappingProxyType(
 )
 
 
-def suite_named(name: str) -> Suite:
+def suite_named(name: str | PathLike[str]) -> Suite:
     """A suite by name, or one of the user's own from a `.json` file.
 
     Raises:
         ConfigError: if there is none of that name, or the file is not a suite.
     """
+    if not isinstance(name, str | PathLike):
+        raise ConfigError(f"a suite is given by its name or a .json file, got {name!r}")
     if name in SUITES:
-        return SUITES[name]
+        return SUITES[str(name)]
     path = Path(name)
     if path.suffix != ".json":
         raise ConfigError(
-            f"unknown suite {name!r}{suggestion(name, list(SUITES))}; "
+            f"unknown suite {name!r}{suggestion(str(name), list(SUITES))}; "
             f"there are {', '.join(SUITES)}, or a .json file of your own"
         )
     try:

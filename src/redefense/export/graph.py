@@ -6,7 +6,7 @@ into torch. What the exporter notes about the source, paths of this machine amon
 """
 
 import contextlib
-import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,13 +17,26 @@ from torch import nn
 
 from redefense.errors import ConfigError
 from redefense.export.packages import need
+from redefense.networks import copied, set_evaluation, unwrapped
+from redefense.types import Images, cannot_take, first_line
 
 OPSET: Final = 18
 
 
 def portable(net: nn.Module) -> nn.Module:
-    """A copy of a network as it is deployed: evaluation mode, float32, on the CPU."""
-    plain: nn.Module = copy.deepcopy(net).eval().float().cpu()
+    """A copy of a network as it is deployed: unwrapped, evaluation mode, float32, on the CPU.
+
+    Raises:
+        ConfigError: if it, or a part of it, is scripted or traced: the exporter takes none.
+        InputError: if it cannot be copied.
+    """
+    if any(isinstance(part, torch.jit.ScriptModule) for part in net.modules()):
+        raise ConfigError(
+            "a scripted or traced network cannot be exported: give the network it was made from"
+        )
+    plain = unwrapped(copied(net))
+    set_evaluation(plain)
+    plain = plain.float().cpu()
     return plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
 
 
@@ -36,8 +49,8 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
         ConfigError: if torch cannot export the network; the reason is named.
     """
     optimizer = need("onnxscript.optimizer")
-    plain = portable(net)
-    example = torch.full((2, *shape), 0.5)
+    plain, example = portable(net), torch.full((2, *shape), 0.5)
+    _make_traceable(plain, example)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -64,10 +77,28 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
             )
             optimizer.remove_unused_nodes(program.model)
             model = program.model_proto
-    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
-        first = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"{type(net).__name__} cannot be exported: {first}") from None
+    except Exception as error:  # the exporter runs the network, which may raise anything
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        why = first_line(cause) or type(cause).__name__
+        raise ConfigError(f"{type(plain).__name__} cannot be exported: {why}") from error
     return tidied(model)
+
+
+def _make_traceable(net: nn.Module, example: Images) -> None:
+    """Give a network the forward pass that the exporter asks for, in place.
+
+    It needs one named argument, and what is written into that would be lost.
+    """
+    forward, given = net.forward, example.clone()
+    with torch.no_grad():
+        try:
+            net(given)
+        except Exception as error:
+            raise cannot_take(example, error) from error
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    named = bool(kinds) and kinds[0] is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if not named or not torch.equal(given, example):
+        net.forward = lambda images: forward(images.clone())
 
 
 def tidied(model: Any) -> bytes:
@@ -116,6 +147,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            # of weights that are computed in each call, which the exported graph does as well
+            warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
             yield
     finally:
         logger.setLevel(level)

@@ -25,9 +25,10 @@ from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
 from redefense.files import write_text, writing
+from redefense.networks import ask, check_values
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.types import Images, cannot_take, check_images
+from redefense.types import Images, check_images
 
 PROBES = 64
 
@@ -79,12 +80,13 @@ def export(
     Raises:
         ConfigError: if `out` is not free, or a member cannot be exported, or does not compute what
             it does in torch; nothing is left then.
-        InputError: if probes are no images in [0, 1].
+        InputError: if probes are no images in [0, 1], or a member cannot take or be given them.
     """
     images = (synthetic(about.shape) if probes is None else probes).float().cpu()
     check_images(images, "probes")
     if tuple(images.shape[1:]) != about.shape:
         raise ConfigError(f"probes must be {about.shape} images, got {tuple(images.shape[1:])}")
+    check_values(ensemble)
     if int8 is not None and isinstance(ensemble, Hyper):
         raise ConfigError(
             "int8 needs plain members, those of PS-RED are written in fp32: "
@@ -151,16 +153,15 @@ def _write(
         "version": redefense.__version__,
     }  # fmt: skip
     nets = [portable(ensemble.member(m)) for m in members]
-    try:
-        with torch.no_grad():
-            logits = torch.stack([net(images) for net in nets])
-    except RuntimeError as error:
-        raise cannot_take(images, error) from None
-    if logits.ndim != 3 or logits.shape[2] != len(about.classes):
+    with torch.no_grad():
+        answers = [ask(net, images) for net in nets]
+    shapes = {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in answers}
+    if shapes != {(len(images), len(about.classes))}:
         raise ConfigError(
-            f"{len(about.classes)} classes are named, members give logits of "
-            f"shape {tuple(logits.shape[1:])} for {len(images)} images"
+            f"{len(about.classes)} classes are named, members give logits of shape "
+            f"{', '.join(map(str, shapes))} for {len(images)} images"
         )
+    logits = torch.stack(answers)
     if isinstance(ensemble, Hyper):
         config |= {
             "kind": "compact",

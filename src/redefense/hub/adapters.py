@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles import Members, Sampled, device_of, frozen_weights
 from redefense.errors import ConfigError, InputError
+from redefense.networks import ask, differentiating
 from redefense.types import check_images
 
 NOT_ELIGIBLE = (
@@ -85,7 +86,7 @@ def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
     check_images(images)
     model.eval()
     with torch.no_grad():
-        answers = [model(images) for _ in range(CALLS)]
+        answers = [ask(model, images) for _ in range(CALLS)]
     logits = answers[0]
     if logits.ndim != 2 or len(logits) != len(images):
         raise InputError(
@@ -107,10 +108,11 @@ def _has_gradient(model: nn.Module, images: Tensor) -> bool:
     """Whether every image moves the logits."""
     x = images.detach().clone().requires_grad_()
     with torch.enable_grad(), frozen_weights(model):
-        total = model(x).square().sum()
+        total = ask(model, x).square().sum()
         if not total.requires_grad:
             return False
-        (grads,) = torch.autograd.grad(total, x)
+        with differentiating():
+            (grads,) = torch.autograd.grad(total, x)
     return bool(grads.flatten(1).abs().amax(1).gt(0).all())
 
 

@@ -16,6 +16,7 @@ from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Members, kernels_kept
 from redefense.errors import Interrupted, TrainingError
+from redefense.networks import differentiating
 from redefense.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.recording import Recorder
 from redefense.rng import draw_seed, stream
@@ -233,7 +234,8 @@ def gradients(
         phase(MEMBER_STEPS),
     ):
         for part in stage.loss(ensemble, batch, rng):
-            part.total.backward()
+            with differentiating():
+                part.total.backward()
             for name, value in part.terms.items():
                 summed[name] = summed[name] + value if name in summed else value
     return summed

@@ -1,0 +1,153 @@
+"""Networks as people have them: called, switched to evaluation, copied and unwrapped.
+
+A network of somebody else's may raise anything, write into its input, keep computed tensors, refuse
+to change its mode, or stand inside a wrapper. Every call of one goes through `ask`.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from redefense.errors import InputError, RedefenseError
+from redefense.types import cannot_differentiate, cannot_take, first_line
+
+
+def ask(network: nn.Module, x: Tensor) -> Tensor:
+    """What a network answers to images; whatever it raises becomes one line.
+
+    It is given a copy: layers that work in place would change the caller's images, and torch
+    refuses them where the images ask for a gradient.
+
+    Raises:
+        InputError: the network cannot take the images.
+        ResourceError: memory does not suffice.
+    """
+    try:
+        return cast(Tensor, network(x.clone()))
+    except RedefenseError:
+        raise
+    except Exception as error:  # a network may raise anything
+        raise cannot_take(x, error) from error
+
+
+class Asked(nn.Module):
+    """A network that is only called through `ask`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ask(self.network, x)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """What goes wrong in a network's backward pass within the block becomes one line.
+
+    Raises:
+        InputError: the network, or an operation in it, has no such derivative.
+        ResourceError: memory does not suffice.
+    """
+    try:
+        yield
+    except RedefenseError:
+        raise
+    except Exception as error:  # operations of a network may raise anything here too
+        raise cannot_differentiate(error) from error
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Attention called within the block has second derivatives, which its fused kernels lack."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def set_evaluation(network: nn.Module) -> None:
+    """Evaluation mode, for all parts that are in another and can change it.
+
+    Exported programs cannot: they stay in the mode in which they were exported.
+    """
+    if not any(mode_of(part) for part in network.modules()):
+        return
+    try:
+        network.eval()
+    except NotImplementedError:
+        network.training = False
+        for child in network.children():
+            set_evaluation(child)
+
+
+def mode_of(network: nn.Module) -> bool | None:
+    """Whether a network trains; None for one that has no mode, as frozen scripts."""
+    return getattr(network, "training", None)
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that keeps computed tensors, as after `weight_norm`.
+
+    Raises:
+        InputError: if it keeps what cannot be copied, as an open file or a lock.
+    """
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for value in _held(list(vars(module).values())):
+            if not value.is_leaf:  # torch copies no others
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(network, memo)
+    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        name, why = type(network).__name__, first_line(error)
+        raise InputError(f"{name} cannot be copied, which is needed here: {why}") from error
+
+
+def _held(values: list[Any]) -> Iterator[Tensor]:
+    """The tensors among some values and within their lists, tuples and dictionaries."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _held(list(value.values()))
+        elif isinstance(value, list | tuple):
+            yield from _held(list(value))
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """A network, and all its parts, without the wrappers that spread or compile them.
+
+    Parts are replaced in place: give a copy.
+    """
+    while (inner := _inner(network)) is not None:
+        network = inner
+    for name, child in list(network.named_children()):
+        if (plain := unwrapped(child)) is not child:
+            setattr(network, name, plain)
+    return network
+
+
+def _inner(network: nn.Module) -> nn.Module | None:
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return cast(nn.Module, network.module)
+    # of `torch.compile`, whose class is private
+    inner = getattr(network, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def check_values(network: nn.Module) -> None:
+    """Refuse weights without values: on the meta device, or initialised by the first call.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for name, value in chain(network.named_parameters(), network.named_buffers()):
+        if value.is_meta or isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise InputError(
+                f"the weight {name} has no values (it lies on the meta device, or is initialised "
+                "by the first call): load or initialise the network first"
+            )
