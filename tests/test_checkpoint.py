@@ -1,12 +1,13 @@
 """Checkpoints: whole or refused, and the good one before is used."""
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from redefense.errors import CheckpointError
+from redefense.errors import CheckpointError, TrainingError
 from redefense.recipes import recipe
 from redefense.train import checkpoint
 from redefense.train.checkpoint import latest, prune, read, restore_optimizer, save, step_folder
@@ -119,9 +120,27 @@ def test_each_process_takes_back_the_optimizer_of_its_own_parameters() -> None:
     }
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weights", "optimizer"])
+def test_numbers_that_are_not_finite_are_never_saved(
+    tmp_path: Path, where: str, value: float
+) -> None:
+    kept = store(tmp_path, 1)
+    broken = {"n": torch.tensor(7), "bn.running_var": torch.tensor([1.0, value])}
+    tensors = {"weights": {"w": torch.ones(2)}, "optimizer": {"step/w": torch.tensor(3.0)}}
+    tensors[where] |= broken
+    with pytest.raises(TrainingError, match=r"^bn.running_var is not finite.* lower optim.lr"):
+        save(step_folder(tmp_path, 2), run=RUN, state={}, **tensors)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "final"
-    save(target, run=RUN, weights={"w": torch.tensor([1.0, float("nan")])}, state={})
+    with monkeypatch.context() as patch:  # as an older version saved them
+        patch.setattr(checkpoint, "_non_finite", lambda tensors: None)
+        save(target, run=RUN, weights={"w": torch.tensor([1.0, math.nan])}, state={})
     with pytest.raises(CheckpointError, match="non-finite numbers in w"):
         read(target)
 

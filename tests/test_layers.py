@@ -21,6 +21,7 @@ LAYERS = [
         "phases",
         "spread",
         "files",
+        "networks",
         "pictures",
         "recording",
     },

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
-from redefense.errors import CheckpointError
+from redefense.errors import CheckpointError, TrainingError
 from redefense.files import reason
 
 FORMAT = 1
@@ -58,8 +58,14 @@ def save(
     """Write a checkpoint folder at `target`, replacing one that is there.
 
     Raises:
+        TrainingError: if a number to be saved is not finite, before anything is written.
         CheckpointError: if it cannot be written; `target` is then as it was.
     """
+    if (name := _non_finite({**weights, **(optimizer or {})})) is not None:
+        raise TrainingError(
+            f"{name} is not finite any more, and {target} is not written: numbers overflowed "
+            f"in training. Train with a lower optim.lr ({run.optim.lr:g} here) or with optim.clip"
+        )
     aside = target.parent / f"{ASIDE}{target.name}-{os.getpid()}"
     replaced = target.parent / f"{REPLACED}{target.name}-{os.getpid()}"
     try:
@@ -103,10 +109,14 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path} lacks {Path(error.filename).name}") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"checkpoint {path} holds non-finite numbers in {name}")
+    if (name := _non_finite(weights)) is not None:
+        raise CheckpointError(f"checkpoint {path} holds non-finite numbers in {name}")
     return Checkpoint(path, run, weights, optimizer, state)
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a number which is not finite."""
+    return next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None)
 
 
 def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
