@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice, permutations
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from redefense.attacks import ATTACKS
 from redefense.attacks.adaptive import Hinge, MeanProbPGD, Support, Transfer
 from redefense.attacks.apgd import APGD
-from redefense.attacks.arc import ARC, nearest_boundary
+from redefense.attacks.arc import ARC, member_orders, nearest_boundary
 from redefense.attacks.gradient import PGD
 from redefense.config import construct
 from redefense.ensembles import Independent
@@ -121,6 +122,15 @@ def test_arc_measures_distances_to_linear_boundaries_exactly(norm: float, order:
         ]
         assert distance[i].item() == pytest.approx(min(v.item() for v in every))
         assert slope[i].flatten().norm(p=order) > 0
+
+
+def test_arc_restarts_take_every_order_of_three_equal_members() -> None:
+    orders = [tuple(order) for order in islice(member_orders([1 / 3] * 3), 6)]
+    assert orders[:2] == [(0, 1, 2), (2, 1, 0)]
+    assert set(orders) == set(permutations(range(3)))
+    assert {tuple(o) for o in islice(member_orders([0.2, 0.5, 0.3]), 6)} == {(1, 2, 0)}
+    tied = {tuple(o) for o in islice(member_orders([0.25, 0.5, 0.25]), 6)}
+    assert tied == {(1, 0, 2), (1, 2, 0)}
 
 
 class Plane(nn.Module):

@@ -115,6 +115,28 @@ def _renewed(old: Tensor | None, rows: Int[Tensor, " K"], new: Tensor | None) ->
     return None if old is None or new is None else old.index_copy(0, rows, new)
 
 
+def until_fooled(look_of: Callable[[Tensor], Looker], count: int) -> Looker:
+    """Looks no further at an image once `correct` was 0 at one of its points.
+
+    Args:
+        look_of: makes, from the indices of some of the images, what looks at these.
+        count: number of images.
+    """
+    known: list[Look] = []
+
+    def look(x: Tensor, with_grad: bool) -> Look:
+        if not known:
+            known.append(look_of(torch.arange(count, device=x.device))(x, with_grad))
+            return known[0]
+        rows = (known[0].correct > 0).nonzero().flatten()
+        if len(rows) > 0:
+            pairs = zip(known[0], look_of(rows)(x[rows], with_grad), strict=True)
+            known[0] = Look(*(_renewed(old, rows, new) for old, new in pairs))
+        return known[0]
+
+    return look
+
+
 def climb_members(
     support: Support,
     look_of: Callable[[Labels], Looker],

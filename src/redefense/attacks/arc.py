@@ -1,7 +1,9 @@
 """ARC, the attack on randomized classifiers that goes member by member (Dbouk & Shanbhag, 2022)."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import ClassVar
 
 import torch
@@ -22,6 +24,8 @@ class ARC(Attack):
     Each step starts a local perturbation at zero and, member by member in order of falling
     probability, turns it towards that member's nearest decision boundary, by just as much as a
     linear member needs; a turn counts only where it does not raise the exact expected accuracy.
+    Which of equally probable members comes first matters: each restart takes another order of
+    them, the second the first one's reverse, as the authors' code has it.
 
     Attributes:
         steps: rounds over all members.
@@ -55,10 +59,12 @@ class ARC(Attack):
         start = random_starts(x, y, threat, rng)
         with torch.no_grad():
             clean = support.correct(support.each(x), y)
-        self._rounds(support, best, x, clean, x, y, threat)
+        orders = member_orders(support.shares)
+        self._rounds(support, best, next(orders), x, clean, x, y, threat)
         for _ in range(1, self.restarts):
-            point = start()
-            self._rounds(support, best, point, support.offer(best, point, y), x, y, threat)
+            point, order = start(), next(orders)
+            correct = support.offer(best, point, y)
+            self._rounds(support, best, order, point, correct, x, y, threat)
         support.offer_clean(best, x, y)
         return best.x
 
@@ -66,6 +72,7 @@ class ARC(Attack):
         self,
         support: Support,
         best: Best,
+        order: Sequence[int],
         point: Images,
         correct: Float[Tensor, " B"],
         x: Images,
@@ -80,7 +87,7 @@ class ARC(Attack):
                 break
             rows, point, correct = rows[standing], point[standing], correct[standing]
             part, clean = best.select(rows), x[rows]
-            turn, local = self._turns(support, part, point, correct, clean, y[rows], threat)
+            turn, local = self._turns(support, part, order, point, correct, clean, y[rows], threat)
             best.update(rows, part)
             moved = threat.project(point + turn, clean)
             point = torch.where((local <= correct).view(-1, 1, 1, 1), moved, point)
@@ -90,6 +97,7 @@ class ARC(Attack):
         self,
         support: Support,
         best: Best,
+        order: Sequence[int],
         point: Images,
         correct: Float[Tensor, " B"],
         x: Images,
@@ -99,8 +107,6 @@ class ARC(Attack):
         """One round: the local perturbation, and how often it is answered right."""
         radius, local = self.radius * threat.eps, correct
         turn = torch.zeros_like(x)
-        shares = support.shares
-        order = sorted(range(len(shares)), key=shares.__getitem__, reverse=True)
         for place, m in enumerate(order):
             distance, slope = nearest_boundary(
                 support.ensemble, support.indices[m], point + turn, threat, self.competitors
@@ -127,6 +133,17 @@ class ARC(Attack):
         return (unit * turn).flatten(1).sum(1)
 
 
+def member_orders(shares: Sequence[float]) -> Iterator[list[int]]:
+    """Orders of the members by falling probability, without end.
+
+    Equally probable ones are rotated, each rotation followed by its reverse: of up to three equal
+    members every order comes once in six.
+    """
+    for turn in count():
+        ranks = [(k + turn // 2) % len(shares) for k in range(len(shares))]
+        yield sorted(ranks[:: -1 if turn % 2 else 1], key=shares.__getitem__, reverse=True)
+
+
 def nearest_boundary(
     ensemble: Ensemble, m: int, x: Images, threat: Threat, competitors: int
 ) -> tuple[Float[Tensor, " B"], Images]:
@@ -139,9 +156,9 @@ def nearest_boundary(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = ensemble.logits_of(m, x)
-        count = min(competitors, logits.shape[1] - 1) + 1
-        top = logits.topk(count, dim=1).values
-        gaps = [top[:, 0] - top[:, j] for j in range(1, count)]
+        nearest_few = min(competitors, logits.shape[1] - 1) + 1
+        top = logits.topk(nearest_few, dim=1).values
+        gaps = [top[:, 0] - top[:, j] for j in range(1, nearest_few)]
     nearest, slope = torch.full_like(x[:, 0, 0, 0], math.inf).detach(), torch.zeros_like(x)
     for i, gap in enumerate(gaps):
         grad = input_gradient(gap, x, keep_graph=i + 1 < len(gaps))

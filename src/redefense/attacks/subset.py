@@ -1,22 +1,27 @@
 """The attack on subsets of members: which of them can be fooled by one and the same point?"""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.functional import one_hot
 
-from redefense.attacks.adaptive import Support
+from redefense.attacks.adaptive import Support, until_fooled
 from redefense.attacks.apgd import AutoAscent, auto_climb, face_starts
 from redefense.attacks.base import Best, Look, Looker, input_gradient
 from redefense.attacks.objectives import margin, targeted_margin
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat
-from redefense.types import Bool, Float, Images, Int, Labels
+from redefense.types import Bool, Float, Images, Int, Labels, Logits, correct
 
 MOST_MEMBERS = 12
-"""Of so many members all subsets are considered; of more, those of the ones nearest to erring."""
+"""All subsets of so many members are listed; of more members, those nearest to erring."""
+
+ANY = -1
+"""In place of a class that a member is driven towards: any wrong one."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Goal:
 
     Attributes:
         subset: (B, M) the members to be fooled together.
-        target: (B, M) the class that each is driven towards; -1 for any wrong one.
+        target: (B, M) the class that each is driven towards, or `ANY`.
         scale: (B, M) unit of each member's margin.
     """
 
@@ -33,55 +38,87 @@ class Goal:
     target: Int[Tensor, "B M"]
     scale: Float[Tensor, "B M"]
 
+    def select(self, rows: Int[Tensor, " K"]) -> "Goal":
+        """The goals of some of the images."""
+        return Goal(self.subset[rows], self.target[rows], self.scale[rows])
+
 
 def look_at_subset(support: Support, y: Labels, goal: Goal, temperature: float) -> Looker:
     """Looks at the smooth minimum of the scaled margins of each image's subset of members.
 
-    A member that errs in any way counts as fooled, whatever class it was driven towards.
+    Asks each member only about the images whose subset it belongs to. A member that errs in any
+    way counts as fooled, whatever class it was driven towards. What the look calls `correct` is
+    the share of the subset's members that answer right.
     """
 
     def look(x: Tensor, with_grad: bool) -> Look:
         x = x.detach().requires_grad_(with_grad)
-        margins, right = [], []
-        for place, m in enumerate(support.indices):
-            with torch.set_grad_enabled(with_grad):
-                logits = support.ensemble.logits_of(m, x)
-                gap = margin(logits, y)
-                target = goal.target[:, place]
-                aimed = targeted_margin(logits, y, target.clamp_min(0))
-                gap = torch.where((target >= 0) & (gap <= 0), aimed, gap)
-                gap = gap / goal.scale[:, place]
-                margins.append(torch.where(goal.subset[:, place], gap, math.inf))
-            right.append(logits.detach())
+        right = torch.zeros_like(goal.subset)
         with torch.set_grad_enabled(with_grad):
-            value = -temperature * (-torch.stack(margins, 1) / temperature).logsumexp(1)
+            gaps = torch.full(goal.subset.shape, math.inf, dtype=x.dtype, device=x.device)
+            for place, m in enumerate(support.indices):
+                rows = goal.subset[:, place].nonzero().flatten()
+                if len(rows) == 0:
+                    continue
+                logits = support.ensemble.logits_of(m, x if len(rows) == len(x) else x[rows])
+                labels, target = y[rows], goal.target[rows, place]
+                gap = margin(logits, labels)
+                aimed = targeted_margin(logits, labels, target.clamp_min(0))
+                gap = torch.where((target != ANY) & (gap <= 0), aimed, gap)
+                gap = (gap / goal.scale[rows, place]).to(x.dtype)
+                gaps = gaps.index_put((rows, torch.full_like(rows, place)), gap)
+                right[rows, place] = correct(logits.detach(), labels)
+            value = -temperature * (-gaps / temperature).logsumexp(1)
         grad = input_gradient(value, x) if with_grad else None
-        return Look(value.detach(), support.correct(right, y), grad)
+        return Look(value.detach(), (right.sum(1) / goal.subset.sum(1)).to(x.dtype), grad)
 
     return look
+
+
+def over_subsets(
+    values: Float[Tensor, "B F"], join: Callable[[Tensor, Tensor], Tensor], empty: float
+) -> Float[Tensor, "B S"]:
+    """The values of each subset's members joined to one; subset k holds those of k + 1's bits."""
+    table = torch.full_like(values[:, :1], empty)
+    for value in values.unbind(1):
+        table = torch.cat([table, join(table, value[:, None])], dim=1)
+    return table[:, 1:]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subset(AutoAscent):
     """Auto-PGD on subsets of members, each a little more probable than those fooled so far.
 
-    For each image and each subset that would lower the exact expected accuracy, climbs the smooth
-    minimum of the subset's margins: towards any wrong class, then towards one wrong class for all,
-    then towards each member's own likeliest ones. When a subset falls, what counts is the next
-    larger one; an image on which all members err is done.
+    First each member alone, towards any wrong class and towards its own likeliest ones; a member
+    that no point fools is left out of what follows. Then subsets of the others whose probability
+    exceeds that of the members fooled by the best point so far, and would not without any one of
+    them. Each climbs the smooth minimum of its members' margins: towards any wrong class; towards
+    one class for all, the likeliest wrong ones on average; towards mixed ones, each member's
+    likeliest or second. When a point lowers the exact expected accuracy, the next larger subsets
+    are attacked; an image on which all members err is done. Points that are handed in are judged
+    first: members that they fool are not attacked alone.
 
-    The nearest published relative is the Lattice Climber (Gnecco Heredia et al., 2023), which also
-    goes from a subset fooled to a larger one. It adds members one by one in the order of their
-    probabilities; this attack tries every subset, aims at classes, and starts anew.
+    At each probability reached at most `subsets` subsets are attacked, those that came nearest to
+    being fooled at one of the points judged, with `1 + num_targets + mixed` climbs each; so with
+    8 or 12 members most subsets are never tried.
+
+    The nearest published relative is the Lattice Climber (Gnecco Heredia et al., "On the role of
+    randomization in adversarially robust classification", 2023), which also goes from a fooled
+    subset to one with a member more. It adds members to one point in one order; this attack starts
+    anew for each subset, tries several at each probability, and drives members towards classes.
 
     Attributes:
-        temperature: of the smooth minimum, in units of the members' margins.
+        temperature: of the smooth minimum; a member's margins are measured in standard deviations
+            of its logits on the clean image.
         num_targets: wrong classes that all members are driven towards, one after the other.
-        subsets: most subsets that are tried for an image before one falls, those nearest to it.
+        mixed: climbs in which the first members of the subset go towards classes of their own.
+        subsets: most subsets that are attacked at each probability reached.
+        restarts: how often each subset and target is tried, from another start.
     """
 
     temperature: float = 0.125
     num_targets: int = 9
+    mixed: int = 8
     subsets: int = 8
 
     adaptive: ClassVar[bool] = True
@@ -92,10 +129,9 @@ class Subset(AutoAscent):
         AutoAscent.check(self)
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
-        if self.num_targets < 0:
-            raise ConfigError(f"num_targets must not be negative, got {self.num_targets}")
-        if self.subsets < 1:
-            raise ConfigError(f"subsets must be at least 1, got {self.subsets}")
+        for name, least in (("num_targets", 0), ("mixed", 0), ("subsets", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: Generator
@@ -112,90 +148,149 @@ class Subset(AutoAscent):
         *,
         rng: Generator,
     ) -> Images:
-        support, best = Support(victim), Best.start(x)
-        start = face_starts(x, y, threat, rng)
-        clean = torch.stack([z.detach() for z in support.each(x)], dim=1)
-        scale = clean.std(2).clamp_min(TINY)
-        nearness = torch.stack([margin(z, y) for z in clean.unbind(1)], 1) / scale
-        aims = self._aims(support, clean, y)
+        start, search = face_starts(x, y, threat, rng), Search(self, Support(victim), x, y)
+        everyone = torch.arange(len(x), device=x.device)
+        search.judge(everyone, start())
         for given in () if starts is None else starts:
-            support.offer(best, given, y)
-        job = torch.zeros_like(y)
-        subsets, count = self._subsets(support, best.correct, nearness)
+            search.judge(everyone, given)
         while True:
-            points = start()
-            rows = ((best.correct > 0) & (job < count * len(aims))).nonzero().flatten()
+            points = start()  # for all, so that streams do not depend on who is left
+            rows, goal = search.next_goals()
             if len(rows) == 0:
                 break
-            which, aim = job[rows] % count[rows], job[rows] // count[rows]
-            goal = Goal(subsets[rows, which], aims[aim, rows], scale[rows])
-            before = best.correct[rows]
-            self._climb(support, best, goal, rows, points, x, y, threat)
-            job[rows] += 1
-            fell = rows[best.correct[rows] < before]
-            if len(fell):
-                job[fell] = 0
-                subsets[fell], count[fell] = self._subsets(
-                    support, best.correct[fell], nearness[fell]
-                )
-        support.offer_clean(best, x, y)
-        return best.x
+            search.judge(rows, self._climb(search, rows, goal, points[rows], threat))
+        search.support.offer_clean(search.best, x, y)
+        return search.best.x
 
     def _climb(
-        self,
-        support: Support,
-        best: Best,
-        goal: Goal,
-        rows: Int[Tensor, " K"],
-        points: Images,
-        x: Images,
-        y: Labels,
-        threat: Threat,
-    ) -> None:
-        part = best.select(rows)
-        found = Best.start(points[rows])
-        look = look_at_subset(support, y[rows], goal, self.temperature)
+        self, search: "Search", rows: Int[Tensor, " K"], goal: Goal, points: Images, threat: Threat
+    ) -> Images:
+        """The best point for each image's goal; an image that reaches it is not climbed on."""
+
+        def look_of(part: Int[Tensor, " K"]) -> Looker:
+            return look_at_subset(
+                search.support, search.y[rows[part]], goal.select(part), self.temperature
+            )
+
+        found = Best.start(points)
         auto_climb(
-            look, points[rows], x[rows], threat, steps=self.steps, rho=self.rho, keeper=found
+            until_fooled(look_of, len(rows)), points, search.x[rows], threat,
+            steps=self.steps, rho=self.rho, keeper=found,
+        )  # fmt: skip
+        return found.x
+
+
+class Search:
+    """What is known about the images of a batch, and what to attack next.
+
+    Attributes:
+        best: the best point of each image.
+        erred: (B, M) whether some point fooled the member.
+        members: (B, F) places of the members whose subsets are listed.
+        height: (B, S) for each subset the largest, over the points, smallest margin of its members.
+        listed: (B, L) the subsets to attack now, and in `valid` which of these places count.
+        tries: (B, S) climbs made towards each subset; `alone`: (B, M) towards each member.
+    """
+
+    def __init__(self, attack: Subset, support: Support, x: Images, y: Labels) -> None:
+        self.attack, self.support, self.x, self.y = attack, support, x, y
+        self.best = Best.start(x)
+        with torch.no_grad():
+            clean = torch.stack(support.each(x), dim=1)
+        self.scale = clean.std(2).nan_to_num(1.0, 1.0, 1.0).clamp_min(TINY)
+        gaps = self._margins(clean.unbind(1), torch.arange(len(x), device=x.device))
+        self.members = gaps.topk(min(MOST_MEMBERS, len(support.shares)), 1).indices
+        places = torch.arange(self.members.shape[1], device=x.device)
+        codes = torch.arange(1, 2 ** len(places), device=x.device)
+        self.masks = (codes[:, None] >> places) & 1 == 1
+        shares = torch.tensor(support.shares, dtype=torch.float64, device=x.device)
+        self.mass = over_subsets(shares[self.members], torch.add, 0.0)
+        self.least = over_subsets(shares[self.members], torch.minimum, math.inf)
+        self.height = torch.full_like(gaps[:, :1], -math.inf).expand(self.mass.shape).clone()
+        self.tries, self.alone = (
+            torch.zeros(v.shape, dtype=torch.long, device=x.device) for v in (self.mass, gaps)
         )
-        support.offer(part, found.x, y[rows])
-        best.update(rows, part)
-
-    def _aims(
-        self, support: Support, clean: Float[Tensor, "B M C"], y: Labels
-    ) -> Int[Tensor, "A B M"]:
-        """Classes to drive the members towards: none, one for all, or each member's own."""
-        shares = torch.tensor(support.shares, device=clean.device, dtype=clean.dtype)
-        mean = (clean.softmax(2) * shares[:, None]).sum(1).scatter(1, y[:, None], -1)
-        common = mean.topk(min(self.num_targets, clean.shape[2] - 1), 1).indices
-        aims = [torch.full(clean.shape[:2], -1, device=clean.device)]
-        aims += [target[:, None].expand(clean.shape[:2]) for target in common.t()]
-        return torch.stack(aims)
-
-    def _subsets(
-        self, support: Support, correct: Float[Tensor, " B"], nearness: Float[Tensor, "B M"]
-    ) -> tuple[Bool[Tensor, "B S M"], Int[Tensor, " B"]]:
-        """The smallest subsets more probable than what is fooled, nearest to falling first.
-
-        Returns:
-            The subsets, and how many of them count.
-        """
-        shares = torch.tensor(support.shares, device=nearness.device).double()
-        members = nearness.topk(min(MOST_MEMBERS, len(shares)), 1).indices
-        few = members.shape[1]
-        codes = torch.arange(1, 2**few, device=nearness.device)
-        masks = (codes[:, None] >> torch.arange(few, device=nearness.device)) & 1 == 1
-        share = shares[members]
-        mass = share @ masks.double().t()
-        least = torch.where(masks, share[:, None], math.inf).amin(2)
-        fooled = (1 - correct.double().clamp(0, 1))[:, None]
-        wanted = (mass > fooled + 1e-8) & (mass - least <= fooled + 1e-8)
-        near = torch.where(masks, nearness.gather(1, members)[:, None], math.inf).amin(2)
-        near = torch.where(wanted, near, -math.inf)
-        top = near.topk(min(self.subsets, len(codes)), 1)
-        chosen = masks[top.indices]
-        everyone = torch.zeros(
-            *chosen.shape[:2], len(shares), dtype=torch.bool, device=members.device
+        self.erred = torch.zeros_like(gaps, dtype=torch.bool)
+        self._name_targets(clean, shares)
+        self.listed = torch.zeros(
+            len(x), min(attack.subsets, len(codes)), dtype=torch.long, device=x.device
         )
-        everyone.scatter_(2, members[:, None].expand(chosen.shape), chosen)
-        return everyone, (top.values > -math.inf).sum(1)
+        self.valid = torch.zeros_like(self.listed, dtype=torch.bool)
+
+    def _margins(self, logits: Sequence[Logits], rows: Int[Tensor, " K"]) -> Float[Tensor, "K M"]:
+        gaps = torch.stack([margin(z, self.y[rows]) for z in logits], 1) / self.scale[rows]
+        return gaps.nan_to_num(nan=math.inf)  # an answer of NaN is wrong
+
+    def _name_targets(self, clean: Float[Tensor, "B M C"], shares: Float[Tensor, " M"]) -> None:
+        """Wrong classes, likeliest first: each member's own, and those of the average."""
+        total, classes = clean.shape[1:]
+        # with two classes a target says nothing
+        self.targets = min(self.attack.num_targets, classes - 1) if classes > 2 else 0
+        size = self.masks.sum(1)
+        mixed = (2**size).clamp_max(self.attack.mixed) * (size > 1) * (classes > 2)
+        self.aims = (1 + self.targets + mixed) * self.attack.restarts
+        wrong = clean.softmax(2).nan_to_num(nan=0.0)
+        wrong = wrong.scatter(2, self.y[:, None, None].expand(-1, total, 1), -1)
+        self.own = wrong.topk(min(max(self.targets, 2), classes - 1), 2).indices
+        mean = (wrong * shares[:, None].to(wrong)).sum(1)
+        self.common = mean.topk(self.own.shape[2], 1).indices
+
+    def judge(self, rows: Int[Tensor, " K"], points: Images) -> None:
+        """Ask all members about a point for each of some images, and list subsets anew."""
+        y = self.y[rows]
+        part, erred = self.best.select(rows), self.erred[rows]
+        with torch.no_grad():
+            logits = self.support.each(points)
+            before, odds = part.correct, self.support.log_odds(logits, y)
+            part.offer(points, self.support.correct(logits, y), odds)
+        self.best.update(rows, part)
+        self.erred[rows] |= torch.stack([~correct(z, y) for z in logits], 1)
+        near = self._margins(logits, rows).gather(1, self.members[rows])
+        low = over_subsets(near, torch.minimum, math.inf)
+        self.height[rows] = self.height[rows].maximum(low)
+        news = (part.correct < before) | (self.erred[rows] != erred).any(1)
+        self._list(rows[news])
+
+    def _list(self, rows: Int[Tensor, " K"]) -> None:
+        """List the least subsets more probable than what the best point fools, nearest first."""
+        fooled = (1 - self.best.correct[rows].double().clamp(0, 1))[:, None]
+        mass, least = self.mass[rows], self.least[rows]
+        wanted = (mass > fooled + 1e-6) & (mass - least <= fooled + 1e-6)
+        never = (~self.erred[rows]).gather(1, self.members[rows]).double()
+        wanted &= never @ self.masks.double().t() == 0
+        nearest = torch.where(wanted, self.height[rows], -math.inf).topk(self.listed.shape[1], 1)
+        self.listed[rows], self.valid[rows] = nearest.indices, nearest.values > -math.inf
+
+    def next_goals(self) -> tuple[Int[Tensor, " K"], Goal]:
+        """The images that have anything left to attack, and the goal of each."""
+        alone = ~self.erred & (self.alone < (1 + self.targets) * self.attack.restarts)
+        tries = self.tries.gather(1, self.listed)
+        joint = self.valid & (tries < self.aims[self.listed])
+        rows = ((self.best.correct > 0) & (alone.any(1) | joint.any(1))).nonzero().flatten()
+        single = alone.any(1)[rows]
+        member = alone[rows].to(torch.int8).argmax(1)
+        # least often tried first, nearest first among these
+        place = torch.where(joint, tries, self.aims.max())[rows].argmin(1)
+        code = self.listed[rows, place]
+        aim = torch.where(single, self.alone[rows, member], self.tries[rows, code])
+        self.alone[rows[single], member[single]] += 1
+        self.tries[rows[~single], code[~single]] += 1
+        subset = torch.zeros_like(self.erred[rows])
+        subset.scatter_(1, self.members[rows], self.masks[code])
+        subset[single] = one_hot(member[single], subset.shape[1]).bool()
+        target = self._targets_of(rows, subset, aim // self.attack.restarts)
+        return rows, Goal(subset, target, self.scale[rows])
+
+    def _targets_of(
+        self, rows: Int[Tensor, " K"], subset: Bool[Tensor, "K M"], aim: Int[Tensor, " K"]
+    ) -> Int[Tensor, "K M"]:
+        """The classes that belong to the number of a climb: any, one for all, or mixed ones."""
+        own, rank = self.own[rows], (aim - 1).clamp(0, max(self.targets - 1, 0))
+        common = self.common[rows].gather(1, rank[:, None])
+        alone = own.gather(2, rank[:, None, None].expand(-1, own.shape[1], 1)).squeeze(2)
+        target = torch.where(subset.sum(1, keepdim=True) == 1, alone, common)
+        place = (subset.cumsum(1) - 1).clamp(0, 62)
+        second = ((aim - 1 - self.targets).clamp_min(0)[:, None] >> place) & 1
+        mixed = own.gather(2, second.clamp_max(own.shape[2] - 1)[:, :, None]).squeeze(2)
+        target = torch.where((aim > self.targets)[:, None], mixed, target)
+        return torch.where((aim == 0)[:, None], ANY, target)
