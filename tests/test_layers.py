@@ -26,7 +26,7 @@ LAYERS = [
         "recording",
     },
     {"data", "models"},
-    {"ensembles", "penalties", "attacks", "written"},
+    {"ensembles", "penalties", "attacks", "written", "stochastic"},
     {"kinds", "defences"},
     {"train", "recipes"},
     {"evaluation"},

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from redefense.evaluation.api import evaluate
     from redefense.export.loading import load
     from redefense.hub import from_pretrained, push_to_hub, save_pretrained
+    from redefense.stochastic.ensemble import Stochastic
     from redefense.threat import Threat
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ _HOMES = {
     "Independent": "redefense.ensembles",
     "RedCheckWarning": "redefense.errors",
     "RedefenseError": "redefense.errors",
+    "Stochastic": "redefense.stochastic.ensemble",
     "Threat": "redefense.threat",
     "evaluate": "redefense.evaluation.api",
     "from_pretrained": "redefense.hub",
@@ -34,6 +36,7 @@ __all__ = [
     "Independent",
     "RedCheckWarning",
     "RedefenseError",
+    "Stochastic",
     "Threat",
     "__version__",
     "evaluate",

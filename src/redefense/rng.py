@@ -1,13 +1,17 @@
 """Named random streams, streams of single images, and the operating system's entropy.
 
-Nothing here, and nothing in this package, touches torch's, numpy's or Python's global generators.
+Nothing in this package leaves torch's, numpy's or Python's global generators otherwise than it
+found them. Only networks that draw by themselves are given them, at a seed, by `seeded`.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,6 +168,42 @@ class ImageStreams:
 def system_stream() -> torch.Generator:
     """A generator on the CPU seeded with 63 bits of the operating system's entropy."""
     return torch.Generator().manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
+
+
+@contextmanager
+def generators_kept(device: str | torch.device = "cpu") -> Iterator[None]:
+    """Gives the global generators of torch, numpy and Python back as they were before the block.
+
+    Args:
+        device: of torch's CUDA generators, the one whose state is kept; none for the CPU.
+    """
+    place = torch.device(device)
+    cuda = [] if place.type != "cuda" else [place]
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
+    """The global generators at a seed within the block, and as they were after it.
+
+    Args:
+        seed: in [0, 2**63); numpy takes its lowest 32 bits.
+        device: whose generator is seeded beside that of the CPU.
+    """
+    with generators_kept(device):
+        torch.default_generator.manual_seed(seed)
+        if torch.device(device).type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that networks draw from
+        random.seed(seed)
+        yield
 
 
 def system_uniform(count: int) -> Tensor:

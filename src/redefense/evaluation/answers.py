@@ -17,10 +17,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from redefense.ensembles import evaluating
 from redefense.errors import InputError
 from redefense.evaluation.checks import Check
-from redefense.evaluation.checks_sample import SAMPLE, evenly_spread, global_generators_kept
+from redefense.evaluation.checks_sample import SAMPLE, evenly_spread
 from redefense.evaluation.store import CHUNK
 from redefense.networks import mode_of
-from redefense.rng import stream
+from redefense.rng import generators_kept, stream
 from redefense.threat import Threat
 from redefense.types import Ensemble, Float, Images, Labels, Logits, check_labels
 
@@ -38,8 +38,11 @@ REASKED: Final = 256
 """Images at most that are asked again in other batches and after the attacks."""
 
 
-def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> int:
+def check_outputs(ensemble: Ensemble, x: Images, y: Labels, *, drawn: bool = False) -> int:
     """Ask a few images of every member, so that a misfit is one line and not a wrong figure later.
+
+    Args:
+        drawn: the members are seeds of a network that draws: their answers need not be equal.
 
     Returns:
         The number of classes.
@@ -49,12 +52,12 @@ def check_outputs(ensemble: Ensemble, x: Images, y: Labels) -> int:
             classes as the others, draws something in its forward pass, answers an image otherwise
             when other images are in its batch, or if a label lies outside [0, C).
     """
-    counts = [_classes_of(ensemble, m, x[:1]) for m in range(ensemble.num_members)]
+    counts = [classes_of(ensemble, m, x[:1]) for m in range(ensemble.num_members)]
     if len(set(counts)) > 1:
         raise InputError(f"members must know the same classes, got {counts} of them")
     check_labels(y, len(x), counts[0])
     points = sample_points(x)
-    for m in range(ensemble.num_members):
+    for m in () if drawn else range(ensemble.num_members):
         _check_function(ensemble, m, points)
     return counts[0]
 
@@ -72,7 +75,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
         return
     points = sample_points(x)
     for m in range(ensemble.num_members):
-        with _state_kept(module):
+        with kept_as_it_was(module):
             with evaluating(module):
                 evaluated, *again = (ask(ensemble, m, points) for _ in range(1 + REPEATS))
             try:
@@ -84,7 +87,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
         if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
             continue  # it draws in evaluation mode too, which `check_outputs` refuses
         if bool((differences(evaluated, given) > ROUNDING).any()):
-            raise _other_mode(module, m, f"there {_said(evaluated, given)}")
+            raise _other_mode(module, m, f"there {said(evaluated, given)}")
 
 
 def laid_out(ensemble: Ensemble, x: Images) -> Images:
@@ -143,7 +146,7 @@ def differences(first: Tensor, other: Tensor) -> Tensor:
     return beyond / span.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
+def classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
     logits = ask(ensemble, m, x)
     if (
         not isinstance(logits, Tensor)
@@ -164,7 +167,7 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
     for _ in range(REPEATS):
         if bool((differences(answers, again := ask(ensemble, m, points)) > ROUNDING).any()):
             raise InputError(
-                f"member {m} answers the same image in different ways ({_said(answers, again)}): "
+                f"member {m} answers the same image in different ways ({said(answers, again)}): "
                 "what is drawn inside a forward pass cannot be enumerated; give the networks it "
                 "draws from as a list"
             )
@@ -173,7 +176,7 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
         if bool((differences(answers, other) > GROSS).any()):
             raise InputError(
                 f"member {m} answers an image otherwise when other images are in its batch "
-                f"(batches of {len(points)} and of {size}: {_said(answers, other)}), so no figure "
+                f"(batches of {len(points)} and of {size}: {said(answers, other)}), so no figure "
                 "would hold for single queries: let it use the image alone, as batch norm does "
                 "with running statistics in evaluation mode"
             )
@@ -183,7 +186,7 @@ def _in_batches(ensemble: Ensemble, m: int, x: Images, size: int) -> Logits:
     return torch.cat([ask(ensemble, m, part) for part in x.split(size)])
 
 
-def _said(first: Tensor, other: Tensor) -> str:
+def said(first: Tensor, other: Tensor) -> str:
     """How much two answers to the same images differ, in words."""
     share = float(differences(first, other).amax())
     labels = int((first.argmax(1) != other.argmax(1)).sum())
@@ -206,11 +209,11 @@ def _other_mode(module: nn.Module, m: int, what: str) -> InputError:
 
 
 @contextmanager
-def _state_kept(module: nn.Module) -> Iterator[None]:
+def kept_as_it_was(module: nn.Module) -> Iterator[None]:
     """Gives buffers and the global generators back as they were."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = {b.device.index for b, _ in before if b.device.type == "cuda"}
-    with global_generators_kept(), torch.random.fork_rng(devices=sorted(devices)):
+    with generators_kept(), torch.random.fork_rng(devices=sorted(devices)):
         yield
     with torch.no_grad():
         for buffer, value in before:
@@ -263,7 +266,7 @@ class Answers:
                 gap = float(differences(first, answers).amax())
                 largest = max(largest, gap)
                 if gap > KERNELS:
-                    bad.append(f"{where} member {m} answers otherwise ({_said(first, answers)})")
+                    bad.append(f"{where} member {m} answers otherwise ({said(first, answers)})")
         return Check("S42", not bad, f"{'; '.join(bad)}: the figures hold only for the batches and "
                      "the layout measured; let answers depend on the image alone" if bad else
                      "answers depend on the image alone, not on batch or memory layout "
@@ -272,7 +275,7 @@ class Answers:
     def later(self) -> Check:
         """S43: the same questions after the attacks."""
         bad = [
-            f"member {m} ({_said(first, again)})"
+            f"member {m} ({said(first, again)})"
             for m, first in enumerate(self.logits)
             for again in [_in_batches(self.ensemble, m, self.x, CHUNK)]
             if bool((differences(first, again) > ROUNDING).any())

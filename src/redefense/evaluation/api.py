@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,11 +36,14 @@ from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
 from redefense.evaluation.run import Report, run_suite
+from redefense.evaluation.stochastic.measure import run_drawn
+from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite, suite_named
 from redefense.evaluation.wording import OF_DEFENCE
 from redefense.evaluation.workers import own_device, workers
 from redefense.files import write_text
+from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
@@ -60,6 +63,7 @@ def evaluate(
     seeds: int = 1,
     checks: str = "quick",
     cascade: bool | None = None,
+    stochastic: str = "auto",
 ) -> Report:
     """Measure any classifier, ensemble or list of classifiers.
 
@@ -78,12 +82,16 @@ def evaluate(
         cascade: whether attacks that know the ensemble leave out images on which every member errs
             already; the suite's own choice unless given. Where attacks start independently of
             others, the headline is the same either way.
+        stochastic: "auto" measures a model that answers equal images differently by fresh draws,
+            and says so in a warning; "on" measures any model so, "off" refuses one that draws. Its
+            layers keep the modes in which they are given: active dropout stays active.
 
     Returns:
         The report; nothing is written.
 
     Warns:
         RedCheckWarning: for each self-check that says that the measurement flatters.
+        UserWarning: if the model was found to answer at random.
 
     Raises:
         InputError: for models, images or labels that break the input contract.
@@ -94,6 +102,7 @@ def evaluate(
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
     check_checks(checks)
+    check_choice(stochastic)
     ensemble = read_ensemble(model, mixture)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
@@ -108,10 +117,17 @@ def evaluate(
         subject = Subject(ensemble, x, y, index, "given images", "given")
     drawn = ensemble.num_members > 1 and (run is None or _randomized(run))
     subject = replace(subject, randomized=drawn)
-    check_modes(ensemble, subject.x)
+    ensemble, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
+    if found:
+        warnings.warn(found, stacklevel=3)
+    measure = run_suite
+    if isinstance(ensemble, Stochastic):
+        subject, measure = replace(subject, ensemble=ensemble, randomized=True), run_drawn
+    else:
+        check_modes(ensemble, subject.x)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
-        report = run_suite(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
+        report = measure(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)

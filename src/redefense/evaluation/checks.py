@@ -77,7 +77,7 @@ def after_run(
     cells: Sequence[Mapping[str, Any]] = data["cells"]
     q = {name: exact_expectation(record.correct, mixture) for name, record in records.items()}
     return [
-        _inside(cells, records),
+        inside_ball(cells, records),
         _as_logged(log),
         _curve_falls(data.get("curve")),
         _fgsm_is_weaker(cells, records, q),
@@ -85,12 +85,12 @@ def after_run(
         _transfer_is_weaker(cells, records, q),
         _aware_is_stronger(data["headline"], cells, q),
         _worst_is_lowest(data, q),
-        _inert(cells),
+        inert(cells),
         _draws_agree(cells, len(q["clean"])),
         _draws_repeat(cells, records, mixture),
         _ordering(cells),
-        _unchanged(cells, records, q["clean"]),
-        _gap(data["headline"], len(mixture)),
+        unchanged(cells, records, q["clean"]),
+        gap_of_headlines(data["headline"], len(mixture)),
         _no_better_than_clean(cells, q),
         _helps(worst, single, mixture, data["headline"].get("single_members")),
         _bounds(data["headline"], cells, q, mixture),
@@ -176,7 +176,7 @@ def _transfer_is_weaker(
                  "white-box attacks are at least as strong as transfer")  # fmt: skip
 
 
-def _inert(cells: Sequence[Mapping[str, Any]]) -> Check:
+def inert(cells: Sequence[Mapping[str, Any]]) -> Check:
     """S07's second half: the published CW margin is blind on outputs that are all <= 0."""
     bad = [
         cell["id"]
@@ -333,7 +333,7 @@ def _worst_is_lowest(data: Mapping[str, Any], q: Mapping[str, NDArray[np.float64
     )
 
 
-def _inside(cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records]) -> Check:
+def inside_ball(cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records]) -> Check:
     """The stored distances against the stated budget; box and ball were checked at each attack."""
     bounded = [c for c in cells if c["bounded"]]
     outside = [
@@ -368,7 +368,7 @@ def _ordering(cells: Sequence[Mapping[str, Any]]) -> Check:
     return Check("S33", not bad, ", ".join(bad) or "all <= worst <= expected <= best <= any")
 
 
-def _unchanged(
+def unchanged(
     cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records], clean: NDArray[np.float64]
 ) -> Check:
     shares = {}
@@ -381,7 +381,7 @@ def _unchanged(
     return Check("S34", not bad, "returned unchanged: " + (", ".join(bad) or "none"))
 
 
-def _gap(headline: Mapping[str, Any], num_members: int) -> Check:
+def gap_of_headlines(headline: Mapping[str, Any], num_members: int) -> Check:
     unaware, aware = headline["unaware"], headline["aware"]
     if unaware is None or aware is None or num_members == 1:
         return Check("S36", None, "no pair of headlines" if num_members > 1 else "nothing is drawn")

@@ -25,13 +25,13 @@ from redefense.evaluation.cells import Cell, Subject, as_threat
 from redefense.evaluation.checks import BLACK_BOX, Check
 from redefense.evaluation.checks_draws import copies, expectation, pinned, planes
 from redefense.evaluation.checks_health import active, climbed, stability
-from redefense.evaluation.checks_sample import SAMPLE, Sample, global_generators_kept
+from redefense.evaluation.checks_sample import SAMPLE, Sample
 from redefense.evaluation.metrics import worst_case
 from redefense.evaluation.plan import Planned
 from redefense.evaluation.statistics import exact_expectation
 from redefense.evaluation.tried import Tried
 from redefense.networks import copied
-from redefense.rng import stream
+from redefense.rng import generators_kept, stream
 
 CORNERS: Final = 1000
 ROUNDING: Final = 255
@@ -214,7 +214,7 @@ def another_implementation(sample: Sample) -> Check:
     ours = sample.run(APGD(preset="torchattacks-3.5.1"), "S39", member)
     # it prints, and what we print may be read by a machine
     silence = contextlib.redirect_stdout(io.StringIO())
-    with global_generators_kept(), silence, torch.enable_grad():
+    with generators_kept(), silence, torch.enable_grad():
         theirs = torchattacks.APGD(member, eps=sample.threat.eps)(sample.x, sample.y)
     sample.count(theirs.detach())
     a, b = (float(sample.q(x, alone).mean()) for x in (ours, theirs))

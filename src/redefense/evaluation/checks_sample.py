@@ -1,12 +1,8 @@
 """What the S-checks that attack on their own look at: a few images and how often they stand."""
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,16 +22,6 @@ def evenly_spread(x: Images, most: int = SAMPLE // 2) -> Tensor:
     """Indices of at most so many images, from the first to the last; of large images fewer."""
     count = min(len(x), most, max(4, most * PIXELS // (SAMPLE * x[0].numel())))
     return torch.linspace(0, len(x) - 1, count).round().long().to(x.device)
-
-
-@contextmanager
-def global_generators_kept() -> Iterator[None]:
-    """Other libraries reseed the global generators; give them back."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(state)
-    np.random.set_state(numpy_state)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

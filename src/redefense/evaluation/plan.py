@@ -11,6 +11,7 @@ from redefense.evaluation.answers import check_outputs
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite
+from redefense.stochastic.ensemble import Stochastic
 
 Say = Callable[[str], None]
 
@@ -72,7 +73,8 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
     """
     attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
     attacks += [attack_of(spec) for spec in suite.beside]
-    classes = check_outputs(subject.ensemble, subject.x, subject.y)
+    drawn = isinstance(subject.ensemble, Stochastic)
+    classes = check_outputs(subject.ensemble, subject.x, subject.y, drawn=drawn)
     for attack in attacks:
         if attack.least_classes > classes:
             raise ConfigError(

@@ -1,0 +1,1 @@
+"""Evaluation of networks that draw in their forward pass: estimates from fresh draws."""

@@ -1,0 +1,216 @@
+"""One attack on a network that draws: found on some seeds, chosen on others, scored on fresh ones.
+
+Seeds come from (seed, purpose, draw, chunk): no draw by which an attack climbed, or by which one of
+its candidates was chosen, is among those that score it.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from redefense.attacks import Attack
+from redefense.attacks.adaptive import Hinge, MeanProbAPGD, MeanProbPGD, Transfer
+from redefense.attacks.arc import ARC
+from redefense.attacks.auto import AutoAttack
+from redefense.attacks.objectives import margin
+from redefense.attacks.subset import Subset
+from redefense.config import ThreatConfig
+from redefense.evaluation.cells import COST, Cell, Subject, as_threat, verify_ball
+from redefense.evaluation.metering import Meter
+from redefense.evaluation.progress import SILENT, Progress
+from redefense.evaluation.stochastic.views import Fresh, InPlace, counted
+from redefense.evaluation.store import CHUNK, in_chunks
+from redefense.rng import stream
+from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
+from redefense.threat import norms
+from redefense.types import Images, Labels, Victim, correct
+
+FRESH: Final = (Hinge, MeanProbPGD, MeanProbAPGD)
+"""Attacks that also climb with fresh draws at each step: no point can learn fixed seeds by heart."""
+COSTLY: Final = (ARC, AutoAttack, Subset, Transfer)
+"""Attacks whose cost grows faster than the number of members, or that ask very often."""
+ALPHA: Final = 0.001
+"""Level of the vote's test, as published."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """How many seeds serve which purpose.
+
+    Attributes:
+        score: fresh draws that every cell is scored by; even, since one half chooses for the other.
+        select: draws by which one of an attack's candidates is chosen.
+        attack: seeds that attackers see.
+        few: seeds that the costly attacks see.
+    """
+
+    score: int
+    select: int = 32
+    attack: int = 16
+    few: int = 4
+
+    def of(self, attack: Attack) -> int:
+        """Seeds that this attack sees."""
+        return min(self.few, self.attack) if isinstance(attack, COSTLY) else self.attack
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnCell(Cell):
+    """A cell whose members are the scoring draws.
+
+    Attributes:
+        vote: (n,) the answer of the majority of the scoring draws: 1 right, 0 wrong, -1 abstained.
+    """
+
+    vote: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
+
+
+def candidates(
+    network: Stochastic,
+    attack: Attack,
+    view: str,
+    x: Images,
+    draws: Draws,
+    *,
+    seed: int,
+    name: str,
+    chunk: int,
+) -> Iterator[tuple[str, Victim]]:
+    """Whom one attack is run against: fixed seeds, fresh ones at each step, or both."""
+    rng = stream(seed, "draws", name, chunk)
+    if view == "sampled":
+        yield "sampled", network.sampled(rng=rng)
+        return
+    count = draws.of(attack)
+    fresh, fixed = Fresh(network, count, rng), network.at(seeds_of(seed, "attack", count, chunk))
+    steady = InPlace(fixed, x)
+    if view == "averaged":
+        yield "averaged", (steady if network.governed else fresh).averaged()
+        return
+    if network.governed:
+        yield "fixed", steady
+    if isinstance(attack, FRESH) or not network.governed:
+        yield "fresh", fresh
+
+
+def attack_drawn(
+    subject: Subject,
+    network: Stochastic,
+    attack: Attack,
+    threat: ThreatConfig,
+    view: str,
+    draws: Draws,
+    *,
+    seed: int,
+    name: str,
+    kept: Path | None = None,
+    progress: Progress = SILENT,
+    purpose: str = "score",
+) -> DrawnCell:
+    """Attack all images in fixed chunks; verify the ball; score the points by fresh draws.
+
+    Args:
+        purpose: of the draws that score.
+    """
+    budget = as_threat(threat)
+
+    def work(images: slice) -> dict[str, Any]:
+        x, y, chunk = subject.x[images], subject.y[images], images.start
+        meter = Meter(progress.passed)
+        begun = time.perf_counter()
+        found = []
+        for kind, victim in candidates(
+            counted(network, meter), attack, view, x, draws, seed=seed, name=name, chunk=chunk
+        ):
+            rng = stream(seed, "attack", name, *([kind] if kind == "fresh" else []), chunk)
+            found.append(attack(victim, x, y, budget, rng=rng))
+            if attack.bounded:
+                verify_ball(found[-1], x, budget, name)
+        x_adv = found[0]
+        if len(found) > 1:
+            chosen_by = counted(network, meter).at(seeds_of(seed, "select", draws.select, chunk))
+            x_adv = likeliest_to_fool(chosen_by, found, y)
+        seconds = time.perf_counter() - begun
+        cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
+        numbers = seeds_of(seed, purpose, draws.score, chunk)
+        return scored(network, x_adv, x, y, numbers) | cost
+
+    count = len(subject.x)
+    parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
+    totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
+    totals |= {key: totals[key] / count for key in ("forwards", "backwards")}
+    return DrawnCell(**merged(parts), **totals)
+
+
+def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> Images:
+    """For each image the candidate that the draws get right least often, ties by their margins."""
+    best, lowest = found[0], torch.full((len(y), 2), torch.inf, dtype=torch.float64)
+    for points in found:
+        right = torch.zeros(len(y), dtype=torch.float64)
+        gaps = torch.zeros(len(y), dtype=torch.float64)
+        with torch.no_grad():
+            for m in range(judge.num_members):
+                logits = judge.logits_of(m, points)
+                right += correct(logits, y).cpu()
+                gaps -= margin(logits, y).double().cpu()
+        better = (right < lowest[:, 0]) | ((right == lowest[:, 0]) & (gaps < lowest[:, 1]))
+        rows = better.to(points.device).view(-1, 1, 1, 1)
+        best = torch.where(rows, points, best)
+        lowest = torch.where(better[:, None], torch.stack([right, gaps], 1), lowest)
+    return best
+
+
+def scored(
+    network: Stochastic, x_adv: Images, x: Images, y: Labels, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What fresh draws say to the images, each draw one call, and how far the images moved."""
+    right, log_mean, votes = [], None, None
+    with torch.no_grad():
+        for number in seeds:
+            logits = network.draw(number, x_adv)
+            right.append(correct(logits, y))
+            logs = logits.double().log_softmax(1)
+            one = torch.zeros_like(logs).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+            log_mean = logs if log_mean is None else torch.logaddexp(log_mean, logs)
+            votes = one if votes is None else votes + one
+    assert log_mean is not None
+    assert votes is not None
+    vote = votes_as_logits(votes, ALPHA)
+    answer = correct(vote, y).to(torch.int8)
+    answer[vote.isinf().all(1)] = -1
+    delta = x_adv - x
+    return {
+        "correct": torch.stack(right).cpu().numpy(),
+        "averaged": correct(log_mean, y).cpu().numpy(),
+        "vote": answer.cpu().numpy(),
+        "linf": _length(delta, math.inf),
+        "l2": _length(delta, 2.0),
+        "l0": _length(delta, 0.0),
+    }
+
+
+def clean_drawn(subject: Subject, network: Stochastic, count: int, *, seed: int) -> DrawnCell:
+    """The images as they are, scored by the same draws as all attacks."""
+    parts = []
+    for start in range(0, len(subject.x), CHUNK):
+        x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]
+        parts.append(scored(network, x, x, y, seeds_of(seed, "score", count, start)))
+    return DrawnCell(**merged(parts))
+
+
+def merged(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+    """The arrays of all chunks, joined along the images."""
+    return {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+
+
+def _length(delta: Tensor, p: float) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = norms(delta, p).double().cpu().numpy()
+    return found

@@ -1,0 +1,147 @@
+"""Self-checks of a figure that rests on draws: those that still hold, and those that do not apply.
+
+What holds exactly for enumerated members holds for draws within an interval only, and is red only
+beyond it. D1 to D3 are asked of networks that draw, and of nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from redefense.attacks.adaptive import Hinge
+from redefense.config import ThreatConfig
+from redefense.evaluation.cells import Subject
+from redefense.evaluation.checks import (
+    Check,
+    gap_of_headlines,
+    inert,
+    inside_ball,
+    unchanged,
+)
+from redefense.evaluation.checks_sample import evenly_spread
+from redefense.evaluation.checks_victim import before_run
+from redefense.evaluation.metrics import Bools
+from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
+from redefense.evaluation.stochastic.figures import draws_interval, worst_per_image
+from redefense.stochastic.ensemble import Stochastic
+
+SAMPLE: Final = 64
+"""Images on which the attackers' seeds are doubled."""
+OVERFIT: Final = 0.01
+"""What twice the seeds may take more."""
+EXACT: Final = (
+    "S02", "S08", "S09", "S10", "S11", "S12", "S13", "S14", "S15", "S16", "S17", "S17b", "S18",
+    "S19", "S21", "S28", "S29", "S30", "S31", "S32", "S33", "S35", "S37", "S38", "S39", "S40",
+    "S42", "S43", "B1",
+)  # fmt: skip
+"""Checks of exact expectations, of members that can be listed, or of answers without draws."""
+
+
+def before(network: Stochastic, subject: Subject) -> list[Check]:
+    """Checks of the network before the first attack, at two of its seeds."""
+    if not network.governed:
+        return [_governed(network)]
+    two = network.at(network.seeds[:2])
+    return [*before_run(two, subject.x, subject.y), _governed(network)]
+
+
+def _governed(network: Stochastic) -> Check:
+    return Check(
+        "D1",
+        network.governed,
+        "a seed repeats an answer" if network.governed else
+        "the network has a generator of its own, which no seed governs: attackers got fresh draws "
+        "at each step, and the same evaluation need not give the same figures again; let it draw "
+        "from torch's global generator",
+    )  # fmt: skip
+
+
+def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Check]:
+    """Checks of the records.
+
+    Args:
+        data: the evaluation so far.
+        records: of every cell and "clean".
+    """
+    cells = data["cells"]
+    clean = records["clean"].correct.mean(0)
+    return [
+        inside_ball(cells, records),
+        inert(cells),
+        unchanged(cells, records, clean),
+        _in_order(data["headline"], records["clean"].correct),
+        gap_of_headlines(data["headline"], len(records["clean"].correct)),
+        *(
+            Check(name, None, "does not apply: the draws of a network cannot be listed")
+            for name in EXACT
+        ),
+    ]
+
+
+def _in_order(headline: Mapping[str, Any], clean: Bools) -> Check:
+    """S20: knowing more cannot help the defence; red only where the intervals do not meet."""
+    aware, unaware = headline["aware"], headline["unaware"]
+    if aware is None or unaware is None:
+        return Check("S20", None, "needs attacks of both kinds")
+    above = headline["aware_interval_draws"][0] > headline["unaware_interval_draws"][1]
+    over = headline["unaware_interval_draws"][0] > draws_interval(clean)[1]
+    return Check(
+        "S20",
+        not above and not over,
+        f"clean {100 * clean.mean():.1f} %, unaware {100 * unaware:.1f} %, aware "
+        f"{100 * aware:.1f} %" + (", out of order beyond the draws' intervals" if above or over
+                                  else ", in order within the draws' intervals"),
+    )  # fmt: skip
+
+
+def doubled_seeds(
+    subject: Subject,
+    network: Stochastic,
+    threat: ThreatConfig,
+    draws: Draws,
+    corrects: Sequence[Bools],
+    *,
+    seed: int,
+) -> Check:
+    """D2: attackers who see twice the seeds take little more, on a sample of the images.
+
+    Args:
+        corrects: (S, n) of every bounded attack and the clean images, on all images.
+    """
+    rows = evenly_spread(subject.x, SAMPLE)
+    some = replace(
+        subject, x=subject.x[rows], y=subject.y[rows], index=subject.index[rows.cpu().numpy()]
+    )
+    more = replace(draws, attack=2 * draws.attack)
+    found = attack_drawn(
+        some, network, Hinge(steps=50), threat, "members", more, seed=seed, name="D2"
+    )
+    before_it = np.stack([c[:, rows.cpu().numpy()] for c in corrects])
+    now = np.concatenate([before_it, found.correct[None]])
+    gain = float(worst_per_image(before_it).mean() - worst_per_image(now).mean())
+    return Check(
+        "D2",
+        gain <= OVERFIT,
+        f"twice the attackers' seeds take {100 * gain:+.1f} points more on {len(rows)} images",
+    )
+
+
+def enough_draws(headline: Mapping[str, Any], draws: Draws) -> Check:
+    """D3: whether the draws leave less doubt than one may want to state."""
+    ends = headline["aware_interval_draws"]
+    if ends is None:
+        return Check("D3", None, "no headline")
+    half = (ends[1] - ends[0]) / 2
+    return Check(
+        "D3",
+        half <= 0.02,
+        f"{draws.score} draws leave +-{100 * half:.1f} points of doubt on these images"
+        + ("" if half <= 0.02 else ", since all images of a batch share what is drawn"),
+    )
+
+
+def total(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """The list of an evaluation, in the order of its names."""
+    return [check.as_dict() for check in sorted(checks, key=lambda check: check.id)]

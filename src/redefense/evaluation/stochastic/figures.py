@@ -1,0 +1,165 @@
+"""Figures of a network that answers at random, from the correctness of its fresh draws.
+
+`correct` (S, n) says whether draw s is right on image i. All attacks are scored by equally many
+draws. The worst attack is chosen on one half of the draws and scored on the other, the halves are
+swapped and the two averaged: chosen and scored on the same draws it would look worse than it is,
+and chosen once for all on some of them it would depend on which. Needs neither torch nor a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import gammaln
+from scipy.stats import t as student
+
+from redefense.evaluation.metrics import Bools, Floats
+from redefense.evaluation.statistics import wilson
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+def worst_per_image(corrects: Bools) -> Bools:
+    """(S, n) correctness on each image's worst attack, chosen on the other half of the draws.
+
+    Of attacks that leave an image equally often right the first is taken.
+
+    Args:
+        corrects: (A, S, n) of every attack, S even.
+    """
+    found = np.empty(corrects.shape[1:], dtype=bool)
+    images = np.arange(corrects.shape[2])
+    for scored, chosen_on in _halves(corrects.shape[1]):
+        worst = corrects[:, chosen_on].mean(1).argmin(0)
+        found[scored] = corrects[:, scored][worst, :, images].T
+    return found
+
+
+def lowest_cell(corrects: Bools) -> Bools:
+    """(S, n) correctness under the attack of lowest accuracy, chosen on the other half."""
+    found = np.empty(corrects.shape[1:], dtype=bool)
+    for scored, chosen_on in _halves(corrects.shape[1]):
+        found[scored] = corrects[corrects[:, chosen_on].mean((1, 2)).argmin(), scored]
+    return found
+
+
+def _halves(draws: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    first, second = slice(0, draws // 2), slice(draws // 2, draws)
+    return (first, second), (second, first)
+
+
+def draws_interval(correct: Bools, *, folded: bool = False) -> list[float]:
+    """95 % interval of the accuracy over the draws, the images being these.
+
+    Student's interval of the draws' accuracies. Where the attack was chosen on the other half, the
+    halves are counted as fully dependent, which can only widen it. Draws that all agree on every
+    image exclude no answer that one draw in S / 3.7 would give.
+
+    Args:
+        correct: (S, n).
+        folded: an attack was chosen on each half of the draws and scored on the other.
+    """
+    each = correct.mean(1)
+    value, draws = float(each.mean()), len(each)
+    if (correct == correct[0]).all():
+        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / draws)
+        return [max(0.0, value * (1 - unseen)), min(1.0, value + (1 - value) * unseen)]
+    halves = np.split(each, 2) if folded else [each]
+    error = float(np.mean([half.std(ddof=1) / len(half) ** 0.5 for half in halves]))
+    reach = float(student.ppf(0.5 + LEVEL / 2, len(halves[0]) - 1)) * error
+    return [max(0.0, value - reach), min(1.0, value + reach)]
+
+
+def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[float]:
+    """95 % interval of the accuracy over images and draws, both resampled.
+
+    Each resample draws images and draws with replacement (Owen, 2007), an image keeping its row in
+    all draws. Halves of the draws that chose for each other are counted as fully dependent. Never
+    surer than n images that are all wrong, or all right, would allow.
+
+    Args:
+        correct: (S, n).
+        folded: as for `draws_interval`.
+    """
+    rng = np.random.default_rng(seed)
+    draws, images = correct.shape
+    values = correct.astype(np.float32)
+    stretch = 2**0.5 if folded else 1.0
+    means = []
+    for _ in range(0, RESAMPLES, 250):
+        rows = rng.multinomial(images, np.full(images, 1 / images), 250).astype(np.float32)
+        each = (values @ rows.T) / images
+        halves = np.split(np.arange(draws), 2) if folded else [np.arange(draws)]
+        weights = np.zeros((draws, 250))
+        for half in halves:
+            drawn = rng.multinomial(len(half), np.full(len(half), 1 / len(half)), 250).T
+            weights[half] = 1 + stretch * (drawn - 1)
+        means.append((each * weights).sum(0) / draws)
+    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    outer = draws_interval(correct, folded=folded)
+    return [
+        max(0.0, min(float(low), outer[0], wilson(images, images)[0])),
+        min(1.0, max(float(high), outer[1], wilson(0, images)[1])),
+    ]
+
+
+def success_within(correct: Bools, tries: int) -> Floats:
+    """(tries,) chance that an attacker wins within K = 1, ..., `tries` sendings of one image.
+
+    Of an image with k right answers among S draws, C(k, K) / C(S, K) is the unbiased estimate that
+    K draws are all right; the K-th power of k / S would be too large. NaN for more tries than
+    draws.
+
+    Args:
+        correct: (S, n) correctness.
+    """
+    right = correct.sum(0).astype(np.float64)
+    draws = len(correct)
+    found = []
+    for k in range(1, tries + 1):
+        if k > draws:
+            found.append(float("nan"))
+            continue
+        enough = right >= k
+        logs = gammaln(right[enough] + 1) - gammaln(right[enough] - k + 1)
+        logs -= gammaln(draws + 1) - gammaln(draws - k + 1)
+        found.append(1 - float(np.exp(logs).sum()) / len(right))
+    return np.array(found)
+
+
+def folded_success_within(correct: Bools, tries: int) -> Floats:
+    """`success_within` where an attack was chosen on each half and scored on the other."""
+    halves = [success_within(correct[scored], tries) for scored, _ in _halves(len(correct))]
+    found: Floats = np.mean(halves, axis=0)
+    return found
+
+
+def pair(
+    corrects: Mapping[str, Bools], unaware: Sequence[str], tries: int, seed: int = 0
+) -> dict[str, Any]:
+    """Both figures at one threat with their intervals, and the attacker's success within K tries.
+
+    Args:
+        corrects: (S, n) of every bounded attack and of the clean images, in a fixed order.
+        unaware: those of attackers who do not know of the draw.
+        tries: K goes up to so many.
+    """
+    worst = worst_per_image(np.stack(list(corrects.values())))
+    found: dict[str, Any] = {
+        "unaware": None,
+        "unaware_interval": None,
+        "unaware_interval_draws": None,
+        "aware": float(worst.mean()),
+        "aware_interval": interval(worst, folded=True, seed=seed),
+        "aware_interval_draws": draws_interval(worst, folded=True),
+        "success_within": folded_success_within(worst, tries).tolist(),
+    }
+    if unaware:
+        lowest = lowest_cell(np.stack([corrects[name] for name in unaware]))
+        found |= {
+            "unaware": float(lowest.mean()),
+            "unaware_interval": interval(lowest, folded=True, seed=seed),
+            "unaware_interval_draws": draws_interval(lowest, folded=True),
+        }
+    return found

@@ -1,0 +1,266 @@
+"""Runs a suite on a network that draws in its forward pass."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from redefense.attacks import ATTACKS
+from redefense.config import ThreatConfig
+from redefense.evaluation.beside import NOTHING
+from redefense.evaluation.cells import Cell, Subject, image_digest
+from redefense.evaluation.joined import TRIES
+from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
+from redefense.evaluation.progress import SILENT, Progress, rough_passes
+from redefense.evaluation.provenance import provenance
+from redefense.evaluation.run import Report
+from redefense.evaluation.stochastic import checks as drawn_checks
+from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
+from redefense.evaluation.stochastic.figures import draws_interval, interval, pair
+from redefense.evaluation.stochastic.recognise import check_draws
+from redefense.evaluation.store import forget, own_images, read_object
+from redefense.evaluation.suite import Suite
+from redefense.files import write_text
+from redefense.stochastic.ensemble import Stochastic
+from redefense.types import check_images, check_labels
+
+LEAST_DRAWS: Final = 32
+MOST_DRAWS: Final = 512
+PILOT_DRAWS: Final = 16
+HALF_WIDTH: Final = 0.005
+"""What the interval over the draws is to reach to either side, where `MOST_DRAWS` allow it."""
+
+
+def run_drawn(
+    subject: Subject,
+    suite: Suite,
+    threat: ThreatConfig,
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    store: Any = None,
+    checks: str = "quick",
+    say: Say = lambda _: None,
+    progress: Progress = SILENT,
+    draws: Draws | None = None,
+) -> Report:
+    """Run (or finish) a suite on a `Stochastic`; arguments, files and errors as `run_suite`.
+
+    Args:
+        draws: how many seeds serve which purpose; found out by a pilot unless given.
+    """
+    network, x, y = subject.ensemble, subject.x, subject.y
+    assert isinstance(network, Stochastic)
+    check_images(x)
+    made = provenance(seed, x.device)
+    check_labels(y, len(x))
+    check_plan(subject, suite, threat)
+    check_draws(network, x)
+    plan = plan_of(suite, threat, True)
+    job = Job(
+        subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
+        store=store, say=say, progress=progress,
+    )  # fmt: skip
+    before = drawn_checks.before(network, subject)
+    progress.plan(_pieces(job, plan, network.num_members))
+    draws = draws or _pilot(job, network)
+    say(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
+    records, repeats = _records(job, plan, network, draws)
+    headline, bounded = _headline(job, plan, records, draws)
+    data = _facts(job, made, records["clean"]) | {
+        "cells": [_cell_json(p, records, repeats[p.identity], suite, seed) for p in plan],
+        "headline": headline,
+    }
+    done = [*before, *drawn_checks.after(data, records)]
+    if bounded:
+        done.append(drawn_checks.enough_draws(headline, draws))
+        done.append(
+            drawn_checks.doubled_seeds(
+                subject,
+                network,
+                job.threat,
+                draws,
+                [records[n].correct for n in bounded],
+                seed=seed,
+            )  # fmt: skip
+        )
+    data["checks"] = drawn_checks.total(done)
+    return Report(data, records, subject.index)
+
+
+def _pilot(job: Job, network: Stochastic) -> Draws:
+    """The number of scoring draws, from the spread of a few draws that score nothing.
+
+    Fixed before the first scoring draw, and the same for all cells: draws that go on until a figure
+    looks settled would bias it.
+    """
+    place = job.place("pilot.json")
+    found = read_object(place)
+    if found is None:
+        subject = replace(job.subject)
+        pgd = ATTACKS["pgd"](steps=5, keep_best=False)  # type: ignore[call-arg]  # PGD's settings
+        few = Draws(score=PILOT_DRAWS, attack=network.num_members)
+        cell = attack_drawn(
+            subject, network, pgd, job.threat, "sampled", few, seed=job.seed, name="pilot",
+            purpose="pilot",
+        )  # fmt: skip
+        found = {"spread": float(cell.correct.mean(1).std(ddof=1)), "draws": PILOT_DRAWS}
+        if (saved := job.save(place)) is not None:
+            write_text(saved, json.dumps(found) + "\n")
+        job.subject.workers.wait()
+    # two halves, counted as fully dependent
+    wanted = (1.96 * 2**0.5 * float(found["spread"]) / HALF_WIDTH) ** 2
+    score = int(min(max(2 * np.ceil(wanted / 2), LEAST_DRAWS), MOST_DRAWS))
+    return Draws(score=score, attack=network.num_members)
+
+
+def _headline(
+    job: Job, plan: Sequence[Planned], records: Mapping[str, DrawnCell], draws: Draws
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures of section 8, estimated, and the names of the records behind them."""
+    threat = threat_of(plan)
+    names = [p.identity for p in plan if p.attack.bounded and p.threat == threat]
+    found: dict[str, Any] = dict(NOTHING)
+    facts = {"exact": False, "draws": draws.score, "attack_draws": draws.attack}
+    if threat is None:
+        keys = ("unaware", "unaware_interval", "unaware_interval_draws")
+        both = (*keys, *(key.removeprefix("un") for key in keys), "success_within")
+        return found | dict.fromkeys(both) | facts, []
+    names.append("clean")
+    aware = {p.identity for p in plan if p.aware}
+    unaware = [name for name in names if name not in aware and name != "clean"]
+    figures = pair({name: records[name].correct for name in names}, unaware, TRIES, job.seed)
+    return found | figures | facts, names
+
+
+def _facts(job: Job, made: Mapping[str, Any], clean: DrawnCell) -> dict[str, Any]:
+    subject, suite = job.subject, job.suite
+    return {
+        "schema": 1,
+        "suite": suite.name,
+        "run": dict(subject.run),
+        "provenance": dict(made),
+        "data": {
+            "name": subject.data_name,
+            "split": subject.split,
+            "num_images": len(subject.x),
+            "sha256": image_digest(subject.x, subject.y),
+        },
+        "mixture": None,
+        "randomized": True,
+        "stochastic": True,
+        "clean": {
+            **_shares(clean),
+            "per_member": [],
+            "interval": interval(clean.correct),
+            "interval_draws": draws_interval(clean.correct),
+            "per_image": f"{suite.name}/clean.npz",
+        },
+    }
+
+
+def _shares(cell: DrawnCell) -> dict[str, float]:
+    return {
+        "expected": float(cell.correct.mean()),
+        "averaged": float(cell.averaged.mean()),
+        "vote": float((cell.vote == 1).mean()),
+        "vote_abstained": float((cell.vote == -1).mean()),
+    }
+
+
+def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, float]]:
+    """What will be done, for the progress: labels and passes, guessed."""
+    found, count = [], len(job.subject.x)
+    seen = Draws(score=LEAST_DRAWS, attack=members)
+    for number, planned in enumerate(plan, 1):
+        asked = 1 if planned.spec.view == "sampled" else seen.of(planned.attack)
+        passes = rough_passes(planned.attack) * asked * count
+        found += [(_label(number, planned, plan, again), passes) for again in range(job.seeds)]
+    return found
+
+
+def _label(number: int, planned: Planned, plan: Sequence[Planned], repeat: int) -> str:
+    again = f", run {repeat + 1}" if repeat else ""
+    return f"cell {number}/{len(plan)} {planned.spec.label or planned.identity}{again}"
+
+
+def _records(
+    job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws
+) -> tuple[dict[str, DrawnCell], dict[str, list[DrawnCell]]]:
+    """Every cell's records, attacked now or found in the store, and its repeats."""
+    subject = job.subject
+    records = {"clean": clean_drawn(subject, network, draws.score, seed=job.seed)}
+    repeats: dict[str, list[DrawnCell]] = {}
+    if (place := job.save(job.place("clean.npz"))) is not None:
+        records["clean"].save(place, subject.index)
+    for number, planned in enumerate(plan, 1):
+        again: list[DrawnCell] = []
+        for repeat in range(job.seeds):
+            name = planned.identity + (f".seed{repeat}" if repeat else "")
+            place, kept = job.place(f"{name}.npz"), job.place(f"{name}.chunks")
+            cell = DrawnCell.read(place)
+            if not isinstance(cell, DrawnCell):
+                label, count = _label(number, planned, plan, repeat), len(subject.x)
+                job.progress.begin(label, count, share=own_images(count, subject.workers))
+                cell = attack_drawn(
+                    subject, network, planned.attack, planned.threat, planned.spec.view, draws,
+                    seed=job.seed, name=name, kept=kept, progress=job.progress,
+                )  # fmt: skip
+                if (saved := job.save(place)) is not None:
+                    cell.save(saved, subject.index)
+                    forget(kept)
+                share = float(cell.correct.mean())
+                job.say(f"{label}: {100 * share:.1f} % expected accuracy, {cell.seconds:.1f} s")
+            again.append(cell)
+        records[planned.identity], *repeats[planned.identity] = again
+        # nobody looks for the next cell before this one is written
+        subject.workers.wait()
+    return records, repeats
+
+
+def _cell_json(
+    planned: Planned,
+    records: Mapping[str, DrawnCell],
+    repeats: Sequence[Cell],
+    suite: Suite,
+    seed: int,
+) -> dict[str, Any]:
+    spec, threat, attack, cell = (
+        planned.spec, planned.threat, planned.attack, records[planned.identity],
+    )  # fmt: skip
+    each = cell.correct[:5].mean(1)
+    found: dict[str, Any] = {
+        "id": planned.identity,
+        "attack": spec.attack,
+        "label": spec.label,
+        "repr": repr(attack),
+        "view": spec.view,
+        "aware": planned.aware,
+        "bounded": attack.bounded,
+        "distortion": {k: float(np.median(getattr(cell, k))) for k in ("l0", "l2", "linf")},
+        "threat": {"norm": threat.norm, "eps": threat.eps},
+        "accuracy": {
+            # the attack once, then five of the fresh draws
+            "protocol": float(each.mean()),
+            "protocol_sd": float(each.std(ddof=1)),
+            **_shares(cell),
+            **dict.fromkeys(("worst_member", "best_member", "any", "all")),
+        },
+        "interval": interval(cell.correct, seed=seed),
+        "interval_draws": draws_interval(cell.correct),
+        "unchanged": float((cell.linf <= 0).mean()),
+        "forwards": cell.forwards,
+        "backwards": cell.backwards,
+        "seconds": round(cell.seconds, 3),
+        "per_image": f"{suite.name}/{planned.identity}.npz",
+    }
+    if repeats:
+        every = [float(c.correct.mean()) for c in (cell, *repeats)]
+        found["seeds"] = {
+            "expected": every,
+            "mean": float(np.mean(every)),
+            "sd": float(np.std(every, ddof=1)),
+        }
+    return found
