@@ -201,7 +201,7 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
         if torch.device(device).type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that networks draw from
+        np.random.seed(seed % 2**32)
         random.seed(seed)
         yield
 

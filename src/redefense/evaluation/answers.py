@@ -42,6 +42,9 @@ def check_outputs(ensemble: Ensemble, x: Images, y: Labels, *, drawn: bool = Fal
     """Ask a few images of every member, so that a misfit is one line and not a wrong figure later.
 
     Args:
+        ensemble: whom to ask.
+        x: the images.
+        y: their labels.
         drawn: the members are seeds of a network that draws: their answers need not be equal.
 
     Returns:

@@ -6,9 +6,10 @@ attack found on some seeds is to be scored on others.
 """
 
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import cast
 
 import torch
+from scipy.special import betainc
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -78,16 +79,13 @@ class Stochastic(Members):
         if draws < 1:
             raise ConfigError(f"draws must be at least 1, got {draws}")
         super().__init__(draws, None)
-        if isinstance(model, Stochastic):
-            model = model.model
-        elif not isinstance(model, nn.Module) or not lacking(model):
-            model = Drawn(as_ensemble(model))
-        refuse_batch_statistics(model)
-        self.model = model
+        network = as_network(model)
+        refuse_batch_statistics(network)
+        self.model = network
         self.seed = seed
         self.seeds = seeds_of(seed, "member", draws)
         self.governed = True
-        self.mixture = self.mixture.to(device_of(model))
+        self.mixture = self.mixture.to(device_of(network))
 
     def at(self, seeds: Sequence[int]) -> "Stochastic":
         """The same network, not a copy, with other seeds as members."""
@@ -134,10 +132,19 @@ class Stochastic(Members):
     def train_members(self, members: Sequence[int]) -> None:
         """Nothing: the modes of the network stay as they were given."""
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Stochastic":
         """Sets this object's own flag; the network's layers keep the modes they were given in."""
         self.training = mode
         return self
+
+
+def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    """The network that draws: itself, that of a `Stochastic`, or a member drawn at each call."""
+    if isinstance(model, Stochastic):
+        return model.model
+    if isinstance(model, nn.Module) and lacking(model):
+        return model
+    return Drawn(as_ensemble(model))
 
 
 class OneMember(nn.Module):
@@ -197,11 +204,9 @@ class Vote(nn.Module):
 
 def votes_as_logits(votes: Float[Tensor, "B C"], alpha: float) -> Logits:
     """Logarithms of the shares of votes; rows of -inf where the vote is not clear at `alpha`."""
-    from scipy.stats import binom
-
     top = votes.topk(2, dim=1).values.cpu().numpy()
     # twice the smaller tail, as the two-sided test of equal chances has it
-    unclear = 2 * binom.sf(top[:, 0] - 1, top.sum(1), 0.5) > alpha
+    unclear = 2 * betainc(top[:, 0], top[:, 1] + 1, 0.5) > alpha
     log_shares = (votes / votes.sum(1, keepdim=True)).log()
     return log_shares.masked_fill(torch.from_numpy(unclear).to(votes.device)[:, None], -torch.inf)
 

@@ -34,7 +34,7 @@ from redefense.threat import norms
 from redefense.types import Images, Labels, Victim, correct
 
 FRESH: Final = (Hinge, MeanProbPGD, MeanProbAPGD)
-"""Attacks that also climb with fresh draws at each step: no point can learn fixed seeds by heart."""
+"""Attacks that also climb with fresh draws at each step, as fixed seeds can be overfitted."""
 COSTLY: Final = (ARC, AutoAttack, Subset, Transfer)
 """Attacks whose cost grows faster than the number of members, or that ask very often."""
 ALPHA: Final = 0.001
@@ -117,8 +117,7 @@ def attack_drawn(
 ) -> DrawnCell:
     """Attack all images in fixed chunks; verify the ball; score the points by fresh draws.
 
-    Args:
-        purpose: of the draws that score.
+    `purpose` is that of the draws that score.
     """
     budget = as_threat(threat)
 
@@ -146,8 +145,12 @@ def attack_drawn(
     count = len(subject.x)
     parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
     totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
-    totals |= {key: totals[key] / count for key in ("forwards", "backwards")}
-    return DrawnCell(**merged(parts), **totals)
+    return DrawnCell(
+        **merged(parts),
+        forwards=totals["forwards"] / count,
+        backwards=totals["backwards"] / count,
+        seconds=totals["seconds"],
+    )
 
 
 def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> Images:

@@ -1,7 +1,7 @@
 """Self-checks of a figure that rests on draws: those that still hold, and those that do not apply.
 
 What holds exactly for enumerated members holds for draws within an interval only, and is red only
-beyond it. D1 to D3 are asked of networks that draw, and of nothing else.
+beyond it. D1 and D2 are asked of networks that draw, and of nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -107,17 +107,14 @@ def doubled_seeds(
 ) -> Check:
     """D2: attackers who see twice the seeds take little more, on a sample of the images.
 
-    Args:
-        corrects: (S, n) of every bounded attack and the clean images, on all images.
+    `corrects` holds (S, n) of every bounded attack and the clean images, on all images.
     """
     rows = evenly_spread(subject.x, SAMPLE)
     some = replace(
         subject, x=subject.x[rows], y=subject.y[rows], index=subject.index[rows.cpu().numpy()]
     )
     more = replace(draws, attack=2 * draws.attack)
-    found = attack_drawn(
-        some, network, Hinge(steps=50), threat, "members", more, seed=seed, name="D2"
-    )
+    found = attack_drawn(some, network, Hinge(), threat, "members", more, seed=seed, name="D2")
     before_it = np.stack([c[:, rows.cpu().numpy()] for c in corrects])
     now = np.concatenate([before_it, found.correct[None]])
     gain = float(worst_per_image(before_it).mean() - worst_per_image(now).mean())
@@ -125,20 +122,6 @@ def doubled_seeds(
         "D2",
         gain <= OVERFIT,
         f"twice the attackers' seeds take {100 * gain:+.1f} points more on {len(rows)} images",
-    )
-
-
-def enough_draws(headline: Mapping[str, Any], draws: Draws) -> Check:
-    """D3: whether the draws leave less doubt than one may want to state."""
-    ends = headline["aware_interval_draws"]
-    if ends is None:
-        return Check("D3", None, "no headline")
-    half = (ends[1] - ends[0]) / 2
-    return Check(
-        "D3",
-        half <= 0.02,
-        f"{draws.score} draws leave +-{100 * half:.1f} points of doubt on these images"
-        + ("" if half <= 0.02 else ", since all images of a batch share what is drawn"),
     )
 
 

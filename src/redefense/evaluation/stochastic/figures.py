@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import gammaln
-from scipy.stats import t as student
+from scipy.special import gammaln, stdtrit
 
 from redefense.evaluation.metrics import Bools, Floats
 from redefense.evaluation.statistics import wilson
@@ -67,7 +66,7 @@ def draws_interval(correct: Bools, *, folded: bool = False) -> list[float]:
         return [max(0.0, value * (1 - unseen)), min(1.0, value + (1 - value) * unseen)]
     halves = np.split(each, 2) if folded else [each]
     error = float(np.mean([half.std(ddof=1) / len(half) ** 0.5 for half in halves]))
-    reach = float(student.ppf(0.5 + LEVEL / 2, len(halves[0]) - 1)) * error
+    reach = float(stdtrit(len(halves[0]) - 1, 0.5 + LEVEL / 2)) * error
     return [max(0.0, value - reach), min(1.0, value + reach)]
 
 
@@ -81,6 +80,7 @@ def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[flo
     Args:
         correct: (S, n).
         folded: as for `draws_interval`.
+        seed: of the resamples.
     """
     rng = np.random.default_rng(seed)
     draws, images = correct.shape
@@ -113,6 +113,7 @@ def success_within(correct: Bools, tries: int) -> Floats:
 
     Args:
         correct: (S, n) correctness.
+        tries: K goes up to so many.
     """
     right = correct.sum(0).astype(np.float64)
     draws = len(correct)
@@ -144,6 +145,7 @@ def pair(
         corrects: (S, n) of every bounded attack and of the clean images, in a fixed order.
         unaware: those of attackers who do not know of the draw.
         tries: K goes up to so many.
+        seed: of the resamples.
     """
     worst = worst_per_image(np.stack(list(corrects.values())))
     found: dict[str, Any] = {

@@ -16,8 +16,8 @@ from redefense.evaluation.answers import (
     ask,
     differences,
     kept_as_it_was,
-    sample_points,
     said,
+    sample_points,
 )
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
@@ -109,7 +109,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
                 return
         half = len(points) // 2
         others = points.clone()
-        others[half:] = 1 - points[half:]
+        others[half:] = (points[half:] + 0.37).remainder(1.0)
         for m in range(min(3, network.num_members)):
             first, mixed = ask(network, m, points), ask(network, m, others)
             if bool((differences(first, mixed)[:half] > GROSS).any()):

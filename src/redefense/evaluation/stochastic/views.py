@@ -4,6 +4,7 @@ Fixed seeds can be judged exactly and compared, but a point that fools them need
 Fresh seeds cannot be learnt by heart, but of two points the better one may have been lucky.
 """
 
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -45,7 +46,7 @@ class InPlace(Members):
         """Distinct places in rising order, since attacks keep the order of the images."""
         distances = torch.cdist(x.flatten(1), self.x.to(x.dtype).flatten(1))
         nearest = distances.argmin(1).tolist()
-        if all(a < b for a, b in zip(nearest, nearest[1:], strict=False)):
+        if all(a < b for a, b in pairwise(nearest)):
             return torch.tensor(nearest, device=x.device)
         # copies of one image, or points far from all: any distinct places will do
         free = sorted(set(range(len(self.x))) - set(nearest), reverse=True)
