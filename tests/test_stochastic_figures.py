@@ -33,11 +33,11 @@ class Plane(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.normal = torch.randn(16, generator=stream(0, "normal"))
+        self.normal: Tensor = torch.randn(16, generator=stream(0, "normal"))
 
     def distance(self, x: Tensor) -> Tensor:
         along: Tensor = (x.flatten(1) - 0.5) @ self.normal
-        return along / self.normal.norm()
+        return along.div(self.normal.norm())
 
     def forward(self, x: Tensor) -> Tensor:
         z = SCALE * self.distance(x)

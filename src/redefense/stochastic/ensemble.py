@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from redefense.ensembles import Members, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
-from redefense.rng import draw_members, draw_seed, seeded, stream, system_integers
+from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
 from redefense.types import Ensemble, Float, Images, Logits, Per, lacking
 
 DRAWS = 16
@@ -167,13 +167,8 @@ class FreshDraw(nn.Module):
 
     def forward(self, x: Images) -> Logits:
         parts = x.split(1) if self.per == "image" and len(x) > 1 else (x,)
-        return torch.cat([self.ensemble.draw(self._seed(), part) for part in parts])
-
-    def _seed(self) -> int:
-        if self.rng is not None:
-            return draw_seed(self.rng)
-        high, low = system_integers(2**31, 2).tolist()
-        return int(high) << 31 | int(low)
+        rng = system_stream() if self.rng is None else self.rng
+        return torch.cat([self.ensemble.draw(draw_seed(rng), part) for part in parts])
 
 
 class Vote(nn.Module):

@@ -4,7 +4,7 @@ What holds exactly for enumerated members holds for draws within an interval onl
 beyond it. D1 and D2 are asked of networks that draw, and of nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -101,13 +101,16 @@ def doubled_seeds(
     network: Stochastic,
     threat: ThreatConfig,
     draws: Draws,
-    corrects: Sequence[Bools],
+    corrects: Mapping[str, Bools],
     *,
     seed: int,
-) -> Check:
+) -> tuple[Check, Bools]:
     """D2: attackers who see twice the seeds take little more, on a sample of the images.
 
-    `corrects` holds (S, n) of every bounded attack and the clean images, on all images.
+    `corrects` holds (S, n) of every bounded attack and of the clean images.
+
+    Returns:
+        The check, and (S, n) under the attack, as of the clean images where it met none.
     """
     rows = evenly_spread(subject.x, SAMPLE)
     some = replace(
@@ -115,16 +118,14 @@ def doubled_seeds(
     )
     more = replace(draws, attack=2 * draws.attack)
     found = attack_drawn(some, network, Hinge(), threat, "members", more, seed=seed, name="D2")
-    before_it = np.stack([c[:, rows.cpu().numpy()] for c in corrects])
-    now = np.concatenate([before_it, found.correct[None]])
-    gain = float(worst_per_image(before_it).mean() - worst_per_image(now).mean())
+    at = rows.cpu().numpy()
+    known = np.stack([correct[:, at] for correct in corrects.values()])
+    more_known = np.concatenate([known, found.correct[None]])
+    gain = float(worst_per_image(known).mean() - worst_per_image(more_known).mean())
+    whole = corrects["clean"].copy()
+    whole[:, at] = found.correct
     return Check(
         "D2",
         gain <= OVERFIT,
         f"twice the attackers' seeds take {100 * gain:+.1f} points more on {len(rows)} images",
-    )
-
-
-def total(checks: Sequence[Check]) -> list[dict[str, Any]]:
-    """The list of an evaluation, in the order of its names."""
-    return [check.as_dict() for check in sorted(checks, key=lambda check: check.id)]
+    ), whole

@@ -15,6 +15,11 @@ from scipy.special import gammaln, stdtrit
 from redefense.evaluation.metrics import Bools, Floats
 from redefense.evaluation.statistics import wilson
 
+FIGURES = (
+    "unaware", "unaware_interval", "unaware_interval_draws",
+    "aware", "aware_interval", "aware_interval_draws", "success_within",
+)  # fmt: skip
+"""What `pair` gives."""
 LEVEL = 0.95
 RESAMPLES = 2000
 
@@ -148,10 +153,7 @@ def pair(
         seed: of the resamples.
     """
     worst = worst_per_image(np.stack(list(corrects.values())))
-    found: dict[str, Any] = {
-        "unaware": None,
-        "unaware_interval": None,
-        "unaware_interval_draws": None,
+    found: dict[str, Any] = dict.fromkeys(FIGURES) | {
         "aware": float(worst.mean()),
         "aware_interval": interval(worst, folded=True, seed=seed),
         "aware_interval_draws": draws_interval(worst, folded=True),

@@ -9,16 +9,19 @@ import numpy as np
 from redefense.attacks.adaptive import Hinge
 from redefense.attacks.gradient import PGD
 from redefense.config import ThreatConfig
-from redefense.evaluation.beside import NOTHING
+from redefense.evaluation.baselines import NOTHING
 from redefense.evaluation.cells import Cell, Subject, image_digest
+from redefense.evaluation.checks import Check
 from redefense.evaluation.joined import TRIES
+from redefense.evaluation.metrics import Bools
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.run import Report
+from redefense.evaluation.running import cell_label
 from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
-from redefense.evaluation.stochastic.figures import draws_interval, interval, pair
+from redefense.evaluation.stochastic.figures import FIGURES, draws_interval, interval, pair
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.evaluation.store import forget, own_images, read_object
 from redefense.evaluation.suite import Suite
@@ -60,32 +63,46 @@ def run_drawn(
     plan = plan_of(suite, threat, True)
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
-        store=store, say=say, progress=progress,
+        store=store, checks=checks, say=say, progress=progress,
     )  # fmt: skip
     before = drawn_checks.before(network, subject)
     progress.plan(_pieces(job, plan, network.num_members))
     draws = draws or _pilot(job, network)
     say(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
     records, repeats = _records(job, plan, network, draws)
-    headline, bounded = _headline(job, plan, records, draws)
+    corrects, doubled = _everything(job, plan, records, repeats, network, draws)
     data = _facts(job, made, records["clean"]) | {
         "cells": [_cell_json(p, records, repeats[p.identity], suite, seed) for p in plan],
-        "headline": headline,
+        "headline": _headline(job, plan, corrects, draws),
     }
-    done = [*before, *drawn_checks.after(data, records)]
-    if bounded:
-        done.append(
-            drawn_checks.doubled_seeds(
-                subject,
-                network,
-                job.threat,
-                draws,
-                [records[n].correct for n in bounded],
-                seed=seed,
-            )
-        )
-    data["checks"] = drawn_checks.total(done)
+    done = [*before, *drawn_checks.after(data, records), *doubled]
+    data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
     return Report(data, records, subject.index)
+
+
+def _everything(
+    job: Job,
+    plan: Sequence[Planned],
+    records: Mapping[str, DrawnCell],
+    repeats: Mapping[str, Sequence[DrawnCell]],
+    network: Stochastic,
+    draws: Draws,
+) -> tuple[dict[str, Bools], list[Check]]:
+    """(S, n) of all that was run at the headline's threat, and what twice the seeds add to it."""
+    threat = threat_of(plan)
+    if threat is None:
+        return {}, []
+    corrects: dict[str, Bools] = {}
+    for planned in plan:
+        if planned.attack.bounded and planned.threat == threat:
+            name = planned.identity
+            each = enumerate((records[name], *repeats[name]))
+            corrects |= {f"{name}.seed{i}" if i else name: cell.correct for i, cell in each}
+    corrects["clean"] = records["clean"].correct
+    check, found = drawn_checks.doubled_seeds(
+        job.subject, network, threat, draws, corrects, seed=job.seed
+    )
+    return corrects | {"doubled seeds": found}, [check]
 
 
 def _pilot(job: Job, network: Stochastic) -> Draws:
@@ -118,22 +135,14 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
 
 
 def _headline(
-    job: Job, plan: Sequence[Planned], records: Mapping[str, DrawnCell], draws: Draws
-) -> tuple[dict[str, Any], list[str]]:
-    """The figures of section 8, estimated, and the names of the records behind them."""
-    threat = threat_of(plan)
-    names = [p.identity for p in plan if p.attack.bounded and p.threat == threat]
-    found: dict[str, Any] = dict(NOTHING)
+    job: Job, plan: Sequence[Planned], corrects: Mapping[str, Bools], draws: Draws
+) -> dict[str, Any]:
+    """The figures of section 8, estimated; None where the suite cannot know."""
     facts = {"exact": False, "draws": draws.score, "attack_draws": draws.attack}
-    if threat is None:
-        keys = ("unaware", "unaware_interval", "unaware_interval_draws")
-        both = (*keys, *(key.removeprefix("un") for key in keys), "success_within")
-        return found | dict.fromkeys(both) | facts, []
-    names.append("clean")
-    aware = {p.identity for p in plan if p.aware}
-    unaware = [name for name in names if name not in aware and name != "clean"]
-    figures = pair({name: records[name].correct for name in names}, unaware, TRIES, job.seed)
-    return found | figures | facts, names
+    if not corrects:
+        return NOTHING | dict.fromkeys(FIGURES) | facts
+    unaware = [p.identity for p in plan if not p.aware and p.identity in corrects]
+    return NOTHING | pair(corrects, unaware, TRIES, job.seed) | facts
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: DrawnCell) -> dict[str, Any]:
@@ -178,13 +187,8 @@ def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, 
     for number, planned in enumerate(plan, 1):
         asked = 1 if planned.spec.view == "sampled" else seen.of(planned.attack)
         passes = rough_passes(planned.attack) * asked * count
-        found += [(_label(number, planned, plan, again), passes) for again in range(job.seeds)]
+        found += [(cell_label(number, planned, plan, again), passes) for again in range(job.seeds)]
     return found
-
-
-def _label(number: int, planned: Planned, plan: Sequence[Planned], repeat: int) -> str:
-    again = f", run {repeat + 1}" if repeat else ""
-    return f"cell {number}/{len(plan)} {planned.spec.label or planned.identity}{again}"
 
 
 def _records(
@@ -203,7 +207,7 @@ def _records(
             place, kept = job.place(f"{name}.npz"), job.place(f"{name}.chunks")
             cell = DrawnCell.read(place)
             if not isinstance(cell, DrawnCell):
-                label, count = _label(number, planned, plan, repeat), len(subject.x)
+                label, count = cell_label(number, planned, plan, repeat), len(subject.x)
                 job.progress.begin(label, count, share=own_images(count, subject.workers))
                 cell = attack_drawn(
                     subject, network, planned.attack, planned.threat, planned.spec.view, draws,
