@@ -6,7 +6,6 @@ attack found on some seeds is to be scored on others.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from scipy.special import betainc
@@ -15,8 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from redefense.ensembles import Members, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
+from redefense.networks import ask
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
-from redefense.types import Ensemble, Float, Images, Logits, Per, lacking
+from redefense.types import Ensemble, Float, Images, Logits, Per
 
 DRAWS = 16
 """Seeds that attackers see, unless more or fewer are asked for."""
@@ -106,7 +106,7 @@ class Stochastic(Members):
     def draw(self, seed: int, x: Images) -> Logits:
         """(B, C) logits at any seed."""
         with seeded(seed, x.device):
-            return cast(Tensor, self.model(x))
+            return ask(self.model, x)
 
     def member(self, m: int) -> nn.Module:
         """The network at seed m, sharing its weights with the ensemble."""
@@ -142,9 +142,10 @@ def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
     """The network that draws: itself, that of a `Stochastic`, or a member drawn at each call."""
     if isinstance(model, Stochastic):
         return model.model
-    if isinstance(model, nn.Module) and lacking(model):
+    ensemble = as_ensemble(model)  # refuses what is neither
+    if isinstance(model, nn.Module) and ensemble is not model and ensemble.num_members == 1:
         return model
-    return Drawn(as_ensemble(model))
+    return Drawn(ensemble)
 
 
 class OneMember(nn.Module):
