@@ -16,7 +16,7 @@ from redefense.ensembles import Members, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
 from redefense.networks import ask
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
-from redefense.types import Ensemble, Float, Images, Logits, Per
+from redefense.types import Ensemble, Float, Images, Logits, Per, lacking
 
 DRAWS = 16
 """Seeds that attackers see, unless more or fewer are asked for."""
@@ -143,7 +143,7 @@ def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
     if isinstance(model, Stochastic):
         return model.model
     ensemble = as_ensemble(model)  # refuses what is neither
-    if isinstance(model, nn.Module) and ensemble is not model and ensemble.num_members == 1:
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and lacking(model):
         return model
     return Drawn(ensemble)
 
