@@ -149,6 +149,31 @@ def test_everything_that_was_run_counts_and_no_figure_lies_below_aware(
     assert checks["S21"] is checks["B1"] is True
 
 
+SHORT = (cell("hinge", steps=1, step_size=0.01),)
+
+
+@pytest.mark.parametrize(
+    ("cells", "passed"),
+    [(SHORT, False), ((*SHORT, cell("subset", steps=1, num_targets=0)), True)],
+    ids=["short", "enough"],
+)
+def test_a_suite_whose_attacks_stop_early_is_caught(
+    cells: tuple[CellSpec, ...], passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks_full, "CHECKS", ())
+    suite = Suite(name="mine", cells=cells, cascade=True)
+    quick, full = (run(suite, subject=subject(20, num=2), checks=c) for c in ("quick", "full"))
+    (check,) = [c for c in full.data["checks"] if c["id"] == "S44"]
+    assert check["passed"] is passed
+    # what it found counts
+    mixture = np.array(full.data["mixture"])
+    stronger = [c["id"] for c in full.data["further_cells"] if c["id"].startswith("stronger")]
+    left = [exact_expectation(full.cells[name].correct, mixture) for name in stronger]
+    drop = quick.headline["aware"] - min(np.min(left, axis=0).mean(), quick.headline["aware"])
+    assert f"takes {100 * drop:.1f} points" in check["detail"]
+    assert full.headline["aware"] <= quick.headline["aware"] - drop + 1e-12
+
+
 def test_one_network_its_average_and_its_draw_are_one() -> None:
     headline = run(INDEPENDENT, subject=subject(num=1)).headline
     aware = headline["aware"]

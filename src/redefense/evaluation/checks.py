@@ -40,7 +40,7 @@ class Check:
     """One line of the list.
 
     Attributes:
-        id: S01 to S43.
+        id: S01 to S44.
         passed: green or red; None if there was nothing to check.
         detail: the figure it rests on.
     """

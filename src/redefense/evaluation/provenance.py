@@ -20,8 +20,8 @@ _MAKERS: Final = (
     "attacks/*.py", "models/*.py", "ensembles.py", "penalties.py", "rng.py", "spread.py",
     "threat.py", "types.py", "train/device.py",
     *(f"evaluation/{name}.py" for name in (
-        "baselines", "cells", "handover", "measures", "metering", "metrics", "plan", "running",
-        "statistics", "store", "suite", "tried", "workers", "worst",
+        "baselines", "cells", "checks_budget", "handover", "measures", "metering", "metrics",
+        "plan", "running", "statistics", "store", "suite", "tried", "workers", "worst",
     )),
 )  # fmt: skip
 """The modules that decide what an evaluation keeps on its way."""

@@ -23,6 +23,7 @@ from redefense.evaluation.cells import (
     image_digest,
 )
 from redefense.evaluation.checks import Check, after_run
+from redefense.evaluation.checks_budget import stronger_budget
 from redefense.evaluation.checks_full import full_checks
 from redefense.evaluation.checks_victim import before_run
 from redefense.evaluation.headline import headline, interval
@@ -361,6 +362,7 @@ def _full_checks(
     job: Job, runner: Runner, plan: Sequence[Planned], records: Mapping[str, Cell]
 ) -> list[Check]:
     """The S-checks that attack on their own; what they find within the threat counts."""
+    stronger = stronger_budget(runner, plan)
     place, tried, worst = job.place("checks.json"), job.place("checks.npz"), runner.worst
     stored, cell = read_object(place), Cell.read(tried)
     if stored is None or (worst is not None and cell is None):
@@ -375,4 +377,4 @@ def _full_checks(
     job.subject.workers.wait()
     if cell is not None and worst is not None:
         runner.count("checks", "for the checks of the attacks on the first images", cell)
-    return [Check(**check) for check in stored["checks"]]
+    return [*(Check(**check) for check in stored["checks"]), stronger]
