@@ -119,6 +119,7 @@ def networks(
             width=kind.width,
             activation=kind.activation,
             generator=stream(seed, "member", m),
+            member=m,
         )
         for m in range(kind.num_members)
     ]

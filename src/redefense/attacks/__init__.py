@@ -1,7 +1,5 @@
 """Attacks: `PGD(steps=50)(model, x, y, Threat(eps=8 / 255))`; see `base` for the contract."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
 
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD, MeanProbPGD, Transfer
@@ -12,6 +10,7 @@ from redefense.attacks.base import Attack
 from redefense.attacks.cw import CW
 from redefense.attacks.diverse import DI2FGSM
 from redefense.attacks.fab import FAB
+from redefense.attacks.foreign import Foreign, attack_class, foreign
 from redefense.attacks.gradient import BIM, EOTPGD, FGSM, MIM, PGD
 from redefense.attacks.minimal import DeepFool
 from redefense.attacks.pixels import OnePixel
@@ -19,14 +18,16 @@ from redefense.attacks.pixle import Pixle
 from redefense.attacks.sparse import SparseFool
 from redefense.attacks.square import Square
 from redefense.attacks.subset import Subset
+from redefense.plugins import Registry
 
 __all__ = [
     "APGD", "APGDT", "ARC", "ATTACKS", "BIM", "CW", "DI2FGSM", "EOTPGD", "FAB", "FGSM", "MIM",
-    "PGD", "Attack", "AutoAttack", "DeepFool", "Hinge", "MeanProbAPGD", "MeanProbPGD", "OnePixel",
-    "Pixle", "SparseFool", "Square", "Subset", "Transfer",
+    "PGD", "Attack", "AutoAttack", "DeepFool", "Foreign", "Hinge", "MeanProbAPGD", "MeanProbPGD", "OnePixel",
+    "Pixle", "SparseFool", "Square", "Subset", "Transfer", "foreign",
 ]  # fmt: skip
 
-ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
+ATTACKS: Final[Registry[type[Attack]]] = Registry(
+    "attacks",
     {
         "fgsm": FGSM,
         "bim": BIM,
@@ -52,5 +53,6 @@ ATTACKS: Final[Mapping[str, type[Attack]]] = MappingProxyType(
         "meanprob_pgd": MeanProbPGD,
         "subset": Subset,
         "transfer": Transfer,
-    }
+    },
+    attack_class,
 )

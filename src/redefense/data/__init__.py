@@ -5,8 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from redefense.data import (
@@ -16,6 +15,7 @@ from redefense.data import (
     cifar,
     digits,
     folder,
+    given,
     hub,
     npz,
     parquet,
@@ -24,7 +24,8 @@ from redefense.data import (
 from redefense.data.dataset import Dataset, Split, test_indices, train_validation
 from redefense.data.loader import Augment, Loader
 from redefense.data.source import Refuse, Source, materialise, strict
-from redefense.errors import DataError
+from redefense.errors import ConfigError, DataError
+from redefense.plugins import Registry, summary_of
 
 __all__ = [
     "DATASETS", "Augment", "Dataset", "Loader", "Published", "Reader", "Split", "find",
@@ -58,6 +59,7 @@ class Reader:
         options: that may follow the path.
         origin: where to get them, if there is one place.
         published: its size, of data that are the same everywhere.
+        cached: decoded copies are kept.
     """
 
     summary: str
@@ -66,9 +68,25 @@ class Reader:
     options: tuple[str, ...] = ()
     origin: str = ""
     published: Published | None = None
+    cached: bool = True
 
 
-DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
+def _reader(name: str, value: Any) -> Reader:
+    """How a data set of the user's is found: a function, see `given.as_source`."""
+    if isinstance(value, Reader):
+        return value
+    if not callable(value):
+        raise ConfigError(f"the data set {name} must be a function that returns it, got {value!r}")
+    return Reader(
+        summary=summary_of(value),
+        read=given.reader(name, value),
+        place=given.needs_path(value),
+        cached=False,  # nobody sees when the function changes
+    )
+
+
+DATASETS: Final[Registry[Reader]] = Registry(
+    "datasets",
     {
         "digits": Reader(
             summary="1,797 8x8 digits, shipped with the package",
@@ -106,7 +124,8 @@ DATASETS: Final[Mapping[str, Reader]] = MappingProxyType(
         "npz": Reader(
             summary="arrays x_train y_train x_test y_test in one file: npz:FILE", read=npz.read
         ),
-    }
+    },
+    _reader,
 )
 
 
@@ -194,7 +213,7 @@ def load_dataset(
         DataError: one line that names the file and the rule.
     """
     parsed = parse(spec)
-    if not DATASETS[parsed.kind].place:
+    if not (DATASETS[parsed.kind].place and DATASETS[parsed.kind].cached):
         return materialise(find(spec), _silent)
     if download:
         hub.fetch(parsed.kind, parsed.path)

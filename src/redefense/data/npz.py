@@ -1,6 +1,7 @@
 """Arrays of images and labels in one .npz file."""
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,52 @@ def read(path: Path, refuse: Refuse) -> Source:
     keys = next((keys for keys in KEYS if set(keys) <= set(arrays.names)), None)
     if keys is None:
         raise DataError(f"{path}: needs the arrays {' '.join(KEYS[0])}, has {arrays.names}")
+    named = {key: arrays[key] for key in (*keys, "classes") if key in arrays.names}
+    return from_arrays(
+        named, keys, name=path.stem, where=str(path), refuse=refuse, files=(path,),
+        found=f"arrays {' '.join(keys)} of {path}",
+    )  # fmt: skip
+
+
+def from_arrays(
+    arrays: Mapping[str, NDArray[Any]],
+    keys: tuple[str, str, str, str] = KEYS[0],
+    *,
+    name: str,
+    where: str,
+    found: str,
+    refuse: Refuse,
+    files: tuple[Path, ...] = (),
+) -> Source:
+    """A data set from arrays; see `read` for what they hold.
+
+    Raises:
+        DataError: naming the place and the array that breaks a rule.
+    """
     x_train, y_train, x_test, y_test = keys
-    images = {key: _channels_first(arrays[key], f"{path}: {key}") for key in (x_train, x_test)}
-    labels = {key: _labels(arrays[key], f"{path}: {key}") for key in (y_train, y_test)}
+    images = {key: _channels_first(arrays[key], f"{where}: {key}") for key in (x_train, x_test)}
+    labels = {key: _labels(arrays[key], f"{where}: {key}") for key in (y_train, y_test)}
     shape = images[x_train].shape[1:]
     if images[x_test].shape[1:] != shape:
-        raise DataError(f"{path}: images of {x_train} and {x_test} differ in shape")
-    classes = _classes(arrays, path, max(int(y.max(initial=-1)) for y in labels.values()))
-    check_classes(classes, str(path), refuse)
+        raise DataError(f"{where}: images of {x_train} and {x_test} differ in shape")
+    classes = _classes(arrays, where, max(int(y.max(initial=-1)) for y in labels.values()))
+    check_classes(classes, where, refuse)
     for x, y, full in ((x_train, y_train, True), (x_test, y_test, False)):
         if len(images[x]) != len(labels[y]):
-            raise DataError(f"{path}: {len(images[x])} images {x} for {len(labels[y])} {y}")
-        check_labels(labels[y], classes, f"{path}: {y}", refuse, full=full)
+            raise DataError(f"{where}: {len(images[x])} images {x} for {len(labels[y])} {y}")
+        check_labels(labels[y], classes, f"{where}: {y}", refuse, full=full)
 
     def part(x: str, y: str) -> Part:
         return Part(labels=labels[y], blocks=lambda: iter([images[x]]))
 
     return Source(
-        name=path.stem,
+        name=name,
         classes=classes,
         shape=(shape[0], shape[1], shape[2]),
         train=part(x_train, y_train),
         test=part(x_test, y_test),
-        found=f"arrays {' '.join(keys)} of {path}",
-        files=(path,),
+        found=found,
+        files=files,
     )
 
 
@@ -119,8 +142,8 @@ def _labels(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
     return labels.reshape(-1).astype(np.int64)
 
 
-def _classes(arrays: _Arrays, path: Path, top: int) -> tuple[str, ...]:
-    if "classes" not in arrays.names:
+def _classes(arrays: Mapping[str, NDArray[Any]], path: str, top: int) -> tuple[str, ...]:
+    if "classes" not in arrays:
         if top >= 10_000:
             raise DataError(f"{path}: labels up to {top} without names of classes")
         return tuple(str(number) for number in range(top + 1))

@@ -1,8 +1,7 @@
 """Training methods by name: one file and one line each."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final
+import inspect
+from typing import Any, Final
 
 from redefense.defences.adp import ADP
 from redefense.defences.at import AdversarialTraining
@@ -14,13 +13,25 @@ from redefense.defences.mrboost import MRBoost
 from redefense.defences.red import RED
 from redefense.defences.trs import TRS
 from redefense.defences.vanilla import Vanilla
+from redefense.errors import ConfigError
+from redefense.plugins import Registry
 
 __all__ = [
     "ADP", "BARRE", "DEFENCES", "DVERGE", "GAL", "RED", "TRS", "AdversarialTraining", "Adversary",
     "Defence", "MRBoost", "Stage", "Vanilla",
 ]  # fmt: skip
 
-DEFENCES: Final[Mapping[str, type[Defence]]] = MappingProxyType(
+
+def _defence_class(name: str, value: Any) -> type[Defence]:
+    if not (isinstance(value, type) and issubclass(value, Defence)) or inspect.isabstract(value):
+        raise ConfigError(
+            f"the defence {name} must be a Defence class that implements loss, got {value!r}"
+        )
+    return value
+
+
+DEFENCES: Final[Registry[type[Defence]]] = Registry(
+    "defences",
     {
         "vanilla": Vanilla,
         "at": AdversarialTraining,
@@ -31,5 +42,6 @@ DEFENCES: Final[Mapping[str, type[Defence]]] = MappingProxyType(
         "red": RED,
         "mrboost": MRBoost,
         "barre": BARRE,
-    }
+    },
+    _defence_class,
 )

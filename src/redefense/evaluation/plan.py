@@ -119,6 +119,9 @@ def threat_of(plan: Sequence[Planned]) -> ThreatConfig | None:
 
 def attack_of(spec: CellSpec) -> Attack:
     """The attack of a cell, with its settings."""
+    if spec.made is not None:
+        made: Attack = spec.made
+        return made
     if spec.attack not in ATTACKS:
         raise ConfigError(
             f"unknown attack {spec.attack!r}{suggestion(spec.attack, list(ATTACKS))}; "

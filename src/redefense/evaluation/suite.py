@@ -1,16 +1,15 @@
 """Suites: which attacks, on which view of the ensemble, under which threat. Plain data."""
 
 import json
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from redefense.config import ThreatConfig, one_line, suggestion
 from redefense.errors import ConfigError
+from redefense.plugins import Registry
 
 View = Literal["sampled", "averaged", "members", "protocol"]
 
@@ -40,6 +39,19 @@ class CellSpec(_Data):
     threat: ThreatConfig | None = None
     label: str | None = None
     aware: bool | None = None
+    # the attack itself, where one was handed over in place of a name; not part of the record
+    _made: Any = PrivateAttr(default=None)
+
+    @property
+    def made(self) -> Any:
+        """The attack object that was handed over; None where the name says which it is."""
+        return self._made
+
+    def running(self, attack: Any) -> "CellSpec":
+        """The same cell with an attack object in place of the one its name stands for."""
+        other = self.model_copy()
+        other._made = attack
+        return other
 
     def answered(self, randomized: bool) -> "CellSpec":
         """With the view that "protocol" means for this defence."""
@@ -174,8 +186,16 @@ FULL: Final = Suite(
     measures=True,
 )
 
-SUITES: Final[Mapping[str, Suite]] = MappingProxyType(
-    {suite.name: suite for suite in (QUICK, PAPER, LIBRARY, AWARE, FULL)}
+
+def _suite(name: str, value: Any) -> Suite:
+    """A suite of the user's: a `Suite`, or a list of attacks."""
+    from redefense.evaluation.objects import suite_of  # needs torch
+
+    return suite_of(value, name)
+
+
+SUITES: Final[Registry[Suite]] = Registry(
+    "suites", {suite.name: suite for suite in (QUICK, PAPER, LIBRARY, AWARE, FULL)}, _suite
 )
 
 

@@ -1,9 +1,9 @@
 """Networks by name: images (B, ch, H, W) in [0, 1] to logits, normalisation inside."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from redefense.errors import ConfigError
 from redefense.models import tiny
 from redefense.models.layers import ACTIVATIONS, Normalise, Tapped, activation_named, initialise
 from redefense.models.resnet import ResNet
+from redefense.plugins import Registry, summary_of
 from redefense.rng import draw_seed
 
 __all__ = ["ACTIVATIONS", "MODELS", "Model", "Tapped", "build"]
@@ -32,6 +33,41 @@ class Model:
     width: int = 16
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Own:
+    """How a network of the user's is made; its width and activations are its own affair.
+
+    Attributes:
+        summary: a line for the user.
+        make: from (num_classes, shape, member) to a network with values.
+    """
+
+    summary: str
+    make: Callable[[int, tuple[int, int, int], int], nn.Module]
+
+
+def _own(name: str, value: Any) -> Model | Own:
+    """A model of the user's: a function (num_classes, shape) -> module, or a list of modules."""
+    if isinstance(value, Model | Own):
+        return value
+    if isinstance(value, nn.Module):
+        value = [value]
+    if isinstance(value, list | tuple) and value and all(isinstance(n, nn.Module) for n in value):
+        nets = tuple(copy.deepcopy(net) for net in value)
+        return Own(
+            summary=f"{type(nets[0]).__name__}, as it was handed over",
+            make=lambda classes, shape, member: copy.deepcopy(nets[member % len(nets)]),
+        )
+    if not callable(value):
+        raise ConfigError(
+            f"the model {name} must be a callable (num_classes, shape) -> torch.nn.Module, or a "
+            f"list of modules, got {value!r}"
+        )
+    return Own(
+        summary=summary_of(value), make=lambda classes, shape, member: value(classes, shape)
+    )
+
+
 def _resnet(
     depths: Sequence[int], *, large_stem: bool = False
 ) -> Callable[[int, tuple[int, int, int], int, str], nn.Module]:
@@ -48,7 +84,8 @@ def _resnet(
     return make
 
 
-MODELS: Final[Mapping[str, Model]] = MappingProxyType(
+MODELS: Final[Registry[Model | Own]] = Registry(
+    "models",
     {
         "linear": Model(
             summary="one linear layer",
@@ -81,7 +118,8 @@ MODELS: Final[Mapping[str, Model]] = MappingProxyType(
             make=_resnet([2, 2, 2, 2], large_stem=True),
             width=64,
         ),
-    }
+    },
+    _own,
 )
 
 
@@ -95,6 +133,7 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     activation: str = "relu",
+    member: int = 0,
 ) -> nn.Module:
     """A freshly initialised network on the CPU; equal generators give equal weights.
 
@@ -107,6 +146,7 @@ def build(
         mean: of each channel, subtracted by the first layer; 0.5 by default.
         std: of each channel, divided by in the first layer; 0.25 by default.
         activation: a key of `ACTIVATIONS`.
+        member: of the ensemble, for models that were registered as a list of networks.
 
     Raises:
         ConfigError: for an unknown name or values that do not fit.
@@ -122,6 +162,10 @@ def build(
         net = _timm(name.removeprefix("timm:"), num_classes, shape[0], generator)
     elif name in MODELS:
         model = MODELS[name]
+        if isinstance(model, Own):
+            if width is not None or activation != "relu":
+                raise ConfigError(f"{name} has its own width and activation")
+            return _made(name, model, num_classes, shape, member, generator)
         with torch.device("meta"):  # no values yet, so torch's global generator is not touched
             net = model.make(num_classes, shape, width or model.width, activation)
         net.to_empty(device="cpu")
@@ -129,6 +173,19 @@ def build(
     else:
         raise ConfigError(f"unknown model {name!r}; choose from {', '.join(MODELS)}, timm:NAME")
     _set_normalisation(net, shape[0], mean, std)
+    return net
+
+
+def _made(
+    name: str, model: Own, num_classes: int, shape: tuple[int, int, int], member: int,
+    rng: torch.Generator,
+) -> nn.Module:  # fmt: skip
+    """A network of the user's; what it draws from torch's global generator, `rng` decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw_seed(rng))
+        net = model.make(num_classes, shape, member)
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"the model {name} must be a torch.nn.Module, got {type(net).__name__}")
     return net
 
 

@@ -1,0 +1,118 @@
+"""Suites from objects: a name, a `Suite`, or the attacks themselves."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from redefense.attacks import ATTACKS, Attack
+from redefense.attacks.foreign import Foreign, as_attack, name_of
+from redefense.errors import ConfigError
+from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
+from redefense.plugins import Origin, origins
+
+CUSTOM: Final = "custom"
+"""Name of a suite that is a list of attacks."""
+
+
+def suite_of(value: Any, name: str | None = None) -> Suite:
+    """A suite from whatever names or holds one.
+
+    Args:
+        value: a name or a `.json` file; a `Suite`; an attack, a list of attacks, or a mapping from
+            labels to attacks, each an `Attack`, a class of attacks or a callable
+            (model, x, y) -> x_adv.
+        name: of the suite that a list makes; "custom" by default.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(value, str):
+        return suite_named(value)
+    if isinstance(value, Suite):
+        return value if name is None else value.model_copy(update={"name": name})
+    labelled: list[tuple[str | None, Any]]
+    if isinstance(value, Mapping):
+        labelled = [(str(label), attack) for label, attack in value.items()]
+    elif isinstance(value, Sequence):
+        labelled = [(None, attack) for attack in value]
+    elif callable(value):
+        labelled = [(None, value)]
+    else:
+        raise ConfigError(
+            "a suite must be a name, a Suite, or a list of attacks and callables "
+            f"(model, x, y) -> x_adv, got {value!r}"
+        )
+    if not labelled:
+        raise ConfigError("a suite needs at least one attack, got an empty list")
+    return Suite(
+        name=name or CUSTOM,
+        summary=f"{len(labelled)} attack{'s' * (len(labelled) > 1)}, handed over as objects",
+        cells=tuple(cell_of(attack, label) for label, attack in labelled),
+    )
+
+
+def cell_of(value: Any, label: str | None = None) -> CellSpec:
+    """The cell of an attack object: with all members if it is adaptive, else as queries are met."""
+    if isinstance(value, CellSpec):
+        return value
+    if isinstance(value, str):  # one of a list may be given by its name
+        if value not in ATTACKS:
+            raise ConfigError(f"unknown attack {value!r}; there are {', '.join(ATTACKS)}")
+        value = ATTACKS[value]
+    attack = as_attack(value, label)
+    named = next((key for key in _known() if ATTACKS[key] is type(attack)), None)
+    plain = named or "".join(c if c.isalnum() else "_" for c in type(attack).__name__)
+    return CellSpec(
+        attack=plain,
+        view="members" if attack.adaptive else "protocol",
+        settings=_settings(attack),
+        label=label or (None if named else name_of(attack)),
+    ).running(attack)
+
+
+def fingerprints(suite: Suite) -> dict[str, str]:
+    """SHA-256 of the source of the attacks that were handed over, by cell; of their text without.
+
+    What is kept of an attack must not be mixed with what other code finds.
+    """
+    found = {}
+    for number, spec in enumerate(suite.cells):
+        if spec.made is None:
+            continue
+        code = type(spec.made).function if isinstance(spec.made, Foreign) else type(spec.made)
+        try:
+            source = inspect.getsource(code)
+        except (OSError, TypeError):
+            source = name_of(code)
+        text = f"{spec.made!r}\n{source}"
+        found[f"{number} {spec.attack}"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+def plugins_of(suite: Suite) -> dict[str, Origin]:
+    """Where the suite and its attacks come from, as far as plug-ins bring them."""
+    named = [("suites", suite.name)] if suite.name in SUITES else []
+    cells = (*suite.cells, *suite.beside)
+    named += [("attacks", spec.attack) for spec in cells if spec.attack in ATTACKS]
+    return origins(dict.fromkeys(named))
+
+
+def _known() -> list[str]:
+    return [*ATTACKS.own, *ATTACKS.added()]
+
+
+def _settings(attack: Attack) -> dict[str, Any]:
+    """The settings that differ from the defaults, as JSON data; in words where that fails."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(attack):
+        value = getattr(attack, field.name)
+        if not field.init or value == field.default:
+            continue
+        try:
+            found[field.name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            found[field.name] = repr(value)
+    return found
