@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from redefense.evaluation.api import evaluate
     from redefense.export.loading import load
     from redefense.hub import from_pretrained, push_to_hub, save_pretrained
+    from redefense.plugins import register
     from redefense.stochastic.ensemble import Stochastic
     from redefense.threat import Threat
 
@@ -28,6 +29,7 @@ _HOMES = {
     "from_pretrained": "redefense.hub",
     "load": "redefense.export.loading",
     "push_to_hub": "redefense.hub",
+    "register": "redefense.plugins",
     "save_pretrained": "redefense.hub",
 }
 
@@ -43,8 +45,13 @@ __all__ = [
     "from_pretrained",
     "load",
     "push_to_hub",
+    "register",
     "save_pretrained",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import typer
 
 import redefense
 from redefense.commands import deploying, evaluating, looking, measuring, serving, training
+from redefense.commands.options import with_plugins
 from redefense.commands.streams import accept_every_letter
 from redefense.errors import RedefenseError
 from redefense.files import is_full, reason
@@ -21,32 +22,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command()(training.train)
-app.command()(evaluating.evaluate)
+app.command()(with_plugins(training.train))
+app.command()(with_plugins(evaluating.evaluate))
 app.command()(evaluating.report)
 app.command()(evaluating.audit)
-app.command()(evaluating.landscape)
+app.command()(with_plugins(evaluating.landscape))
 app.command()(evaluating.card)
-app.command("list")(looking.list_names)
-app.command()(looking.show)
-app.command()(training.materialise)
-app.command()(deploying.export)
-app.command()(deploying.verify)
+app.command("list")(with_plugins(looking.list_names))
+app.command()(with_plugins(looking.show))
+app.command()(looking.check_plugin)
+app.command()(with_plugins(training.materialise))
+app.command()(with_plugins(deploying.export))
+app.command()(with_plugins(deploying.verify))
 app.command()(serving.serve)
 data_app = typer.Typer(
     help="Look at data before using it.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
-data_app.command("check")(looking.data_check)
+data_app.command("check")(with_plugins(looking.data_check))
 bench_app = typer.Typer(
     help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench_app, name="bench")
-bench_app.command("attacks")(measuring.bench_attacks)
-bench_app.command("inference")(measuring.bench_inference)
-bench_app.command("train")(measuring.bench_train)
-bench_app.command("scaling")(measuring.bench_scaling)
-bench_app.command("memory")(measuring.bench_memory)
+bench_app.command("attacks")(with_plugins(measuring.bench_attacks))
+bench_app.command("inference")(with_plugins(measuring.bench_inference))
+bench_app.command("train")(with_plugins(measuring.bench_train))
+bench_app.command("scaling")(with_plugins(measuring.bench_scaling))
+bench_app.command("memory")(with_plugins(measuring.bench_memory))
 
 
 def _version(value: bool) -> bool:

@@ -182,6 +182,7 @@ class Run(_Frozen):
         epochs: passes over the training images in all, whatever the number of stages.
         start: members to start from in place of random ones; kernels that hypernetworks write are
             fitted to theirs.
+        plugins: what brought the names that are not redefense's own, by "KIND.NAME"; filled in.
     """
 
     recipe: str = "custom"
@@ -195,6 +196,7 @@ class Run(_Frozen):
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     start: StartConfig | None = None
+    plugins: dict[str, dict[str, str]] = {}
 
 
 def to_json(run: Run) -> str:

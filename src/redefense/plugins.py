@@ -50,9 +50,7 @@ class Registry(Mapping[str, T]):
             that cannot be used.
     """
 
-    def __init__(
-        self, kind: str, own: Mapping[str, T], accept: Callable[[str, Any], T]
-    ) -> None:
+    def __init__(self, kind: str, own: Mapping[str, T], accept: Callable[[str, Any], T]) -> None:
         self.kind, self.own = kind, dict(own)
         self._accept = accept
         self._added: dict[str, tuple[T, Origin]] = {}

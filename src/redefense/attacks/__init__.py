@@ -22,8 +22,8 @@ from redefense.plugins import Registry
 
 __all__ = [
     "APGD", "APGDT", "ARC", "ATTACKS", "BIM", "CW", "DI2FGSM", "EOTPGD", "FAB", "FGSM", "MIM",
-    "PGD", "Attack", "AutoAttack", "DeepFool", "Foreign", "Hinge", "MeanProbAPGD", "MeanProbPGD", "OnePixel",
-    "Pixle", "SparseFool", "Square", "Subset", "Transfer", "foreign",
+    "PGD", "Attack", "AutoAttack", "DeepFool", "Foreign", "Hinge", "MeanProbAPGD", "MeanProbPGD",
+    "OnePixel", "Pixle", "SparseFool", "Square", "Subset", "Transfer", "foreign",
 ]  # fmt: skip
 
 ATTACKS: Final[Registry[type[Attack]]] = Registry(

@@ -48,15 +48,15 @@ class Foreign(Attack):
         offered = {"threat": threat, "eps": threat.eps}
         given = {key: offered[key] for key in self.keywords}
         seed = int(seed_from(rng))
-        state = np.random.get_state()  # noqa: NPY002 - other libraries draw from it
+        state = np.random.get_state()
         devices = [x.device] if x.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
                 torch.manual_seed(seed)
-                np.random.seed(seed % 2**32)  # noqa: NPY002
+                np.random.seed(seed % 2**32)
                 found = type(self).function(victim, x.clone(), y.clone(), **given)
         finally:
-            np.random.set_state(state)  # noqa: NPY002
+            np.random.set_state(state)
         if not isinstance(found, Tensor) or found.shape != x.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(

@@ -1,11 +1,13 @@
 """Looking before doing: list, show, data check."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Set, resolve_run
+from redefense.commands.options import DataSpec, Json, Set, resolve_run, say
 from redefense.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -90,34 +92,53 @@ def data_check(
         raise DataError(f"{spec} cannot be used: {found.problems[0]}{more}")
 
 
+def check_plugin(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A Python file that registers names.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Hold what a plug-in registers to the contract of its kind; exit 1 if it breaks one."""
+    from redefense.conformance import check_file
+
+    found = check_file(path)
+    failed = [check for check in found if not check.passed]
+    if as_json:
+        shown = {"plugin": str(path), "holds": not failed}
+        shown |= {"checks": [dataclasses.asdict(check) for check in found]}
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        for check in found:
+            mark = "ok  " if check.passed else "FAIL"
+            typer.echo(f"{mark}  {check.name:<24}  {check.detail}")
+    if failed:
+        say(f"{path} does not hold: {failed[0].name}: {failed[0].detail}", quiet=False)
+        raise typer.Exit(1)
+
+
 def _entries(kind: str) -> list[tuple[str, str]]:
-    if kind == "recipes":
-        from redefense.recipes import RECIPES, recipe
+    from redefense.plugins import HOMES, registry, summary_of, words
 
-        return [(name, _first_line(recipe(name))) for name in RECIPES]
-    if kind == "suites":
-        from redefense.evaluation.suite import SUITES
+    plural = "datasets" if kind == "data" else kind
+    if plural not in HOMES:
+        raise ConfigError(
+            f"cannot list {kind!r}; there are attacks, defences, models, data, recipes, suites"
+        )
+    names, rows = registry(plural), []
+    for name in names:
+        try:
+            if kind == "recipes":
+                from redefense.recipes import recipe
 
-        return [(name, suite.summary) for name, suite in SUITES.items()]
-    if kind == "attacks":
-        from redefense.attacks import ATTACKS
-
-        return [(name, attack.summary) for name, attack in ATTACKS.items()]
-    if kind == "defences":
-        from redefense.defences import DEFENCES
-
-        return [(name, defence.summary) for name, defence in DEFENCES.items()]
-    if kind == "models":
-        from redefense.models import MODELS
-
-        return [(name, model.summary) for name, model in MODELS.items()]
-    if kind == "data":
-        from redefense.data import DATASETS
-
-        return [(name, source.summary) for name, source in DATASETS.items()]
-    raise ConfigError(
-        f"cannot list {kind!r}; there are attacks, defences, models, data, recipes, suites"
-    )
+                summary = _first_line(recipe(name))
+            else:
+                summary = summary_of(names[name])
+            if (origin := names.origin(name)) is not None:
+                summary = f"{summary} (from {words(origin)})".lstrip()
+        except ConfigError as error:  # of a plug-in that cannot be loaded; the others can
+            summary = str(error)
+        rows.append((name, summary))
+    return rows
 
 
 def _first_line(run: "Run") -> str:

@@ -1,7 +1,10 @@
 """What the commands share: options, how a run is named, how a command speaks."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +22,36 @@ Device = Annotated[str, typer.Option(help="Device to compute on, e.g. cpu or cud
 Quiet = Annotated[bool, typer.Option("--quiet", help="Errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        help="Run a file of yours that registers names; may be repeated.",
+    ),
+]
+
+
+def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the option --plugin, whose files are run before anything else."""
+
+    @functools.wraps(command)
+    def run(*args: Any, plugin: list[Path] | None = None, **options: Any) -> None:
+        from redefense.plugins import load_file
+
+        for path in plugin or ():
+            load_file(path)
+        command(*args, **options)
+
+    own = inspect.signature(command)
+    option = inspect.Parameter(
+        "plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugins
+    )
+    # typer reads both
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), option])  # type: ignore[attr-defined]  # functions take attributes
+    run.__annotations__ = {**command.__annotations__, "plugin": Plugins}
+    return run
 
 
 def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: int | None) -> "Run":

@@ -32,6 +32,7 @@ from redefense.evaluation.arguments import (
 )
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
+from redefense.evaluation.objects import balls_left, known_to_all, plugins_of, suite_of
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
@@ -54,7 +55,7 @@ from redefense.train.run import accuracy
 def evaluate(
     model: nn.Module | Sequence[nn.Module],
     data: str | tuple[Tensor, Tensor],
-    suite: str = "quick",
+    suite: Any = "quick",
     threat: Threat | None = None,
     mixture: Sequence[float] | None = None,
     seed: int = 0,
@@ -71,7 +72,10 @@ def evaluate(
         model: a network from images in [0, 1] to logits, an ensemble, or a list of networks of
             which each query meets one at random.
         data: a data specification, whose test split is used, or (images, labels).
-        suite: a name of `SUITES`, or a `.json` file.
+        suite: a name of `SUITES` or a `.json` file; a `Suite`; or a list of attacks (or a mapping
+            from labels to attacks), each an attack of ours or a callable (model, x, y) -> x_adv of
+            another library. Points of a callable outside the ball are projected back into it, and
+            the report says so.
         threat: what the adversary may do; of a trained run its own unless given, of any other
             model L-inf 8/255.
         mixture: sampling probabilities of a list of networks; uniform unless given.
@@ -98,12 +102,14 @@ def evaluate(
         ConfigError: for an unknown suite or setting, or a suite that needs more classes.
         DataError: if the data cannot be read.
     """
-    plan = suite_named(suite).cascading(cascade)
+    plan = suite_of(suite).cascading(cascade)
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
     check_checks(checks)
     check_choice(stochastic)
     ensemble = read_ensemble(model, mixture)
+    if ensemble.num_members == 1:
+        plan = known_to_all(plan)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
     if isinstance(data, str):
@@ -132,6 +138,8 @@ def evaluate(
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)
             warnings.warn(told, stacklevel=3)  # the caller's line, not the decorator's
+    for line in balls_left(report.data["cells"]):
+        warnings.warn(RedCheckWarning(line, report), stacklevel=3)
     return report
 
 
@@ -193,6 +201,7 @@ def evaluate_run(
         "weights": _manifest(checkpoint.path),
         "version": redefense.__version__,
         "code": code(),
+        **plugins_of(plan, dataset.name),
     }
     subject = replace(
         _subject(ensemble, dataset, images, _run_json(path, run), run if own else None, device),

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.attacks import Attack
+from redefense.attacks import Attack, Foreign
 from redefense.config import ThreatConfig
 from redefense.ensembles import mean_log_probs
 from redefense.errors import InputError
@@ -44,6 +44,8 @@ class Cell:
         met: (n,) the images that were attacked; all unless given.
         alone: (M, n) whether each member is right on all points of the image; `correct` unless
             several points were tried, of which `correct` is the worst.
+        reached: (n,) of attacks that were handed over, how far they moved an image in the threat's
+            norm before it was projected back into the ball; 0 of ours.
         forwards: passes of one image through one member, per image met; `backwards` likewise.
         seconds: wall-clock time of the attack alone.
     """
@@ -55,6 +57,7 @@ class Cell:
     l0: Floats
     met: Bools = field(default_factory=lambda: np.zeros(0, dtype=bool))
     alone: Bools = field(default_factory=lambda: np.zeros((0, 0), dtype=bool))
+    reached: Floats = field(default_factory=lambda: np.zeros(0))
     forwards: float = 0.0
     backwards: float = 0.0
     seconds: float = 0.0
@@ -64,6 +67,8 @@ class Cell:
             object.__setattr__(self, "met", np.ones(self.correct.shape[1], dtype=bool))
         if not self.alone.size:
             object.__setattr__(self, "alone", self.correct)
+        if not self.reached.size:
+            object.__setattr__(self, "reached", np.zeros(self.correct.shape[1]))
 
     @property
     def whole(self) -> bool:
@@ -75,6 +80,8 @@ class Cell:
         arrays = {"index": index, **asdict(self)}
         if self.alone is self.correct:
             del arrays["alone"]
+        if not self.reached.any():
+            del arrays["reached"]
         write_arrays(path, arrays)
 
     @classmethod
@@ -170,9 +177,14 @@ class Task:
         begun = time.perf_counter()
         x_adv = self.attack(victim, x, y, budget, rng=rng, **more)
         seconds = time.perf_counter() - begun
+        reached = {}
+        if isinstance(self.attack, Foreign):
+            # its budget may be its own: what lies outside is judged at the nearest allowed point
+            reached = {"reached": norms(x_adv - x, budget.norm).double().cpu().numpy()}
+            x_adv = budget.project(x_adv, x)
         if self.attack.bounded:
             verify_ball(x_adv, x, budget, self.name)
-        judged = judge(subject.ensemble, x_adv, x, y)
+        judged = judge(subject.ensemble, x_adv, x, y) | reached
         if self.keep is not None:
             self.keep(images, rows, x_adv, judged["correct"])
         for key, values in judged.items():
@@ -220,7 +232,7 @@ def member_of(view: str) -> int:
 
 def _unmet(num_members: int, met: Bools) -> dict[str, Any]:
     """The records of a chunk of which no image was attacked."""
-    nothing = {key: np.zeros(len(met)) for key in ("linf", "l2", "l0")}
+    nothing = {key: np.zeros(len(met)) for key in ("linf", "l2", "l0", "reached")}
     correct, averaged = np.zeros((num_members, len(met)), bool), np.zeros(len(met), bool)
     return {"correct": correct, "averaged": averaged, **nothing, "met": met}
 
@@ -255,11 +267,15 @@ def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
     """
     check_images(x_adv, f"images returned by {name}")
     furthest = float(norms(x_adv.double() - x.double(), threat.norm).max())
+    if furthest > threat.eps + slack_of(threat, x):
+        raise InputError(f"{name} left the ball: {furthest:.8f} > eps = {threat.eps}")
+
+
+def slack_of(threat: Threat, x: Tensor) -> float:
+    """How far rounding alone may carry an image out of the ball."""
     # float32 rounds each pixel by up to half a unit, which adds up in the L2 norm of a large image
     pixels = x[0].numel() if threat.norm == 2 else 1
-    rounding = torch.finfo(torch.float32).eps * (0.5 * pixels**0.5 + threat.eps)
-    if furthest > threat.eps + BUDGET_SLACK + rounding:
-        raise InputError(f"{name} left the ball: {furthest:.8f} > eps = {threat.eps}")
+    return BUDGET_SLACK + torch.finfo(torch.float32).eps * (0.5 * pixels**0.5 + threat.eps)
 
 
 def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:

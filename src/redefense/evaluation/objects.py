@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, Final
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.foreign import Foreign, as_attack, name_of
 from redefense.errors import ConfigError
-from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
+from redefense.evaluation.suite import CellSpec, Suite, suite_named
 from redefense.plugins import Origin, origins
 
 CUSTOM: Final = "custom"
@@ -29,7 +30,7 @@ def suite_of(value: Any, name: str | None = None) -> Suite:
     Raises:
         ConfigError: for anything else.
     """
-    if isinstance(value, str):
+    if isinstance(value, str | PathLike):
         return suite_named(value)
     if isinstance(value, Suite):
         return value if name is None else value.model_copy(update={"name": name})
@@ -65,12 +66,38 @@ def cell_of(value: Any, label: str | None = None) -> CellSpec:
     attack = as_attack(value, label)
     named = next((key for key in _known() if ATTACKS[key] is type(attack)), None)
     plain = named or "".join(c if c.isalnum() else "_" for c in type(attack).__name__)
+    if named is None and plain in ATTACKS.own:
+        plain = f"own_{plain}"  # rules about our attack of that name must not be applied to it
     return CellSpec(
         attack=plain,
         view="members" if attack.adaptive else "protocol",
         settings=_settings(attack),
         label=label or (None if named else name_of(attack)),
     ).running(attack)
+
+
+def known_to_all(suite: Suite) -> Suite:
+    """The suite for a single network: who attacks it knows all of it, so every cell is aware."""
+    cells = tuple(
+        spec.model_copy(update={"aware": True}) if spec.made is not None else spec
+        for spec in suite.cells
+    )
+    return suite.model_copy(update={"cells": cells})
+
+
+def balls_left(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each cell whose attack left the ball.
+
+    Args:
+        cells: as an evaluation's JSON has them.
+    """
+    return [
+        f"{cell['label'] or cell['attack']} left the ball on {cell['outside']['images']} images "
+        f"(it went as far as {cell['outside']['furthest']:.6g}, eps is "
+        f"{cell['threat']['eps']:.6g}): they were judged at the nearest point of the ball"
+        for cell in cells
+        if "outside" in cell
+    ]
 
 
 def fingerprints(suite: Suite) -> dict[str, str]:
@@ -92,12 +119,12 @@ def fingerprints(suite: Suite) -> dict[str, str]:
     return found
 
 
-def plugins_of(suite: Suite) -> dict[str, Origin]:
-    """Where the suite and its attacks come from, as far as plug-ins bring them."""
-    named = [("suites", suite.name)] if suite.name in SUITES else []
+def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:
+    """Where the suite, its attacks and the data set come from, as far as plug-ins bring them."""
     cells = (*suite.cells, *suite.beside)
-    named += [("attacks", spec.attack) for spec in cells if spec.attack in ATTACKS]
-    return origins(dict.fromkeys(named))
+    named = [("suites", suite.name), *(("attacks", spec.attack) for spec in cells)]
+    found = origins(dict.fromkeys([*named, ("datasets", data)]))
+    return {"plugins": found} if found else {}
 
 
 def _known() -> list[str]:

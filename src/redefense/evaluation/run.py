@@ -21,6 +21,7 @@ from redefense.evaluation.cells import (
     as_threat,
     clean_cell,
     image_digest,
+    slack_of,
 )
 from redefense.evaluation.checks import Check, after_run
 from redefense.evaluation.checks_budget import stronger_budget
@@ -36,6 +37,7 @@ from redefense.evaluation.measures import (
     pair_statistics,
 )
 from redefense.evaluation.metrics import Floats, accuracies
+from redefense.evaluation.objects import plugins_of
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
@@ -45,7 +47,8 @@ from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
 from redefense.evaluation.tried import record_of
 from redefense.files import write_text
-from redefense.types import check_images, check_labels
+from redefense.threat import Threat
+from redefense.types import Images, check_images, check_labels
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -160,7 +163,7 @@ def run_suite(
     """
     ensemble, x, y = subject.ensemble, subject.x, subject.y
     check_images(x)
-    made = provenance(seed, x.device)
+    made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
     if subject.workers.count > 1 and store is None:
@@ -186,7 +189,7 @@ def run_suite(
     rivals, worst = baselines(runner), runner.worst
     data = _facts(job, made, clean, mixture) | {
         "cells": [
-            _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed)
+            _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed, x)
             for planned in plan
         ],
         "further_cells": [_further_json(it, job, mixture) for it in runner.others],
@@ -266,6 +269,7 @@ def _cell_json(
     mixture: Floats,
     suite: Suite,
     seed: int,
+    x: Images,
 ) -> dict[str, Any]:
     spec, threat, identity, attack = planned.spec, planned.threat, planned.identity, planned.attack
     cell = records[identity]
@@ -289,6 +293,8 @@ def _cell_json(
         "seconds": round(cell.seconds, 3),
         "per_image": f"{suite.name}/{identity}.npz",
     }
+    if outside := _outside(cell, as_threat(threat), x):
+        found["outside"] = outside
     if attack.stated is not None:
         norm, limit = attack.stated
         found["stated"] = {
@@ -304,6 +310,14 @@ def _cell_json(
             "sd": float(np.std(every, ddof=1)),
         }
     return found
+
+
+def _outside(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None:
+    """How many images an attack that was handed over moved out of the ball, and how far."""
+    left = cell.reached > threat.eps + slack_of(threat, x)
+    return (
+        {"images": int(left.sum()), "furthest": float(cell.reached.max())} if left.any() else None
+    )
 
 
 def _median(values: Floats) -> float | None:

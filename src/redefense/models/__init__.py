@@ -63,9 +63,7 @@ def _own(name: str, value: Any) -> Model | Own:
             f"the model {name} must be a callable (num_classes, shape) -> torch.nn.Module, or a "
             f"list of modules, got {value!r}"
         )
-    return Own(
-        summary=summary_of(value), make=lambda classes, shape, member: value(classes, shape)
-    )
+    return Own(summary=summary_of(value), make=lambda classes, shape, member: value(classes, shape))
 
 
 def _resnet(

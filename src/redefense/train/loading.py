@@ -13,6 +13,7 @@ from redefense.defences import DEFENCES, Defence
 from redefense.ensembles import Members, Origin
 from redefense.errors import CheckpointError, InputError
 from redefense.kinds import ENSEMBLES, Kind
+from redefense.plugins import check_known, origins
 from redefense.train.checkpoint import Checkpoint, read
 from redefense.train.device import channels_last, check_device
 
@@ -57,12 +58,18 @@ def resolve(run: Run) -> tuple[Run, Kind, Defence]:
     Raises:
         ConfigError: for an unknown name or setting, or a value of the wrong type.
     """
+    check_known({k: v for k, v in run.plugins.items() if k.split(".")[0] in ("models", "defences")})
     kind = choose(ENSEMBLES, run.ensemble, "ensemble")
     defence = choose(DEFENCES, run.defence, "defence")
+    named = (
+        ("recipes", run.recipe), ("datasets", run.data.spec.partition(":")[0]),
+        ("models", kind.plain().model), ("defences", str(run.defence["name"])),
+    )  # fmt: skip
     filled = run.model_copy(
         update={
             "ensemble": settings_of(ENSEMBLES, kind),
             "defence": settings_of(DEFENCES, defence),
+            "plugins": origins(named),
         }
     )
     return filled, kind, defence
