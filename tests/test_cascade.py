@@ -16,7 +16,8 @@ from redefense.evaluation import checks_full, handover
 from redefense.evaluation.api import evaluate
 from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.plan import plan_of
-from redefense.evaluation.run import Report, run_suite
+from redefense.evaluation.report_object import Report
+from redefense.evaluation.run import run_suite
 from redefense.evaluation.running import run_order
 from redefense.evaluation.statistics import exact_expectation
 from redefense.evaluation.suite import CellSpec, Suite

@@ -18,7 +18,7 @@ from redefense.config import override
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.answers import check_outputs
-from redefense.evaluation.run import Report
+from redefense.evaluation.report_object import Report
 from redefense.evaluation.suite import SUITES
 from redefense.recipes import recipe
 from redefense.rng import stream

@@ -16,7 +16,8 @@ from redefense.config import ThreatConfig
 from redefense.ensembles import Independent, Members
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.cells import Subject
-from redefense.evaluation.run import Report, run_suite
+from redefense.evaluation.report_object import Report
+from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.cells import Draws, attack_drawn
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.suite import CellSpec, Suite

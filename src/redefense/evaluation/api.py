@@ -36,7 +36,8 @@ from redefense.evaluation.objects import balls_left, known_to_all, plugins_of, s
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
-from redefense.evaluation.run import Report, run_suite
+from redefense.evaluation.report_object import Report
+from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
 from redefense.evaluation.store import read_object

@@ -1,19 +1,16 @@
 """Runs a suite on an ensemble, cell by cell, and keeps what every member said to every image."""
 
-import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.answers import Answers
-from redefense.evaluation.baselines import NOTHING, Baselines, attack_baselines, baselines, pieces
+from redefense.evaluation.baselines import NOTHING, attack_baselines, baselines, pieces
 from redefense.evaluation.cells import (
     BUDGET_SLACK,
     Cell,
@@ -41,6 +38,7 @@ from redefense.evaluation.objects import plugins_of
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
+from redefense.evaluation.report_object import Report
 from redefense.evaluation.running import Further, Runner, cell_label, run_order
 from redefense.evaluation.statistics import exact_expectation
 from redefense.evaluation.store import read_object
@@ -49,85 +47,6 @@ from redefense.evaluation.tried import record_of
 from redefense.files import write_text
 from redefense.threat import Threat
 from redefense.types import Images, check_images, check_labels
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Report:
-    """An evaluation: the JSON of schema 1, and the records behind every figure.
-
-    Attributes:
-        data: what `DIR/evaluation/SUITE.json` holds.
-        cells: per-image records by cell id, "clean" among them.
-        index: (n,) where the images stand in the test split, or among those given.
-        baselines: records of the single members and of the averaged ensemble; None where the suite
-            does not attack them.
-    """
-
-    data: dict[str, Any]
-    cells: Mapping[str, Cell]
-    index: NDArray[np.int64]
-    baselines: Baselines | None = None
-
-    @property
-    def headline(self) -> dict[str, Any]:
-        """The pair unaware and aware, and what stands beside it; fractions, None where unknown."""
-        headline: dict[str, Any] = self.data["headline"]
-        return headline
-
-    def __repr__(self) -> str:
-        figures = {name: self.headline.get(name) for name in ("unaware", "aware")}
-        told = ", ".join(
-            f"{k}={v:.3f}" if v is not None else f"{k}=None" for k, v in figures.items()
-        )
-        red = [check["id"] for check in self.data["checks"] if check["passed"] is False]
-        return (
-            f"Report(suite={self.data['suite']!r}, num_images={self.data['data']['num_images']}, "
-            f"{told}, red_checks={red})"
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(self.data, indent=1) + "\n"
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the evaluation with its per-image records, for `redefense report` and `audit`.
-
-        An earlier evaluation under the same suite that was saved there is replaced.
-
-        Args:
-            folder: the evaluation goes to `FOLDER/evaluation/SUITE.json`, its records to the folder
-                `SUITE` beside that file.
-
-        Returns:
-            The JSON file.
-
-        Raises:
-            ConfigError: if an evaluation made by `redefense evaluate` lies there.
-            WriteError: if a file cannot be written.
-        """
-        home = Path(folder) / "evaluation"
-        target = home / f"{self.data['suite']}.json"
-        records = home / self.data["clean"]["per_image"]
-        if (records.parent / "plan.json").exists():
-            raise ConfigError(
-                f"{target} was made by `redefense evaluate` and is not replaced; "
-                "name another folder"
-            )
-        target.unlink(missing_ok=True)  # it must not stand beside the records of another
-        for cell in (*self.data["cells"], *self.data["further_cells"]):
-            self.cells[cell["id"]].save(home / cell["per_image"], self.index)
-        self.cells["clean"].save(records, self.index)
-        if self.baselines is not None:
-            self.baselines.save(records.with_name("beside.npz"))
-        write_text(target, self.to_json())
-        return target
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(c['label'] or c['id'])}</td>"
-            f"<td>{100 * c['accuracy']['expected']:.1f} %</td></tr>"
-            for c in self.data["cells"]
-        )
-        return f"<table>{rows}</table>"
 
 
 def run_suite(

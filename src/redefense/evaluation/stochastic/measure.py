@@ -17,7 +17,7 @@ from redefense.evaluation.metrics import Bools
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
-from redefense.evaluation.run import Report
+from redefense.evaluation.report_object import Report
 from redefense.evaluation.running import cell_label
 from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn

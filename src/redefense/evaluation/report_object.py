@@ -1,0 +1,375 @@
+"""What `evaluate` returns: the headline first, every figure with its interval, and the records."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.config import ThreatConfig
+from redefense.errors import ConfigError
+from redefense.evaluation.baselines import Baselines
+from redefense.evaluation.cells import Cell, as_threat
+from redefense.evaluation.headline import interval
+from redefense.evaluation.latex import escape_latex
+from redefense.evaluation.metrics import Bools
+from redefense.files import write_text
+from redefense.threat import Threat
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """An accuracy in [0, 1] and its 95 % interval; None where the evaluation cannot know.
+
+    Attributes:
+        value: the share of images answered right, in exact expectation over the draw.
+        low: lower end of the interval; `high`, the upper end.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "unknown"
+        known = self.low is not None and self.high is not None
+        ends = f" [{100 * self.low:.1f}, {100 * self.high:.1f}]" if known else ""  # type: ignore[operator]  # both are known
+        return f"{100 * self.value:.1f} %{ends}"
+
+
+@dataclass(frozen=True, slots=True)
+class Alone(Figure):
+    """A deterministic classifier by itself, under the attacks that the suite names for it.
+
+    Attributes:
+        clean: its accuracy on the images as they are.
+    """
+
+    clean: Figure = Figure(None)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Report:
+    """An evaluation: its figures, the JSON of schema 1, and the records behind every figure.
+
+    Attributes:
+        data: what `DIR/evaluation/SUITE.json` holds.
+        cells: per-image records by cell id, "clean" among them.
+        index: (n,) where the images stand in the test split, or among those given.
+        baselines: records of the single members and of the averaged ensemble; None where the suite
+            does not attack them.
+    """
+
+    data: dict[str, Any]
+    cells: Mapping[str, Cell]
+    index: NDArray[np.int64]
+    baselines: Baselines | None = None
+
+    @property
+    def headline(self) -> dict[str, Any]:
+        """The pair unaware and aware, and what stands beside it; fractions, None where unknown."""
+        headline: dict[str, Any] = self.data["headline"]
+        return headline
+
+    @property
+    def clean(self) -> Figure:
+        """Accuracy on the images as they are."""
+        return _figure(self.data["clean"]["expected"], self.data["clean"].get("interval"))
+
+    @property
+    def unaware(self) -> Figure:
+        """The lowest accuracy under a bounded attack that does not know of the draw."""
+        value = self.headline.get("unaware")
+        rows = [c for c in self._bounded() if not c["aware"]]
+        of = [c.get("interval") for c in rows if c["accuracy"]["expected"] == value]
+        return _figure(value, of[0] if of else None)
+
+    @property
+    def aware(self) -> Figure:
+        """The worst case of each image over everything that was run, the clean image included."""
+        return _figure(self.headline.get("aware"), self.headline.get("aware_interval"))
+
+    @property
+    def members(self) -> tuple[Alone, ...]:
+        """Every member alone, under attack and clean."""
+        per_member = self.data["clean"]["per_member"]
+        robust: Sequence[Any] = self.headline.get("single_members") or [None] * len(per_member)
+        attacked = None if self.baselines is None else self.baselines.members
+        clean = self.cells["clean"].correct
+        return tuple(
+            Alone(
+                robust[m],
+                *_ends(None if attacked is None else attacked[m]),
+                clean=Figure(per_member[m], *_ends(clean[m])),
+            )
+            for m in range(len(per_member))
+        )
+
+    @property
+    def average(self) -> Alone:
+        """The averaged ensemble, which answers without a draw, under attack and clean."""
+        clean = self.cells["clean"].averaged
+        figure = _figure(self.headline.get("averaged"), self.headline.get("averaged_interval"))
+        return Alone(
+            figure.value, figure.low, figure.high,
+            clean=Figure(self.data["clean"]["averaged"], *_ends(clean)),
+        )  # fmt: skip
+
+    @property
+    def checks(self) -> list[dict[str, Any]]:
+        """The S-checks: "id", "passed" (None where one does not apply) and "detail"."""
+        checks: list[dict[str, Any]] = self.data["checks"]
+        return checks
+
+    @property
+    def threat(self) -> Threat | None:
+        """The threat of the headline; None if the cells have several and none is the headline's."""
+        known = {(c["threat"]["norm"], c["threat"]["eps"]) for c in self._bounded()}
+        if len(known) != 1:
+            return None
+        ((norm, eps),) = known
+        return as_threat(ThreatConfig.of(norm, eps))
+
+    def _bounded(self) -> list[dict[str, Any]]:
+        """The bounded cells at the headline's threat; without a headline, all bounded cells."""
+        cells = [cell for cell in self.data["cells"] if cell["bounded"]]
+        aware = [cell["threat"] for cell in cells if cell["aware"]]
+        if not aware or any(threat != aware[0] for threat in aware):
+            return cells
+        return [cell for cell in cells if cell["threat"] == aware[0]]
+
+    @property
+    def _single(self) -> bool:
+        """Whether one network answers: then all figures under attack are one."""
+        return len(self.data["clean"]["per_member"]) == 1
+
+    def figures(self) -> dict[str, Figure]:
+        """What stands above the report; of a single network one figure under attack."""
+        if self._single:
+            return {"clean": self.clean, "under attack": self.aware}
+        found = {"clean": self.clean, "unaware": self.unaware, "aware": self.aware}
+        if self.average.value is not None:
+            best = _figure(
+                self.headline.get("best_single_member"),
+                self.headline.get("best_single_member_interval"),
+            )
+            found |= {"best single member": best, "averaged": self.average}
+        return found
+
+    def _setting(self) -> str:
+        threat, count = self.threat, self.data["data"]["num_images"]
+        budget = f", {_budget(threat)}" if threat is not None else ""
+        return f"suite {self.data['suite']}, {count} images{budget}"
+
+    def _red(self) -> list[str]:
+        return [check["id"] for check in self.checks if check["passed"] is False]
+
+    def __repr__(self) -> str:
+        lines = [f"Report({self._setting()})"]
+        lines += [f"  {name:<18}  {figure}" for name, figure in self.figures().items()]
+        if self.aware.value is None:
+            lines.append("  no headline: the suite has no attack that knows the ensemble")
+        red = ", ".join(self._red()) or "none"
+        return "\n".join([*lines, f"  {'red checks':<18}  {red}"])
+
+    def _repr_html_(self) -> str:
+        def row(*cells: str, tag: str = "td") -> str:
+            return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+        head = "".join(row(name, str(figure)) for name, figure in self.figures().items())
+        red = row("red checks", ", ".join(self._red()) or "none")
+        body = "".join(
+            row(
+                r["attack"], r["view"], r["threat"], str(Figure(r["accuracy"], r["low"], r["high"]))
+            )
+            for r in self.rows()
+        )
+        return (
+            f"<p>{html.escape(self._setting())}</p><table>{head}{red}</table>"
+            f"<table>{row('attack', 'view', 'threat', 'accuracy', tag='th')}{body}</table>"
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for the clean images and each cell: who attacked, how, and what was left."""
+        nothing = {"view": "", "threat": "", "norm": None, "eps": None, "aware": None}
+        clean = {"attack": "clean", **nothing, **_values(self.clean)}
+        found = [clean]
+        for cell in self.data["cells"]:
+            threat = cell["threat"]
+            figure = _figure(cell["accuracy"]["expected"], cell.get("interval"))
+            found.append(
+                {
+                    "attack": cell["label"] or cell["attack"],
+                    "view": cell["view"],
+                    "threat": _budget(as_threat(ThreatConfig.of(threat["norm"], threat["eps"])))
+                    if cell["bounded"]
+                    else "not bounded",
+                    "norm": threat["norm"] if cell["bounded"] else None,
+                    "eps": threat["eps"] if cell["bounded"] else None,
+                    "aware": cell["aware"],
+                    **_values(figure),
+                }
+            )
+        return found
+
+    def to_frame(self) -> Any:
+        """The `rows` as a `pandas.DataFrame`; accuracies as fractions.
+
+        Raises:
+            ConfigError: if pandas is not installed.
+        """
+        return _library("pandas", "to_frame").DataFrame(self.rows())
+
+    def to_latex(self) -> str:
+        """The headline and all cells as a table for LaTeX, with the rules of booktabs; percent."""
+        lines = [
+            f"% {escape_latex(self._setting())}; percent, with 95 % intervals.",
+            "% Needs \\usepackage{booktabs}.",
+            r"\begin{tabular}{llr}",
+            r"\toprule",
+            r"attack & view & accuracy \\",
+            r"\midrule",
+        ]
+        lines += [_latex_row(name, "", figure) for name, figure in self.figures().items()]
+        lines.append(r"\midrule")
+        for row in self.rows()[1:]:
+            figure = Figure(row["accuracy"], row["low"], row["high"])
+            lines.append(_latex_row(row["attack"], row["view"], figure))
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the figures with their intervals; of several radii, the curve over eps.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones unless given.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ConfigError: if matplotlib is not installed.
+        """
+        if ax is None:
+            _, ax = _library("matplotlib.pyplot", "plot").subplots()
+        if len(self.curve) > 1:
+            self._plot_curve(ax)
+        else:
+            self._plot_bars(ax)
+        ax.set_title(self._setting())
+        return ax
+
+    def _plot_bars(self, ax: Any) -> None:
+        known = {name: f for name, f in self.figures().items() if f.value is not None}
+        values = [100 * (f.value or 0.0) for f in known.values()]
+        ax.barh(list(known), values, xerr=_errors(list(known.values())))
+        ax.invert_yaxis()
+        ax.set_xlim(0, 100)
+        ax.set_xlabel("accuracy (%)")
+
+    def _plot_curve(self, ax: Any) -> None:
+        radii = [point["eps"] for point in self.curve]
+        names = ("under attack",) if self._single else ("unaware", "aware")
+        for name in names:
+            key = "aware" if name == "under attack" else name
+            points = [_figure(p[key], p.get(f"{key}_interval")) for p in self.curve]
+            if all(point.value is not None for point in points):
+                values = [100 * (point.value or 0.0) for point in points]
+                ax.errorbar(radii, values, yerr=_errors(points), marker="o", label=name)
+        ax.set_ylim(0, 100)
+        ax.set_xlabel("eps")
+        ax.set_ylabel("accuracy (%)")
+        ax.legend()
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The headline at each radius that was asked for; empty if it was one."""
+        curve: list[dict[str, Any]] = self.data.get("eps_curve", [])
+        return curve
+
+    def to_json(self) -> str:
+        return json.dumps(self.data, indent=1) + "\n"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the evaluation with its per-image records, for `redefense report` and `audit`.
+
+        An earlier evaluation under the same suite that was saved there is replaced.
+
+        Args:
+            folder: the evaluation goes to `FOLDER/evaluation/SUITE.json`, its records to the folder
+                `SUITE` beside that file.
+
+        Returns:
+            The JSON file.
+
+        Raises:
+            ConfigError: if an evaluation made by `redefense evaluate` lies there.
+            WriteError: if a file cannot be written.
+        """
+        home = Path(folder) / "evaluation"
+        target = home / f"{self.data['suite']}.json"
+        records = home / self.data["clean"]["per_image"]
+        if (records.parent / "plan.json").exists():
+            raise ConfigError(
+                f"{target} was made by `redefense evaluate` and is not replaced; "
+                "name another folder"
+            )
+        target.unlink(missing_ok=True)  # it must not stand beside the records of another
+        for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
+            self.cells[cell["id"]].save(home / cell["per_image"], self.index)
+        self.cells["clean"].save(records, self.index)
+        if self.baselines is not None:
+            self.baselines.save(records.with_name("beside.npz"))
+        write_text(target, self.to_json())
+        return target
+
+
+def _figure(value: float | None, ends: Sequence[float] | None) -> Figure:
+    low, high = (None, None) if value is None or ends is None else ends
+    return Figure(value, low, high)
+
+
+def _ends(right: Bools | None) -> tuple[float | None, float | None]:
+    """The interval of a share, from (n,) right or wrong."""
+    if right is None:
+        return None, None
+    low, high = interval(right.astype(np.float64))
+    return low, high
+
+
+def _values(figure: Figure) -> dict[str, float | None]:
+    return {"accuracy": figure.value, "low": figure.low, "high": figure.high}
+
+
+def _errors(figures: Sequence[Figure]) -> NDArray[np.float64]:
+    """Lengths of error bars in percent, (2, n); 0 where an end is unknown."""
+    ends = [
+        (f.value, f.value if f.low is None else f.low, f.value if f.high is None else f.high)
+        for f in figures
+    ]
+    value, low, high = np.array(ends, dtype=np.float64).T
+    return 100 * np.maximum(np.stack([value - low, high - value]), 0.0)
+
+
+def _budget(threat: Threat) -> str:
+    return f"{'L-inf' if threat.norm != 2 else 'L2'} eps {threat.eps:g}"
+
+
+def _latex_row(name: str, view: str, figure: Figure) -> str:
+    cells = (name, view, str(figure))
+    return " & ".join(escape_latex(cell) for cell in cells) + r" \\"
+
+
+def _library(module: str, method: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ConfigError(
+            f"Report.{method} needs {package}; install it with: pip install {package}"
+        ) from None
