@@ -1,6 +1,8 @@
 """From a trained run to a bundle by the command line: records, cards, exit codes."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from redefense.export.runner import logits_of, open_bundle, write_records
 from redefense.export.trained import export_run
 from redefense.recipes import recipe
 from redefense.train.run import train
+from report_tools import build_run
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,25 @@ def test_eight_bits_print_what_they_cost(
     assert cost["accuracy"]["split"] == "validation"
     pairs = zip(cost["accuracy"]["fp32"], cost["accuracy"]["int8"], strict=True)
     assert all(abs(before - after) < 0.05 for before, after in pairs)
+
+
+def test_the_card_of_eight_bit_members_claims_nothing_of_the_run(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "own")
+    build_run(own)
+    cards = {
+        precision: (
+            export_run(own, tmp_path / precision, precision=precision) / "README.md"
+        ).read_text()
+        for precision in ("fp32", "int8")
+    }
+    assert "model-index" in cards["fp32"]
+    assert "value" in cards["fp32"]
+    assert "Nothing was measured" in cards["int8"]
+    assert "8-bit" in cards["int8"]
+    # no figure of accuracy, in its head or its text
+    _, head, text = cards["int8"].split("---\n", 2)
+    assert "model-index" not in head
+    assert not re.search(r"\d+\.\d", head + text)
 
 
 @pytest.mark.parametrize(

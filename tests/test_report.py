@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 
 from redefense.errors import ConfigError, DataError
-from redefense.evaluation import charts, wording
+from redefense.evaluation import charts, tables, wording
 from redefense.evaluation.card import card
 from redefense.evaluation.joined import join
+from redefense.evaluation.latex import to_latex
 from redefense.evaluation.report import format_table, summary_table, write_report
 from redefense.evaluation.statistics import (
     Estimate,
@@ -625,6 +626,69 @@ def test_the_first_screen_compares_what_is_about_the_same_data_and_budget(tmp_pa
     assert "small" not in told
     assert f", and {8 - 1 - wording.BESIDE} more below." in told
     assert "Not compared with it: 2 runs on other data or within another budget." in told
+
+
+def test_runs_that_differ_by_their_seed_alone_are_quoted_by_their_mean(tmp_path: Path) -> None:
+    def run(name: str, seed: int, defence: str, share: float) -> Path:
+        settings = {"name": name, "seed": seed, "defence": {"name": defence}, "epochs": 3}
+        attacks = {("pgd", "sampled", False): 0.8, ("hinge", "members", True): share}
+        build_run(tmp_path / name, attacks, extra={"run": settings})
+        return tmp_path / name
+
+    shares = {"a": 0.2, "b": 0.45, "c": 0.3}
+    runs = [run(name, seed, "red", share) for seed, (name, share) in enumerate(shares.items())]
+    runs.append(run("other", 0, "gal", 0.4))
+    results = join(runs)
+    aware = {r.name: r.aware.value for r in results if r.aware is not None}
+    mean = 100 * sum(aware[name] for name in "abc") / 3
+    # one run of red is the best of all, but not its mean
+    assert max(aware, key=lambda name: aware[name]) == "b"
+    assert wording.title(results).startswith(f"other: {100 * aware['other']:.1f} % right")
+    three = join(runs[:3])
+    assert wording.best(three).name == "c"  # the middle one
+    assert wording.title(three).startswith(f"red: {mean:.1f} % right")
+    assert wording.title(three).endswith("the mean of 3 runs")
+    first = wording.answers(three)[0]
+    assert first.lead == f"{mean:.1f}{wording.PERCENT}"
+    assert all(f"{100 * aware[name]:.1f}" in first.text for name in "abc")
+    (page, *_) = write_report(runs[:3], tmp_path / "page.html")
+    assert f"<h1>{wording.title(three)}</h1>" in page.read_text()
+
+
+@pytest.mark.parametrize("ending", [".md", ".csv", ".json", ".tex", ".html", ".HTML", ".htm"])
+def test_a_report_is_what_its_ending_says(tmp_path: Path, ending: str) -> None:
+    build_run(tmp_path / "red_1")
+    write_report([tmp_path / "red_1"], tmp_path / "all" / "page.html")
+    files = write_report([tmp_path / "red_1"], tmp_path / "one" / f"page{ending}")
+    beside = [".md", ".csv", ".json"] if ending.lower().startswith(".htm") else []
+    assert [path.suffix for path in files] == [ending, *beside]
+    assert sorted((tmp_path / "one").iterdir()) == sorted(files)
+    text = files[0].read_text()
+    if ending == ".tex":
+        (aware,) = [row["aware"] for row in summary_table([tmp_path / "red_1"])]
+        lines = text.splitlines()
+        (row,) = [line for line in lines if line.startswith(r"red\_1 & ")]
+        assert row.count(" & ") == len(tables.COLUMNS)
+        assert f"{100 * aware.value:.1f} " in row
+        assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 1
+    elif not beside and ending != ".md":  # a page names its own file among its commands
+        assert text == (tmp_path / "all" / f"page{ending}").read_text()
+
+
+@pytest.mark.parametrize("name", ["page", "page.txt", "page.pdf", "page.xlsx", ".html"])
+def test_a_report_of_another_ending_is_refused(tmp_path: Path, name: str) -> None:
+    build_run(tmp_path / "red")
+    with pytest.raises(ConfigError, match=r"--out must end in .*\.html.*\.tex; got"):
+        write_report([tmp_path / "red"], tmp_path / "out" / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_missing_figures_in_latex(tmp_path: Path) -> None:
+    name = "a&b 50% $x$ #1 ~^{y}"
+    build_run(tmp_path / name, {("fgsm", "sampled", False): 0.5})
+    text = to_latex(join([tmp_path / name]))
+    assert r"a\&b 50\% \$x\$ \#1 \textasciitilde{}\textasciicircum{}\{y\} & " in text
+    assert " & -- & " in text  # no aware attack: no headline
 
 
 def test_other_images_of_one_number_are_told_apart_by_their_suites(tmp_path: Path) -> None:

@@ -78,13 +78,16 @@ def report(
         list[Path],
         typer.Argument(metavar="DIR...", help="Evaluated runs, or files of evaluations."),
     ],
-    out: Annotated[Path, typer.Option(help="The page; .md and .csv are put beside it.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="An .html page, .md, .csv and .json beside it; or one of these, or .tex."
+        ),
+    ] = Path("report.html"),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one offline page (and Markdown and CSV) over one or many evaluated runs."""
+    """Write a report over one or many evaluated runs: an offline page, or a table."""
     from rich.console import Console
 
     from redefense.evaluation.report import write_report

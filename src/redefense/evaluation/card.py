@@ -90,12 +90,16 @@ def unmeasured_card(
     method: str = "",
     license_name: str = "mit",
     opened_by: str = "load",
+    why: str = "",
 ) -> str:
-    """The card of an ensemble that no stored evaluation speaks for: it claims nothing."""
+    """The card of an ensemble that no stored evaluation speaks for: it claims nothing.
+
+    `why` is added to what it says of that.
+    """
     text = (
         f"{_title(name)}{_intended(str(num_members), model, method)}\n\n{_use(name, opened_by)}"
         "## Robustness\n\n**Nothing was measured.** No evaluation of these weights is stored, so "
-        "nothing is claimed, neither for clean images nor under attack.\n"
+        f"nothing is claimed, neither for clean images nor under attack.{why}\n"
     )
     return _page(_head(data, method, license_name), text)
 

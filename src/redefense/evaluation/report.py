@@ -1,4 +1,4 @@
-"""One offline page about one or many runs, and Markdown, CSV and JSON beside it.
+"""One offline page about one or many runs, and Markdown, CSV, JSON and LaTeX.
 
 The figures are joined image by image from what `redefense evaluate` stored; no model is loaded and
 torch is not imported. The page makes no request: styles, script and drawings are inside it, and its
@@ -6,15 +6,16 @@ content policy forbids anything else.
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from redefense import __version__
 from redefense.errors import ConfigError, lacking
 from redefense.evaluation import charts, reproduce, tables, wording
 from redefense.evaluation.joined import TRIES, Result, join
+from redefense.evaluation.latex import to_latex
 from redefense.evaluation.markdown import markdown
 from redefense.evaluation.records import Source
 from redefense.evaluation.tables import format_table, summary_table
@@ -24,23 +25,26 @@ __all__ = ["format_table", "summary_table", "write_pages", "write_report"]
 
 
 def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
-    """Write the page to `out` and `.md`, `.csv`, `.json` of the same name beside it.
+    """Write the report in the form that the ending of `out` names.
 
     Args:
         run_dirs: run directories, evaluation files, or evaluations loaded from JSON (these come
             without per-image records, so that their suites are not joined).
-        out: where the page goes; its folder is made.
+        out: ends in `.html`, and `.md`, `.csv` and `.json` of the same name are written beside the
+            page; or in `.md`, `.csv`, `.json` or `.tex`, and that file alone is written. Its folder
+            is made.
 
     Returns:
         The files written, the page first.
 
     Raises:
         DataError: if a run holds no evaluation or a file is damaged; nothing is written then.
-        ConfigError: if there is no run, if a file to write is one of those to report on, or if the
-            extra `report` is not installed.
+        ConfigError: if there is no run, if `out` ends otherwise, if a file to write is one of those
+            to report on, or if the extra `report` is not installed.
     """
     if not run_dirs:
         raise ConfigError("a report needs at least one run")
+    _check_ending(out)
     results = join(run_dirs)
     given = [source for source in run_dirs if isinstance(source, Path)]
     return write_pages(results, reproduce.commands(results, out), out, given)
@@ -63,14 +67,18 @@ def write_pages(
     Raises:
         ConfigError: as `write_report`.
     """
-    texts = {
-        out: html(results, commands),
-        out.with_suffix(".md"): markdown(results, commands),
-        out.with_suffix(".csv"): tables.to_csv(results),
-        out.with_suffix(".json"): tables.to_json(results),
+    _check_ending(out)
+    forms: Mapping[str, Callable[[], str]] = {
+        ".html": lambda: html(results, commands),
+        ".md": lambda: markdown(results, commands),
+        ".csv": lambda: tables.to_csv(results),
+        ".json": lambda: tables.to_json(results),
+        ".tex": lambda: to_latex(results),
     }
-    if len(texts) < 4:
-        raise ConfigError(f"--out must name the HTML page, got {out}")
+    ending = ENDINGS[out.suffix.lower()]
+    texts = {out: forms[ending]()}
+    if ending == ".html":
+        texts |= {out.with_suffix(beside): forms[beside]() for beside in (".md", ".csv", ".json")}
     kept = {path.resolve() for path in given}
     for path in texts:
         if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
@@ -78,6 +86,16 @@ def write_pages(
     for path, text in texts.items():
         write_text(path, text)
     return list(texts)
+
+
+ENDINGS: Final = {".htm": ".html"} | {e: e for e in (".html", ".md", ".csv", ".json", ".tex")}
+"""What a report may end in, and the form that is then written."""
+
+
+def _check_ending(out: Path) -> None:
+    if out.suffix.lower() not in ENDINGS:
+        known = "the page .html, or .md, .csv, .json or .tex"
+        raise ConfigError(f"--out must end in what is to be written: {known}; got {out}")
 
 
 def _is_free(path: Path) -> bool:
@@ -217,6 +235,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "rivals": wording.RIVALS,
         "said_heading": wording.SAID,
         "settings": _run_settings,
+        "title": wording.title(results),
         "tries": _tries_chart(results),
         "verdict": wording.verdict,
         "version": __version__,

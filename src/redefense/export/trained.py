@@ -21,9 +21,9 @@ from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, load_checkpoint, resolve
 
 CALIBRATION = 512
-_UNMEASURED = (
-    "**The figures below were measured on the fp32 weights.** The members of this bundle are "
-    "8-bit; they were not attacked.\n\n"
+_EIGHT_BIT = (
+    " The members of this bundle are 8-bit. With rounded weights and activations they answer, and "
+    "are fooled, otherwise than those of the run they were made from, whose figures are not theirs."
 )
 
 
@@ -112,12 +112,10 @@ def _dataset(
 
 
 def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, precision: str) -> str:
-    """The card of the run's evaluations; one that claims nothing if there are none."""
+    """The card of the run's evaluations; one that claims nothing where none is of these members."""
     run = checkpoint.run
-    if any((path / "evaluation").glob("[!.]*.json")):
+    if precision == "fp32" and any((path / "evaluation").glob("[!.]*.json")):
         text = card(path, license_name=license_name, name=name)
-        if precision == "int8":
-            text = text.replace("## Robustness\n\n", f"## Robustness\n\n{_UNMEASURED}", 1)
     else:
         text = unmeasured_card(
             name,
@@ -126,6 +124,7 @@ def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, prec
             model=str(run.ensemble["model"]),
             method=str(run.defence["name"]),
             license_name=license_name,
+            why=_EIGHT_BIT if precision == "int8" else "",
         )
     return f"{text}\n{_DEPLOYED}"
 
