@@ -80,14 +80,6 @@ def quick(model: Any, x: Tensor, y: Tensor, **settings: Any) -> dict[str, Any]:
     return evaluate(model, (x, y), threat=Threat(eps=EPS), **settings).data
 
 
-def test_a_report_prints_as_one_line_of_figures() -> None:
-    report = evaluate(Ramp(), images([0.1, 0.2]), threat=Threat(eps=EPS))
-    red = [check["id"] for check in report.data["checks"] if check["passed"] is False]
-    assert str(report).startswith("Report(suite='quick', num_images=2, unaware=")
-    assert str(report).endswith(f"red_checks={red})")
-    assert len(str(report)) < 300
-
-
 def test_a_saved_report_joins_to_its_own_headline_and_its_json_alone_says_what_it_lacks(
     tmp_path: Path,
 ) -> None:
