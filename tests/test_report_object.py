@@ -60,7 +60,7 @@ def test_intervals_of_members_are_wilsons(report: Report) -> None:
     for member in report.members:
         assert member.value is not None
         ends = wilson(round(COUNT * member.value), COUNT)
-        np.testing.assert_allclose([member.low, member.high], ends)
+        assert (member.low, member.high) == pytest.approx(ends)
 
 
 def test_the_headline_comes_first(report: Report) -> None:

@@ -275,7 +275,8 @@ def slack_of(threat: Threat, x: Tensor) -> float:
     """How far rounding alone may carry an image out of the ball."""
     # float32 rounds each pixel by up to half a unit, which adds up in the L2 norm of a large image
     pixels = x[0].numel() if threat.norm == 2 else 1
-    return BUDGET_SLACK + float(torch.finfo(torch.float32).eps) * (0.5 * pixels**0.5 + threat.eps)
+    ulp = float(torch.finfo(torch.float32).eps)
+    return BUDGET_SLACK + ulp * (0.5 * math.sqrt(pixels) + threat.eps)
 
 
 def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:

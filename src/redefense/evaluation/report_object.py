@@ -353,7 +353,8 @@ def _errors(figures: Sequence[Figure]) -> NDArray[np.float64]:
         for f in figures
     ]
     value, low, high = np.array(ends, dtype=np.float64).T
-    return 100 * np.maximum(np.stack([value - low, high - value]), 0.0)
+    lengths: NDArray[np.float64] = 100 * np.maximum(np.stack([value - low, high - value]), 0.0)
+    return lengths
 
 
 def _budget(threat: Threat) -> str:
