@@ -1,6 +1,7 @@
 """The shape of the house: imports point downhill, and what is public is a decision."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,14 @@ def test_public_names_exist_and_are_sorted() -> None:
 
 
 def test_no_public_name_is_hidden_by_a_subpackage() -> None:
-    assert not {path.stem for path in SRC.iterdir()} & set(redefense.__all__)
+    # but for one that can be called
+    assert {path.stem for path in SRC.iterdir()} & set(redefense.__all__) == {"train"}
+    importlib.import_module("redefense.train.run")
+    assert callable(redefense.train)
+
+
+def test_only_public_names_are_offered_for_completion() -> None:
+    assert dir(redefense) == redefense.__all__
 
 
 def test_no_page_holds_a_placeholder() -> None:

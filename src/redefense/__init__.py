@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from redefense.plugins import register
     from redefense.stochastic.ensemble import Stochastic
     from redefense.threat import Threat
+    from redefense.train.api import train
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "push_to_hub",
     "register",
     "save_pretrained",
+    "train",
 ]
 
 
@@ -55,6 +57,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # a package that can be called
+        return import_module("redefense.train")
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value

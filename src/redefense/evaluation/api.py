@@ -47,6 +47,7 @@ from redefense.evaluation.workers import own_device, workers
 from redefense.files import write_text
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
+from redefense.train.api import TrainedRun
 from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
 from redefense.train.run import accuracy
@@ -54,7 +55,7 @@ from redefense.train.run import accuracy
 
 @computing()
 def evaluate(
-    model: nn.Module | Sequence[nn.Module],
+    model: nn.Module | Sequence[nn.Module] | TrainedRun,
     data: str | tuple[Tensor, Tensor],
     suite: Any = "quick",
     threat: Threat | None = None,
@@ -71,7 +72,7 @@ def evaluate(
 
     Args:
         model: a network from images in [0, 1] to logits, an ensemble, or a list of networks of
-            which each query meets one at random.
+            which each query meets one at random; or what `redefense.train` returned.
         data: a data specification, whose test split is used, or (images, labels).
         suite: a name of `SUITES` or a `.json` file; a `Suite`; or a list of attacks (or a mapping
             from labels to attacks), each an attack of ours or a callable (model, x, y) -> x_adv of

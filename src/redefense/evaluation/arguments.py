@@ -11,6 +11,7 @@ from redefense.ensembles import Independent, Members, as_ensemble
 from redefense.errors import ConfigError, InputError
 from redefense.networks import check_values
 from redefense.threat import Threat
+from redefense.train.api import TrainedRun
 from redefense.types import Images, Labels, check_images, check_labels
 
 
@@ -61,6 +62,8 @@ def read_ensemble(model: Any, mixture: Sequence[float] | None) -> Members:
         InputError: for anything else, and for weights that have no values.
         ConfigError: for a mixture that does not fit.
     """
+    if isinstance(model, TrainedRun):
+        model = model.ensemble
     ensemble = as_ensemble(model)
     if not isinstance(ensemble, Members):
         raise InputError(f"cannot evaluate a {type(model).__name__}")

@@ -1,6 +1,7 @@
 """From a bundle, or a run, back to an ensemble in torch."""
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from redefense.train.loading import load as load_run
 from redefense.types import Images, Logits
 
 
-def load(path: str | Path, *, device: str = "cpu") -> Members:
+def load(path: str | PathLike[str], *, device: str = "cpu") -> Members:
     """The ensemble of a run directory, of a checkpoint folder, or of a bundle; in evaluation mode.
 
     The weights that travel in an fp32 bundle of a run are those of the run, bit for bit, so it can

@@ -1,0 +1,18 @@
+"""Training. The package can be called: `redefense.train(...)` is `redefense.train.api.train`.
+
+The function and the folder share their name, and whichever was imported last would hide the other.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Train(ModuleType):
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        from redefense.train.api import train  # needs torch
+
+        return train(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Train

@@ -1,0 +1,191 @@
+"""`redefense.train`: from objects or names to a trained run directory."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from redefense.config import OptimConfig, Run, ThreatConfig, parse_run, settings_of
+from redefense.data import DATASETS, Dataset
+from redefense.data.given import as_source
+from redefense.data.source import materialise, strict
+from redefense.defences import DEFENCES, Defence
+from redefense.ensembles import Independent, Members
+from redefense.errors import ConfigError, InputError
+from redefense.kinds import ENSEMBLES, Kind
+from redefense.models import MODELS
+from redefense.plugins import Registry
+from redefense.recipes import RECIPES, recipe
+from redefense.threat import Threat
+from redefense.train.run import train as train_run
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """A trained run: `redefense.load` and `redefense.evaluate` take it as it is.
+
+    Attributes:
+        ensemble: in evaluation mode.
+        config: what decided the training; `redefense train` can do it again.
+        path: the run directory.
+    """
+
+    ensemble: Members
+    config: Run
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def train(
+    ensemble: Any,
+    defence: Any = None,
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    optim: OptimConfig | Mapping[str, Any] | None = None,
+    threat: Threat | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    quiet: bool = False,
+) -> TrainedRun:
+    """Train an ensemble with a defence, and write a run directory.
+
+    Args:
+        ensemble: a recipe's name or a `Run`, which the other arguments change; or the members: a
+            model's name, settings such as `{"model": "resnet8", "num_members": 3}`, a kind such as
+            `redefense.kinds.IndependentKind`, a network, a list of networks, or an `Independent`.
+            Networks are copied, and trained from the weights that they have.
+        defence: a name, settings such as `{"name": "red", "similarity": 5.0}`, or a `Defence`.
+        data: a specification, a `redefense.data.Dataset`, or ((x_train, y_train),
+            (x_test, y_test)); the test images are never read by the training.
+        out: the run directory; `runs/RECIPE` by default.
+        epochs: passes over the training images; 10 unless given.
+        batch_size: images of a step; 128 unless given.
+        optim: optimizer and schedule; those of `OptimConfig` unless given.
+        threat: what the adversary may do, against which the run is measured; of a defence with an
+            adversary of its own, `adversary.eps` is a setting of the defence.
+        seed: of every draw; 0 unless given.
+        device: where to compute.
+        resume: go on with a run that was stopped.
+        quiet: show no progress on stderr.
+
+    Raises:
+        ConfigError: for a name, object or setting that cannot be used.
+        DataError: if the data cannot be read.
+        TrainingError: if the loss is not finite or a parameter gets no gradient.
+        Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    base = _base(ensemble)
+    settings = base.model_dump(mode="json") if base is not None else _defaults(ensemble)
+    if defence is not None:
+        settings["defence"] = _defence(defence)
+    if data is not None:
+        settings["data"] = settings.get("data", {}) | {"spec": _data(data)}
+    if missing := [key for key in ("defence", "data") if key not in settings]:
+        raise ConfigError(f"train needs {' and '.join(missing)}, unless a recipe or a Run has them")
+    changed = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "optim": optim.model_dump(mode="json") if isinstance(optim, OptimConfig) else optim,
+        "threat": None
+        if threat is None
+        else ThreatConfig.of(threat.norm, threat.eps).model_dump(mode="json"),
+    }
+    settings |= {key: value for key, value in changed.items() if value is not None}
+    run = parse_run(settings)
+    path = Path(out) if out is not None else Path("runs") / run.recipe
+    trained = train_run(run, path, device=device, resume=resume, quiet=quiet)
+    assert trained.origin is not None
+    return TrainedRun(trained, trained.origin.run, path)
+
+
+def _base(value: Any) -> Run | None:
+    if isinstance(value, Run):
+        return value
+    return recipe(value) if isinstance(value, str) and value in RECIPES else None
+
+
+def _defaults(ensemble: Any) -> dict[str, Any]:
+    """The settings of a run that has no recipe."""
+    return {"ensemble": _members(ensemble), "epochs": 10, "batch_size": 128}
+
+
+def _members(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        if value not in MODELS and not value.startswith("timm:"):
+            raise ConfigError(f"{value!r} names neither a recipe nor a model")
+        return {"name": "independent", "model": value}
+    if isinstance(value, Mapping):
+        return {"name": "independent", **value}
+    if isinstance(value, Kind) and type(value) in ENSEMBLES.values():
+        return settings_of(ENSEMBLES, value)
+    if isinstance(value, Independent):
+        nets = [value.member(m) for m in range(value.num_members)]
+    elif isinstance(value, Members):
+        raise InputError(
+            f"a {type(value).__name__} cannot be trained as an object: give its settings, such as "
+            "{'name': 'hyper', 'model': 'resnet18', 'num_members': 3}"
+        )
+    elif isinstance(value, nn.Module):
+        nets = [value]
+    elif isinstance(value, Sequence) and value and all(isinstance(n, nn.Module) for n in value):
+        nets = list(value)
+    else:
+        raise InputError(
+            "the ensemble must be a recipe, a Run, a model's name, settings, a network or a list "
+            f"of networks, got {value!r}"
+        )
+    name = f"given-{_weights_digest(nets)}"
+    _adopt(MODELS, name, nets, type(nets[0]))
+    return {"name": "independent", "model": name, "num_members": len(nets)}
+
+
+def _weights_digest(nets: Sequence[nn.Module]) -> str:
+    """Names networks by what they are: equal layers and weights, equal names."""
+    digest = hashlib.sha256()
+    for net in nets:
+        digest.update(repr(net).encode())
+        for key, value in net.state_dict().items():
+            raw = value.detach().cpu().contiguous()
+            digest.update(f"{key} {raw.dtype} {tuple(raw.shape)}".encode())
+            digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _defence(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    cls = value if isinstance(value, type) else type(value)
+    if not issubclass(cls, Defence):
+        raise ConfigError(f"the defence must be a name, settings or a Defence, got {value!r}")
+    if cls not in (*DEFENCES.own.values(), *DEFENCES.added().values()):
+        _adopt(DEFENCES, cls.__name__, cls, cls)
+    return settings_of(DEFENCES, value() if isinstance(value, type) else value)
+
+
+def _data(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Dataset):
+        found = value
+    else:
+        found = materialise(as_source("given", value, strict), lambda count: None)
+    name = f"given-{found.checksum()[:12]}"
+    _adopt(DATASETS, name, lambda: found, Dataset)
+    return name
+
+
+def _adopt(names: Registry[Any], name: str, value: Any, of: type) -> None:
+    """Register an object that was handed over, so that the record of the run can name it."""
+    names.add(name, names.accepted(name, value), {"module": of.__module__})
