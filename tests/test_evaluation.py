@@ -16,7 +16,7 @@ from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.api import evaluate
 from redefense.evaluation.audit import audit
-from redefense.evaluation.cells import Cell, Subject, attack_cell, verify_ball
+from redefense.evaluation.cells import Cell, Subject, Task, verify_ball
 from redefense.evaluation.joined import join
 from redefense.evaluation.plan import attack_of, plan_of
 from redefense.evaluation.run import run_suite
@@ -329,7 +329,10 @@ def test_a_breach_of_the_ball_is_an_error_not_a_number(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(FGSM, "perturb", too_far)
     with pytest.raises(InputError, match="left the ball"):
-        attack_cell(_subject(x, y), FGSM(), ThreatConfig(eps=EPS), "averaged", seed=0, name="fgsm")
+        Task(
+            subject=_subject(x, y), attack=FGSM(), threat=ThreatConfig(eps=EPS), view="averaged",
+            seed=0, name="fgsm", met=np.ones(2, dtype=bool),
+        ).run()  # fmt: skip
 
 
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:

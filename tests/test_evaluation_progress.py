@@ -13,7 +13,7 @@ from redefense.attacks.gradient import FGSM, PGD
 from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
 from redefense.evaluation import store as stores
-from redefense.evaluation.cells import Cell, Subject, attack_cell
+from redefense.evaluation.cells import Cell, Subject, Task
 from redefense.evaluation.progress import Progress, clock_time, rough_passes
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.store import in_chunks, own_images, read_arrays
@@ -136,9 +136,11 @@ class Interrupted:
 
 
 def _pgd(view: str, folder: Path | None) -> Cell:
-    return attack_cell(
-        subject(250), PGD(steps=3), ThreatConfig(eps=EPS), view, seed=0, name="pgd", kept=folder
-    )
+    task = Task(
+        subject=subject(250), attack=PGD(steps=3), threat=ThreatConfig(eps=EPS), view=view, seed=0,
+        name="pgd", met=np.ones(250, dtype=bool),
+    )  # fmt: skip
+    return task.run(folder)
 
 
 @pytest.mark.parametrize("view", ["sampled", "averaged"])

@@ -237,28 +237,6 @@ def _unmet(num_members: int, met: Bools) -> dict[str, Any]:
     return {"correct": correct, "averaged": averaged, **nothing, "met": met}
 
 
-def attack_cell(
-    subject: Subject,
-    attack: Attack,
-    threat: ThreatConfig,
-    view: str,
-    *,
-    seed: int,
-    name: str,
-    kept: Path | None = None,
-    progress: Progress = SILENT,
-) -> Cell:
-    """Attack all images in fixed chunks; verify the ball; ask every member about the result.
-
-    Finished chunks are kept in the folder `kept`, as `in_chunks` does.
-    """
-    task = Task(
-        subject=subject, attack=attack, threat=threat, view=view, seed=seed, name=name,
-        met=np.ones(len(subject.x), dtype=bool),
-    )  # fmt: skip
-    return task.run(kept, progress)
-
-
 def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
     """Refuse points outside the box or the ball: a breach is an error, not something to clip.
 
