@@ -283,14 +283,17 @@ def test_lost_means_that_every_member_that_can_be_drawn_errs() -> None:
 def test_a_cascade_can_be_chosen_where_an_evaluation_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(INDEPENDENT.model_dump_json())
     who = subject(40)
-    met = {
-        cascade: [
-            c["met"]
-            for c in evaluate(
-                cast(nn.Module, who.ensemble), (who.x, who.y), str(tmp_path / "mine.json"),
-                Threat(eps=EPS), cascade=cascade,
-            ).data["cells"]
-        ]
+    reports = {
+        cascade: evaluate(
+            cast(nn.Module, who.ensemble), (who.x, who.y), str(tmp_path / "mine.json"),
+            Threat(eps=EPS), cascade=cascade,
+        )
         for cascade in (None, True, False)
     }  # fmt: skip
+    met = {key: [c["met"] for c in report.data["cells"]] for key, report in reports.items()}
     assert met[None] == met[True] != met[False] == [40, 40, 40]
+    # tables give no accuracy of an attack that did not meet all images
+    for key, report in reports.items():
+        own = [row["accuracy"] is not None for row in report.rows()]
+        assert own == [True, *(count == 40 for count in met[key])]
+        assert report.to_latex().count("met ") == own.count(False)

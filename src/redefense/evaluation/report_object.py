@@ -184,24 +184,27 @@ class Report:
 
         head = "".join(row(name, str(figure)) for name, figure in self.figures().items())
         red = row("red checks", ", ".join(self._red()) or "none")
-        body = "".join(
-            row(
-                r["attack"], r["view"], r["threat"], str(Figure(r["accuracy"], r["low"], r["high"]))
-            )
-            for r in self.rows()
-        )
+        body = "".join(row(r["attack"], r["view"], r["threat"], _accuracy(r)) for r in self.rows())
         return (
             f"<p>{html.escape(self._setting())}</p><table>{head}{red}</table>"
             f"<table>{row('attack', 'view', 'threat', 'accuracy', tag='th')}{body}</table>"
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for the clean images and each cell: who attacked, how, and what was left."""
-        nothing = {"view": "", "threat": "", "norm": None, "eps": None, "aware": None}
+        """One row for the clean images and each cell: who attacked, how, and what was left.
+
+        An attack that did not meet all images has no accuracy of its own; `met` says how many.
+        """
+        count = self.data["data"]["num_images"]
+        nothing = {
+            "view": "", "threat": "", "norm": None, "eps": None, "aware": None, "met": count,
+        }  # fmt: skip
         clean = {"attack": "clean", **nothing, **_values(self.clean)}
         found = [clean]
         for cell in self.data["cells"]:
             threat = cell["threat"]
+            met = cell.get("met", count)
+            whole = met == count
             figure = _figure(cell["accuracy"]["expected"], cell.get("interval"))
             found.append(
                 {
@@ -213,7 +216,8 @@ class Report:
                     "norm": threat["norm"] if cell["bounded"] else None,
                     "eps": threat["eps"] if cell["bounded"] else None,
                     "aware": cell["aware"],
-                    **_values(figure),
+                    "met": met,
+                    **_values(figure if whole else Figure(None)),
                 }
             )
         return found
@@ -236,11 +240,10 @@ class Report:
             r"attack & view & accuracy \\",
             r"\midrule",
         ]
-        lines += [_latex_row(name, "", figure) for name, figure in self.figures().items()]
+        lines += [_latex_row(name, "", str(figure)) for name, figure in self.figures().items()]
         lines.append(r"\midrule")
         for row in self.rows()[1:]:
-            figure = Figure(row["accuracy"], row["low"], row["high"])
-            lines.append(_latex_row(row["attack"], row["view"], figure))
+            lines.append(_latex_row(row["attack"], row["view"], _accuracy(row)))
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def plot(self, ax: Any = None) -> Any:
@@ -361,8 +364,13 @@ def _budget(threat: Threat) -> str:
     return f"{'L-inf' if threat.norm != 2 else 'L2'} eps {threat.eps:g}"
 
 
-def _latex_row(name: str, view: str, figure: Figure) -> str:
-    cells = (name, view, str(figure))
+def _accuracy(row: Mapping[str, Any]) -> str:
+    if row["accuracy"] is None:
+        return f"met {row['met']} images"
+    return str(Figure(row["accuracy"], row["low"], row["high"]))
+
+
+def _latex_row(*cells: str) -> str:
     return " & ".join(escape_latex(cell) for cell in cells) + r" \\"
 
 
