@@ -4,7 +4,7 @@ Four ways to take the same `calibrated` step, half of the batch clean and half a
 
 | way | what it is |
 |---|---|
-| joint | the authors': one graph of all members, torch's layers, PGD with weight gradients, fp32 |
+| joint | the authors': one graph of all members, torch's layers, fp32 |
 | exact fp32 | the engine: one member's graph at a time, double backward |
 | exact bf16 | the same with forward passes in half precision |
 | finite bf16 | the engine with differences of losses in place of double backward |
