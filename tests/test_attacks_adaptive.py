@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
 from redefense.attacks.adaptive import Hinge, MeanProbPGD, Support, Transfer
-from redefense.attacks.apgd import APGD
+from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.arc import ARC, member_orders, nearest_boundary
 from redefense.attacks.gradient import PGD
 from redefense.config import construct
@@ -72,7 +72,7 @@ def test_on_one_member_they_are_the_plain_attacks(threat: Threat) -> None:
     (x, y), victim = batch(), net(0)
     plain = PGD()(victim, x, y, threat, rng=stream(0, "attack"))
     torch.testing.assert_close(run("meanprob_pgd", victim, threat), plain)
-    torch.testing.assert_close(run("transfer", victim, threat), plain)
+    torch.testing.assert_close(run("transfer", victim, threat, attack=PGD()), plain)
     auto = APGD()(victim, x, y, threat, rng=stream(0, "attack"))
     torch.testing.assert_close(run("meanprob_apgd", victim, threat), auto)
 
@@ -99,7 +99,9 @@ def test_transfer_is_as_good_as_every_single_members_attack() -> None:
     members, (x, y) = ensemble(), batch()
     best = expected(members, run("transfer", members, LINF), y)
     for m in range(3):
-        single = PGD()(members.member(m), x, y, LINF, rng=stream(0, "attack"))
+        single = APGDT(loss="targeted_margin")(
+            members.member(m), x, y, LINF, rng=stream(0, "attack")
+        )
         assert (best <= expected(members, single, y) + 1e-9).all()
 
 

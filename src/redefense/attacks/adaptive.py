@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.apgd import AutoAscent, face_starts
+from redefense.attacks.apgd import APGDT, AutoAscent, face_starts
 from redefense.attacks.base import Attack, Best, Look, Looker, dual, input_gradient
-from redefense.attacks.gradient import PGD, check_shrink, check_steps, climb, random_starts
+from redefense.attacks.gradient import check_shrink, check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
 from redefense.ensembles import as_ensemble
 from redefense.errors import ConfigError
@@ -313,10 +313,11 @@ class Transfer(Attack):
     """The best of an attack on each single member, all judged on all members.
 
     Attributes:
-        attack: the attack on single members.
+        attack: the attack on single members; auto-PGD towards their nine likeliest wrong classes
+            unless given, which finds more than the attacks towards any wrong class.
     """
 
-    attack: Attack = field(default_factory=PGD)
+    attack: Attack = field(default_factory=partial(APGDT, loss="targeted_margin"))
 
     adaptive: ClassVar[bool] = True
     summary: ClassVar[str] = "best of the attacks on single members, scored on all"

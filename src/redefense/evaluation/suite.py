@@ -160,12 +160,14 @@ _AWARE_BUDGET = (
 
 AWARE: Final = Suite(
     name="aware",
-    summary="attackers who know the ensemble: ARC, hinge, meanprob APGD, transfer, AutoAttack",
+    summary="attacks on all members: ARC, hinge, meanprob APGD, transfer, subset, AutoAttack",
     cells=(
         _PGD,
         CellSpec(attack="arc", view="members", settings={"restarts": 2}, label="ARC"),
         *_AWARE_BUDGET,
         CellSpec(attack="transfer", view="members", label="transfer"),
+        # goes on from the points of those before it
+        CellSpec(attack="subset", view="members", label="subset"),
         # who attacks the average knows all members, though the attack does not
         CellSpec(
             attack="autoattack", view="averaged", label="AutoAttack on the average", aware=True
