@@ -8,8 +8,9 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Final, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,33 +18,78 @@ from redefense.errors import InputError, RedefenseError
 from redefense.types import cannot_differentiate, cannot_take, first_line
 
 
-def ask(network: nn.Module, x: Tensor) -> Tensor:
-    """What a network answers to images; whatever it raises becomes one line.
+def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a network answers to images, as `as_logits`; whatever it raises becomes one line.
 
     It is given a copy: layers that work in place would change the caller's images, and torch
     refuses them where the images ask for a gradient.
+
+    Args:
+        network: is called once.
+        x: images.
+        dtype: in which the network takes them; their own unless given.
 
     Raises:
         InputError: the network cannot take the images.
         ResourceError: memory does not suffice.
     """
+    given = x.clone() if dtype in (None, x.dtype) else x.to(dtype)
     try:
-        return cast(Tensor, network(x.clone()))
+        return as_logits(cast(Tensor, network(given)), x)
     except RedefenseError:
         raise
     except Exception as error:  # a network may raise anything
-        raise cannot_take(x, error) from error
+        raise cannot_take(given, error) from error
+
+
+MASKED: Final = -1e4
+"""What stands for a logit of -inf, by which networks mask classes; lower where others are."""
+OFFSET: Final = 1024
+"""Double logits beyond it lose their offset before they are rounded, which changes no answer."""
+
+
+def as_logits(answer: Tensor, x: Tensor) -> Tensor:
+    """Logits in the type of their images, single precision at least, finite for masked classes.
+
+    Differences and gradients of -inf are not numbers, and values of another type would spread to
+    the points of an attack. Under autocast logits keep their type. Rows without any finite entry,
+    and what is not (B, C) logits, stay as they are.
+    """
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or not answer.is_floating_point():
+        return answer
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if answer.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if answer.dtype.itemsize > dtype.itemsize:
+            top = answer.detach().amax(1, keepdim=True)
+            answer = answer - torch.where(top.isfinite() & (top.abs() > OFFSET), top, 0.0)
+        answer = answer.to(dtype)
+    if answer.is_meta:
+        return answer
+    known = answer.detach()
+    masked = known == -torch.inf
+    # without a wait for an accelerator, which steps of training must not need
+    if answer.device.type == "cpu" and not bool(masked.any()):
+        return answer
+    masked &= known.amax(1, keepdim=True) > -torch.inf
+    lowest = known.masked_fill(masked, torch.inf).amin(1, keepdim=True)
+    floor = (2 * lowest).clamp(torch.finfo(known.dtype).min, MASKED)
+    return torch.where(masked, floor, answer)
 
 
 class Asked(nn.Module):
-    """A network that is only called through `ask`."""
+    """A network that is only called through `ask`.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: from images to logits.
+        dtype: in which it takes images; theirs unless given.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.dtype = network, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return ask(self.network, x)
+        return ask(self.network, x, self.dtype)
 
 
 @contextmanager

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.objectives import LEAST_CLASSES, margin
+from redefense.attacks.precision import asked, rounded
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
 from redefense.errors import ConfigError, InputError, RedefenseError
-from redefense.networks import Asked, differentiating
+from redefense.networks import differentiating
 from redefense.rng import system_stream
 from redefense.threat import Threat, norms
 from redefense.types import (
     Bool,
-    Ensemble,
     Float,
     Images,
     Int,
@@ -161,19 +161,22 @@ class Attack(ABC):
         ):
             x = x.detach().clone() if x.is_inference() else x.detach()
             y = (y.clone() if y.is_inference() else y).long()
+            # half precision is too coarse for steps and for sums over pixels
+            at = x.float() if x.dtype.itemsize < 4 else x
             if starts is not None:
-                starts = self._check_starts(starts, x, threat)
-            # an ensemble asks its members so itself, and adaptive attacks must see all of them
-            asked = victim if isinstance(victim, Ensemble) else Asked(victim)
+                starts = self._check_starts(starts, at, threat)
+            target = asked(victim, x)
             try:
                 if starts is None:
-                    return self.perturb(asked, x, y, threat, rng=rng).detach()
-                return self.perturb_from(asked, x, y, threat, starts, rng=rng).detach()
+                    found = self.perturb(target, at, y, threat, rng=rng)
+                else:
+                    found = self.perturb_from(target, at, y, threat, starts, rng=rng)
+                return rounded(found.detach(), x, threat if self.bounded else None)
             except RedefenseError:
                 raise
             except Exception:
                 # looked at only now: asking the victim first would cost every attack a query
-                logits = as_ensemble(asked).logits_of(0, x[:1])
+                logits = as_ensemble(target).logits_of(0, at[:1])
                 check_labels(y, len(x), logits.shape[-1])
                 raise
 

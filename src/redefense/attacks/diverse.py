@@ -65,19 +65,23 @@ def own_transforms(streams: ImageStreams, rate: float, prob: float) -> Transform
 
 
 def batch_transforms(rng: torch.Generator, rate: float, prob: float) -> Transform:
-    """The published form: one transform for the batch, to squares of the image's width."""
+    """The published form: one transform for the batch, of the image's own proportions.
+
+    It was published for square images, whose draws are the same.
+    """
 
     def integer(low: int, high: int) -> int:
         draw = torch.randint(low, high, (1,), dtype=torch.int32, generator=rng, device=rng.device)
         return int(draw)
 
     def transform(x: Images) -> Images:
-        full = x.shape[3]
-        size = integer(int(full * rate), full)
-        top, left = integer(0, full - size), integer(0, full - size)
-        small = F.interpolate(x, size=[size, size], mode="bilinear", align_corners=False)
-        rest = full - size
-        padded = F.pad(small, [left, rest - left, top, rest - top])
+        tall, full = x.shape[2:]
+        width = max(integer(int(full * rate), full), 1)
+        height = max(round(width * tall / full), 1)
+        below, beside = tall - height, full - width
+        top, left = integer(0, max(below, 1)), integer(0, max(beside, 1))
+        small = F.interpolate(x, size=[height, width], mode="bilinear", align_corners=False)
+        padded = F.pad(small, [left, beside - left, top, below - top])
         # the number is drawn in any case, which keeps the sequence of draws fixed
         chosen = float(torch.rand(1, generator=rng, device=rng.device)) < prob
         return padded if chosen else x
