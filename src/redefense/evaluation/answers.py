@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from redefense.ensembles import evaluating
 from redefense.errors import InputError
 from redefense.evaluation.checks import Check
-from redefense.evaluation.checks_sample import SAMPLE, evenly_spread
+from redefense.evaluation.checks_sample import SAMPLE, evenly_spread, rounding_of
 from redefense.evaluation.store import CHUNK
 from redefense.networks import mode_of
 from redefense.rng import generators_kept, stream
@@ -136,7 +136,7 @@ def differences(first: Tensor, other: Tensor) -> Tensor:
     Rounding by `ULPS` units of the size of a class's logits is taken off. The range is the largest
     of any class: offsets, and classes that are masked by a large negative number, have none.
     """
-    eps = torch.finfo(first.dtype).eps
+    eps = rounding_of(first)
     a, b = first.double(), other.double()
     finite = a.isfinite() & b.isfinite()
     # entries that are not finite are equal or entirely different

@@ -34,6 +34,7 @@ from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.objects import balls_left, known_to_all, plugins_of, suite_of
 from redefense.evaluation.plan import Say, check_plan
+from redefense.evaluation.precision import computed_in
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
 from redefense.evaluation.report_object import Report
@@ -117,11 +118,14 @@ def evaluate(
     if isinstance(data, str):
         place = str(ensemble.mixture.device)
         subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
+        ensemble, _ = computed_in(ensemble, subject.x)
+        subject = replace(subject, ensemble=ensemble)
     else:
         x, y = read_pair(data)
         count = len(x) if images is None else images
         index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
         x, y = (part[index].to(ensemble.mixture.device) for part in (x, y))
+        ensemble, x = computed_in(ensemble, x)
         subject = Subject(ensemble, x, y, index, "given images", "given")
     drawn = ensemble.num_members > 1 and (run is None or _randomized(run))
     subject = replace(subject, randomized=drawn)

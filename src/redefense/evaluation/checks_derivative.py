@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from redefense.attacks.base import input_gradient
 from redefense.ensembles import frozen_weights
 from redefense.evaluation.checks import Check
-from redefense.evaluation.checks_sample import evenly_spread
+from redefense.evaluation.checks_sample import evenly_spread, rounding_of
+from redefense.networks import MASKED
 from redefense.types import Ensemble, Float, Images, Labels
 
 STEPS: Final = (0.0005, 0.002, 0.01, 0.05)
@@ -59,7 +60,8 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
     length = grad.double().flatten(1).norm(dim=1)
     unit = grad.double() / length.clamp_min(1e-300).view(-1, 1, 1, 1)
     finite = logits.detach().double().nan_to_num(0.0, 0.0, 0.0)
-    rounding = ROUNDING * torch.finfo(logits.dtype).eps * finite.abs().amax(1)
+    finite = finite.masked_fill(finite <= MASKED, 0.0)  # masked classes are large and say nothing
+    rounding = ROUNDING * rounding_of(logits.detach()) * finite.abs().amax(1)
     measured = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     agrees = measured.clone()
     for step in STEPS:

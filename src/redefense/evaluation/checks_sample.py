@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from redefense.attacks import Attack
 from redefense.evaluation.tried import Tried
+from redefense.networks import MASKED
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Ensemble, Images, Labels, correct
@@ -22,6 +23,18 @@ def evenly_spread(x: Images, most: int = SAMPLE // 2) -> Tensor:
     """Indices of at most so many images, from the first to the last; of large images fewer."""
     count = min(len(x), most, max(4, most * PIXELS // (SAMPLE * x[0].numel())))
     return torch.linspace(0, len(x) - 1, count).round().long().to(x.device)
+
+
+def rounding_of(logits: Tensor) -> float:
+    """The unit of rounding of the arithmetic that logits were computed in, as far as they show it.
+
+    Logits of half precision are handed over in single precision, whose unit says nothing of them.
+    """
+    known = logits[logits.isfinite() & (logits > MASKED)]
+    for coarse in (torch.bfloat16, torch.float16):
+        if bool((known.to(coarse).to(known.dtype) == known).all()):
+            return torch.finfo(coarse).eps
+    return torch.finfo(logits.dtype).eps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
