@@ -69,7 +69,7 @@ def furthest(x_adv: Tensor, x: Tensor, norm: float) -> float:
 def slack(eps: float, shape: tuple[int, ...], dtype: torch.dtype) -> float:
     """What rounding of points in at least single precision adds to a radius."""
     unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return unit * (math.prod(shape) ** 0.5 + eps)
+    return float(unit * (math.prod(shape) ** 0.5 + eps))
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
@@ -96,7 +96,8 @@ PRESETS = sorted((n, p) for n, cls in ATTACKS.items() for p in cls.presets if n 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_presets_take_every_shape(name: str, preset: str) -> None:
-    attack = ATTACKS[name](preset=preset)
+    cls: Any = ATTACKS[name]
+    attack = cls(preset=preset)
     if getattr(attack, "queries", 0):  # a budget that a preset does not fix
         object.__setattr__(attack, "queries", 10)
     for shape in SHAPES.values():
