@@ -8,7 +8,15 @@ from typing import Annotated, NoReturn
 import typer
 
 import redefense
-from redefense.commands import deploying, evaluating, looking, measuring, serving, training
+from redefense.commands import (
+    certifying,
+    deploying,
+    evaluating,
+    looking,
+    measuring,
+    serving,
+    training,
+)
 from redefense.commands.options import with_plugins
 from redefense.commands.streams import accept_every_letter
 from redefense.errors import RedefenseError
@@ -24,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(with_plugins(training.train))
 app.command()(with_plugins(evaluating.evaluate))
+app.command()(with_plugins(certifying.certify))
 app.command()(evaluating.report)
 app.command()(evaluating.audit)
 app.command()(with_plugins(evaluating.landscape))

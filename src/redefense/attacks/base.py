@@ -253,7 +253,7 @@ def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Im
         total = values.sum()
     with differentiating():
         (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
-    return torch.zeros_like(x) if grad is None else grad.nan_to_num_(nan=0.0)
+    return torch.zeros_like(x) if grad is None else grad.nan_to_num(nan=0.0)
 
 
 def dual(norm: float) -> float:

@@ -33,6 +33,9 @@ def evaluate(
         bool,
         typer.Option("--no-cascade", help="Attack images, too, that earlier attacks have taken."),
     ] = False,
+    stochastic: Annotated[
+        str, typer.Option(help="auto, on or off: measure by fresh draws what draws by itself.")
+    ] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on a red check.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -57,6 +60,7 @@ def evaluate(
         out=out,
         checks=checks,
         cascade=False if no_cascade else None,
+        stochastic=stochastic,
         say=None if quiet else lambda line: say(line, quiet),
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]

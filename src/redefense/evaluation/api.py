@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -132,14 +132,13 @@ def evaluate(
     ensemble, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
     if found:
         warnings.warn(found, stacklevel=3)
-    measure = run_suite
     if isinstance(ensemble, Stochastic):
-        subject, measure = replace(subject, ensemble=ensemble, randomized=True), run_drawn
+        subject = replace(subject, ensemble=ensemble, randomized=True)
     else:
         check_modes(ensemble, subject.x)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
-        report = measure(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
+        report = _run_of(subject)(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)
@@ -164,6 +163,7 @@ def evaluate_run(
     out: Path | None = None,
     checks: str = "quick",
     cascade: bool | None = None,
+    stochastic: str = "auto",
     say: Say | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
@@ -184,6 +184,7 @@ def evaluate_run(
     """
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
     check_checks(checks)
+    check_choice(stochastic)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)
@@ -204,6 +205,7 @@ def evaluate_run(
         "seed": seed,
         "seeds": seeds,
         "checks": checks,
+        "stochastic": stochastic,
         "weights": _manifest(checkpoint.path),
         "version": redefense.__version__,
         "code": code(),
@@ -215,6 +217,9 @@ def evaluate_run(
         # other data has no validation split that the run has kept its hands off
         drift=_drift(path, ensemble, dataset, run) if own else None,
     )
+    measured, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
+    if isinstance(measured, Stochastic):
+        subject = replace(subject, ensemble=measured, randomized=True)
     check_plan(subject, plan, threat)
     if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
@@ -230,9 +235,11 @@ def evaluate_run(
         voice = say if team.first else None
         tell = voice or _silent
         tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
+        if found:
+            tell(found)
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
         with _stoppable(), shown(voice) if voice else nullcontext(SILENT) as progress:
-            report = run_suite(
+            report = _run_of(subject)(
                 subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
                 say=tell, progress=progress,
             )  # fmt: skip
@@ -243,6 +250,11 @@ def evaluate_run(
         if team.first:
             write_text(target, report.to_json())
     return report, target
+
+
+def _run_of(subject: Subject) -> Callable[..., Report]:
+    """What runs a suite on it: by draws of a network, or on members that can be listed."""
+    return run_drawn if isinstance(subject.ensemble, Stochastic) else run_suite
 
 
 @contextmanager

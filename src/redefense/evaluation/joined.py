@@ -1,5 +1,6 @@
 """The suites of a run joined image by image: both headlines and what stands beside them."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -98,7 +99,14 @@ class Result:
         return self.data.num_images
 
     @property
+    def stochastic(self) -> Headline | None:
+        """The stored headline of a network that draws in its forward pass; None for others."""
+        return _estimated(self.suites)
+
+    @property
     def num_members(self) -> int | None:
+        if self.stochastic is not None:
+            return None  # its draws cannot be counted
         counts = [len(c.correct) for c in self.cells if c.correct is not None]
         return (counts or [len(self.clean_members) or len(self.alone)])[0] or None
 
@@ -183,7 +191,11 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
     first = suites[0]
     home = [stored for stored in suites if stored.budget == budget]
     further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
-    pair = _joined_headline(suites, cells, further) or _stored_headline(suites, home, cells)
+    pair = (
+        _drawn_headline(home)
+        or _joined_headline(suites, cells, further)
+        or _stored_headline(suites, home, cells)
+    )
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
     single, single_q, single_from = _beside(home, "single")
     averaged, averaged_q, _ = _beside(home, "averaged")
@@ -212,7 +224,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         over_alone=_over(q_aware, max(alone, key=np.mean, default=None)),
         q_aware=q_aware,
         fooled=pair.fooled,
-        tries_aware=None if q_aware is None else success_within(q_aware, TRIES),
+        tries_aware=pair.tries if q_aware is None else success_within(q_aware, TRIES),
         tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
         checks=_merged_checks(suites),
         notes=tuple(_notes(pair, home, cells, further)),
@@ -227,6 +239,30 @@ class _Pair:
     q_aware: NDArray[np.float64] | None = None
     q_unaware: NDArray[np.float64] | None = None
     fooled: NDArray[np.int64] | None = None
+    tries: NDArray[np.float64] | None = None
+
+
+def _estimated(suites: Sequence[Stored]) -> Headline | None:
+    """The lowest headline among suites whose figures are estimates from draws."""
+    found = [s.evaluation.headline for s in suites if s.evaluation.stochastic]
+    known = [headline for headline in found if headline is not None]
+    return min(known, key=lambda h: math.inf if h.aware is None else h.aware, default=None)
+
+
+def _drawn_headline(suites: Sequence[Stored]) -> _Pair | None:
+    """The estimates that a suite stored: its records were chosen on halves of the draws.
+
+    The minimum over attacks on the draws that score them would lie below the defence.
+    """
+    headline = _estimated(suites)
+    if headline is None:
+        return None
+    tries = headline.success_within
+    return _Pair(
+        unaware=_estimate(headline.unaware, headline.unaware_interval),
+        aware=_estimate(headline.aware, headline.aware_interval),
+        tries=None if tries is None else np.array(tries),
+    )
 
 
 def _joined_headline(
@@ -350,6 +386,19 @@ _KEEP: Final = (
 )
 
 
+def _drawn_note(headline: Headline) -> str:
+    ends = headline.aware_interval_draws
+    known = "" if ends is None else (
+        f"On these very images the draws leave {100 * ends[0]:.1f} to {100 * ends[1]:.1f} % "
+        "of the aware figure open. "
+    )  # fmt: skip
+    return (
+        "The network draws in its forward pass, and its draws cannot be listed: all figures are "
+        f"estimates from {headline.draws} fresh draws, which no attacker had seen. {known}They are "
+        "upper bounds of the defence: of the points that the attacks found."
+    )
+
+
 def _missing(bounded: Sequence[Scored], further: Sequence[Scored]) -> str:
     which, kind = bounded, "attacks"
     if all(c.q is not None for c in bounded):
@@ -363,11 +412,15 @@ def _notes(
 ) -> list[str]:
     notes = []
     bounded = [c for c in cells if c.cell.bounded]
+    if (drawn := _estimated(home)) is not None:
+        notes.append(_drawn_note(drawn))
     if not any(c.cell.aware for c in bounded):
         notes.append(
             "No attack that knows the ensemble was run at this threat, so there is no headline: "
             "what the others say about a randomized defence is not a claim of robustness."
         )
+    elif drawn is not None:
+        pass
     elif pair.aware is None:
         notes.append(f"{_missing(bounded, further)}, so the suites cannot be joined. {_KEEP}")
     elif pair.q_aware is None:

@@ -97,6 +97,12 @@ class Headline(_Record):
     unaware: float | None = None
     aware: float | None = None
     aware_interval: tuple[float, float] | None = None
+    exact: bool = True
+    draws: int | None = None
+    unaware_interval: tuple[float, float] | None = None
+    unaware_interval_draws: tuple[float, float] | None = None
+    aware_interval_draws: tuple[float, float] | None = None
+    success_within: tuple[float, ...] | None = None
     best_single_member: float | None = None
     best_single_member_interval: tuple[float, float] | None = None
     best_single_member_index: int | None = None
@@ -115,6 +121,7 @@ class Plan(_Record):
     seed: int = 0
     seeds: int = 1
     checks: str = "quick"
+    stochastic: str = "auto"
 
 
 class Check(_Record):
@@ -138,6 +145,7 @@ class Evaluation(_Record):
     checks: tuple[Check, ...] = ()
     mixture: tuple[float, ...] | None = None
     randomized: bool | None = None
+    stochastic: bool = False
     transfer: tuple[tuple[float | None, ...], ...] | None = None
     curve: tuple[tuple[float, ...], ...] | None = None
     diversity: dict[str, Any] | None = None

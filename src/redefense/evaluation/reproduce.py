@@ -52,6 +52,7 @@ def command(stored: Stored) -> str | None:
     if plan is not None:
         words += ["--seeds", str(plan.seeds)] * (plan.seeds != 1)
         words += ["--checks", plan.checks] * (plan.checks != "quick")
+        words += ["--stochastic", plan.stochastic] * (plan.stochastic != "auto")
         ours = SUITES.get(evaluation.suite)
         if ours is not None and ours.cascade and plan.suite.get("cascade") is False:
             words.append("--no-cascade")

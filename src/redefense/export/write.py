@@ -27,6 +27,7 @@ from redefense.export.signing import Sign
 from redefense.files import write_text, writing
 from redefense.networks import ask, check_values
 from redefense.rng import stream
+from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.types import Images, check_images
 
@@ -87,6 +88,12 @@ def export(
     if tuple(images.shape[1:]) != about.shape:
         raise ConfigError(f"probes must be {about.shape} images, got {tuple(images.shape[1:])}")
     check_values(ensemble)
+    if isinstance(ensemble, Stochastic):
+        raise ConfigError(
+            "a stochastic network cannot be exported: a bundle's members answer every image in one "
+            "way, and the draw among them is made outside of the graph; export the network without "
+            "its noise, or a list of networks of which one is drawn"
+        )
     if int8 is not None and isinstance(ensemble, Hyper):
         raise ConfigError(
             "int8 needs plain members, those of PS-RED are written in fp32: "

@@ -1,7 +1,7 @@
 """Self-checks of a figure that rests on draws: those that still hold, and those that do not apply.
 
 What holds exactly for enumerated members holds for draws within an interval only, and is red only
-beyond it. D1 and D2 are asked of networks that draw, and of nothing else.
+beyond it. D1 to D3 are asked of networks that draw, and of nothing else.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ from redefense.evaluation.checks_victim import before_run
 from redefense.evaluation.metrics import Bools
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
 from redefense.evaluation.stochastic.figures import draws_interval, worst_per_image
+from redefense.stochastic.certificates import Certificate
 from redefense.stochastic.ensemble import Stochastic
 
 SAMPLE: Final = 64
@@ -129,3 +130,12 @@ def doubled_seeds(
         gain <= OVERFIT,
         f"twice the attackers' seeds take {100 * gain:+.1f} points more on {len(rows)} images",
     ), whole
+
+
+def below_attack(proven: Certificate, headline: Mapping[str, Any]) -> Check:
+    """D3: no attack can leave less than what is proven of one draw."""
+    ends, told = headline["aware_interval_draws"], f"one draw: proven {100 * proven.single:.1f} %"
+    if ends is None:
+        return Check("D3", None, f"{told}, no attacked figure to compare with")
+    attacked = f"attacked {100 * headline['aware']:.1f} %"
+    return Check("D3", proven.single <= ends[1], f"{told}, {attacked}")

@@ -26,7 +26,9 @@ from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.evaluation.store import forget, own_images, read_object
 from redefense.evaluation.suite import Suite
 from redefense.files import write_text
+from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import Stochastic
+from redefense.stochastic.wrappers import GaussianNoise
 from redefense.types import check_images, check_labels
 
 LEAST_DRAWS: Final = 32
@@ -71,11 +73,17 @@ def run_drawn(
     say(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
     records, repeats = _records(job, plan, network, draws)
     corrects, doubled = _everything(job, plan, records, repeats, network, draws)
+    done = [*before, *doubled]
     data = _facts(job, made, records["clean"]) | {
         "cells": [_cell_json(p, records, repeats[p.identity], suite, seed) for p in plan],
+        # what else was run is part of the headline, and not stored
+        "further_cells": [],
         "headline": _headline(job, plan, corrects, draws),
     }
-    done = [*before, *drawn_checks.after(data, records), *doubled]
+    if proven := _certified(job, network, records["clean"]):
+        data["certificate"] = proven.as_dict()
+        done.append(drawn_checks.below_attack(proven, data["headline"]))
+    done += drawn_checks.after(data, records)
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
     return Report(data, records, subject.index)
 
@@ -143,6 +151,15 @@ def _headline(
         return NOTHING | dict.fromkeys(FIGURES) | facts
     unaware = [p.identity for p in plan if not p.aware and p.identity in corrects]
     return NOTHING | pair(corrects, unaware, TRIES, job.seed) | facts
+
+
+def _certified(job: Job, network: Stochastic, clean: DrawnCell) -> Certificate | None:
+    """What Gaussian noise on the image proves at the headline's threat; None for other defences."""
+    noise = network.model
+    if not isinstance(noise, GaussianNoise) or noise.sigma <= 0 or job.threat.norm != "2":
+        return None
+    right = clean.correct.sum(0)
+    return certificate(right, len(clean.correct), sigma=noise.sigma, radius=job.threat.eps)
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: DrawnCell) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""What can be proven about a run: certify."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, say
+
+
+def certify(
+    path: RunDir,
+    sigma: Annotated[
+        float, typer.Option(help="Deviation of the Gaussian noise on images in [0, 1].")
+    ] = 0.25,
+    eps: Annotated[
+        str | None,
+        typer.Option(help="L2 radii, e.g. 0.25 or 0.1,0.5; 0, sigma/2 and sigma unless given."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Of the noise, for each image.")] = 1000,
+    alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 0.001,
+    data: DataSpec = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="The first N of a fixed permutation of the test split."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    device: Device = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Certify a run behind Gaussian noise in L2, for one draw and for the vote."""
+    from redefense.config import read_eps
+    from redefense.evaluation.stochastic.certify import certify_run
+
+    radii = [] if eps is None else [read_eps(part, "--eps") for part in eps.split(",")]
+    document, target = certify_run(
+        path, sigma=sigma, radii=radii, draws=draws, alpha=alpha, data=data, images=images,
+        seed=seed, device=device, out=out, say=lambda line: say(line, quiet),
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(document, indent=1))
+        return
+    for one in document["certificates"]:
+        typer.echo(
+            f"l2 {one['radius']:g}: one draw is right on {100 * one['single']:.1f} % at least, "
+            f"the vote on {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"
+        )
+    say(f"wrote {target}", quiet)

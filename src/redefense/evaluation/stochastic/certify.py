@@ -1,0 +1,129 @@
+"""`redefense certify`: what Gaussian noise before a trained run's networks certifies in L2."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from redefense.data import load_dataset, test_indices
+from redefense.defences import DEFENCES
+from redefense.ensembles import Members, evaluating
+from redefense.errors import ConfigError
+from redefense.evaluation.cells import image_digest
+from redefense.evaluation.plan import Say
+from redefense.evaluation.provenance import provenance
+from redefense.evaluation.store import CHUNK
+from redefense.files import write_text
+from redefense.stochastic.certificates import certificate
+from redefense.stochastic.ensemble import Drawn, Stochastic, seeds_of
+from redefense.stochastic.wrappers import GaussianNoise
+from redefense.train.device import computing
+from redefense.train.loading import find_final, input_check, load_checkpoint
+from redefense.types import Images, Labels, correct
+
+
+def right_answers(
+    network: nn.Module, x: Images, y: Labels, draws: int, *, seed: int
+) -> NDArray[np.int64]:
+    """(n,) how many of the draws of a network that draws are right, images in chunks."""
+    noisy, found = Stochastic(network, draws=1), []
+    with torch.no_grad():
+        for start in range(0, len(x), CHUNK):
+            points, labels = x[start : start + CHUNK], y[start : start + CHUNK]
+            count = torch.zeros(len(labels), dtype=torch.int64, device=x.device)
+            for number in seeds_of(seed, "certify", draws, start):
+                count += correct(noisy.draw(number, points), labels)
+            found.append(count.cpu().numpy())
+    return np.concatenate(found)
+
+
+@computing()
+def certify_run(
+    path: Path,
+    *,
+    sigma: float,
+    radii: Sequence[float] = (),
+    draws: int = 1000,
+    alpha: float = 0.001,
+    data: str | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    say: Say = lambda _: None,
+) -> tuple[dict[str, Any], Path]:
+    """Certify a trained run behind Gaussian noise on its test split, and write the figures.
+
+    Args:
+        path: a run directory.
+        sigma: deviation of the noise, in units of the images, > 0.
+        radii: in L2; 0, sigma / 2 and sigma unless given.
+        draws: of the noise for each image, >= 1.
+        alpha: the certificates may be wrong with this probability.
+        data: another data set than the run's own.
+        images: the first N of one published permutation of the test split.
+        seed: of every draw.
+        device: to compute on.
+        out: the file; `DIR/certificates/sigma-SIGMA.json` unless given.
+        say: takes lines.
+
+    Returns:
+        What was written, and where.
+
+    Raises:
+        ConfigError: for settings outside their ranges.
+        DataError: if the run or its data is missing, damaged or does not fit.
+    """
+    if draws < 1:
+        raise ConfigError(f"draws must be at least 1, got {draws}")
+    levels = tuple(radii) or (0.0, sigma / 2, sigma)
+    # refused before anything is computed
+    for radius in levels:
+        certificate(np.ones(1, dtype=np.int64), draws, sigma=sigma, radius=radius, alpha=alpha)
+    checkpoint = find_final(path)
+    run = checkpoint.run
+    ensemble = load_checkpoint(checkpoint, device=device)
+    dataset = load_dataset(data or run.data.spec)
+    input_check(ensemble, dataset, checkpoint)
+    index = test_indices(len(dataset.test), len(dataset.test) if images is None else images)
+    x, y = dataset.test.float(index).to(device), dataset.test.labels[index].to(device)
+    say(f"certify: {len(x)} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")
+    with evaluating(ensemble):
+        noisy = GaussianNoise(_answering(ensemble, str(run.defence.get("name"))), sigma=sigma)
+        right = right_answers(noisy, x, y, draws, seed=seed)
+    found = [
+        certificate(right, draws, sigma=sigma, radius=radius, alpha=alpha) for radius in levels
+    ]
+    document = {
+        "schema": 1,
+        "kind": "certificate",
+        "run": {"name": path.resolve().name},
+        "provenance": provenance(seed, x.device),
+        "data": {
+            "name": dataset.name,
+            "split": "test",
+            "num_images": len(x),
+            "sha256": image_digest(x, y),
+        },
+        "clean": float(right.mean() / draws),
+        "norm": "2",
+        "certificates": [one.as_dict() for one in found],
+    }
+    target = out if out is not None else path / "certificates" / f"sigma-{sigma:g}.json"
+    if target.suffix != ".json":
+        raise ConfigError(f"--out must name a .json file, got {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(document, indent=1) + "\n")
+    return document, target
+
+
+def _answering(ensemble: Members, defence: str) -> nn.Module:
+    """The run as it answers: by a member drawn at each call, or by the average."""
+    known = DEFENCES.get(defence)
+    drawn = ensemble.num_members > 1 and (known is None or known.randomized)
+    return Drawn(ensemble) if drawn else ensemble.averaged()
