@@ -122,6 +122,9 @@ def test_a_network_that_draws_is_recognised_and_told() -> None:
         assert high <= wide[1]
     assert checks(report)["S20"] is checks(report)["D1"] is checks(report)["D2"] is True
     assert checks(report)["S21"] is None
+    assert (report.unaware.low, report.unaware.high) == tuple(headline["unaware_interval"])
+    assert report.aware.value == headline["aware"]
+    assert report.members == ()
 
 
 def test_off_refuses_and_other_words_are_refused() -> None:
@@ -203,6 +206,17 @@ def test_an_evaluation_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     again = run_drawn(who, PAIR, threat, draws=FEW, seeds=2, store=tmp_path)
     assert whole.headline == stored.headline == again.headline
     assert all(len(cell["seeds"]["expected"]) == 2 for cell in whole.data["cells"])
+
+
+def test_attacks_as_objects_are_kept_in_the_ball_and_no_headline_is_made_of_them() -> None:
+    def far(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (x - 0.3).clamp(0, 1)
+
+    with pytest.warns(redefense.RedCheckWarning, match="left the ball on 96 images"):
+        report = evaluate(GaussianNoise(Plane(), sigma=0.1), stochastic="on", suite=[far])
+    assert report.headline["aware"] is None
+    low, high = report.data["cells"][0]["interval_draws"]
+    assert low <= ndtr(-0.1) <= high
 
 
 def test_attack_choice_and_score_never_share_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,8 +111,6 @@ def evaluate(
     check_checks(checks)
     check_choice(stochastic)
     ensemble = read_ensemble(model, mixture)
-    if ensemble.num_members == 1:
-        plan = known_to_all(plan)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
     if isinstance(data, str):
@@ -136,6 +134,8 @@ def evaluate(
         subject = replace(subject, ensemble=ensemble, randomized=True)
     else:
         check_modes(ensemble, subject.x)
+        if ensemble.num_members == 1:
+            plan = known_to_all(plan)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
         report = _run_of(subject)(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)

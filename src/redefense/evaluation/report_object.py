@@ -88,6 +88,8 @@ class Report:
         value = self.headline.get("unaware")
         rows = [c for c in self._bounded() if not c["aware"]]
         of = [c.get("interval") for c in rows if c["accuracy"]["expected"] == value]
+        if "unaware_interval" in self.headline:  # an estimate, with an interval of its own
+            of = [self.headline["unaware_interval"]]
         return _figure(value, of[0] if of else None)
 
     @property

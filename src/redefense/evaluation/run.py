@@ -212,7 +212,7 @@ def _cell_json(
         "seconds": round(cell.seconds, 3),
         "per_image": f"{suite.name}/{identity}.npz",
     }
-    if outside := _outside(cell, as_threat(threat), x):
+    if outside := outside_ball(cell, as_threat(threat), x):
         found["outside"] = outside
     if attack.stated is not None:
         norm, limit = attack.stated
@@ -231,7 +231,7 @@ def _cell_json(
     return found
 
 
-def _outside(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None:
+def outside_ball(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None:
     """How many images an attack that was handed over moved out of the ball, and how far."""
     left = cell.reached > threat.eps + slack_of(threat, x)
     return (

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.attacks import Attack
+from redefense.attacks import Attack, Foreign
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD, MeanProbPGD, Transfer
 from redefense.attacks.arc import ARC
 from redefense.attacks.auto import AutoAttack
@@ -131,7 +131,7 @@ def attack_drawn(
         ):
             rng = stream(seed, "attack", name, *([kind] if kind == "fresh" else []), chunk)
             found.append(attack(victim, x, y, budget, rng=rng))
-            if attack.bounded:
+            if attack.bounded and not isinstance(attack, Foreign):
                 verify_ball(found[-1], x, budget, name)
         x_adv = found[0]
         if len(found) > 1:
@@ -139,8 +139,13 @@ def attack_drawn(
             x_adv = likeliest_to_fool(chosen_by, found, y)
         seconds = time.perf_counter() - begun
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
+        reached = {}
+        if isinstance(attack, Foreign):
+            # its budget may be its own: what lies outside is judged at the nearest allowed point
+            reached = {"reached": _length(x_adv - x, budget.norm)}
+            x_adv = budget.project(x_adv, x)
         numbers = seeds_of(seed, purpose, draws.score, chunk)
-        return scored(network, x_adv, x, y, numbers) | cost
+        return scored(network, x_adv, x, y, numbers) | reached | cost
 
     count = len(subject.x)
     parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)

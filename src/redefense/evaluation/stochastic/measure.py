@@ -10,7 +10,7 @@ from redefense.attacks.adaptive import Hinge
 from redefense.attacks.gradient import PGD
 from redefense.config import ThreatConfig
 from redefense.evaluation.baselines import NOTHING
-from redefense.evaluation.cells import Cell, Subject, image_digest
+from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest
 from redefense.evaluation.checks import Check
 from redefense.evaluation.joined import TRIES
 from redefense.evaluation.metrics import Bools
@@ -18,6 +18,7 @@ from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, th
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
+from redefense.evaluation.run import outside_ball
 from redefense.evaluation.running import cell_label
 from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
@@ -29,7 +30,7 @@ from redefense.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import Stochastic
 from redefense.stochastic.wrappers import GaussianNoise
-from redefense.types import check_images, check_labels
+from redefense.types import Images, check_images, check_labels
 
 LEAST_DRAWS: Final = 32
 MOST_DRAWS: Final = 512
@@ -75,7 +76,7 @@ def run_drawn(
     corrects, doubled = _everything(job, plan, records, repeats, network, draws)
     done = [*before, *doubled]
     data = _facts(job, made, records["clean"]) | {
-        "cells": [_cell_json(p, records, repeats[p.identity], suite, seed) for p in plan],
+        "cells": [_cell_json(p, records, repeats[p.identity], suite, x, seed) for p in plan],
         # what else was run is part of the headline, and not stored
         "further_cells": [],
         "headline": _headline(job, plan, corrects, draws),
@@ -247,6 +248,7 @@ def _cell_json(
     records: Mapping[str, DrawnCell],
     repeats: Sequence[Cell],
     suite: Suite,
+    x: Images,
     seed: int,
 ) -> dict[str, Any]:
     spec, threat, attack, cell = (
@@ -278,6 +280,8 @@ def _cell_json(
         "seconds": round(cell.seconds, 3),
         "per_image": f"{suite.name}/{planned.identity}.npz",
     }
+    if outside := outside_ball(cell, as_threat(threat), x):
+        found["outside"] = outside
     if repeats:
         every = [float(c.correct.mean()) for c in (cell, *repeats)]
         found["seeds"] = {
