@@ -52,10 +52,12 @@ def _stronger(plan: Sequence[Planned]) -> Iterator[tuple[str, Attack]]:
     """Names and attacks."""
     attacks: dict[str, Any] = {"subset": Subset()}
     for planned in plan:
-        if planned.attack.adaptive and hasattr(planned.attack, "steps"):
+        if planned.attack.adaptive:
             attacks[planned.spec.attack] = planned.attack
     for name, attack in attacks.items():
-        more = {"steps": 2 * max(attack.steps, type(attack)().steps)}
+        if not isinstance(steps := getattr(attack, "steps", None), int):
+            continue
+        more = {"steps": 2 * max(steps, getattr(type(attack), "steps", 0))}
         if isinstance(attack, Subset):
             more["subsets"] = 4 * attack.subsets
         if getattr(attack, "preset", None) is None:
