@@ -21,7 +21,8 @@ def evaluate(
         typer.Option(min=1, help="The first N of a fixed permutation of the test split."),
     ] = None,
     eps: Annotated[
-        str | None, typer.Option(help="Radius of the threat, e.g. 8/255; the run's own.")
+        str | None,
+        typer.Option(help="Radius of the threat, or several: 2/255,8/255; the run's own."),
     ] = None,
     norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of every draw of the evaluation.")] = 0,

@@ -1,13 +1,16 @@
 """`evaluate` and `evaluate_run`: anybody's model, or a trained run, under a suite."""
 
 import json
+import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -31,12 +34,19 @@ from redefense.evaluation.arguments import (
     whole,
 )
 from redefense.evaluation.baselines import SELECTION_IMAGES
-from redefense.evaluation.cells import Subject
-from redefense.evaluation.objects import balls_left, known_to_all, plugins_of, suite_of
+from redefense.evaluation.cells import Subject, image_digest
+from redefense.evaluation.objects import (
+    balls_left,
+    fingerprints,
+    known_to_all,
+    plugins_of,
+    suite_of,
+)
 from redefense.evaluation.plan import Say, check_plan
 from redefense.evaluation.precision import computed_in
-from redefense.evaluation.progress import SILENT, shown
+from redefense.evaluation.progress import SILENT, Progress, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
+from redefense.evaluation.radii import over, read_radii
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
@@ -48,7 +58,7 @@ from redefense.evaluation.workers import own_device, workers
 from redefense.files import write_text
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
-from redefense.train.api import TrainedRun
+from redefense.train.api import TrainedRun, weights_digest
 from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
 from redefense.train.run import accuracy
@@ -65,6 +75,9 @@ def evaluate(
     *,
     images: int | None = None,
     seeds: int = 1,
+    eps: Any = None,
+    out: str | Path | None = None,
+    progress: bool = False,
     checks: str = "quick",
     cascade: bool | None = None,
     stochastic: str = "auto",
@@ -85,6 +98,12 @@ def evaluate(
         seed: of every draw.
         images: the first N of one published permutation of the test split.
         seeds: how often each attack is run.
+        eps: the radius, in place of that of the threat; of several, such as ["2/255", "8/255"], the
+            report is that of the largest, and its `curve` has them all.
+        out: a folder in which each attack is kept as soon as it is done, and of one under way every
+            100 images; called again with the same arguments, the evaluation goes on. The report is
+            written to `OUT/evaluation/SUITE.json`.
+        progress: show on stderr what is done, and how long it will still take.
         checks: "quick" or "full".
         cascade: whether attacks that know the ensemble leave out images on which every member errs
             already; the suite's own choice unless given. Where attacks start independently of
@@ -94,7 +113,7 @@ def evaluate(
             layers keep the modes in which they are given: active dropout stays active.
 
     Returns:
-        The report; nothing is written.
+        The report; without `out` nothing is written.
 
     Warns:
         RedCheckWarning: for each self-check that says that the measurement flatters.
@@ -104,7 +123,18 @@ def evaluate(
         InputError: for models, images or labels that break the input contract.
         ConfigError: for an unknown suite or setting, or a suite that needs more classes.
         DataError: if the data cannot be read.
+        Interrupted: on SIGINT or SIGTERM, if `out` keeps what is done.
     """
+    if len(radii := read_radii(eps)) > 1:
+        home = None if out is None else Path(out)
+        return over(
+            radii,
+            lambda radius, name: evaluate(
+                model, data, suite, threat, mixture, seed, images=images, seeds=seeds, eps=radius,
+                out=None if home is None else home / name, progress=progress, checks=checks,
+                cascade=cascade, stochastic=stochastic,
+            ),
+        )  # fmt: skip
     plan = suite_of(suite).cascading(cascade)
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
@@ -113,6 +143,8 @@ def evaluate(
     ensemble = read_ensemble(model, mixture)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
+    if radii:
+        allowed = ThreatConfig.of(allowed.norm, radii[0])
     if isinstance(data, str):
         place = str(ensemble.mixture.device)
         subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
@@ -138,7 +170,20 @@ def evaluate(
             plan = known_to_all(plan)
     with evaluating(ensemble):
         subject = replace(subject, x=laid_out(ensemble, subject.x))
-        report = _run_of(subject)(subject, plan, allowed, seed=seed, seeds=seeds, checks=checks)
+        settings = {
+            "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
+            "threat": allowed.model_dump(mode="json"), "images": images, "seed": seed,
+            "seeds": seeds, "checks": checks, "stochastic": isinstance(ensemble, Stochastic),
+            "data": image_digest(subject.x, subject.y), "weights": weights_digest([ensemble]),
+            "version": redefense.__version__, "code": code(),
+            **plugins_of(plan, subject.data_name),
+        }  # fmt: skip
+        with _kept(out, plan, settings, subject, progress=progress) as kept:
+            report = _run_of(subject)(
+                subject, plan, allowed, seed=seed, seeds=seeds, checks=checks, store=kept.store,
+                say=kept.say, progress=kept.progress,
+            )  # fmt: skip
+            kept.finish(report)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)
@@ -155,7 +200,7 @@ def evaluate_run(
     suite: str = "quick",
     data: str | None = None,
     images: int | None = None,
-    eps: float | str | None = None,
+    eps: Any = None,
     norm: str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -182,6 +227,13 @@ def evaluate_run(
         ConfigError: if an evaluation with other settings is stored there.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
+    if len(radii := read_radii(eps, "--eps")) > 1:
+        return _over_radii(
+            radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
+            device=device, out=out, checks=checks, cascade=cascade,
+            stochastic=stochastic, say=say,
+        )  # fmt: skip
+    eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
     check_checks(checks)
     check_choice(stochastic)
@@ -238,7 +290,7 @@ def evaluate_run(
         if found:
             tell(found)
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
-        with _stoppable(), shown(voice) if voice else nullcontext(SILENT) as progress:
+        with _stoppable(store), shown(voice) if voice else nullcontext(SILENT) as progress:
             report = _run_of(subject)(
                 subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
                 say=tell, progress=progress,
@@ -257,12 +309,79 @@ def _run_of(subject: Subject) -> Callable[..., Report]:
     return run_drawn if isinstance(subject.ensemble, Stochastic) else run_suite
 
 
+def _over_radii(
+    radii: Sequence[float], path: Path, *, suite: str, out: Path | None, **settings: Any
+) -> tuple[Report, Path]:
+    """`evaluate_run` at each radius; the smaller ones lie in the folder of the largest."""
+    target = out or path / "evaluation" / f"{suite_named(suite).name}.json"
+
+    def at(radius: float, name: str) -> Report:
+        place = target if not name else target.with_suffix("") / f"{name}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return evaluate_run(path, suite=suite, eps=radius, out=place, **settings)[0]
+
+    report = over(radii, at)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_text(target, report.to_json())
+    return report, target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kept:
+    """Where an evaluation in Python is kept, and how it is shown."""
+
+    target: Path | None
+    started: str
+    say: Say
+    progress: Progress
+
+    @property
+    def store(self) -> Path | None:
+        """The folder of the records, beside the report."""
+        return None if self.target is None else self.target.with_suffix("")
+
+    def finish(self, report: Report) -> None:
+        """Write the report where it is wanted."""
+        if self.target is not None:
+            report.data["provenance"]["date"] = self.started
+            write_text(self.target, report.to_json())
+
+
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _kept(
+    out: str | Path | None,
+    plan: Suite,
+    settings: Mapping[str, Any],
+    subject: Subject,
+    *,
+    progress: bool,
+) -> Iterator[_Kept]:
+    """Keep an evaluation in a folder, if one is given, and show how far it is, if that is wanted.
+
+    Raises:
+        ConfigError: if an evaluation with other settings is kept there.
+        Interrupted: on SIGINT or SIGTERM, if the evaluation is kept.
+    """
+    say = partial(print, file=sys.stderr, flush=True) if progress else _silent
+    target, started = None, ""
+    if out is not None:
+        target = Path(out) / "evaluation" / f"{plan.name}.json"
+        here = [place_of(subject.x.device)]
+        started, _ = _claim(target.with_suffix(""), target, settings, here)
+    with (
+        nullcontext() if target is None else _stoppable(target.with_suffix("")),
+        shown(say) if progress else nullcontext(SILENT) as bar,
+    ):
+        yield _Kept(target=target, started=started, say=say, progress=bar)
+
+
+@contextmanager
+def _stoppable(store: Path) -> Iterator[None]:
     """Ends on SIGTERM as on SIGINT: through the blocks under way, which give the terminal back."""
+    told = f"stopped; what is done is kept in {store}, and the same call goes on"
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped; what is done is kept, and the same command goes on", number)
+        raise Interrupted(told, number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # whoever owns the process handles signals
@@ -270,6 +389,8 @@ def _stoppable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(told, signal.SIGINT) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

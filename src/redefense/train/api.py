@@ -144,12 +144,12 @@ def _members(value: Any) -> dict[str, Any]:
             "the ensemble must be a recipe, a Run, a model's name, settings, a network or a list "
             f"of networks, got {value!r}"
         )
-    name = f"given-{_weights_digest(nets)}"
+    name = f"given-{weights_digest(nets)}"
     _adopt(MODELS, name, nets, type(nets[0]))
     return {"name": "independent", "model": name, "num_members": len(nets)}
 
 
-def _weights_digest(nets: Sequence[nn.Module]) -> str:
+def weights_digest(nets: Sequence[nn.Module]) -> str:
     """Names networks by what they are: equal layers and weights, equal names."""
     digest = hashlib.sha256()
     for net in nets:

@@ -1,0 +1,74 @@
+"""Several radii of one threat: an evaluation at each, and the curve over them."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redefense.config import read_eps
+from redefense.errors import ConfigError, RedCheckWarning
+from redefense.evaluation.report_object import Report
+
+FALL = 1e-9
+"""Figures that differ by less are the same."""
+
+
+def read_radii(eps: Any, what: str = "eps") -> list[float]:
+    """Radii as people write them, in rising order: a number, text such as "2/255,8/255", a list.
+
+    Raises:
+        ConfigError: for anything else, or a radius that is named twice.
+    """
+    if eps is None:
+        return []
+    if isinstance(eps, str):
+        eps = eps.split(",")
+    elif not isinstance(eps, Sequence):
+        eps = [eps]
+    radii = sorted(read_eps(part, what) for part in eps)
+    if not radii:
+        raise ConfigError(f"{what} needs at least one radius, got {eps!r}")
+    if len(set(radii)) < len(radii):
+        raise ConfigError(f"{what} names a radius twice: {', '.join(f'{r:g}' for r in radii)}")
+    return radii
+
+
+def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Report:
+    """Evaluate at each radius.
+
+    Every point of a smaller ball lies in the larger ones, so that the curve takes the lowest figure
+    up to each radius; where a larger radius has left more, its attacks were too weak.
+
+    Args:
+        radii: in rising order.
+        evaluate: from a radius, and the name under which it is kept ("" for the largest), to its
+            report.
+
+    Returns:
+        The report of the largest radius, whose `curve` has one entry for each.
+
+    Warns:
+        RedCheckWarning: if a larger radius left more images right than a smaller one.
+    """
+    reports = [evaluate(r, "" if r == radii[-1] else f"eps-{r:.6g}") for r in radii]
+    last = reports[-1]
+    curve: list[dict[str, Any]] = []
+    for radius, report in zip(radii, reports, strict=True):
+        entry: dict[str, Any] = {"eps": radius}
+        for name, figure in (("unaware", report.unaware), ("aware", report.aware)):
+            entry |= {name: figure.value, f"{name}_interval": None}
+            if figure.value is not None:
+                entry[f"{name}_interval"] = [figure.low, figure.high]
+            before = curve[-1][name] if curve else None
+            if before is None or figure.value is None or figure.value <= before + FALL:
+                continue
+            told = RedCheckWarning(
+                f"{name} accuracy is {100 * figure.value:.1f} % at eps {radius:g} and "
+                f"{100 * before:.1f} % at {curve[-1]['eps']:g}: the attacks at the larger radius "
+                "are too weak, and its curve shows the lower figure",
+                last,
+            )
+            warnings.warn(told, stacklevel=4)
+            entry |= {key: curve[-1][key] for key in (name, f"{name}_interval")}
+        curve.append(entry)
+    last.data["eps_curve"] = curve
+    return last
