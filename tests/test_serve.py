@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from redefense.errors import ConfigError, DataError
 from redefense.export import runner
+from redefense.networks import as_logits
 from redefense.serve.client import Client, tensor_request
 from redefense.serve.model import Model
 from redefense.serve.protocol import BINARY_HEADER
@@ -288,6 +290,49 @@ def test_scores_are_probabilities_and_opt_in(model: Model) -> None:
         scores = np.array(reply.output("scores")).reshape(2, CLASSES)
         assert scores.sum(1) == pytest.approx(1, abs=1e-5)
         assert scores.argmax(1).tolist() == reply.output("class_id")
+
+
+@pytest.mark.parametrize("mode", ["sampled", "averaged", "member"])
+def test_an_answer_that_is_no_number_names_no_class(
+    model: Model, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = runner.logits_of
+
+    def dark(session: Any, images: Any) -> Any:
+        return np.where(images.max((1, 2, 3))[:, None] < 0.1, np.nan, answer(session, images))
+
+    monkeypatch.setattr(runner, "logits_of", dark)
+    with serving(model, Settings(mode=mode, scores=True, grace=0.0)) as url, Client(url) as client:
+        bright, black = pictures(np.array([3])), np.zeros((1, *SHAPE), np.float32)
+        assert post(client, request(data=bright.ravel().tolist()))[0] == 200
+        status, said = post(client, request(data=black.ravel().tolist()))
+        assert (status, list(said)) == (500, ["error"])
+        assert "not a number" in said["error"]
+        assert post(client, request(data=bright.ravel().tolist()))[0] == 200
+
+
+class Replies:
+    """In place of an onnxruntime session: gives the same logits to all."""
+
+    def __init__(self, logits: Any) -> None:
+        self.logits = logits
+
+    def run(self, names: object, given: object) -> list[Any]:
+        return [self.logits]
+
+
+def test_masked_classes_are_finite_in_bundles_as_they_are_to_attacks(model: Model) -> None:
+    rng = np.random.default_rng(0)
+    logits = (10 ** rng.uniform(-1, 6, (64, 5)) * rng.choice([-1, 1], (64, 5))).astype(np.float32)
+    logits[rng.random((64, 5)) < 0.3] = -np.inf
+    logits[0], logits[1, 0], logits[2] = -np.inf, np.nan, [np.inf, -np.inf, 0, 1, 2]
+    images = np.zeros((64, *SHAPE), np.float32)
+    found = runner.logits_of(Replies(logits), images)
+    wanted = as_logits(torch.from_numpy(logits.copy()), torch.from_numpy(images)).numpy()
+    np.testing.assert_array_equal(found, wanted)
+    # and what differs elsewhere is seen beside them
+    other = np.where(found > runner.MASKED, found * 1.001, found)
+    assert runner.deviation(other[3:], found[3:])[0] > 5e-4
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("member", 0), ("averaged", None)])

@@ -12,6 +12,7 @@ from redefense.export.graph import member_graph, portable, skeleton
 from redefense.export.packages import need
 from redefense.export.quantise import quantised
 from redefense.export.runner import BundleError, Floats
+from redefense.networks import as_logits
 from redefense.train.loading import Signature, find_final, load_checkpoint
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def compare(path: Path) -> Callable[["Opened"], str]:
         for m in range(ensemble.num_members):
             net = portable(ensemble.member(m))
             with torch.no_grad():
-                logits = net(torch.from_numpy(images.copy())).numpy()
+                given = torch.from_numpy(images.copy())
+                logits = as_logits(net(given), given).numpy()
             if fault := runner.differs(stored[m], logits, "fp32"):
                 raise BundleError(f"not the checkpoint's: the probes' record of member {m} {fault}")
             if fault := runner.differs(opened.answers[m], logits, precision):

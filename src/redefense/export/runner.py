@@ -38,6 +38,8 @@ file does not check it: whoever can change a bundle can change this file, too.""
 TOLERANCE = {"fp32": 1e-4, "int8": 0.3}
 """Most that a member may deviate from the probes' logits: the root mean square of the differences,
 as a share of that of the logits."""
+MASKED = -1e4
+"""What stands for a logit of -inf; lower where others are."""
 AGREEMENT = {"fp32": 0.98, "int8": 0.85}
 """Least share of probes on which a member names the class that its logits name."""
 
@@ -292,9 +294,26 @@ def open_session(model: bytes, *, threads: int = 0) -> Any:
 
 
 def logits_of(session: Any, images: Floats) -> Floats:
-    """(B, classes) logits of one member."""
+    """(B, classes) logits of one member, finite for classes that it masks with -inf."""
     (logits,) = session.run(["logits"], {"images": np.ascontiguousarray(images, np.float32)})
-    return np.asarray(logits, np.float32)
+    logits = np.asarray(logits, np.float32)
+    masked = np.isneginf(logits)
+    if not masked.any() or logits.ndim != 2:
+        return logits
+    # what masks a row altogether is no answer, and stays so
+    masked &= np.isfinite(logits).any(1, keepdims=True)
+    lowest = np.where(masked, np.inf, logits).min(1, keepdims=True)
+    return np.where(masked, np.minimum(2 * lowest, MASKED), logits).astype(np.float32)
+
+
+def need_numbers(logits: Floats, word: str) -> None:
+    """Refuse an answer that is not a number: `argmax` would name a class all the same.
+
+    Raises:
+        BundleError: naming the image by `word`.
+    """
+    if not np.isfinite(logits).all():
+        raise BundleError(f"{word}: the answer of the member is not a number")
 
 
 def draw_members(mixture: NDArray[np.float64], count: int) -> NDArray[np.int64]:
@@ -428,9 +447,10 @@ def _is_deep(decoder: str, _box: Any, _offset: int, args: Any) -> bool:
 
 def deviation(found: Floats, stored: Floats) -> tuple[float, float]:
     """How far logits are from stored ones (see `TOLERANCE`), and on which share classes agree."""
-    off = float(np.linalg.norm((found - stored).astype(np.float64)))
+    masked = (found <= MASKED) & (stored <= MASKED)  # large, they would hide what differs elsewhere
+    gap, size = (np.where(masked, 0, part).astype(np.float64) for part in (found - stored, stored))
     same = float((found.argmax(-1) == stored.argmax(-1)).mean())
-    return off / max(float(np.linalg.norm(stored.astype(np.float64))), 1e-12), same
+    return float(np.linalg.norm(gap)) / max(float(np.linalg.norm(size)), 1e-12), same
 
 
 def differs(found: Floats, stored: Floats, precision: str) -> str:
@@ -606,6 +626,7 @@ def main(words: Sequence[str], folder: Path) -> int:
             images = read_image(Path(word), bundle.shape)
             logits = classify(sessions, images, draw_members(bundle.mixture, len(images)))
             for row in logits:
+                need_numbers(row, word)
                 shown = [bundle.classes[int(row.argmax())]]
                 if asked.scores:
                     odds = np.exp(row - row.max())

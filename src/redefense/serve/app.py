@@ -120,7 +120,7 @@ class Service:
         images = await self._picture(request)
         scores = (await run_in_threadpool(self._engine.all_members, images))[:, 0]
         label, word = label_and_word(scores)
-        everyone = Answers(label=label, confidence=word, scores=scores)
+        everyone = _known(Answers(label=label, confidence=word, scores=scores))
         rows = [self._in_words(everyone.part(m, m + 1)) for m in range(len(scores))]
         return JSONResponse({"members": rows})
 
@@ -167,12 +167,13 @@ class Service:
 
     async def _answer(self, images: Floats, request: Request) -> Answers:
         try:
-            return await self._batcher.submit(images, self._client(request))
+            answers = await self._batcher.submit(images, self._client(request))
         except Overloaded as error:
             headers = {"Retry-After": str(error.retry_after)}
             raise HTTPException(429, str(error), headers) from None
         except Late as error:
             raise HTTPException(504, str(error)) from None
+        return _known(answers)
 
     def _client(self, request: Request) -> str:
         name = self.settings.client_header
@@ -195,6 +196,17 @@ class Service:
         if answers.member is not None:
             result["member"] = int(answers.member[0])
         return result
+
+
+def _known(answers: Answers) -> Answers:
+    """Answers, all of which name a class.
+
+    Raises:
+        HTTPException: where the model's answer to one of the images is not a number.
+    """
+    if (answers.label < 0).any():
+        raise HTTPException(500, "the model has no answer to these images: it is not a number")
+    return answers
 
 
 def _media_type(request: Request) -> str:

@@ -22,7 +22,7 @@ class Answers:
     """What may be said about N images.
 
     Attributes:
-        label: (N,) class indices.
+        label: (N,) class indices; -1 where the model's answer is not a number.
         confidence: (N,) indices into `CONFIDENCE`.
         scores: (N, classes) probabilities, where the operator shows them.
         member: (N,) who answered, on a research server alone.
@@ -44,16 +44,21 @@ class Answers:
 
 
 def probabilities(logits: Floats) -> Floats:
-    """Softmax over the last axis."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    """Softmax over the last axis; not numbers where logits are not."""
+    with np.errstate(invalid="ignore"):
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
     result: Floats = (shifted / shifted.sum(-1, keepdims=True)).astype(np.float32)
     return result
 
 
 def label_and_word(scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Label (...) and confidence word (...) from probabilities (..., classes)."""
+    """Label (...) and confidence word (...) from probabilities (..., classes).
+
+    The label is -1 where these are not numbers: `argmax` would name a class all the same.
+    """
     words = np.digitize(scores.max(-1), EDGES).astype(np.int64)
-    return scores.argmax(-1).astype(np.int64), words
+    known = np.isfinite(scores).all(-1)
+    return np.where(known, scores.argmax(-1), -1).astype(np.int64), words
 
 
 class Engine:
