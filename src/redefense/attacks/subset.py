@@ -92,14 +92,15 @@ class Subset(AutoAscent):
     First each member alone, towards any wrong class and towards its own likeliest ones; a member
     that no point fools is left out of what follows. Then subsets of the others whose probability
     exceeds that of the members fooled by the best point so far, and would not without any one of
-    them. Each climbs the smooth minimum of its members' margins: towards any wrong class; towards
-    one class for all, the likeliest wrong ones on average; towards mixed ones, each member's
-    likeliest or second. When a point lowers the exact expected accuracy, the next larger subsets
-    are attacked; an image on which all members err is done. Points that are handed in are judged
-    first: members that they fool are not attacked alone.
+    them. Each climbs the smooth minimum of its members' margins: towards any wrong class, from the
+    best point so far and then from a random one; towards one class for all, the likeliest wrong
+    ones on average; towards mixed ones, each member's likeliest or second. When a point lowers the
+    exact expected accuracy, the next larger subsets are attacked; an image on which all members
+    err is done. Points that are handed in are judged first: members that they fool are not attacked
+    alone.
 
     At each probability reached at most `subsets` subsets are attacked, those that came nearest to
-    being fooled at one of the points judged, with `1 + num_targets + mixed` climbs each; so with
+    being fooled at one of the points judged, with `2 + num_targets + mixed` climbs each; so with
     8 or 12 members most subsets are never tried.
 
     The nearest published relative is the Lattice Climber (Gnecco Heredia et al., "On the role of
@@ -108,6 +109,7 @@ class Subset(AutoAscent):
     anew for each subset, tries several at each probability, and drives members towards classes.
 
     Attributes:
+        steps: gradients per climb; many short climbs find more than few long ones.
         temperature: of the smooth minimum; a member's margins are measured in standard deviations
             of its logits on the clean image.
         num_targets: wrong classes that all members are driven towards, one after the other.
@@ -116,6 +118,7 @@ class Subset(AutoAscent):
         restarts: how often each subset and target is tried, from another start.
     """
 
+    steps: int = 50
     temperature: float = 0.125
     num_targets: int = 9
     mixed: int = 8
@@ -155,10 +158,11 @@ class Subset(AutoAscent):
             search.judge(everyone, given)
         while True:
             points = start()  # for all, so that streams do not depend on who is left
-            rows, goal = search.next_goals()
+            rows, goal, onward = search.next_goals()
             if len(rows) == 0:
                 break
-            search.judge(rows, self._climb(search, rows, goal, points[rows], threat))
+            points = torch.where(onward.view(-1, 1, 1, 1), search.best.x[rows], points[rows])
+            search.judge(rows, self._climb(search, rows, goal, points, threat))
         search.support.offer_clean(search.best, x, y)
         return search.best.x
 
@@ -228,7 +232,7 @@ class Search:
         self.targets = min(self.attack.num_targets, classes - 1) if classes > 2 else 0
         size = self.masks.sum(1)
         mixed = (2**size).clamp_max(self.attack.mixed) * (size > 1) * (classes > 2)
-        self.aims = (1 + self.targets + mixed) * self.attack.restarts
+        self.aims = (2 + self.targets + mixed) * self.attack.restarts
         wrong = clean.softmax(2).nan_to_num(nan=0.0)
         wrong = wrong.scatter(2, self.y[:, None, None].expand(-1, total, 1), -1)
         self.own = wrong.topk(min(max(self.targets, 2), classes - 1), 2).indices
@@ -261,8 +265,11 @@ class Search:
         nearest = torch.where(wanted, self.height[rows], -math.inf).topk(self.listed.shape[1], 1)
         self.listed[rows], self.valid[rows] = nearest.indices, nearest.values > -math.inf
 
-    def next_goals(self) -> tuple[Int[Tensor, " K"], Goal]:
-        """The images that have anything left to attack, and the goal of each."""
+    def next_goals(self) -> tuple[Int[Tensor, " K"], Goal, Bool[Tensor, " K"]]:
+        """The images that have anything left to attack, the goal of each, and where to start.
+
+        A subset's first climb goes on from the best point; the others start anew.
+        """
         alone = ~self.erred & (self.alone < (1 + self.targets) * self.attack.restarts)
         tries = self.tries.gather(1, self.listed)
         joint = self.valid & (tries < self.aims[self.listed])
@@ -278,8 +285,10 @@ class Search:
         subset = torch.zeros_like(self.erred[rows])
         subset.scatter_(1, self.members[rows], self.masks[code])
         subset[single] = one_hot(member[single], subset.shape[1]).bool()
-        target = self._targets_of(rows, subset, aim // self.attack.restarts)
-        return rows, Goal(subset, target, self.scale[rows])
+        aim = aim // self.attack.restarts
+        onward = ~single & (aim == 0)
+        target = self._targets_of(rows, subset, (aim - (~single).long()).clamp_min(0))
+        return rows, Goal(subset, target, self.scale[rows]), onward
 
     def _targets_of(
         self, rows: Int[Tensor, " K"], subset: Bool[Tensor, "K M"], aim: Int[Tensor, " K"]
