@@ -76,6 +76,25 @@ def test_commands_on_a_card_and_a_report_work_where_these_were_made(run: Runner)
     assert redefense.load(json.loads(path)).num_members == 3
 
 
+def test_a_cascade_can_be_left_out_and_the_command_on_the_report_says_so(run: Runner) -> None:
+    run("train", "digits-vanilla", "--out", "v", *QUICK)
+    cells = [{"attack": "hinge", "view": "members", "settings": {"steps": n}} for n in (3, 4)]
+    Path("mine.json").write_text(json.dumps({"cells": cells, "cascade": True}))
+    out = {"some": [], "all": ["--no-cascade", "--out", "v/evaluation/all.json"]}
+    for words in out.values():
+        done = run("evaluate", "v", "--images", "30", "--suite", "mine.json", "--quiet", *words)
+        assert done.code == 0
+    some, every = (
+        json.loads(Path(f"v/evaluation/{name}.json").read_text()) for name in ("mine", "all")
+    )
+    assert some["cells"][1]["met"] < some["cells"][0]["met"] <= 30
+    assert [cell["met"] for cell in every["cells"]] == [30, 30]
+    run("report", "v", "--out", "page.html", "--quiet")
+    lines = re.findall(r"^    redefense (evaluate .*)$", Path("page.md").read_text(), re.MULTILINE)
+    assert sorted("--no-cascade" in line for line in lines) == [False, True]
+    assert [run(*shlex.split(line)).code for line in lines] == [0, 0]
+
+
 def test_a_threat_may_be_written_as_people_do(run: Runner) -> None:
     run("train", "digits-vanilla", "--out", "v", *QUICK)
     for number, words in enumerate((["--eps", "8/255"], ["--norm", "l2", "--eps", "128/255"])):

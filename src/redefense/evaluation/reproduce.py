@@ -54,8 +54,9 @@ def command(stored: Stored) -> str | None:
         words += ["--checks", plan.checks] * (plan.checks != "quick")
         words += ["--stochastic", plan.stochastic] * (plan.stochastic != "auto")
         ours = SUITES.get(evaluation.suite)
-        if ours is not None and ours.cascade and plan.suite.get("cascade") is False:
-            words.append("--no-cascade")
+        # a suite of one's own may say otherwise in its file
+        whole = plan.suite.get("cascade") is False and (ours is None or ours.cascade)
+        words += ["--no-cascade"] * whole
     return shlex.join([*words, *_out(stored, run)])
 
 
