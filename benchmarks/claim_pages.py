@@ -69,7 +69,8 @@ def result(it: Claim) -> Result:
 
 def _scored(cell: Attacked, found: Evaluated) -> Scored:
     value, low, high = _estimate(cell.expected) or (None, None, None)
-    q, met = (None if text is None else unpacked(text) for text in (cell.each, cell.met))
+    q = None if cell.each is None else unpacked(cell.each)
+    met = None if cell.met is None else unpacked(cell.met) > 0
     kept = Cell(
         id=cell.id, attack=cell.attack, view=cell.view, aware=cell.aware, bounded=cell.bounded,
         repr=cell.repr, accuracy=Accuracy(expected=value),
@@ -77,7 +78,6 @@ def _scored(cell: Attacked, found: Evaluated) -> Scored:
         interval=None if low is None or high is None else (low, high),
     )  # fmt: skip
     suite = " + ".join(map(suite_name, found.suites))
-    met = None if met is None else met > 0
     return Scored(cell=kept, suite=suite, correct=None, q=q, met=met)
 
 
