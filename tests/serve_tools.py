@@ -32,8 +32,8 @@ def pictures(labels: NDArray[np.int64]) -> Floats:
     return images.reshape(-1, *SHAPE)
 
 
-def _linear(shift: int) -> onnx.ModelProto:
-    """Answers image k with class (k + shift) mod 10."""
+def _linear(shift: int, noise: float = 0.0) -> onnx.ModelProto:
+    """Answers image k with class (k + shift) mod 10, or with noise on all logits."""
     matrix = np.zeros((16, CLASSES), dtype=np.float32)
     for k in range(CLASSES):
         matrix[k, (k + shift) % CLASSES] = 5.0
@@ -41,6 +41,12 @@ def _linear(shift: int) -> onnx.ModelProto:
         helper.make_node("Flatten", ["images"], ["flat"]),
         helper.make_node("MatMul", ["flat", "matrix"], ["logits"]),
     ]
+    if noise:
+        nodes[1].output[0] = "plain"
+        nodes += [
+            helper.make_node("RandomNormalLike", ["plain"], ["drawn"], scale=noise),
+            helper.make_node("Add", ["plain", "drawn"], ["logits"]),
+        ]
     graph = helper.make_graph(
         nodes,
         "member",
@@ -51,12 +57,14 @@ def _linear(shift: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
-def make_bundle(folder: Path, num_members: int = 3, mixture: list[float] | None = None) -> Path:
+def make_bundle(
+    folder: Path, num_members: int = 3, mixture: list[float] | None = None, noise: float = 0.0
+) -> Path:
     """Members 0 to M - 1 answer image k with classes k, k + 1, ...: they never agree."""
     (folder / "members").mkdir(parents=True)
     names = [f"members/{m}.onnx" for m in range(num_members)]
     for m, name in enumerate(names):
-        (folder / name).write_bytes(_linear(m).SerializeToString())
+        (folder / name).write_bytes(_linear(m, noise).SerializeToString())
     config = {
         "schema": 1,
         "format": "redefense-bundle",

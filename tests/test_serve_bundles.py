@@ -18,7 +18,8 @@ from redefense.export.write import synthetic
 from redefense.serve.client import Client, Form
 from redefense.serve.model import Model
 from redefense.serve.settings import Settings
-from serve_tools import serving
+from redefense.stochastic import Stochastic
+from serve_tools import make_bundle, serving
 
 IMAGES = synthetic(SHAPE, 24).numpy()
 ONLY_SECOND = [0.0, 1.0]
@@ -132,6 +133,14 @@ def test_members_whose_answers_would_depend_on_mates_are_not_grouped(
         else:
             model.check_grouped(True)
         model.check_grouped(False)
+
+
+def test_members_that_draw_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="member 0 answers the same image in different ways"):
+        Model(make_bundle(tmp_path / "noisy", noise=0.1))
+    with pytest.raises(ConfigError, match="a stochastic network cannot be exported"):
+        bundle(Stochastic(plain(2)), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_damaged_template_or_weights_are_not_served(

@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import redefense
+from redefense.attacks.square import Square
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.stochastic.views import Fresh, InPlace
 from redefense.rng import seeded, stream
@@ -24,6 +25,7 @@ from redefense.stochastic import (
     TestTimeDropout,
     seeds_of,
 )
+from redefense.threat import Threat
 from redefense.types import Ensemble
 
 X = torch.rand(6, 1, 4, 4, generator=stream(0, "images"))
@@ -150,6 +152,29 @@ def test_an_image_keeps_its_place_when_the_attack_goes_on_with_fewer() -> None:
     assert bool(grad.flatten(1).any(1).all())
     twins = InPlace(network, X[[0, 0, 0, 1]])
     assert twins.member_logits(X[[0, 0, 1]]).shape == (2, 3, 3)
+
+
+def test_a_black_box_asks_again_before_it_compares() -> None:
+    class Slope(nn.Module):
+        def __init__(self, noise: float) -> None:
+            super().__init__()
+            self.noise = noise
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.flatten(1).sum(1) + self.noise * torch.randn(len(x))
+            return torch.stack([z, torch.zeros_like(z)], 1)
+
+    x, y = torch.full((40, 1, 4, 4), 0.5), torch.zeros(40, dtype=torch.long)
+
+    def left(noise: float, reevaluate: bool) -> Tensor:
+        victim = Stochastic(Slope(noise)).sampled(rng=stream(0, "victim"))
+        attack = Square(queries=100, reevaluate=reevaluate)
+        found = attack(victim, x, y, Threat(eps=0.1), rng=stream(0, "square"))
+        return found.flatten(1).sum(1)
+
+    # answers that do not change are the same again
+    assert torch.equal(left(0.0, True), left(0.0, False))
+    assert left(1.0, True).mean() < left(1.0, False).mean() - 0.2
 
 
 def test_a_vote_is_the_majority_and_abstains_as_the_binomial_test_does() -> None:

@@ -198,12 +198,15 @@ class Square(Attack):
         queries: patches tried per image, until it is fooled.
         p_init: share of the image that the first patches cover, in (0, 1].
         rescale: stretch the schedule of patch sizes, made for 10,000 queries, to `queries`.
+        reevaluate: compare each patch with a fresh answer to the point so far, and go on where an
+            answer was wrong: on a victim that draws, the best answer was the luckiest.
         preset: published settings.
     """
 
     queries: int = 5000
     p_init: float = 0.8
     rescale: bool = True
+    reevaluate: bool = False
     preset: str | None = None
 
     summary: ClassVar[str] = "random search with square patches, from scores alone"
@@ -261,13 +264,17 @@ class Square(Attack):
         value, fooled = judge(point, y)
         for query in range(self.queries):
             rows = (~fooled).nonzero().flatten()
+            if self.reevaluate:
+                rows = torch.arange(len(x), device=x.device)
+                value, _ = judge(point, y)
             if len(rows) == 0:
                 break
             own = draws.of(rows)
             new = propose(own, x[rows], point[rows], self._side(query, x, odd=not linf))
             draws.follow(own)
             new_value, new_fooled = judge(new, y[rows])
-            better = (new_value > value[rows]) | new_fooled
+            better = new_value > value[rows]
+            better = better if self.reevaluate else better | new_fooled
             point[rows[better]] = new[better]
             value[rows[better]] = new_value[better]
             fooled[rows] = new_fooled

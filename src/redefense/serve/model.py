@@ -14,6 +14,8 @@ from redefense.export import runner
 
 Floats = NDArray[np.float32]
 INPUT: Final = "images"  # what bundles call the input of every member
+_ASKED: Final = 4  # how often a member is asked the same when it is loaded
+_ROUNDING: Final = 1e-3  # of the largest logit, which differences of kernels may reach
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -64,6 +66,19 @@ class Model:
             raise ConfigError(f"--name must be letters, digits, dots, _ and -, got {self.name}")
         if self.shape[0] not in (1, 3):
             raise DataError(f"{folder}: images have {self.shape[0]} channels; 1 or 3 are served")
+        self._refuse_draws(folder)
+
+    def _refuse_draws(self, folder: Path) -> None:
+        """Refuse members that draw by themselves: the draw is among members, not in them."""
+        image = np.linspace(0, 1, self.pixels, dtype=np.float32).reshape(1, *self.shape)
+        for m in range(self.num_members):
+            first, *again = (self.logits_of(m, image) for _ in range(_ASKED))
+            allowed = _ROUNDING * max(1.0, float(np.abs(first).max()))
+            if any(float(np.abs(other - first).max()) > allowed for other in again):
+                raise DataError(
+                    f"{folder}: member {m} answers the same image in different ways; members that "
+                    "draw random numbers are not served: export networks without a random layer"
+                )
 
     @property
     def num_members(self) -> int:

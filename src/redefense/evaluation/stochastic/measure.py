@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
 from redefense.attacks.adaptive import Hinge
 from redefense.attacks.gradient import PGD
+from redefense.attacks.square import Square
 from redefense.config import ThreatConfig
 from redefense.evaluation.baselines import NOTHING
 from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest
@@ -63,7 +65,7 @@ def run_drawn(
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
     check_draws(network, x)
-    plan = plan_of(suite, threat, True)
+    plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
         store=store, checks=checks, say=say, progress=progress,
@@ -87,6 +89,14 @@ def run_drawn(
     done += drawn_checks.after(data, records)
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
     return Report(data, records, subject.index)
+
+
+def _for_draws(planned: Planned) -> Planned:
+    """Black boxes that query single draws do not trust an answer that they got once."""
+    attack = planned.attack
+    if isinstance(attack, Square) and attack.preset is None and planned.spec.view == "sampled":
+        return replace(planned, attack=replace(attack, reevaluate=True))
+    return planned
 
 
 def _everything(
