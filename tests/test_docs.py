@@ -18,7 +18,7 @@ import typer
 
 import redefense
 from docs_blocks import Block, blocks, commands, made_tiny
-from redefense import cli
+from redefense import cli, plugins
 from redefense.attacks import Attack
 from redefense.commands.options import resolve_run
 from redefense.data import DATASETS
@@ -36,6 +36,14 @@ from redefense.train.loading import resolve
 ROOT = Path(redefense.__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PATHS = re.compile(r"PATH|FILE|COMMIT")
+
+
+@pytest.fixture(autouse=True)
+def names_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is registered, by a page or by training objects, is known to that test alone."""
+    for kind in plugins.HOMES:
+        monkeypatch.setattr(plugins.registry(kind), "_added", {})
+    monkeypatch.setattr(plugins, "_loaded", set())
 
 
 def redefense_command(words: list[str]) -> tuple[int, str]:

@@ -173,7 +173,7 @@ def evaluate(
         settings = {
             "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
             "threat": allowed.model_dump(mode="json"), "images": images, "seed": seed,
-            "seeds": seeds, "checks": checks, "stochastic": isinstance(ensemble, Stochastic),
+            "seeds": seeds, "checks": checks, "stochastic": str(stochastic),
             "data": image_digest(subject.x, subject.y), "weights": weights_digest([ensemble]),
             "version": redefense.__version__, "code": code(),
             **plugins_of(plan, subject.data_name),
