@@ -14,6 +14,7 @@ import redefense
 from redefense.cli import main
 from redefense.commands import looking
 from redefense.evaluation import api
+from redefense.files import locked
 from redefense.recipes import RECIPES
 
 QUICK = ["--set", "epochs=1", "--set", "ensemble.model=mlp", "--set", "batch_size=256", "--quiet"]
@@ -125,7 +126,13 @@ def test_a_bundle_given_in_place_of_its_run_is_one_line(run: Runner) -> None:
 
 def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> None:
     run("train", "digits-vanilla", "--out", "v", *QUICK)
+    with locked(Path("v/evaluation/quick/.lock"), wait=False):
+        refused = run("evaluate", "v", "--images", "20", "--quiet")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "another process is working on v/evaluation/quick.json" in refused.err
+    assert not Path("v/evaluation").exists() or not list(Path("v/evaluation").iterdir())
     run("evaluate", "v", "--images", "20", "--quiet")
+    assert not list(Path("v/evaluation").rglob(".lock"))
     refused = run("evaluate", "v", "--images", "21", "--quiet")
     assert refused.code == 2
     assert "images" in refused.err

@@ -3,6 +3,9 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from redefense.errors import WriteError
 from redefense.evaluation.store import write_arrays
-from redefense.files import append_line, write_bytes, write_text, written_aside
+from redefense.files import append_line, locked, write_bytes, write_text, written_aside
 
 LONG = "x" * 5000
 
@@ -98,3 +101,40 @@ def test_text_that_came_from_a_path_in_another_encoding_is_written_as_utf8(tmp_p
     assert path.read_text(encoding="utf-8") == "run \ufffd"
     write_text(path, "r\u00fcn".encode().decode("ascii", "surrogateescape"))  # read where LANG=C
     assert path.read_text(encoding="utf-8") == "r\u00fcn"
+
+
+def test_a_lock_has_one_holder_at_a_time_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    for _ in range(2):  # it can be taken again
+        with locked(path, wait=False) as free:
+            assert free
+            with locked(path, wait=False) as again:
+                assert not again
+            with locked(path, wait=False) as again:  # whoever was refused took nothing away
+                assert not again
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "kept").touch()
+    with locked(path, wait=False):
+        pass
+    assert [found.name for found in (tmp_path / "new").iterdir()] == ["kept"]
+
+
+def test_a_lock_is_freed_by_a_kill_and_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    script = (
+        "import pathlib, sys, time\nfrom redefense.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), wait=False):\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with locked(path, wait=False) as free:
+            assert not free
+        threading.Timer(0.2, holder.kill).start()
+        with locked(path, wait=True) as free:
+            assert free
+        assert holder.wait() < 0

@@ -16,7 +16,7 @@ from redefense.attacks import ATTACKS
 from redefense.defences import DEFENCES, Stage
 from redefense.defences.coupled import check_differentiate
 from redefense.ensembles import Independent, evaluating
-from redefense.errors import ConfigError, InputError, RedefenseError, ResourceError
+from redefense.errors import ConfigError, InputError, ModelError, RedefenseError, ResourceError
 from redefense.evaluation.landscape import surface
 from redefense.export import About, export, runner
 from redefense.hub import to_robustbench
@@ -44,6 +44,11 @@ class Linear(nn.Module):
 
 class Unusual(Exception):  # noqa: N818 - an error of somebody else's
     pass
+
+
+class Wordless(Exception):  # noqa: N818 - an error of somebody else's
+    def __str__(self) -> str:
+        raise Unusual
 
 
 def raising(error: BaseException) -> Callable[[Tensor], Tensor]:
@@ -102,6 +107,7 @@ ENTRANCES: dict[str, Callable[[nn.Module], object]] = {
         (TypeError("got a tuple"), r": TypeError: got a tuple$"),
         (KeyError("stem"), r": KeyError: 'stem'$"),
         (NotImplementedError(), r": NotImplementedError$"),
+        (Wordless(), r": Wordless$"),
         (Unusual("not today"), r": Unusual: not today$"),
         *(
             (kind("what"), rf": {kind.__name__}: what$")
@@ -111,8 +117,9 @@ ENTRANCES: dict[str, Callable[[nn.Module], object]] = {
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_whatever_a_network_raises_is_one_line(entrance: str, error: Exception, says: str) -> None:
-    with pytest.raises(InputError, match=f"^the model cannot take images of .*{says}") as caught:
+    with pytest.raises(ModelError, match=f"^the model cannot take images of .*{says}") as caught:
         ENTRANCES[entrance](Linear(raising(error)))
+    assert caught.value.code == 3
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
 

@@ -167,6 +167,9 @@ class Independent(Members):
     def __init__(
         self, members: Sequence[nn.Module], mixture: Sequence[float] | Tensor | None = None
     ) -> None:
+        is_list = isinstance(members, Sequence | nn.ModuleList)
+        if not is_list or not all(isinstance(m, nn.Module) for m in members):
+            raise _no_networks(members)
         super().__init__(len(members), mixture)
         self.members = nn.ModuleList(members)
         self.mixture = self.mixture.to(device_of(self.members))
@@ -376,7 +379,7 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
     if mixture is None:
         return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
     try:
-        probs = torch.as_tensor(mixture, dtype=torch.float64).detach().clone()
+        probs = torch.as_tensor(mixture, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"the mixture must be a list of probabilities, got {mixture!r}") from None
     if probs.shape != (num_members,):
@@ -417,14 +420,20 @@ def as_ensemble(model: object) -> Ensemble:
         return Independent([model])
     if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
         return Independent(model)
+    raise _no_networks(model)
+
+
+def _no_networks(model: object) -> InputError:
     got = type(model).__name__
     if isinstance(model, type):
         got = f"the class {model.__name__}: make a network of it"
+    if isinstance(model, nn.Module):
+        got += " where a list was asked for: put it into one"
     if isinstance(model, list | tuple):
         odd = (i for i, member in enumerate(model) if not isinstance(member, nn.Module))
         at = next(odd, None)
         got = f"an empty {got}" if at is None else f"{type(model[at]).__name__} as element {at}"
-    raise InputError(
+    return InputError(
         f"expected a network (torch.nn.Module), an ensemble or a list of networks, got {got}"
     )
 

@@ -3,6 +3,7 @@
 RedefenseError
 ├── ConfigError      a setting, recipe or option is wrong                      exit 2
 ├── InputError       images, labels or arguments handed to the API are wrong   exit 2
+│   └── ModelError   a network refuses images, its answers are no logits       exit 3
 ├── DataError        a data set or a run is missing, damaged or refused        exit 3
 │   └── CheckpointError  a checkpoint is missing, truncated or altered         exit 3
 ├── WriteError       a file cannot be written: no room (exit 1), no permission exit 2
@@ -50,6 +51,12 @@ class ConfigError(RedefenseError, ValueError):
 
 class InputError(RedefenseError, ValueError):
     """Images, labels or other arguments break the input contract."""
+
+
+class ModelError(InputError):
+    """A network cannot take the images, cannot be differentiated, or its answers are no logits."""
+
+    code = 3
 
 
 class DataError(RedefenseError):

@@ -8,7 +8,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -68,6 +68,45 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock that a file stands for: one process has it at a time, and loses it if killed.
+
+    Yields:
+        Whether it is held. With `wait` it always is, and the file stays; otherwise it is not where
+        another process holds it, and the holder removes the file, and the folder if left empty.
+
+    Raises:
+        WriteError: if the file cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: the last one's files count
+        yield True
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        if wait:
+            yield True
+            return
+        if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+            yield False  # its holder has removed it in this moment
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.parent.rmdir()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

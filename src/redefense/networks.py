@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from redefense.errors import InputError, RedefenseError
+from redefense.errors import ModelError, RedefenseError
 from redefense.types import cannot_differentiate, cannot_take, first_line
 
 
 def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """What a network answers to images, as `as_logits`; whatever it raises becomes one line.
+    """(B, C) logits of a network, as `as_logits`; whatever it raises becomes one line.
 
     It is given a copy: layers that work in place would change the caller's images, and torch
     refuses them where the images ask for a gradient.
@@ -30,16 +30,17 @@ def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tens
         dtype: in which the network takes them; their own unless given.
 
     Raises:
-        InputError: the network cannot take the images.
+        ModelError: the network cannot take the images, or gives no logits of two classes or more.
         ResourceError: memory does not suffice.
     """
     given = x.clone() if dtype in (None, x.dtype) else x.to(dtype)
     try:
-        return as_logits(cast(Tensor, network(given)), x)
+        answer = network(given)
     except RedefenseError:
         raise
     except Exception as error:  # a network may raise anything
         raise cannot_take(given, error) from error
+    return as_logits(answer, x)
 
 
 MASKED: Final = -1e4
@@ -48,14 +49,23 @@ OFFSET: Final = 1024
 """Double logits beyond it lose their offset before they are rounded, which changes no answer."""
 
 
-def as_logits(answer: Tensor, x: Tensor) -> Tensor:
+def as_logits(answer: object, x: Tensor) -> Tensor:
     """Logits in the type of their images, single precision at least, finite for masked classes.
 
     Differences and gradients of -inf are not numbers, and values of another type would spread to
-    the points of an attack. Under autocast logits keep their type. Rows without any finite entry,
-    and what is not (B, C) logits, stay as they are.
+    the points of an attack. Under autocast logits keep their type. Rows without any finite entry
+    and integers stay as they are.
+
+    Raises:
+        ModelError: for what is not (B, C) logits of two classes or more.
     """
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or not answer.is_floating_point():
+    sizes = tuple(answer.shape) if isinstance(answer, Tensor) else ()
+    if not isinstance(answer, Tensor) or len(sizes) != 2 or sizes[0] != len(x) or sizes[1] < 2:
+        got = sizes if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        raise ModelError(
+            f"members must give (B, C) logits of two classes or more, got {got} for B = {len(x)}"
+        )
+    if not answer.is_floating_point():
         return answer
     dtype = torch.promote_types(x.dtype, torch.float32)
     if answer.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
@@ -97,7 +107,7 @@ def differentiating() -> Iterator[None]:
     """What goes wrong in a network's backward pass within the block becomes one line.
 
     Raises:
-        InputError: the network, or an operation in it, has no such derivative.
+        ModelError: the network, or an operation in it, has no such derivative.
         ResourceError: memory does not suffice.
     """
     try:
@@ -124,7 +134,7 @@ def set_evaluation(network: nn.Module) -> None:
         return
     try:
         network.eval()
-    except NotImplementedError:
+    except Exception:  # noqa: BLE001 - whatever a part says to it
         network.training = False
         for child in network.children():
             set_evaluation(child)
@@ -139,7 +149,7 @@ def copied(network: nn.Module) -> nn.Module:
     """A deep copy, also of a network that keeps computed tensors, as after `weight_norm`.
 
     Raises:
-        InputError: if it keeps what cannot be copied, as an open file or a lock.
+        ModelError: if it keeps what cannot be copied, as an open file or a lock.
     """
     memo: dict[int, Any] = {}
     for module in network.modules():
@@ -148,9 +158,9 @@ def copied(network: nn.Module) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(network, memo)
-    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # a part may refuse in any way
         name, why = type(network).__name__, first_line(error)
-        raise InputError(f"{name} cannot be copied, which is needed here: {why}") from error
+        raise ModelError(f"{name} cannot be copied, which is needed here: {why}") from error
 
 
 def _held(values: list[Any]) -> Iterator[Tensor]:
@@ -189,11 +199,11 @@ def check_values(network: nn.Module) -> None:
     """Refuse weights without values: on the meta device, or initialised by the first call.
 
     Raises:
-        InputError: naming the first.
+        ModelError: naming the first.
     """
     for name, value in chain(network.named_parameters(), network.named_buffers()):
         if value.is_meta or isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise InputError(
+            raise ModelError(
                 f"the weight {name} has no values (it lies on the meta device, or is initialised "
                 "by the first call): load or initialise the network first"
             )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from redefense.errors import InputError, RedefenseError, ResourceError
+from redefense.errors import InputError, ModelError, RedefenseError, ResourceError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
@@ -186,7 +186,7 @@ def cannot_take(x: Tensor, error: Exception) -> RedefenseError:
 
 def cannot_differentiate(error: Exception) -> RedefenseError:
     """What to raise when the backward pass of a network fails."""
-    twice = any(part in str(error) for part in _NO_SECOND_DERIVATIVE)
+    twice = any(part in text_of(error) for part in _NO_SECOND_DERIVATIVE)
     hint = (
         " twice, which the penalties of red, gal and trs need: train red or gal with "
         "differentiate=finite, or another method, such as at; attention by torch's "
@@ -201,9 +201,17 @@ _NO_SECOND_DERIVATIVE: Final = (
 _NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memory")
 
 
+def text_of(error: Exception) -> str:
+    """What an error says; empty if even that raises."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - an error of somebody else's
+        return ""
+
+
 def first_line(error: Exception) -> str:
     """The line of an error's text that says what was wrong; empty if it has no text."""
-    lines = str(error).strip().splitlines() or [""]
+    lines = text_of(error).strip().splitlines() or [""]
     # scripted networks say so in the last line only
     return lines[-1 if "TorchScript" in lines[0] else 0].strip()
 
@@ -214,7 +222,7 @@ def _refusal(error: Exception, what: str) -> RedefenseError:
         return error
     first = first_line(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
+        isinstance(error, RuntimeError) and any(part in text_of(error) for part in _NO_MEMORY)
     ):
         return ResourceError(
             f"memory does not suffice for the model and these images: {first or 'no text'}; give "
@@ -222,7 +230,7 @@ def _refusal(error: Exception, what: str) -> RedefenseError:
         )
     kind = type(error).__name__
     plain = first and isinstance(error, RuntimeError | ValueError | AssertionError)
-    return InputError(f"{what}: {first}" if plain else f"{what}: {kind}: {first}".rstrip(": "))
+    return ModelError(f"{what}: {first}" if plain else f"{what}: {kind}: {first}".rstrip(": "))
 
 
 def _integers(y: Tensor) -> bool:

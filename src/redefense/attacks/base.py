@@ -20,7 +20,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Final, Literal, NamedTuple, final
+from numbers import Integral, Real
+from typing import ClassVar, Final, Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from redefense.attacks.objectives import LEAST_CLASSES, margin
 from redefense.attacks.precision import asked, rounded
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
 from redefense.errors import ConfigError, InputError, RedefenseError
-from redefense.networks import differentiating
+from redefense.networks import check_values, differentiating
 from redefense.rng import system_stream
 from redefense.threat import Threat, norms
 from redefense.types import (
@@ -90,6 +91,13 @@ class Attack(ABC):
     def __post_init__(self) -> None:
         if (name := getattr(self, "preset", None)) is not None:
             self._fill_in(name)
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.type is int
+            if (whole or field.type is float) and (
+                isinstance(value, bool) or not isinstance(value, Integral if whole else Real)
+            ):
+                kind = "whole number" if whole else "number"
+                raise ConfigError(f"{field.name} must be a {kind}, got {value!r}")
         self.check()
 
     def _fill_in(self, name: str) -> None:
@@ -153,6 +161,9 @@ class Attack(ABC):
         if threat.norm not in self.norms:
             known = ", ".join(f"{n:g}" for n in self.norms)
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
+        if not isinstance(victim, nn.Module):
+            victim = cast(nn.Module, as_ensemble(victim))
+        check_values(victim)
         with (
             torch.inference_mode(False),
             torch.no_grad(),

@@ -25,6 +25,7 @@ from redefense.data.dataset import Dataset, Split, test_indices, train_validatio
 from redefense.data.loader import Augment, Loader
 from redefense.data.source import Refuse, Source, materialise, strict
 from redefense.errors import ConfigError, DataError
+from redefense.files import locked
 from redefense.plugins import Registry, summary_of
 
 __all__ = [
@@ -222,7 +223,7 @@ def load_dataset(
     if (kept := disk.load(at)) is not None:
         return kept
     try:
-        with disk.locked(at):
+        with locked(at / "lock", wait=True):
             if (kept := disk.load(at)) is not None:  # another process was faster
                 return kept
             source = find(spec)

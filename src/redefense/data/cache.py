@@ -11,7 +11,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,20 +107,6 @@ def store(at: Path, source: Source, tick: Tick) -> Dataset:
     aside.replace(at / "meta.json")
     _clean(at, previous)
     return _dataset(at, meta)
-
-
-@contextlib.contextmanager
-def locked(at: Path) -> Iterator[None]:
-    """Let one process build while the others wait for its result."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: all build, the last one's files count
-        yield
-        return
-    at.mkdir(parents=True, exist_ok=True)
-    with (at / "lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def stamps(files: "tuple[Path, ...] | list[Path]") -> list[list[Any]]:

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -54,8 +54,8 @@ from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, che
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite, suite_named
 from redefense.evaluation.wording import OF_DEFENCE
-from redefense.evaluation.workers import own_device, workers
-from redefense.files import write_text
+from redefense.evaluation.workers import ALONE, Workers, own_device, workers
+from redefense.files import locked, write_text
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.api import TrainedRun, weights_digest
@@ -276,7 +276,7 @@ def evaluate_run(
     if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")
-    with workers() as team:
+    with workers() as team, _alone(team, store, target):
         here = team.gather([place_of(subject.x.device)])
         if team.first:
             _claim(store, target, settings, here)
@@ -348,6 +348,22 @@ class _Kept:
 
 
 @contextmanager
+def _alone(team: Workers, store: Path, target: Path) -> Iterator[None]:
+    """Refuse to work on an evaluation that other processes work on at the same moment.
+
+    Raises:
+        ConfigError: on every process of the team.
+    """
+    with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
+        if not all(team.gather([free])):
+            raise ConfigError(
+                f"another process is working on {target}: wait until it ends, or name another file "
+                "with --out"
+            )
+        yield
+
+
+@contextmanager
 def _kept(
     out: str | Path | None,
     plan: Suite,
@@ -364,14 +380,14 @@ def _kept(
     """
     say = partial(print, file=sys.stderr, flush=True) if progress else _silent
     target, started = None, ""
-    if out is not None:
-        target = Path(out) / "evaluation" / f"{plan.name}.json"
-        here = [place_of(subject.x.device)]
-        started, _ = _claim(target.with_suffix(""), target, settings, here)
-    with (
-        nullcontext() if target is None else _stoppable(target.with_suffix("")),
-        shown(say) if progress else nullcontext(SILENT) as bar,
-    ):
+    with ExitStack() as stack:
+        if out is not None:
+            target = Path(out) / "evaluation" / f"{plan.name}.json"
+            store, here = target.with_suffix(""), [place_of(subject.x.device)]
+            stack.enter_context(_alone(ALONE, store, target))
+            started, _ = _claim(store, target, settings, here)
+            stack.enter_context(_stoppable(store))
+        bar = stack.enter_context(shown(say) if progress else nullcontext(SILENT))
         yield _Kept(target=target, started=started, say=say, progress=bar)
 
 

@@ -86,14 +86,12 @@ def read_pair(data: Any) -> tuple[Images, Labels]:
         raise InputError(
             f"data must be a specification or a pair (images, labels) of tensors, got {got}"
         )
+    check_images(data[0])
+    check_labels(data[1], len(data[0]))
     x, y = (
         # tensors of inference mode cannot take part in gradients, and subclasses bring rules of
         # their own
         (part.clone() if part.is_inference() else part).detach().as_subclass(Tensor)
-        if isinstance(part, Tensor)
-        else part
         for part in data
     )
-    check_images(x)
-    check_labels(y, len(x))
     return x, y.long()

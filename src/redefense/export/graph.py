@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, ModelError
 from redefense.export.packages import need
 from redefense.networks import copied, set_evaluation, unwrapped
 from redefense.types import Images, cannot_take, first_line
@@ -92,13 +92,27 @@ def _make_traceable(net: nn.Module, example: Images) -> None:
     forward, given = net.forward, example.clone()
     with torch.no_grad():
         try:
-            net(given)
+            answer = net(given)
         except Exception as error:
             raise cannot_take(example, error) from error
+    check_finite(answer)
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
     named = bool(kinds) and kinds[0] is inspect.Parameter.POSITIONAL_OR_KEYWORD
     if not named or not torch.equal(given, example):
         net.forward = lambda images: forward(images.clone())
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits that are infinite or no number, which runtimes treat in different ways.
+
+    Raises:
+        ModelError: in one line.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ModelError(
+            "the logits of a member are not all finite, which runtimes treat in different ways: "
+            "look at its weights, and mask classes by a large negative number, such as -1e4"
+        )
 
 
 def tidied(model: Any) -> bytes:

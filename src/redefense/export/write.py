@@ -16,11 +16,11 @@ from torch import Tensor
 
 import redefense
 from redefense.ensembles import Hyper, Members
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, InputError
 from redefense.evaluation.card import unmeasured_card
 from redefense.export import runner
 from redefense.export.compact import write_compact
-from redefense.export.graph import member_graph, portable
+from redefense.export.graph import check_finite, member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
@@ -54,6 +54,13 @@ class About:
     settings: dict[str, Any] | None = None
     card: Callable[[str], str] | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        sizes = list(self.shape)
+        if len(sizes) != 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ConfigError(f"shape must be (channels, height, width), got {self.shape!r}")
+        if isinstance(self.classes, str) or not all(isinstance(n, str) for n in self.classes):
+            raise ConfigError(f"classes must be a list of names, got {self.classes!r}")
+
 
 def export(
     ensemble: Members,
@@ -83,8 +90,12 @@ def export(
             it does in torch; nothing is left then.
         InputError: if probes are no images in [0, 1], or a member cannot take or be given them.
     """
-    images = (synthetic(about.shape) if probes is None else probes).float().cpu()
+    if not isinstance(ensemble, Members):
+        got = type(ensemble).__name__
+        raise InputError(f"export takes an ensemble, such as Independent([network]), got {got}")
+    images = synthetic(about.shape) if probes is None else probes
     check_images(images, "probes")
+    images = images.float().cpu()
     if tuple(images.shape[1:]) != about.shape:
         raise ConfigError(f"probes must be {about.shape} images, got {tuple(images.shape[1:])}")
     check_values(ensemble)
@@ -169,6 +180,7 @@ def _write(
             f"{', '.join(map(str, shapes))} for {len(images)} images"
         )
     logits = torch.stack(answers)
+    check_finite(logits)
     if isinstance(ensemble, Hyper):
         config |= {
             "kind": "compact",

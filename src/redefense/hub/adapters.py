@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles import Members, Sampled, device_of, frozen_weights
 from redefense.errors import ConfigError, InputError
-from redefense.networks import ask, differentiating
+from redefense.networks import ask, differentiating, set_evaluation
 from redefense.types import check_images
 
 NOT_ELIGIBLE = (
@@ -39,7 +39,8 @@ def to_foolbox(model: nn.Module, *, device: Any = None) -> Any:
     foolbox = _library("foolbox", "foolbox")
     view = _view(model)
     where = device if device is not None else device_of(view)
-    return foolbox.PyTorchModel(view.eval(), bounds=(0, 1), device=where)
+    set_evaluation(view)
+    return foolbox.PyTorchModel(view, bounds=(0, 1), device=where)
 
 
 def to_art(model: nn.Module, *, shape: Sequence[int], num_classes: int) -> Any:
@@ -57,8 +58,9 @@ def to_art(model: nn.Module, *, shape: Sequence[int], num_classes: int) -> Any:
     """
     art = _library("art.estimators.classification", "adversarial-robustness-toolbox")
     view = _view(model)
+    set_evaluation(view)
     return art.PyTorchClassifier(
-        model=view.eval(),
+        model=view,
         loss=nn.CrossEntropyLoss(),
         input_shape=tuple(shape),
         nb_classes=num_classes,
@@ -84,7 +86,7 @@ def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
     if isinstance(model, Members) or any(isinstance(part, Sampled) for part in model.modules()):
         raise InputError(NOT_ELIGIBLE)
     check_images(images)
-    model.eval()
+    set_evaluation(model)
     with torch.no_grad():
         answers = [ask(model, images) for _ in range(CALLS)]
     logits = answers[0]
