@@ -16,6 +16,7 @@ from redefense.errors import InputError
 from redefense.evaluation.precision import computed_in
 from redefense.rng import stream
 from redefense.threat import Threat
+from redefense.train.api import weights_digest
 
 TYPES = {"half": torch.float16, "bf16": torch.bfloat16, "single": torch.float32,
          "double": torch.float64}  # fmt: skip
@@ -174,3 +175,15 @@ def test_a_network_that_takes_no_type_is_told_of_in_one_line() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 5)).half().eval()
     with pytest.raises(InputError, match=r"cannot take images of \(1, 4, 4\)"):
         redefense.evaluate(net, (torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("dtype", [*TYPES.values(), torch.int8, torch.bool, torch.complex64])
+def test_weights_of_every_type_have_a_digest_of_their_own(dtype: torch.dtype) -> None:
+    def net(value: float) -> nn.Module:
+        made = nn.Module()
+        made.register_buffer("scalar", torch.tensor(value).to(dtype))
+        made.register_buffer("matrix", torch.full((2, 3), value).to(dtype))
+        return made
+
+    one, again, other = (weights_digest([net(value)]) for value in (1.0, 1.0, 0.0))
+    assert one == again != other

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from redefense.config import OptimConfig, Run, ThreatConfig, parse_run, settings_of
@@ -155,9 +156,14 @@ def weights_digest(nets: Sequence[nn.Module]) -> str:
     for net in nets:
         digest.update(repr(net).encode())
         for key, value in net.state_dict().items():
-            raw = value.detach().cpu().contiguous()
+            if not isinstance(value, torch.Tensor):  # what quantised layers keep of themselves
+                digest.update(f"{key} {value!r}".encode())
+                continue
+            raw = value.detach().cpu()
             digest.update(f"{key} {raw.dtype} {tuple(raw.shape)}".encode())
-            digest.update(raw.numpy().tobytes())
+            raw = raw.int_repr() if raw.is_quantized else raw
+            # numpy does not know every type, but bytes
+            digest.update(raw.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
