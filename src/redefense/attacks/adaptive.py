@@ -317,7 +317,7 @@ class Transfer(Attack):
             unless given, which finds more than the attacks towards any wrong class.
     """
 
-    attack: Attack = field(default_factory=partial(APGDT, loss="targeted_margin"))
+    attack: Attack = field(default_factory=partial(APGDT, steps=50, loss="targeted_margin"))
 
     adaptive: ClassVar[bool] = True
     summary: ClassVar[str] = "best of the attacks on single members, scored on all"
