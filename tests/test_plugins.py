@@ -79,6 +79,9 @@ def test_commands_take_a_plugin_and_records_name_it(tmp_path: Path) -> None:
     found = json.loads((run / "evaluation" / "mine.json").read_text())
     assert found["provenance"]["plugins"].keys() == {"suites.mine", "datasets.stripes"}
     assert [cell["attack"] for cell in found["cells"]] == ["pgd", "one_step"]
+    assert command("report", run, "--out", tmp_path / "report.html").returncode == 0
+    again = f"--suite mine --eps 0.03 --norm inf --seed 0 --no-cascade --plugin {EXAMPLE.name}"
+    assert again in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,7 @@ def evaluate_run(
             )  # fmt: skip
         report.data["suite"] = plan.name
         report.data["provenance"] |= {**joined(places), "date": started}
+        report.data["provenance"] |= plugins_of(plan, dataset.name)
         if data is not None and not own:
             report.data["provenance"]["data"] = data
         if team.first:

@@ -5,10 +5,10 @@ present directory it is shortened, elsewhere the run is called by its name alone
 """
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os.path import normpath
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from redefense.evaluation.joined import Result
 from redefense.evaluation.records import Stored
@@ -37,7 +37,9 @@ def command(stored: Stored) -> str | None:
     run = _run(stored)
     if run is None or not evaluation.run:  # one made in Python is of no run
         return None
-    suite = evaluation.suite if evaluation.suite in SUITES else f"{evaluation.suite}.json"
+    brought = {**_plugins(evaluation.run), **_plugins(evaluation.provenance)}
+    named = evaluation.suite in SUITES or f"suites.{evaluation.suite}" in brought
+    suite = evaluation.suite if named else f"{evaluation.suite}.json"
     words = ["redefense", "evaluate", run, "--suite", suite]
     if isinstance(spec := evaluation.provenance.get("data"), str):
         kind, _, place = spec.partition(":")
@@ -57,7 +59,16 @@ def command(stored: Stored) -> str | None:
         # a suite of one's own may say otherwise in its file
         whole = plan.suite.get("cascade") is False and (ours is None or ours.cascade)
         words += ["--no-cascade"] * whole
+    files = dict.fromkeys(origin["file"] for origin in brought.values() if "file" in origin)
+    words += [word for file in files for word in ("--plugin", str(file))]
     return shlex.join([*words, *_out(stored, run)])
+
+
+def _plugins(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What brought the names in a record that are not redefense's own; records may be damaged."""
+    found = record.get("plugins")
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {str(key): origin for key, origin in pairs if isinstance(origin, Mapping)}
 
 
 def _run(stored: Stored) -> str | None:
