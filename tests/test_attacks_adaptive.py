@@ -99,7 +99,7 @@ def test_transfer_is_as_good_as_every_single_members_attack() -> None:
     members, (x, y) = ensemble(), batch()
     best = expected(members, run("transfer", members, LINF), y)
     for m in range(3):
-        single = APGDT(loss="targeted_margin")(
+        single = APGDT(steps=50, loss="targeted_margin")(
             members.member(m), x, y, LINF, rng=stream(0, "attack")
         )
         assert (best <= expected(members, single, y) + 1e-9).all()
