@@ -64,8 +64,8 @@ def test_objects_are_trained_and_loaded(tmp_path: Path) -> None:
     )  # fmt: skip
     for net, kept in zip(nets, before, strict=True):
         assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())
-    assert run.config.defence == {"name": "smoothed", "smoothing": 0.2}
-    assert run.config.plugins["defences.smoothed"]["module"] == Smoothed.__module__
+    assert run.config.defence == {"name": "Smoothed", "smoothing": 0.2}
+    assert run.config.plugins["defences.Smoothed"]["module"] == Smoothed.__module__
     assert same(redefense.load(run), run.ensemble)
     _, test = stripes()
     report = redefense.evaluate(run, test, "quick")
