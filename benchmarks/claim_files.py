@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redefense.errors import DataError
-from redefense.evaluation.joined import Result, join
-from redefense.evaluation.records import Stored
-from redefense.evaluation.statistics import Estimate
 from redefense.evaluation.suite import SUITES
 from redefense.hub.pretrained import without_paths
+from redefense.results.intervals import Estimate
+from redefense.results.join import Result, join
+from redefense.results.records import Stored
 from redefense.train.cost import count
 from redefense.train.loading import find_final
 

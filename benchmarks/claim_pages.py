@@ -12,8 +12,16 @@ from claim_files import Attacked, Claim, Evaluated, Figure, Plan, least, packed,
 from numpy.typing import NDArray
 
 from redefense.errors import ConfigError, DataError
-from redefense.evaluation.joined import TRIES, Result
-from redefense.evaluation.records import (
+from redefense.report.page import write_pages
+from redefense.report.tables import markdown_table, percent, with_interval
+from redefense.results.intervals import (
+    Estimate,
+    accuracy_interval,
+    paired_difference,
+    success_within,
+)
+from redefense.results.join import TRIES, Result
+from redefense.results.records import (
     Accuracy,
     Budget,
     Cell,
@@ -24,14 +32,6 @@ from redefense.evaluation.records import (
     Scored,
     Stored,
 )
-from redefense.evaluation.report import write_pages
-from redefense.evaluation.statistics import (
-    Estimate,
-    accuracy_interval,
-    paired_difference,
-    success_within,
-)
-from redefense.evaluation.tables import markdown_table, percent, with_interval
 
 
 def result(it: Claim) -> Result:

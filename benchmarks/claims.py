@@ -23,7 +23,7 @@ from claim_pages import attacks_table, draw_table, on_images, report, table
 
 from redefense.config import parse_run
 from redefense.errors import ConfigError, RedefenseError
-from redefense.evaluation.tables import with_interval
+from redefense.report.tables import with_interval
 
 CLAIMS: Final = Path("claims")
 

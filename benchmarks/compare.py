@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import claim_files
-import claims
 import numpy as np
 from claim_files import Attack, Claim, Evaluated
 from claim_pages import gain, with_brackets
 from numpy.typing import NDArray
 
+import claims
 from redefense.errors import ConfigError, DataError, RedefenseError
-from redefense.evaluation.statistics import accuracy_interval
-from redefense.evaluation.tables import with_interval
+from redefense.report.tables import with_interval
+from redefense.results.intervals import accuracy_interval
 
 Values = NDArray[np.float64]
 

@@ -27,16 +27,16 @@ import torch
 
 from redefense.config import Run, StartConfig, settings_of
 from redefense.defences import Stage
-from redefense.ensembles import Hyper, Members
-from redefense.kinds import ENSEMBLES, HyperKind
+from redefense.ensembles import Ensemble, Hyper
+from redefense.ensembles.configs import ENSEMBLES, HyperConfig
 from redefense.recipes import recipe
 from redefense.rng import stream
+from redefense.runtime.device import computing
 from redefense.train.describe import count_parameters
-from redefense.train.device import computing
-from redefense.train.fit import take_step
+from redefense.train.experiment import train
 from redefense.train.loading import resolve
+from redefense.train.loop import take_step
 from redefense.train.optim import make_optimizer
-from redefense.train.run import train
 from redefense.types import Batch
 
 
@@ -47,7 +47,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def stepper(ensemble: Members, name: str, batch: Batch) -> Callable[[], object]:
+def stepper(ensemble: Ensemble, name: str, batch: Batch) -> Callable[[], object]:
     """One optimizer step of the recipe's defence on this ensemble."""
     run, _, defence = resolve(recipe(name))
     stage: Stage = defence.stages(ensemble.num_members, 1)[0]
@@ -73,7 +73,7 @@ def ratios(above: Callable[[], object], below: Callable[[], object], count: int)
 def measure(name: str, batch_size: int, members: int, repeats: int) -> dict[str, float]:
     """All ratios of a PS-RED recipe on random images."""
     _, kind, _ = resolve(recipe(name))
-    assert isinstance(kind, HyperKind)
+    assert isinstance(kind, HyperConfig)
     kind = replace(kind, num_members=members)
     compact, plain = (
         k.build(num_classes=10, shape=(3, 32, 32), seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it

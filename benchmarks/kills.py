@@ -29,10 +29,10 @@ from redefense.defences import barre
 from redefense.errors import RedefenseError
 from redefense.recipes import recipe
 from redefense.train import checkpoint
-from redefense.train import fit as fit_module
+from redefense.train import loop as fit_module
 from redefense.train.checkpoint import latest
+from redefense.train.experiment import train
 from redefense.train.loading import load
-from redefense.train.run import train
 
 RUN = override(
     recipe("digits-barre"),

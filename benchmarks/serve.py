@@ -32,9 +32,9 @@ import numpy as np
 from PIL import Image
 
 from redefense.export.summary import summary
-from redefense.serve.channels import Replica
-from redefense.serve.children import child, options_of, url_in
-from redefense.serve.client import Client, tensor_request
+from redefense.serve.audit.channels import Replica
+from redefense.serve.audit.children import child, options_of, url_in
+from redefense.serve.audit.client import Client, tensor_request
 from redefense.serve.model import Model
 from redefense.serve.settings import Mode, Settings
 

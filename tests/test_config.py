@@ -9,8 +9,8 @@ import pytest
 from redefense.config import choose, override, parse_run, settings_of, to_json
 from redefense.defences import DEFENCES
 from redefense.defences.red import RED
+from redefense.ensembles.configs import ENSEMBLES
 from redefense.errors import ConfigError
-from redefense.kinds import ENSEMBLES
 from redefense.recipes import RECIPES, recipe
 from redefense.train.loading import resolve
 

@@ -17,12 +17,12 @@ from redefense.defences import DEFENCES, Stage
 from redefense.defences.coupled import check_differentiate
 from redefense.ensembles import Independent, evaluating
 from redefense.errors import ConfigError, InputError, ModelError, RedefenseError, ResourceError
-from redefense.evaluation.landscape import surface
 from redefense.export import About, export, runner
 from redefense.hub import to_robustbench
 from redefense.networks import copied, mode_of, unwrapped
+from redefense.report.landscape import surface
 from redefense.rng import stream
-from redefense.train import fit
+from redefense.train import loop as fit
 from redefense.types import Batch
 
 IMAGES = torch.rand(12, 1, 4, 4, generator=stream(0, "images")).mul(16).round().div(16)

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and what a failure says."""
+"""The command line: its commands, and how errors are reported."""
 
 import os
 import sys
@@ -20,10 +20,10 @@ from redefense.commands import (
 from redefense.commands.options import with_plugins
 from redefense.commands.streams import accept_every_letter
 from redefense.errors import RedefenseError
-from redefense.files import is_full, reason
+from redefense.runtime.files import is_full, reason
 
 app = typer.Typer(
-    help="Train, attack, measure and deploy robust classifier ensembles, above all random ones.",
+    help="Train, attack, evaluate and deploy robust and randomized ensembles of classifiers.",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
@@ -45,12 +45,12 @@ app.command()(with_plugins(deploying.export))
 app.command()(with_plugins(deploying.verify))
 app.command()(serving.serve)
 data_app = typer.Typer(
-    help="Look at data before using it.", no_args_is_help=True, rich_markup_mode=None
+    help="Check data sets before using them.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
 data_app.command("check")(with_plugins(looking.data_check))
 bench_app = typer.Typer(
-    help="Measure speed, as ratios within one run.", no_args_is_help=True, rich_markup_mode=None
+    help="Benchmarks of speed and memory.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench_app, name="bench")
 bench_app.command("attacks")(with_plugins(measuring.bench_attacks))

@@ -1,4 +1,4 @@
-"""A `Run`: everything that decides a training, as frozen data that goes to JSON and back.
+"""`Run`: all settings of a training as frozen dataclasses, read from and written to JSON.
 
 Imports no torch, so that the command line can check a configuration at once. Names of models,
 defences and so on are resolved through mappings given by the caller, never through import paths.

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree. The command line prints the one line and exits with `code`.
+"""The exceptions of this package. The command line prints their line and exits with `code`.
 
 RedefenseError
 ├── ConfigError      a setting, recipe or option is wrong                      exit 2

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # the two multipliers of the splitmix64 finaliser
 _MIX_2 = -7723592293110705685
+
+CHUNK: Final = 100
+"""Images that an evaluation works on at a time. Its streams are named by chunk: part of results."""
 
 
 def stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> torch.Generator:

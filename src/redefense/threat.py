@@ -1,4 +1,4 @@
-"""What the adversary may do: one object, shared by every attack and by the harness."""
+"""The threat model: norm and radius of the allowed perturbation."""
 
 import copy
 import math

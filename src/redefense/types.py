@@ -1,13 +1,13 @@
-"""The nouns that cross module borders, and the one legend of tensor axes.
+"""Types shared by all modules, and the names of tensor axes.
 
 Axes: M members, B batch, C classes, D flattened pixels, S random samples; images are
 `B ch H W`. Images are floats in [0, 1], outputs are logits, normalisation is a member's own
 first layer.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ else:
         Bool = Float = Int = UInt8 = _Unchecked
 
 __all__ = [
-    "Batch", "Bool", "Ensemble", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
+    "Batch", "Bool", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
     "Progress", "UInt8", "Victim", "cannot_differentiate", "cannot_take", "check_images",
-    "check_labels", "correct", "first_line", "lacking",
+    "check_labels", "correct", "first_line",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -83,62 +83,6 @@ class Loss:
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-if TYPE_CHECKING:
-    from abc import ABCMeta as _ProtocolMeta
-else:
-    _ProtocolMeta = type(Protocol)
-
-
-class _ByAttributes(_ProtocolMeta):
-    """Asks an object for what an ensemble has.
-
-    From 3.12 on Python looks for it where a module's buffers are not: `mixture` would be missing,
-    and an ensemble taken for one network that answers at random.
-    """
-
-    def __instancecheck__(self, instance: object) -> bool:
-        # classes derived from it are asked for as any class is
-        return not lacking(instance) if self is Ensemble else super().__instancecheck__(instance)
-
-
-@runtime_checkable
-class Ensemble(Protocol, metaclass=_ByAttributes):
-    """M classifiers and the probabilities with which each answers a query."""
-
-    @property
-    def num_members(self) -> int: ...
-
-    @property
-    def mixture(self) -> Tensor:
-        """(M,) sampling probabilities."""
-        ...
-
-    def logits_of(self, m: int, x: Tensor) -> Tensor:
-        """(B, C) logits of member m; checks nothing."""
-        ...
-
-    def member_logits(self, x: Tensor) -> Tensor:
-        """(M, B, C) logits of all members; checks nothing."""
-        ...
-
-    def member(self, m: int) -> nn.Module: ...
-
-    def averaged(self) -> nn.Module: ...
-
-    def sampled(self, *, rng: torch.Generator | None = None, per: "Per" = "call") -> nn.Module: ...
-
-    def parameters_of(self, m: int) -> list[nn.Parameter]: ...
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
-
-
-def lacking(instance: object) -> list[str]:
-    """What an ensemble has, and this object has not."""
-    names = [name for name in vars(Ensemble) if not name.startswith("_")]
-    # asked by name, as a module answers for its buffers only then
-    return [name for name in names if not hasattr(instance, name)]
 
 
 def correct(logits: Float[Tensor, "*M B C"], y: Labels) -> Bool[Tensor, "*M B"]:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.apgd import APGDT, AutoAscent, face_starts
-from redefense.attacks.base import Attack, Best, Look, Looker, dual, input_gradient
+from redefense.attacks.base import Attack, Best, Oracle, OracleResult, dual, input_gradient
 from redefense.attacks.gradient import check_shrink, check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
-from redefense.ensembles import as_ensemble
+from redefense.ensembles import Ensemble, as_ensemble
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image
-from redefense.types import Ensemble, Float, Images, Int, Labels, Logits, correct
+from redefense.types import Float, Images, Int, Labels, Logits, correct
 
 
 class Support:
@@ -72,28 +72,28 @@ class Support:
         best.offer(x, correct, torch.full_like(correct, -math.inf))
 
 
-def look_at_mean(support: Support, y: Labels) -> Looker:
+def mean_oracle(support: Support, y: Labels) -> Oracle:
     """Looks at the log odds of the mean probability, judged exactly."""
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
         with torch.set_grad_enabled(with_grad):
             logits = support.each(x)
             value = support.log_odds(logits, y)
         grad = input_gradient(value, x) if with_grad else None
-        return Look(value.detach(), support.correct(logits, y), grad)
+        return OracleResult(value.detach(), support.correct(logits, y), grad)
 
-    return look
+    return oracle
 
 
-def where_moved(look_of: Callable[[Labels], Looker], y: Labels) -> Looker:
+def where_moved(look_of: Callable[[Labels], Oracle], y: Labels) -> Oracle:
     """Looks again only at images whose point moved since the last look.
 
     Right for deterministic looks, as those at all members are: at rest they see the same again.
     """
-    known: list[tuple[Images, Look]] = []
+    known: list[tuple[Images, OracleResult]] = []
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         rows = torch.arange(len(x), device=x.device)
         if known:
             rows = (x != known[0][0]).flatten(1).any(1).nonzero().flatten()
@@ -104,42 +104,42 @@ def where_moved(look_of: Callable[[Labels], Looker], y: Labels) -> Looker:
         else:
             part = look_of(y[rows])(x[rows], with_grad)
             pairs = zip(known[0][1], part, strict=True)
-            seen = Look(*(_renewed(old, rows, new) for old, new in pairs))
+            seen = OracleResult(*(_renewed(old, rows, new) for old, new in pairs))
         known[:] = [(x, seen)]
         return seen
 
-    return look
+    return oracle
 
 
 def _renewed(old: Tensor | None, rows: Int[Tensor, " K"], new: Tensor | None) -> Any:
     return None if old is None or new is None else old.index_copy(0, rows, new)
 
 
-def until_fooled(look_of: Callable[[Tensor], Looker], count: int) -> Looker:
+def until_fooled(look_of: Callable[[Tensor], Oracle], count: int) -> Oracle:
     """Looks no further at an image once `correct` was 0 at one of its points.
 
     Args:
         look_of: makes, from the indices of some of the images, what looks at these.
         count: number of images.
     """
-    known: list[Look] = []
+    known: list[OracleResult] = []
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         if not known:
             known.append(look_of(torch.arange(count, device=x.device))(x, with_grad))
             return known[0]
         rows = (known[0].correct > 0).nonzero().flatten()
         if len(rows) > 0:
             pairs = zip(known[0], look_of(rows)(x[rows], with_grad), strict=True)
-            known[0] = Look(*(_renewed(old, rows, new) for old, new in pairs))
+            known[0] = OracleResult(*(_renewed(old, rows, new) for old, new in pairs))
         return known[0]
 
-    return look
+    return oracle
 
 
 def climb_members(
     support: Support,
-    look_of: Callable[[Labels], Looker],
+    look_of: Callable[[Labels], Oracle],
     x: Images,
     y: Labels,
     threat: Threat,
@@ -193,7 +193,7 @@ class MeanProbPGD(Attack):
     ) -> Images:
         support = Support(victim)
         return climb_members(
-            support, partial(look_at_mean, support), x, y, threat, rng,
+            support, partial(mean_oracle, support), x, y, threat, rng,
             steps=self.steps, step_size=self.step_size, restarts=self.restarts,
         )  # fmt: skip
 
@@ -209,20 +209,20 @@ class MeanProbAPGD(AutoAscent):
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
         support, best = Support(victim), Best.start(x)
-        looks = [lambda rows: look_at_mean(support, y[rows])]
-        self.improve(best, looks, x, face_starts(x, y, threat, rng), threat)
+        oracles = [lambda rows: mean_oracle(support, y[rows])]
+        self.improve(best, oracles, x, face_starts(x, y, threat, rng), threat)
         support.offer_clean(best, x, y)
         return best.x
 
 
-def look_at_hinge(support: Support, y: Labels, norm: float, kappa: float) -> Looker:
+def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Oracle:
     """Looks at what is left of the members' margins, one member's graph at a time.
 
     The gradient adds up unit slopes of the members not fooled yet, weighted by their shares. Where
     these cancel, it is the slope of the nearest of them.
     """
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
         total, single, logits = torch.zeros_like(x), torch.zeros_like(x), []
         value = torch.zeros(len(x), dtype=x.dtype, device=x.device)
@@ -248,9 +248,9 @@ def look_at_hinge(support: Support, y: Labels, norm: float, kappa: float) -> Loo
         if with_grad:
             cancel = norms(total, math.inf) <= 1e-6 * norms(single, math.inf)
             total = torch.where(cancel.view(-1, 1, 1, 1), single, total)
-        return Look(value, support.correct(logits, y), total if with_grad else None)
+        return OracleResult(value, support.correct(logits, y), total if with_grad else None)
 
-    return look
+    return oracle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,7 @@ class Hinge(Attack):
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
         support = Support(victim)
-        look_of = partial(look_at_hinge, support, norm=threat.norm, kappa=self.kappa)
+        look_of = partial(hinge_oracle, support, norm=threat.norm, kappa=self.kappa)
         return climb_members(
             support, look_of, x, y, threat, rng,
             steps=self.steps, step_size=self.step_size, shrink=self.shrink,

@@ -14,10 +14,10 @@ from redefense.attacks.base import (
     TORCHATTACKS,
     Attack,
     Best,
-    Looker,
+    Oracle,
     Presets,
 )
-from redefense.attacks.gradient import check_steps, look_at
+from redefense.attacks.gradient import check_steps, gradient_oracle
 from redefense.attacks.objectives import objective_named, targeted_dlr, targeted_margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
@@ -60,7 +60,7 @@ class LastFooled:
 
 
 def auto_climb(
-    look: Looker,
+    oracle: Oracle,
     start: Images,
     x: Images,
     threat: Threat,
@@ -78,7 +78,7 @@ def auto_climb(
     value, or if neither the highest value nor the step has changed since.
 
     Args:
-        look: gives value, correctness and gradient at a point.
+        oracle: gives value, correctness and gradient at a point.
         start: first point, inside the ball.
         x: centre of the ball.
         threat: the ball.
@@ -88,7 +88,7 @@ def auto_climb(
         guard: compare the first step with the start; without, with zero, as the published code.
         one_size: take the first image's step size for all, as TorchAttacks' APGD-T does in L2.
     """
-    seen = look(start, True)
+    seen = oracle(start, True)
     keeper.offer(start, seen.correct, seen.value)
     assert seen.grad is not None
     point, before, grad = start, start, seen.grad
@@ -104,7 +104,7 @@ def auto_climb(
         share = 0.75 if step > 0 else 1.0
         moved = point + (ahead - point) * share + (point - before) * (1 - share)
         before, point = point, into_ball(moved, x, threat)
-        seen = look(point, True)
+        seen = oracle(point, True)
         keeper.offer(point, seen.correct, seen.value)
         assert seen.grad is not None
         grad, rises, last = seen.grad, rises + (seen.value > last), seen.value
@@ -217,7 +217,7 @@ class AutoAscent(Attack):
     def improve(
         self,
         best: Best,
-        looks: Iterable[Callable[[Tensor], Looker]],
+        oracles: Iterable[Callable[[Tensor], Oracle]],
         x: Images,
         start: Callable[[], Images],
         threat: Threat,
@@ -226,12 +226,12 @@ class AutoAscent(Attack):
 
         Args:
             best: record of all images, updated.
-            looks: makes, from the indices of the images attacked, what to climb.
+            oracles: makes, from the indices of the images attacked, what to climb.
             x: clean images.
             start: makes starting points for all images.
             threat: the ball.
         """
-        for look in looks:
+        for oracle in oracles:
             for _ in range(self.restarts):
                 points = start()  # for all, so that streams do not depend on who is left
                 rows = (best.correct > 0).nonzero().flatten()
@@ -239,18 +239,18 @@ class AutoAscent(Attack):
                     return
                 part = best.select(rows)
                 auto_climb(
-                    look(rows), points[rows], x[rows], threat,
+                    oracle(rows), points[rows], x[rows], threat,
                     steps=self.steps, rho=self.rho, keeper=part,
                 )  # fmt: skip
                 best.update(rows, part)
 
     def last_fooled(
-        self, look: Looker, start: Images, x: Images, threat: Threat, *, one_size: bool = False
+        self, oracle: Oracle, start: Images, x: Images, threat: Threat, *, one_size: bool = False
     ) -> tuple[Images, Bool[Tensor, " B"]]:
         """One run as published: the last fooling point, and whether there was one."""
         keeper = LastFooled.start(start)
         auto_climb(
-            look, start, x, threat,
+            oracle, start, x, threat,
             steps=self.steps, rho=self.rho, keeper=keeper, guard=False, one_size=one_size,
         )  # fmt: skip
         return keeper.x, keeper.fooled
@@ -288,14 +288,14 @@ class APGD(AutoAscent):
     ) -> Images:
         objective = objective_named(self.loss)
         if self.preset is None:
-            looks = [lambda rows: look_at(victim, y[rows], objective, draws=self.draws)]
+            oracles = [lambda rows: gradient_oracle(victim, y[rows], objective, draws=self.draws)]
             best = Best.start(x)
-            self.improve(best, looks, x, face_starts(x, y, threat, rng), threat)
+            self.improve(best, oracles, x, face_starts(x, y, threat, rng), threat)
             return best.x
 
         def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
             start = batch_face_start(x, threat, rng)
-            return self.last_fooled(look_at(victim, y, objective), start, x, threat)
+            return self.last_fooled(gradient_oracle(victim, y, objective), start, x, threat)
 
         return filtered(victim, x, y, lambda _: [attempt] * self.restarts)
 
@@ -337,21 +337,21 @@ class APGDT(AutoAscent):
             return self._strong(victim, x, y, threat, rng)
         return self._published(victim, x, y, threat, rng)
 
-    def _look(self, victim: Victim, y: Labels, target: Labels) -> Looker:
+    def _oracle(self, victim: Victim, y: Labels, target: Labels) -> Oracle:
         formula = TARGETED[self.loss]
-        return look_at(victim, y, lambda logits, y: formula(logits, y, target))
+        return gradient_oracle(victim, y, lambda logits, y: formula(logits, y, target))
 
     def _strong(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, rng: Generator
     ) -> Images:
         targets = wrong_classes(victim(x), y, self.num_targets)
 
-        def towards(target: Labels) -> Callable[[Tensor], Looker]:
-            return lambda rows: self._look(victim, y[rows], target[rows])
+        def towards(target: Labels) -> Callable[[Tensor], Oracle]:
+            return lambda rows: self._oracle(victim, y[rows], target[rows])
 
-        looks = [towards(target) for target in targets]
+        oracles = [towards(target) for target in targets]
         best = Best.start(x)
-        self.improve(best, looks, x, face_starts(x, y, threat, rng), threat)
+        self.improve(best, oracles, x, face_starts(x, y, threat, rng), threat)
         return best.x
 
     def _published(
@@ -364,8 +364,8 @@ class APGDT(AutoAscent):
                 start = batch_face_start(x, threat, rng)
                 # a class of that rank for this draw of the victim, be it the true one
                 target = victim(x).sort(dim=1).indices[:, -rank]
-                look = self._look(victim, y, target)
-                return self.last_fooled(look, start, x, threat, one_size=one_size)
+                oracle = self._oracle(victim, y, target)
+                return self.last_fooled(oracle, start, x, threat, one_size=one_size)
 
             return attempt
 

@@ -1,4 +1,4 @@
-"""ARC, the attack on randomized classifiers that goes member by member (Dbouk & Shanbhag, 2022)."""
+"""ARC, an attack on randomized classifiers, one member at a time (Dbouk & Shanbhag, 2022)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,10 @@ from torch import Generator, Tensor, nn
 from redefense.attacks.adaptive import Support
 from redefense.attacks.base import Attack, Best, dual, input_gradient
 from redefense.attacks.gradient import check_steps, random_starts
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image, steepest
-from redefense.types import Ensemble, Float, Images, Labels
+from redefense.types import Float, Images, Labels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What an attack is: frozen settings, one checked entrance, one pure computation.
+"""Base class of attacks: frozen settings, checked inputs, and `perturb` without side effects.
 
 An attack is a frozen, keyword-only dataclass derived from `Attack`; its fields are its settings,
 its class attributes say what it promises, and `perturb` does the work. Add one line to `ATTACKS`
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.objectives import LEAST_CLASSES, margin
-from redefense.attacks.precision import asked, rounded
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
+from redefense.ensembles.precision import asked, rounded
 from redefense.errors import ConfigError, InputError, RedefenseError
 from redefense.networks import check_values, differentiating
 from redefense.rng import system_stream
@@ -234,7 +234,7 @@ class Attack(ABC):
         return torch.stack([threat.project(start, x) for start in starts])
 
 
-class Look(NamedTuple):
+class OracleResult(NamedTuple):
     """What an attack learns from one visit to a batch of points.
 
     Attributes:
@@ -248,7 +248,7 @@ class Look(NamedTuple):
     grad: Tensor | None
 
 
-Looker = Callable[[Tensor, bool], Look]
+Oracle = Callable[[Tensor, bool], OracleResult]
 """Visits points (B, ch, H, W); the flag asks for the gradient."""
 
 

@@ -1,4 +1,4 @@
-"""DI2-FGSM: ascent through randomly resized and padded copies of the images."""
+"""DI2-FGSM: gradient ascent on randomly resized and padded copies of the images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redefense.attacks.base import Look, Looker, Presets, input_gradient
+from redefense.attacks.base import Oracle, OracleResult, Presets, input_gradient
 from redefense.attacks.gradient import PUBLISHED, TEN_STEPS, Ascent, check_decay, climb_from
 from redefense.attacks.objectives import Objective, objective_named
 from redefense.errors import ConfigError
@@ -89,12 +89,12 @@ def batch_transforms(rng: torch.Generator, rate: float, prob: float) -> Transfor
     return transform
 
 
-def look_through(
+def transformed_oracle(
     transform: Transform, victim: Victim, y: Labels, objective: Objective, *, judge: bool
-) -> Looker:
+) -> Oracle:
     """Takes gradients through a transform; judges the plain points at one more forward pass."""
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
         grad = None
         if with_grad:
@@ -102,13 +102,13 @@ def look_through(
                 value = objective(victim(transform(x)), y)
             grad = input_gradient(value, x)
         if not judge:
-            return Look(value.detach(), torch.ones_like(value), grad)
+            return OracleResult(value.detach(), torch.ones_like(value), grad)
         with torch.no_grad():
             logits = victim(x)
             right = correct(logits, y).to(x.dtype)
-            return Look(objective(logits, y), right, grad)
+            return OracleResult(objective(logits, y), right, grad)
 
-    return look
+    return oracle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,8 @@ class DI2FGSM(Ascent):
             transform = batch_transforms(rng, self.resize_rate, self.diversity_prob)
         objective = objective_named(self.loss)
         return climb_from(
-            [x], look_through(transform, victim, y, objective, judge=self.keep_best), x, threat,
+            [x], transformed_oracle(transform, victim, y, objective, judge=self.keep_best),
+            x, threat,
             steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
             decay=self.decay, guard=self.preset is None,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""FAB: walks along a decision boundary towards the image (Croce & Hein, 2020)."""
+"""FAB: steps along a linearised decision boundary towards the image (Croce & Hein, 2020)."""
 
 import math
 from collections.abc import Callable

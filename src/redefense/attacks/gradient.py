@@ -1,4 +1,4 @@
-"""Gradient ascent on a victim's loss: one loop, of which a dozen attacks are settings.
+"""Gradient ascent on a victim's loss: the one loop that a dozen attacks configure.
 
 Steps are fractions of the budget. The loop climbs a *sum* over images, so that an image's path
 does not depend on its batch mates, and reuses the forward pass of each step to judge the point it
@@ -18,8 +18,8 @@ from redefense.attacks.base import (
     TORCHATTACKS,
     Attack,
     Best,
-    Look,
-    Looker,
+    Oracle,
+    OracleResult,
     Presets,
     batch_noise,
     input_gradient,
@@ -41,10 +41,10 @@ TEN_STEPS: Final[Mapping[str, object]] = {
 }
 
 
-def look_at(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) -> Looker:
+def gradient_oracle(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) -> Oracle:
     """Looks at a victim's logits, averaged over `draws` queries of the same points."""
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
         values, rights, grads = [], [], []
         for _ in range(draws):
@@ -56,9 +56,9 @@ def look_at(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) 
             values.append(value.detach())
             rights.append(correct(logits.detach(), y).to(x.dtype))
         grad = _mean(grads) if grads else None
-        return Look(_mean(values), _mean(rights), grad)
+        return OracleResult(_mean(values), _mean(rights), grad)
 
-    return look
+    return oracle
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
@@ -69,7 +69,7 @@ def _mean(parts: list[Tensor]) -> Tensor:
 
 
 def climb(
-    look: Looker,
+    oracle: Oracle,
     start: Images,
     x: Images,
     threat: Threat,
@@ -84,7 +84,7 @@ def climb(
     """Projected steepest ascent inside the ball around `x`.
 
     Args:
-        look: gives value, correctness and gradient at a point.
+        oracle: gives value, correctness and gradient at a point.
         start: first point, inside the ball.
         x: centre of the ball.
         threat: the ball.
@@ -103,7 +103,7 @@ def climb(
     """
     point, velocity = start, torch.zeros_like(x)
     for step in range(steps):
-        seen = look(point, True)
+        seen = oracle(point, True)
         if best is not None:
             best.offer(point, seen.correct, seen.value)
         assert seen.grad is not None
@@ -113,7 +113,7 @@ def climb(
         size = step_size * shrink ** (step / steps)
         point = threat.project(point + size * steepest(velocity, threat.norm), x)
     if best is not None:
-        seen = look(point, False)
+        seen = oracle(point, False)
         best.offer(point, seen.correct, seen.value)
     return point
 
@@ -128,7 +128,7 @@ def unit_mean(grad: Images, *, guard: bool = True) -> Images:
 
 def climb_from(
     starts: Iterable[Images],
-    look: Looker,
+    oracle: Oracle,
     x: Images,
     threat: Threat,
     *,
@@ -143,7 +143,7 @@ def climb_from(
     last = x
     for start in starts:
         last = climb(
-            look, start, x, threat, steps=steps, step_size=step_size * threat.eps, decay=decay,
+            oracle, start, x, threat, steps=steps, step_size=step_size * threat.eps, decay=decay,
             best=best, guard=guard,
         )  # fmt: skip
     return last if best is None else best.x
@@ -226,8 +226,8 @@ class FGSM(Attack):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
-        look = look_at(victim, y, objective_named(self.loss))
-        return climb(look, x, x, threat, steps=1, step_size=threat.eps)
+        oracle = gradient_oracle(victim, y, objective_named(self.loss))
+        return climb(oracle, x, x, threat, steps=1, step_size=threat.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ class BIM(Ascent):
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
         return climb_from(
-            [x], look_at(victim, y, objective_named(self.loss)), x, threat,
+            [x], gradient_oracle(victim, y, objective_named(self.loss)), x, threat,
             steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
         )  # fmt: skip
 
@@ -295,7 +295,7 @@ class MIM(Ascent):
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
         return climb_from(
-            [x], look_at(victim, y, objective_named(self.loss)), x, threat,
+            [x], gradient_oracle(victim, y, objective_named(self.loss)), x, threat,
             steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
             decay=self.decay, guard=self.preset is None,
         )  # fmt: skip
@@ -323,13 +323,13 @@ class RandomAscent(Ascent):
         if self.restarts > 1 and not (self.keep_best and self.random_start):
             raise ConfigError("more than one restart needs random_start and keep_best")
 
-    def climb(self, look: Looker, x: Images, y: Labels, threat: Threat, rng: Generator) -> Images:
+    def climb(self, oracle: Oracle, x: Images, y: Labels, threat: Threat, rng: Generator) -> Images:
         starts: Iterable[Images] = [x]
         if self.random_start:
             start = random_starts(x, y, threat, rng, of_batch=self.preset is not None)
             starts = (start() for _ in range(self.restarts))
         return climb_from(
-            starts, look, x, threat,
+            starts, oracle, x, threat,
             steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
         )  # fmt: skip
 
@@ -343,7 +343,7 @@ class PGD(RandomAscent):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
-        return self.climb(look_at(victim, y, objective_named(self.loss)), x, y, threat, rng)
+        return self.climb(gradient_oracle(victim, y, objective_named(self.loss)), x, y, threat, rng)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,5 +372,5 @@ class EOTPGD(RandomAscent):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
-        look = look_at(victim, y, objective_named(self.loss), draws=self.draws)
-        return self.climb(look, x, y, threat, rng)
+        oracle = gradient_oracle(victim, y, objective_named(self.loss), draws=self.draws)
+        return self.climb(oracle, x, y, threat, rng)

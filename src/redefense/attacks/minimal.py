@@ -1,4 +1,4 @@
-"""DeepFool, which looks for the smallest change in L2, and what attacks of its kind share.
+"""DeepFool, which searches for the smallest change in L2, and functions shared with its kind.
 
 They are not bounded by the threat: report the distortion beside the accuracy. Every image has its
 own steps and end, and leaves the batch when it is done, so that a result does not

@@ -1,4 +1,4 @@
-"""What an attack climbs: functions of logits (B, C) and labels (B,), larger is better for it."""
+"""Objectives that attacks maximise: functions of logits (B, C) and labels (B,)."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""OnePixel, and what the black-box attacks that change few pixels share.
+"""OnePixel, and functions shared by the black-box attacks that change few pixels.
 
 All images take their n-th step together, one forward pass for the candidates of all, and leave
 when they are fooled. Each image has its own random stream, so that its result does not depend on

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 from redefense.attacks.adaptive import Support, until_fooled
 from redefense.attacks.apgd import AutoAscent, auto_climb, face_starts
-from redefense.attacks.base import Best, Look, Looker, input_gradient
+from redefense.attacks.base import Best, Oracle, OracleResult, input_gradient
 from redefense.attacks.objectives import margin, targeted_margin
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat
@@ -43,7 +43,7 @@ class Goal:
         return Goal(self.subset[rows], self.target[rows], self.scale[rows])
 
 
-def look_at_subset(support: Support, y: Labels, goal: Goal, temperature: float) -> Looker:
+def subset_oracle(support: Support, y: Labels, goal: Goal, temperature: float) -> Oracle:
     """Looks at the smooth minimum of the scaled margins of each image's subset of members.
 
     Asks each member only about the images whose subset it belongs to. A member that errs in any
@@ -51,7 +51,7 @@ def look_at_subset(support: Support, y: Labels, goal: Goal, temperature: float) 
     the share of the subset's members that answer right.
     """
 
-    def look(x: Tensor, with_grad: bool) -> Look:
+    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
         right = torch.zeros_like(goal.subset)
         with torch.set_grad_enabled(with_grad):
@@ -70,9 +70,9 @@ def look_at_subset(support: Support, y: Labels, goal: Goal, temperature: float) 
                 right[rows, place] = correct(logits.detach(), labels)
             value = -temperature * (-gaps / temperature).logsumexp(1)
         grad = input_gradient(value, x) if with_grad else None
-        return Look(value.detach(), (right.sum(1) / goal.subset.sum(1)).to(x.dtype), grad)
+        return OracleResult(value.detach(), (right.sum(1) / goal.subset.sum(1)).to(x.dtype), grad)
 
-    return look
+    return oracle
 
 
 def over_subsets(
@@ -171,8 +171,8 @@ class Subset(AutoAscent):
     ) -> Images:
         """The best point for each image's goal; an image that reaches it is not climbed on."""
 
-        def look_of(part: Int[Tensor, " K"]) -> Looker:
-            return look_at_subset(
+        def look_of(part: Int[Tensor, " K"]) -> Oracle:
+            return subset_oracle(
                 search.support, search.y[rows[part]], goal.select(part), self.temperature
             )
 

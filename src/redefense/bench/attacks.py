@@ -29,12 +29,12 @@ from redefense.data.loader import Loader
 from redefense.defences.vanilla import Vanilla
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
-from redefense.evaluation.metering import Meter, Metered
-from redefense.evaluation.statistics import paired_difference
+from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.models import build
+from redefense.results.intervals import paired_difference
 from redefense.rng import stream
+from redefense.runtime.device import computing
 from redefense.threat import Threat
-from redefense.train.device import computing
 from redefense.train.steps import fit_only
 from redefense.types import Images, Labels, correct
 

@@ -1,4 +1,4 @@
-"""What random sampling inference costs: latency of the drawn member, of one member, of all.
+"""Latency of random sampling inference, of a single member and of the averaged ensemble.
 
 Ratios within one run: in every round all answer the same batch in turn, and each ratio is taken
 within its round, so that a drift of the machine's speed cancels. Where hypernetworks write the
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from redefense.bench.timing import machine, seconds
-from redefense.ensembles import Hyper, Members, kernels_kept
+from redefense.ensembles import Ensemble, Hyper, channels_last, kernels_kept
+from redefense.ensembles.configs import EnsembleConfig, HyperConfig, IndependentConfig
 from redefense.errors import ConfigError
-from redefense.kinds import HyperKind, IndependentKind, Kind
 from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.train.device import channels_last, check_device, computing
+from redefense.runtime.device import check_device, computing
 from redefense.train.loading import resolve
 
 BATCHES = (1, 256)
@@ -102,15 +102,15 @@ def run(
     return result
 
 
-def named_kind(ensemble: str, model: str, num_members: int) -> Kind:
+def named_kind(ensemble: str, model: str, num_members: int) -> EnsembleConfig:
     if ensemble == "independent":
-        return IndependentKind(model=model, num_members=num_members)
+        return IndependentConfig(model=model, num_members=num_members)
     if ensemble != "hyper":
         raise ConfigError(f"ensemble must be independent or hyper, got {ensemble}")
     refusals = []
     for name in HYPER:
         _, kind, _ = resolve(recipe(name))
-        assert isinstance(kind, HyperKind)
+        assert isinstance(kind, HyperConfig)
         try:
             replace(kind, model=model, num_members=1).build(
                 num_classes=10, shape=(3, 32, 32), seed=0
@@ -122,7 +122,7 @@ def named_kind(ensemble: str, model: str, num_members: int) -> Kind:
     raise refusals[-1]
 
 
-def _views(ensemble: Members) -> dict[str, View]:
+def _views(ensemble: Ensemble) -> dict[str, View]:
     """What is timed; a hypernetwork writes the kernels of member 0 for each first answer."""
     views: dict[str, View] = {
         "member": ensemble.member(0),

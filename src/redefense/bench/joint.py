@@ -1,4 +1,4 @@
-"""A RED step as the released code is organised, to compare with: all members in one graph."""
+"""A RED step with all members in one graph, as the released code organises it, for comparison."""
 
 import copy
 import os
@@ -9,10 +9,10 @@ from torch import nn
 
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
-from redefense.ensembles import Members
+from redefense.ensembles import Ensemble
 from redefense.rng import stream
 from redefense.threat import Threat
-from redefense.train.ledger import Ledger
+from redefense.train.op_counter import OpCounter
 from redefense.train.steps import gradients_stay
 from redefense.types import Batch, Images, Labels
 
@@ -20,7 +20,7 @@ MARGIN = 0.7
 """Share of the free memory that a joint graph may take: the allocator wants its own."""
 
 
-def torch_layers(ensemble: Members) -> Members:
+def torch_layers(ensemble: Ensemble) -> Ensemble:
     """The same ensemble with layers as torch makes them, whatever ours have learnt since."""
     for module in ensemble.modules():
         for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
@@ -30,7 +30,7 @@ def torch_layers(ensemble: Members) -> Members:
 
 
 def joint_step(
-    ensemble: Members,
+    ensemble: Ensemble,
     red: RED,
     x: Images,
     y: Labels,
@@ -62,12 +62,12 @@ def _pgd(
     return point
 
 
-def joint_living(ensemble: Members, batch: Batch, steps: int = 1) -> int:
+def joint_living(ensemble: Ensemble, batch: Batch, steps: int = 1) -> int:
     """Bytes above weights, gradients and optimizer state of a joint step: counted, not run.
 
     The ensemble is on the CPU; it does not change.
     """
-    theirs, ledger = torch_layers(copy.deepcopy(ensemble)), Ledger(dry=True)
+    theirs, ledger = torch_layers(copy.deepcopy(ensemble)), OpCounter(dry=True)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0)
     red = RED(adversary=Adversary(steps=steps))
     with gradients_stay(theirs, ledger), ledger:

@@ -22,12 +22,12 @@ from redefense.bench.timing import machine
 from redefense.config import OptimConfig
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
-from redefense.ensembles import Members
-from redefense.phases import watched
+from redefense.ensembles import Ensemble, channels_last
 from redefense.rng import stream
+from redefense.runtime.device import check_device, computing
+from redefense.runtime.phases import watched
 from redefense.train.describe import num_written
-from redefense.train.device import channels_last, check_device, computing
-from redefense.train.ledger import Ledger
+from redefense.train.op_counter import OpCounter
 from redefense.train.steps import Precision, gradients_stay, take_steps
 from redefense.types import Batch
 
@@ -105,8 +105,8 @@ def run(
     }
 
 
-def _engine(ensemble: Members, red: RED, batch: Batch, precision: Precision) -> dict[str, Any]:
-    ledger, device, before = Ledger(), batch.x.device, [0]
+def _engine(ensemble: Ensemble, red: RED, batch: Batch, precision: Precision) -> dict[str, Any]:
+    ledger, device, before = OpCounter(), batch.x.device, [0]
     ledger.recording = False
 
     def second_step() -> None:

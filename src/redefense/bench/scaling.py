@@ -25,17 +25,17 @@ from redefense.config import Run, override
 from redefense.data import Split, load_dataset, train_validation
 from redefense.data.loader import Loader
 from redefense.defences import Stage
-from redefense.ensembles import Members
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.rng import stream
+from redefense.runtime.device import computing
+from redefense.runtime.mesh import Mesh, Tally, processes
 from redefense.threat import Threat
-from redefense.train.device import computing
-from redefense.train.distributed import Mesh, Tally, processes
 from redefense.train.exchange import spread_over
-from redefense.train.fit import take_step
+from redefense.train.experiment import accuracy, train
 from redefense.train.loading import Signature, load, resolve
+from redefense.train.loop import take_step
 from redefense.train.optim import make_optimizer
-from redefense.train.run import accuracy, train
 from redefense.types import correct
 
 IMAGES = 256
@@ -184,7 +184,7 @@ def _write(folder: Path, record: list[dict[str, Any]]) -> None:
 def _steps(
     run: Run,
     stage: Stage,
-    ensemble: Members,
+    ensemble: Ensemble,
     loader: Loader,
     team: Mesh,
     params: list[torch.nn.Parameter],
@@ -224,7 +224,7 @@ def _apart(a: Tensor, b: Tensor, *, relative: bool = False) -> float:
     return float(((a - b).abs().max() / largest).detach())
 
 
-def _robust(ensemble: Members, split: Split, settings: Run) -> float:
+def _robust(ensemble: Ensemble, split: Split, settings: Run) -> float:
     """Accuracy of the averaged ensemble under PGD with 10 steps, at the run's own threat."""
     index = torch.arange(min(len(split), IMAGES))
     x, y = split.float(index), split.labels[index].long()

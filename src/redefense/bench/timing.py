@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock that waits for the device, and what ran where."""
+"""Shared by the benchmarks: a clock that waits for the device, and a record of the machine."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from redefense.train.device import name_of
+from redefense.runtime.device import name_of
 
 
 def seconds(take: Callable[[], object], device: torch.device, repeats: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""What a training step of RED costs, as the authors write it and as the engine takes it.
+"""Time of a RED training step: of the authors' joint graph and of this engine.
 
 Four ways to take the same `calibrated` step, half of the batch clean and half adversarial:
 
@@ -28,12 +28,12 @@ from redefense.bench.timing import machine, seconds
 from redefense.config import OptimConfig
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
-from redefense.ensembles import Members
-from redefense.kinds import IndependentKind
+from redefense.ensembles import Ensemble, channels_last
+from redefense.ensembles.configs import IndependentConfig
 from redefense.rng import stream
+from redefense.runtime.device import check_device, computing
 from redefense.train.accelerators import Accelerator, known
-from redefense.train.cost import ledger_seconds
-from redefense.train.device import channels_last, check_device, computing
+from redefense.train.cost import counted_seconds
 from redefense.train.optim import make_optimizer
 from redefense.train.steps import Precision, booked_step, take_steps
 from redefense.types import Batch, Images
@@ -111,7 +111,7 @@ def run(
 def _case(
     model: str, num_members: int, size: int, steps: int, rounds: int, device: str, seed: int
 ) -> dict[str, Any]:
-    kind = IndependentKind(model=model, num_members=num_members)
+    kind = IndependentConfig(model=model, num_members=num_members)
     ensemble = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed)
     rng, here = stream(seed, "bench", "images"), torch.device(device)
     x = torch.rand(size, 3, 32, 32, generator=rng)
@@ -158,7 +158,7 @@ def _case(
     }
 
 
-def _too_large(ensemble: Members, batch: Batch, device: torch.device) -> str | None:
+def _too_large(ensemble: Ensemble, batch: Batch, device: torch.device) -> str | None:
     """Why the joint graph is not timed, if it does not fit into the memory that is free."""
     free = free_memory(device)
     if free is None:
@@ -170,7 +170,7 @@ def _too_large(ensemble: Members, batch: Batch, device: torch.device) -> str | N
     return f"it takes {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 
-def _joint(ensemble: Members, batch: Batch, adversary: Adversary, seed: int) -> Step:
+def _joint(ensemble: Ensemble, batch: Batch, adversary: Adversary, seed: int) -> Step:
     theirs = torch_layers(copy.deepcopy(ensemble))
     optimizer = make_optimizer(list(theirs.parameters()), OPTIM)
 
@@ -182,7 +182,7 @@ def _joint(ensemble: Members, batch: Batch, adversary: Adversary, seed: int) -> 
 
 
 def _engine(
-    ensemble: Members, batch: Batch, way: tuple[str, Precision], adversary: Adversary, seed: int
+    ensemble: Ensemble, batch: Batch, way: tuple[str, Precision], adversary: Adversary, seed: int
 ) -> None:
     """All ways of the engine train the same ensemble: time does not depend on weights."""
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
@@ -190,7 +190,7 @@ def _engine(
 
 
 def _predicted(
-    ensemble: Members,
+    ensemble: Ensemble,
     batch: Batch,
     way: tuple[str, Precision],
     adversary: Adversary,
@@ -200,10 +200,10 @@ def _predicted(
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
     theirs = channels_last(copy.deepcopy(ensemble))
     ledger = booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
-    return ledger_seconds(ledger.entries, at)
+    return counted_seconds(ledger.entries, at)
 
 
-def _forwards(ensemble: Members, x: Images) -> dict[str, Step]:
+def _forwards(ensemble: Ensemble, x: Images) -> dict[str, Step]:
     """One forward pass of a member, for each precision as it runs fastest."""
     plain = copy.deepcopy(ensemble.member(0)).eval()
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it

@@ -1,1 +1,1 @@
-"""The commands, grouped by what a user is doing. Torch is imported inside those that need it."""
+"""The commands, grouped by task. Torch is imported inside those that need it."""

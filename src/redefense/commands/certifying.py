@@ -25,9 +25,9 @@ def certify(
         int | None,
         typer.Option(min=1, help="The first N of a fixed permutation of the test split."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     device: Device = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -12,11 +12,13 @@ from redefense.commands.options import DataSpec, Json, Quiet, RunDir, say
 
 def export(
     path: RunDir,
-    out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
     precision: Annotated[str, typer.Option(help="fp32, or int8.")] = "fp32",
     calibration: Annotated[
         int | None,
-        typer.Option(min=0, help="int8: training images to learn ranges from, 512; 0: per batch."),
+        typer.Option(
+            min=0, help="Training images for int8 calibration, by default 512; 0 scales per batch."
+        ),
     ] = None,
     data: DataSpec = None,
     license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
@@ -27,7 +29,7 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a bundle: a file per member, and what is needed to run and verify it without torch."""
+    """Write a bundle: one ONNX file per member, to run and verify without torch."""
     from redefense.export.summary import summary
     from redefense.export.trained import export_run
 
@@ -53,16 +55,18 @@ def export(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export.")],
     against: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run whose members it must hold.")
+        Path | None, typer.Option(metavar="DIR", help="The run that the bundle must agree with.")
     ] = None,
     signer: Annotated[
         Path | None,
-        typer.Option(metavar="PUBLIC.pem", help="Ed25519 key that must have signed it."),
+        typer.Option(
+            metavar="PUBLIC.pem", help="Public Ed25519 key that the signature must match."
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prove that a bundle is what it says: exit 1 with the reason if it is not."""
+    """Verify a bundle; exit 1 with the reason if a check fails."""
     from redefense.export.verify import verify as checks_of
 
     checks = checks_of(path, against=against, signer=signer)

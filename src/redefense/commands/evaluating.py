@@ -1,4 +1,4 @@
-"""Judging ensembles: evaluate, report, audit, landscape, card."""
+"""Evaluation: evaluate, report, audit, landscape, card."""
 
 import dataclasses
 import json
@@ -25,28 +25,33 @@ def evaluate(
         typer.Option(help="Radius of the threat, or several: 2/255,8/255; the run's own."),
     ] = None,
     norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every draw of the evaluation.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How often each attack is run.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the evaluation.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of repetitions of each attack, with different seeds.")
+    ] = 1,
     device: Device = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     checks: Annotated[str, typer.Option(help="quick, or full.")] = "quick",
     no_cascade: Annotated[
         bool,
-        typer.Option("--no-cascade", help="Attack images, too, that earlier attacks have taken."),
+        typer.Option(
+            "--no-cascade", help="Attack all images, also those on which all members err already."
+        ),
     ] = False,
     stochastic: Annotated[
         str, typer.Option(help="auto, on or off: measure by fresh draws what draws by itself.")
     ] = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 on a red check.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a check fails.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Attack a trained run, and write DIR/evaluation/SUITE.json."""
+    """Attack a trained run and write DIR/evaluation/SUITE.json."""
     # of the processes that torchrun starts, one speaks
     first = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not first
     from redefense.evaluation.api import evaluate_run
-    from redefense.evaluation.wording import OF_DEFENCE, PERCENT, members_weak
+    from redefense.report.sentences import PERCENT, members_weak
+    from redefense.results.records import OF_DEFENCE
 
     report, target = evaluate_run(
         path,
@@ -95,8 +100,8 @@ def report(
     """Write a report over one or many evaluated runs: an offline page, or a table."""
     from rich.console import Console
 
-    from redefense.evaluation.report import write_report
-    from redefense.evaluation.tables import format_table, summary_table
+    from redefense.report.page import write_report
+    from redefense.report.tables import format_table, summary_table
 
     written = write_report(paths, out)
     rows = summary_table(paths)
@@ -116,9 +121,9 @@ def audit(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List which claims cannot be believed, and why; exit 1 if one does not hold."""
-    from redefense.evaluation.audit import audit as findings_of
-    from redefense.evaluation.audit import exit_code
+    """List the figures of a table that cannot be right, and why; exit 1 if there are any."""
+    from redefense.audit.audit import audit as findings_of
+    from redefense.audit.audit import exit_code
 
     findings = findings_of(path)
     errors = sum(finding.severity == "error" for finding in findings)
@@ -136,17 +141,18 @@ def audit(
 
 
 def landscape(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="DIR [DIR2]", help="Runs, drawn below each other.")
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR [DIR2]", help="One or two runs.")],
     out: Annotated[Path, typer.Option(help="An .svg or .png file.")] = Path("landscape.svg"),
     image: Annotated[
-        int | None, typer.Option(help="Of the validation split; the first that both members know.")
+        int | None,
+        typer.Option(
+            help="Index in the validation split; by default the first that both members get right."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw the loss surfaces of two members over the plane of their gradients."""
-    from redefense.evaluation.landscape import write_landscape
+    from redefense.report.landscape import write_landscape
 
     written = write_landscape(paths, out, image=image)
     say(f"wrote {written}", quiet)
@@ -154,12 +160,14 @@ def landscape(
 
 def card(
     path: RunDir,
-    out: Annotated[Path | None, typer.Option(help="Where it goes; DIR/README.md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default DIR/README.md.")
+    ] = None,
     license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
     quiet: Quiet = False,
 ) -> None:
     """Write the model card of an evaluated run."""
-    from redefense.evaluation.card import write_card
+    from redefense.report.card import write_card
 
     written = write_card(path, out, license_name=license_name)
     say(f"wrote {written}", quiet)

@@ -1,4 +1,4 @@
-"""Looking before doing: list, show, data check."""
+"""Information: list, show, data check."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def list_names(
     ],
     as_json: Json = False,
 ) -> None:
-    """List what can be named, one line each."""
+    """List attacks, defences, models, data sets, recipes or suites."""
     entries = _entries(kind)
     if as_json:
         typer.echo(json.dumps([{"name": n, "summary": s} for n, s in entries], indent=1))
@@ -38,10 +38,14 @@ def show(
         bool, typer.Option("--parameters", help="Count parameters per member.")
     ] = False,
     cost: Annotated[
-        bool, typer.Option("--cost", help="Count its training: FLOPs, memory, hours.")
+        bool, typer.Option("--cost", help="Estimate the training: FLOPs, memory, hours.")
     ] = False,
-    accelerator: Annotated[str, typer.Option(help="Where it would run, for --cost.")] = "h100-sxm",
-    devices: Annotated[int, typer.Option(min=1, help="How many, for --cost.")] = 1,
+    accelerator: Annotated[
+        str, typer.Option(help="The accelerator to assume for --cost.")
+    ] = "h100-sxm",
+    devices: Annotated[
+        int, typer.Option(min=1, help="The number of accelerators to assume for --cost.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Show a recipe or a run with every setting resolved."""

@@ -1,4 +1,4 @@
-"""Measuring speed: bench."""
+"""Benchmarks: bench."""
 
 import json
 from typing import Annotated
@@ -18,24 +18,24 @@ from redefense.errors import ConfigError
 
 
 def bench_attacks(
-    images: Annotated[int, typer.Option(min=1, help="How many held-out images.")] = 256,
+    images: Annotated[int, typer.Option(min=1, help="Number of held-out images.")] = 256,
     model: Annotated[
-        str, typer.Option(help="A network's name; one that fits by default.")
+        str, typer.Option(help="Name of a network; by default one that fits the data.")
     ] = "auto",
     data: DataSpec = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     attack: Annotated[
         list[str] | None, typer.Option(help="Only this attack; may be repeated.")
     ] = None,
     train_images: Annotated[
-        int | None, typer.Option(min=1, help="Training images that an epoch draws; all by default.")
+        int | None, typer.Option(min=1, help="Training images per epoch; all by default.")
     ] = None,
     single: Annotated[
         bool, typer.Option("--single", help="Leave out the table of a random ensemble.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ours beside TorchAttacks: accuracy, passes, seconds; and what the draw hides."""
+    """Compare attacks with TorchAttacks: accuracy, passes, seconds; also on a random ensemble."""
     from redefense.bench.attacks import run, tables
 
     result = run(
@@ -71,16 +71,16 @@ def bench_train(
         list[str] | None, typer.Option(help="Architecture of the members; may be repeated.")
     ] = None,
     members: Annotated[
-        list[int] | None, typer.Option(min=1, help="How many; may be repeated.")
+        list[int] | None, typer.Option(min=1, help="Number of members; may be repeated.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=2, help="Images of a step.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the training adversary.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each way is timed.")] = 2,
+    batch: Annotated[int | None, typer.Option(min=2, help="Batch size.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the training adversary.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each.")] = 2,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Seconds of a RED step: the authors' joint graph beside the engine, and the FLOP floor."""
+    """Time of a RED step: the authors' joint graph, this engine, and the lower bound in FLOPs."""
     from redefense.bench.train import run, table
 
     result = run(
@@ -101,7 +101,7 @@ def bench_memory(
         list[int] | None, typer.Option(min=1, help="How many; may be repeated. 1 to 12.")
     ] = None,
     ensemble: Annotated[str, typer.Option(help="independent, or hyper.")] = "independent",
-    batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 64,
+    batch: Annotated[int, typer.Option(min=2, help="Batch size.")] = 64,
     differentiate: Annotated[str, typer.Option(help="exact, or finite.")] = "exact",
     precision: Annotated[str, typer.Option(help="bf16, or fp32.")] = "bf16",
     device: Device = "cpu",

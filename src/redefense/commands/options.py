@@ -1,4 +1,4 @@
-"""What the commands share: options, how a run is named, how a command speaks."""
+"""Shared by the commands: options, names of runs, and messages."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ DataSpec = Annotated[
     str | None, typer.Option("--data", metavar="SPEC", help="e.g. digits or cifar10:PATH.")
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on, e.g. cpu or cuda.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Errors only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
 

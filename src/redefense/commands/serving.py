@@ -1,4 +1,4 @@
-"""Serving a bundle, and auditing how well a server keeps its secret."""
+"""Serving: serve a bundle, and audit whether a server reveals its draws."""
 
 import dataclasses
 import json
@@ -26,59 +26,94 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help=f"{PORT}; 0 takes a free one.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="In the routes; the folder's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name in the routes; by default the folder's.")
+    ] = None,
     policy: Annotated[
-        Policy, typer.Option(help="Whose draw is kept: fresh (none), per-input or per-client.")
+        Policy, typer.Option(help="Reuse of draws: fresh (none), per-input or per-client.")
     ] = "fresh",
     key: Annotated[
-        Path | None, typer.Option(help="Secret of the keyed policies, shared by replicas.")
+        Path | None,
+        typer.Option(
+            help="File with the secret key of per-input and per-client, shared by replicas."
+        ),
     ] = None,
     epoch: Annotated[
-        float | None, typer.Option(help="Seconds that per-client keeps a draw; an hour.")
+        float | None,
+        typer.Option(help="Seconds for which per-client reuses a draw; by default an hour."),
     ] = None,
     client_header: Annotated[
-        str | None, typer.Option(help="Header by which your proxy names clients; else the address.")
+        str | None,
+        typer.Option(help="Header that identifies clients behind a proxy; by default the address."),
     ] = None,
     signer: Annotated[
         Path | None,
-        typer.Option(metavar="PUBLIC.pem", help="Ed25519 key that must have signed the bundle."),
+        typer.Option(
+            metavar="PUBLIC.pem", help="Public Ed25519 key that the bundle's signature must match."
+        ),
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="averaged and member (the first) are there to compare.")
+        Mode,
+        typer.Option(help="How to answer; averaged and member (the first) are for comparison."),
     ] = "sampled",
-    scores: Annotated[bool, typer.Option("--scores", help="Answer with all scores, too.")] = False,
-    research: Annotated[
-        bool, typer.Option("--research", help="Seeded draws, members shown; loopback only.")
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Return the scores of all classes.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of a research server; 0.")] = None,
+    research: Annotated[
+        bool,
+        typer.Option(
+            "--research", help="Seeded draws and visible members; on loopback addresses only."
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Random seed of a research server, by default 0.")
+    ] = None,
     grouped: Annotated[
         bool,
         typer.Option(
-            "--grouped", help="Compute a member's images together: faster, but time tells."
+            "--grouped",
+            help="Run a member's images as one batch: faster, but response times reveal the draw.",
         ),
     ] = False,
-    max_batch: Annotated[int, typer.Option(help="Images answered together.")] = 64,
-    max_delay: Annotated[float, typer.Option(help="Seconds a batch waits for more.")] = 0.0,
-    max_queue: Annotated[int, typer.Option(help="Images that may wait; more get 429.")] = 256,
-    deadline: Annotated[float, typer.Option(help="Seconds until 504.")] = 5.0,
-    max_body: Annotated[int | None, typer.Option(help="Bytes of a request.")] = None,
-    max_pixels: Annotated[int, typer.Option(help="Of an uploaded picture.")] = 16_000_000,
+    max_batch: Annotated[int, typer.Option(help="Maximum number of images in a batch.")] = 64,
+    max_delay: Annotated[
+        float, typer.Option(help="Seconds that a batch waits for further images.")
+    ] = 0.0,
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum number of waiting images; further requests get 429.")
+    ] = 256,
+    deadline: Annotated[
+        float, typer.Option(help="Seconds after which a request is answered with 504.")
+    ] = 5.0,
+    max_body: Annotated[
+        int | None, typer.Option(help="Maximum size of a request in bytes.")
+    ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(help="Maximum number of pixels of an uploaded picture.")
+    ] = 16_000_000,
     tick: Annotated[
-        float, typer.Option(help="Seconds; answers leave on this grid, to hide members' speed.")
+        float,
+        typer.Option(
+            help="Interval in seconds at which answers are sent, to hide differences in speed."
+        ),
     ] = 0.0,
     grace: Annotated[
         float, typer.Option(help="Seconds from SIGTERM (not ready) to the end of listening.")
     ] = 1.0,
     threads: Annotated[
-        int | None, typer.Option(help="That a member computes with; one per core.")
+        int | None, typer.Option(help="Threads per member; by default one per core.")
     ] = None,
     audit: Annotated[
-        bool, typer.Option("--audit", help="Attack servers so started, on the loopback, and exit.")
+        bool,
+        typer.Option(
+            "--audit",
+            help="Start servers with these settings on the loopback, test their secrecy, and exit.",
+        ),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer requests with a bundle: a secret draw per image, Open Inference Protocol v2."""
+    """Serve a bundle over HTTP (Open Inference Protocol v2), with a secret draw per image."""
     for package in PACKAGES:
         if find_spec(package) is None:
             raise ConfigError(lacking("serving", package, "serve"))
@@ -138,8 +173,8 @@ def _trust(signer: Path | None) -> "Trust | None":
 def _audit(
     bundle: Path, settings: Settings, signer: Path | None, *, as_json: bool, quiet: bool
 ) -> None:
-    from redefense.serve.audit import run_audit
-    from redefense.serve.children import child
+    from redefense.serve.audit.children import child
+    from redefense.serve.audit.run import run_audit
     from redefense.serve.model import Model
 
     model = Model(bundle, threads=settings.threads, trust=_trust(signer))

@@ -1,4 +1,4 @@
-"""Standard output and standard error that take every text, whatever their encoding."""
+"""Standard streams that accept any text, whatever their encoding."""
 
 import codecs
 import io

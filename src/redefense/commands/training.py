@@ -1,4 +1,4 @@
-"""Making ensembles: train, materialise."""
+"""Training: train, materialise."""
 
 import os
 from pathlib import Path
@@ -26,12 +26,17 @@ def train(
         Path | None, typer.Option(help="Run directory; runs/RECIPE unless given.")
     ] = None,
     start: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A run whose members to start from.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A run whose members initialise the new ones."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every draw of the training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of the training.")] = None,
     device: Device = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
-    download: Annotated[bool, typer.Option("--download", help="Fetch missing data.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was interrupted.")
+    ] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="Download the data if it is missing.")
+    ] = False,
     mesh: Annotated[
         str | None,
         typer.Option(
@@ -40,7 +45,7 @@ def train(
         ),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print where the time went, and keep it.")
+        bool, typer.Option("--profile", help="Print the time of each phase, and store it.")
     ] = False,
     replay: Annotated[
         str,
@@ -65,7 +70,7 @@ def train(
     if start is not None:
         run = run.model_copy(update={"start": StartConfig(path=str(start))})
     target = out if out is not None else Path("runs") / run.recipe
-    from redefense.train.run import train as train_run
+    from redefense.train.experiment import train as train_run
 
     train_run(
         run, target, resume=resume, device=device, quiet=quiet, download=download,
@@ -79,7 +84,7 @@ def materialise(
     out: Annotated[Path, typer.Option(help="Directory of the new run.")],
     quiet: Quiet = False,
 ) -> None:
-    """Write the members of a PS-RED run out as plain networks."""
+    """Write the members of a PS-RED run as plain networks."""
     from redefense.train.materialise import materialise as write_out
 
     write_out(path, out)

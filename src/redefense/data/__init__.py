@@ -1,4 +1,4 @@
-"""Every source of images a user has: found by looking, checked, and held as bytes."""
+"""Data sets from any source: recognised by their content, checked, and held as bytes."""
 
 import contextlib
 import os
@@ -25,8 +25,8 @@ from redefense.data.dataset import Dataset, Split, test_indices, train_validatio
 from redefense.data.loader import Augment, Loader
 from redefense.data.source import Refuse, Source, materialise, strict
 from redefense.errors import ConfigError, DataError
-from redefense.files import locked
 from redefense.plugins import Registry, summary_of
+from redefense.runtime.files import locked
 
 __all__ = [
     "DATASETS", "Augment", "Dataset", "Loader", "Published", "Reader", "Split", "find",

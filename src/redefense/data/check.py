@@ -1,4 +1,4 @@
-"""Look through a whole data set and name everything that is wrong with it."""
+"""Checks a whole data set and lists everything that is wrong with it."""
 
 import re
 from collections.abc import Iterator, Sequence

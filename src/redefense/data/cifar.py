@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in every layout they are handed around in, found by looking."""
+"""CIFAR-10 and CIFAR-100 in every published layout, recognised by their files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

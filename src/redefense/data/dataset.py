@@ -1,4 +1,4 @@
-"""A data set: all images as bytes, the labels, and the one place where splits are made."""
+"""A data set: images as bytes, labels, and its training, validation and test splits."""
 
 import hashlib
 import json

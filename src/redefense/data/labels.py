@@ -1,4 +1,4 @@
-"""Rules that labels and classes of every kind of data set must keep."""
+"""Validation of labels and class names, for every kind of data set."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Read CIFAR's python batches without running anything they ask for."""
+"""Reads CIFAR's python batches without executing pickled code."""
 
 import pickle
 import pickletools

@@ -1,4 +1,4 @@
-"""What a reader finds before images are decoded, and how images are decoded."""
+"""Images and labels that a reader found, and the decoding of images."""
 
 import math
 import os

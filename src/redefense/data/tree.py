@@ -1,4 +1,4 @@
-"""Read a folder, a zip or a tar archive in the same way, in place, without trusting it."""
+"""Reads folders, zip and tar archives through one interface, in place and safely."""
 
 import os
 import stat

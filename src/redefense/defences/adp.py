@@ -1,4 +1,4 @@
-"""ADP: members that disagree about the wrong classes.
+"""ADP: members whose predictions of the wrong classes are diverse.
 
 Source: Pang, Xu, Du, Chen & Zhu, "Improving Adversarial Robustness via Promoting Ensemble
 Diversity", ICML 2019: the adaptive diversity promoting regularizer. Per image, then averaged,
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from redefense.config import Eps
 from redefense.defences.base import Adversary, Defence, check_weights
-from redefense.ensembles import frozen_statistics, spread_of
+from redefense.ensembles import Ensemble, frozen_statistics
 from redefense.errors import ConfigError
 from redefense.penalties import ensemble_entropy, log_det_diversity
-from redefense.phases import PENALTY, phase
 from redefense.rng import drawn
-from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
+from redefense.runtime.phases import PENALTY, phase
+from redefense.types import Batch, Float, Images, Labels, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class ADP(Defence):
             bonus = named.pop("bonus")
             (pull,) = torch.autograd.grad(bonus, logits)
         logged = {name: value.detach() for name, value in named.items()}
-        for m in spread_of(ensemble).own(ensemble.num_members):
+        for m in ensemble.spread.own(ensemble.num_members):
             z = ensemble.logits_of(m, x)
             ce = F.cross_entropy(z, y)
             # the regularizer is logged once, not once a member: terms of parts add up

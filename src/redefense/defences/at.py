@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from redefense.defences.base import Adversary, Defence, terms
-from redefense.ensembles import spread_of
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
-from redefense.types import Batch, Ensemble, Loss
+from redefense.types import Batch, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,6 @@ class AdversarialTraining(Defence):
         own = [x] * ensemble.num_members
         if self.variant == "independent":
             own = self.adversary.craft_own(ensemble, x, y, rng)
-        for m in spread_of(ensemble).own(ensemble.num_members):
+        for m in ensemble.spread.own(ensemble.num_members):
             ce = F.cross_entropy(ensemble.logits_of(m, own[m]), y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))

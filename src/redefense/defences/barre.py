@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from redefense.attacks.arc import ARC
 from redefense.defences.base import Adversary, After, Defence, Stage, check_weights, terms
 from redefense.defences.mrboost import boosted_examples, copy_member, one_by_one
-from redefense.ensembles import Members, evaluating, frozen_weights, mean_log_probs
+from redefense.ensembles import Ensemble, evaluating, frozen_weights, mean_log_probs
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Float, Images, Int, Logits, Loss, correct
+from redefense.types import Batch, Float, Images, Int, Logits, Loss, correct
 
 Part = tuple[Float[Tensor, "_ ch H W"], Int[Tensor, " _"]]
 """A batch of images and their labels, of a size of its own: the last may be smaller."""
@@ -93,7 +93,7 @@ class BARRE(Defence):
         yield Loss(mce, terms(mce=mce, total=mce))
 
     def refit(
-        self, count: int, ensemble: Members, batches: Iterator[Batch], rng: torch.Generator
+        self, count: int, ensemble: Ensemble, batches: Iterator[Batch], rng: torch.Generator
     ) -> None:
         """Optimal sampling: set the mixture of the first `count` members, starting from its own."""
         images = first_images(batches, self.refit_images)
@@ -110,7 +110,7 @@ class BARRE(Defence):
 
     def errors(
         self,
-        ensemble: Members,
+        ensemble: Ensemble,
         count: int,
         images: list[Part],
         rng: torch.Generator,
@@ -147,11 +147,11 @@ class Answering(nn.Module):
 
 def drawable(ensemble: Ensemble) -> list[int]:
     """The members that answer at all."""
-    shares = ensemble.shares() if isinstance(ensemble, Members) else ensemble.mixture.tolist()
+    shares = ensemble.shares() if isinstance(ensemble, Ensemble) else ensemble.mixture.tolist()
     return [m for m, share in enumerate(shares) if share > 0]
 
 
-def begin(m: int, ensemble: Members) -> None:
+def begin(m: int, ensemble: Ensemble) -> None:
     """Member m starts from the one before it and answers 1 / (m + 1) of the queries."""
     if m > 0:
         copy_member(ensemble, m - 1, m)
@@ -178,7 +178,7 @@ def project_simplex(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     return (values - excess[(ordered > excess).sum() - 1]).clamp_min(0)
 
 
-def _set(ensemble: Members, shares: Tensor) -> None:
+def _set(ensemble: Ensemble, shares: Tensor) -> None:
     mixture = torch.zeros_like(ensemble.mixture)
     mixture[: len(shares)] = shares
     ensemble.set_mixture(mixture)

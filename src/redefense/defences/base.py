@@ -1,4 +1,4 @@
-"""What a defence is: settings, and the loss of each of its stages."""
+"""Base class of defences: settings, and the loss of each training stage."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,20 +9,20 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.gradient import climb, look_at, random_starts
+from redefense.attacks.gradient import climb, gradient_oracle, random_starts
 from redefense.attacks.objectives import OBJECTIVES
 from redefense.config import Eps, check_linf
-from redefense.ensembles import Averaged, Members, evaluating, frozen_weights, spread_of
+from redefense.ensembles import Averaged, Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.networks import Asked
-from redefense.phases import EXAMPLES, phase
 from redefense.rng import seed_from
+from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
+from redefense.types import Batch, Float, Images, Labels, Loss
 
 LossFn = Callable[[Ensemble, Batch, torch.Generator], Iterator[Loss]]
-Before = Callable[[Members], None]
-After = Callable[[Members, Iterator[Batch], torch.Generator], None]
+Before = Callable[[Ensemble], None]
+After = Callable[[Ensemble, Iterator[Batch], torch.Generator], None]
 
 GRAPHS: Final = 3
 """So many members' graphs of the crafted images take no more memory than one member's training."""
@@ -79,7 +79,7 @@ class Adversary:
             for images, labels in zip(x.split(size), y.split(size), strict=True):
                 crafted.append(
                     climb(
-                        look_at(victim, labels, OBJECTIVES["cross_entropy"]),
+                        gradient_oracle(victim, labels, OBJECTIVES["cross_entropy"]),
                         random_starts(images, labels, threat, seed)(),
                         images,
                         threat,
@@ -93,7 +93,7 @@ class Adversary:
         self, ensemble: Ensemble, x: Images, y: Labels, rng: torch.Generator
     ) -> list[Images]:
         """Each member's own examples; for members trained in another process, the images."""
-        own = spread_of(ensemble).own(ensemble.num_members)
+        own = ensemble.spread.own(ensemble.num_members)
         examples = []
         for m in range(ensemble.num_members):
             if m in own:
@@ -109,7 +109,7 @@ def _images_at_once(victim: nn.Module, count: int, room: int) -> int:
         return count
     ensemble = victim.ensemble
     # processes that have fewer members than others cut the batch as those do: they craft together
-    return max(1, min(count, room // spread_of(ensemble).most(ensemble.num_members)))
+    return max(1, min(count, room // ensemble.spread.most(ensemble.num_members)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redefense.ensembles import frozen_statistics, frozen_weights, spread_of
+from redefense.ensembles import Ensemble, frozen_statistics, frozen_weights
 from redefense.errors import ConfigError
-from redefense.models.twice import input_gradients
+from redefense.models.double_backward import input_gradients
 from redefense.networks import differentiable_twice, differentiating
-from redefense.phases import INPUT_GRADIENTS, PENALTY, phase
+from redefense.runtime.phases import INPUT_GRADIENTS, PENALTY, phase
 from redefense.threat import norms, per_image
-from redefense.types import Ensemble, Float, Labels, Loss
+from redefense.types import Float, Labels, Loss
 
 PerMember = Tensor | Sequence[Tensor]
 """Images for all members, or one batch of images a member."""
@@ -79,7 +79,7 @@ class Coupled:
     def parts(self, ensemble: Ensemble, differentiate: str) -> Iterator[Loss]:
         """One part a member; the sum of their gradients is that of `joint`'s total."""
         pulls, logged = self._pulls(ensemble)
-        for row, m in enumerate(spread_of(ensemble).own(ensemble.num_members)):
+        for row, m in enumerate(ensemble.spread.own(ensemble.num_members)):
             if not pulls:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 coupling = torch.zeros_like(ce)
@@ -109,7 +109,7 @@ class Coupled:
         Of all that grows with M only v outlives this call, in the precision of the forward passes,
         to which a member's first layer would round it anyway.
         """
-        spread = spread_of(ensemble)
+        spread = ensemble.spread
         grads = [
             spread.whole(self._detached(ensemble, point)).requires_grad_() for point in self.points
         ]
@@ -152,7 +152,7 @@ class Coupled:
         module = cast(nn.Module, ensemble)
         grads = []
         with frozen_weights(module), frozen_statistics(module), phase(INPUT_GRADIENTS):
-            for m in spread_of(ensemble).own(ensemble.num_members):
+            for m in ensemble.spread.own(ensemble.num_members):
                 x = _of(point, m).detach().requires_grad_()
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
                 with differentiating():

@@ -28,18 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redefense.attacks.base import Look, input_gradient
+from redefense.attacks.base import OracleResult, input_gradient
 from redefense.attacks.gradient import climb
 from redefense.config import Eps
 from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
 from redefense.defences.vanilla import after_plain
-from redefense.ensembles import evaluating, frozen_weights
+from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.models import Tapped
-from redefense.phases import EXAMPLES, phase
 from redefense.rng import drawn, stream
+from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Images, Int, Loss
+from redefense.types import Batch, Images, Int, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +133,18 @@ class DVERGE(Defence):
             )
         name = net.tap_names[int(layer * len(net.tap_names))]
 
-        def look(point: Images, with_grad: bool) -> Look:
+        def oracle(point: Images, with_grad: bool) -> OracleResult:
             point = point.detach().requires_grad_(with_grad)
             with torch.set_grad_enabled(with_grad):
                 apart = (net.tap(point, name) - wanted).square().flatten(1).mean(1)
             grad = input_gradient(-apart, point) if with_grad else None
-            return Look(-apart.detach(), torch.zeros_like(apart).detach(), grad)
+            return OracleResult(-apart.detach(), torch.zeros_like(apart).detach(), grad)
 
         with evaluating(net), frozen_weights(net), phase(EXAMPLES):
             with torch.no_grad():
                 wanted = net.tap(target, name)
             return climb(
-                look, x, x, Threat(eps=self.eps),
+                oracle, x, x, Threat(eps=self.eps),
                 steps=self.steps, step_size=self.step_size * self.eps, decay=1.0,
             ).detach()  # fmt: skip
 

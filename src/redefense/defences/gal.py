@@ -30,13 +30,13 @@ from torch import Tensor
 
 from redefense.defences.base import Defence, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
-from redefense.ensembles import spread_of
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_alignment
 from redefense.rng import drawn
-from redefense.spread import ALONE, Spread
+from redefense.runtime.spread import ALONE, Spread
 from redefense.threat import per_image
-from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
+from redefense.types import Batch, Float, Images, Labels, Loss
 
 NOISE: Final[Mapping[str, float]] = MappingProxyType({"dverge": 0.045, "trs": 0.0})
 """Standard deviation of each preset's noise, in pixel units."""
@@ -79,7 +79,7 @@ class GAL(Defence):
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The gradient of `terms`' total at noisy images, one member's graph at a time."""
-        x = with_noise(batch.x, self.noise or 0.0, rng, spread_of(ensemble))
+        x = with_noise(batch.x, self.noise or 0.0, rng, ensemble.spread)
         coupled = self._coupled(ensemble.num_members, x, batch.y)
         yield from coupled.parts(ensemble, self.differentiate)
 

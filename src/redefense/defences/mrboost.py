@@ -20,14 +20,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.gradient import climb, look_at, random_starts
+from redefense.attacks.gradient import climb, gradient_oracle, random_starts
 from redefense.defences.base import Adversary, After, Defence, Stage, check_weights, terms
-from redefense.ensembles import Members, evaluating, frozen_weights
+from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
-from redefense.phases import EXAMPLES, phase
+from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Images, Labels, Logits, Loss
+from redefense.types import Batch, Images, Labels, Logits, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class MRBoost(Defence):
         mce = margin_cross_entropy(logits, y, self.other_weight).mean()
         yield Loss(mce, terms(mce=mce, total=mce))
 
-    def _begin(self, m: int, ensemble: Members) -> None:
+    def _begin(self, m: int, ensemble: Ensemble) -> None:
         if self.persistent and m > 0:
             copy_member(ensemble, m - 1, m)
         uniform = torch.zeros_like(ensemble.mixture)
@@ -108,7 +108,7 @@ def boosted_examples(
     with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
         start = random_starts(x, y, Threat(eps=adversary.eps / 2), rng)()
         return climb(
-            look_at(victim, y, objective), start, x, Threat(eps=adversary.eps),
+            gradient_oracle(victim, y, objective), start, x, Threat(eps=adversary.eps),
             steps=adversary.steps, step_size=adversary.step_size * adversary.eps,
         ).detach()  # fmt: skip
 
@@ -152,7 +152,7 @@ def one_by_one(
     )
 
 
-def copy_member(ensemble: Members, source: int, target: int) -> None:
+def copy_member(ensemble: Ensemble, source: int, target: int) -> None:
     """Give member `target` the parameters and buffers of member `source`.
 
     Raises:

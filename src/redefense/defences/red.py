@@ -28,9 +28,10 @@ from torch import Tensor
 
 from redefense.defences.base import Adversary, Defence
 from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, InputError
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
-from redefense.types import Batch, Ensemble, Float, Images, Labels, Loss
+from redefense.types import Batch, Float, Images, Labels, Loss
 
 WEIGHTS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
     {"printed": (10.0, 10.0), "released": (10.0, 10.0), "calibrated": (0.1, 0.5)}

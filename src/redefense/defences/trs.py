@@ -35,19 +35,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redefense.attacks.base import Look
+from redefense.attacks.base import OracleResult
 from redefense.attacks.gradient import climb, random_starts
 from redefense.config import Eps
 from redefense.defences.base import Defence, Stage, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
-from redefense.ensembles import evaluating, frozen_weights, spread_of
+from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.networks import differentiable_twice, differentiating
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
-from redefense.phases import EXAMPLES, phase
+from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
-from redefense.types import Batch, Ensemble, Images, Labels, Loss
+from redefense.types import Batch, Images, Labels, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +141,12 @@ class TRS(Defence):
         threat, module = Threat(eps=eps), cast(nn.Module, ensemble)
         unknown = torch.zeros(len(x), device=x.device)  # how far it got: nothing asks
 
-        def look(point: Images, with_grad: bool) -> Look:
-            return Look(unknown, unknown, roughness_gradient(ensemble, point, y))
+        def oracle(point: Images, with_grad: bool) -> OracleResult:
+            return OracleResult(unknown, unknown, roughness_gradient(ensemble, point, y))
 
         with evaluating(module), frozen_weights(module), phase(EXAMPLES):
             return climb(
-                look, random_starts(x, y, threat, rng)(), x, threat,
+                oracle, random_starts(x, y, threat, rng)(), x, threat,
                 steps=self.steps, step_size=self.step_size * eps,
             )  # fmt: skip
 
@@ -171,7 +171,7 @@ def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
 
     Half precision serves: only its sign is used, and the search reaches the same roughness.
     """
-    spread, parts = spread_of(ensemble), []
+    spread, parts = ensemble.spread, []
     with torch.enable_grad():
         for m in spread.own(ensemble.num_members):
             point = x.detach().requires_grad_()

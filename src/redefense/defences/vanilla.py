@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from redefense.defences.base import Defence, LossFn, Stage, terms
-from redefense.ensembles import spread_of
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
-from redefense.types import Batch, Ensemble, Loss
+from redefense.types import Batch, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Vanilla(Defence):
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """One part a member; the log shows the mean over members."""
-        for m in spread_of(ensemble).own(ensemble.num_members):
+        for m in ensemble.spread.own(ensemble.num_members):
             ce = F.cross_entropy(ensemble.logits_of(m, batch.x), batch.y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))
 

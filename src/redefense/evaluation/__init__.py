@@ -1,1 +1,1 @@
-"""Honest measurement: suites, records, headlines, checks and reports."""
+"""Evaluation of ensembles under suites of attacks, with exact expectations and a headline."""

@@ -1,4 +1,4 @@
-"""`evaluate` and `evaluate_run`: anybody's model, or a trained run, under a suite."""
+"""`evaluate` and `evaluate_run`: evaluate any model, or a trained run, under a suite."""
 
 import json
 import os
@@ -20,48 +20,48 @@ import torch
 from torch import Tensor, nn
 
 import redefense
+from redefense.checks.answers import check_modes, laid_out
 from redefense.config import Run, ThreatConfig, read_eps, read_norm
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
-from redefense.ensembles import Members, evaluating
+from redefense.ensembles import Ensemble, evaluating
 from redefense.errors import ConfigError, DataError, Interrupted, RedCheckWarning
-from redefense.evaluation.answers import check_modes, laid_out
-from redefense.evaluation.arguments import (
+from redefense.evaluation.baselines import SELECTION_IMAGES
+from redefense.evaluation.cells import Subject, image_digest
+from redefense.evaluation.inputs.arguments import (
     check_checks,
     read_ensemble,
     read_pair,
     read_threat,
     whole,
 )
-from redefense.evaluation.baselines import SELECTION_IMAGES
-from redefense.evaluation.cells import Subject, image_digest
-from redefense.evaluation.objects import (
+from redefense.evaluation.inputs.objects import (
     balls_left,
     fingerprints,
     known_to_all,
     plugins_of,
     suite_of,
 )
+from redefense.evaluation.inputs.precision import computed_in
+from redefense.evaluation.inputs.radii import over, read_radii
 from redefense.evaluation.plan import Say, check_plan
-from redefense.evaluation.precision import computed_in
 from redefense.evaluation.progress import SILENT, Progress, shown
 from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
-from redefense.evaluation.radii import over, read_radii
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite, suite_named
-from redefense.evaluation.wording import OF_DEFENCE
-from redefense.evaluation.workers import ALONE, Workers, own_device, workers
-from redefense.files import locked, write_text
+from redefense.results.records import OF_DEFENCE
+from redefense.runtime.device import computing
+from redefense.runtime.files import locked, write_text
+from redefense.runtime.workers import ALONE, Workers, own_device, workers
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.api import TrainedRun, weights_digest
-from redefense.train.device import computing
+from redefense.train.experiment import accuracy
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
-from redefense.train.run import accuracy
 
 
 @computing()
@@ -416,7 +416,7 @@ def _silent(line: str) -> None:
     pass
 
 
-def _drift(path: Path, ensemble: Members, dataset: Dataset, run: Run) -> float | None:
+def _drift(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> float | None:
     """Clean validation accuracy now minus as logged; None without a log."""
     log = path / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
@@ -437,7 +437,7 @@ def _randomized(run: Run) -> bool:
 
 
 def _subject(
-    ensemble: Members,
+    ensemble: Ensemble,
     dataset: Dataset,
     images: int | None,
     run_json: Mapping[str, Any],

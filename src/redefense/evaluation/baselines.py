@@ -1,4 +1,4 @@
-"""What the randomness is compared with: every single member, and the averaged ensemble.
+"""Deterministic baselines of a randomized ensemble: single members and the average.
 
 Both are deterministic. Each is attacked for itself by the attacks that the suite names in `beside`,
 on the images where it still stands after everything else that was run. Its worst case is over all
@@ -16,15 +16,15 @@ from typing import Any, Final, cast
 import numpy as np
 
 from redefense.attacks.adaptive import Hinge
+from redefense.evaluation.cascade.runner import Runner
 from redefense.evaluation.cells import MEMBER, as_threat, judge, member_of
 from redefense.evaluation.headline import interval
-from redefense.evaluation.metering import Meter, Metered
-from redefense.evaluation.metrics import Bools
+from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.plan import Job, attack_of
 from redefense.evaluation.progress import rough_passes
-from redefense.evaluation.running import Runner
 from redefense.evaluation.store import forget, in_chunks, own_images, read_arrays, write_arrays
 from redefense.evaluation.suite import CellSpec
+from redefense.results.accuracy import Bools
 from redefense.rng import stream
 
 SELECTION_IMAGES: Final = 200

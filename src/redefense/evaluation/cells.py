@@ -1,4 +1,4 @@
-"""What one attack does to every image: attacked in chunks, verified, and put to every member."""
+"""Runs one attack on all images in chunks, verifies its budget and records every member."""
 
 import hashlib
 import math
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from redefense.attacks import Attack, Foreign
 from redefense.config import ThreatConfig
-from redefense.ensembles import mean_log_probs
+from redefense.ensembles import Ensemble, mean_log_probs
 from redefense.errors import InputError
-from redefense.evaluation.metering import Meter, Metered
-from redefense.evaluation.metrics import Bools, Floats
+from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
-from redefense.evaluation.store import CHUNK, in_chunks, read_arrays, write_arrays
-from redefense.evaluation.workers import ALONE, Workers
-from redefense.rng import stream
+from redefense.evaluation.store import in_chunks, read_arrays, write_arrays
+from redefense.results.accuracy import Bools, Floats
+from redefense.rng import CHUNK, stream
+from redefense.runtime.workers import ALONE, Workers
 from redefense.threat import Threat, norms
-from redefense.types import Ensemble, Images, Labels, Victim, check_images, correct
+from redefense.types import Images, Labels, Victim, check_images, correct
 
 BUDGET_SLACK = 1e-6
 

@@ -1,13 +1,13 @@
-"""The pair of figures that stands above an evaluation: unaware and aware of the draw."""
+"""The headline of an evaluation: accuracy under unaware and under aware attackers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from redefense.evaluation.cascade.worst_case import WorstCase
 from redefense.evaluation.cells import Cell
-from redefense.evaluation.metrics import Floats
 from redefense.evaluation.plan import Planned, threat_of
-from redefense.evaluation.statistics import accuracy_interval, exact_expectation
-from redefense.evaluation.worst import WorstCase
+from redefense.results.accuracy import Floats
+from redefense.results.intervals import accuracy_interval, exact_expectation
 
 
 def interval(q: Floats) -> list[float]:

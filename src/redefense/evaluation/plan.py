@@ -1,13 +1,13 @@
-"""A suite made ready to run: cells with their threats, names and attacks, refused if senseless."""
+"""Resolves a suite into cells with threats, names and attacks, and validates it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from redefense.attacks import ATTACKS, Attack
+from redefense.checks.answers import check_outputs
 from redefense.config import ThreatConfig, construct, suggestion
 from redefense.errors import ConfigError
-from redefense.evaluation.answers import check_outputs
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite

@@ -1,4 +1,4 @@
-"""How far an evaluation is, and about how long it still takes.
+"""Progress of an evaluation, and an estimate of the time left.
 
 Within a chunk of images the passes through the members are counted against those that the chunks
 before it took (before there is one: against a guess from the attack's settings). What is still to

@@ -1,4 +1,4 @@
-"""Where a number comes from."""
+"""Provenance of an evaluation: versions, commit, machine, seed and date."""
 
 import hashlib
 import os
@@ -12,16 +12,19 @@ from typing import Any, Final
 import torch
 
 import redefense
-from redefense.train.device import name_of
+from redefense.runtime.device import name_of
 
 _CPU: Final = torch.device("cpu")
 _PACKAGE: Final = Path(redefense.__file__).resolve().parent
 _MAKERS: Final = (
-    "attacks/*.py", "models/*.py", "ensembles.py", "penalties.py", "rng.py", "spread.py",
-    "threat.py", "types.py", "train/device.py",
+    "attacks/*.py", "models/*.py", "ensembles/*.py", "networks.py", "penalties.py", "rng.py",
+    "threat.py", "types.py", "runtime/device.py", "runtime/spread.py", "runtime/workers.py",
+    "results/accuracy.py", "results/intervals.py", "stochastic/*.py",
+    "evaluation/cascade/*.py", "evaluation/inputs/precision.py",
+    "evaluation/stochastic/*.py",
     *(f"evaluation/{name}.py" for name in (
-        "baselines", "cells", "checks_budget", "handover", "measures", "metering", "metrics",
-        "plan", "running", "statistics", "store", "suite", "tried", "workers", "worst",
+        "baselines", "budget_check", "cells", "member_statistics", "pass_counter", "plan",
+        "store", "suite",
     )),
 )  # fmt: skip
 """The modules that decide what an evaluation keeps on its way."""

@@ -16,9 +16,9 @@ from redefense.errors import ConfigError
 from redefense.evaluation.baselines import Baselines
 from redefense.evaluation.cells import Cell, as_threat
 from redefense.evaluation.headline import interval
-from redefense.evaluation.latex import escape_latex
-from redefense.evaluation.metrics import Bools
-from redefense.files import write_text
+from redefense.results.accuracy import Bools
+from redefense.results.escaping import escape_latex
+from redefense.runtime.files import write_text
 from redefense.threat import Threat
 
 

@@ -1,4 +1,4 @@
-"""Runs a suite on an ensemble, cell by cell, and keeps what every member said to every image."""
+"""Runs a suite on an ensemble, cell by cell, and stores the records of every member."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from redefense.checks.answers import Answers
+from redefense.checks.results import Check, after_run
+from redefense.checks.victim import before_run
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
-from redefense.evaluation.answers import Answers
 from redefense.evaluation.baselines import NOTHING, attack_baselines, baselines, pieces
+from redefense.evaluation.budget_check import stronger_budget
+from redefense.evaluation.cascade.runner import Further, Runner, cell_label, run_order
+from redefense.evaluation.cascade.tried import record_of
 from redefense.evaluation.cells import (
     BUDGET_SLACK,
     Cell,
@@ -20,12 +25,10 @@ from redefense.evaluation.cells import (
     image_digest,
     slack_of,
 )
-from redefense.evaluation.checks import Check, after_run
-from redefense.evaluation.checks_budget import stronger_budget
-from redefense.evaluation.checks_full import full_checks
-from redefense.evaluation.checks_victim import before_run
+from redefense.evaluation.full_checks import full_checks
 from redefense.evaluation.headline import headline, interval
-from redefense.evaluation.measures import (
+from redefense.evaluation.inputs.objects import plugins_of
+from redefense.evaluation.member_statistics import (
     MEASURED,
     MEASURES,
     ROUGH_PASSES,
@@ -33,18 +36,15 @@ from redefense.evaluation.measures import (
     member_measures,
     pair_statistics,
 )
-from redefense.evaluation.metrics import Floats, accuracies
-from redefense.evaluation.objects import plugins_of
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
-from redefense.evaluation.running import Further, Runner, cell_label, run_order
-from redefense.evaluation.statistics import exact_expectation
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
-from redefense.evaluation.tried import record_of
-from redefense.files import write_text
+from redefense.results.accuracy import Floats, accuracies
+from redefense.results.intervals import exact_expectation
+from redefense.runtime.files import write_text
 from redefense.threat import Threat
 from redefense.types import Images, check_images, check_labels
 

@@ -1,4 +1,4 @@
-"""Files of an evaluation under way: written aside and renamed, found again, made again if damaged.
+"""Files of an unfinished evaluation: written atomically, reused, and redone if damaged.
 
 Images are worked through in fixed chunks. Every chunk has random streams of its own, so that what
 is kept of a chunk is what working on it again would give, on however many processes.
@@ -10,20 +10,18 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redefense.evaluation.progress import SILENT, Progress
-from redefense.evaluation.workers import ALONE, Workers
-from redefense.files import write_bytes
+from redefense.rng import CHUNK
+from redefense.runtime.files import write_bytes
+from redefense.runtime.workers import ALONE, Workers
 
 Arrays = dict[str, NDArray[Any]]
-
-CHUNK: Final = 100
-"""Images worked on at a time. Streams are named by chunk, so it is part of every result."""
 
 
 def read_object(path: Path | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Suites: which attacks, on which view of the ensemble, under which threat. Plain data."""
+"""Suites: lists of attacks with the view and the threat of each, as plain data."""
 
 import json
 from os import PathLike
@@ -191,7 +191,7 @@ FULL: Final = Suite(
 
 def _suite(name: str, value: Any) -> Suite:
     """A suite of the user's: a `Suite`, or a list of attacks."""
-    from redefense.evaluation.objects import suite_of  # needs torch
+    from redefense.evaluation.inputs.objects import suite_of  # needs torch
 
     return suite_of(value, name)
 

@@ -1,4 +1,4 @@
-"""A bundle beside the checkpoint that it was made of."""
+"""Compares a bundle with the checkpoint that it was exported from."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path

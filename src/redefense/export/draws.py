@@ -1,4 +1,4 @@
-"""Whether members are drawn as the mixture says, and from where nobody can foresee them."""
+"""Tests that members are drawn with the stated probabilities and unpredictably."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""From a bundle, or a run, back to an ensemble in torch."""
+"""Loads an ensemble from a bundle or a run."""
 
 from collections.abc import Mapping
 from os import PathLike
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from redefense.config import choose
-from redefense.ensembles import Independent, Members
+from redefense.ensembles import Ensemble, Independent, channels_last
+from redefense.ensembles.configs import ENSEMBLES
 from redefense.errors import DataError, InputError
 from redefense.export import runner
 from redefense.export.packages import need
 from redefense.export.runner import Bundle, BundleError
-from redefense.kinds import ENSEMBLES
-from redefense.train.device import channels_last, check_device
+from redefense.runtime.device import check_device
 from redefense.train.loading import load as load_run
 from redefense.types import Images, Logits
 
 
-def load(path: str | PathLike[str], *, device: str = "cpu") -> Members:
+def load(path: str | PathLike[str], *, device: str = "cpu") -> Ensemble:
     """The ensemble of a run directory, of a checkpoint folder, or of a bundle; in evaluation mode.
 
     The weights that travel in an fp32 bundle of a run are those of the run, bit for bit, so it can
@@ -38,7 +38,7 @@ def load(path: str | PathLike[str], *, device: str = "cpu") -> Members:
     return load_bundle(folder, device=device) if bundle else load_run(folder, device=device)
 
 
-def load_bundle(path: Path, *, device: str = "cpu") -> Members:
+def load_bundle(path: Path, *, device: str = "cpu") -> Ensemble:
     """The ensemble of a bundle; see `load`."""
     check_device(device)
     try:
@@ -80,7 +80,7 @@ class Deployed(nn.Module):
         return torch.from_numpy(logits.copy()).to(x)
 
 
-def _rebuilt(bundle: Bundle) -> Members:
+def _rebuilt(bundle: Bundle) -> Ensemble:
     """The ensemble that the config names, with the weights of the bundle."""
     settings = bundle.config["ensemble"]
     # before anything of that size is built
@@ -111,7 +111,7 @@ def _weights(model: bytes) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 
-def _fill(ensemble: Members, weights: Mapping[str, Tensor]) -> None:
+def _fill(ensemble: Ensemble, weights: Mapping[str, Tensor]) -> None:
     """Copy weights by name; counts of batches, which no answer depends on, start anew.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Packages of extras, by name, or one line that says what to install."""
+"""Optional packages: imported by name, or an error that says what to install."""
 
 from importlib import import_module
 from typing import Any

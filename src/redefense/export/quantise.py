@@ -1,4 +1,4 @@
-"""8-bit members: weights and activations as integers, and what that costs in accuracy."""
+"""Quantises members to 8-bit weights and activations, and measures the accuracy."""
 
 import tempfile
 from collections.abc import Iterator, Sequence

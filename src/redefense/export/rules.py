@@ -1,4 +1,4 @@
-"""What a member's graph may hold: a fixed function of the images, in one file, of known parts.
+"""Rules for a member's ONNX graph: deterministic, self-contained, known operators.
 
 Known operators are those of the ONNX standard, less those that it calls non-deterministic (every
 source of random numbers, and dropout) and those that hold graphs of their own (branches, loops).

@@ -1,4 +1,4 @@
-"""Who made a bundle: an Ed25519 signature (RFC 8032) of the exact bytes of its manifest.
+"""Signatures of bundles: Ed25519 (RFC 8032) over the bytes of the manifest.
 
 The manifest holds the hash of every other file, so one signature covers the whole bundle. It is the
 bare 64 bytes, so that openssl can check it where redefense is not installed.

@@ -1,4 +1,4 @@
-"""What a bundle holds, in a few lines: files, sizes, and what 8 bits cost."""
+"""Summary of a bundle: files, sizes, and the accuracy lost by quantisation."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

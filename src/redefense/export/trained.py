@@ -1,4 +1,4 @@
-"""The bundle of a trained run: what a run stores beside its weights goes along."""
+"""Exports a trained run, with its data description, evaluation and card."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +8,16 @@ import torch
 from redefense.config import settings_of
 from redefense.data import Dataset, load_dataset, train_validation
 from redefense.data.dataset import stratified_order
+from redefense.ensembles.configs import ENSEMBLES
 from redefense.errors import ConfigError, DataError
-from redefense.evaluation.card import card, unmeasured_card
 from redefense.export.quantise import Int8
 from redefense.export.signing import sign_with
 from redefense.export.write import PROBES, About, export, synthetic
-from redefense.kinds import ENSEMBLES
+from redefense.report.card import card, unmeasured_card
 from redefense.rng import stream
+from redefense.runtime.device import computing
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.device import computing
 from redefense.train.loading import Signature, find_final, load_checkpoint, resolve
 
 CALIBRATION = 512

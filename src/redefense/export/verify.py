@@ -1,4 +1,4 @@
-"""The freeze detector: does a bundle still hold M members, each itself, drawn in secret?
+"""Verifies a bundle: every member present and unchanged, drawn at random, hashes intact.
 
 Nothing of a bundle is run before its hash is checked, and its `run.py` only if it is ours to the
 byte: a bundle cannot make its own verification succeed.

@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import redefense
-from redefense.ensembles import Hyper, Members
+from redefense.ensembles import Ensemble, Hyper
 from redefense.errors import ConfigError, InputError
-from redefense.evaluation.card import unmeasured_card
 from redefense.export import runner
 from redefense.export.compact import write_compact
 from redefense.export.graph import check_finite, member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
-from redefense.files import write_text, writing
 from redefense.networks import ask, check_values
+from redefense.report.card import unmeasured_card
 from redefense.rng import stream
+from redefense.runtime.files import write_text, writing
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.types import Images, check_images
@@ -63,7 +63,7 @@ class About:
 
 
 def export(
-    ensemble: Members,
+    ensemble: Ensemble,
     out: str | Path,
     about: About,
     *,
@@ -90,7 +90,7 @@ def export(
             it does in torch; nothing is left then.
         InputError: if probes are no images in [0, 1], or a member cannot take or be given them.
     """
-    if not isinstance(ensemble, Members):
+    if not isinstance(ensemble, Ensemble):
         got = type(ensemble).__name__
         raise InputError(f"export takes an ensemble, such as Independent([network]), got {got}")
     images = synthetic(about.shape) if probes is None else probes
@@ -146,7 +146,7 @@ def synthetic(shape: tuple[int, int, int], count: int = PROBES) -> Images:
 
 
 def _write(
-    ensemble: Members, folder: Path, about: About, images: Tensor, int8: Int8 | None, name: str
+    ensemble: Ensemble, folder: Path, about: About, images: Tensor, int8: Int8 | None, name: str
 ) -> None:
     """All files of a bundle."""
     members = range(ensemble.num_members)

@@ -1,4 +1,4 @@
-"""Conventions of others: folders as model hubs keep them, and the classes of attack libraries."""
+"""Conventions of model hubs and of other attack libraries."""
 
 from redefense.hub.adapters import to_art, to_foolbox, to_robustbench
 from redefense.hub.pretrained import from_pretrained, push_to_hub, save_pretrained

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Members, Sampled, device_of, frozen_weights
+from redefense.ensembles import Ensemble, Sampled, device_of, frozen_weights
 from redefense.errors import ConfigError, InputError
 from redefense.networks import ask, differentiating, set_evaluation
 from redefense.types import check_images
@@ -83,7 +83,7 @@ def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
     Raises:
         InputError: naming the rule that is broken.
     """
-    if isinstance(model, Members) or any(isinstance(part, Sampled) for part in model.modules()):
+    if isinstance(model, Ensemble) or any(isinstance(part, Sampled) for part in model.modules()):
         raise InputError(NOT_ELIGIBLE)
     check_images(images)
     set_evaluation(model)
@@ -119,7 +119,7 @@ def _has_gradient(model: nn.Module, images: Tensor) -> bool:
 
 
 def _view(model: nn.Module) -> nn.Module:
-    return model.sampled(per="image") if isinstance(model, Members) else model
+    return model.sampled(per="image") if isinstance(model, Ensemble) else model
 
 
 def _library(module: str, package: str) -> ModuleType:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import redefense
 from redefense.config import Run, parse_run
-from redefense.ensembles import Members, Origin
+from redefense.ensembles import Ensemble, Origin
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError, lacking
-from redefense.evaluation.card import card, unmeasured_card
-from redefense.files import write_bytes, write_text
+from redefense.report.card import card, unmeasured_card
+from redefense.runtime.files import write_bytes, write_text
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import find_final, load_checkpoint
 
@@ -31,7 +31,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 def save_pretrained(
-    ensemble: Members, folder: str | Path, *, license_name: str = "mit", name: str | None = None
+    ensemble: Ensemble, folder: str | Path, *, license_name: str = "mit", name: str | None = None
 ) -> Path:
     """Write `config.json`, `model.safetensors` and the model card `README.md` into a folder.
 
@@ -75,7 +75,7 @@ def save_pretrained(
 
 def from_pretrained(
     name_or_folder: str | Path, *, revision: str | None = None, device: str = "cpu"
-) -> Members:
+) -> Ensemble:
     """The ensemble of a local folder, or of a hub's repository `owner/name`, in evaluation mode.
 
     Args:
@@ -106,7 +106,7 @@ def from_pretrained(
 
 
 def push_to_hub(
-    ensemble: Members,
+    ensemble: Ensemble,
     repo_id: str,
     *,
     private: bool = False,
@@ -151,8 +151,8 @@ def push_to_hub(
     return str(getattr(done, "commit_url", done))
 
 
-def _origin(ensemble: Members) -> Origin:
-    if not isinstance(ensemble, Members) or ensemble.origin is None:
+def _origin(ensemble: Ensemble) -> Origin:
+    if not isinstance(ensemble, Ensemble) or ensemble.origin is None:
         raise InputError(
             "only an ensemble that redefense built (by train, load or from_pretrained) can be "
             f"described in {CONFIG}; this {type(ensemble).__name__} was put together by hand"

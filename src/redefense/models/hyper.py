@@ -264,7 +264,7 @@ _worn = threading.RLock()
 
 
 @contextmanager
-def wearing(
+def with_kernels(
     net: nn.Module, grids: Sequence[Grid], kernels: Sequence[Tensor]
 ) -> Iterator[nn.Module]:
     """Within, a stripped network computes with these kernels: no parameters, nothing to save.

@@ -1,4 +1,4 @@
-"""What all networks share: normalisation as first layer, activations by name, initialisation."""
+"""Layers shared by all networks: normalisation, activations by name, initialisation."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from redefense.models.double_backward import BatchNorm2d, Conv2d
 from redefense.models.layers import Normalise, activation_named
-from redefense.models.twice import BatchNorm2d, Conv2d
 from redefense.types import Images, Logits
 
 

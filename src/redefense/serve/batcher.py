@@ -1,4 +1,4 @@
-"""Dynamic batching: what waits while a batch runs becomes the next one. Bounded, with deadlines."""
+"""Dynamic batching with a bounded queue and deadlines."""
 
 import asyncio
 import contextlib

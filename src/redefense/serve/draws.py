@@ -1,4 +1,4 @@
-"""Which member answers: secret, per image, after the batch is formed.
+"""Draws the member that answers each image, after the batch is formed.
 
 Every policy is a function from a batch's images and clients to member indices. Fresh draws are the
 bundle's own (`redefense.export.runner`), so that what is verified is what serves.
@@ -19,9 +19,9 @@ from redefense.export.runner import draw_members
 from redefense.serve.settings import Settings
 
 Floats = NDArray[np.float32]
-Members = NDArray[np.int64]
+Ensemble = NDArray[np.int64]
 Mixture = NDArray[np.float64]
-Draw = Callable[[Floats, Sequence[str]], Members]
+Draw = Callable[[Floats, Sequence[str]], Ensemble]
 """(images (N, C, H, W), the client of each) -> member index of each (N,)."""
 
 _EPOCH = 3600.0  # seconds
@@ -29,7 +29,7 @@ _KEY_BYTES = 32
 _STEPS = 2**64
 
 
-def pick(numbers: Sequence[int], mixture: Mixture) -> Members:
+def pick(numbers: Sequence[int], mixture: Mixture) -> Ensemble:
     """Members by numbers uniform in [0, 2**64); the bias is below 2**-52, that of the mixture."""
     edges = np.cumsum(mixture)
     # thresholds as integers: a float cannot hold 64 bits
@@ -41,7 +41,7 @@ def pick(numbers: Sequence[int], mixture: Mixture) -> Members:
 def fresh(mixture: Mixture) -> Draw:
     """A new secret draw for every image of every request."""
 
-    def draw(images: Floats, clients: Sequence[str]) -> Members:
+    def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return draw_members(mixture, len(images))
 
     return draw
@@ -66,7 +66,7 @@ def keyed(key: bytes, *parts: bytes) -> int:
 def per_input(mixture: Mixture, key: bytes) -> Draw:
     """An image meets the same member every time, whoever asks and in whatever encoding."""
 
-    def draw(images: Floats, clients: Sequence[str]) -> Members:
+    def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return pick([keyed(key, b"input", canonical(image)) for image in images], mixture)
 
     return draw
@@ -87,7 +87,7 @@ def per_client(
         turn = int(now / epoch + shift)
         return keyed(key, b"client", name, str(turn).encode())
 
-    def draw(images: Floats, clients: Sequence[str]) -> Members:
+    def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         now = clock()
         return pick([number(client, now) for client in clients], mixture)
 
@@ -111,7 +111,7 @@ def seeded(mixture: Mixture, seed: int) -> Draw:
     """Reproducible draws, for research only."""
     generator = np.random.Generator(np.random.Philox(seed))
 
-    def draw(images: Floats, clients: Sequence[str]) -> Members:
+    def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         numbers = generator.integers(_STEPS, size=len(images), dtype=np.uint64)
         return pick([int(number) for number in numbers], mixture)
 

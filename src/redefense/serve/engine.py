@@ -1,4 +1,4 @@
-"""From images to answers: draw per image, run member by member, say no more than is asked for."""
+"""Inference: draws a member per image, runs each member once, returns what was requested."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.serve.draws import Draw, Floats, Members
+from redefense.serve.draws import Draw, Ensemble, Floats
 from redefense.serve.model import Model
 from redefense.serve.settings import Settings
 
@@ -31,7 +31,7 @@ class Answers:
     label: NDArray[np.int64]
     confidence: NDArray[np.int64]
     scores: Floats | None = None
-    member: Members | None = None
+    member: Ensemble | None = None
 
     def part(self, start: int, stop: int) -> "Answers":
         """The answers to images start to stop."""

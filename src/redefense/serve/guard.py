@@ -1,4 +1,4 @@
-"""What holds for every response: headers, the log line, and that no defect shows its traceback."""
+"""Middleware for every response: headers, the log line, and errors without tracebacks."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Uploaded pictures to images in [0, 1]: two formats, bounded sizes, no surprises."""
+"""Decodes uploaded PNG and JPEG files of bounded size into images in [0, 1]."""
 
 import io
 from typing import Final

@@ -1,4 +1,4 @@
-"""Logs and metrics. Neither holds an image, an answer, a client or a member."""
+"""Logs and metrics, which never contain an image, an answer, a client or a member."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A server's life: listen, serve, and stop without losing a request."""
+"""Runs the server: listens, serves, and shuts down without losing a request."""
 
 import asyncio
 import contextlib

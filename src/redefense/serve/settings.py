@@ -1,4 +1,4 @@
-"""What an operator decides about a server, checked once."""
+"""Settings of a server, validated once."""
 
 import ipaddress
 import math

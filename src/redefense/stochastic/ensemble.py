@@ -12,11 +12,11 @@ from scipy.special import betainc
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from redefense.ensembles import Members, as_ensemble, device_of
+from redefense.ensembles import Ensemble, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
 from redefense.networks import ask
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
-from redefense.types import Ensemble, Float, Images, Logits, Per, lacking
+from redefense.types import Float, Images, Logits, Per
 
 DRAWS = 16
 """Seeds that attackers see, unless more or fewer are asked for."""
@@ -46,7 +46,7 @@ class Drawn(nn.Module):
         return self.ensemble.logits_of(m, x)
 
 
-class Stochastic(Members):
+class Stochastic(Ensemble):
     """A network that answers at random, as an ensemble whose members are seeds.
 
     Member s is the network with the global generators of torch (CPU, and CUDA where the network
@@ -143,7 +143,11 @@ def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
     if isinstance(model, Stochastic):
         return model.model
     ensemble = as_ensemble(model)  # refuses what is neither
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and lacking(model):
+    if (
+        isinstance(model, nn.Module)
+        and not isinstance(model, nn.ModuleList)
+        and not isinstance(model, Ensemble)
+    ):
         return model
     return Drawn(ensemble)
 

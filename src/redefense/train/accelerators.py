@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from redefense.train.device import name_of
+from redefense.runtime.device import name_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

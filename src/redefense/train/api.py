@@ -14,14 +14,14 @@ from redefense.data import DATASETS, Dataset
 from redefense.data.given import as_source
 from redefense.data.source import materialise, strict
 from redefense.defences import DEFENCES, Defence
-from redefense.ensembles import Independent, Members
+from redefense.ensembles import Ensemble, Independent
+from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig
 from redefense.errors import ConfigError, InputError
-from redefense.kinds import ENSEMBLES, Kind
 from redefense.models import MODELS
 from redefense.plugins import Registry
 from redefense.recipes import RECIPES, recipe
 from redefense.threat import Threat
-from redefense.train.run import train as train_run
+from redefense.train.experiment import train as train_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class TrainedRun:
         path: the run directory.
     """
 
-    ensemble: Members
+    ensemble: Ensemble
     config: Run
     path: Path
 
@@ -61,9 +61,9 @@ def train(
 
     Args:
         ensemble: a recipe's name or a `Run`, which the other arguments change; or the members: a
-            model's name, settings such as `{"model": "resnet8", "num_members": 3}`, a kind such as
-            `redefense.kinds.IndependentKind`, a network, a list of networks, or an `Independent`.
-            Networks are copied, and trained from the weights that they have.
+            model's name, settings such as `{"model": "resnet8", "num_members": 3}`, such as
+            `redefense.ensembles.configs.IndependentConfig()`, a network, a list of networks, or an
+            `Independent`. Networks are copied, and trained from the weights that they have.
         defence: a name, settings such as `{"name": "red", "similarity": 5.0}`, or a `Defence`.
         data: a specification, a `redefense.data.Dataset`, or ((x_train, y_train),
             (x_test, y_test)); the test images are never read by the training.
@@ -127,11 +127,11 @@ def _members(value: Any) -> dict[str, Any]:
         return {"name": "independent", "model": value}
     if isinstance(value, Mapping):
         return {"name": "independent", **value}
-    if isinstance(value, Kind) and type(value) in ENSEMBLES.values():
+    if isinstance(value, EnsembleConfig) and type(value) in ENSEMBLES.values():
         return settings_of(ENSEMBLES, value)
     if isinstance(value, Independent):
         nets = [value.member(m) for m in range(value.num_members)]
-    elif isinstance(value, Members):
+    elif isinstance(value, Ensemble):
         raise InputError(
             f"a {type(value).__name__} cannot be trained as an object: give its settings, such as "
             "{'name': 'hyper', 'model': 'resnet18', 'num_members': 3}"

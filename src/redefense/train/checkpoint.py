@@ -20,7 +20,7 @@ from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
 from redefense.errors import CheckpointError, TrainingError
-from redefense.files import reason
+from redefense.runtime.files import reason
 
 FORMAT = 1
 KEEP = 2

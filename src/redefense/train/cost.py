@@ -1,8 +1,8 @@
 """What a training costs before it is run: arithmetic, time and memory, from counting its steps.
 
-A step of each stage is taken by the training loop itself, in its true size, under a dry `Ledger`:
-what a method, a kind of ensemble or an optimizer does is counted, not assumed. Passes are in
-*forward-pass equivalents*: FLOPs over those of one forward pass of one member.
+A step of each stage is taken by the training loop itself, in its true size, under a dry
+`OpCounter`: what a method, a kind of ensemble or an optimizer does is counted, not assumed. Passes
+are in *forward-pass equivalents*: FLOPs over those of one forward pass of one member.
 
 Time is predicted operation by operation: each takes as long as its arithmetic, its traffic or its
 launch, whichever is longest, on an `Accelerator`. Validation, loading of data, checkpoints and what
@@ -21,15 +21,14 @@ import torch
 from redefense.config import Run, suggestion
 from redefense.data import published
 from redefense.defences import Stage
-from redefense.ensembles import Members
+from redefense.ensembles import Ensemble, channels_last
 from redefense.errors import ConfigError
-from redefense.phases import EXAMPLES, PHASES
 from redefense.rng import stream
+from redefense.runtime.phases import EXAMPLES, PHASES
 from redefense.train.accelerators import ACCELERATORS, Accelerator
 from redefense.train.describe import known_images
-from redefense.train.device import channels_last
-from redefense.train.ledger import Entry, Ledger
 from redefense.train.loading import resolve
+from redefense.train.op_counter import Entry, OpCounter
 from redefense.train.steps import booked_step, forward_flops
 from redefense.types import Batch
 
@@ -56,10 +55,10 @@ class StageCost:
 
     def seconds(self, on: Accelerator, share: float = 1.0) -> float:
         """Of one step, or with a share of its images."""
-        return ledger_seconds(self.entries, on, share)
+        return counted_seconds(self.entries, on, share)
 
 
-def ledger_seconds(
+def counted_seconds(
     entries: Mapping[Entry, float] | Mapping[Entry, int], on: Accelerator, share: float = 1.0
 ) -> float:
     """Of operations one after another, or of a share of the images in each."""
@@ -180,11 +179,11 @@ def _images(run: Run) -> int:
 
 
 def _counted(
-    ensemble: Members, stages: Sequence[Stage], index: int, batch: Batch, run: Run
-) -> list[Ledger]:
+    ensemble: Ensemble, stages: Sequence[Stage], index: int, batch: Batch, run: Run
+) -> list[OpCounter]:
     """A step of an epoch that stands for all, or steps of several epochs if these differ."""
 
-    def step(epoch: int) -> Ledger:
+    def step(epoch: int) -> OpCounter:
         return booked_step(
             ensemble, stages, batch, optim=run.optim, precision=run.precision, seed=run.seed,
             index=index, epoch=epoch,

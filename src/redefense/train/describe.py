@@ -1,4 +1,4 @@
-"""How large a run's ensemble is: parameters by part, on disk and in memory."""
+"""Sizes of an ensemble: parameters by part, on disk and in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ from torch import nn
 
 from redefense.config import Run
 from redefense.data import published
-from redefense.ensembles import Hyper, Members
+from redefense.ensembles import Ensemble, Hyper
+from redefense.ensembles.configs import EnsembleConfig
 from redefense.errors import ConfigError
-from redefense.kinds import Kind
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import Signature, find_final
 
@@ -30,7 +30,7 @@ def known_images(what: str, run: Run) -> tuple[Checkpoint | None, int, tuple[int
     raise ConfigError(f"the shape of {family} data is known once a run is trained: give its DIR")
 
 
-def count_parameters(what: str, run: Run, kind: Kind) -> dict[str, Any]:
+def count_parameters(what: str, run: Run, kind: EnsembleConfig) -> dict[str, Any]:
     """Sizes of the ensemble of a run directory, or of a recipe or record not yet trained.
 
     Returns:
@@ -50,7 +50,7 @@ def count_parameters(what: str, run: Run, kind: Kind) -> dict[str, Any]:
     return sizes
 
 
-def _sizes(ensemble: Members) -> dict[str, Any]:
+def _sizes(ensemble: Ensemble) -> dict[str, Any]:
     everyone = range(ensemble.num_members)
     written = [num_written(ensemble, m) for m in everyone]
     # all but the kernels that are written, embeddings and hypernetworks is in plain members too
@@ -79,14 +79,14 @@ def _sizes(ensemble: Members) -> dict[str, Any]:
     }
 
 
-def num_written(ensemble: Members, m: int) -> int:
+def num_written(ensemble: Ensemble, m: int) -> int:
     """Numbers of member m's kernels that a hypernetwork writes; none in plain members."""
     if not isinstance(ensemble, Hyper):
         return 0
     return sum(grid.num_weights(ensemble.unit) for grid in ensemble.grids[m])
 
 
-def _parts(ensemble: Members) -> dict[str, dict[str, int]]:
+def _parts(ensemble: Ensemble) -> dict[str, dict[str, int]]:
     """Stored and written parameters of member 0 by part."""
     net = ensemble.get_submodule("members.0")
     stored: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What the processes of a mesh pass to each other within a training step."""
+"""Communication between the processes of a mesh within a training step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from redefense.ensembles import Members
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
-from redefense.train.distributed import Mesh
+from redefense.runtime.mesh import Mesh
 
 
 @contextmanager
-def spread_over(mesh: Mesh, ensemble: Members) -> Iterator[None]:
+def spread_over(mesh: Mesh, ensemble: Ensemble) -> Iterator[None]:
     """Within, the steps of the ensemble's training are spread over the mesh.
 
     Raises:
@@ -37,7 +37,7 @@ def spread_over(mesh: Mesh, ensemble: Members) -> Iterator[None]:
         ensemble.spread = before
 
 
-def check_weights(mesh: Mesh, ensemble: Members) -> None:
+def check_weights(mesh: Mesh, ensemble: Ensemble) -> None:
     """Refuse weights that the mesh cannot be spread over.
 
     Raises:
@@ -71,7 +71,7 @@ def _refuse_sharded(ensemble: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """The members and images of this process of a mesh (`redefense.spread.Spread`)."""
+    """The members and images of this process of a mesh (`redefense.runtime.spread.Spread`)."""
 
     mesh: Mesh
     num_members: int

@@ -1,4 +1,4 @@
-"""What a run's record means, and the ensemble that a finished run holds."""
+"""Resolves the settings of a run, and loads the ensemble of a finished run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import nn
 from redefense.config import Run, choose, settings_of
 from redefense.data import Dataset
 from redefense.defences import DEFENCES, Defence
-from redefense.ensembles import Members, Origin
+from redefense.ensembles import Ensemble, Origin, channels_last
+from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig
 from redefense.errors import CheckpointError, InputError
-from redefense.kinds import ENSEMBLES, Kind
 from redefense.plugins import check_known, origins
+from redefense.runtime.device import check_device
 from redefense.train.checkpoint import Checkpoint, read
-from redefense.train.device import channels_last, check_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Signature:
         }
 
 
-def resolve(run: Run) -> tuple[Run, Kind, Defence]:
+def resolve(run: Run) -> tuple[Run, EnsembleConfig, Defence]:
     """Look up all names and fill in every default.
 
     Raises:
@@ -75,7 +75,7 @@ def resolve(run: Run) -> tuple[Run, Kind, Defence]:
     return filled, kind, defence
 
 
-def load(path: str | Path, *, device: str = "cpu") -> Members:
+def load(path: str | Path, *, device: str = "cpu") -> Ensemble:
     """The trained ensemble of a run directory (or of one checkpoint folder), in evaluation mode.
 
     Raises:
@@ -103,7 +103,7 @@ def find_final(path: Path) -> Checkpoint:
     return read(folder)
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Members:
+def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Ensemble:
     """The ensemble that a checkpoint holds, in evaluation mode."""
     _, kind, _ = resolve(checkpoint.run)
     ensemble = fresh(kind, Signature.stored(checkpoint.state), checkpoint.run.seed, device)
@@ -113,7 +113,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Members:
     return channels_last(ensemble).eval()
 
 
-def fresh(kind: Kind, signature: Signature, seed: int, device: str) -> Members:
+def fresh(kind: EnsembleConfig, signature: Signature, seed: int, device: str) -> Ensemble:
     """An untrained ensemble for such data.
 
     Raises:
@@ -136,7 +136,7 @@ def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} does not fit its run: {first}") from None
 
 
-def input_check(ensemble: Members, dataset: Dataset, checkpoint: Checkpoint) -> None:
+def input_check(ensemble: Ensemble, dataset: Dataset, checkpoint: Checkpoint) -> None:
     """Refuse data that the ensemble was not made for.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a person and a machine see of a training: `metrics.jsonl`, a progress line, TensorBoard."""
+"""Logging of a training: `metrics.jsonl`, a progress line, TensorBoard."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from redefense.files import append_line, write_text
+from redefense.runtime.files import append_line, write_text
 
 PLAIN_INTERVAL = 15.0
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from redefense.config import settings_of, to_json
 from redefense.ensembles import Independent
+from redefense.ensembles.configs import ENSEMBLES, HyperConfig
 from redefense.errors import ConfigError
-from redefense.files import write_text
-from redefense.kinds import ENSEMBLES, HyperKind
+from redefense.runtime.files import write_text
 from redefense.train.checkpoint import save
 from redefense.train.loading import find_final, load_checkpoint, resolve
 
@@ -23,7 +23,7 @@ def materialise(path: Path, out: Path) -> None:
     """
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
-    if not isinstance(kind, HyperKind):
+    if not isinstance(kind, HyperConfig):
         raise ConfigError(f"the members of {path} are plain networks already")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists; choose another --out")

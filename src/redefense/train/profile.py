@@ -1,4 +1,4 @@
-"""Where the time of a training goes: seconds by phase, as a table and as `RUN/profile.json`."""
+"""Profile of a training: seconds by phase, as a table and as `RUN/profile.json`."""
 
 import json
 import time
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from redefense.files import write_text
-from redefense.phases import OTHER, PHASES, watched
+from redefense.runtime.files import write_text
+from redefense.runtime.phases import OTHER, PHASES, watched
 from redefense.train.log import note
 
 

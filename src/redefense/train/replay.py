@@ -19,9 +19,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Members
-from redefense.recording import Recorder, Recording, RecordingError, digest, reason
+from redefense.ensembles import Ensemble
 from redefense.rng import Draws
+from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
 from redefense.train.log import note
 from redefense.types import Batch, Progress
 
@@ -64,7 +64,7 @@ class RecordedSteps:
     """
 
     recorder: Recorder
-    ensemble: Members
+    ensemble: Ensemble
     params: Sequence[nn.Parameter]
     compute: Compute
     name: str

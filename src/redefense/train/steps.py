@@ -1,4 +1,4 @@
-"""The training loop without its keeping: for benchmarks, their victims and the cost model."""
+"""Training steps without checkpoints or logs, for benchmarks and the cost model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from redefense.config import OptimConfig
 from redefense.defences import Stage
-from redefense.ensembles import Members
-from redefense.phases import OPTIMIZER, watched
-from redefense.train.fit import Loader, Position, fit
-from redefense.train.ledger import Ledger
+from redefense.ensembles import Ensemble
+from redefense.runtime.phases import OPTIMIZER, watched
+from redefense.train.loop import Loader, Position, fit
+from redefense.train.op_counter import OpCounter
 from redefense.types import Batch
 
 Precision = Literal["fp32", "bf16"]
@@ -35,7 +35,7 @@ class _Same:
 
 
 def fit_only(
-    ensemble: Members,
+    ensemble: Ensemble,
     stages: Sequence[Stage],
     loader: Loader,
     *,
@@ -63,7 +63,7 @@ def fit_only(
 
 
 def take_steps(
-    ensemble: Members,
+    ensemble: Ensemble,
     stages: Sequence[Stage],
     batch: Batch,
     *,
@@ -88,7 +88,7 @@ def take_steps(
 
 
 def booked_step(
-    ensemble: Members,
+    ensemble: Ensemble,
     stages: Sequence[Stage],
     batch: Batch,
     *,
@@ -98,12 +98,12 @@ def booked_step(
     index: int = 0,
     epoch: int = 0,
     dry: bool = True,
-) -> Ledger:
+) -> OpCounter:
     """What the training loop does in one step; a fresh optimizer's state does not count as living.
 
     The ensemble is left without gradients.
     """
-    ledger = Ledger(dry=dry, staying=frozenset({OPTIMIZER}))
+    ledger = OpCounter(dry=dry, staying=frozenset({OPTIMIZER}))
     with gradients_stay(ensemble, ledger), ledger, watched(ledger):
         take_steps(
             ensemble, stages, batch, optim=optim, precision=precision, seed=seed, index=index,
@@ -114,12 +114,12 @@ def booked_step(
 
 
 @contextmanager
-def gradients_stay(ensemble: nn.Module, ledger: Ledger) -> Iterator[None]:
+def gradients_stay(ensemble: nn.Module, ledger: OpCounter) -> Iterator[None]:
     """Parameters' gradients do not count as living."""
 
     def stay(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            ledger.disown(parameter.grad)
+            ledger.forget_storage(parameter.grad)
 
     hooks = [p.register_post_accumulate_grad_hook(stay) for p in ensemble.parameters()]
     try:
@@ -129,9 +129,9 @@ def gradients_stay(ensemble: nn.Module, ledger: Ledger) -> Iterator[None]:
             hook.remove()
 
 
-def forward_flops(ensemble: Members, x: Tensor) -> int:
+def forward_flops(ensemble: Ensemble, x: Tensor) -> int:
     """FLOPs of a forward pass of one member, its weights being there."""
-    net, ledger = ensemble.member(0).eval(), Ledger(dry=True)
+    net, ledger = ensemble.member(0).eval(), OpCounter(dry=True)
     with torch.no_grad(), ledger:
         net(x)
     return ledger.flops()

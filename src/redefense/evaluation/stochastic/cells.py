@@ -24,11 +24,11 @@ from redefense.attacks.objectives import margin
 from redefense.attacks.subset import Subset
 from redefense.config import ThreatConfig
 from redefense.evaluation.cells import COST, Cell, Subject, as_threat, verify_ball
-from redefense.evaluation.metering import Meter
+from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.stochastic.views import Fresh, InPlace, counted
-from redefense.evaluation.store import CHUNK, in_chunks
-from redefense.rng import stream
+from redefense.evaluation.store import in_chunks
+from redefense.rng import CHUNK, stream
 from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
 from redefense.threat import norms
 from redefense.types import Images, Labels, Victim, correct

@@ -12,17 +12,17 @@ from torch import nn
 
 from redefense.data import load_dataset, test_indices
 from redefense.defences import DEFENCES
-from redefense.ensembles import Members, evaluating
+from redefense.ensembles import Ensemble, evaluating
 from redefense.errors import ConfigError
 from redefense.evaluation.cells import image_digest
 from redefense.evaluation.plan import Say
 from redefense.evaluation.provenance import provenance
-from redefense.evaluation.store import CHUNK
-from redefense.files import write_text
+from redefense.rng import CHUNK
+from redefense.runtime.device import computing
+from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import certificate
 from redefense.stochastic.ensemble import Drawn, Stochastic, seeds_of
 from redefense.stochastic.wrappers import GaussianNoise
-from redefense.train.device import computing
 from redefense.train.loading import find_final, input_check, load_checkpoint
 from redefense.types import Images, Labels, correct
 
@@ -122,7 +122,7 @@ def certify_run(
     return document, target
 
 
-def _answering(ensemble: Members, defence: str) -> nn.Module:
+def _answering(ensemble: Ensemble, defence: str) -> nn.Module:
     """The run as it answers: by a member drawn at each call, or by the average."""
     known = DEFENCES.get(defence)
     drawn = ensemble.num_members > 1 and (known is None or known.randomized)

@@ -11,20 +11,20 @@ from typing import Any, Final
 import numpy as np
 
 from redefense.attacks.adaptive import Hinge
-from redefense.config import ThreatConfig
-from redefense.evaluation.cells import Subject
-from redefense.evaluation.checks import (
+from redefense.checks.results import (
     Check,
     gap_of_headlines,
     inert,
     inside_ball,
     unchanged,
 )
-from redefense.evaluation.checks_sample import evenly_spread
-from redefense.evaluation.checks_victim import before_run
-from redefense.evaluation.metrics import Bools
+from redefense.checks.sample import evenly_spread
+from redefense.checks.victim import before_run
+from redefense.config import ThreatConfig
+from redefense.evaluation.cells import Subject
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
 from redefense.evaluation.stochastic.figures import draws_interval, worst_per_image
+from redefense.results.accuracy import Bools
 from redefense.stochastic.certificates import Certificate
 from redefense.stochastic.ensemble import Stochastic
 

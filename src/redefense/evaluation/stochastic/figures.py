@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, stdtrit
 
-from redefense.evaluation.metrics import Bools, Floats
-from redefense.evaluation.statistics import wilson
+from redefense.results.accuracy import Bools, Floats
+from redefense.results.intervals import wilson
 
 FIGURES = (
     "unaware", "unaware_interval", "unaware_interval_draws",

@@ -10,25 +10,25 @@ import numpy as np
 from redefense.attacks.adaptive import Hinge
 from redefense.attacks.gradient import PGD
 from redefense.attacks.square import Square
+from redefense.checks.results import Check
 from redefense.config import ThreatConfig
 from redefense.evaluation.baselines import NOTHING
+from redefense.evaluation.cascade.runner import cell_label
 from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest
-from redefense.evaluation.checks import Check
-from redefense.evaluation.joined import TRIES
-from redefense.evaluation.metrics import Bools
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import outside_ball
-from redefense.evaluation.running import cell_label
 from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
 from redefense.evaluation.stochastic.figures import FIGURES, draws_interval, interval, pair
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.evaluation.store import forget, own_images, read_object
 from redefense.evaluation.suite import Suite
-from redefense.files import write_text
+from redefense.results.accuracy import Bools
+from redefense.results.join import TRIES
+from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import Stochastic
 from redefense.stochastic.wrappers import GaussianNoise

@@ -7,9 +7,7 @@ from typing import Final, Literal, cast
 
 from torch import Tensor, nn
 
-from redefense.ensembles import Members
-from redefense.errors import ConfigError, InputError
-from redefense.evaluation.answers import (
+from redefense.checks.answers import (
     GROSS,
     REPEATS,
     ROUNDING,
@@ -19,6 +17,8 @@ from redefense.evaluation.answers import (
     said,
     sample_points,
 )
+from redefense.ensembles import Ensemble
+from redefense.errors import ConfigError, InputError
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
@@ -42,7 +42,7 @@ def check_choice(stochastic: str) -> None:
         raise ConfigError(f"stochastic must be auto, on or off, got {stochastic!r}")
 
 
-def drawing(ensemble: Members, x: Images) -> str:
+def drawing(ensemble: Ensemble, x: Images) -> str:
     """How equal questions to a member were answered differently, in words; empty if none was.
 
     Networks, their modes, buffers and the global generators are left as they were.
@@ -62,7 +62,7 @@ def drawing(ensemble: Members, x: Images) -> str:
     return ""
 
 
-def as_stochastic(ensemble: Members, x: Images, stochastic: Choice) -> tuple[Members, str]:
+def as_stochastic(ensemble: Ensemble, x: Images, stochastic: Choice) -> tuple[Ensemble, str]:
     """The ensemble as it is, or as a stochastic network.
 
     Args:

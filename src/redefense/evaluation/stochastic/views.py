@@ -10,13 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Independent, Members
-from redefense.evaluation.metering import Meter, Metered
+from redefense.ensembles import Ensemble, Independent
+from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.stochastic.ensemble import OneMember, Stochastic
-from redefense.types import Ensemble, Images, Int, Logits
+from redefense.types import Images, Int, Logits
 
 
-class InPlace(Members):
+class InPlace(Ensemble):
     """Fixed seeds, each image asked in its own place of the batch.
 
     Attacks go on with those images only that still stand. The noise that a seed gives to an image
@@ -57,7 +57,7 @@ class InPlace(Members):
         return torch.tensor(nearest, device=x.device)
 
 
-class Fresh(Members):
+class Fresh(Ensemble):
     """Seeds that are drawn anew each time a member is asked.
 
     Args:

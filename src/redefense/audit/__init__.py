@@ -1,0 +1,1 @@
+"""Rules over a table of claims: which figures cannot be believed, and why."""

@@ -1,0 +1,50 @@
+"""Findings of the audit: one reason to doubt one or more figures each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from redefense.audit.table import Claim, Group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One reason for doubt.
+
+    Attributes:
+        id: of the rule, a key of `RULES`, or one of those that need more than figures.
+        severity: `error` if the claim cannot hold as stated, `note` if the reader must know it.
+        subject: the data set and method it is about.
+        rows: the figures concerned and where they stand.
+        figures: the numbers the rule compared, accuracies in percent.
+        why: one sentence.
+    """
+
+    id: str
+    severity: Literal["error", "note"]
+    subject: str
+    rows: tuple[str, ...]
+    figures: Mapping[str, float]
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = f" ({'; '.join(self.rows)})" if self.rows else ""
+        return f"{self.severity} {self.id}, {self.subject}: {self.why}{rows}"
+
+
+def finding_about(
+    group: Group, rows: Sequence[Claim], why: str, severity: Literal["error", "note"] = "error"
+) -> Finding:
+    """A finding of the rule that yields it, which `findings_of` names."""
+    unique = len({claim.attack for claim in rows}) == len(rows)
+    return Finding(
+        id="",
+        severity=severity,
+        subject=group.subject or "claim",
+        rows=tuple(str(claim) for claim in rows),
+        figures={c.attack if unique else c.where: c.accuracy for c in rows},
+        why=why,
+    )

@@ -1,0 +1,377 @@
+"""Audit rules about figures: contradictions within a table of robust accuracies.
+
+Each rule takes all that is claimed of one method and yields its findings. Slack is left for chance:
+a few tenths of a point for random starts, two images, one unit of the last stated digit.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from types import MappingProxyType
+from typing import Final
+
+from redefense.audit import rules_stated as stated
+from redefense.audit.attack_names import (
+    BLACK_BOX,
+    GRADIENT,
+    HEADLINES,
+    ITERATIVE,
+    MINIMAL,
+    WHITE_BOX,
+    averages,
+    squeezed,
+    steps_of,
+)
+from redefense.audit.finding import Finding, finding_about
+from redefense.audit.table import Claim, Group
+
+
+def _contained(group: Group) -> bool:
+    """Whether an aware attack stands at or below every other bounded one of a random method."""
+    bounded = [c for c in group.attacks if c.bounded]
+    aware = [c for c in bounded if c.aware]
+
+    def contains(a: Claim, c: Claim) -> bool:
+        """Whether it left no more, with no larger a budget."""
+        smaller = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) <= (c.eps or 0)
+        return (a.same_budget(c) or smaller) and a.accuracy <= c.accuracy + 0.5
+
+    return bool(group.randomized and aware) and all(
+        any(contains(a, c) for a in aware) for c in bounded
+    )
+
+
+def _slack(claims: Sequence[Claim], points: float) -> float:
+    """What chance may explain: `points`, two images, or one unit of the last stated digit.
+
+    The spreads of means are added, and so is what a slightly smaller budget may explain: twice the
+    share by which it is smaller, of the images that are wrong within the larger one.
+    """
+    sizes = [c.num_images for c in claims if c.num_images is not None]
+    last = [10.0**-c.decimals for c in claims if c.decimals is not None]
+    high, low = (choose(claims, key=lambda c: c.accuracy) for choose in (max, min))
+    smaller = 0.0
+    if high.norm == low.norm and high.eps is not None and low.eps:
+        smaller = max(2 * (1 - high.eps / low.eps), 0.0) * (100 - low.accuracy)
+    spreads = sum(c.spread or 0.0 for c in claims)
+    return max([points, *([200 / min(sizes)] if sizes else []), *last]) + spreads + smaller
+
+
+def _comparable(a: Claim, b: Claim) -> bool:
+    return a.bounded and b.bounded and a.same_budget(b) and _same_view(a, b)
+
+
+def _same_view(a: Claim, b: Claim) -> bool:
+    return a.view == b.view or not a.view or not b.view
+
+
+def _above(
+    group: Group, highs: Iterable[str], lows: Iterable[str], points: float
+) -> Iterator[tuple[Claim, list[Claim]]]:
+    """Each figure of `highs` with those of `lows` that it exceeds by more than the slack."""
+    for high in group.named(highs):
+        below = [
+            low
+            for low in group.named(lows)
+            if _comparable(high, low) and high.accuracy > low.accuracy + _slack((high, low), points)
+        ]
+        if below:
+            yield high, below
+
+
+def autoattack_above_apgd(group: Group) -> Iterator[Finding]:
+    for high, below in _above(group, {"autoattack"}, {"apgd", "apgdt"}, 0.5):
+        why = (
+            "AutoAttack runs APGD first and keeps every success, so it cannot leave more images "
+            "right; it does when a random answer makes it give up an image that still stands."
+        )
+        yield finding_about(group, [high, *below], why)
+
+
+def autoattack_above_pgd(group: Group) -> Iterator[Finding]:
+    for high, below in _above(group, {"autoattack"}, GRADIENT, 0.5):
+        why = (
+            "AutoAttack is stronger than any single gradient attack at the same budget; above one "
+            "it failed, as it does when one random answer makes it give up an image."
+        )
+        yield finding_about(group, [high, *below], why)
+
+
+def apgd_above_pgd(group: Group) -> Iterator[Finding]:
+    for high, below in _above(group, {"apgd"}, ITERATIVE, 1.0):
+        why = (
+            "APGD is PGD with a better schedule and must not leave more images right; it returns "
+            "the clean image wherever a random answer hid its success."
+        )
+        yield finding_about(group, [high, *below], why)
+
+
+def iterative_above_single_step(group: Group) -> Iterator[Finding]:
+    for high, below in _above(group, ITERATIVE - {"eotpgd"}, {"fgsm"}, 0.5):
+        why = "Many steps leave more images right than one: gradients are masked or steps wrong."
+        yield finding_about(group, [high, *below], why)
+
+
+def rises_with_steps(group: Group) -> Iterator[Finding]:
+    counted = [(c, steps) for c in group.attacks if (steps := steps_of(c.attack)) is not None]
+    for high, many in counted:
+        below = [
+            low
+            for low, few in counted
+            if (low.key, low.aware) == (high.key, high.aware) and few < many
+            and _comparable(high, low) and high.accuracy > low.accuracy + _slack((high, low), 1.0)
+        ]  # fmt: skip
+        if below:
+            why = (
+                "More steps leave more images right: gradients are masked, steps too long, or the "
+                "figures are not those of one model."
+            )
+            yield finding_about(group, [high, *below], why)
+
+
+def duplicates_differ(group: Group) -> Iterator[Finding]:
+    """The same attack, or none, stated twice with other figures; an error beyond chance."""
+    chance = 0.5 if group.randomized is False else 2.0
+    for first, second in combinations(group.claims, 2):
+        if not _same_measurement(first, second):
+            continue
+        gap = abs(first.accuracy - second.accuracy)
+        rounding = sum(0.5 * 10.0**-c.decimals for c in (first, second) if c.decimals is not None)
+        if gap <= rounding + 1e-9:
+            continue
+        beyond = gap > _slack((first, second), chance)
+        why = (
+            "One measurement has two figures: one of them is wrong, or they are of two models, "
+            "which need two names."
+            if beyond
+            else "One measurement has two figures, as near to each other as chance brings them."
+        )
+        yield finding_about(group, [first, second], why, "error" if beyond else "note")
+
+
+def _same_measurement(a: Claim, b: Claim) -> bool:
+    """Whether two typed claims say that they are of one attack, budget, and set of images."""
+    stated = ((getattr(a, key), getattr(b, key)) for key in ("num_images", "members", "randomized"))
+    clean = a.key == b.key == "clean"  # whose budget says nothing
+    attack = squeezed(a.attack) == squeezed(b.attack) and (
+        (a.norm, a.eps, a.aware, a.bounded) == (b.norm, b.eps, b.aware, b.bounded)
+    )
+    return (
+        None not in (a.decimals, b.decimals)
+        and (clean or attack)
+        and _same_view(a, b)
+        and all(first == second for first, second in stated)
+    )
+
+
+def black_box_below_white_box(group: Group) -> Iterator[Finding]:
+    for low in group.named(BLACK_BOX):
+        white = [c for c in group.named(WHITE_BOX) if _comparable(c, low)]
+        best = min(white, key=lambda c: c.accuracy, default=None)
+        if best is not None and low.accuracy < best.accuracy - _slack((low, best), 0.5):
+            why = (
+                "An attack that sees only scores beats every one that sees gradients: the "
+                "gradients mislead, and the white-box figures overstate the robustness."
+            )
+            yield finding_about(group, [low, best], why)
+
+
+def eot_against_pgd(group: Group) -> Iterator[Finding]:
+    for high, below in _above(group, {"pgd"}, {"eotpgd"}, 0.5):
+        gap = high.accuracy - min(c.accuracy for c in below)
+        if group.randomized is False:
+            why = (
+                "Averaging over draws changes nothing on a deterministic model: EoT-PGD must equal "
+                "PGD, so the two were not run on the same model or with the same settings."
+            )
+            yield replace(finding_about(group, [high, *below], why), id="eot-below-pgd")
+        elif group.randomized is None:
+            why = "EoT-PGD below PGD cannot be if this method is deterministic, which is not said."
+            yield replace(finding_about(group, [high, *below], why, "note"), id="eot-below-pgd")
+        else:
+            why = (
+                f"A little averaging already takes {gap:.1f} points off PGD's figure: that much "
+                "rests on the attacker's ignorance of the draw."
+            )
+            yield replace(finding_about(group, [high, *below], why, "note"), id="averaging-helps")
+
+
+def inert_attack(group: Group) -> Iterator[Finding]:
+    clean = group.clean
+    for claim in group.named(MINIMAL):
+        if clean is None or clean.accuracy <= 10 or claim.eps is not None:
+            continue
+        if claim.accuracy >= clean.accuracy - _slack((claim, clean), 0.5):
+            why = (
+                "An attack free to move as far as it likes that changes nothing did not run: on a "
+                "model with outputs below 0 (log-probabilities), for one, CW has no gradient."
+            )
+            yield finding_about(group, [claim, clean], why)
+
+
+def above_clean(group: Group) -> Iterator[Finding]:
+    clean = group.clean
+    if clean is None:
+        return
+    for claim in group.attacks:
+        if claim.accuracy > clean.accuracy + _slack((claim, clean), 0.1):
+            why = "More images are right under attack than without one."
+            yield finding_about(group, [claim, clean], why)
+
+
+def rises_with_eps(group: Group) -> Iterator[Finding]:
+    swept = [c for c in group.attacks if c.eps is not None and c.whole]
+    for high in swept:
+        below = [
+            low
+            for low in swept
+            if (low.key, low.norm, low.view) == (high.key, high.norm, high.view)
+            and (low.eps or 0.0) < (high.eps or 0.0)
+            and high.accuracy > low.accuracy + _slack((high, low), 0.5)
+        ]
+        alike = [low for low in below if low.attack.lower() == high.attack.lower()]
+        if alike:
+            why = "A larger budget leaves more images right: the attack fails where it may do more."
+            yield finding_about(group, [high, *alike], why)
+        elif below:
+            why = (
+                "A larger budget leaves more images right, if these are one attack as often tried."
+            )
+            yield finding_about(group, [high, *below], why, "note")
+
+
+def unaware_only(group: Group) -> Iterator[Finding]:
+    bounded = [c for c in group.attacks if c.bounded]
+    # an aware attack speaks of its own budget and of smaller ones, where attackers may do less
+    attacks = [c for c in bounded if not any(a.aware and _covers(a, c) for a in bounded)]
+    if not group.randomized or not attacks:
+        return
+    # a row without an eps, where others state one, is no attack that could have known
+    stated = any(c.eps is not None for c in attacks)
+    unknown = [c for c in attacks if c.aware is None and (c.eps is not None or not stated)]
+    strongest = min(attacks, key=lambda c: c.accuracy)
+    if unknown:
+        why = (
+            "Whether anybody who knows of the draw attacked this defence, which answers at random, "
+            "cannot be told: no rule knows these names, and no column `aware` says it."
+        )
+        yield finding_about(group, unknown, why, "note")
+    elif any(averages(c.key) for c in attacks):
+        why = (
+            "A defence that answers at random was attacked by nobody who uses all members: an "
+            "average over draws (EoT), which may be two, counts only where `aware` says so."
+        )
+        yield finding_about(group, [strongest], why)
+    else:
+        why = (
+            "A defence that answers at random was attacked only by attacks that ignore the draw: "
+            "nothing is known about an attacker who uses all members."
+        )
+        yield finding_about(group, [strongest], why)
+
+
+def _covers(a: Claim, c: Claim) -> bool:
+    """Whether `a` may do at least what `c` may; an unstated budget is taken for the same."""
+    if a.eps is None or c.eps is None:
+        return True
+    return a.norm == c.norm and (a.eps or 0.0) >= (c.eps or 0.0)
+
+
+def aware_above_unaware(group: Group) -> Iterator[Finding]:
+    aware = [c for c in group.attacks if c.aware and c.bounded]
+    for low in group.attacks:
+        same = [c for c in aware if c.same_budget(low)]
+        if not group.randomized or low.aware is not False or not low.bounded or not same:
+            continue
+        best = min(same, key=lambda c: c.accuracy)
+        if low.accuracy < best.accuracy - _slack((low, best), 1.0):
+            why = "An attack not made for the draw beats those that are, which were too weak."
+            yield finding_about(group, [low, best], why, "note")
+
+
+def headline_above_attack(group: Group) -> Iterator[Finding]:
+    for headline in (c for c in group.claims if c.key in HEADLINES):
+        attacks = [c for c in group.attacks if c.bounded]
+        one_budget = all(c.same_budget(attacks[0]) for c in attacks)
+        summed = [
+            c
+            for c in attacks
+            # a headline without a budget is that of all attacks only where these have one budget
+            if c.same_budget(headline) or (headline.eps is None and one_budget)
+            # and one of attackers who do not know may lie above those who do
+            if headline.key != "headlineunaware" or c.aware is False
+        ]
+        lower = [c for c in summed if c.accuracy < headline.accuracy - _slack((c, headline), 0.0)]
+        if lower:
+            why = "A worst case cannot lie above one of the attacks that it sums up."
+            yield finding_about(group, [headline, *lower], why)
+        free = [c for c in group.attacks if not c.bounded]
+        lowest = min([*attacks, *free], key=lambda c: c.accuracy, default=None)
+        if lowest in free and abs(lowest.accuracy - headline.accuracy) < 0.05:
+            why = "The headline is the figure of an attack that nothing bounds."
+            finding = finding_about(group, [headline, lowest], why)
+            yield replace(finding, id="unbounded-in-headline")
+
+
+def unbounded_attack(group: Group) -> Iterator[Finding]:
+    free = [c for c in group.attacks if not c.bounded]
+    if free:
+        why = (
+            "No eps bounds these attacks: their accuracies mean nothing without the size of the "
+            "change, and must not be ranked beside bounded ones."
+        )
+        yield finding_about(group, free, why, "note")
+
+
+Rule = Callable[[Group], Iterator[Finding]]
+
+RULES: Final[Mapping[str, Rule]] = MappingProxyType(
+    {
+        "autoattack-above-apgd": autoattack_above_apgd,
+        "autoattack-above-pgd": autoattack_above_pgd,
+        "apgd-above-pgd": apgd_above_pgd,
+        "iterative-above-single-step": iterative_above_single_step,
+        "rises-with-steps": rises_with_steps,
+        "duplicates-differ": duplicates_differ,
+        "black-box-below-white-box": black_box_below_white_box,
+        "eot-below-pgd": eot_against_pgd,
+        "inert-attack": inert_attack,
+        "above-clean": above_clean,
+        "rises-with-eps": rises_with_eps,
+        "unaware-only": unaware_only,
+        "aware-above-unaware": aware_above_unaware,
+        "headline-above-attack": headline_above_attack,
+        "unbounded-attack": unbounded_attack,
+        "unknown-attack": stated.unknown_attack,
+        "draw-denied": stated.draw_denied,
+        "draw-unstated": stated.draw_unstated,
+        "spelling": stated.spelling,
+        "fractions": stated.fractions,
+        "other-norm": stated.other_norm,
+        "norm-unstated": stated.norm_unstated,
+        "eps-unstated": stated.eps_unstated,
+        "images-unstated": stated.images_unstated,
+        "too-few-images": stated.too_few_images,
+        "impossible-share": stated.impossible_share,
+    }
+)
+"""Every rule about figures alone, by the id of its findings."""
+
+_STRENGTH = frozenset(
+    {
+        "autoattack-above-apgd", "autoattack-above-pgd", "apgd-above-pgd", "inert-attack",
+        "iterative-above-single-step", "black-box-below-white-box", "above-clean", "rises-with-eps",
+        "rises-with-steps",
+    }
+)  # fmt: skip
+
+
+def findings_of(group: Group) -> Iterator[Finding]:
+    contained = _contained(group)
+    for name, rule in RULES.items():
+        for finding in rule(group):
+            named = replace(finding, id=finding.id or name)
+            if contained and name in _STRENGTH:
+                # the figure is still wrong, but a harsher one stands beside it and is what counts
+                named = replace(named, severity="note")
+            yield named

@@ -1,0 +1,115 @@
+"""Audit rules about how figures are described: budgets, images, digits, names and the draw."""
+
+from collections.abc import Iterator
+
+from redefense.audit.attack_names import KNOWN
+from redefense.audit.finding import Finding, finding_about
+from redefense.audit.table import Group
+from redefense.results.intervals import wilson
+
+
+def eps_unstated(group: Group) -> Iterator[Finding]:
+    silent = [c for c in group.attacks if c.bounded and c.eps is None]
+    if silent:
+        yield finding_about(group, silent, "The budget eps of these attacks is not stated.", "note")
+
+
+def norm_unstated(group: Group) -> Iterator[Finding]:
+    silent = [c for c in group.attacks if c.bounded and c.eps is not None and c.norm is None]
+    if silent:
+        yield finding_about(group, silent, "The norm that eps is meant in is not stated.", "note")
+
+
+def other_norm(group: Group) -> Iterator[Finding]:
+    other = [c for c in group.attacks if c.norm not in (None, "inf", "2")]
+    if other:
+        why = (
+            "`redefense evaluate` measures under L-inf and L2 alone: budgets in another norm are "
+            "compared with each other, but cannot be tried here."
+        )
+        yield finding_about(group, other, why, "note")
+
+
+def fractions(group: Group) -> Iterator[Finding]:
+    """Typed figures that are all at most 1: an error if even the clean images are among them."""
+    claims = [c for c in group.claims if c.decimals is not None]
+    if claims and max(c.accuracy for c in claims) <= 1 and any(c.accuracy % 1 for c in claims):
+        why = "Accuracies are percent, and all of these are at most 1: are they fractions?"
+        yield finding_about(group, claims, why, "note" if group.clean is None else "error")
+
+
+def spelling(group: Group) -> Iterator[Finding]:
+    for what in ("dataset", "method"):
+        first = {getattr(c, what): c for c in reversed(group.claims)}
+        if len(first) > 1:
+            names = ", ".join(map(repr, reversed(first)))
+            why = f"Taken for one {what}: {names}. If they are several, give them other names."
+            yield finding_about(group, list(reversed(first.values())), why, "note")
+
+
+def unknown_attack(group: Group) -> Iterator[Finding]:
+    unknown = [c for c in group.attacks if c.key not in KNOWN]
+    if unknown:
+        why = "No rule knows these attacks by name: only what holds of every attack was looked at."
+        yield finding_about(group, unknown, why, "note")
+
+
+def draw_denied(group: Group) -> Iterator[Finding]:
+    if group.randomized is False and group.num_members > 1:
+        why = (
+            f"{group.num_members} members are said to answer without a draw: what must hold of "
+            "random answers, such as an attack that knows the draw, was not asked for."
+        )
+        yield finding_about(group, group.claims[:1], why, "note")
+
+
+def draw_unstated(group: Group) -> Iterator[Finding]:
+    attacks = group.attacks
+    if group.randomized is not None or group.num_members < 2 or any(c.aware for c in attacks):
+        return
+    if attacks:
+        why = (
+            f"Whether one of the {group.num_members} members is drawn to answer is not stated: if "
+            "so, an attack that knows the draw is missing."
+        )
+        yield finding_about(group, group.claims[:1], why, "note")
+
+
+def images_unstated(group: Group) -> Iterator[Finding]:
+    silent = [c for c in group.claims if c.num_images is None]
+    if silent:
+        why = "The number of images is not stated, so no figure has an interval."
+        yield finding_about(group, silent[:1], why, "note")
+
+
+def too_few_images(group: Group) -> Iterator[Finding]:
+    """Digits finer than one image; an error from ten times finer on."""
+    for claim in group.claims:
+        n, decimals = claim.num_images, claim.decimals
+        if n is None or decimals is None or claim.spread is not None:
+            continue  # means of several runs may have finer digits
+        if 100 / n <= 10.0**-decimals * (1 + 1e-9):
+            continue
+        coarse = 100 / n > 10.0 ** (1 - decimals) * (1 + 1e-9)
+        low, high = wilson(round(claim.accuracy * n / 100), n)
+        why = (
+            f"One of {n} images is worth {100 / n:.2g} points, more than the last digit stated; "
+            f"the 95 % interval is {100 * low:.1f} to {100 * high:.1f}."
+        )
+        yield finding_about(group, [claim], why, "error" if coarse else "note")
+
+
+def impossible_share(group: Group) -> Iterator[Finding]:
+    for claim in group.claims:
+        n, decimals = claim.num_images, claim.decimals
+        if n is None or decimals is None or group.randomized is not False:
+            continue
+        if claim.spread is not None:
+            continue
+        nearest = 100 * round(claim.accuracy * n / 100) / n
+        if abs(nearest - claim.accuracy) > 0.5 * 10.0**-decimals + 1e-9:
+            why = (
+                f"A deterministic model is right on a whole number of images: no share of {n} "
+                f"rounds to this figure, unless it is a mean of several models, which is not said."
+            )
+            yield finding_about(group, [claim], why)

@@ -1,0 +1,155 @@
+"""Claims of robustness as rows: typed in from a paper, or taken from an evaluation of ours."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from redefense.audit.attack_names import HEADLINES, attack_key, squeezed
+from redefense.results.records import Evaluation
+
+SAME_EPS = 0.05
+"""Share by which radii may differ that mean the same, as 0.03, 0.031 and 8/255 do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """One figure somebody states.
+
+    Attributes:
+        where: how to find it, e.g. `line 5`.
+        key: the attack's name in lower case without punctuation, steps and synonyms.
+        accuracy: in percent.
+        decimals: digits stated after the point; None for a figure that was not typed, and for a
+            count of images.
+        spread: what is stated after +-, in points; such a figure is a mean of several.
+        norm, eps: the budget; None where unstated.
+        view: what the attacker queried; empty where unstated.
+        aware: whether the attacker knows that answers are drawn; None where neither the table
+            nor the attack's name tells.
+        bounded: whether an eps bounds the attack.
+        whole: whether the attack met all images; where it did not, its accuracy is what it and
+            those before it leave, and is not compared with that of other attacks.
+    """
+
+    where: str
+    dataset: str
+    method: str
+    attack: str
+    key: str
+    accuracy: float
+    decimals: int | None = None
+    spread: float | None = None
+    norm: str | None = None
+    eps: float | None = None
+    num_images: int | None = None
+    members: int | None = None
+    randomized: bool | None = None
+    view: str = ""
+    aware: bool | None = False
+    bounded: bool = True
+    whole: bool = True
+
+    @property
+    def is_attack(self) -> bool:
+        return self.key != "clean" and self.key not in HEADLINES
+
+    def same_budget(self, other: "Claim") -> bool:
+        """Whether both budgets are meant to be one: equal norms, radii within `SAME_EPS`."""
+        if self.norm != other.norm or self.eps is None or other.eps is None:
+            return (self.norm, self.eps) == (other.norm, other.eps)
+        return abs(self.eps - other.eps) <= SAME_EPS * max(self.eps, other.eps)
+
+    def __str__(self) -> str:
+        digits = 2 if self.decimals is None else self.decimals
+        spread = "" if self.spread is None else f" +- {self.spread:g}"
+        return f"{self.where}: {self.attack} {self.accuracy:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """All that is claimed of one method on one data set: the claims that must agree."""
+
+    subject: str
+    claims: tuple[Claim, ...]
+
+    @property
+    def clean(self) -> Claim | None:
+        return next((c for c in self.claims if c.key == "clean"), None)
+
+    @property
+    def attacks(self) -> tuple[Claim, ...]:
+        return tuple(c for c in self.claims if c.is_attack)
+
+    @property
+    def randomized(self) -> bool | None:
+        said = [c.randomized for c in self.claims if c.randomized is not None]
+        return any(said) if said else None
+
+    @property
+    def num_members(self) -> int:
+        """The most that is stated; 1 if nothing is."""
+        return max((c.members or 1 for c in self.claims), default=1)
+
+    def named(self, keys: Iterable[str]) -> tuple[Claim, ...]:
+        """Attacks of these names, to be compared: those that met all images."""
+        wanted = frozenset(keys)
+        return tuple(c for c in self.claims if c.key in wanted and c.whole)
+
+
+def grouped(claims: Sequence[Claim]) -> list[Group]:
+    """Claims about the same method and data set, in the order of their first row.
+
+    The table does not separate them: what one paper says of one model in two tables must agree.
+    Names that differ by case, spaces, hyphens or Unicode form alone are taken for one.
+    """
+    groups: dict[tuple[str, str], list[Claim]] = {}
+    for claim in claims:
+        groups.setdefault((squeezed(claim.dataset), squeezed(claim.method)), []).append(claim)
+    return [
+        Group(
+            subject=" ".join(part for part in (rows[0].dataset, rows[0].method) if part),
+            claims=tuple(rows),
+        )
+        for rows in groups.values()
+    ]
+
+
+def of_evaluation(evaluation: Evaluation) -> list[Claim]:
+    """What a stored evaluation claims: its clean accuracy and every cell's expected accuracy."""
+    clean = evaluation.clean
+    num_members = len(clean.per_member) or len(evaluation.mixture or ()) or None
+    method = str(evaluation.run.get("name") or f"suite {evaluation.suite}")
+    randomized = evaluation.randomized
+    if randomized is None and num_members is not None:  # stored before this was told
+        randomized = num_members > 1
+
+    def claim(where: str, attack: str, accuracy: float) -> Claim:
+        return Claim(
+            where=where,
+            dataset=evaluation.data.name,
+            method=method,
+            attack=attack,
+            key=attack_key(attack),
+            accuracy=100 * accuracy,
+            num_images=evaluation.data.num_images,
+            members=num_members,
+            randomized=randomized,
+        )
+
+    claims = [] if clean.expected is None else [claim("clean", "clean", clean.expected)]
+    for cell in evaluation.cells:
+        if cell.accuracy.expected is None or cell.attack == "clean":
+            continue
+        base = claim(cell.id, cell.attack, cell.accuracy.expected)
+        threat = cell.threat if cell.bounded else None
+        claims.append(
+            replace(
+                base,
+                norm=threat.norm if threat is not None else None,
+                eps=threat.eps if threat is not None else None,
+                view=cell.view,
+                aware=cell.aware,
+                bounded=cell.bounded,
+                whole=cell.met in (None, evaluation.data.num_images),
+            )
+        )
+    return claims

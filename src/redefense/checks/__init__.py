@@ -1,0 +1,1 @@
+"""Self-checks of an evaluation: of the model, its gradients and draws, attacks and results."""

@@ -1,0 +1,275 @@
+"""Whether a member's answer is a function of the image alone, asked before the first attack.
+
+A member that draws in its forward pass, depends on the other images of its batch, or answers
+otherwise in the mode in which it was given is refused; smaller differences turn S42 or S43 red.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from redefense.checks.results import Check
+from redefense.checks.sample import SAMPLE, evenly_spread, rounding_of
+from redefense.ensembles import Ensemble, evaluating
+from redefense.errors import InputError
+from redefense.networks import mode_of
+from redefense.rng import CHUNK, generators_kept, stream
+from redefense.threat import Threat
+from redefense.types import Float, Images, Labels, Logits, check_labels
+
+REPEATS: Final = 8
+"""How often the same is asked again: a draw among two escapes once in 256, for each image."""
+ROUNDING: Final = 1e-3
+"""What rounding may change between equal calls, as a share of the range of the logits."""
+KERNELS: Final = 1e-2
+"""The same between batches and memory layouts, for which other kernels are chosen (TF32, int8)."""
+GROSS: Final = 5e-2
+"""Larger differences between batches are refused; those down to `KERNELS` are warned of."""
+ULPS: Final = 8
+"""Units of rounding of the logits' size that are allowed in addition (bfloat16, large offsets)."""
+REASKED: Final = 256
+"""Images at most that are asked again in other batches and after the attacks."""
+
+
+def check_outputs(ensemble: Ensemble, x: Images, y: Labels, *, drawn: bool = False) -> int:
+    """Ask a few images of every member, so that a misfit is one line and not a wrong figure later.
+
+    Args:
+        ensemble: whom to ask.
+        x: the images.
+        y: their labels.
+        drawn: the members are seeds of a network that draws: their answers need not be equal.
+
+    Returns:
+        The number of classes.
+
+    Raises:
+        InputError: if a member cannot take the images, does not give (B, C) logits of as many
+            classes as the others, draws something in its forward pass, answers an image otherwise
+            when other images are in its batch, or if a label lies outside [0, C).
+    """
+    counts = [classes_of(ensemble, m, x[:1]) for m in range(ensemble.num_members)]
+    if len(set(counts)) > 1:
+        raise InputError(f"members must know the same classes, got {counts} of them")
+    check_labels(y, len(x), counts[0])
+    points = sample_points(x)
+    for m in () if drawn else range(ensemble.num_members):
+        _check_function(ensemble, m, points)
+    return counts[0]
+
+
+def check_modes(ensemble: Ensemble, x: Images) -> None:
+    """Compare the mode in which the networks were given with evaluation mode, which is measured.
+
+    Networks, their buffers and the global generators are left as they were.
+
+    Raises:
+        InputError: if a member answers otherwise, as with active dropout or batch norm.
+    """
+    module = cast(nn.Module, ensemble)
+    if not any(mode_of(child) for child in module.modules()):
+        return
+    points = sample_points(x)
+    for m in range(ensemble.num_members):
+        with kept_as_it_was(module):
+            with evaluating(module):
+                evaluated, *again = (ask(ensemble, m, points) for _ in range(1 + REPEATS))
+            try:
+                given = ask(ensemble, m, points)
+            except InputError as error:
+                raise _other_mode(module, m, str(error)) from None
+        if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
+            continue  # it draws in evaluation mode too, which `check_outputs` refuses
+        if bool((differences(evaluated, given) > ROUNDING).any()):
+            raise _other_mode(module, m, f"there {said(evaluated, given)}")
+
+
+def laid_out(ensemble: Ensemble, x: Images) -> Images:
+    """The images with channels last, as convolutions are fastest, if that changes no answer.
+
+    Otherwise they keep the memory layout in which they were given, or get their channels first if
+    a member cannot take that one, as networks that call `view` on their features.
+    """
+    last = x.contiguous(memory_format=torch.channels_last)
+    # a clone, since images of one channel count as both layouts and keep their strides
+    first = x.clone(memory_format=torch.contiguous_format)
+    # slices keep the strides, by which networks that call `view` are served or not
+    with_last = _answers(ensemble, last[:SAMPLE])
+    if with_last is None:
+        return first
+    with_first = _answers(ensemble, first[:SAMPLE])
+    if with_first is None or not _is_first(x):
+        return last
+    alike = (
+        bool((differences(a, b) <= KERNELS).all())
+        for a, b in zip(with_first, with_last, strict=True)
+    )
+    return last if all(alike) else first
+
+
+def ask(ensemble: Ensemble, m: int, x: Images) -> Logits:
+    """(B, C) logits of member m, without a graph."""
+    with torch.no_grad():
+        return ensemble.logits_of(m, x)
+
+
+def sample_points(x: Images) -> Float[Tensor, "K ch H W"]:
+    """A few images, the same with noise of 8/255, as attacks make them, and one of noise alone."""
+    images = x[evenly_spread(x)]
+    uniform = torch.rand(images.shape, generator=stream(0, "points"), dtype=torch.float64).to(x)
+    noisy = (images + Threat(eps=8 / 255).noise(uniform)).clamp(0, 1)
+    return torch.cat([images, noisy, uniform[:1]])
+
+
+def differences(first: Tensor, other: Tensor) -> Tensor:
+    """(B,) largest difference of an image's logits, as a share of their range over all images.
+
+    Rounding by `ULPS` units of the size of a class's logits is taken off. The range is the largest
+    of any class: offsets, and classes that are masked by a large negative number, have none.
+    """
+    eps = rounding_of(first)
+    a, b = first.double(), other.double()
+    finite = a.isfinite() & b.isfinite()
+    # entries that are not finite are equal or entirely different
+    gap = torch.where(
+        finite, (a - b).abs(), torch.where(a.eq(b) | a.isnan() & b.isnan(), 0.0, torch.inf)
+    )
+    known = torch.where(a.isfinite(), a, a.nan_to_num(0.0, 0.0, 0.0))
+    size, span = known.abs().amax(0), (known.amax(0) - known.amin(0)).amax()
+    beyond = (gap - ULPS * eps * size).clamp_min(0).amax(1)
+    return beyond / span.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
+    """The number of classes that member m knows."""
+    return ask(ensemble, m, x).shape[1]
+
+
+def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
+    """Refuse member m if it draws, or if other batches give it other answers."""
+    answers = ask(ensemble, m, points)
+    for _ in range(REPEATS):
+        if bool((differences(answers, again := ask(ensemble, m, points)) > ROUNDING).any()):
+            raise InputError(
+                f"member {m} answers the same image in different ways ({said(answers, again)}): "
+                "what is drawn inside a forward pass cannot be enumerated; give the networks it "
+                "draws from as a list"
+            )
+    for size in (1, 3):
+        other = _in_batches(ensemble, m, points.flip(0), size).flip(0)
+        if bool((differences(answers, other) > GROSS).any()):
+            raise InputError(
+                f"member {m} answers an image otherwise when other images are in its batch "
+                f"(batches of {len(points)} and of {size}: {said(answers, other)}), so no figure "
+                "would hold for single queries: let it use the image alone, as batch norm does "
+                "with running statistics in evaluation mode"
+            )
+
+
+def _in_batches(ensemble: Ensemble, m: int, x: Images, size: int) -> Logits:
+    return torch.cat([ask(ensemble, m, part) for part in x.split(size)])
+
+
+def said(first: Tensor, other: Tensor) -> str:
+    """How much two answers to the same images differ, in words."""
+    share = float(differences(first, other).amax())
+    labels = int((first.argmax(1) != other.argmax(1)).sum())
+    far = f"{100 * share:.2g} % of their range" if share < 10 else "more than their range"
+    return f"logits differ by {far}, {labels} of {len(first)} labels change"
+
+
+def _other_mode(module: nn.Module, m: int, what: str) -> InputError:
+    active = {
+        type(child).__name__
+        for child in module.modules()
+        if mode_of(child) and isinstance(child, (_DropoutNd, _NormBase))
+    }
+    layers = f" (active layers: {', '.join(sorted(active))})" if active else ""
+    return InputError(
+        f"member {m} was given in training mode{layers} and answers otherwise in evaluation mode: "
+        f"{what}; call .eval() on it if it is deployed so, since an answer that training mode "
+        "draws or takes from the batch cannot be measured"
+    )
+
+
+@contextmanager
+def kept_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Gives buffers and the global generators back as they were."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    devices = {b.device.index for b, _ in before if b.device.type == "cuda"}
+    with generators_kept(), torch.random.fork_rng(devices=sorted(devices)):
+        yield
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+def _is_first(x: Tensor) -> bool:
+    """Whether images lie in memory with their channels first."""
+    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _answers(ensemble: Ensemble, x: Images) -> list[Tensor] | None:
+    """Every member's logits, or None if one cannot take these images, in this layout."""
+    try:
+        answers = [ask(ensemble, m, x) for m in range(ensemble.num_members)]
+        # other kinds of output are refused by `check_outputs`
+        fit = (isinstance(z, Tensor) and z.ndim == 2 and len(z) == len(x) for z in answers)
+        return answers if all(fit) else None
+    except (InputError, TypeError):  # `check_outputs` reports what is wrong
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What every member answered to some of the images before the first attack."""
+
+    ensemble: Ensemble
+    x: Images
+    logits: Sequence[Logits]
+
+    @classmethod
+    def to(cls, ensemble: Ensemble, x: Images) -> "Answers":
+        """Ask every member about at most `REASKED` of the images, in batches as attacks use."""
+        some = x[evenly_spread(x, REASKED)]
+        members = range(ensemble.num_members)
+        return cls(ensemble, some, [_in_batches(ensemble, m, some, CHUNK) for m in members])
+
+    def elsewhere(self) -> Check:
+        """S42: the same images in small, shuffled batches and in the other memory layout."""
+        order = torch.randperm(len(self.x), generator=stream(0, "S42")).to(self.x.device)
+        to = torch.channels_last if _is_first(self.x) else torch.contiguous_format
+        bad, largest = [], 0.0
+        for m, first in enumerate(self.logits):
+            shuffled = _in_batches(self.ensemble, m, self.x[order], 7)[order.argsort()]
+            others = {"in other batches": shuffled}
+            with suppress(InputError):  # attacks keep to the layout that it takes
+                turned = self.x.clone(memory_format=to)
+                others["in the other memory layout"] = _in_batches(self.ensemble, m, turned, CHUNK)
+            for where, answers in others.items():
+                gap = float(differences(first, answers).amax())
+                largest = max(largest, gap)
+                if gap > KERNELS:
+                    bad.append(f"{where} member {m} answers otherwise ({said(first, answers)})")
+        return Check("S42", not bad, f"{'; '.join(bad)}: the figures hold only for the batches and "
+                     "the layout measured; let answers depend on the image alone" if bad else
+                     "answers depend on the image alone, not on batch or memory layout "
+                     f"(up to {100 * largest:.1g} % of their range)")  # fmt: skip
+
+    def later(self) -> Check:
+        """S43: the same questions after the attacks."""
+        bad = [
+            f"member {m} ({said(first, again)})"
+            for m, first in enumerate(self.logits)
+            for again in [_in_batches(self.ensemble, m, self.x, CHUNK)]
+            if bool((differences(first, again) > ROUNDING).any())
+        ]
+        return Check("S43", not bad, "answers changed while the attacks ran, so the figures are of "
+                     f"no one model: {'; '.join(bad)}; remove what it draws or remembers" if bad
+                     else "the same answers before and after the attacks")  # fmt: skip

@@ -1,0 +1,419 @@
+"""Sanity checks of an evaluation (S-numbers): each a pass or a fail with its figure.
+
+A failed check says that a number of this evaluation may be too kind to the defence, or wrong.
+"""
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.results.accuracy import (
+    PROTOCOL_DRAWS,
+    protocol,
+    worst_case,
+)
+from redefense.results.intervals import exact_expectation, paired_difference
+
+GAP_POINTS = 5.0
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Per-image records of one cell."""
+
+    @property
+    def correct(self) -> NDArray[np.bool_]: ...
+
+    @property
+    def met(self) -> NDArray[np.bool_]: ...
+
+    @property
+    def linf(self) -> NDArray[np.float64]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the list.
+
+    Attributes:
+        id: S01 to S44.
+        passed: green or red; None if there was nothing to check.
+        detail: the figure it rests on.
+    """
+
+    id: str
+    passed: bool | None
+    detail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "passed": self.passed, "detail": self.detail}
+
+
+def after_run(
+    data: Mapping[str, Any],
+    records: Mapping[str, Records],
+    mixture: NDArray[np.float64],
+    *,
+    worst: NDArray[np.float64] | None = None,
+    single: NDArray[np.bool_] | None = None,
+    log: float | None = None,
+) -> list[Check]:
+    """Checks of the records.
+
+    Where two attacks are compared, it is on the images that both have met.
+
+    Args:
+        data: the evaluation so far.
+        records: of every cell, of everything else that was run, and "clean".
+        mixture: (M,) sampling probabilities.
+        worst: (n,) expected correctness in each image's worst case, where there is a headline.
+        single: (n,) whether the chosen single member is right in its own worst case.
+        log: clean accuracy on validation images, now minus as the training logged it.
+    """
+    cells: Sequence[Mapping[str, Any]] = data["cells"]
+    q = {name: exact_expectation(record.correct, mixture) for name, record in records.items()}
+    return [
+        inside_ball(cells, records),
+        _as_logged(log),
+        _curve_falls(data.get("curve")),
+        _fgsm_is_weaker(cells, records, q),
+        _black_box_is_weaker(cells, records, q),
+        _transfer_is_weaker(cells, records, q),
+        _aware_is_stronger(data["headline"], cells, q),
+        _worst_is_lowest(data, q),
+        inert(cells),
+        _draws_agree(cells, len(q["clean"])),
+        _draws_repeat(cells, records, mixture),
+        _ordering(cells),
+        unchanged(cells, records, q["clean"]),
+        gap_of_headlines(data["headline"], len(mixture)),
+        _no_better_than_clean(cells, q),
+        _helps(worst, single, mixture, data["headline"].get("single_members")),
+        _bounds(data["headline"], cells, q, mixture),
+    ]
+
+
+def _as_logged(log: float | None) -> Check:
+    if log is None:
+        return Check("S03", None, "no training log to compare with")
+    return Check("S03", abs(log) <= 1e-3, f"clean accuracy differs by {100 * log:+.2f} points")
+
+
+def _curve_falls(curve: Sequence[Sequence[float]] | None) -> Check:
+    if not curve:
+        return Check("S11", None, "accuracy against eps was not measured")
+    values = [row[1] for row in curve]
+    falls = all(a >= b for a, b in itertools.pairwise(values))
+    end = f"{100 * values[-1]:.1f} % at eps {curve[-1][0]:.3g}"
+    return Check(
+        "S11", falls and values[-1] == 0, f"{'falls to' if falls else 'rises, then'} {end}"
+    )
+
+
+BLACK_BOX = frozenset({"square"})
+
+
+def _pairs(
+    cells: Sequence[Mapping[str, Any]], weak: Collection[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Each bounded cell of a weak kind, and the other bounded cells at its threat."""
+    bounded = [c for c in cells if c["bounded"]]
+    for cell in bounded:
+        others = [
+            c["id"] for c in bounded if c["attack"] not in weak and c["threat"] == cell["threat"]
+        ]
+        if cell["attack"] in weak and others:
+            yield cell["id"], others
+
+
+def _black_box_is_weaker(
+    cells: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Records],
+    q: Mapping[str, NDArray[np.float64]],
+) -> Check:
+    """S17: also image by image: what only the black box fools points at masked gradients."""
+    pairs = list(_pairs(cells, BLACK_BOX))
+    if not pairs:
+        return Check("S17", None, "no black-box attack at the threat of a white-box one")
+    # black boxes run last, so that what the others did not meet, the others have brought down
+    only = sum(
+        int(((q[n] < worst_case([q[o] for o in others]) - 1e-9) & records[n].met).sum())
+        for n, others in pairs
+    )
+    return Check("S17", only == 0, f"{only} images fooled more often by a black box alone")
+
+
+def _transfer_is_weaker(
+    cells: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Records],
+    q: Mapping[str, NDArray[np.float64]],
+) -> Check:
+    pairs = list(_pairs(cells, {"transfer"}))
+    if not pairs:
+        return Check("S18", None, "no transfer attack to compare with")
+    gaps = []
+    for name, others in pairs:
+        own = records[name].met
+        met = np.logical_and.reduce([own, *(records[o].met for o in others)])
+        if met.any():
+            white, transfer = worst_case([q[o][met] for o in others]), q[name][met]
+            gaps.append(float(white.mean() - transfer.mean()) - _tolerance(white, transfer))
+        # what those before it had left is hard to take: a larger share of it is more than chance
+        before = [o for o in others if records[o].met[own].all()]
+        if before and own.any() and not own.all():
+            lost = worst_case([q[o] for o in before])[q["clean"] > 0] == 0
+            taken = (q[name][own] == 0).astype(float)
+            error = 2 * (taken.std() / len(taken) ** 0.5 + lost.std() / len(lost) ** 0.5)
+            gaps.append(float(taken.mean() - lost.mean() - error))
+    if not gaps:
+        return Check("S18", None, "no image that transfer and white-box attacks have both met")
+    return Check("S18", max(gaps) <= 0, f"transfer is {100 * max(gaps):+.1f} points stronger than "
+                 "white-box attacks, beyond chance" if max(gaps) > 0 else
+                 "white-box attacks are at least as strong as transfer")  # fmt: skip
+
+
+def inert(cells: Sequence[Mapping[str, Any]]) -> Check:
+    """S07's second half: the published CW margin is blind on outputs that are all <= 0."""
+    bad = [
+        cell["id"]
+        for cell in cells
+        if (cell["attack"], cell["view"]) == ("cw", "averaged")
+        and "preset=None" not in cell["repr"]
+    ]
+    detail = "published CW sees only zeros on log-probabilities: " + ", ".join(bad)
+    return Check("S07b", not bad, detail if bad else "no margin is taken where it must vanish")
+
+
+def _draws_repeat(
+    cells: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Records],
+    mixture: NDArray[np.float64],
+) -> Check:
+    """S32: the draws of two seeds differ by no more than independent draws of a member do."""
+    bad = []
+    for cell in cells:
+        correct = records[cell["id"]].correct
+        q = exact_expectation(correct, mixture)
+        one, other = (protocol(correct, mixture, seed, f"S32 {cell['id']}")[0] for seed in (0, 1))
+        # means of five draws each; one image more, as few images are not normally distributed
+        bound = 3 * float((q * (1 - q)).sum() * 2 / PROTOCOL_DRAWS) ** 0.5 / len(q) + 1 / len(q)
+        if abs(one - other) > bound + 1e-9:
+            bad.append(f"{cell['id']} {100 * abs(one - other):.2f} points")
+    return Check("S32", not bad, "; ".join(bad) or "two seeds of draws agree within chance")
+
+
+def _no_better_than_clean(
+    cells: Sequence[Mapping[str, Any]], q: Mapping[str, NDArray[np.float64]]
+) -> Check:
+    bad = {
+        c["id"]: int((q[c["id"]] > q["clean"] + 1e-9).sum())
+        for c in cells
+        if c["aware"] and c["bounded"] and c["view"] == "members"
+    }
+    if not bad:
+        return Check("S37", None, "no attack that keeps its best point")
+    return Check(
+        "S37", not any(bad.values()),
+        f"{sum(bad.values())} images answered better after an aware attack than before",
+    )  # fmt: skip
+
+
+SEARCH_LUCK = 0.01
+"""Share of images by which equal searches from other starts differed: copies, trained on digits."""
+
+
+def _bounds(
+    headline: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    q: Mapping[str, NDArray[np.float64]],
+    mixture: NDArray[np.float64],
+) -> Check:
+    """B1, what single members allow: sum_m p_m A_m <= aware <= 1 - max_m p_m (1 - A_m).
+
+    A_m is what member m keeps alone, in its own worst case. Every point counts for the ensemble and
+    for each member, so this holds exactly. The suite's cells by themselves may miss the upper bound
+    by chance only: further above it, an attack on one member does better than those on all.
+    """
+    alone, aware = headline.get("single_members"), headline["aware"]
+    if aware is None or alone is None or len(mixture) == 1:
+        why = "nothing is drawn" if len(mixture) == 1 else "this suite attacks no member alone"
+        return Check("B1", None, why if aware is not None else "no headline")
+    low = float(mixture @ np.array(alone))
+    high = 1 - float((mixture * (1 - np.array(alone))).max())
+    told = f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %"
+    own = float(worst_case([q["clean"], *(q[name] for name in _of_headline(cells))]).mean())
+    slack = max(1 / len(q["clean"]), SEARCH_LUCK)
+    if own > high + slack:
+        told += f"; the suite's own cells leave {100 * own:.1f} %: an attack on one member "
+        told += "does better than those on all"
+    return Check("B1", low - 1e-9 <= aware <= high + 1e-9 and own <= high + slack, told)
+
+
+def _mean(q: Mapping[str, NDArray[np.float64]], name: str) -> float:
+    return float(q[name].mean())
+
+
+def _tolerance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Two paired standard errors."""
+    return 2 * float(np.std(a - b, ddof=1)) / len(a) ** 0.5 if len(a) > 1 else 1.0
+
+
+def _fgsm_is_weaker(
+    cells: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Records],
+    q: Mapping[str, NDArray[np.float64]],
+) -> Check:
+    single = [c for c in cells if c["attack"] == "fgsm"]
+    iterated = [c for c in cells if c["attack"] in ("pgd", "apgd")]
+    pairs = [
+        (a["id"], b["id"])
+        for a in single
+        for b in iterated
+        if a["threat"] == b["threat"] and a["view"] == b["view"]
+    ]
+    if not pairs:
+        return Check("S16", None, "no single step to compare with")
+    bad = []
+    for a, b in pairs:
+        met = records[a].met & records[b].met
+        one, more = q[a][met], q[b][met]
+        if met.any() and more.mean() > one.mean() + _tolerance(one, more):
+            bad.append(f"{b} > {a}")
+    return Check("S16", not bad, "; ".join(bad) or "iterated attacks are not weaker than FGSM")
+
+
+def _aware_is_stronger(
+    headline: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    q: Mapping[str, NDArray[np.float64]],
+) -> Check:
+    threats = [c["threat"] for c in cells if c["aware"] and c["bounded"]]
+    aware = [_mean(q, c["id"]) for c in cells if c["aware"] and c["bounded"]]
+    unaware = [
+        _mean(q, c["id"])
+        for c in cells
+        if not c["aware"] and c["bounded"] and c["threat"] in threats
+    ]
+    if not aware or not unaware:
+        return Check("S20", None, "needs attacks of both kinds")
+    worst = headline["aware"]
+    if worst is None:
+        return Check("S20", None, "no common threat")
+    return Check(
+        "S20",
+        worst <= min(unaware) + 1e-9,
+        f"worst case {100 * worst:.1f} %, strongest unaware attack {100 * min(unaware):.1f} %",
+    )
+
+
+def _of_headline(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The bounded cells at the threat of the aware ones."""
+    threats = [c["threat"] for c in cells if c["aware"] and c["bounded"]]
+    return [c["id"] for c in cells if c["bounded"] and c["threat"] in threats]
+
+
+def _worst_is_lowest(data: Mapping[str, Any], q: Mapping[str, NDArray[np.float64]]) -> Check:
+    """The stated worst case against the records: the minimum per image, not of means.
+
+    Images that an attack did not meet are lost in its records, or as they were before it.
+    """
+    stated, cells = data["headline"]["aware"], data["cells"]
+    if stated is None:
+        return Check("S21", None, "no headline")
+    same = [*_of_headline(cells), *(c["id"] for c in data.get("further_cells", ()))]
+    worst = float(worst_case([q["clean"], *(q[name] for name in same)]).mean())
+    return Check(
+        "S21",
+        abs(worst - stated) < 1e-9,
+        f"minimum per image over {len(same)} attacks: {100 * worst:.1f} %",
+    )
+
+
+def inside_ball(cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records]) -> Check:
+    """The stored distances against the stated budget; box and ball were checked at each attack."""
+    bounded = [c for c in cells if c["bounded"]]
+    outside = [
+        c["id"]
+        for c in bounded
+        if getattr(records[c["id"]], "linf" if c["threat"]["norm"] == "inf" else "l2").max()
+        > c["threat"]["eps"] + 1e-5
+    ]
+    return Check("S01", not outside, ", ".join(outside) or f"{len(bounded)} cells inside the ball")
+
+
+def _draws_agree(cells: Sequence[Mapping[str, Any]], count: int) -> Check:
+    """S31: five protocol draws of n images against the exact expectation, three standard errors."""
+    bad = []
+    for cell in cells:
+        accuracy = cell["accuracy"]
+        # a draw is right with probability q_i: its variance is at most that of a fair coin
+        bound = 3 * 0.5 / (5 * count) ** 0.5
+        if abs(accuracy["protocol"] - accuracy["expected"]) > bound:
+            bad.append(cell["id"])
+    return Check("S31", not bad, "protocol draws agree with exact expectations" if not bad else
+                 f"draws and expectation differ in {', '.join(bad)}")  # fmt: skip
+
+
+def _ordering(cells: Sequence[Mapping[str, Any]]) -> Check:
+    bad = []
+    for cell in cells:
+        a = cell["accuracy"]
+        chain = [a["all"], a["worst_member"], a["expected"], a["best_member"], a["any"]]
+        if any(low > high + 1e-9 for low, high in itertools.pairwise(chain)):
+            bad.append(cell["id"])
+    return Check("S33", not bad, ", ".join(bad) or "all <= worst <= expected <= best <= any")
+
+
+def unchanged(
+    cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records], clean: NDArray[np.float64]
+) -> Check:
+    shares = {}
+    for c in cells:
+        if c["bounded"] and c["threat"]["eps"] > 0:
+            record = records[c["id"]]
+            worth = (clean > 0) & record.met
+            shares[c["id"]] = float((record.linf[worth] <= 1e-6).mean()) if worth.any() else 0.0
+    bad = [f"{name} {100 * share:.0f} %" for name, share in shares.items() if share > 0]
+    return Check("S34", not bad, "returned unchanged: " + (", ".join(bad) or "none"))
+
+
+def gap_of_headlines(headline: Mapping[str, Any], num_members: int) -> Check:
+    unaware, aware = headline["unaware"], headline["aware"]
+    if unaware is None or aware is None or num_members == 1:
+        return Check("S36", None, "no pair of headlines" if num_members > 1 else "nothing is drawn")
+    gap = 100 * (unaware - aware)
+    return Check(
+        "S36",
+        gap <= GAP_POINTS,
+        f"the attacks that know of the draw, together, take {gap:.1f} points more than the "
+        f"strongest that does not (flag above {GAP_POINTS:g})",
+    )
+
+
+def _helps(
+    worst: NDArray[np.float64] | None,
+    single: NDArray[np.bool_] | None,
+    mixture: NDArray[np.float64],
+    members: Sequence[float] | None,
+) -> Check:
+    """S38: each in its own worst case, paired over images, and above every other member, too."""
+    if worst is None or single is None or len(mixture) == 1:
+        why = "nothing is drawn" if len(mixture) == 1 else "no single member to compare with"
+        return Check("S38", None, why)
+    gain = paired_difference(worst, single.astype(np.float64))
+    assert gain.low is not None
+    assert gain.high is not None
+    lowest = float(worst.mean())
+    strongest = max(members or [float(single.mean())])
+    return Check(
+        "S38",
+        gain.low > 0 and lowest > strongest,
+        f"each under the strongest attacks on it: sampled {100 * lowest:.1f} %, chosen single "
+        f"member {100 * single.mean():.1f} %; gain {100 * gain.value:+.1f} points, 95 % in "
+        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]; the best member of all alone "
+        f"{100 * strongest:.1f} %",
+    )

@@ -1,0 +1,159 @@
+"""S-checks of the victim itself, made before every evaluation."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from redefense.attacks import ATTACKS
+from redefense.attacks.gradient import PGD
+from redefense.attacks.objectives import margin
+from redefense.checks.derivative import derivatives_agree, log_odds
+from redefense.checks.results import Check
+from redefense.checks.sample import SAMPLE
+from redefense.ensembles import Ensemble, frozen_weights
+from redefense.networks import differentiating, mode_of
+from redefense.rng import stream
+from redefense.threat import Threat
+
+
+def before_run(ensemble: Ensemble, x: Tensor, y: Tensor) -> list[Check]:
+    """Checks of the victim itself and of the units of its images."""
+    x, y = x[:SAMPLE], y[:SAMPLE]
+    return [
+        derivatives_agree(ensemble, x, y),
+        _units(x),
+        _side_effects(ensemble, x, y),
+        _isolation(ensemble, x[:4], y[:4]),
+        _output_kind(ensemble, x, y),
+        _zero_gradients(ensemble, x, y),
+    ]
+
+
+def _units(x: Tensor) -> Check:
+    """S04: images that were scaled twice would make every eps huge."""
+    span = 255 * float(x.max() - x.min())
+    return Check("S04", span > 8, f"the images span {span:.0f} of 255 levels")
+
+
+def _isolation(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
+    """S06: which members answer does not depend on the attack's seed or the global generator."""
+    logs = []
+    for seed in (0, 1):
+        meter = Asked(ensemble)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            victim = meter.sampled(rng=stream(0, "S06 draws"))
+            PGD(steps=6)(victim, x, y, Threat(eps=0.1), rng=stream(seed, "S06"))
+        logs.append(meter.asked)
+    same = logs[0] == logs[1]
+    return Check("S06", same, f"{len(logs[0])} draws, " + ("equal" if same else "different") +
+                 " for two seeds of the attack")  # fmt: skip
+
+
+class Asked(Ensemble):
+    """An ensemble that writes down which member was asked."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        super().__init__(ensemble.num_members, ensemble.mixture)
+        self.ensemble = ensemble
+        self.asked: list[int] = []
+
+    def logits_of(self, m: int, x: Tensor) -> Tensor:
+        self.asked.append(m)
+        return self.ensemble.logits_of(m, x)
+
+    def member(self, m: int) -> nn.Module:
+        return self.ensemble.member(m)
+
+
+def _side_effects(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
+    module = cast(nn.Module, ensemble)
+    with unchanged_state(module) as changes:
+        ATTACKS["pgd"]()(module, x, y, Threat(eps=0.1), rng=stream(0, "S05"))
+    return Check("S05", not changes(), ", ".join(changes()) or "an attack left no trace")
+
+
+@contextmanager
+def unchanged_state(module: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Yields a function that names what has changed since the block began."""
+
+    def snapshot() -> dict[str, Any]:
+        return {
+            "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+            "requires_grad": [p.requires_grad for p in module.parameters()],
+            "modes": [mode_of(child) for child in module.modules()],
+            "buffers": [b.clone() for b in module.buffers()],
+            "torch's generator": torch.get_rng_state(),
+            "numpy's generator": str(np.random.get_state()),
+            "Python's generator": random.getstate(),
+        }
+
+    before = snapshot()
+
+    def changes() -> list[str]:
+        after = snapshot()
+        return [name for name in before if not _equal(before[name], after[name])]
+
+    yield changes
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(_equal(u, v) for u, v in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
+    with torch.no_grad():
+        logits = ensemble.member_logits(x)
+    sums = logits.sum(-1)
+    if not bool(logits.isfinite().all()):
+        return Check("S07", False, "non-finite outputs")
+    kinds = (logits >= 0).flatten(1).all(1) & ((sums - 1).abs().amax(1) < 1e-4)
+    if bool(kinds.any()):
+        which = ", ".join(str(m) for m in kinds.nonzero().flatten().tolist())
+        return Check(
+            "S07",
+            False,
+            f"members {which} return probabilities; attacks need logits: leave the softmax out",
+        )
+    top = logits.topk(2, dim=-1)
+    right = top.indices[..., 0] == y
+    runner_up = torch.where(right, top.values[..., 1], top.values[..., 0])
+    own = logits.gather(-1, y.expand(len(logits), -1)[..., None])[..., 0] - runner_up
+    gap = float((own + torch.stack([margin(z, y) for z in logits])).abs().max())
+    return Check("S07", gap < 1e-5, f"members return logits; margins agree to {gap:.1g}")
+
+
+def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
+    """S22: at the images and at a random start, per member, in the precision that attacks use."""
+    lost, starts = 0, (x + Threat(eps=8 / 255).noise(_uniform(x, "S22"))).clamp(0, 1)
+    with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
+        for m, at in itertools.product(range(ensemble.num_members), (x, starts)):
+            point = at.detach().clone().requires_grad_()
+            # of the log odds, which attacks climb: that of cross-entropy vanishes for large logits
+            loss = log_odds(ensemble.logits_of(m, point.clone()), y).sum()
+            grad = None
+            if loss.requires_grad:
+                with differentiating():
+                    (grad,) = torch.autograd.grad(loss, point, allow_unused=True)
+            if grad is None:
+                lost += len(x)
+                continue
+            size = grad.flatten(1).abs().amax(1)
+            lost += int((~(size > 0) | ~size.isfinite()).sum())
+    total = 2 * ensemble.num_members * len(x)
+    return Check("S22", lost == 0, f"{lost} of {total} input gradients are zero or not finite")
+
+
+def _uniform(x: Tensor, name: str) -> Tensor:
+    rng = stream(0, name)
+    return torch.rand(x.shape, generator=rng, dtype=torch.float64).to(x)

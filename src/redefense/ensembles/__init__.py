@@ -1,0 +1,26 @@
+"""Ensembles of M classifiers, and the views of them that attacks, reports and users query."""
+
+from redefense.ensembles.base import Ensemble, Origin, channels_last, check_mixture, device_of
+from redefense.ensembles.guards import evaluating, frozen_statistics, frozen_weights, kernels_kept
+from redefense.ensembles.hyper import Hyper
+from redefense.ensembles.independent import Independent, as_ensemble
+from redefense.ensembles.views import Averaged, Sampled, logits_of_drawn, mean_log_probs
+
+__all__ = [
+    "Averaged",
+    "Ensemble",
+    "Hyper",
+    "Independent",
+    "Origin",
+    "Sampled",
+    "as_ensemble",
+    "channels_last",
+    "check_mixture",
+    "device_of",
+    "evaluating",
+    "frozen_statistics",
+    "frozen_weights",
+    "kernels_kept",
+    "logits_of_drawn",
+    "mean_log_probs",
+]

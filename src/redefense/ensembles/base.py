@@ -1,0 +1,192 @@
+"""The class that every ensemble derives from: members, the mixture and the views of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import redefense
+from redefense.config import Run
+from redefense.errors import ConfigError, InputError
+from redefense.networks import ask
+from redefense.runtime.spread import ALONE, Spread
+from redefense.types import (
+    Float,
+    Images,
+    Logits,
+    Per,
+    check_images,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an ensemble was built and trained from, so that it can be stored elsewhere.
+
+    Attributes:
+        run: the resolved run.
+        data: name, classes, shape and checksum of its data.
+        path: the folder that it was written to or read from.
+    """
+
+    run: Run
+    data: Mapping[str, Any]
+    path: Path
+
+
+class Ensemble(nn.Module):
+    """M classifiers and the probabilities with which each answers a query.
+
+    A subclass says what member m is: it overrides `member`, or `logits_of` and `member`.
+
+    Attributes:
+        num_members: M.
+        mixture: (M,) float64 probabilities with which members answer.
+        origin: of a trained ensemble; None for one put together by hand.
+        spread: over which processes its training is spread at the moment.
+    """
+
+    mixture: Tensor
+    origin: Origin | None = None
+    spread: Spread = ALONE
+    _shares: list[float] | None = None
+
+    def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
+        super().__init__()
+        if num_members < 1:
+            raise ConfigError(f"an ensemble needs at least one member, got {num_members}")
+        self.num_members = num_members
+        self.register_buffer("mixture", check_mixture(mixture, num_members))
+
+    def set_mixture(self, mixture: Sequence[float] | Tensor) -> None:
+        """Replace the sampling probabilities, in place."""
+        self.mixture.copy_(check_mixture(mixture, self.num_members))
+
+    def shares(self) -> list[float]:
+        """The mixture as Python numbers; within `mixture_known` no accelerator is waited for."""
+        return self.mixture.tolist() if self._shares is None else self._shares
+
+    @contextmanager
+    def mixture_known(self) -> Iterator[None]:
+        """Within, `shares` reads nothing: the mixture, read at the beginning, must not change."""
+        self._shares = self.shares()
+        try:
+            yield
+        finally:
+            self._shares = None
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        return ask(self.member(m), x)
+
+    def member(self, m: int) -> nn.Module:
+        """Member m as a plain network."""
+        raise TypeError(f"{type(self).__name__} does not say what a member is")
+
+    def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
+        """Logits of all members. Checks nothing."""
+        own = self.spread.own(self.num_members)
+        copies = self.spread.copies(x, self.num_members)
+        logits = [self.logits_of(m, at) for m, at in zip(own, copies, strict=True)]
+        return self.spread.members(torch.stack(logits))
+
+    def parameters_of(self, m: int) -> list[nn.Parameter]:
+        """What training member m alone would change."""
+        return list(self.member(m).parameters())
+
+    def train_members(self, members: Sequence[int]) -> None:
+        """Train mode for these members, evaluation mode for all others."""
+        for m in range(self.num_members):
+            self.member(m).train(m in members)
+
+    def averaged(self) -> nn.Module:
+        """The deterministic ensemble: log of the mixture-weighted mean probability."""
+        from redefense.ensembles.views import Averaged  # views are made of this class
+
+        return Averaged(self)
+
+    def sampled(self, *, rng: torch.Generator | None = None, per: Per = "call") -> nn.Module:
+        """Random sampling inference: a fresh member per forward call, or per image.
+
+        Without `rng` members are drawn from the operating system's entropy.
+        """
+        from redefense.ensembles.views import Sampled  # views are made of this class
+
+        return Sampled(self, rng=rng, per=per)
+
+    def save_pretrained(self, folder: str | Path, **settings: Any) -> Path:
+        """Write this ensemble as model hubs keep them; see `redefense.save_pretrained`."""
+        # what lies above is reached through the public names, when it is asked for
+        return redefense.save_pretrained(self, folder, **settings)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Save this ensemble and upload it; see `redefense.push_to_hub`."""
+        return redefense.push_to_hub(self, repo_id, **settings)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **settings: Any) -> "Ensemble":
+        """An ensemble of this kind as model hubs keep them; see `redefense.from_pretrained`.
+
+        Raises:
+            InputError: if it is of another kind.
+        """
+        found = redefense.from_pretrained(name_or_folder, **settings)
+        if not isinstance(found, cls):
+            raise InputError(
+                f"{name_or_folder} holds an ensemble of the kind {type(found).__name__}, "
+                f"not {cls.__name__}"
+            )
+        return found
+
+    def forward(self, x: Tensor) -> Logits:
+        """(B, C) logits, each image answered by a member of its own, drawn in secret.
+
+        Raises:
+            InputError: unless x is (B, ch, H, W), floating point, finite and in [0, 1], and of a
+                shape that members take: that of the training images, if they were trained here.
+        """
+        check_images(x)
+        trained = None if self.origin is None else tuple(self.origin.data["shape"])
+        if trained is not None and x.shape[1:] != trained:
+            raise InputError(f"images must be {trained} as in training, got {tuple(x.shape[1:])}")
+        return cast(Tensor, self.sampled(per="image")(x))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's first parameter or buffer lies; the CPU for one without."""
+    value = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if value is None else value.device
+
+
+def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) -> Tensor:
+    """(M,) float64 probabilities that sum to 1; uniform for None.
+
+    Raises:
+        ConfigError: for a wrong length, a negative or non-finite entry, or a sum other than 1.
+    """
+    if mixture is None:
+        return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
+    try:
+        probs = torch.as_tensor(mixture, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ConfigError(f"the mixture must be a list of probabilities, got {mixture!r}") from None
+    if probs.shape != (num_members,):
+        raise ConfigError(
+            f"the mixture needs one probability for each of {num_members} members, "
+            f"got shape {tuple(probs.shape)}"
+        )
+    if not bool((probs >= 0).all()) or abs(float(probs.sum()) - 1) > 1e-5:
+        raise ConfigError(
+            f"the mixture must hold probabilities that sum to 1, got {probs.tolist()}"
+        )
+    return probs / probs.sum()
+
+
+def channels_last(ensemble: Ensemble) -> Ensemble:
+    """The memory layout in which convolutions run fastest."""
+    return ensemble.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it

@@ -1,0 +1,130 @@
+"""Settings of ensembles, by name, from which an untrained ensemble is built."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+from redefense.ensembles import Ensemble, Hyper, Independent
+from redefense.errors import ConfigError
+from redefense.models import build
+from redefense.rng import stream
+
+
+@runtime_checkable
+class EnsembleConfig(Protocol):
+    """Settings from which an untrained ensemble can be built."""
+
+    @property
+    def num_members(self) -> int: ...
+
+    def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Ensemble: ...
+
+    def plain(self) -> "IndependentConfig": ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndependentConfig:
+    """M separate networks that differ by their initialisation.
+
+    Attributes:
+        model: architecture of every member, a name in `MODELS`.
+        num_members: M.
+        width: channels of the first stage; the architecture's own if None.
+        activation: "relu", or "leaky" (slope 0.1), which GAL needs.
+    """
+
+    model: str = "resnet8"
+    num_members: int = 3
+    width: int | None = None
+    activation: Literal["relu", "leaky"] = "relu"
+
+    def __post_init__(self) -> None:
+        if self.num_members < 1:
+            raise ConfigError(f"num_members must be at least 1, got {self.num_members}")
+
+    def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Ensemble:
+        """Members initialised from streams named by (seed, member)."""
+        return Independent(networks(self, num_classes, shape, seed))
+
+    def plain(self) -> "IndependentConfig":
+        """Itself."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperConfig:
+    """PS-RED: M networks whose kernels are written by hypernetworks.
+
+    Attributes:
+        model: architecture of every member, a name in `MODELS`.
+        num_members: M.
+        width: channels of the first stage; the architecture's own if None.
+        activation: "relu", or "leaky" (slope 0.1), which GAL needs.
+        embedding: numbers from which a unit is written.
+        hidden: width of a hypernetwork between its two layers, per output channel of a unit.
+            ResNet-18 keeps 10.66 % of its parameters with 128, 5.60 % with 64.
+        unit: channels of a unit, 16, 32 or 64; must divide those of all written kernels.
+        taps: how nine taps become a 1x1 kernel.
+        shared: one hypernetwork for all members in place of one each.
+    """
+
+    model: str = "resnet18"
+    num_members: int = 3
+    width: int | None = None
+    activation: Literal["relu", "leaky"] = "relu"
+    embedding: int = 128
+    hidden: int = 128
+    unit: int = 64
+    taps: Literal["mean", "max", "sum"] = "mean"
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_members < 1:
+            raise ConfigError(f"num_members must be at least 1, got {self.num_members}")
+
+    def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Ensemble:
+        """Members and hypernetworks initialised from streams of the seed."""
+        return Hyper(
+            networks(self, num_classes, shape, seed),
+            unit=self.unit,
+            embedding=self.embedding,
+            hidden=self.hidden,
+            taps=self.taps,
+            shared=self.shared,
+            rng=stream(seed, "hypernetwork"),
+        )
+
+    def plain(self) -> IndependentConfig:
+        """The same networks with kernels of their own."""
+        return IndependentConfig(
+            model=self.model,
+            num_members=self.num_members,
+            width=self.width,
+            activation=self.activation,
+        )
+
+
+def networks(
+    kind: IndependentConfig | HyperConfig, num_classes: int, shape: tuple[int, int, int], seed: int
+) -> list[nn.Module]:
+    """M plain networks, each from the stream named by (seed, member)."""
+    return [
+        build(
+            kind.model,
+            num_classes=num_classes,
+            shape=shape,
+            width=kind.width,
+            activation=kind.activation,
+            generator=stream(seed, "member", m),
+            member=m,
+        )
+        for m in range(kind.num_members)
+    ]
+
+
+ENSEMBLES: Final[Mapping[str, type[EnsembleConfig]]] = MappingProxyType(
+    {"independent": IndependentConfig, "hyper": HyperConfig}
+)

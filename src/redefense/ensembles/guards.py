@@ -1,0 +1,60 @@
+"""Context managers that change modes, weights or statistics of a network and restore them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from redefense.ensembles.hyper import Hyper
+from redefense.networks import mode_of, set_evaluation
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; every submodule then gets its own mode back."""
+    modes = [(child, mode_of(child)) for child in module.modules()]
+    set_evaluation(module)
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            if training is not None:
+                child.training = training
+
+
+@contextmanager
+def kernels_kept(module: nn.Module) -> Iterator[None]:
+    """`Hyper.kernels_kept` for every `Hyper` in a module: its weights must not change within."""
+    with ExitStack() as stack:
+        for child in module.modules():
+            if isinstance(child, Hyper):
+                stack.enter_context(child.kernels_kept())
+        yield
+
+
+@contextmanager
+def frozen_weights(module: nn.Module) -> Iterator[None]:
+    """The weights are constants within the block: no gradient of theirs is computed or stored."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        with kernels_kept(module):
+            yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode uses the batch's moments but leaves its running ones alone."""
+    norms = [c for c in module.modules() if isinstance(c, _BatchNorm) and c.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,75 @@
+"""Ensembles of separate networks."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from torch import Tensor, nn
+
+from redefense.ensembles.base import Ensemble, device_of
+from redefense.errors import InputError
+
+_OF_ENSEMBLES: Final = ("num_members", "mixture", "logits_of", "member_logits")
+
+
+class Independent(Ensemble):
+    """M separate networks.
+
+    Args:
+        members: networks from images in [0, 1] to logits; may differ in architecture.
+        mixture: M probabilities, uniform unless given.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], mixture: Sequence[float] | Tensor | None = None
+    ) -> None:
+        is_list = isinstance(members, Sequence | nn.ModuleList)
+        if not is_list or not all(isinstance(m, nn.Module) for m in members):
+            raise _no_networks(members)
+        super().__init__(len(members), mixture)
+        self.members = nn.ModuleList(members)
+        self.mixture = self.mixture.to(device_of(self.members))
+
+    def member(self, m: int) -> nn.Module:
+        """Member m itself, sharing its weights with the ensemble."""
+        return self.members[m]
+
+
+def as_ensemble(model: object) -> Ensemble:
+    """An ensemble as it is; a bare network as an ensemble of one; a list as independent members.
+
+    Raises:
+        InputError: for anything else, and for a network that has members without being an
+            `Ensemble`: taken for one network it would answer at random, and look better than it is.
+    """
+    if isinstance(model, Ensemble):
+        return model
+    if isinstance(model, nn.ModuleList):
+        model = list(model)
+    if isinstance(model, nn.Module):
+        # one such name may be chance, as a network's own `mixture`
+        found = [name for name in _OF_ENSEMBLES if hasattr(model, name)]
+        if len(found) > 1:
+            raise InputError(
+                f"{type(model).__name__} has {' and '.join(found)} as ensembles do, but does not "
+                "derive from redefense.ensembles.Ensemble: derive it from there, or give [model] "
+                "if it is one network"
+            )
+        return Independent([model])
+    if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
+        return Independent(model)
+    raise _no_networks(model)
+
+
+def _no_networks(model: object) -> InputError:
+    got = type(model).__name__
+    if isinstance(model, type):
+        got = f"the class {model.__name__}: make a network of it"
+    if isinstance(model, nn.Module):
+        got += " where a list was asked for: put it into one"
+    if isinstance(model, list | tuple):
+        odd = (i for i, member in enumerate(model) if not isinstance(member, nn.Module))
+        at = next(odd, None)
+        got = f"an empty {got}" if at is None else f"{type(model[at]).__name__} as element {at}"
+    return InputError(
+        f"expected a network (torch.nn.Module), an ensemble or a list of networks, got {got}"
+    )

@@ -1,0 +1,64 @@
+"""S44: whether attackers with more time take more than the suite did, on the first images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final, cast
+
+import numpy as np
+
+from redefense.attacks import Attack
+from redefense.attacks.subset import Subset
+from redefense.checks.results import Check
+from redefense.evaluation.cascade.runner import Runner
+from redefense.evaluation.plan import Planned
+from redefense.evaluation.suite import CellSpec
+
+IMAGES: Final = 100
+"""Images of which those that are not lost meet the stronger attacks."""
+
+ALLOWED: Final = 0.01
+"""Expected accuracy on them that may fall."""
+
+
+def stronger_budget(runner: Runner, plan: Sequence[Planned]) -> Check:
+    """S44: adaptive attacks of the suite with twice their steps, and four times as many subsets.
+
+    Twice the default where a suite has fewer. The attack on subsets is among them in any case; so
+    many are all subsets of up to six members that are equally probable. What is found counts for
+    the headline.
+    """
+    worst = runner.worst
+    if worst is None:
+        return Check("S44", None, "no headline")
+    first = np.arange(len(worst.q)) < IMAGES
+    before, found = worst.q[first], []
+    for number, (name, attack) in enumerate(_stronger(plan)):
+        met = first & ~worst.lost
+        if met.any():
+            spec = CellSpec(attack=name, view="members")
+            runner.further(f"stronger-{name}-{number}", spec, attack, "members", met)
+            found.append(name)
+    drop = float((before - worst.q[first]).mean())
+    # one image of few may fall by chance
+    passed = drop <= max(ALLOWED, 1 / len(before)) + 1e-9
+    names = ", ".join(found) or "nothing, as no image is left,"
+    told = (
+        f"{names} with twice the steps takes {100 * drop:.1f} points more of {len(before)} images"
+    )
+    return Check("S44", passed, told)
+
+
+def _stronger(plan: Sequence[Planned]) -> Iterator[tuple[str, Attack]]:
+    """Names and attacks."""
+    attacks: dict[str, Any] = {"subset": Subset()}
+    for planned in plan:
+        if planned.attack.adaptive:
+            attacks[planned.spec.attack] = planned.attack
+    for name, attack in attacks.items():
+        if not isinstance(steps := getattr(attack, "steps", None), int):
+            continue
+        more = {"steps": 2 * max(steps, getattr(type(attack), "steps", 0))}
+        if isinstance(attack, Subset):
+            more["subsets"] = 4 * attack.subsets
+        if getattr(attack, "preset", None) is None:
+            yield name, cast(Attack, replace(attack, **more))

@@ -1,0 +1,93 @@
+"""Keeps the best adversarial points so far, as starting points for later attacks."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from redefense.evaluation.cascade.worst_case import EQUAL, WorstCase
+from redefense.evaluation.cells import Task
+from redefense.evaluation.store import Arrays, forget, read_arrays, write_arrays
+from redefense.results.accuracy import Bools
+from redefense.results.intervals import exact_expectation
+from redefense.types import Images
+
+LIMIT: Final = 2**30
+"""Bytes of the images whose points are kept; for those beyond, attacks begin without."""
+
+
+class Points:
+    """For each attack, its points on the images that it brought down further than those before.
+
+    They are kept until the evaluation ends, except of images that are lost, which nobody attacks
+    any more. Points that are missing when they are asked for are made again by the same attack.
+
+    Args:
+        x: (n, C, H, W) the clean images.
+        folder: where points are kept, chunk by chunk; in memory if None.
+    """
+
+    def __init__(self, x: Images, folder: Path | None) -> None:
+        self._x, self._folder = x, folder
+        self._memory: dict[tuple[str, int], Arrays] = {}
+        self._tasks: dict[str, Task] = {}
+        self._count = LIMIT // max(1, x[0].numel() * x.element_size())
+
+    def kept(self, task: Task, worst: WorstCase) -> Task:
+        """The task, which from now on keeps its points that are worse than any before."""
+        mixture, q = worst.mixture, worst.q
+
+        def keep(images: slice, rows: NDArray[np.int64], x_adv: Images, correct: Bools) -> None:
+            left = exact_expectation(correct, mixture)
+            some = (left < q[images][rows] - EQUAL) & (left > EQUAL)
+            some &= images.start + rows < self._count
+            points = x_adv[torch.from_numpy(some).to(x_adv.device)].cpu().numpy()
+            self._write(task.name, images.start, {"rows": rows[some], "points": points})
+
+        self._tasks[task.name] = replace(task, keep=keep)
+        return self._tasks[task.name]
+
+    def starts(self, worst: WorstCase) -> Callable[[slice], Tensor]:
+        """Gives the best points of a chunk as they are now, (1, B, C, H, W); else clean images."""
+        source = np.array(worst.source)
+
+        def best(images: slice) -> Tensor:
+            x, names = self._x[images].clone(), source[images]
+            for name in np.unique(names[names != "clean"]).tolist():
+                if (found := self._read(name, images)) is None:
+                    continue
+                chosen = names[found["rows"]] == name
+                rows = torch.from_numpy(found["rows"][chosen]).to(x.device)
+                x[rows] = torch.from_numpy(found["points"][chosen]).to(x)
+            return x[None]
+
+        return best
+
+    def forget(self) -> None:
+        """Remove them."""
+        self._memory.clear()
+        forget(self._folder)
+
+    def _place(self, name: str, start: int) -> Path | None:
+        return None if self._folder is None else self._folder / name / f"{start}.npz"
+
+    def _write(self, name: str, start: int, arrays: Arrays) -> None:
+        if (place := self._place(name, start)) is not None:
+            write_arrays(place, arrays)
+        else:
+            self._memory[name, start] = arrays
+
+    def _read(self, name: str, images: slice) -> Arrays | None:
+        place = self._place(name, images.start)
+
+        def found() -> Arrays | None:
+            return self._memory.get((name, images.start)) if place is None else read_arrays(place)
+
+        if found() is None and name in self._tasks:
+            self._tasks[name].chunk(images)
+        return found()

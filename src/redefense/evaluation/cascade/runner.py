@@ -1,0 +1,180 @@
+"""Runs attacks in order, reuses stored records, and accumulates the worst case.
+
+Where a suite cascades, attacks that count for the headline and know the ensemble leave out the
+images that are lost. Those that do not know it meet all images, since their own accuracy is half of
+the headline. Which images an attack meets follows from the records before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from redefense.attacks import Attack
+from redefense.checks.results import BLACK_BOX
+from redefense.config import ThreatConfig
+from redefense.evaluation.cascade.points import Points
+from redefense.evaluation.cascade.worst_case import WorstCase
+from redefense.evaluation.cells import Cell, Task
+from redefense.evaluation.plan import Job, Planned, threat_of
+from redefense.evaluation.store import forget, own_images
+from redefense.evaluation.suite import CellSpec
+from redefense.results.accuracy import Bools, Floats
+from redefense.results.intervals import exact_expectation
+
+
+def run_order(plan: Sequence[Planned]) -> list[Planned]:
+    """The order in which cells are run: black boxes last, before them those that may cascade.
+
+    What only a black box finds is a warning (S17): it must not keep others from finding it.
+    """
+    return sorted(plan, key=lambda p: (p.spec.attack in BLACK_BOX, p.aware and p.attack.bounded))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Further:
+    """An attack at the headline's threat that is no cell of the suite: its points count as well."""
+
+    identity: str
+    attack: str
+    repr: str
+    view: str
+    label: str | None
+    cell: Cell
+
+
+class Runner:
+    """Runs attacks and adds their records up.
+
+    Args:
+        job: what is evaluated.
+        plan: the cells.
+        mixture: (M,) sampling probabilities.
+        clean: the records of the images as they are.
+
+    Attributes:
+        worst: the worst case so far; None for a suite without a headline.
+        others: what was run besides the suite's cells.
+    """
+
+    def __init__(self, job: Job, plan: Sequence[Planned], mixture: Floats, clean: Cell) -> None:
+        self.job, self._mixture = job, mixture
+        self._threat = threat_of(plan)
+        self.worst = None if self._threat is None else WorstCase(mixture, clean)
+        self.others: list[Further] = []
+        self._met: list[tuple[Attack, str, Bools]] = []
+        self.points = Points(job.subject.x, job.place("points"))
+        self._hands_on = any(p.attack.takes_starts for p in plan) or job.checks == "full"
+
+    @property
+    def everything(self) -> Bools:
+        """(n,) all images."""
+        return np.ones(len(self.job.subject.x), dtype=bool)
+
+    def cells(self, plan: Sequence[Planned]) -> tuple[dict[str, Cell], dict[str, list[Cell]]]:
+        """The records of every cell, and those of its repetitions with other seeds."""
+        records, repeats = {}, {}
+        for number, planned in enumerate(run_order(plan), 1):
+            again, met = [], self.everything
+            if self.job.suite.cascade and planned.aware and self._counts(planned):
+                assert self.worst is not None
+                met = ~self.worst.lost
+            # repetitions meet the same images, so that they can be compared
+            for repeat in range(self.job.seeds):
+                name = planned.identity + (f".seed{repeat}" if repeat else "")
+                cell = self.attack(
+                    name, planned.attack, planned.threat, planned.spec.view, met,
+                    label=cell_label(number, planned, plan, repeat),
+                )  # fmt: skip
+                again.append(cell)
+                if repeat and self._counts(planned):
+                    self.others.append(Further(
+                        identity=name, attack=planned.spec.attack, repr=repr(planned.attack),
+                        view=planned.spec.view, label=planned.spec.label, cell=cell,
+                    ))  # fmt: skip
+            records[planned.identity], *repeats[planned.identity] = again
+        return records, repeats
+
+    def _counts(self, planned: Planned) -> bool:
+        return planned.attack.bounded and planned.threat == self._threat
+
+    def further(self, name: str, spec: CellSpec, attack: Attack, view: str, met: Bools) -> None:
+        """Run an attack that is no cell of the suite, at the headline's threat."""
+        assert self._threat is not None
+        cell = self.attack(name, attack, self._threat, view, met, label=name)
+        self.others.append(Further(
+            identity=name, attack=spec.attack, repr=repr(attack), view=view, label=spec.label,
+            cell=cell,
+        ))  # fmt: skip
+
+    def count(self, name: str, what: str, cell: Cell) -> None:
+        """Count points that were found otherwise."""
+        assert self.worst is not None
+        self.worst.add(name, cell)
+        self.others.append(Further(
+            identity=name, attack=name, repr=what, view="several", label=None, cell=cell
+        ))  # fmt: skip
+
+    def met_by(self, attack: Attack, view: str) -> Bools:
+        """(n,) the images that this very attack has met on this view."""
+        found = ~self.everything
+        for other, seen, met in self._met:
+            if other == attack and self._same(view) == self._same(seen):
+                found |= met
+        return found
+
+    def _same(self, view: str) -> str:
+        """With one member all views are that of the network."""
+        return view if self.job.subject.ensemble.num_members > 1 else "members"
+
+    def attack(
+        self, name: str, attack: Attack, threat: ThreatConfig, view: str, met: Bools, *, label: str
+    ) -> Cell:
+        """The records of an attack on the images `met`, made now or found in the store."""
+        job, subject = self.job, self.job.subject
+        task = Task(
+            subject=subject, attack=attack, threat=threat, view=view, seed=job.seed, name=name,
+            met=met,
+        )  # fmt: skip
+        worst = self.worst if attack.bounded and threat == self._threat else None
+        if worst is not None and self._hands_on:
+            if attack.takes_starts:
+                task = replace(task, starts=self.points.starts(worst))
+            task = self.points.kept(task, worst)
+        place, kept = job.place(f"{name}.npz"), job.place(f"{name}.chunks")
+        cell = Cell.read(place)
+        if cell is None or not np.array_equal(cell.met, met):
+            job.progress.begin(label, len(met), share=own_images(len(met), subject.workers))
+            cell = task.run(kept, job.progress)
+            if worst is not None and not cell.whole:
+                cell = worst.filled(cell)
+            if (saved := job.save(place)) is not None:
+                cell.save(saved, subject.index)
+                forget(kept)
+            self._say(label, cell)
+        # nobody looks for the next cell before this one is written
+        subject.workers.wait()
+        if worst is not None:
+            worst.add(name, cell)
+            self._met.append((attack, view, met))
+        return cell
+
+    def forget_points(self) -> None:
+        """Remove the points that were kept for attacks to come."""
+        self.job.subject.workers.wait()
+        if self.job.subject.workers.first:
+            self.points.forget()
+
+    def _say(self, label: str, cell: Cell) -> None:
+        if cell.whole:
+            expected = float(exact_expectation(cell.correct, self._mixture).mean())
+            found = f"{100 * expected:.1f} % expected accuracy"
+        else:
+            found = f"met {int(cell.met.sum())} of {len(cell.met)} images"
+        self.job.say(f"{label}: {found}, {cell.seconds:.1f} s")
+
+
+def cell_label(number: int, planned: Planned, plan: Sequence[Planned], repeat: int) -> str:
+    """How the progress names a cell."""
+    again = f", run {repeat + 1}" if repeat else ""
+    return f"cell {number}/{len(plan)} {planned.spec.label or planned.identity}{again}"

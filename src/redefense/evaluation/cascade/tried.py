@@ -1,0 +1,85 @@
+"""Adversarial points that statistics and checks found; they count as those of cells do."""
+
+from copy import copy
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from redefense.ensembles import Ensemble
+from redefense.evaluation.cascade.worst_case import WorstCase
+from redefense.evaluation.cells import Cell, judge, verify_ball
+from redefense.threat import Threat
+from redefense.types import Bool, Images, Labels
+
+
+class Tried:
+    """Keeps what the members say to the worst point of each image, and who errs at any point.
+
+    Args:
+        ensemble: who is asked.
+        x: (k, C, H, W) the first images of the evaluation.
+        y: their labels.
+        threat: that of the headline.
+    """
+
+    def __init__(self, ensemble: Ensemble, x: Images, y: Labels, threat: Threat) -> None:
+        self._ensemble, self._x, self._y, self._threat = ensemble, x, y, threat
+        self._clean = Cell(**judge(ensemble, x, x, y))
+        self._worst = WorstCase(ensemble.mixture.detach().double().cpu().numpy(), self._clean)
+
+    @property
+    def cell(self) -> Cell:
+        """The record of the k images: each one's worst point, and `alone` over all points."""
+        worst = self._worst
+        return replace(
+            self._clean, correct=worst.correct, averaged=worst.averaged, alone=worst.alone
+        )
+
+    def fork(self) -> "Tried":
+        """Another one that starts from what is known here, for a part of the work."""
+        other = copy(self)
+        other._worst = copy(self._worst)
+        return other
+
+    def offer(self, points: Images, rows: Bool[Tensor, " k"] | None = None) -> Cell:
+        """Put points within the threat to all members.
+
+        Args:
+            points: one for each image, or for those of `rows`.
+            rows: the images that have a point.
+
+        Returns:
+            The record of the k images, of which `rows` were met.
+
+        Raises:
+            InputError: if a point lies outside the box or the ball.
+        """
+        met = np.ones(len(self._x), dtype=bool) if rows is None else rows.cpu().numpy()
+        chosen = slice(None) if rows is None else rows
+        x, y = self._x[chosen], self._y[chosen]
+        correct, averaged = self._clean.correct.copy(), self._clean.averaged.copy()
+        if len(x):
+            verify_ball(points, x, self._threat, "a measurement")
+            found = judge(self._ensemble, points, x, y)
+            correct[:, met], averaged[met] = found["correct"], found["averaged"]
+        cell = replace(self._clean, correct=correct, averaged=averaged, alone=correct, met=met)
+        self.add(cell)
+        return cell
+
+    def add(self, cell: Cell) -> None:
+        """Count what was found on the same images elsewhere."""
+        self._worst.add("tried", cell)
+
+
+def record_of(cell: Cell, worst: WorstCase) -> Cell:
+    """A record of the first images as one of all of them, of which it met the first."""
+    more = len(worst.q) - len(cell.met)
+
+    whole: dict[str, Any] = {
+        key: np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, more)])
+        for key, values in asdict(cell).items()
+        if isinstance(values, np.ndarray)
+    }
+    return worst.filled(replace(cell, **whole))

@@ -1,0 +1,74 @@
+"""The worst case of each image over everything that was run at the headline's threat."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from redefense.evaluation.cells import Cell
+from redefense.results.accuracy import Bools, Floats
+from redefense.results.intervals import exact_expectation
+
+EQUAL = 1e-9
+"""Expected correctness that differs by less is the same."""
+
+
+class WorstCase:
+    """What every point found so far, within one threat, leaves of each image.
+
+    It follows from the records alone, in the order in which they were added, so that an evaluation
+    that goes on after an interruption sees what an uninterrupted one saw.
+
+    Args:
+        mixture: (M,) sampling probabilities.
+        clean: the records of the images as they are, "clean" among the sources.
+
+    Attributes:
+        correct: (M, n) the members on each image's worst point.
+        q: (n,) exact expected correctness there.
+        source: (n,) name of the record that holds this point.
+        alone: (M, n) whether each member is right on every point: its own worst case.
+        averaged: (n,) the same of the averaged ensemble.
+        corrects: (M, n) of every record.
+    """
+
+    def __init__(self, mixture: Floats, clean: Cell) -> None:
+        self.mixture = mixture
+        self.correct: Bools = clean.correct
+        self.q: Floats = exact_expectation(clean.correct, mixture)
+        self.source: Sequence[str] = ["clean"] * len(self.q)
+        self.alone: Bools = clean.correct
+        self.averaged: Bools = clean.averaged
+        self.corrects: Sequence[Bools] = [clean.correct]
+
+    @property
+    def lost(self) -> Bools:
+        """(n,) the images on which every member of positive probability errs at one point."""
+        lost: Bools = self.q <= EQUAL
+        return lost
+
+    def better(self, correct: Bools, rows: Sequence[int] | slice = slice(None)) -> Bools:
+        """Which points leave less of their images than any before, from correctness (M, k)."""
+        better: Bools = exact_expectation(correct, self.mixture) < self.q[rows] - EQUAL
+        return better
+
+    def filled(self, cell: Cell) -> Cell:
+        """The records, images that were not met as they stand now; all wrong where lost."""
+        met, before = cell.met, self.correct & ~self.lost
+        correct = np.where(met, cell.correct, before)
+        return replace(
+            cell,
+            correct=correct,
+            averaged=np.where(met, cell.averaged, self.averaged & ~self.lost),
+            alone=correct if cell.alone is cell.correct else np.where(met, cell.alone, before),
+        )
+
+    def add(self, name: str, cell: Cell) -> None:
+        """Count the points of a record."""
+        better = cell.met & self.better(cell.correct)
+        self.correct = np.where(better, cell.correct, self.correct)
+        self.q = np.where(better, exact_expectation(cell.correct, self.mixture), self.q)
+        self.source = [name if b else s for b, s in zip(better, self.source, strict=True)]
+        self.alone = self.alone & (cell.alone | ~cell.met)
+        self.averaged = self.averaged & (cell.averaged | ~cell.met)
+        self.corrects = [*self.corrects, cell.correct]

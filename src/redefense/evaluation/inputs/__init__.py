@@ -1,0 +1,1 @@
+"""What callers hand to `evaluate`: arguments, objects, types and several radii."""

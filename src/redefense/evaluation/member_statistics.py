@@ -1,0 +1,362 @@
+"""Statistics of the members: transfer, fooled members, retries, diversity, accuracy over eps.
+
+Each measurement says in the JSON on how many images and with which settings it was made.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redefense.attacks import ATTACKS
+from redefense.attacks.gradient import PGD
+from redefense.ensembles import Ensemble, frozen_weights
+from redefense.evaluation.cascade.tried import Tried
+from redefense.evaluation.cells import Cell, Subject
+from redefense.evaluation.progress import SILENT, Progress
+from redefense.networks import differentiating
+from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
+from redefense.results.accuracy import Bools, Floats
+from redefense.results.intervals import (
+    accuracy_interval,
+    exact_expectation,
+    fooled_histogram,
+    success_within,
+)
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.types import Bool, Float, Images, Labels, correct
+
+MEASURED: Final = 200
+"""Images on which members are measured; the attacks of the suite see all."""
+
+TRIES: Final = 10
+
+MEASURES: Final = "measures"
+ROUGH_PASSES: Final = 600
+"""Passes per image and member that `member_measures` takes, about."""
+
+CAVEAT: Final = (
+    "chosen on the perturbations that were found against the present probabilities; attackers "
+    "would answer other ones, so evaluate again before believing it"
+)
+
+
+def joint_measures(worst: Bools, mixture: Floats, corrects: Bools) -> dict[str, Any]:
+    """Members fooled, the attacker's success within K tries, and the best sampling probabilities.
+
+    Args:
+        worst: (M, n) the members on each image's worst attack.
+        mixture: (M,) sampling probabilities.
+        corrects: (A, M, n) the members under every attack considered.
+    """
+    q = exact_expectation(worst, mixture)
+    best, accuracy = best_mixture(corrects, mixture)
+    return {
+        "members_fooled": fooled_histogram(worst).tolist(),
+        "success_within_tries": success_within(q, TRIES).tolist(),
+        "best_mixture": {
+            "mixture": best.tolist(),
+            "accuracy": accuracy,
+            "present": float(worst_over(corrects, mixture).mean()),
+            "caveat": CAVEAT,
+        },
+    }
+
+
+def worst_over(corrects: Bools, mixture: Floats) -> Floats:
+    """(n,) lowest expected correctness over attacks, from (A, M, n)."""
+    q: Floats = np.einsum("m,amn->an", mixture, corrects.astype(np.float64)).min(0)
+    return q
+
+
+def best_mixture(corrects: Bools, present: Floats, steps: int = 300) -> tuple[Floats, float]:
+    """Sampling probabilities with the highest worst-case accuracy over recorded attacks.
+
+    Args:
+        corrects: (A, M, n) correctness of every member under every attack.
+        present: (M,) the probabilities in use; the result is never worse than them, than uniform
+            ones, or than a single member.
+        steps: of the climb.
+
+    Returns:
+        (M,) probabilities and their accuracy. The objective is concave and piecewise linear;
+        exponentiated supergradients climb it (Kivinen & Warmuth, 1997).
+    """
+    wins = corrects.astype(np.float64)
+    num_members, images = wins.shape[1], np.arange(wins.shape[2])
+    weights = np.full(num_members, 1 / num_members)
+    candidates = [present, weights, *np.eye(num_members)]
+    for step in range(steps):
+        q = np.einsum("m,amn->an", weights, wins)
+        slope = wins[q.argmin(0), :, images].mean(0)
+        weights = weights * np.exp((slope - slope.max()) / (1 + step) ** 0.5)
+        weights = weights / weights.sum()
+        candidates.append(weights)
+    candidates.append(np.mean(candidates[-steps // 2 :], axis=0))
+    values = [float(worst_over(corrects, c).mean()) for c in candidates]
+    best = int(np.argmax(values))
+    return candidates[best], values[best]
+
+
+def member_measures(
+    subject: Subject,
+    threat: Threat,
+    worst: Bools,
+    *,
+    seed: int,
+    progress: Progress = SILENT,
+) -> tuple[dict[str, Any], Cell]:
+    """Transfer, diversity and accuracy against eps, and what was tried for them at the threat.
+
+    What takes long is spread over the subject's processes; all get all of it.
+    """
+    ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
+    tried = Tried(ensemble, x, y, threat)
+    with torch.no_grad():
+        right = correct(ensemble.member_logits(x), y)
+    common = right.all(0)
+    jobs: list[Callable[[Tried], Any]] = [
+        lambda tried: curve(ensemble, x, y, threat, worst, tried, seed=seed),
+        *(
+            partial(convention.row, ensemble, m, x, y, common, threat, seed=seed)
+            for convention in CONVENTIONS.values()
+            for m in range(ensemble.num_members)
+        ),
+    ]
+    own = subject.workers.share(jobs)
+    progress.begin(MEASURES, len(jobs), share=len(own), unit="parts")
+    results = []
+    for job in own:
+        apart = tried.fork()
+        results.append((job(apart), apart.cell))
+        progress.advance(1, 0.0)
+    # added up in one order, on however many processes they were found
+    (falling, points), *others = subject.workers.gather(results)
+    for cell in (points, *(cell for _, cell in others)):
+        tried.add(cell)
+    rows = [row for row, _ in others]
+    conventions = {
+        name: convention.table(rows[i * len(right) : (i + 1) * len(right)], common, threat)
+        for i, (name, convention) in enumerate(CONVENTIONS.items())
+    }
+    found = {
+        "curve": falling,
+        "transfer": conventions["dverge"]["matrix"],
+        "transfer_conventions": conventions,
+        "diversity": {
+            **gradient_diversity(ensemble, x, y),
+            "clean": pair_statistics(right.cpu().numpy()),
+            "images": len(x),
+        },
+    }
+    return found, tried.cell
+
+
+def curve(
+    ensemble: Ensemble,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    worst: Bools,
+    tried: Tried,
+    *,
+    seed: int,
+) -> list[list[float]]:
+    """Accuracy of the sampled ensemble against eps, from 0 until nothing stands.
+
+    Hinge-20 at each eps; an image once fooled stays fooled, as the larger ball holds the point. At
+    the threat's own eps and beyond, the suite's worst case counts too. Points within the threat
+    are offered to `tried`.
+
+    Returns:
+        Rows (eps, accuracy, low, high).
+    """
+    mixture = ensemble.mixture.detach().double().cpu().numpy()
+    unit = threat.eps or 1 / 255
+    largest = 1.0 if threat.norm == math.inf else float(x[0].numel()) ** 0.5
+    grid = [0.0, *(unit * k for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))]
+    grid = [eps for eps in grid if eps < largest] + [largest]
+    with torch.no_grad():
+        hits = correct(ensemble.member_logits(x), y).cpu().numpy()
+    lowest, rows = exact_expectation(hits, mixture), []
+    for eps in grid:
+        if eps > 0:
+            at = Threat(norm=threat.norm, eps=eps)
+            rng = stream(seed, "curve", f"{eps:.9g}")
+            x_adv = ATTACKS["hinge"]()(ensemble, x, y, at, rng=rng)
+            if eps <= threat.eps:
+                hits = tried.offer(x_adv).correct
+            else:
+                with torch.no_grad():
+                    hits = correct(ensemble.member_logits(x_adv), y).cpu().numpy()
+            lowest = np.minimum(lowest, exact_expectation(hits, mixture))
+        if eps >= threat.eps:
+            lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))
+        estimate = accuracy_interval(lowest)
+        rows.append([float(v) for v in (eps, *estimate) if v is not None])
+        if estimate.value == 0:
+            break
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convention:
+    """How a published transfer matrix was measured.
+
+    Attributes:
+        steps, step_size: of PGD on one member; the step is a fraction of eps.
+        starts: random starts; another member counts as fooled if any of them fools it.
+        only_correct: leave out images that some member answers wrongly as they are.
+    """
+
+    steps: int
+    step_size: float
+    starts: int
+    only_correct: bool
+
+    @property
+    def attack(self) -> PGD:
+        """On one member."""
+        return PGD(
+            steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
+        )
+
+    def row(
+        self,
+        ensemble: Ensemble,
+        source: int,
+        x: Images,
+        y: Labels,
+        common: Bool[Tensor, " B"],
+        threat: Threat,
+        tried: Tried,
+        *,
+        seed: int,
+    ) -> list[float]:
+        """Shares of images made on member `source` that fool each member, then the average.
+
+        `common` says which images all members answer rightly. All points are offered to `tried`.
+        """
+        rows = common if self.only_correct else torch.ones_like(common)
+        x, y = x[rows], y[rows]
+        if len(x) == 0:
+            return []
+        fooled = torch.zeros(ensemble.num_members + 1, len(x), dtype=torch.bool, device=x.device)
+        for start in range(self.starts):
+            # equal members get equal attacks
+            rng = stream(seed, "transfer", self.steps, start)
+            x_adv = self.attack(ensemble.member(source), x, y, threat, rng=rng)
+            found = tried.offer(x_adv, rows)
+            right = np.concatenate([found.correct, found.averaged[None]])[:, found.met]
+            fooled |= ~torch.from_numpy(right).to(x.device)
+        shares: list[float] = fooled.double().mean(1).tolist()
+        return shares
+
+    def table(
+        self, rows: Sequence[Sequence[float]], common: Bool[Tensor, " B"], threat: Threat
+    ) -> dict[str, Any]:
+        """The rows of all sources as one record.
+
+        Returns:
+            "matrix" (M rows of M shares; None where no image is left), "ensemble" (M shares that
+            fool the averaged ensemble), "images" and "settings".
+        """
+        images = int(common.sum()) if self.only_correct else len(common)
+        return {
+            "matrix": [row[:-1] for row in rows] if images else None,
+            "ensemble": [row[-1] for row in rows] if images else None,
+            "images": images,
+            "settings": f"{self.attack!r}, {self.starts} starts, eps {threat.eps:g}"
+            + (", images that all members answer correctly" if self.only_correct else ""),
+        }
+
+
+CONVENTIONS: Final = {
+    "dverge": Convention(steps=50, step_size=0.2, starts=5, only_correct=True),
+    "trs": Convention(steps=5, step_size=0.1, starts=1, only_correct=False),
+}
+"""The two in use: fooling rates among images all members know, or plain errors."""
+
+
+def pair_statistics(correct: Bools) -> dict[str, float | None]:
+    """Means over member pairs, from correctness (M, n); None for a single member.
+
+    disagreement: share of images on which exactly one of two is right. double_fault: both wrong.
+    q_statistic: Yule's Q, from -1 (errors exclude each other) to 1 (same errors); None where it is
+    0 / 0 for every pair. overlap: Jaccard index of the images each gets wrong.
+    """
+    keys = ("disagreement", "double_fault", "q_statistic", "overlap")
+    values: dict[str, list[float]] = {key: [] for key in keys}
+    for i in range(len(correct)):
+        for j in range(i + 1, len(correct)):
+            a, b = correct[i], correct[j]
+            both, neither = float((a & b).mean()), float((~a & ~b).mean())
+            only_a, only_b = float((a & ~b).mean()), float((~a & b).mean())
+            values["disagreement"].append(only_a + only_b)
+            values["double_fault"].append(neither)
+            same, other = both * neither, only_a * only_b
+            if same + other > 0:
+                values["q_statistic"].append((same - other) / (same + other))
+            if both < 1:
+                values["overlap"].append(neither / (neither + only_a + only_b))
+    return {key: float(np.mean(v)) if v else None for key, v in values.items()}
+
+
+def gradient_diversity(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, float | None]:
+    """How alike the members' gradients and wrong answers are on clean images.
+
+    cosine, abs_cosine: mean over pairs of the input gradients' (absolute) cosine. coherence: GAL's
+    log of the sum over pairs of exp(cosine). gradient_norm: mean length. log_det: ADP's log
+    determinant of the members' normalised wrong-class probabilities; None where members are too
+    many for it (M > C - 1). entropy: of the mean probability, in nats.
+    """
+    grads = input_gradients(ensemble, x, y)
+    with torch.no_grad():
+        probs = ensemble.member_logits(x).double().softmax(-1)
+    mean = probs.mean(0)
+    entropy = float(-(mean * mean.clamp_min(1e-20).log()).sum(-1).mean())
+    found: dict[str, float | None] = {
+        "gradient_norm": float(lipschitz(grads)),
+        "entropy": entropy,
+    }
+    num_members, classes = len(probs), probs.shape[-1]
+    if num_members < 2:
+        return found | dict.fromkeys(("cosine", "abs_cosine", "coherence", "log_det"))
+    rows, columns = torch.triu_indices(num_members, num_members, 1)
+    cosines = pairwise_cosines(grads)[:, rows, columns]
+    others = torch.ones_like(mean, dtype=torch.bool).scatter(1, y[:, None], False)
+    wrong = probs[:, others].view(num_members, len(x), classes - 1).transpose(0, 1)
+    wrong = F.normalize(wrong, dim=-1)
+    gram = wrong @ wrong.mT + 1e-6 * torch.eye(num_members, dtype=wrong.dtype, device=x.device)
+    return found | {
+        "cosine": float(cosines.mean()),
+        "abs_cosine": float(gradient_similarity(grads)),
+        "coherence": float(cosines.logsumexp(1).mean()),
+        "log_det": float(torch.linalg.slogdet(gram)[1].mean()) if num_members < classes else None,
+    }
+
+
+def input_gradients(ensemble: Ensemble, x: Images, y: Labels) -> Float[Tensor, "M B D"]:
+    """Each member's gradient of the summed cross-entropy w.r.t. each image; 0 where there is none.
+
+    The members' weights are left alone.
+    """
+    assert isinstance(ensemble, Ensemble)
+    grads = []
+    with frozen_weights(ensemble), torch.enable_grad():
+        for m in range(ensemble.num_members):
+            point = x.detach().clone().requires_grad_()
+            loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
+            with differentiating():
+                grad = (
+                    torch.autograd.grad(loss, point)[0] if loss.requires_grad else x.new_zeros(())
+                )
+            grads.append(grad.expand_as(x).flatten(1))
+    return torch.stack(grads)

@@ -1,0 +1,72 @@
+"""Counts forward and backward passes of one image through one member."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from redefense.ensembles import Ensemble
+from redefense.types import Images, Logits
+
+
+class Meter:
+    """Running counts, in single-member passes of single images.
+
+    Args:
+        tell: is told of every forward pass.
+    """
+
+    def __init__(self, tell: Callable[[int], None] | None = None) -> None:
+        self.forwards = 0
+        self.backwards = 0
+        self._tell = tell
+
+    def forward(self, count: int) -> None:
+        """Count the forward pass of `count` images through a member."""
+        self.forwards += count
+        if self._tell is not None:
+            self._tell(count)
+
+
+class _CountBackward(torch.autograd.Function):
+    """Identity that counts each time a gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, meter: Meter) -> Tensor:
+        ctx.meter = meter
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.meter.backwards += len(grads[0])
+        return grads[0], None
+
+
+class Metered(Ensemble):
+    """An ensemble that counts; every view of it counts too."""
+
+    def __init__(self, ensemble: Ensemble, meter: Meter) -> None:
+        super().__init__(ensemble.num_members, ensemble.mixture)
+        self.ensemble, self.meter = ensemble, meter
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        logits = self.ensemble.logits_of(m, x)
+        self.meter.forward(len(x))
+        if not logits.requires_grad:
+            return logits
+        counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]  # untyped in torch
+        return counted
+
+    def member(self, m: int) -> nn.Module:
+        """Member m, counted."""
+        return _Member(self, m)
+
+
+class _Member(nn.Module):
+    def __init__(self, ensemble: Metered, m: int) -> None:
+        super().__init__()
+        self.ensemble, self.m = ensemble, m
+
+    def forward(self, x: Images) -> Logits:
+        return self.ensemble.logits_of(self.m, x)

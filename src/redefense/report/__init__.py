@@ -1,0 +1,1 @@
+"""Tables, sentences, charts and pages about stored evaluations."""

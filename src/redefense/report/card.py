@@ -1,0 +1,219 @@
+"""The model card of a run, written from its stored evaluation.
+
+A card is a README.md with a YAML head, as model hubs read it. No figure is typed or passed in; each
+comes from the same joined records as the report. Needs neither torch nor jinja2.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from redefense.errors import ConfigError
+from redefense.report import reproduce, tables
+from redefense.report.markdown import markdown
+from redefense.results.intervals import Estimate
+from redefense.results.join import Result, join
+from redefense.runtime.files import write_text
+
+HUB_NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "cifar10": "uoft-cs/cifar10",
+        "cifar100": "uoft-cs/cifar100",
+        "tiny-imagenet": "zh-plus/tiny-imagenet",
+    }
+)
+"""What the hub calls our data sets; one it does not have keeps its own name."""
+
+METRICS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "clean": "accuracy, untouched images",
+        "unaware": "robust accuracy, attacker unaware of the draw",
+        "aware": "robust accuracy, attacker aware of it",
+        "best_member_alone": "robust accuracy, best member alone",
+        "averaged": "robust accuracy, averaged ensemble",
+    }
+)
+"""Rows of the card's summary, by the keys of `tables.summary_table`."""
+
+
+def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "mit") -> Path:
+    """Write the card of a run to `out` (`RUN/README.md` by default) and return its path.
+
+    Args:
+        run_dir: a run with at least one stored evaluation.
+        out: where the card goes.
+        license_name: of the weights, as an SPDX identifier in lower case.
+
+    Raises:
+        DataError: if the run holds no evaluation or a file is damaged; nothing is written then.
+        ConfigError: if the licence is not a plain identifier.
+    """
+    text = card(run_dir, license_name=license_name)
+    path = out if out is not None else run_dir / "README.md"
+    write_text(path, text)
+    return path
+
+
+def card(
+    run_dir: Path, *, license_name: str = "mit", opened_by: str = "load", name: str | None = None
+) -> str:
+    """The card's text; see `write_card`.
+
+    Args:
+        run_dir: a run with at least one stored evaluation.
+        license_name: of the weights, as an SPDX identifier.
+        opened_by: the public function that loads what the card lies in.
+        name: what that function is given, and how the card calls the run; the path and the name
+            of the run unless given.
+    """
+    results = join([run_dir])
+    opened = reproduce.shown(run_dir)
+    if name is not None:
+        opened, results = name, [replace(result, name=name) for result in results]
+    first = results[0]
+    data = first.data.name
+    method = _settings(first, "defence", "name")
+    index = [{"name": first.name, "results": [_index(r) for r in results]}]
+    head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
+    return _page(head, _body(results, _use(opened, opened_by)))
+
+
+def unmeasured_card(
+    name: str,
+    *,
+    data: str,
+    num_members: int,
+    model: str = "",
+    method: str = "",
+    license_name: str = "mit",
+    opened_by: str = "load",
+    why: str = "",
+) -> str:
+    """The card of an ensemble that no stored evaluation speaks for: it claims nothing.
+
+    `why` is added to what it says of that.
+    """
+    text = (
+        f"{_title(name)}{_intended(str(num_members), model, method)}\n\n{_use(name, opened_by)}"
+        "## Robustness\n\n**Nothing was measured.** No evaluation of these weights is stored, so "
+        f"nothing is claimed, neither for clean images nor under attack.{why}\n"
+    )
+    return _page(_head(data, method, license_name), text)
+
+
+def _page(head: Mapping[str, Any], body: str) -> str:
+    lines = "\n".join(_yaml(head))
+    return f"---\n{lines}\n---\n\n{body}"
+
+
+def _settings(result: Result, *path: str) -> str:
+    """One setting of the stored run, e.g. ("defence", "name"), as Markdown; empty if not stored."""
+    value: object = next((e.run for e in result.evaluations if e.run), {})
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return tables.escape_markdown(str(value)) if value is not None else ""
+
+
+def _head(data: str, method: str, license_name: str) -> dict[str, Any]:
+    if not license_name.replace("-", "").replace(".", "").isalnum():
+        raise ConfigError(f"license must be an SPDX identifier, got {license_name!r}")
+    tags = ["adversarial-robustness", "ensemble", "randomized-ensemble", "image-classification"]
+    return {
+        "library_name": "redefense",
+        "pipeline_tag": "image-classification",
+        "license": license_name.lower(),
+        "tags": tags + ([method] if method else []),
+        "datasets": [HUB_NAMES.get(data, data)],
+    }
+
+
+def _index(result: Result) -> dict[str, Any]:
+    data = result.data
+    (row,) = tables.summary_rows([result])
+    return {
+        "task": {"type": "image-classification", "name": f"under attack, {result.threat}"},
+        "dataset": {
+            "type": HUB_NAMES.get(data.name, data.name),
+            "name": data.name,
+            "split": data.split,
+        },
+        "metrics": [
+            {
+                "type": "accuracy",
+                "name": name,
+                "value": round(100 * row[key].value, 2),
+                "args": _arguments(result, row[key], attacked=key != "clean"),
+            }
+            for key, name in METRICS.items()
+            if row[key] is not None
+        ],
+    }
+
+
+def _arguments(result: Result, estimate: Estimate, *, attacked: bool) -> dict[str, Any]:
+    """What a bare figure would hide: how many images, which budget, which interval."""
+    arguments: dict[str, Any] = {"num_images": result.num_images}
+    if attacked and result.eps is not None:
+        arguments |= {"norm": result.norm, "eps": result.eps}
+    if estimate.low is not None and estimate.high is not None:
+        arguments["interval_95"] = [round(100 * estimate.low, 2), round(100 * estimate.high, 2)]
+    return arguments
+
+
+def _yaml(value: object, indent: str = "") -> list[str]:
+    """Lines of block YAML for mappings, sequences and scalars; strings are quoted as in JSON."""
+    if isinstance(value, Mapping):
+        lines = []
+        for key, inner in value.items():
+            if isinstance(inner, Mapping | list) and inner:
+                lines += [f"{indent}{key}:", *_yaml(inner, indent + "  ")]
+            else:
+                lines.append(f"{indent}{key}: {json.dumps(inner)}")
+        return lines
+    if isinstance(value, list):
+        lines = []
+        for inner in value:
+            first, *rest = _yaml(inner, indent + "  ")
+            lines += [f"{indent}- {first[len(indent) + 2 :]}", *rest]
+        return lines
+    return [f"{indent}{json.dumps(value)}"]
+
+
+def _title(name: str) -> str:
+    return f"# {tables.escape_markdown(name)}\n\n"
+
+
+def _intended(num_members: str, model: str, method: str) -> str:
+    made = f", each a {model}" * bool(model) + f", trained with the method {method}" * bool(method)
+    return (
+        f"An ensemble of {num_members} classifiers{made}. Each query is answered by one of them, "
+        "drawn at random from the operating system's entropy; the draw is not revealed."
+    )
+
+
+def _use(name: str, opened_by: str) -> str:
+    return (
+        "## Use\n\n    import redefense\n"
+        f"    ensemble = redefense.{opened_by}({json.dumps(name)})\n"
+        "    logits = ensemble(images)  # (B, channels, H, W), floats in [0, 1]\n\n"
+    )
+
+
+def _body(results: Sequence[Result], use: str) -> str:
+    first = results[0]
+    model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
+    report = markdown(results, reproduce.commands(results))
+    # the report's own title gives way to the card's
+    _, _, report = report.partition("\n\n")
+    limits = (
+        "Accuracy under attack holds for the stated budget, images and attacks only; a stronger "
+        "attack can lower it, none can raise it. The figure to quote is the aware one. An attacker "
+        "who may send the same image again wins more often: another member may answer."
+    )
+    intended = _intended(str(first.num_members or "several"), model, method)
+    return (
+        f"{_title(first.name)}{intended}\n\n{use}## Robustness\n\n{report}\n## Limits\n\n{limits}\n"
+    )

@@ -1,0 +1,36 @@
+"""The report's summary as a table for LaTeX, with the rules of the package booktabs."""
+
+from collections.abc import Sequence
+
+from redefense.report.tables import COLUMNS, interval, labels, percent, summary_rows
+from redefense.results.escaping import escape_latex
+from redefense.results.intervals import Estimate
+from redefense.results.join import Result
+
+
+def to_latex(results: Sequence[Result]) -> str:
+    """One row for each run, threat and set of images; percent, with 95 % intervals."""
+    rows = summary_rows(results)
+    threats = ", ".join(dict.fromkeys(str(row["threat"]) for row in rows))
+    images = ", ".join(dict.fromkeys(str(row["num_images"]) for row in rows))
+    body = [[name, *(_figure(row[key]) for key in COLUMNS)]
+            for name, row in zip(map(escape_latex, labels(rows)), rows, strict=True)]  # fmt: skip
+    lines = [
+        f"% Accuracy in percent with 95 % intervals; {escape_latex(threats)}; {images} images.",
+        "% Needs \\usepackage{booktabs}.",
+        rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
+        r"\toprule",
+        " & ".join(["run", *COLUMNS.values()]) + r" \\",
+        r"\midrule",
+        *(" & ".join(cells) + r" \\" for cells in body),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "--"
+    known = interval(estimate)
+    return percent(estimate) + (rf" {{\scriptsize {known}}}" if known else "")

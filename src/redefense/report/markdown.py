@@ -1,0 +1,74 @@
+"""The report as Markdown, for a file beside the page and for model cards."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from redefense.report import reproduce
+from redefense.report import sentences as wording
+from redefense.report.tables import (
+    COLUMNS,
+    at,
+    attack_columns,
+    details,
+    escape_markdown,
+    labels,
+    markdown_table,
+    summary_rows,
+    with_interval,
+)
+from redefense.results.join import Result
+from redefense.results.records import Check
+
+
+def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
+    """Answers, summary, methods x attacks, checks, and the commands that make it again."""
+    parts = ["# Robustness report", ""]
+    for question, lead, text in wording.answers(results):
+        parts += [f"**{question} {escape_markdown(lead)}.** {escape_markdown(text)}", ""]
+    rows = summary_rows(results)
+    parts += [
+        "Accuracy in percent, 95 % intervals in brackets.",
+        "",
+        markdown_table(
+            ["run", "data", "threat", "images", *COLUMNS.values()],
+            [
+                [row["run"], row["data"], row["threat"], str(row["num_images"])]
+                + [with_interval(row[key]) for key in COLUMNS]
+                for row in rows
+            ],
+        ),
+        "",
+        wording.RIVALS,
+        "",
+    ]
+    for name, result in zip(labels(rows), results, strict=True):
+        for told in (wording.members_alone(result), wording.weak_of(result)):
+            parts += [escape_markdown(f"{name}: {told}"), ""] if told else []
+    parts += ["## Every attack", ""]
+    columns = attack_columns(results)
+    body = []
+    for name, result in zip(labels(rows), results, strict=True):
+        cells = [at(result, *column) for column in columns]
+        body.append([name, *(with_interval(c.expected if c else None) for c in cells)])
+    header = ["run", *(escape_markdown(f"{attack} ({view})") for attack, view in columns)]
+    parts += [markdown_table(header, body), ""]
+    for detail, result in zip(details(rows), results, strict=True):
+        title = escape_markdown(f"{result.name}, {detail or result.threat}")
+        parts += [f"## Checks of {title}", "", *_checks(result), ""]
+    parts += ["## Reproduce", "", reproduce.HOW, ""]
+    parts += [*(f"    {' '.join(c.split())}" for c in commands), ""]
+    return "\n".join(parts)
+
+
+def _checks(result: Result) -> Iterator[str]:
+    """Notes and checks, one a line; those that speak of the defence stand apart."""
+    measured, said = wording.checks_of(result)
+    yield from (f"- {escape_markdown(note)}" for note in result.notes)
+    yield from _listed(measured, {True: "pass", False: "**FAIL**", None: "not run"})
+    if said:
+        yield from ("", wording.SAID, "")
+        yield from _listed(said, {True: "good", False: "**beware**"})
+
+
+def _listed(checks: Iterable[Check], words: Mapping[bool | None, str]) -> Iterator[str]:
+    for check in checks:
+        yield f"- {check.id}: {words[check.passed]} {escape_markdown(check.detail)}".rstrip()

@@ -1,0 +1,244 @@
+"""One offline page about one or many runs, and Markdown, CSV, JSON and LaTeX.
+
+The figures are joined image by image from what `redefense evaluate` stored; no model is loaded and
+torch is not imported. The page makes no request: styles, script and drawings are inside it, and its
+content policy forbids anything else.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from redefense import __version__
+from redefense.errors import ConfigError, lacking
+from redefense.report import charts, reproduce, tables
+from redefense.report import sentences as wording
+from redefense.report.latex import to_latex
+from redefense.report.markdown import markdown
+from redefense.report.tables import format_table, summary_table
+from redefense.results.join import TRIES, Result, join
+from redefense.results.records import Source
+from redefense.runtime.files import write_text
+
+__all__ = ["format_table", "summary_table", "write_pages", "write_report"]
+
+
+def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
+    """Write the report in the form that the ending of `out` names.
+
+    Args:
+        run_dirs: run directories, evaluation files, or evaluations loaded from JSON (these come
+            without per-image records, so that their suites are not joined).
+        out: ends in `.html`, and `.md`, `.csv` and `.json` of the same name are written beside the
+            page; or in `.md`, `.csv`, `.json` or `.tex`, and that file alone is written. Its folder
+            is made.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        DataError: if a run holds no evaluation or a file is damaged; nothing is written then.
+        ConfigError: if there is no run, if `out` ends otherwise, if a file to write is one of those
+            to report on, or if the extra `report` is not installed.
+    """
+    if not run_dirs:
+        raise ConfigError("a report needs at least one run")
+    _check_ending(out)
+    results = join(run_dirs)
+    given = [source for source in run_dirs if isinstance(source, Path)]
+    return write_pages(results, reproduce.commands(results, out), out, given)
+
+
+def write_pages(
+    results: Sequence[Result], commands: Sequence[str], out: Path, given: Collection[Path] = ()
+) -> list[Path]:
+    """The same about results that are joined already.
+
+    Args:
+        results: in the order of the rows.
+        commands: that make them again.
+        out: as for `write_report`.
+        given: files that must not be written over.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        ConfigError: as `write_report`.
+    """
+    _check_ending(out)
+    forms: Mapping[str, Callable[[], str]] = {
+        ".html": lambda: html(results, commands),
+        ".md": lambda: markdown(results, commands),
+        ".csv": lambda: tables.to_csv(results),
+        ".json": lambda: tables.to_json(results),
+        ".tex": lambda: to_latex(results),
+    }
+    ending = ENDINGS[out.suffix.lower()]
+    texts = {out: forms[ending]()}
+    if ending == ".html":
+        texts |= {out.with_suffix(beside): forms[beside]() for beside in (".md", ".csv", ".json")}
+    kept = {path.resolve() for path in given}
+    for path in texts:
+        if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
+            raise ConfigError(f"--out {out} would write over {path}, which is no report")
+    for path, text in texts.items():
+        write_text(path, text)
+    return list(texts)
+
+
+ENDINGS: Final = {".htm": ".html"} | {e: e for e in (".html", ".md", ".csv", ".json", ".tex")}
+"""What a report may end in, and the form that is then written."""
+
+
+def _check_ending(out: Path) -> None:
+    if out.suffix.lower() not in ENDINGS:
+        known = "the page .html, or .md, .csv, .json or .tex"
+        raise ConfigError(f"--out must end in what is to be written: {known}; got {out}")
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing lies there but the JSON of an older report: no run, no evaluation."""
+    if not path.exists():
+        return True
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "results" in found
+
+
+def _run_settings(result: Result) -> str:
+    """The resolved run as stored with the evaluation; empty where it was not."""
+    run = next((e.run for e in result.evaluations if e.run), None)
+    return json.dumps(run, indent=1) if run else ""
+
+
+def _lines(results: Sequence[Result]) -> list[charts.Line]:
+    lines = []
+    for style, (name, result) in enumerate(zip(tables.labels_of(results), results, strict=True)):
+        for success, who in ((result.tries_aware, "aware"), (result.tries_unaware, "unaware")):
+            if success is not None:
+                points = [(float(k), float(y)) for k, y in enumerate(success, 1)]
+                label = f"{name}, {who}"
+                lines.append(
+                    charts.Line(label=label, points=points, style=style, dashed=who == "unaware")
+                )
+    return lines
+
+
+def _tries_chart(results: Sequence[Result]) -> tuple[str, str] | None:
+    lines = _lines(results)
+    if not lines:
+        return None
+    chart = charts.line_chart(
+        lines,
+        title="Attacker's success within K tries",
+        x_label="tries K with the same image",
+        y_label="attacker succeeds, %",
+        x_ticks=[float(k) for k in range(1, TRIES + 1)],
+    )
+    return chart, charts.legend(lines)
+
+
+def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
+    lines = [
+        charts.Line(label=name, points=result.curve, style=style)
+        for style, (name, result) in enumerate(zip(tables.labels_of(results), results, strict=True))
+        if result.curve is not None
+    ]
+    if not lines:
+        return None
+    xs = sorted({point[0] for line in lines for point in line.points})
+    ticks = list[float]()
+    for x in xs:
+        # the first few lie close together, and their numbers must not run into each other
+        if not ticks or x - ticks[-1] >= (xs[-1] - xs[0]) / 8:
+            ticks.append(x)
+    chart = charts.line_chart(
+        lines,
+        title="Accuracy against the size of the perturbation",
+        x_label="eps",
+        y_label="accuracy, %",
+        x_ticks=ticks,
+        at=results[0].eps,
+    )
+    return chart, charts.legend(lines)
+
+
+def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
+    return [
+        (
+            name,
+            charts.histogram(
+                result.fooled.tolist(),
+                title=f"{name}: members fooled by one image",
+                x_label="members fooled at once",
+                y_label="images, %",
+            ),
+        )
+        for name, result in zip(tables.labels_of(results), results, strict=True)
+        if result.fooled is not None
+    ]
+
+
+def _facts(result: Result) -> list[tuple[str, str]]:
+    """Provenance of a result as (name, value), in reading order."""
+    facts = []
+    for evaluation in result.evaluations:
+        data, provenance = evaluation.data, evaluation.provenance
+        told = f"{data.name}, {data.split} split, {data.num_images} images"
+        facts.append((f"suite {evaluation.suite}", told))
+        keys = ("version", "commit", "torch", "machine", "seed", "date")
+        facts += [
+            (key, str(provenance[key])) for key in keys if provenance.get(key) not in ("", None)
+        ]
+    return list(dict.fromkeys(facts))
+
+
+def html(results: Sequence[Result], commands: Sequence[str]) -> str:
+    """The page, with the commands that make it again.
+
+    Raises:
+        ConfigError: if jinja2, of the extra `report`, is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise ConfigError(lacking("the report page", "jinja2", "report")) from None
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": tables.percent, "interval": tables.interval}
+    source = files("redefense.report").joinpath("report.html").read_text(encoding="utf-8")
+    columns = tables.attack_columns(results)
+    details = tables.details(tables.summary_rows(results))
+    context: dict[str, Any] = {
+        "answers": wording.answers(results),
+        "bar": charts.bar,
+        "best": wording.best(results),
+        "budget": wording.budget,
+        "checks_of": wording.checks_of,
+        "columns": columns,
+        "commands": commands,
+        "curve": _curve_chart(results),
+        "detail": dict(zip(results, details, strict=True)),
+        "facts": _facts,
+        "grid": [[tables.at(result, *column) for column in columns] for result in results],
+        "histograms": _histograms(results),
+        "how": reproduce.HOW,
+        "label": dict(zip(results, tables.labels_of(results), strict=True)),
+        "members_alone": wording.members_alone,
+        "weak_of": wording.weak_of,
+        "results": results,
+        "rivals": wording.RIVALS,
+        "said_heading": wording.SAID,
+        "settings": _run_settings,
+        "title": wording.title(results),
+        "tries": _tries_chart(results),
+        "verdict": wording.verdict,
+        "version": __version__,
+    }
+    return environment.from_string(source).render(context)

@@ -1,0 +1,272 @@
+"""Tables of the report for the terminal, Markdown, CSV and JSON, in percent."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from redefense.results.intervals import Estimate
+from redefense.results.join import Result, join
+from redefense.results.records import Scored, Source
+
+COLUMNS: Mapping[str, str] = {
+    "clean": "clean",
+    "fgsm": "FGSM",
+    "pgd": "PGD",
+    "unaware": "unaware",
+    "aware": "aware",
+    "best_member_alone": "best member alone",
+    "averaged": "averaged",
+}
+"""Keys of a row of `summary_table` and their headings."""
+
+DASH = "\u2013"
+
+
+def percent(estimate: Estimate | float | None, digits: int = 1) -> str:
+    """A fraction as percent without the sign, a dash where it is unknown."""
+    if estimate is None:
+        return DASH
+    value = estimate.value if isinstance(estimate, Estimate) else estimate
+    return f"{100 * value:.{digits}f}"
+
+
+def interval(estimate: Estimate | None, digits: int = 1) -> str:
+    """The 95 % interval in percent, e.g. `36.9 to 45.6`; empty where it is unknown."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"{100 * estimate.low:.{digits}f} to {100 * estimate.high:.{digits}f}"
+
+
+def with_interval(estimate: Estimate | None) -> str:
+    """Figure and interval on one line, e.g. `41.2 [36.9, 45.6]`."""
+    known = interval(estimate)
+    return percent(estimate) + (f" [{known.replace(' to ', ', ')}]" if known else "")
+
+
+def of_attack(result: Result, attack: str) -> Scored | None:
+    """The bounded cell of one attack: on the sampled view if there is one, else the strongest."""
+    cells = [c for c in result.bounded if c.cell.attack == attack and c.expected is not None]
+    return min(
+        cells,
+        key=lambda c: (c.cell.view != "sampled", c.expected.value if c.expected else 1.0),
+        default=None,
+    )
+
+
+def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        fgsm, pgd = of_attack(result, "fgsm"), of_attack(result, "pgd")
+        rows.append(
+            {
+                "run": result.name,
+                "data": result.data.name,
+                "threat": result.threat,
+                "num_images": result.num_images,
+                "suites": [stored.evaluation.suite for stored in result.suites],
+                "clean": result.clean,
+                "fgsm": fgsm.expected if fgsm else None,
+                "pgd": pgd.expected if pgd else None,
+                "unaware": result.unaware,
+                "aware": result.aware,
+                "best_single_member": result.single,
+                "best_member_alone": result.best_alone,
+                "averaged": result.averaged,
+            }
+        )
+    return rows
+
+
+def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
+    """One row for each run, threat and set of images.
+
+    Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, and
+    `best_single_member`, the member that was chosen beforehand. Each figure is an `Estimate`
+    (fractions in [0, 1]) or None where it is unknown.
+
+    Raises:
+        DataError: if a run holds no evaluation or a file is damaged.
+    """
+    return summary_rows(join(run_dirs))
+
+
+def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each row of `summary_table`, what tells it from other rows of its run; empty if nothing.
+
+    Data and threat are told of all rows if there are several; images and suites of those only that
+    would be called alike.
+    """
+    several = [key for key in ("data", "threat") if len({row[key] for row in rows}) > 1]
+    told = [[str(row[key]) for key in several] for row in rows]
+    for words in (
+        [f"{row['num_images']} images" for row in rows],
+        [f"suite {' + '.join(row['suites'])}" for row in rows],
+    ):
+        called = [(row["run"], *known) for row, known in zip(rows, told, strict=True)]
+        for name, known, word in zip(called, told, words, strict=True):
+            if called.count(name) > 1:
+                known.append(word)
+    return [", ".join(known) for known in told]
+
+
+def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each row of `summary_table` is called, e.g. `red` or `red (linf 0.2, 360 images)`."""
+    return [
+        str(row["run"]) + (f" ({detail})" if detail else "")
+        for row, detail in zip(rows, details(rows), strict=True)
+    ]
+
+
+def labels_of(results: Sequence[Result]) -> list[str]:
+    """What each result is called beside the others, as `labels`."""
+    return labels(summary_rows(results))
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Beside whom the best member stands: the one chosen beforehand, where that is another one."""
+    told = [
+        f"{name} {percent(row['best_single_member'])}"
+        for name, row in zip(labels(rows), rows, strict=True)
+        if row["best_single_member"] != row["best_member_alone"]
+    ]
+    where = "best member alone: the best on these images; the one chosen beforehand: "
+    return where + ", ".join(told) if told else None
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of `summary_table` for the terminal: print it with rich."""
+    threats = sorted({str(row["threat"]) for row in rows})
+    images = sorted({int(row["num_images"]) for row in rows})
+    table = Table(
+        title=f"Accuracy in percent with 95 % intervals · {', '.join(threats)} · "
+        f"{', '.join(map(str, images))} images",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=_chosen(rows),
+        caption_justify="left",
+    )
+    table.add_column("run", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for name, row in zip(labels(rows), rows, strict=True):
+        cells = [f"{percent(row[key])}\n{interval(row[key])}" for key in COLUMNS]
+        table.add_row(name, *cells)
+    return table
+
+
+def attack_columns(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """(attack, view) of every cell of any run: bounded unaware, bounded aware, then unbounded."""
+    cells = [c.cell for result in results for c in result.cells]
+    cells.sort(key=lambda cell: (not cell.bounded, cell.aware))  # stable: keeps the suite's order
+    return list(dict.fromkeys((cell.attack, cell.view) for cell in cells))
+
+
+def at(result: Result, attack: str, view: str) -> Scored | None:
+    """The lowest cell of this attack and view: several suites may hold it."""
+    same = [c for c in result.cells if (c.cell.attack, c.cell.view) == (attack, view)]
+    return min(same, key=lambda c: c.expected.value if c.expected else 1.0, default=None)
+
+
+def escape_markdown(text: str) -> str:
+    """Text on one line that Markdown shows as it is."""
+    for mark in "\\`*_{}[]<>|":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; every cell is escaped."""
+    lines = [header, ["---"] * len(header)]
+    lines += [[escape_markdown(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_CSV_COLUMNS = (
+    "run", "data", "split", "num_images", "norm", "eps", "suite", "cell", "attack", "view",
+    "aware", "bounded", "accuracy", "low", "high", "protocol", "protocol_sd", "averaged",
+    "worst_member", "best_member", "any", "all", "unchanged", "l0", "l2", "linf", "forwards",
+    "backwards", "seconds", "met",
+)  # fmt: skip
+
+
+def _plain(value: object) -> object:
+    """A spreadsheet must not take a name for a formula."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, object]:
+    data = result.data
+    row: dict[str, object] = {
+        "run": result.name, "data": data.name, "split": data.split,
+        "num_images": data.num_images, "norm": result.norm, "eps": result.eps, "attack": attack,
+    }  # fmt: skip
+    if estimate is not None:
+        scaled = [None if v is None else round(100 * v, 4) for v in estimate]
+        row |= dict(zip(("accuracy", "low", "high"), scaled, strict=True))
+    return row
+
+
+def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
+    """One row for each figure, accuracies in percent: the headlines first, then every cell."""
+    rows = []
+    for result in results:
+        heads = {
+            "clean": result.clean,
+            "headline-unaware": result.unaware,
+            "headline-aware": result.aware,
+            "best-single-member": result.single,
+            "best-member-alone": result.best_alone,
+            "averaged-ensemble": result.averaged,
+        }
+        rows += [_row(result, name, estimate) for name, estimate in heads.items()]
+        for scored in result.cells:
+            cell, accuracy = scored.cell, scored.cell.accuracy
+            row = _row(result, cell.attack, scored.expected)
+            row |= {"suite": scored.suite, "cell": cell.id, "view": cell.view}
+            row |= {"aware": cell.aware, "bounded": cell.bounded}
+            if cell.threat is not None and not cell.bounded:
+                row |= {"norm": cell.threat.norm, "eps": cell.threat.eps}
+            figures = accuracy.model_dump(exclude={"expected"}) | {"unchanged": cell.unchanged}
+            if not scored.whole:
+                figures = {"unchanged": cell.unchanged}
+            row |= {k: None if v is None else round(100 * v, 4) for k, v in figures.items()}
+            row |= dict(cell.distortion or {})
+            row |= {key: getattr(cell, key) for key in ("forwards", "backwards", "seconds")}
+            row["met"] = cell.met
+            rows.append(row)
+    return [{key: row.get(key) for key in _CSV_COLUMNS} for row in rows]
+
+
+def to_csv(results: Iterable[Result]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _plain(v) for k, v in row.items()} for row in csv_rows(results))
+    return text.getvalue()
+
+
+def to_json(results: Sequence[Result]) -> str:
+    """The joined figures as data: fractions in [0, 1], an estimate as {value, low, high}."""
+    rows = [
+        {k: v._asdict() if isinstance(v, Estimate) else v for k, v in row.items()}
+        | {
+            key: estimate and estimate._asdict()
+            for key, estimate in (
+                ("over_single", r.over_single),
+                ("over_averaged", r.over_averaged),
+            )
+        }
+        | {"members_fooled": None if r.fooled is None else r.fooled.tolist()}
+        | {"success_within_tries": None if r.tries_aware is None else r.tries_aware.tolist()}
+        | {"notes": list(r.notes)}
+        for row, r in zip(summary_rows(results), results, strict=True)
+    ]
+    return json.dumps({"schema": 1, "results": rows}, indent=1) + "\n"

@@ -1,0 +1,1 @@
+"""Stored records: read, joined by image, with accuracies and intervals; without torch."""

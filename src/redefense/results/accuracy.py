@@ -1,0 +1,58 @@
+"""Accuracies of a randomized ensemble from the (M, n) matrix of its members' correctness.
+
+c[j, i] is whether member j is right on image i and p the sampling probabilities; the exact expected
+correctness of image i is q_i = sum_j p_j c[j, i]: enumerated, never sampled.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from redefense.results.intervals import exact_expectation
+from redefense.rng import draw_members, stream
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+PROTOCOL_DRAWS = 5
+
+
+def protocol(correct: Bools, mixture: Floats, seed: int, name: str) -> tuple[float, float]:
+    """Mean and sd of accuracy over fresh draws of a member per image: the published protocol.
+
+    Each of the 5 draws classifies every image once; the adversarial images stay the same.
+    """
+    columns = np.arange(correct.shape[1])
+    accuracies = []
+    for draw in range(PROTOCOL_DRAWS):
+        rng = stream(seed, "protocol", name, draw)
+        members = draw_members(torch.from_numpy(mixture), len(columns), rng).numpy()
+        accuracies.append(float(correct[members, columns].mean()))
+    return float(np.mean(accuracies)), float(np.std(accuracies, ddof=1))
+
+
+def accuracies(
+    correct: Bools, averaged: Bools, mixture: Floats, *, seed: int, name: str
+) -> dict[str, float]:
+    """Every accuracy that one cell reports, as fractions."""
+    mean, sd = protocol(correct, mixture, seed, name)
+    members = correct.mean(1)[mixture > 0]
+    answering = correct[mixture > 0]
+    return {
+        "protocol": mean,
+        "protocol_sd": sd,
+        "expected": float(exact_expectation(correct, mixture).mean()),
+        "averaged": float(averaged.mean()),
+        "worst_member": float(members.min()),
+        "best_member": float(members.max()),
+        "any": float(answering.any(0).mean()),
+        "all": float(answering.all(0).mean()),
+    }
+
+
+def worst_case(per_attack: Sequence[Floats]) -> Floats:
+    """(n,) lowest expected correctness of each image over all attacks: the minimum per image."""
+    lowest: Floats = np.minimum.reduce(list(per_attack))
+    return lowest

@@ -1,0 +1,444 @@
+"""Joins the suites of a run image by image: both headlines and the baselines."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.results.intervals import (
+    Estimate,
+    accuracy_interval,
+    fooled_histogram,
+    paired_difference,
+    success_within,
+    wilson,
+)
+from redefense.results.records import (
+    AGREE,
+    Check,
+    Data,
+    Evaluation,
+    Headline,
+    Scored,
+    Source,
+    Stored,
+    load_all,
+)
+
+TRIES = 10
+
+Budget = tuple[str, float | None]
+"""Norm and eps of a threat."""
+
+
+def eps_text(eps: float) -> str:
+    """The shortest exact name of a budget: as a decimal, or as a fraction of 255 levels."""
+    levels = round(eps * 255)
+    long = len(f"{eps:g}") > 5
+    return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Result:
+    """One run at one threat on one set of images. Accuracies are fractions; None is unknown.
+
+    Attributes:
+        unaware: lowest exact expected accuracy over the bounded unaware cells.
+        aware: mean over images of the lowest expected correctness over everything that was run and
+            the clean image; both headlines are None without a bounded aware cell.
+        single, averaged: the chosen single member and the averaged ensemble, each in its own worst
+            case.
+        alone: every member in its own; the best of them here may beat the one that was chosen.
+        over_single, over_averaged, over_alone: `aware` minus each, paired over images; the last one
+            minus the best of `alone`.
+        q_aware: (n,) expected correctness in each image's worst case.
+        fooled: (M + 1,) images by the number of members fooled at the worst case.
+        tries_aware, tries_unaware: (TRIES,) attacker's success within K draws.
+        notes: what the reader must know about how the figures came about.
+    """
+
+    name: str
+    norm: str
+    eps: float | None
+    suites: tuple[Stored, ...]
+    cells: tuple[Scored, ...]
+    clean: Estimate | None
+    clean_averaged: float | None
+    clean_members: tuple[float, ...]
+    unaware: Estimate | None
+    unaware_label: str | None
+    aware: Estimate | None
+    single: Estimate | None
+    single_index: int | None
+    chosen_on: str | None
+    averaged: Estimate | None
+    alone: tuple[Estimate, ...]
+    over_single: Estimate | None
+    over_averaged: Estimate | None
+    over_alone: Estimate | None
+    q_aware: NDArray[np.float64] | None
+    fooled: NDArray[np.int64] | None
+    tries_aware: NDArray[np.float64] | None
+    tries_unaware: NDArray[np.float64] | None
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        return tuple(stored.evaluation for stored in self.suites)
+
+    @property
+    def data(self) -> Data:
+        return self.evaluations[0].data
+
+    @property
+    def num_images(self) -> int:
+        return self.data.num_images
+
+    @property
+    def stochastic(self) -> Headline | None:
+        """The stored headline of a network that draws in its forward pass; None for others."""
+        return _estimated(self.suites)
+
+    @property
+    def num_members(self) -> int | None:
+        if self.stochastic is not None:
+            return None  # its draws cannot be counted
+        counts = [len(c.correct) for c in self.cells if c.correct is not None]
+        return (counts or [len(self.clean_members) or len(self.alone)])[0] or None
+
+    @property
+    def best_alone(self) -> Estimate | None:
+        """The member that keeps most of these images; the chosen one where only that is known."""
+        return max(self.alone, key=lambda estimate: estimate.value, default=self.single)
+
+    @property
+    def best_index(self) -> int | None:
+        """Which member that is, from 0."""
+        best = self.best_alone
+        return self.alone.index(best) if self.alone and best is not None else self.single_index
+
+    @property
+    def bounded(self) -> tuple[Scored, ...]:
+        return tuple(c for c in self.cells if c.cell.bounded)
+
+    @property
+    def threat(self) -> str:
+        """The budget, e.g. `linf 0.03` or `linf 8/255`."""
+        return "threat unknown" if self.eps is None else f"l{self.norm} {eps_text(self.eps)}"
+
+    @property
+    def transfer(self) -> tuple[tuple[float | None, ...], ...] | None:
+        return next((e.transfer for e in self.evaluations if e.transfer), None)
+
+    @property
+    def curve(self) -> tuple[tuple[float, ...], ...] | None:
+        return next((e.curve for e in self.evaluations if e.curve), None)
+
+    @property
+    def members(self) -> tuple[tuple[str, str], ...]:
+        """What is known of the members' likeness, and of better probabilities, as (name, text)."""
+        diversity = next((e.diversity for e in self.evaluations if e.diversity), {})
+        best = next((e.best_mixture for e in self.evaluations if e.best_mixture), None)
+        facts: list[tuple[str, str]] = []
+        for key, value in diversity.items():
+            group = value if isinstance(value, dict) else {key: value}
+            prefix = f"{key}: " if isinstance(value, dict) else ""
+            facts += [
+                (prefix + name.replace("_", " "), "unknown" if v is None else f"{v:.3g}")
+                for name, v in group.items()
+            ]
+        if best is not None:
+            shares = ", ".join(f"{100 * p:.0f}" for p in best["mixture"])
+            gain = f"{100 * best['accuracy']:.1f} % against {100 * best['present']:.1f} %"
+            text = f"{shares} % of the draws would leave {gain} now; {best['caveat']}"
+            facts.append(("best sampling probabilities", text))
+        return tuple(facts)
+
+
+def join(sources: Iterable[Source]) -> list[Result]:
+    """One result for each run, threat and set of images, in the order of the runs.
+
+    Raises:
+        DataError: if a run holds no evaluation or a file is damaged.
+    """
+    return [result for run in load_all(sources) for result in _results(run)]
+
+
+def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
+    """A bounded cell's own threat; an unbounded one belongs to what its suite is about."""
+    threat = scored.cell.threat
+    if not scored.cell.bounded or threat is None or threat.eps is None:
+        return stored.budget
+    return threat.norm, round(threat.eps, 9)
+
+
+def _results(run: Sequence[Stored]) -> list[Result]:
+    groups: dict[tuple[object, ...], tuple[Budget, list[Stored], list[Scored]]] = {}
+    for stored in run:
+        own = {_budget_of(scored, stored): None for scored in stored.cells} or {stored.budget: None}
+        for budget in own:
+            _, suites, cells = groups.setdefault((stored.images, budget), (budget, [], []))
+            suites.append(stored)
+            cells.extend(c for c in stored.cells if _budget_of(c, stored) == budget)
+    return [_result(*group) for group in groups.values()]
+
+
+def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
+    first = suites[0]
+    home = [stored for stored in suites if stored.budget == budget]
+    further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
+    pair = (
+        _drawn_headline(home)
+        or _joined_headline(suites, cells, further)
+        or _stored_headline(suites, home, cells)
+    )
+    q_aware, q_unaware = pair.q_aware, pair.q_unaware
+    single, single_q, single_from = _beside(home, "single")
+    averaged, averaged_q, _ = _beside(home, "averaged")
+    alone = _alone(home)
+    clean = next((s.clean for s in suites if s.clean.expected is not None), first.clean)
+    chosen = single_from.headline if single_from is not None else None
+    return Result(
+        name=first.name,
+        norm=budget[0],
+        eps=budget[1],
+        suites=tuple(suites),
+        cells=tuple(cells),
+        clean=clean.expected,
+        clean_averaged=first.evaluation.clean.averaged,
+        clean_members=first.evaluation.clean.per_member,
+        unaware=pair.unaware,
+        unaware_label=pair.unaware_label,
+        aware=pair.aware,
+        single=single,
+        single_index=chosen.best_single_member_index if chosen is not None else None,
+        chosen_on=chosen.chosen_on if chosen is not None else None,
+        averaged=averaged,
+        alone=_members(home, alone),
+        over_single=_over(q_aware, single_q),
+        over_averaged=_over(q_aware, averaged_q),
+        over_alone=_over(q_aware, max(alone, key=np.mean, default=None)),
+        q_aware=q_aware,
+        fooled=pair.fooled,
+        tries_aware=pair.tries if q_aware is None else success_within(q_aware, TRIES),
+        tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
+        checks=_merged_checks(suites),
+        notes=tuple(_notes(pair, home, cells, further)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Pair:
+    unaware: Estimate | None = None
+    unaware_label: str | None = None
+    aware: Estimate | None = None
+    q_aware: NDArray[np.float64] | None = None
+    q_unaware: NDArray[np.float64] | None = None
+    fooled: NDArray[np.int64] | None = None
+    tries: NDArray[np.float64] | None = None
+
+
+def _estimated(suites: Sequence[Stored]) -> Headline | None:
+    """The lowest headline among suites whose figures are estimates from draws."""
+    found = [s.evaluation.headline for s in suites if s.evaluation.stochastic]
+    known = [headline for headline in found if headline is not None]
+    return min(known, key=lambda h: math.inf if h.aware is None else h.aware, default=None)
+
+
+def _drawn_headline(suites: Sequence[Stored]) -> _Pair | None:
+    """The estimates that a suite stored: its records were chosen on halves of the draws.
+
+    The minimum over attacks on the draws that score them would lie below the defence.
+    """
+    headline = _estimated(suites)
+    if headline is None:
+        return None
+    tries = headline.success_within
+    return _Pair(
+        unaware=_estimate(headline.unaware, headline.unaware_interval),
+        aware=_estimate(headline.aware, headline.aware_interval),
+        tries=None if tries is None else np.array(tries),
+    )
+
+
+def _joined_headline(
+    suites: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+) -> _Pair | None:
+    """Both headlines image by image; None unless everything bounded that was run has its records.
+
+    Images that an attack did not meet are recorded as they were before it, so that the minimum over
+    all records is the worst case.
+    """
+    bounded = [c for c in cells if c.cell.bounded]
+    if not bounded or any(c.q is None for c in (*bounded, *further)):
+        return None
+    if not any(c.cell.aware for c in bounded):
+        return _Pair()
+    clean = [s.clean for s in suites if s.clean.q is not None][:1]
+    scored = [(c, c.q, c.correct) for c in [*bounded, *further, *clean]]
+    qs = np.stack([q for _, q, _ in scored if q is not None])
+    worst = qs.argmin(0)
+    # (M, n): the members' correctness on the image of the attack that hurts it most
+    correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
+    unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
+    pair = _Pair(
+        aware=accuracy_interval(qs.min(0)),
+        q_aware=qs.min(0),
+        fooled=fooled_histogram(correct.T),
+    )
+    if not unaware:
+        return pair
+    lowest = min(unaware, key=lambda i: float(qs[i].mean()))
+    return replace(
+        pair,
+        unaware=accuracy_interval(qs[lowest]),
+        unaware_label=bounded[lowest].label,
+        q_unaware=qs[lowest],
+    )
+
+
+def _estimate(value: float | None, interval: tuple[float, float] | None) -> Estimate | None:
+    if value is None:
+        return None
+    return Estimate(value, *interval) if interval is not None else Estimate(value)
+
+
+def _stored_headline(
+    suites: Sequence[Stored], home: Sequence[Stored], cells: Sequence[Scored]
+) -> _Pair:
+    """What a single suite says of itself: all there is without per-image records."""
+    headline = home[0].evaluation.headline if len(suites) == len(home) == 1 else None
+    if headline is None:
+        return _Pair()
+    unaware = headline.unaware
+    # it is the figure of one cell, and has the interval of that
+    found = [
+        (c.expected, c.label)
+        for c in cells
+        if c.cell.bounded and not c.cell.aware and c.expected is not None
+        if unaware is not None and abs(c.expected.value - unaware) <= AGREE
+    ]
+    estimate, label = next(iter(found), (_estimate(unaware, None), None))
+    return _Pair(
+        unaware=estimate,
+        unaware_label=label,
+        aware=_estimate(headline.aware, headline.aware_interval),
+    )
+
+
+def _beside(
+    home: Sequence[Stored], which: str
+) -> tuple[Estimate | None, NDArray[np.float64] | None, Evaluation | None]:
+    """The lowest accuracy any suite found for the best single member or the averaged ensemble."""
+    found: list[tuple[Estimate, NDArray[np.float64] | None, Evaluation]] = []
+    key = {"single": "best_single_member", "averaged": "averaged"}[which]
+    for stored in home:
+        per_image: NDArray[np.float64] | None = getattr(stored, which)
+        headline = stored.evaluation.headline or Headline()
+        summary = _estimate(getattr(headline, key), getattr(headline, f"{key}_interval"))
+        if per_image is not None:
+            found.append((accuracy_interval(per_image), per_image, stored.evaluation))
+        elif summary is not None:
+            found.append((summary, None, stored.evaluation))
+    return min(found, key=lambda entry: entry[0].value, default=(None, None, None))
+
+
+def _alone(home: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
+    """(n,) of every member, standing where it stands in all suites that attacked all members."""
+    found = [stored.alone for stored in home if stored.alone is not None]
+    return list(np.stack(found).min(0)) if found else []
+
+
+def _members(home: Sequence[Stored], alone: Sequence[NDArray[np.float64]]) -> tuple[Estimate, ...]:
+    """Every member alone, from its records, else from what the suites say of it."""
+    if alone:
+        return tuple(map(accuracy_interval, alone))
+    headlines = [stored.evaluation.headline or Headline() for stored in home]
+    stored = [h.single_members for h in headlines if h.single_members]
+    n = home[0].evaluation.data.num_images if home else 0
+    lowest = np.min(stored, axis=0).tolist() if stored else []
+    return tuple(Estimate(share, *wilson(round(share * n), n)) for share in lowest)
+
+
+def _over(q: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> Estimate | None:
+    return None if q is None or other is None else paired_difference(q, other)
+
+
+def _merged_checks(suites: Sequence[Stored]) -> tuple[Check, ...]:
+    """One line for each check: red if it is red in any suite."""
+    rank = {False: 0, True: 1, None: 2}
+    checks: dict[str, Check] = {}
+    for stored in suites:
+        for check in stored.evaluation.checks:
+            before = checks.get(check.id)
+            if before is None or rank[check.passed] < rank[before.passed]:
+                checks[check.id] = check
+    return tuple(checks[key] for key in sorted(checks))
+
+
+_KEEP: Final = (
+    "They lie in a folder beside the evaluation's JSON file, which does not hold them: copy both, "
+    "and in Python write both by `report.save(DIR)`."
+)
+
+
+def _drawn_note(headline: Headline) -> str:
+    ends = headline.aware_interval_draws
+    known = "" if ends is None else (
+        f"On these very images the draws leave {100 * ends[0]:.1f} to {100 * ends[1]:.1f} % "
+        "of the aware figure open. "
+    )  # fmt: skip
+    return (
+        "The network draws in its forward pass, and its draws cannot be listed: all figures are "
+        f"estimates from {headline.draws} fresh draws, which no attacker had seen. {known}They are "
+        "upper bounds of the defence: of the points that the attacks found."
+    )
+
+
+def _missing(bounded: Sequence[Scored], further: Sequence[Scored]) -> str:
+    which, kind = bounded, "attacks"
+    if all(c.q is not None for c in bounded):
+        which, kind = further, "further attacks"
+    count = sum(c.q is None for c in which)
+    return f"The per-image records of {count} of {len(which)} {kind} are missing"
+
+
+def _notes(
+    pair: _Pair, home: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+) -> list[str]:
+    notes = []
+    bounded = [c for c in cells if c.cell.bounded]
+    if (drawn := _estimated(home)) is not None:
+        notes.append(_drawn_note(drawn))
+    if not any(c.cell.aware for c in bounded):
+        notes.append(
+            "No attack that knows the ensemble was run at this threat, so there is no headline: "
+            "what the others say about a randomized defence is not a claim of robustness."
+        )
+    elif drawn is not None:
+        pass
+    elif pair.aware is None:
+        notes.append(f"{_missing(bounded, further)}, so the suites cannot be joined. {_KEEP}")
+    elif pair.q_aware is None:
+        notes.append(
+            f"{_missing(bounded, further)}: the headline is the one the suite stored. {_KEEP}"
+        )
+    if any(not c.whole for c in bounded):
+        notes.append(
+            "Attacks without a figure of their own met only the images that those before them had "
+            "left standing: what they found is in the worst case."
+        )
+    if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
+        stored = home[0].evaluation.headline
+        if stored is not None and stored.aware is not None and pair.aware is not None:
+            gap = abs(stored.aware - pair.aware.value)
+            if gap > AGREE:
+                notes.append(
+                    f"The suite stored an aware accuracy of {100 * stored.aware:.2f} %; its "
+                    f"per-image records give {100 * pair.aware.value:.2f} %, which is shown."
+                )
+    return notes

@@ -1,0 +1,446 @@
+"""Stored evaluations: read, checked and joined image by image. Needs neither torch nor a model.
+
+One *result* is a run at one threat on one set of images. The suites of a run that share all three
+are joined, so that the worst case is taken per image over every attack that was ever run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal, TypeVar
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from redefense.errors import DataError
+from redefense.results.intervals import Estimate, accuracy_interval, exact_expectation
+
+Source = Path | Mapping[str, Any]
+"""A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Budget(_Record):
+    """The threat of a cell as stored; eps is None where the attack has none."""
+
+    norm: str = "inf"
+    eps: float | None = None
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> str:
+        return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+class Accuracy(_Record):
+    """Accuracies of one cell, fractions in [0, 1]; None is unknown."""
+
+    protocol: float | None = None
+    protocol_sd: float | None = None
+    expected: float | None = None
+    averaged: float | None = None
+    worst_member: float | None = None
+    best_member: float | None = None
+    any: float | None = None
+    all: float | None = None
+
+
+class Cell(_Record):
+    """One attack at one threat on one view; `met` is of how many images, None of all."""
+
+    id: str
+    attack: str
+    repr: str = ""
+    view: str = ""
+    label: str | None = None
+    aware: bool = False
+    bounded: bool = True
+    distortion: dict[str, float | None] | None = None
+    threat: Budget | None = None
+    accuracy: Accuracy = Accuracy()
+    interval: tuple[float, float] | None = None
+    met: int | None = None
+    unchanged: float | None = None
+    forwards: float | None = None
+    backwards: float | None = None
+    seconds: float | None = None
+    per_image: str | None = None
+
+
+class Data(_Record):
+    name: str
+    split: str = "test"
+    num_images: int = Field(ge=1)
+    sha256: str | None = None
+
+
+class Clean(_Record):
+    expected: float | None = None
+    averaged: float | None = None
+    per_member: tuple[float, ...] = ()
+    interval: tuple[float, float] | None = None
+    per_image: str | None = None
+
+
+class Headline(_Record):
+    unaware: float | None = None
+    aware: float | None = None
+    aware_interval: tuple[float, float] | None = None
+    exact: bool = True
+    draws: int | None = None
+    unaware_interval: tuple[float, float] | None = None
+    unaware_interval_draws: tuple[float, float] | None = None
+    aware_interval_draws: tuple[float, float] | None = None
+    success_within: tuple[float, ...] | None = None
+    best_single_member: float | None = None
+    best_single_member_interval: tuple[float, float] | None = None
+    best_single_member_index: int | None = None
+    chosen_on: str | None = None
+    single_members: tuple[float, ...] | None = None
+    averaged: float | None = None
+    averaged_interval: tuple[float, float] | None = None
+
+
+class Plan(_Record):
+    """The settings of an evaluation, `plan.json` beside its records; images is None for all."""
+
+    suite: dict[str, Any]
+    threat: Budget
+    images: int | None = None
+    seed: int = 0
+    seeds: int = 1
+    checks: str = "quick"
+    stochastic: str = "auto"
+
+
+OF_DEFENCE: Final = ("S36", "S38")
+"""Checks that say something of the defence, and nothing of how well it was measured."""
+
+
+class Check(_Record):
+    id: str
+    passed: bool | None = None
+    detail: str = ""
+
+
+class Evaluation(_Record):
+    """`DIR/evaluation/SUITE.json`, schema 1. Keys this version does not know are ignored."""
+
+    version: Literal[1] = Field(alias="schema")
+    suite: str
+    run: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    data: Data
+    clean: Clean = Clean()
+    cells: tuple[Cell, ...] = ()
+    further_cells: tuple[Cell, ...] = ()
+    headline: Headline | None = None
+    checks: tuple[Check, ...] = ()
+    mixture: tuple[float, ...] | None = None
+    randomized: bool | None = None
+    stochastic: bool = False
+    transfer: tuple[tuple[float | None, ...], ...] | None = None
+    curve: tuple[tuple[float, ...], ...] | None = None
+    diversity: dict[str, Any] | None = None
+    best_mixture: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """A cell with its per-image records, where they were found.
+
+    Attributes:
+        correct: (M, n) correctness of every member; None where only the summary is known.
+        q: (n,) exact expected correctness, the mixture-weighted mean of `correct`.
+        met: (n,) the images that were attacked; None for all, or where that is not known. The
+            others were lost before, or are recorded as they were then.
+    """
+
+    cell: Cell
+    suite: str
+    correct: NDArray[np.bool_] | None
+    q: NDArray[np.float64] | None
+    met: NDArray[np.bool_] | None = None
+    num_images: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the attack met all images, so that its accuracy is its own."""
+        if self.met is not None:
+            return bool(self.met.all())
+        return self.cell.met is None or self.cell.met == self.num_images
+
+    @property
+    def expected(self) -> Estimate | None:
+        """Its accuracy; None where it is not known, or not one of all images."""
+        if not self.whole:
+            return None
+        value = self.cell.accuracy.expected
+        if value is not None and self.cell.interval is not None:
+            return Estimate(value, *self.cell.interval)
+        if self.q is not None:
+            return accuracy_interval(self.q)
+        return None if value is None else Estimate(value)
+
+    @property
+    def label(self) -> str:
+        return self.cell.label or f"{self.cell.attack} ({self.cell.view or 'view unknown'})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Stored:
+    """One suite of one run as found on disk, or handed over as JSON (then without records).
+
+    Attributes:
+        source: the run or the file that the user named; None for JSON.
+        file: where the evaluation lies, from `source`.
+        plan: how it was made; None where that is not stored.
+        further: what was run besides the cells of the suite, and counts for the headline.
+    """
+
+    name: str
+    source: Path | None
+    file: Path | None
+    plan: Plan | None
+    evaluation: Evaluation
+    index: NDArray[np.int64] | None
+    clean: Scored
+    cells: tuple[Scored, ...]
+    further: tuple[Scored, ...]
+    single: NDArray[np.float64] | None
+    averaged: NDArray[np.float64] | None
+    alone: NDArray[np.float64] | None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its records are."""
+        return None if self.file is None else self.file.parent
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Files of per-image records that the evaluation names and that were not found."""
+        return tuple(s.cell.per_image for s in self.cells if s.q is None and s.cell.per_image)
+
+    @property
+    def budget(self) -> tuple[str, float | None]:
+        """The threat the suite is about: that of its bounded cells, aware ones first."""
+        bounded = [c.cell for c in self.cells if c.cell.bounded and c.cell.threat is not None]
+        first = min(bounded, key=lambda cell: not cell.aware, default=None)
+        return _budget(first.threat) if first is not None else ("inf", None)
+
+    @property
+    def images(self) -> tuple[str, str, int, str]:
+        """What makes two suites be about the same images."""
+        data = self.evaluation.data
+        digest = "" if self.index is None else hashlib.sha256(self.index.tobytes()).hexdigest()
+        return data.name, data.split, data.num_images, f"{digest} {data.sha256}"
+
+
+def _budget(threat: Budget | None) -> tuple[str, float | None]:
+    if threat is None:
+        return "inf", None
+    return threat.norm, None if threat.eps is None else round(threat.eps, 9)
+
+
+def parse(document: object, where: str = "evaluation") -> Evaluation:
+    """One stored evaluation from decoded JSON.
+
+    Raises:
+        DataError: naming the file and the first key that is missing or has a wrong value.
+    """
+    if not isinstance(document, Mapping):
+        raise DataError(f"{where} is not an evaluation: expected an object")
+    if document.get("schema") != 1:
+        raise DataError(f"{where} has schema {document.get('schema')!r}, this version reads 1")
+    if "evaluations" in document and "suite" not in document:
+        raise DataError(
+            f"{where} is a claim file, not an evaluation: check it by `python benchmarks/claims.py "
+            f"recompute {where} --data SPEC`, or give the directory of the run that it sums up"
+        )
+    return _valid(Evaluation, dict(document), f"{where} is not a valid evaluation")
+
+
+def _valid(kind: type[_Kind], document: object, wrong: str) -> _Kind:
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{wrong}: {key}: {first['msg']}") from None
+
+
+def read_json(path: Path) -> object:
+    """Decoded JSON of a file.
+
+    Raises:
+        DataError: if the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]]:
+    """Arrays of one npz below `folder`; empty where there is none."""
+    if folder is None or relative is None:
+        return {}
+    path = (folder / relative).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"{relative} points outside {folder}: refused")
+    if not path.is_file():
+        return {}
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, BadZipFile, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+def _mixture(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
+    """(M,) sampling probabilities: those stored, else uniform."""
+    stored = evaluation.mixture
+    if stored is None:
+        ensemble = evaluation.run.get("ensemble")
+        stored = ensemble.get("mixture") if isinstance(ensemble, dict) else None
+    if not stored:
+        return np.full(num_members, 1 / num_members)
+    weights = np.asarray(stored, dtype=np.float64)
+    if weights.shape != (num_members,) or weights.min() < 0 or abs(weights.sum() - 1) > 1e-6:
+        raise DataError(f"mixture {list(stored)} is no distribution over {num_members} members")
+    return weights
+
+
+def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any]]) -> Scored:
+    n, suite = evaluation.data.num_images, evaluation.suite
+    if "correct" not in arrays:
+        return Scored(cell=cell, suite=suite, correct=None, q=None, num_images=n)
+    correct = arrays["correct"].astype(bool)
+    if correct.ndim != 2 or correct.shape[1] != n:
+        raise DataError(f"records of {cell.id} have shape {correct.shape}, expected (M, {n})")
+    q = exact_expectation(correct, _mixture(evaluation, len(correct)))
+    stored = cell.accuracy.expected
+    if stored is not None and abs(float(q.mean()) - stored) > AGREE:
+        raise DataError(
+            f"{evaluation.suite}: {cell.id} states an accuracy of {stored:.4f}, "
+            f"its per-image records give {q.mean():.4f}"
+        )
+    met = arrays["met"].astype(bool) if "met" in arrays else None
+    if met is not None and met.shape != (n,):
+        raise DataError(f"records of {cell.id}: met has shape {met.shape}, expected ({n},)")
+    return Scored(cell=cell, suite=suite, correct=correct, q=q, met=met, num_images=n)
+
+
+def _plan(file: Path | None) -> Plan | None:
+    """The plan stored with an evaluation; None where there is none."""
+    if file is None or not (path := file.with_suffix("") / "plan.json").is_file():
+        return None
+    return _valid(Plan, read_json(path), f"{path} is not a valid plan")
+
+
+def _stored(
+    name: str, evaluation: Evaluation, source: Path | None = None, file: Path | None = None
+) -> Stored:
+    suite, n = evaluation.suite, evaluation.data.num_images
+    folder = None if file is None else file.parent
+    clean_cell = Cell(
+        id="clean",
+        attack="clean",
+        accuracy=Accuracy(expected=evaluation.clean.expected),
+        interval=evaluation.clean.interval,
+    )
+    clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
+    every = (*evaluation.cells, *evaluation.further_cells)
+    arrays = [_arrays(folder, cell.per_image) for cell in every]
+    plan = _plan(file)
+    clean = _arrays(folder, clean_file)
+    # an evaluation written under another name keeps its records under that name
+    beside_file = str(PurePosixPath(clean_file).with_name("beside.npz"))
+    beside = _arrays(folder, beside_file)
+    indices = [a["index"] for a in [clean, *arrays] if "index" in a]
+    if any(not np.array_equal(indices[0], other) for other in indices):
+        raise DataError(f"{name}: cells of suite {suite} were run on different images")
+    for key in beside.keys() & {"single", "averaged"}:
+        if beside[key].shape != (n,):
+            raise DataError(f"{name}: {beside_file}: {key} must have shape ({n},)")
+    alone = beside.get("members")
+    if alone is not None and (alone.ndim != 2 or alone.shape[1] != n):
+        raise DataError(f"{name}: {beside_file}: members must have shape (M, {n})")
+    scored = [_scored(evaluation, c, a) for c, a in zip(every, arrays, strict=True)]
+    own = len(evaluation.cells)
+    return Stored(
+        name=name,
+        source=source,
+        file=file,
+        plan=plan,
+        evaluation=evaluation,
+        index=indices[0].astype(np.int64) if indices else None,
+        clean=_scored(evaluation, clean_cell, clean),
+        cells=tuple(c for c in scored[:own] if c.cell.attack != "clean"),
+        further=tuple(scored[own:]),
+        single=beside["single"].astype(np.float64) if "single" in beside else None,
+        averaged=beside["averaged"].astype(np.float64) if "averaged" in beside else None,
+        alone=None if alone is None else alone.astype(np.float64),
+    )
+
+
+def _is_evaluation(document: object) -> bool:
+    return isinstance(document, Mapping) and {"schema", "suite", "cells"} <= document.keys()
+
+
+def load(source: Source, position: int = 1) -> list[Stored]:
+    """All suites stored for one run, in the order of their file names.
+
+    Raises:
+        DataError: if there is no run, no evaluation of it, or one is damaged or contradicts its
+            per-image records.
+    """
+    if isinstance(source, Mapping):
+        evaluation = parse(source)
+        return [_stored(str(evaluation.run.get("name") or f"run {position}"), evaluation)]
+    if source.is_file():
+        evaluation = parse(read_json(source), str(source))
+        run = source.parent.parent if source.parent.name == "evaluation" else source
+        return [_stored(run.resolve().stem, evaluation, source, source)]
+    if not source.exists():
+        raise DataError(
+            f"there is no run at {source}: `redefense train RECIPE --out {source}` first"
+        )
+    return [
+        _stored(source.resolve().name, parse(document, str(path)), source, path)
+        for path, document in evaluations_of(source).items()
+    ]
+
+
+def evaluations_of(run: Path) -> dict[Path, object]:
+    """The evaluations of a run as JSON, in the order of their file names.
+
+    Raises:
+        DataError: if there is none, or a file cannot be read.
+    """
+    found = {path: read_json(path) for path in sorted((run / "evaluation").glob("[!.]*.json"))}
+    evaluations = {path: document for path, document in found.items() if _is_evaluation(document)}
+    if not evaluations:
+        raise DataError(f"{run} holds no evaluation: run `redefense evaluate {run}` first")
+    return evaluations
+
+
+def load_all(sources: Iterable[Source]) -> list[Sequence[Stored]]:
+    """The suites of every run; runs of the same name are told apart by their position."""
+    runs = [load(source, position) for position, source in enumerate(sources, 1)]
+    names = [run[0].name for run in runs]
+    return [
+        [replace(s, name=f"{s.name} #{i}") for s in run] if names.count(run[0].name) > 1 else run
+        for i, run in enumerate(runs, 1)
+    ]

@@ -1,0 +1,365 @@
+"""The process mesh of a training, (data, member), and its collectives.
+
+Processes in one row of the mesh share the members: each owns a contiguous range of them, trains it
+and gives the others its members' input gradients and logits, never weights. Processes in one column
+have the same members and share each batch: they average weight gradients and batch norm's moments.
+Rank r of D x K processes is in row r // K and column r % K. Weights cross the mesh only where they
+are written down: for checkpoints, and at the end. `exchange` has what a step itself passes round.
+
+A group that exists already (Accelerate, Fabric, Ray, Slurm) is used; else that of `torchrun`.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from redefense.errors import ConfigError, RedefenseError, TrainingError
+from redefense.runtime.device import check_device
+from redefense.types import Batch
+
+T = TypeVar("T")
+BUCKET: Final = 2**24
+"""Numbers that are averaged in one go: enough to be fast, little enough not to show in memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Mesh:
+    """This process's place among all; alone by default.
+
+    Attributes:
+        shape: rows (that share each batch) and columns (that share the members).
+        rank: of this process.
+        device: where it computes.
+        batch_group: the processes of this column, None if there is one row.
+        member_group: the processes of this row, None if there is one column.
+        traffic: bytes of the tensors that this process has handed over, by what they were; the few
+            bytes by which processes agree are not counted.
+    """
+
+    shape: tuple[int, int] = (1, 1)
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_group: Any = None
+    member_group: Any = None
+    traffic: Counter[str] = field(default_factory=Counter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
+        return self  # process groups cannot be copied, and networks that hold this are
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def row(self) -> int:
+        """Which share of each batch is seen here."""
+        return self.rank // self.shape[1]
+
+    @property
+    def column(self) -> int:
+        """Which share of the members is trained here."""
+        return self.rank % self.shape[1]
+
+    def own(self, num_members: int, column: int | None = None) -> range:
+        """The members of this column, or of another."""
+        k, columns = self.column if column is None else column, self.shape[1]
+        return range(num_members * k // columns, num_members * (k + 1) // columns)
+
+    # what the loop asks
+
+    def average(self, params: Sequence[nn.Parameter]) -> None:
+        """Replace gradients by their mean over the processes that share the batch."""
+        if self.shape[0] == 1:
+            return
+        for bucket in _buckets([p.grad for p in params if p.grad is not None]):
+            flat = self.sum(torch.cat([g.flatten() for g in bucket]), "gradients", self.batch_group)
+            flat /= self.shape[0]
+            for grad, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(mean.view_as(grad))
+
+    def clip(self, params: Sequence[nn.Parameter], limit: float) -> None:
+        """Scale gradients so that their norm over all members' parameters is at most `limit`."""
+        if self.shape[1] == 1:
+            nn.utils.clip_grad_norm_(params, limit)
+            return
+        own = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        total = self.sum(own.square(), "log", self.member_group).sqrt()
+        nn.utils.clip_grads_with_norm_(params, limit, total)
+
+    def agree(self, stop: int, due: bool) -> tuple[int, bool]:
+        """A signal that any process got, 0 for none; whether the first finds a save to be due."""
+        if self.size == 1:
+            return stop, due
+        asked = torch.tensor([stop, int(due and self.first)], device=self.device)
+        with _together(self):
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        found, save = asked.tolist()
+        return int(found), bool(save)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What any process raises within, all raise; the first one tells it.
+
+        Work inside must not wait for other processes.
+        """
+        if self.size == 1:
+            yield
+            return
+        mine: tuple[type[RedefenseError], str] | None = None
+        try:
+            yield
+        except RedefenseError as error:
+            mine = type(error), str(error)
+        found = next((error for error in self.gathered(mine) if error is not None), None)
+        if found is not None:
+            kind, message = found
+            raise self.told(kind(message))
+
+    def told(self, error: RedefenseError) -> RedefenseError:
+        """An error that all processes raise: the first one's is printed."""
+        error.told = not self.first
+        return error
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process, which alone does it."""
+        box: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                box[0] = work()
+        if self.size > 1:
+            with _together(self):
+                dist.broadcast_object_list(box, src=0)
+        found: T = box[0]
+        return found
+
+    def gathered(self, value: T) -> list[T]:
+        """Every process's small value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _together(self):
+            dist.all_gather_object(values, value)
+        return values
+
+    def joined(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Whole batches, in the order of one process, from the shares of each."""
+        if self.shape[0] == 1:
+            yield from batches
+            return
+        for batch in batches:
+            x, y, index = (
+                torch.stack(self.gather(t, self.batch_group, "images"), 1).flatten(0, 1)
+                for t in (batch.x, batch.y, batch.index)
+            )
+            yield replace(batch, x=x, y=y, index=index)
+
+    def refresh(self, state: Mapping[str, Tensor], num_members: int) -> None:
+        """Bring here all members' weights and statistics from the processes that train them.
+
+        Args:
+            state: tensors of the ensemble's `state_dict`, changed in place.
+            num_members: M.
+        """
+        if self.shape[1] == 1:
+            return
+        for name, value in state.items():
+            member = _member_of(name)
+            if member is not None:
+                self.broadcast(value, self._owner(member, num_members), self.member_group)
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the first row, the tensors of all its columns, whose names differ."""
+        found = dict(tensors)
+        if self.row > 0:
+            return found
+        for column in range(self.shape[1] if self.shape[1] > 1 else 0):
+            source = self.row * self.shape[1] + column
+            box: list[Any] = [[(k, v.shape, v.dtype) for k, v in tensors.items()]]
+            with _together(self):
+                dist.broadcast_object_list(box, source, group=self.member_group)
+            for name, shape, dtype in box[0]:
+                value = torch.empty(shape, dtype=dtype, device=self.device)
+                if column == self.column:
+                    value.copy_(tensors[name])
+                self.broadcast(value, source, self.member_group)
+                found[name] = value
+        return found
+
+    def _owner(self, member: int, num_members: int) -> int:
+        columns = range(self.shape[1])
+        column = next(k for k in columns if member in self.own(num_members, k))
+        return self.row * self.shape[1] + column
+
+    # collectives; each counts what this process hands over
+
+    def sum(self, values: Tensor, what: str, group: Any) -> Tensor:
+        """Add up over a group, in place; None is everybody."""
+        self.traffic[what] += values.nbytes
+        with _together(self):
+            dist.all_reduce(values, group=group)
+        return values
+
+    def gather(self, values: Tensor, group: Any, what: str) -> list[Tensor]:
+        """The equally shaped values of a group's processes, in their order."""
+        values = values.contiguous()
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        self.traffic[what] += values.nbytes
+        with _together(self):
+            dist.all_gather(parts, values, group=group)
+        return parts
+
+    def broadcast(self, values: Tensor, source: int, group: Any = None) -> None:
+        """Give a group the values of the process of rank `source`, in place."""
+        if self.size == 1:
+            return
+        plain = values.detach().clone(memory_format=torch.contiguous_format)
+        self.traffic["weights"] += plain.nbytes if self.rank == source else 0
+        with _together(self):
+            dist.broadcast(plain, source, group=group)
+        values.copy_(plain)
+
+
+@contextmanager
+def _together(mesh: Mesh) -> Iterator[None]:
+    """Within, a process that is gone ends this one in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise mesh.told(
+            TrainingError(f"another process ended; go on with --resume ({reason})")
+        ) from error
+
+
+def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of gradients of one type that hold at most `BUCKET` numbers, or a single larger one."""
+    run: list[Tensor] = []
+    for grad in grads:
+        full = sum(g.numel() for g in run) + grad.numel() > BUCKET
+        if run and (full or grad.dtype != run[0].dtype):
+            yield run
+            run = []
+        run.append(grad)
+    if run:
+        yield run
+
+
+def _member_of(name: str) -> int | None:
+    """Whose a tensor of an ensemble's state is: its name begins `members.3.` or `writers.3.`."""
+    found = re.match(r"\w+\.(\d+)(\.|$)", name)
+    return int(found[1]) if found else None
+
+
+def parse_mesh(text: str | None, size: int) -> tuple[int, int]:
+    """Rows and columns from `DATAxMEMBER`; all processes share the batch by default.
+
+    Raises:
+        ConfigError: if it is not that, or is not for `size` processes.
+    """
+    if text is None:
+        return size, 1
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise ConfigError(f"a mesh is written DATAxMEMBER, e.g. 2x4, got {text!r}")
+    rows, columns = int(found[1]), int(found[2])
+    if rows * columns != size:
+        raise ConfigError(f"mesh {text} needs {rows * columns} processes, torchrun started {size}")
+    return rows, columns
+
+
+@contextmanager
+def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
+    """The mesh of all processes, joined within the block if they are not yet.
+
+    Args:
+        mesh: `DATAxMEMBER`, or None for all processes sharing the batch.
+        device: "cuda" becomes this process's own device of its machine.
+
+    Raises:
+        ConfigError: if the mesh does not fit, or the device is not there.
+    """
+    place = check_device(device)
+    joined = dist.is_available() and dist.is_initialized()
+    ours = not joined and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not joined and not ours:
+        parse_mesh(mesh, 1)
+        yield Mesh(device=place)
+        return
+    if place.type == "cuda" and place.index is None:
+        place = check_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(place)
+    if ours:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the processes of WORLD_SIZE cannot be joined: {reason}") from None
+    try:
+        yield arranged(mesh, place)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def arranged(mesh: str | None, device: torch.device) -> Mesh:
+    """The mesh of the processes that have been joined."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        rows, columns = parse_mesh(mesh, size)
+    except ConfigError as error:
+        error.told = rank != 0
+        raise
+    batch_group = member_group = None
+    # every process must make every group
+    for column in range(columns if rows > 1 else 0):
+        group = dist.new_group([row * columns + column for row in range(rows)])
+        batch_group = group if rank % columns == column else batch_group
+    for row in range(rows if columns > 1 else 0):
+        group = dist.new_group([row * columns + column for column in range(columns)])
+        member_group = group if rank // columns == row else member_group
+    return Mesh(
+        shape=(rows, columns),
+        rank=rank,
+        device=device,
+        batch_group=batch_group,
+        member_group=member_group,
+    )
+
+
+class Tally:
+    """Adds the terms of a loss up over members and averages them over shares of the batch.
+
+    One for each stage: which terms there are is agreed on once. They are read from the device in
+    one go, the only time in a step that it is waited for.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.names: list[str] | None = None
+
+    def __call__(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """The terms of the whole step, the same in all processes."""
+        if self.mesh.size == 1:
+            alone = torch.stack([*terms.values()]).tolist() if terms else []
+            return dict(zip(terms, alone, strict=True))
+        if self.names is None:
+            every = self.mesh.gathered([*terms])
+            self.names = sorted({name for names in every for name in names})
+        zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        values = torch.stack([terms.get(name, zero).to(zero) for name in self.names])
+        values = self.mesh.sum(values, "log", None) / self.mesh.shape[0]
+        return dict(zip(self.names, values.tolist(), strict=True))

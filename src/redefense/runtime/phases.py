@@ -1,0 +1,71 @@
+"""Named phases of a training step, for the profiler and the cost model.
+
+Code of any layer says `with phase("penalty"):` around a piece of work. Phases nest; what is inside
+an inner one does not count for the outer one. While nobody watches this costs nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Final, Protocol, TypeVar, runtime_checkable
+
+T = TypeVar("T")
+
+DATA: Final = "data"
+EXAMPLES: Final = "adversarial examples"
+INPUT_GRADIENTS: Final = "input gradients"
+PENALTY: Final = "penalty"
+MEMBER_STEPS: Final = "member steps"
+OPTIMIZER: Final = "optimizer"
+OTHER: Final = "other"
+PHASES: Final = (DATA, EXAMPLES, INPUT_GRADIENTS, PENALTY, MEMBER_STEPS, OPTIMIZER, OTHER)
+"""In the order in which tables show them. Member steps are forward and backward passes that reach
+the weights, second derivatives included; what is in no phase is `other`."""
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Told when a phase begins, and when the innermost one ends."""
+
+    def enter(self, name: str) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+_watcher: Watcher | None = None
+_UNWATCHED: Final = nullcontext()
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """The work within belongs to this phase."""
+    return _UNWATCHED if _watcher is None else _phase(_watcher, name)
+
+
+def each(name: str, items: Iterator[T]) -> Iterator[T]:
+    """The same items; making them belongs to this phase."""
+    end = object()
+    while True:
+        with phase(name):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item  # type: ignore[misc]  # `end` is gone
+
+
+@contextmanager
+def watched(by: Watcher) -> Iterator[None]:
+    """Within, `by` is told of all phases, and nobody else is."""
+    global _watcher
+    before, _watcher = _watcher, by
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+@contextmanager
+def _phase(watcher: Watcher, name: str) -> Iterator[None]:
+    watcher.enter(name)
+    try:
+        yield
+    finally:
+        watcher.leave()

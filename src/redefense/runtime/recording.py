@@ -1,0 +1,133 @@
+"""Records work on a GPU once and replays it: CUDA graphs.
+
+A GPU waits for its host where work consists of many small operations. A CUDA graph hands all of
+them over in one launch. What was recorded is fixed: the memory that it reads and writes, and every
+number that came from Python. So inputs are copied into memory of their own before each replay, and
+whoever replays compares a replay with the work itself, bit by bit, before relying on it.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from redefense.types import Int
+
+Work = Callable[[], Sequence[Tensor]]
+
+_SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RecordingError(RuntimeError):
+    """The work does something that cannot be recorded."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Recording:
+    """Recorded work.
+
+    Attributes:
+        outputs: what the work returned; each replay fills this memory. Empty until the first.
+        replay: runs the work again.
+        reads: tensors that the work reads or changes and that must stay where they are.
+        seconds: that recording took.
+        nbytes: of memory that it holds, as far as the recorder knows.
+    """
+
+    outputs: list[Tensor]
+    replay: Callable[[], None]
+    reads: Sequence[Tensor] = ()
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """Makes recordings."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Where work must have been run before it is recorded: libraries prepare there."""
+        ...
+
+    def record(
+        self, work: Work, reads: Sequence[Tensor], *, after: Recording | None = None
+    ) -> Recording:
+        """Record without computing anything.
+
+        Args:
+            work: returns its outputs.
+            reads: all that it reads or changes and that lives on: inputs, weights, statistics.
+            after: a recording whose results it reads, too.
+
+        Raises:
+            RuntimeError: if it cannot be recorded.
+        """
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs that share one pool of memory, which is released with the last of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool: Any = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def record(
+        self, work: Work, reads: Sequence[Tensor], *, after: Recording | None = None
+    ) -> Recording:
+        if not len(self._graphs):  # torch refuses a pool again that no graph uses any more
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self.device)
+        begun, held = time.perf_counter(), torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self.device),
+            # other threads of this process may use the GPU meanwhile
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
+            ),
+        ):
+            outputs = list(work())
+        self._graphs.add(graph)
+        torch.cuda.synchronize(self.device)
+        grown = torch.cuda.memory_reserved(self.device) - held
+        return Recording(
+            outputs, graph.replay, reads, time.perf_counter() - begun, max(0, int(grown))
+        )
+
+
+def recorder_for(device: torch.device) -> CudaGraphs | None:
+    """What records work on a device; None where nothing does."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def digest(tensors: Sequence[Tensor]) -> Int[Tensor, " N"]:
+    """Two sums over the bits of each tensor: equal for equal bits, and hardly ever for others."""
+    sums = []
+    with torch.no_grad():
+        for tensor in tensors:
+            kind = _SAME_SIZE[tensor.element_size()]
+            bits = tensor.detach().contiguous().view(-1).view(kind).to(torch.int64)
+            place = torch.arange(1, bits.numel() + 1, device=tensor.device) % 65521
+            sums += [bits.sum(), (bits * place).sum()]
+    return torch.stack(sums)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,76 @@
+"""Distributes the chunks of an evaluation over the processes of `torchrun`.
+
+Every chunk has random streams of its own, so who attacks it does not change a bit of the result;
+all processes then hold all results, and the first one writes them.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+PATIENCE: Final = timedelta(days=7)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """This process among `count`; alone by default."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def share(self, chunks: Sequence[T]) -> Sequence[T]:
+        """The chunks of this process: every `count`-th one."""
+        return chunks[self.rank :: self.count]
+
+    def gather(self, results: Sequence[T]) -> list[T]:
+        """The results of all chunks in their order, from each process's own."""
+        if self.count == 1:
+            return list(results)
+        shares: list[Any] = [None] * self.count
+        dist.all_gather_object(shares, list(results))
+        rounds = max(map(len, shares))
+        return [share[i] for i in range(rounds) for share in shares if i < len(share)]
+
+    def wait(self) -> None:
+        """Return when all processes have come this far."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE: Final = Workers()
+
+
+def own_device(device: str) -> str:
+    """Of `cuda` this process's own on its machine, where `torchrun` started several."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and several else device
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """The processes of `torchrun`, joined by gloo within the block; an existing group is used."""
+    if not dist.is_available():
+        yield ALONE
+        return
+    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if ours:
+        # a chunk may take hours, and the others wait for it
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        joined = dist.is_initialized()
+        yield Workers(rank=dist.get_rank(), count=dist.get_world_size()) if joined else ALONE
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Attacks on the secrecy of one's own server's draws, from outside."""

@@ -1,0 +1,143 @@
+"""Determines from the members' outputs which of them can have given an answer."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.errors import InputError
+from redefense.serve.audit.client import Reply
+from redefense.serve.draws import Floats
+from redefense.serve.engine import CONFIDENCE, EDGES, label_and_word, probabilities
+from redefense.serve.model import Model
+
+_MARGIN = 0.01  # of probabilities, from where another rounding would change the answer
+_CANDIDATES = (64, 2048)
+_SECONDS = 20.0  # spent on looking for images
+
+Answer = tuple[int, int]
+"""Class and index of the confidence word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """Images, and how each member answers them, those first that tell members best apart.
+
+    Attributes:
+        images: (N, C, H, W), 8-bit values.
+        answers: (M, N, 2) classes and words.
+        mixture: (M,).
+        seconds: that one image takes a member.
+    """
+
+    images: Floats
+    answers: NDArray[np.int64]
+    mixture: NDArray[np.float64]
+    seconds: float
+
+    def collision(self) -> NDArray[np.float64]:
+        """(N,) chance that two draws give the same answer; 1 where the members agree."""
+        same = (self.answers[:, None] == self.answers[None]).all(-1)  # (M, M, N)
+        return np.asarray(np.einsum("i,j,ijn->n", self.mixture, self.mixture, same))
+
+    def witness(self, n: int, answer: Answer, rng: np.random.Generator) -> int | None:
+        """A member that answers image n so, drawn among those by the mixture; None if none does.
+
+        If the server's draws follow the mixture, so do these, whether or not the members differ.
+        """
+        fits = (self.answers[:, n] == answer).all(-1) * self.mixture
+        return int(rng.choice(len(fits), p=fits / fits.sum())) if fits.sum() > 0 else None
+
+    def first(self, count: int) -> "Subjects":
+        return Subjects(self.images[:count], self.answers[:, :count], self.mixture, self.seconds)
+
+
+def answers_in(reply: Reply) -> list[Answer]:
+    """What a reply says about each image.
+
+    Raises:
+        InputError: it is not a full answer.
+    """
+    if reply.status != 200:
+        raise InputError(f"the server answered {reply.status}: {reply.body[:200]!r}")
+    words = [CONFIDENCE.index(word) for word in reply.output("confidence")]
+    return list(zip(reply.output("class_id"), words, strict=True))
+
+
+def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
+    """Look for images on which members answer differently: probes, mixed with each other and noise.
+
+    Raises:
+        InputError: the members answer all of them alike, so that no draw can be seen.
+    """
+    probes = model.probes()
+    started = time.perf_counter()
+    _, sure = _everyone(model, probes[:8])
+    seconds = (time.perf_counter() - started) / (8 * model.num_members)
+    affordable = int(_SECONDS / (seconds * model.num_members))
+    count = min(max(affordable, _CANDIDATES[0]), _CANDIDATES[1])
+    share = rng.random((count, 1, 1, 1), dtype=np.float32)
+    first, second = (probes[rng.integers(len(probes), size=count)] for _ in range(2))
+    noise = rng.normal(0, 0.2, first.shape).astype(np.float32)
+    mixed = np.rint((share * first + (1 - share) * second + noise).clip(0, 1) * 255)
+    images = (mixed / np.float32(255)).astype(np.float32)
+    answers, sure = _everyone(model, images)
+    found = Subjects(images[sure], answers[:, sure], model.mixture, seconds)
+    order = found.collision().argsort(kind="stable")
+    found = Subjects(found.images[order], found.answers[:, order], model.mixture, seconds)
+    if len(order) < 2:
+        raise InputError(
+            f"{len(order)} of {count} images are clear of every border between answers: "
+            "the members are too unsure to be told apart"
+        )
+    if found.collision()[0] > 1 - 1e-9:
+        raise InputError(
+            f"all members answer {len(order)} images alike: no draw can be seen from outside"
+        )
+    return found
+
+
+def _scores(model: Model, images: Floats) -> Floats:
+    """(M, N, classes) probabilities of all members."""
+    chunks = [
+        np.stack([probabilities(model.logits_of(m, part)) for m in range(model.num_members)])
+        for part in np.array_split(images, max(1, len(images) // 32))
+    ]
+    return np.concatenate(chunks, axis=1)
+
+
+def _everyone(model: Model, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Answers (M, N, 2) of all members, and which images (N,) are clear of every border."""
+    scores = _scores(model, images)
+    label, word = label_and_word(scores)
+    # what a class is ahead of the next; of a single class there is no next
+    ranked = np.sort(scores, axis=-1)[..., ::-1]
+    clear = ranked[..., 0] - ranked[..., 1:2].sum(-1) > _MARGIN
+    for edge in EDGES:
+        clear &= np.abs(scores.max(-1) - edge) > _MARGIN
+    return np.stack([label, word], axis=-1), np.asarray(clear.all(0))
+
+
+def guess_rate(answers: NDArray[np.int64], mixture: NDArray[np.float64]) -> float:
+    """How often the best guess of the member is right, from answers (M, N) coded as numbers."""
+    rates = [
+        sum(mixture[column == value].max() for value in np.unique(column)) for column in answers.T
+    ]
+    return float(np.mean(rates))
+
+
+def distinguished(model: Model, images: Floats, served: Sequence[str]) -> dict[str, float]:
+    """How often the member is guessed from nothing, from labels, and from what is served."""
+    scores = _scores(model, images)
+    label, word = label_and_word(scores)
+    rates = {
+        "nothing": float(model.mixture.max()),
+        "labels": guess_rate(label, model.mixture),
+        "served": guess_rate(label * len(CONFIDENCE) + word, model.mixture),
+    }
+    if "scores" in served:
+        distinct = np.unique(scores.reshape(-1, scores.shape[-1]), axis=0, return_inverse=True)[1]
+        rates["served"] = guess_rate(distinct.reshape(label.shape), model.mixture)
+    return rates

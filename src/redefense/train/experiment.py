@@ -1,0 +1,480 @@
+"""From a `Run` to a trained run directory; `loading` is the way back."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redefense.config import Run, parse_run, to_json
+from redefense.data import Dataset, Split, load_dataset, train_validation
+from redefense.data.loader import Loader
+from redefense.defences import Defence, Stage
+from redefense.ensembles import Ensemble, Origin, channels_last, evaluating, kernels_kept
+from redefense.ensembles.configs import EnsembleConfig
+from redefense.errors import CheckpointError, ConfigError, DataError
+from redefense.results.untrained import degenerate_members
+from redefense.runtime.device import computing
+from redefense.runtime.files import UNFINISHED, write_text
+from redefense.runtime.mesh import Mesh, processes
+from redefense.runtime.recording import Recorder, recorder_for
+from redefense.train.checkpoint import (
+    ASIDE,
+    Checkpoint,
+    latest,
+    optimizer_tensors,
+    prune,
+    read,
+    restore_optimizer,
+    save,
+    step_folder,
+)
+from redefense.train.exchange import check_weights
+from redefense.train.init_from import check_alike, check_apart, initialise_from, recorded, told
+from redefense.train.loading import (
+    Signature,
+    find_final,
+    fresh,
+    load_checkpoint,
+    load_weights,
+    resolve,
+)
+from redefense.train.log import Metrics, ProgressLine, note
+from redefense.train.loop import Position, fit
+from redefense.train.profile import profiled
+from redefense.types import correct
+
+VALIDATION_IMAGES = 2000
+
+
+@computing()
+def train(
+    run: Run,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    quiet: bool = False,
+    download: bool = False,
+    profile: bool = False,
+    mesh: str | None = None,
+    replay: str = "auto",
+) -> Ensemble:
+    """Train `run` into the directory `out` and return the ensemble in evaluation mode.
+
+    The test split is never read. With `resume`, a run that was stopped goes on from its last sound
+    checkpoint to the same bits; a finished one is returned as it is. With `profile`, the seconds of
+    each phase are printed at the end and kept in `out/profile.json`.
+
+    In the processes of `torchrun`, or of a group that exists, all call this alike, and share each
+    batch; `mesh` "DATAxMEMBER" makes so many rows of processes that share batches, and so many
+    columns that share the members. How many there are is no part of the run: it changes rounding
+    alone, is kept with each checkpoint, and may be another when the run is resumed.
+
+    With `replay` "auto" one process on a CUDA device records its steps as CUDA graphs and replays
+    them, to the same bits (`train.replay`); not while profiling. "off" computes every step anew.
+
+    Raises:
+        ConfigError: for a wrong setting, an `out` that holds a run already (without `resume`), or
+            another run than the one to be resumed.
+        DataError: if the data cannot be read.
+        TrainingError: if the loss is not finite or a parameter gets no gradient.
+        Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    if replay not in ("auto", "off"):
+        raise ConfigError(f"--replay must be auto or off, got {replay!r}")
+    with processes(mesh, device) as team:
+        records = replay == "auto" and team.size == 1 and not profile
+        recorder = recorder_for(team.device) if records else None
+        return _train(run, out, team, resume, quiet or not team.first, download, profile, recorder)
+
+
+def _train(
+    run: Run,
+    out: Path,
+    team: Mesh,
+    resume: bool,
+    quiet: bool,
+    download: bool,
+    profile: bool,
+    recorder: Recorder | None,
+) -> Ensemble:
+    device = str(team.device)
+    with team.agreed():
+        run, kind, defence = resolve(run)
+        run = _with_start(run)
+        stages = defence.stages(kind.num_members, run.epochs)
+        check_apart(kind, stages)
+        _check_mesh(team, run, defence, kind.num_members)
+    begun = team.first_does(lambda: _claim(run, out, resume))
+    final = team.first_does(lambda: _finished(out) if begun is not None else None)
+    if final is not None and begun == run.data.spec:
+        return _loaded(final, out, device, team)
+    dataset = _load_data(run, team, download, progress=not quiet)
+    signature = Signature.of(dataset)
+    if final is not None:
+        with team.agreed():
+            _check_data(run, out, begun, final, signature)
+        return _loaded(final, out, device, team)
+    train_split, validation, _ = train_validation(dataset, run.data.validation)
+    with team.agreed():
+        loader = Loader(
+            train_split,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            augment=run.data.augment,
+            limit=run.data.images,
+            device=device,
+            rank=team.row,
+            world_size=team.shape[0],
+        )
+        if team.shape[0] > 1 and loader.batch_size % (2 * team.shape[0]):
+            raise ConfigError(
+                f"{team.shape[0]} processes cannot share a batch of {loader.batch_size} images in "
+                "even numbers, which methods that halve it need"
+            )
+    ensemble = fresh(kind, signature, run.seed, device)
+    channels_last(ensemble)
+    check_weights(team, ensemble)
+    checkpoint = team.first_does(
+        lambda: latest(out / "checkpoints", note) if begun is not None else None
+    )
+    position, totals = Position(), {}
+    with team.agreed():
+        if begun is not None:
+            _check_data(run, out, begun, checkpoint, signature)
+        if checkpoint is not None:
+            load_weights(ensemble, checkpoint)
+            position = Position(**checkpoint.state["position"])
+            totals = checkpoint.state["totals"]
+            _say_resumed(checkpoint, team)
+        else:
+            started = _start(run, kind, ensemble, signature, train_split, validation, device)
+            if team.first:
+                _begin(run, out, started)
+                if started is not None and not quiet:
+                    note(told(started))
+    session = _Session(
+        run, out, stages, ensemble, loader, validation, signature, position, quiet, team
+    )
+    with profiled(out, device) if profile and team.first else contextlib.nullcontext():
+        session.fit(checkpoint, totals, recorder)
+    team.first_does(lambda: _finish(run, out, ensemble, signature))
+    ensemble.origin = Origin(run, signature.as_dict(), out)
+    return ensemble.eval()
+
+
+def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> None:
+    """Refuse a mesh that the method, the members or the batch cannot be spread over."""
+    columns = team.shape[1]
+    if columns > num_members:
+        raise ConfigError(f"{columns} columns of processes are too many for {num_members} members")
+    if columns > 1 and not defence.spreads:
+        raise ConfigError(
+            f"{run.defence['name']} with these settings needs all members in one process: let the "
+            f"processes share the batch instead, with --mesh {team.size}x1"
+        )
+
+
+def _finished(out: Path) -> Checkpoint | None:
+    """The end of the run; None if it is not reached, or damaged with a checkpoint to go on from.
+
+    Raises:
+        CheckpointError: if the end is damaged and all before it, too.
+    """
+    if not (out / "final").is_dir():
+        return None
+    try:
+        return read(out / "final")
+    except CheckpointError as error:
+        if latest(out / "checkpoints", note) is None:
+            raise
+        note(f"{error}; trying the one before it")
+        return None
+
+
+def _loaded(final: Checkpoint, out: Path, device: str, team: Mesh) -> Ensemble:
+    if team.first:
+        note(f"{out} is finished; nothing to do")
+    return load_checkpoint(final, device=device)
+
+
+def _check_data(
+    run: Run, out: Path, stored: str | None, checkpoint: Checkpoint | None, signature: Signature
+) -> None:
+    """Refuse to go on with other data than before, wherever they lie today.
+
+    A checkpoint knows the checksum of its data; without one the specification that the run began
+    with, `stored`, must be the same.
+
+    Raises:
+        ConfigError: if the run names other data.
+        DataError: if its data have changed where they lie.
+    """
+    if checkpoint is None:
+        if stored != run.data.spec:
+            raise ConfigError(f"{out} holds another run (it differs in data, which is {stored})")
+        return
+    if checkpoint.state["data"]["checksum"] == signature.checksum:
+        return
+    if stored != run.data.spec:
+        raise ConfigError(f"{out} holds another run: {run.data.spec} is not its data, {stored}")
+    raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
+
+
+def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
+    """The data set; the first process reads it before all others, which find it fetched."""
+    found: list[Dataset] = []
+    for turn in (True, False):
+        with team.agreed():
+            if team.first == turn:
+                found.append(load_dataset(run.data.spec, download=download, progress=progress))
+    return found[0]
+
+
+def _say_resumed(checkpoint: Checkpoint, team: Mesh) -> None:
+    if not team.first:
+        return
+    note(f"going on from {checkpoint.path.name}")
+    rows, columns = checkpoint.state.get("mesh", (1, 1))
+    if (rows, columns) != team.shape:
+        note(
+            f"it was trained by {rows}x{columns} processes and goes on with "
+            f"{team.shape[0]}x{team.shape[1]}: rounding will differ"
+        )
+
+
+def _with_start(run: Run) -> Run:
+    """The run with the checksum of the weights it starts from, if it names any."""
+    if run.start is None or run.start.sha256 is not None:
+        return run
+    return run.model_copy(update={"start": recorded(run.start, find_final(Path(run.start.path)))})
+
+
+def _start(
+    run: Run,
+    kind: EnsembleConfig,
+    ensemble: Ensemble,
+    signature: Signature,
+    train_split: Split,
+    validation: Split,
+    device: str,
+) -> dict[str, Any] | None:
+    """Let a new run begin from the members it names; how near it comes to them.
+
+    Every process does all of it, so that all begin alike.
+    """
+    if run.start is None:
+        return None
+    source = find_final(Path(run.start.path))
+    recorded(run.start, source)
+    model = load_checkpoint(source, device=device)
+    nets = [model.member(m) for m in range(model.num_members)]
+    shape, num_classes = signature.shape, len(signature.classes)
+    like = kind.plain().build(num_classes=num_classes, shape=shape, seed=0)
+    check_alike(resolve(source.run)[1].plain(), kind.plain(), nets[0], like.member(0), source.path)
+    batches = Loader(
+        train_split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
+        limit=run.data.images, device=device,
+    ).epoch(0)  # fmt: skip
+    return initialise_from(
+        run.start, nets, ensemble, batches, lambda it: accuracy(it, validation, run.batch_size)
+    )
+
+
+@dataclass(slots=True)
+class _Session:
+    """What the loop's callbacks share: where to save, log and show progress."""
+
+    run: Run
+    out: Path
+    stages: tuple[Stage, ...]
+    ensemble: Ensemble
+    loader: Loader
+    validation: Split
+    signature: Signature
+    start: Position
+    quiet: bool
+    team: Mesh
+    members: Tensor | None = None
+
+    def fit(
+        self,
+        checkpoint: Checkpoint | None,
+        totals: dict[str, float],
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Run the loop from the checkpoint, or from the beginning."""
+        own = self.team.own(self.ensemble.num_members)
+        here = {p for m in own for p in self.ensemble.parameters_of(m)}
+        names = {p: name for name, p in self.ensemble.named_parameters() if p in here}
+        stored = checkpoint.optimizer if checkpoint is not None else {}
+        steps = len(self.loader) * sum(stage.epochs for stage in self.stages)
+        # within an epoch, even after its last step, that epoch's record is still to be written
+        done = self.start.total - bool(self.start.step)
+        metrics = Metrics(self.out, resume_step=done) if self.team.first else None
+        progress = ProgressLine(self.run.recipe, steps, done=self.start.total, quiet=self.quiet)
+
+        def keep(
+            position: Position, optimizer: torch.optim.Optimizer, sums: Mapping[str, float]
+        ) -> None:
+            self.team.refresh(self.ensemble.state_dict(), self.ensemble.num_members)
+            momenta = self.team.collect(optimizer_tensors(optimizer, names))
+            self.team.first_does(lambda: self._save(position, momenta, sums))
+
+        def on_step(position: Position, terms: Mapping[str, float]) -> None:
+            progress.update(position.total, f"loss {terms['total']:.3f}")
+
+        def on_epoch(stage: Stage, position: Position, means: Mapping[str, float]) -> None:
+            self.members = member_accuracies(self.ensemble, self.validation, self.run.batch_size)
+            if metrics is None:
+                return
+            epoch, clean = position.epoch, _expected(self.ensemble, self.members)
+            metrics.write(
+                position.total,
+                {
+                    "stage": stage.name, "epoch": epoch, **means, "validation_accuracy": clean,
+                    "validation_members": self.members.tolist(),
+                },
+            )  # fmt: skip
+            if not self.quiet:
+                text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                note(
+                    f"{self.run.recipe} {stage.name} epoch {epoch}/{stage.epochs}: {text}  "
+                    f"validation accuracy {100 * clean:.1f} %"
+                )
+
+        try:
+            fit(
+                self.ensemble,
+                self.stages,
+                self.loader,
+                optim=self.run.optim,
+                seed=self.run.seed,
+                precision=self.run.precision,
+                start=self.start,
+                start_totals=totals,
+                restore=lambda optimizer: restore_optimizer(optimizer, stored, names),
+                save=keep,
+                on_step=on_step,
+                on_epoch=on_epoch,
+                mesh=self.team,
+                recorder=recorder,
+            )
+        finally:
+            progress.close()
+            if metrics is not None:
+                metrics.close()
+        if self.members is not None and not self.quiet:
+            _warn_degenerate(self.ensemble, self.members)
+
+    def _save(
+        self, position: Position, optimizer: Mapping[str, Tensor], sums: Mapping[str, float]
+    ) -> None:
+        """Write a checkpoint, and remove what is older than the one before it."""
+        save(
+            step_folder(self.out / "checkpoints", position.total),
+            run=self.run,
+            weights=self.ensemble.state_dict(),
+            optimizer=optimizer,
+            state={
+                "position": position.as_dict(),
+                "totals": dict(sums),
+                "data": self.signature.as_dict(),
+                "mesh": list(self.team.shape),
+            },
+        )
+        prune(self.out / "checkpoints")
+
+
+def member_accuracies(ensemble: Ensemble, split: Split, batch_size: int) -> Tensor:
+    """(M,) clean accuracy of every member on the first images of a split (2000 at most)."""
+    device = ensemble.mixture.device
+    right = torch.zeros(ensemble.num_members, dtype=torch.float64, device=device)
+    count = min(len(split), VALIDATION_IMAGES)
+    with torch.no_grad(), evaluating(ensemble), kernels_kept(ensemble):
+        for index in torch.arange(count).split(batch_size):
+            logits = ensemble.member_logits(split.float(index).to(device))
+            right += correct(logits, split.labels[index].to(device)).sum(1)
+    return right / count
+
+
+def accuracy(ensemble: Ensemble, split: Split, batch_size: int) -> float:
+    """Exact expected clean accuracy on these images."""
+    return _expected(ensemble, member_accuracies(ensemble, split, batch_size))
+
+
+def _expected(ensemble: Ensemble, accuracies: Tensor) -> float:
+    return float(ensemble.mixture.to(accuracies) @ accuracies)
+
+
+def _warn_degenerate(ensemble: Ensemble, accuracies: Tensor) -> None:
+    """Say which members have learnt next to nothing."""
+    each = accuracies.tolist()
+    if weak := degenerate_members(each, ensemble.mixture.tolist()):
+        figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in weak)
+        note(
+            f"{figures} of the validation images, where the best is on {100 * max(each):.1f} %: "
+            "queries that meet it are lost. Train longer, or with weaker penalties"
+        )
+
+
+def _claim(run: Run, out: Path, resume: bool) -> str | None:
+    """The data specification of the beginning of this very run in `out`; None if there is none.
+
+    Raises:
+        ConfigError: for another run, for anything else that is there unless `resume`, or if `out`
+            is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must name a folder, and {out} is a file")
+    if not out.exists() or all(path.name.startswith(UNFINISHED) for path in out.iterdir()):
+        return None
+    if not (out / "run.json").is_file():
+        if resume:  # killed before it began: whatever lies there is not of a run
+            return None
+        raise ConfigError(f"{out} exists and holds no run; choose another --out")
+    if not resume:
+        raise ConfigError(f"{out} already holds a run; use --resume or another --out")
+    try:
+        record = json.loads((out / "run.json").read_text())
+    except ValueError:
+        raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
+    # read as a run, an old record gets the defaults of settings that are younger than it
+    stored, wanted = (
+        json.loads(to_json(it)) for it in (resolve(parse_run(record, f"{out}/run.json"))[0], run)
+    )
+    spec = str(stored["data"]["spec"])
+    # the same data, or members to start from, may lie elsewhere today: checksums are compared
+    for settings in (stored, wanted):
+        with contextlib.suppress(KeyError, TypeError):
+            del settings["data"]["spec"]
+        with contextlib.suppress(KeyError, TypeError):
+            del settings["start"]["path"]
+    if stored != wanted:
+        keys = [k for k in wanted if stored.get(k) != wanted[k]]
+        raise ConfigError(f"{out} holds another run (it differs in {', '.join(keys)})")
+    return spec
+
+
+def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
+    """Write what the run is, and where it started; `run.json` appears whole or not at all."""
+    if started is not None:
+        write_text(out / "start.json", json.dumps(started, indent=1) + "\n")
+    write_text(out / "run.json", to_json(run))
+
+
+def _finish(run: Run, out: Path, ensemble: Ensemble, signature: Signature) -> None:
+    save(
+        out / "final",
+        run=run,
+        weights=ensemble.state_dict(),
+        state={"data": signature.as_dict()},
+    )
+    for left in out.glob(f"{ASIDE}final-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,192 @@
+"""Initialises a run from the members of another: copied, or fitted to hypernetworks."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from redefense.config import StartConfig
+from redefense.defences import Stage
+from redefense.ensembles import Ensemble, Hyper, Independent, evaluating
+from redefense.ensembles.configs import EnsembleConfig, HyperConfig, IndependentConfig
+from redefense.errors import ConfigError, DataError
+from redefense.models import fitting, hyper
+from redefense.train.checkpoint import Checkpoint
+from redefense.types import Batch
+
+MOMENT_IMAGES = 2048
+
+
+def recorded(start: StartConfig, source: Checkpoint) -> StartConfig:
+    """`start` with the checksum of the weights that lie there.
+
+    Raises:
+        DataError: if it has another checksum already.
+    """
+    manifest = json.loads((source.path / "manifest.json").read_text())
+    found = manifest["sha256"]["weights.safetensors"]
+    if start.sha256 not in (None, found):
+        raise DataError(
+            f"{start.path} holds weights {found[:12]}, not those that this run starts from "
+            f"({start.sha256[:12]})"
+        )
+    return start.model_copy(update={"sha256": found})
+
+
+def check_alike(
+    there: IndependentConfig,
+    here: IndependentConfig,
+    net_there: nn.Module,
+    net_here: nn.Module,
+    source: Path,
+) -> None:
+    """Refuse to start from members of another number, network, images or classes.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    theirs, ours = asdict(there), asdict(here)
+    del theirs["width"], ours["width"]  # None may be the same width: shapes tell
+    shapes = [
+        {n: tuple(t.shape) for n, t in net.state_dict().items()} for net in (net_there, net_here)
+    ]
+    theirs |= shapes[0]
+    ours |= shapes[1]
+    for name, wanted in ours.items():
+        if theirs.get(name) != wanted:
+            raise ConfigError(
+                f"cannot start from {source}: {name} is {theirs.get(name)} there, the run needs "
+                f"{wanted}"
+            )
+
+
+def check_apart(kind: EnsembleConfig, stages: Sequence[Stage]) -> None:
+    """Refuse to train some members alone where all share what writes them.
+
+    Raises:
+        ConfigError: naming the stage.
+    """
+    if not (isinstance(kind, HyperConfig) and kind.shared):
+        return
+    for stage in stages:
+        if len(stage.members) < kind.num_members:
+            raise ConfigError(
+                f"stage {stage.name!r} trains {len(stage.members)} of {kind.num_members} members, "
+                "but the hypernetwork that they share would change all: set ensemble.shared=false"
+            )
+
+
+def initialise_from(
+    start: StartConfig,
+    nets: Sequence[nn.Module],
+    ensemble: Ensemble,
+    batches: Iterable[Batch],
+    judge: Callable[[Ensemble], float],
+) -> dict[str, Any]:
+    """Let an untrained ensemble begin from plain networks.
+
+    Returns:
+        The source, each member's `kernel_error` (see `adopt`), and what `judge` gives for the
+        networks and for the ensemble: `validation_accuracy` of `source` and `start`.
+    """
+    errors = adopt(ensemble, nets)
+    if any(errors):
+        measure_moments(ensemble, batches)
+    return {
+        **start.model_dump(),
+        "kernel_error": list(errors),
+        "validation_accuracy": {"source": judge(Independent(nets)), "start": judge(ensemble)},
+    }
+
+
+def told(started: Mapping[str, Any]) -> str:
+    """One line for what `initialise_from` returns."""
+    errors = ", ".join(f"{error:.3f}" for error in started["kernel_error"])
+    accuracy = {k: 100 * v for k, v in started["validation_accuracy"].items()}
+    return (
+        f"starting from {started['path']}: relative error of kernels {errors}; "
+        "validation accuracy {source:.1f} % there, {start:.1f} % here".format(**accuracy)
+    )
+
+
+def measure_moments(ensemble: Ensemble, batches: Iterable[Batch]) -> None:
+    """Replace batch norm's running moments by those of some 2000 images, equally weighted.
+
+    Fitted kernels pass on other moments than those they were fitted to.
+    """
+    norms = [c for c in ensemble.modules() if isinstance(c, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to ask for the plain average
+    seen = 0
+    with evaluating(ensemble), torch.no_grad():
+        ensemble.train_members(range(ensemble.num_members))
+        for batch in batches:
+            ensemble.member_logits(batch.x)
+            seen += len(batch.x)
+            if seen >= MOMENT_IMAGES:
+                break
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def adopt(ensemble: Ensemble, nets: Sequence[nn.Module]) -> tuple[float, ...]:
+    """Give the members of `ensemble` what the plain networks `nets` have learned.
+
+    Stem, batch norm and classifier are copied; kernels too, or, on a `Hyper`, the hypernetworks and
+    embeddings are fitted to them.
+
+    Returns:
+        For each member the root mean square over its kernels of |written - wanted| / |wanted|.
+    """
+    if not isinstance(ensemble, Hyper):
+        for m, net in enumerate(nets):
+            ensemble.member(m).load_state_dict(net.state_dict())
+        return (0.0,) * len(nets)
+    wanted = [_kernels(net, grids) for net, grids in zip(nets, ensemble.grids, strict=True)]
+    everyone = tuple(range(len(nets)))
+    for group in [everyone] if ensemble.shared else [(m,) for m in everyone]:
+        _fit(ensemble, group, wanted)
+    for member, net in zip(ensemble.members, nets, strict=True):
+        mine = member.state_dict()
+        member.load_state_dict({name: t for name, t in net.state_dict().items() if name in mine})
+    return tuple(_error(ensemble, m, wanted[m]) for m in everyone)
+
+
+def _fit(ensemble: Hyper, group: Sequence[int], wanted: Sequence[Sequence[Tensor]]) -> None:
+    """Fit one hypernetwork, and the embeddings of the members it writes."""
+    targets = [
+        fitting.target_of(ensemble.grids[m], wanted[m], ensemble.unit, ensemble.taps) for m in group
+    ]
+    writer = cast(hyper.Hypernetwork, ensemble.writers[0 if ensemble.shared else group[0]])
+    found = fitting.fit(
+        fitting.joined(targets), writer.first.in_features, writer.second.in_features
+    )
+    width, used = found.second.shape[1], found.z.shape[1]
+    with torch.no_grad():
+        # what the kernels have no use for keeps its random beginning, times zero
+        first = writer.first.weight.unflatten(0, (-1, writer.second.in_features))
+        first.zero_()[:, :width, :used] = found.first
+        writer.first.bias.view(first.shape[:2]).zero_()[:, :width] = found.first_bias
+        writer.second.weight[:, :width] = found.second
+        writer.second.bias.copy_(found.second_bias)
+        blocks = found.z.split([len(t.units) for t in targets])
+        for m, own in zip(group, blocks, strict=True):
+            ensemble.embeddings[m][:, :used] = own
+
+
+def _kernels(net: nn.Module, grids: Sequence[hyper.Grid]) -> tuple[Tensor, ...]:
+    return tuple(net.get_parameter(f"{grid.name}.weight").detach() for grid in grids)
+
+
+def _error(ensemble: Hyper, m: int, wanted: Sequence[Tensor]) -> float:
+    net = ensemble.member(m)
+    pairs = zip(_kernels(net, ensemble.grids[m]), wanted, strict=True)
+    shares = [float((a - b).square().sum() / b.square().sum().clamp_min(1e-30)) for a, b in pairs]
+    return float((sum(shares) / len(shares)) ** 0.5)

@@ -1,0 +1,315 @@
+"""The training loop over the stages of a defence, independent of the method."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import FrameType
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from redefense.config import OptimConfig
+from redefense.defences import Stage
+from redefense.ensembles import Ensemble, kernels_kept
+from redefense.errors import Interrupted, TrainingError
+from redefense.networks import differentiating
+from redefense.rng import draw_seed, stream
+from redefense.runtime.mesh import Mesh, Tally
+from redefense.runtime.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
+from redefense.runtime.recording import Recorder
+from redefense.train.exchange import spread_over
+from redefense.train.optim import learning_rate, make_optimizer
+from redefense.train.replay import Compute, RecordedSteps
+from redefense.types import Batch, Progress
+
+SAVE_INTERVAL = 30.0
+ECHO = 1.0
+"""Seconds in which another signal is the same one again: torchrun repeats the terminal's."""
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """What the loop asks of a loader: batches that depend on (epoch, step) alone."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where training stands: the next step to take.
+
+    Attributes:
+        stage: index of the stage.
+        epoch: epoch within the stage.
+        step: step within the epoch.
+        total: optimizer steps taken in all.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    total: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+Save = Callable[[Position, torch.optim.Optimizer, Mapping[str, float]], None]
+EndOfEpoch = Callable[[Stage, Position, Mapping[str, float]], None]
+
+
+def fit(
+    ensemble: Ensemble,
+    stages: Sequence[Stage],
+    loader: Loader,
+    *,
+    optim: OptimConfig,
+    seed: int,
+    precision: Literal["fp32", "bf16"],
+    start: Position,
+    start_totals: Mapping[str, float],
+    restore: Callable[[torch.optim.Optimizer], None],
+    save: Save,
+    on_step: Callable[[Position, Mapping[str, float]], None],
+    on_epoch: EndOfEpoch,
+    mesh: Mesh | None = None,
+    recorder: Recorder | None = None,
+) -> None:
+    """Train through all stages from `start`, saving every epoch and every half minute.
+
+    Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.
+
+    An accelerator is waited for once a step, where the terms of the loss are read and checked.
+    Reading them a step late would need every step guarded on the device against the one before, and
+    would gain about one percent: see docs/gpus.md.
+
+    `start_totals` are the running sums of the epoch that `start` is in the middle of. The processes
+    of `mesh` train together: the loader gives each its share of every batch, and all are called
+    back alike, `save` included; what they own of the weights is then newer than the rest.
+
+    With a `recorder` steps are recorded and replayed, see `train.replay`. It is for one process.
+
+    Raises:
+        TrainingError: for a non-finite loss, before the optimizer step; or if, on the first step of
+            a stage, a trainable parameter got no finite gradient.
+        Interrupted: on SIGINT or SIGTERM, after saving.
+        ConfigError: if FSDP2 has sharded the weights.
+    """
+    position, mesh = start, mesh or Mesh()
+    with stop_signals() as stopping, spread_over(mesh, ensemble):
+        own = ensemble.spread.own(ensemble.num_members)
+        for index in range(start.stage, len(stages)):
+            stage = stages[index]
+            params = [p for m in stage.members if m in own for p in ensemble.parameters_of(m)]
+            params = [p for p in dict.fromkeys(params) if p.requires_grad]
+            optimizer, tally = make_optimizer(params, optim), Tally(mesh)
+            compute: Compute = partial(gradients, ensemble, stage, params, precision)
+            if recorder is not None:
+                compute = RecordedSteps(recorder, ensemble, params, compute, stage.name)
+            num_steps = max(1, stage.epochs * len(loader))
+            if position.epoch + position.step:
+                restore(optimizer)
+            elif stage.before is not None:
+                with stopping_at_once(stopping, f"before stage {stage.name!r}", mesh):
+                    stage.before(ensemble)
+            saved = time.monotonic()
+            for epoch in range(position.epoch, stage.epochs):
+                totals, start_totals = dict(start_totals), {}
+                number = _epoch_number(stages, index, epoch)
+                progress = Progress(epoch, stage.epochs, draw_seed(stream(seed, "epoch", number)))
+                batches = each(DATA, loader.epoch(number, position.step))
+                for step, batch in enumerate(batches, position.step):
+                    lr = learning_rate(optim, epoch * len(loader) + step, num_steps)
+                    terms = take_step(
+                        ensemble, stage, replace(batch, progress=progress), optimizer, params,
+                        lr=lr, clip=optim.clip, precision=precision, total=position.total,
+                        rng=stream(seed, "step", position.total),
+                        first=epoch == step == 0, tally=tally, compute=compute,
+                    )  # fmt: skip
+                    position = Position(index, epoch, step + 1, position.total + 1)
+                    for name, value in terms.items():
+                        totals[name] = totals.get(name, 0.0) + value / len(loader)
+                    on_step(position, {**terms, "lr": lr})
+                    stop, due = mesh.agree(
+                        stopping[0] if stopping else 0, time.monotonic() - saved > SAVE_INTERVAL
+                    )
+                    if stop or due:
+                        save(position, optimizer, totals)
+                        saved = time.monotonic()
+                    if stop:
+                        raise mesh.told(
+                            Interrupted(
+                                f"stopped after step {position.total}; go on with --resume", stop
+                            )
+                        )
+                if stage.after is not None and epoch + 1 == stage.epochs:
+                    # it may take long: a process that is stopped in it comes back to this point
+                    save(position, optimizer, totals)
+                    with stopping_at_once(stopping, f"after stage {stage.name!r}", mesh):
+                        whole = mesh.joined(loader.epoch(0))
+                        stage.after(ensemble, whole, stream(seed, "after", stage.name))
+                    mesh.broadcast(ensemble.mixture, 0)
+                position = Position(index, epoch + 1, 0, position.total)
+                on_epoch(stage, position, totals)
+                if epoch + 1 < stage.epochs:
+                    save(position, optimizer, {})
+                    saved = time.monotonic()
+            position = Position(index + 1, 0, 0, position.total)
+            save(position, optimizer, {})
+
+
+def take_step(
+    ensemble: Ensemble,
+    stage: Stage,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[nn.Parameter],
+    *,
+    lr: float,
+    clip: float | None,
+    precision: Literal["fp32", "bf16"],
+    total: int,
+    rng: torch.Generator,
+    first: bool,
+    tally: Tally | None = None,
+    compute: Compute | None = None,
+) -> dict[str, float]:
+    """One optimizer step; returns the summed terms of the loss, of all processes of the tally's.
+
+    `compute` leaves the gradients with the parameters, as `gradients` does.
+    """
+    tally = tally or Tally(Mesh())
+    mesh = tally.mesh
+    compute = compute or partial(gradients, ensemble, stage, params, precision)
+    summed = compute(batch, rng)
+    mesh.average(params)
+    terms = tally(summed)
+    where = f"in stage {stage.name!r} at step {total + 1}"
+    bad = [f"{name} = {value}" for name, value in terms.items() if value - value != 0]
+    if bad:
+        raise mesh.told(TrainingError(f"non-finite loss {where}: {', '.join(bad)}"))
+    if first:
+        with mesh.agreed():
+            check_gradients(ensemble, params, where)
+    with phase(OPTIMIZER):
+        if clip is not None:
+            mesh.clip(params, clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return terms
+
+
+def gradients(
+    ensemble: Ensemble,
+    stage: Stage,
+    params: Sequence[nn.Parameter],
+    precision: Literal["fp32", "bf16"],
+    batch: Batch,
+    rng: torch.Generator,
+) -> dict[str, Tensor]:
+    """The first half of a step, on the device alone: gradients by the parameters.
+
+    Nothing in it reads a number back, so that it can be recorded; what it draws it draws by
+    `rng.drawn`.
+
+    Returns:
+        The summed terms of the loss, detached scalars.
+    """
+    ensemble.train_members(stage.members)
+    for parameter in params:
+        parameter.grad = None
+    summed: dict[str, Tensor] = {}
+    # no cache: weights cast while they ask for no gradient must not serve passes that need one
+    autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
+    with (
+        autocast if precision == "bf16" else nullcontext(),
+        kernels_kept(ensemble),
+        phase(MEMBER_STEPS),
+    ):
+        for part in stage.loss(ensemble, batch, rng):
+            with differentiating():
+                part.total.backward()
+            for name, value in part.terms.items():
+                summed[name] = summed[name] + value if name in summed else value
+    return summed
+
+
+def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: str) -> None:
+    """Refuse to go on when a parameter that should learn got no gradient, or a non-finite one.
+
+    Raises:
+        TrainingError: naming the parameters.
+    """
+    names = {p: name for name, p in ensemble.named_parameters()}
+    missing = [names.get(p, "?") for p in params if p.grad is None]
+    if missing:
+        raise TrainingError(f"no gradient {where} for {', '.join(missing[:5])}")
+    broken = [names.get(p, "?") for p in params if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]  # checked above
+    if broken:
+        raise TrainingError(f"non-finite gradient {where} for {', '.join(broken[:5])}")
+
+
+def _epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
+    """Epochs are numbered through all stages, so that no stage repeats another's order."""
+    return sum(stage.epochs for stage in stages[:index]) + epoch
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying; a second one, a while later, acts at once."""
+    received: list[int] = []
+    first = 0.0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        received.append(number)
+
+    previous: dict[int, Any] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        try:
+            previous[number] = signal.signal(number, handle)
+        except ValueError:  # not in the main thread: whoever owns the process handles signals
+            continue
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stopping_at_once(received: Sequence[int], where: str, mesh: Mesh) -> Iterator[None]:
+    """Raise on SIGINT or SIGTERM: for long work with nothing to save, which a resume does again.
+
+    Signals `received` before count too.
+
+    Raises:
+        Interrupted: naming where.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise mesh.told(Interrupted(f"stopped {where}; go on with --resume", number))
+
+    if received:
+        handle(received[0], None)
+    previous: dict[int, Any] = {}
+    try:
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            with suppress(ValueError):  # not in the main thread, see above
+                previous[number] = signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,131 @@
+"""Questions asked of a model before its first attack: layouts, batches, modes and derivatives."""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redefense.checks.answers import Answers, check_modes, check_outputs
+from redefense.checks.derivative import derivatives_agree
+from redefense.ensembles import Independent
+from redefense.errors import InputError
+from redefense.rng import stream
+
+X = torch.rand(24, 1, 4, 4, generator=stream(0, "images"))
+Y = torch.arange(24) % 3
+
+
+class Net(nn.Module):
+    """A network with a hidden layer, and a change to its images and its logits."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor] = lambda x: x,
+                 after: Callable[[Tensor], Tensor] = lambda z: z) -> None:  # fmt: skip
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+        rng = stream(0, "weights")
+        for p in self.body.parameters():
+            nn.init.normal_(p, generator=rng)
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(cast(Tensor, self.body(self.before(x))))
+
+
+class Lie(torch.autograd.Function):
+    """The identity, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(grads[0]), None
+
+
+def lying(change: Callable[[Tensor], Tensor]) -> Net:
+    return Net(before=lambda x: cast(Tensor, Lie.apply(x, change)))  # type: ignore[no-untyped-call]  # torch's decorator
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.neg,
+        torch.ones_like,
+        lambda g: torch.randn(g.shape, generator=stream(0, "lie")),
+        lambda g: 10 * g,
+        lambda g: 0.1 * g,
+    ],
+    ids=["reversed", "constant", "random", "too large", "too small"],
+)
+def test_gradients_that_are_not_those_of_the_answers_are_red(
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    assert derivatives_agree(Independent([lying(change)]), X, Y).passed is False
+    # one member of a list is enough
+    found = derivatives_agree(Independent([Net(), lying(change)]), X, Y)
+    assert found.passed is False
+    assert "member 1" in found.detail
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0, 1e3, 1e6])
+def test_honest_gradients_of_logits_of_any_scale_are_green(scale: float) -> None:
+    assert derivatives_agree(Independent([Net(after=lambda z: scale * z)]), X, Y).passed
+    assert derivatives_agree(Independent([Net(after=lambda z: z + 100)]), X, Y).passed
+    half = Net(after=lambda z: z.bfloat16())
+    assert derivatives_agree(Independent([half]), X, Y).passed is not False
+
+
+def test_gradients_that_are_zero_are_not_compared() -> None:
+    constant = Net(after=lambda z: z * 0)
+    assert derivatives_agree(Independent([constant]), X, Y).passed is None
+
+
+def test_answers_that_depend_on_the_batch_are_refused() -> None:
+    for change in (lambda z: z - z.mean(0), lambda z: z * len(z), lambda z: z.flip(0)):
+        with pytest.raises(InputError, match="other images are in its batch"):
+            check_outputs(Independent([Net(after=change)]), X, Y)
+    unnormed = nn.Sequential(Net(), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    with pytest.raises(InputError, match="value per channel"):
+        check_outputs(Independent([unnormed]), X, Y)
+
+
+def test_an_active_layer_that_evaluation_would_switch_off_is_refused() -> None:
+    for layer in (nn.Dropout(0.5), nn.BatchNorm1d(3)):
+        model = Independent([nn.Sequential(Net(), layer)])
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(InputError, match=r"training mode.*call \.eval\(\)"):
+            check_modes(model, X)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        check_modes(model.eval(), X)
+    # in training mode without a layer that minds it: nothing to say
+    check_modes(Independent([Net()]), X)
+
+
+def test_an_answer_that_depends_on_the_memory_layout_is_red() -> None:
+    colours = X.expand(-1, 3, -1, -1) * torch.tensor([1.0, 0.5, 0.1]).view(3, 1, 1)
+    x = colours.clone(memory_format=torch.contiguous_format)
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.net(torch.as_strided(x, (len(x), 1, 4, 4), (48, 48, 4, 1))))
+
+    assert Answers.to(Independent([Strided()]), x).elsewhere().passed is False
+    plain = Independent([nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 3))])
+    assert Answers.to(plain, x).elsewhere().passed
+
+
+def test_answers_that_change_while_attacks_run_are_red() -> None:
+    scale = [1.0]
+    asked = Answers.to(Independent([Net(after=lambda z: z * scale[0])]), X)
+    assert asked.later().passed
+    scale[0] = -math.pi
+    assert asked.later().passed is False

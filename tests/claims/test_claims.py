@@ -1,0 +1,336 @@
+"""Published figures: what a claim must hold, and the cheap ones made again."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import claim_files
+import claim_pages
+import numpy as np
+import pytest
+
+import claims
+from redefense.config import override, parse_run
+from redefense.errors import ConfigError, DataError
+from redefense.evaluation.api import evaluate_run
+from redefense.evaluation.suite import Suite
+from redefense.recipes import recipe
+from redefense.report.page import write_report
+from redefense.report.tables import percent
+from redefense.results.intervals import paired_difference
+from redefense.results.join import join
+from redefense.train.experiment import train
+from redefense.train.loading import resolve
+
+ROOT = Path(claims.__file__).resolve().parents[1]
+STORED = sorted((ROOT / "claims").glob("*.json"))
+CHEAP = 500_000
+"""Forward passes of one member that a test may spend on a training."""
+
+MINE = {
+    "name": "mine",
+    "cells": [
+        {"attack": "fgsm", "view": "sampled"},
+        {"attack": "hinge", "view": "members", "settings": {"steps": 2}},
+    ],
+}
+
+
+def cheap(path: Path) -> bool:
+    """Whether a test has the data and the time to make this claim again."""
+    claim = claim_files.read(path)
+    few = claim.training.passes * claim.training.images < CHEAP
+    return few and claim.run["data"]["spec"] == "digits"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of a small run, each under a suite of the library's and one of the user's."""
+    out = tmp_path_factory.mktemp("runs")
+    (out / "mine.json").write_text(json.dumps(MINE))
+    for seed in (0, 1):
+        run = override(recipe("digits-vanilla"), ["epochs=1", "data.images=64", f"seed={seed}"])
+        train(run, out / f"tiny-{seed}", quiet=True)
+        for suite, name in (("quick", "quick"), (str(out / "mine.json"), "mine-30")):
+            target = out / f"tiny-{seed}" / "evaluation" / f"{name}.json"
+            evaluate_run(out / f"tiny-{seed}", suite=suite, images=30, out=target)
+    return out
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Path) -> None:
+    claim, text = claim_files.read(path), path.read_text()
+    assert claim.name == path.stem
+    assert not re.search(r'"/|\\\\|:/', text), "a path of somebody's machine"
+    resolve(parse_run(claim.run, path.name))
+    assert re.fullmatch(r"[0-9a-f]{64}", claim.training.weights)
+    assert claim.training.passes >= 1
+    for found in claim.evaluations:
+        for plan in found.suites:
+            assert plan.provenance.keys() >= {"commit", "torch", "machine", "seed", "date"}
+            assert re.fullmatch(r"[0-9a-f]{40}", plan.provenance["commit"]), "code of no commit"
+        if found.aware is None:
+            continue
+        assert found.unaware is not None
+        assert found.clean is not None
+        assert found.aware.value <= min(found.unaware.value, found.clean.value) + 1e-6
+        per_image = found.per_image()
+        assert per_image is not None
+        assert len(per_image) == found.data["num_images"]
+        assert per_image.mean() == pytest.approx(found.aware.value, abs=1e-5)
+        for figure in (found.clean, found.unaware, found.aware):
+            assert figure.low is not None
+            assert figure.high is not None
+            assert figure.low <= figure.value <= figure.high
+        bounded = [c.expected.value for c in found.cells if c.bounded and c.expected is not None]
+        assert found.aware.value <= min(bounded) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in STORED if cheap(path)], ids=lambda path: path.stem
+)
+def test_a_cheap_claim_can_be_made_again(path: Path, tmp_path: Path) -> None:
+    assert claims.recompute(claim_files.read(path), "digits", tmp_path) == []
+
+
+def test_there_are_claims_that_a_test_makes_again() -> None:
+    assert any(cheap(path) for path in STORED)
+
+
+def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
+    claim = claim_files.claim(runs / "tiny-0")
+    (result,) = join([runs / "tiny-0"])
+    (found,) = claim.evaluations
+    assert result.aware is not None
+    assert found.aware is not None
+    assert found.aware.value == pytest.approx(result.aware.value, abs=1e-6)
+    assert {plan.file for plan in found.suites} == {"quick", "mine-30"}
+    # a suite of ours travels by name, another one whole
+    suites = {plan.file: plan.suite for plan in found.suites}
+    assert suites["quick"] == "quick"
+    assert Suite.model_validate(suites["mine-30"]) == Suite.model_validate(MINE)
+    path = claim_files.write(claim, tmp_path)
+    assert claim_files.read(path) == claim
+    assert str(runs) not in path.read_text()
+
+
+def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None:
+    claim = claim_files.claim(runs / "tiny-0")
+    assert claims.differences(claim, claim) == []
+    (found,) = claim.evaluations
+    better = found.model_copy(update={"aware": claim_files.Figure(value=0.99, low=0.98, high=1.0)})
+    (line,) = claims.differences(claim.model_copy(update={"evaluations": (better,)}), claim)
+    assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
+
+
+def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    heading, _, first, second = claim_pages.table(both, against="tiny-0").splitlines()
+    assert [cell.strip() for cell in heading.split("|")[1:-1]] == [
+        *claim_pages.COLUMNS, "aware, against tiny-0",
+    ]  # fmt: skip
+    clean = both[0].headline.clean
+    assert clean is not None
+    assert f"| tiny-0 | 30 | {100 * clean.value:.1f} [" in first
+    assert first.endswith("|  |")
+    one, other = (c.headline.per_image() for c in both)
+    assert one is not None
+    assert other is not None
+    gain = paired_difference(other, one)
+    assert f"| {100 * gain.value:+.1f} [" in second
+    assert np.allclose(100 * (other - one).mean(), 100 * gain.value)
+
+
+def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    heading, _, views, clean, *rows, _, note = claim_pages.attacks_table(both).splitlines()
+    assert heading == "| attack | tiny-0 | tiny-1 |"
+    assert views == "| views | sampled | sampled |"
+    assert clean.startswith("| clean |")
+    told = {row.split(" | ")[0].strip("| ").replace("\\", ""): row.split(" | ")[1] for row in rows}
+    found = both[0].headline
+    cells = [cell for cell in found.cells if not cell.aware]
+    least: dict[str, float] = {}
+    for c in cells:
+        assert c.expected is not None
+        least[c.attack] = min(c.expected.value, least.get(c.attack, 1.0))
+    least["least of these"] = min(least.values())
+    assert found.aware is not None
+    worst = claim_files.least(found, [cell.key for cell in cells])
+    least["worst of these for each image"] = worst.mean()
+    assert found.aware.value - 1e-5 <= worst.mean() <= least["least of these"] + 1e-5
+    least["with attackers who know"] = found.aware.value
+    assert told == {attack: f"{100 * value:.1f}" for attack, value in least.items()}
+    shown = [c.expected for it in both for c in it.headline.cells if not c.aware]
+    widest = max((figure.high or 1) - figure.value for figure in shown if figure)
+    assert float(note.split()[-5]) >= round(100 * widest, 1)
+
+
+def test_the_table_of_the_draw_shows_what_the_report_joins(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    heading, _, first, _ = claim_pages.draw_table(both).splitlines()
+    named = [cell.strip() for cell in heading.split("|")[1:-1]]
+    assert named == list(claim_pages.DRAW_COLUMNS)
+    (joined,) = join([runs / "tiny-0"])
+    assert joined.aware is not None
+    assert joined.over_alone is not None
+    assert joined.best_alone is not None
+    cells = dict(zip(named, (cell.strip() for cell in first.split("|")[1:-1]), strict=True))
+    assert cells["drawn"].startswith(f"{100 * joined.aware.value:.1f} [")
+    assert cells["best member"] == percent(joined.best_alone)
+    assert cells["draw over best member"].startswith(f"{100 * joined.over_alone.value:+.1f} [")
+    drawn = joined.aware.value - joined.best_alone.value
+    assert joined.over_alone.value == pytest.approx(drawn)
+    one = both[0].headline.model_copy(update={"alone": both[0].headline.alone[:1]})
+    assert len(claim_pages.draw_table([both[0].model_copy(update={"evaluations": (one,)})])) < 200
+
+
+def test_the_table_of_attacks_shows_paired_differences(runs: Path) -> None:
+    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
+    *rows, _, note = claim_pages.attacks_table(both, against="tiny-0").splitlines()
+    assert note.endswith("paired differences from tiny-0")
+    row = next(r for r in rows if "who know" in r)
+    one, other = (c.headline.per_image() for c in both)
+    assert one is not None
+    assert other is not None
+    (value, low, high) = (f"{100 * (v or 0):+.1f}" for v in paired_difference(other, one))
+    told = f"{100 * one.mean():.1f} | {100 * other.mean():.1f} ({value} [{low}, {high}])"
+    assert row == f"| with attackers who know | {told} |"
+
+
+def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluation(
+    runs: Path,
+) -> None:
+    whole = claim_files.claim(runs / "tiny-0")
+    (found,) = whole.evaluations
+
+    def first(q: str | None) -> str:
+        assert q is not None
+        return claim_files.packed(claim_files.unpacked(q)[:20]) or ""
+
+    unaware = tuple(
+        c.model_copy(update={"each": first(c.each)})
+        for c in found.cells
+        if c.bounded and not c.aware
+    )
+    changes = {
+        "data": {**found.data, "num_images": 20}, "cells": unaware, "aware": None,
+        "untouched": first(found.untouched),
+    }  # fmt: skip
+    part = found.model_copy(update=changes)
+    q = found.per_image()
+    assert q is not None
+    joined = whole.model_copy(update={"evaluations": (part, found)})
+    row = next(r for r in claim_pages.attacks_table([joined], 20).splitlines() if "who know" in r)
+    assert row == f"| with attackers who know | {100 * q[:20].mean():.1f} |"
+    alone = whole.model_copy(update={"evaluations": (part,)})
+    row = next(r for r in claim_pages.attacks_table([alone], 20).splitlines() if "who know" in r)
+    assert row == f"| with attackers who know | {percent(None)} |"
+
+
+def test_the_table_of_one_number_of_images_leaves_others_out(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
+    ]
+    words = ["table", *map(str, paths), "--images"]
+    assert claims.main([*words, "30", "--against", "tiny-0"]) == 0
+    both = list(map(claim_files.read, paths))
+    assert capsys.readouterr().out == claim_pages.table(both, against="tiny-0") + "\n"
+    assert claims.main([*words, "31"]) == 2
+    assert "no claim was measured on --images 31" in capsys.readouterr().err
+    assert claims.main([*words, "30", "--against", "tiny-2"]) == 2
+    assert "tiny-2 is none of the claims shown" in capsys.readouterr().err
+    assert claims.main([*words, "30", "--draw", "--against", "tiny-0"]) == 2
+    assert "takes no --against" in capsys.readouterr().err
+    page = tmp_path / "page.html"
+    words[0] = "report"
+    assert claims.main([*words, "31", "--out", str(page)]) == 2
+    assert "no claim was measured on --images 31" in capsys.readouterr().err
+    assert not page.exists()
+    assert claims.main([*words, "30", "--out", str(page)]) == 0
+    assert "tiny-1" in page.with_suffix(".md").read_text()
+
+
+def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path) -> None:
+    base, other = (claim_files.claim(runs / f"tiny-{seed}").headline for seed in (0, 1))
+    fewer = tuple(c for c in other.cells if c.attack != "hinge")
+    assert 0 < len(fewer) < len(other.cells)
+    part = other.model_copy(update={"cells": fewer})
+    common = part.attacks().keys()
+    mine, theirs = (claim_files.least(e, common) for e in (part, base))
+    assert mine is not None
+    assert theirs is not None
+    said = claim_pages._paired(part, base)
+    assert said.startswith(f"{100 * (mine - theirs).mean():+.1f} ")
+    assert said.endswith(f", {len(common)} attacks of both")
+    # over all attacks this is the worst case that the report joins
+    everything = claim_files.least(other, other.attacks().keys())
+    whole = other.per_image()
+    assert everything is not None
+    assert whole is not None
+    np.testing.assert_array_equal(everything, whole)
+    unkept = tuple(c.model_copy(update={"each": None}) for c in fewer)
+    old = part.model_copy(update={"cells": unkept})
+    assert claim_pages._paired(old, base) == "other attacks"
+
+
+def test_what_is_no_claim_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = claim_files.claim(runs / "tiny-0").model_dump(mode="json", by_alias=True)
+
+    def refused(change: dict[str, Any], match: str) -> None:
+        (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(DataError, match=match):
+            claim_files.read(tmp_path / "bad.json")
+
+    refused({"schema": 2}, "schema")
+    refused({"evaluations": []}, "evaluations")
+    refused({"note": "best ever"}, "note")
+    found = good["evaluations"][0]
+    refused({"evaluations": [{**found, "aware": {"value": 41.2}}]}, "aware.value")
+    assert claims.main(["make", str(tmp_path / "nowhere")]) == 3
+    assert "claims: no trained run at" in capsys.readouterr().err
+
+
+def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
+    runs: Path, tmp_path: Path
+) -> None:
+    paths = [
+        claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
+    ]
+    claim_pages.report(paths, tmp_path / "claims.html")
+    write_report([runs / "tiny-0", runs / "tiny-1"], tmp_path / "runs.html")
+    of_claims, of_runs = (
+        json.loads((tmp_path / name).read_text())["results"]
+        for name in ("claims.json", "runs.json")
+    )
+    unknown = {"members_fooled", "notes"}
+    for told, known in zip(of_claims, of_runs, strict=True):
+        assert told["members_fooled"] is None
+        for key in known.keys() - unknown:
+            expected = known[key]
+            if isinstance(expected, list | dict) and key != "suites":
+                values = expected.values() if isinstance(expected, dict) else expected
+                found = told[key].values() if isinstance(expected, dict) else told[key]
+                assert list(found) == pytest.approx(list(values), abs=2e-5), key
+            else:
+                assert told[key] == expected, key
+    with pytest.raises(ConfigError, match="would write over"):
+        claim_pages.report(paths, paths[0].with_suffix(".html"))
+
+
+def test_one_network_gains_nothing_over_itself() -> None:
+    """Its draw, average and only member are one: equal attacks leave them equal, up to luck."""
+    alone = [c for c in map(claim_files.read, STORED) if c.run["ensemble"]["num_members"] == 1]
+    known = [e for claim in alone for e in claim.evaluations if e.aware is not None]
+    assert known
+    for found in known:
+        for gain in (found.over_single, found.over_averaged, found.over_alone):
+            assert gain is not None
+            assert gain.low is not None
+            assert gain.high is not None
+            assert gain.low <= 0 <= gain.high

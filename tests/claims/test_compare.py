@@ -1,0 +1,157 @@
+"""Methods side by side: only attacks that all have met, means over seeds, paired differences."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import claim_files
+import compare
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from redefense.errors import ConfigError, DataError
+from redefense.results.intervals import paired_difference
+
+Left = Mapping[str, NDArray[np.float64]]
+AWARE = {"hinge", "arc"}
+N = 200
+
+
+def claim(
+    name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03
+) -> claim_files.Claim:
+    """A claim of which only what is compared is filled in."""
+    cells = tuple(
+        claim_files.Attacked(
+            id=attack, attack=attack, view="members" if attack in AWARE else "sampled",
+            aware=attack in AWARE, bounded=True, repr=f"{attack}()",
+            expected=claim_files.Figure(value=float(q.mean())), each=claim_files.packed(q),
+        )
+        for attack, q in left.items()
+    )  # fmt: skip
+    found = claim_files.Evaluated(
+        data={"num_images": len(clean)}, norm="inf", eps=eps, suites=(), clean=None, unaware=None,
+        aware=None, best_single_member=None, averaged=None, over_single=None, over_averaged=None,
+        cells=cells, red_checks=(), untouched=claim_files.packed(clean), lowest=None,
+    )  # fmt: skip
+    training = claim_files.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
+    return claim_files.Claim(schema=1, name=name, run={}, training=training, evaluations=(found,))
+
+
+def draws(seed: int, p: float) -> NDArray[np.float64]:
+    return (np.random.default_rng(seed).random(N) < p).astype(float)
+
+
+@pytest.fixture
+def at() -> list[claim_files.Claim]:
+    return [
+        claim(f"at-{s}", draws(s, 0.9), {"fgsm": draws(10 + s, 0.8), "hinge": draws(20 + s, 0.7)})
+        for s in (0, 1)
+    ]
+
+
+def test_only_attacks_that_all_have_met_count(at: list[claim_files.Claim]) -> None:
+    zero = np.zeros(N)
+    clean, fgsm, hinge = draws(5, 0.8), draws(6, 0.7), draws(7, 0.6)
+    other = claim("red-0", clean, {"fgsm": fgsm, "hinge": hinge, "arc": zero, "pgd": zero})
+    found, attacks = compare.under_common({"at": at, "red": [other]})
+    assert attacks == 2
+    np.testing.assert_array_equal(found["red"].clean, [clean])
+    np.testing.assert_array_equal(found["red"].unaware, [fgsm])  # not the clean image as well
+    np.testing.assert_array_equal(found["red"].aware, [clean * fgsm * hinge])
+    alone, attacks = compare.under_common({"red": [other]})
+    assert attacks == 4
+    assert not alone["red"].aware.any()
+
+
+def test_figures_are_means_over_seeds_and_differences_are_paired(
+    at: list[claim_files.Claim],
+) -> None:
+    better = [claim("red-3", np.ones(N), {"fgsm": np.ones(N), "hinge": np.ones(N)})]
+    found, _ = compare.under_common({"at": at, "red": better})
+    each = found["at"].aware.mean(1)
+    heading, _, first, second, _, note = compare.table({"at": at, "red": better}, "at").split("\n")
+    assert heading.endswith("aware, against at |")
+    assert f"| 2 | {100 * np.mean([draws(0, 0.9), draws(1, 0.9)]):.1f} [" in first
+    assert f"| {100 * each.mean():.1f} [" in first
+    assert first.endswith(f"| {100 * each[0]:.1f}, {100 * each[1]:.1f} |  |")
+    gain = paired_difference(np.ones(N), found["at"].aware.mean(0))
+    assert gain.value == pytest.approx(1 - each.mean())
+    assert f"| {100 * gain.value:+.1f} [{100 * (gain.low or 0):+.1f}," in second
+    assert note == f"2 attacks that all have met, {N} images"
+
+
+def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
+    at: list[claim_files.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on(images: int) -> claim_files.Evaluated:
+        left = {"fgsm": np.full(images, 0.5), "hinge": np.full(images, images / 1000)}
+        if images == 900:  # the only set without the third attack
+            return claim("", np.ones(images), left).evaluations[0]
+        left["arc"] = np.ones(images)
+        return claim("", np.ones(images), left).evaluations[0]
+
+    def measured(*images: int) -> claim_files.Claim:
+        return at[0].model_copy(update={"evaluations": tuple(map(on, images))})
+
+    for one, other, best in [((300, 500), (500, 300), 500), ((900, 100), (100, 200, 900), 100)]:
+        found, attacks = compare.under_common({"at": [measured(*one)], "red": [measured(*other)]})
+        assert attacks == 3
+        left = np.full((1, best), best / 1000)
+        np.testing.assert_allclose(found["red"].aware, left, atol=1e-5)
+    with pytest.raises(DataError, match="different images"):
+        compare.under_common({"at": [measured(300)], "red": [measured(500)]})
+    claim_files.write(measured(300, 500), tmp_path)
+    claim_files.write(measured(300).model_copy(update={"name": "at-7"}), tmp_path)
+    only = compare.seeds_of("at", tmp_path, 500)
+    assert [[e.data["num_images"] for e in it.evaluations] for it in only] == [[500]]
+    assert compare.main(["at", "--images", "300", "--claims", str(tmp_path)]) == 0
+    assert "| at | 2 |" in capsys.readouterr().out
+    assert compare.main(["at", "--images", "9", "--claims", str(tmp_path)]) == 2
+    assert "was measured on 9 images" in capsys.readouterr().err
+
+
+def test_a_claim_made_anew_keeps_what_other_images_said_of_the_same_weights(
+    at: list[claim_files.Claim],
+) -> None:
+    (found,) = at[0].evaluations
+    better = found.model_copy(update={"unaware": claim_files.Figure(value=0.5)})
+    fewer = claim("", np.ones(9), {"hinge": np.ones(9)}).evaluations[0]
+    new = at[0].model_copy(update={"evaluations": (better,)})
+    older = at[0].model_copy(update={"evaluations": (found, fewer)})
+    assert new.keeping(older).evaluations == (fewer, better)
+    trained = older.training.model_copy(update={"weights": "others"})
+    assert new.keeping(older.model_copy(update={"training": trained})) == new
+
+
+def test_what_cannot_be_compared_is_refused(at: list[claim_files.Claim]) -> None:
+    both = {"fgsm": draws(6, 0.7), "hinge": draws(7, 0.6)}
+
+    def refused(other: claim_files.Claim, match: str) -> None:
+        with pytest.raises(DataError, match=match):
+            compare.under_common({"at": at, "red": [other]})
+
+    refused(claim("red-0", np.ones(N), both, eps=0.05), "different images or threats")
+    refused(claim("red-0", np.ones(9), {k: np.ones(9) for k in both}), "different images")
+    refused(claim("red-0", np.ones(N), {"fgsm": both["fgsm"]}), "share no attack")
+    refused(claim("red-0", np.ones(N), {"hinge": both["hinge"]}), "share no attack")
+    (found,) = claim("red-0", np.ones(N), both).evaluations
+    unkept = found.model_copy(update={"untouched": None})
+    refused(at[0].model_copy(update={"evaluations": (unkept,)}), "does not keep")
+
+
+def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
+    at: list[claim_files.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for it in (*at, claim("at-m5-0", np.ones(N), {})):
+        claim_files.write(it, tmp_path)
+    assert compare.seeds_of("at", tmp_path) == at
+    with pytest.raises(ConfigError, match="gal-SEED"):
+        compare.seeds_of("gal", tmp_path)
+    assert compare.main(["at", "gal", "--claims", str(tmp_path)]) == 2
+    assert "compare: there is no claim" in capsys.readouterr().err
+    assert compare.main(["at", "--claims", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == compare.table({"at": at}) + "\n"
+    with pytest.raises(SystemExit):
+        compare.main(["at", "--against", "red", "--claims", str(tmp_path)])
+    assert "none of the methods" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""Certificates of Gaussian noise in L2, for one draw and for the vote, against closed forms."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+from scipy.stats import beta
+from torch import Tensor, nn
+
+from redefense.cli import main
+from redefense.config import ThreatConfig, override
+from redefense.errors import ConfigError
+from redefense.evaluation.cells import Subject
+from redefense.evaluation.stochastic.cells import Draws
+from redefense.evaluation.stochastic.certify import certify_run, right_answers
+from redefense.evaluation.stochastic.measure import run_drawn
+from redefense.evaluation.suite import CellSpec, Suite
+from redefense.recipes import recipe
+from redefense.rng import stream
+from redefense.stochastic import GaussianNoise, Stochastic
+from redefense.stochastic.certificates import certificate, least_chance
+from redefense.train.experiment import train
+
+SIGMA, RADIUS = 0.3, 0.2
+
+
+class Plane(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1).sum(1) / 4 - 2.0
+        return torch.stack([z, -z], 1)
+
+
+def distances(x: Tensor) -> NDArray[np.float64]:
+    """How far an image lies inside of class 0, in L2: the normal has length 1."""
+    found: NDArray[np.float64] = Plane()(x)[:, 0].double().numpy()
+    return found
+
+
+def test_bounds_of_chances_are_those_of_clopper_and_pearson() -> None:
+    right = np.array([0, 1, 40, 99, 100])
+    low = least_chance(right, 100, 0.01)
+    assert low[0] == 0
+    assert low[1:] == pytest.approx(beta.ppf(0.01, right[1:], 101 - right[1:]))
+    assert low[-1] == pytest.approx(0.01 ** (1 / 100))
+
+
+def test_of_a_linear_network_the_certificate_is_the_worst_case_itself() -> None:
+    x = 0.25 + 0.6 * torch.rand(50, 1, 4, 4, generator=stream(0, "certificate"))
+    y, distance = torch.zeros(50, dtype=torch.long), distances(x)
+    exact = ndtr((distance - RADIUS) / SIGMA)
+    # with the chances known, shifting by the radius is what moving to the plane does
+    assert ndtr(ndtri(ndtr(distance / SIGMA)) - RADIUS / SIGMA) == pytest.approx(exact)
+    many = np.round(ndtr(distance / SIGMA) * 10**7).astype(np.int64)
+    found = certificate(many, 10**7, sigma=SIGMA, radius=RADIUS)
+    assert found.single == pytest.approx(exact.mean(), abs=1e-3)
+    assert found.single < exact.mean()
+    assert found.vote == (distance > RADIUS + 1e-3).mean()
+    # from draws of the network, it keeps below
+    right = right_answers(GaussianNoise(Plane(), sigma=SIGMA), x, y, 200, seed=0)
+    drawn = certificate(right, 200, sigma=SIGMA, radius=RADIUS)
+    assert exact.mean() - 0.2 < drawn.single < exact.mean()
+    assert 0 < drawn.vote <= (distance > RADIUS).mean()
+
+
+def test_certificates_hold_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    chance = ndtr(rng.normal(1.0, 0.8, size=40))
+    single, vote = ndtr(ndtri(chance) - 0.5).mean(), (ndtri(chance) > 0.5).mean()
+    for _ in range(200):
+        found = certificate(rng.binomial(60, chance), 60, sigma=1.0, radius=0.5, alpha=0.05)
+        assert found.single <= single
+        assert found.vote <= vote
+
+
+def test_the_vote_may_be_proven_where_one_draw_is_often_wrong() -> None:
+    found = certificate(np.array([700]), 1000, sigma=1.0, radius=0.1)
+    assert found.vote == 1
+    assert found.single < 0.7
+
+
+def test_settings_that_prove_nothing_are_refused() -> None:
+    right = np.array([3])
+    for settings, said in (
+        ({"sigma": 0.0, "radius": 1.0}, "sigma must be positive, got 0.0"),
+        ({"sigma": 1.0, "radius": -1.0}, "radius must not be negative"),
+        ({"sigma": 1.0, "radius": float("nan")}, "radius must not be negative"),
+        ({"sigma": 1.0, "radius": 1.0, "alpha": 1.0}, r"alpha must lie in \(0, 1\)"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            certificate(right, 5, **settings)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two small members."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    changes = ["epochs=1", "ensemble.num_members=2", "ensemble.model=mlp", "data.images=200"]
+    train(override(recipe("digits-vanilla"), changes), folder, quiet=True)
+    return folder
+
+
+def test_a_trained_run_is_certified(home: Path) -> None:
+    document, target = certify_run(home, sigma=0.1, draws=20, images=40)
+    assert json.loads(target.read_text()) == document
+    clean, half, whole = document["certificates"]
+    assert [one["radius"] for one in (clean, half, whole)] == [0.0, 0.05, 0.1]
+    assert document["clean"] >= clean["single"] >= half["single"] >= whole["single"]
+    again, _ = certify_run(home, sigma=0.1, draws=20, images=40)
+    assert again["certificates"] == document["certificates"]
+    with pytest.raises(ConfigError, match=r"--out must name a \.json file"):
+        certify_run(home, sigma=0.1, draws=1, images=1, out=home / "x.txt")
+
+
+def test_commands_certify_and_measure_by_draws(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["redefense", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        told = capsys.readouterr()
+        assert caught.value.code == 0, told.err
+        return told.out
+
+    printed = run("certify", str(home), "--sigma", "0.1", "--eps", "0.05", "--draws", "9",
+                  "--images", "10", "--quiet")  # fmt: skip
+    assert printed.startswith("l2 0.05: one draw is right on")
+    plan = home / "fgsm.json"
+    plan.write_text('{"cells": [{"attack": "fgsm", "view": "sampled"}]}')
+    out = home / "evaluation" / "drawn.json"
+    run("evaluate", str(home), "--suite", str(plan), "--stochastic", "on", "--images", "10",
+        "--out", str(out), "--quiet")  # fmt: skip
+    stored = json.loads(out.read_text())
+    assert stored["stochastic"] is True
+    assert stored["headline"]["exact"] is False
+    assert stored["headline"]["aware"] is None
+
+
+def test_an_attack_may_not_leave_less_than_is_proven() -> None:
+    x = 0.25 + 0.6 * torch.rand(60, 1, 4, 4, generator=stream(0, "certificate"))
+    y = torch.zeros(60, dtype=torch.long)
+    network = Stochastic(GaussianNoise(Plane(), sigma=SIGMA), draws=4)
+    subject = Subject(network, x, y, np.arange(60), "planes")
+    suite = Suite(name="one", cells=(CellSpec(attack="meanprob_pgd", view="members"),))
+    report = run_drawn(
+        subject, suite, ThreatConfig(norm="2", eps=RADIUS), draws=Draws(score=400, attack=4)
+    )
+    low, high = report.headline["aware_interval_draws"]
+    assert low <= ndtr((distances(x) - RADIUS) / SIGMA).mean() <= high
+    assert report.data["certificate"]["single"] < high
+    assert {c["id"]: c["passed"] for c in report.data["checks"]}["D3"]

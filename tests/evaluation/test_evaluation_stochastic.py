@@ -1,0 +1,238 @@
+"""`evaluate` on networks that draw: recognised, measured by fresh draws, or refused."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtr
+from torch import Tensor, nn
+
+import redefense
+from redefense.attacks import ATTACKS
+from redefense.config import ThreatConfig
+from redefense.ensembles import Ensemble, Independent
+from redefense.errors import ConfigError, InputError
+from redefense.evaluation.cells import Subject
+from redefense.evaluation.report_object import Report
+from redefense.evaluation.run import run_suite
+from redefense.evaluation.stochastic.cells import Draws, attack_drawn
+from redefense.evaluation.stochastic.measure import run_drawn
+from redefense.evaluation.suite import CellSpec, Suite
+from redefense.rng import stream
+from redefense.stochastic import GaussianNoise, Stochastic
+
+EPS = 0.1
+
+
+class Plane(nn.Module):
+    """Two classes on the sides of a plane through the middle of the box."""
+
+    def __init__(self, sign: float = 1.0, pixel: int = 0) -> None:
+        super().__init__()
+        self.sign, self.pixel = sign, pixel
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = 6 * (self.sign * (x.flatten(1)[:, self.pixel] - 0.5) + 0.09)
+        return torch.stack([z, -z], 1)
+
+
+class Slope(nn.Module):
+    """A plane at distance 0.1 from the middle of the box, its normal in the first two pixels."""
+
+    def __init__(self, degrees: float) -> None:
+        super().__init__()
+        angle = math.radians(degrees)
+        self.normal = torch.tensor([math.cos(angle), math.sin(angle)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = 6 * ((x.flatten(1)[:, :2] - 0.5) @ self.normal + 0.1)
+        return torch.stack([z, -z], 1)
+
+
+class TwoModes(nn.Module):
+    """Both err only near one point of the ball, to which neither gradient leads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = nn.ModuleList([Slope(60.0), Slope(-60.0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.modes[int(torch.rand(()) < 0.5)](x)
+        return answer
+
+
+class OwnGenerator(nn.Module):
+    """Adds noise that no seed governs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1)[:, 0] - 0.4 + 0.05 * torch.from_numpy(self.rng.normal(size=len(x)))
+        return torch.stack([z, -z], 1).float()
+
+
+X, Y = torch.rand(96, 1, 2, 2, generator=stream(0, "images")), torch.zeros(96, dtype=torch.long)
+X[:, 0, 0] = 0.5  # the pixels that the planes look at
+FEW = Draws(score=64, attack=4)
+PAIR = Suite(
+    name="pair",
+    cells=(
+        CellSpec(attack="pgd", view="sampled", settings={"steps": 10, "keep_best": False}),
+        CellSpec(attack="hinge", view="members"),
+    ),
+)
+
+
+def evaluate(model: Any, x: Tensor = X, **settings: Any) -> Report:
+    data = (x, Y[: len(x)])
+    settings = {"suite": "quick", **settings}
+    return redefense.evaluate(model, data, threat=redefense.Threat(eps=EPS), **settings)
+
+
+def subject(network: Ensemble) -> Subject:
+    return Subject(network, X, Y, np.arange(len(X)), "planes")
+
+
+def checks(report: Report) -> dict[str, bool | None]:
+    return {check["id"]: check["passed"] for check in report.data["checks"]}
+
+
+def test_a_network_that_draws_is_recognised_and_told() -> None:
+    noisy = GaussianNoise(Plane(), sigma=0.1)
+    with pytest.warns(UserWarning, match=r"answers equal images differently.*stochastic='on'"):
+        report = evaluate(noisy)
+    # asked for, it is no news
+    assert evaluate(Stochastic(noisy)).headline == report.headline
+    headline = report.headline
+    assert headline["exact"] is False
+    assert headline["draws"] >= 32
+    clean, worst = ndtr(0.9), ndtr(-0.1)
+    low, high = report.data["clean"]["interval_draws"]
+    assert low <= clean <= high
+    for name in ("unaware", "aware"):
+        low, high = headline[f"{name}_interval_draws"]
+        assert low <= worst <= high
+        wide = headline[f"{name}_interval"]
+        assert wide[0] <= low
+        assert high <= wide[1]
+    assert checks(report)["S20"] is checks(report)["D1"] is checks(report)["D2"] is True
+    assert checks(report)["S21"] is None
+    assert (report.unaware.low, report.unaware.high) == tuple(headline["unaware_interval"])
+    assert report.aware.value == headline["aware"]
+    assert report.members == ()
+
+
+def test_off_refuses_and_other_words_are_refused() -> None:
+    noisy = GaussianNoise(Plane(), sigma=0.1)
+    with pytest.raises(InputError, match="in different ways"):
+        evaluate(noisy, stochastic="off")
+    with pytest.raises(ConfigError, match="off"):
+        evaluate(Stochastic(noisy), stochastic="off")
+    with pytest.raises(ConfigError, match="must be auto, on or off, got 'maybe'"):
+        evaluate(noisy, stochastic="maybe")
+
+
+def test_a_deterministic_network_keeps_its_figures() -> None:
+    x = X.clone()
+    x[:, 0, 0] += 0.12 * torch.rand(96, 2, generator=stream(0, "spread"))
+    exact, drawn = evaluate(Plane(), x), evaluate(Plane(), x, stochastic="on")
+    assert 0 < exact.headline["aware"] < 1
+    for name in ("unaware", "aware"):
+        assert drawn.headline[name] == pytest.approx(exact.headline[name])
+    assert drawn.data["clean"]["expected"] == exact.data["clean"]["expected"]
+
+
+def test_two_modes_show_what_knowing_of_the_draw_is_worth() -> None:
+    threat = ThreatConfig(norm="2", eps=0.25)
+    modes = TwoModes()
+    exact = run_suite(subject(Independent(list(modes.modes))), PAIR, threat).headline
+    report = run_drawn(subject(Stochastic(modes, draws=8)), PAIR, threat, draws=FEW)
+    assert exact["aware"] == 0
+    assert report.headline["aware"] == 0
+    low, high = report.headline["unaware_interval"]
+    assert low > 0.1
+    assert low <= exact["unaware"] <= high
+    # a finite ensemble written as one network: a member, then its draw
+    written = Stochastic([Slope(60.0), GaussianNoise(Slope(-60.0), sigma=0.0)])
+    found = run_drawn(subject(written), PAIR, threat, draws=FEW).headline
+    low, high = found["unaware_interval"]
+    assert low <= exact["unaware"] <= high
+    assert found["aware"] == 0
+
+
+def test_active_dropout_stays_active() -> None:
+    layer = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]]))
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), layer)
+    with pytest.warns(UserWarning, match="answers equal images differently"):
+        report = evaluate(model)
+    assert model.training
+    # wrong only where all four pixels are dropped: a tie, which counts as class 0
+    assert report.data["clean"]["expected"] == 1.0
+    with pytest.raises(InputError, match="batch norm in training mode"):
+        evaluate(nn.Sequential(nn.BatchNorm2d(1), model).train())
+
+
+def test_a_generator_of_its_own_is_told_and_its_draws_are_fresh() -> None:
+    with pytest.warns(redefense.RedCheckWarning, match="generator of its own"):
+        report = evaluate(OwnGenerator(), stochastic="on")
+    assert checks(report)["D1"] is False
+    low, high = report.headline["aware_interval_draws"]
+    assert low <= ndtr(0) <= high
+
+
+def test_answers_that_depend_on_other_images_are_refused() -> None:
+    class Batch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.flatten(1).mean(1) - x.mean() + 0.1 * torch.randn(len(x))
+            return torch.stack([z, -z], 1)
+
+    with pytest.raises(InputError, match="when other images are in its batch"):
+        evaluate(Batch(), stochastic="on")
+
+
+def test_an_evaluation_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    threat = ThreatConfig(eps=EPS)
+    who = subject(Stochastic(GaussianNoise(Plane(), sigma=0.1)))
+    whole = run_drawn(who, PAIR, threat, draws=FEW, seeds=2)
+    stored = run_drawn(who, PAIR, threat, draws=FEW, seeds=2, store=tmp_path)
+    (tmp_path / "hinge-members-linf-0.1.npz").unlink()
+    again = run_drawn(who, PAIR, threat, draws=FEW, seeds=2, store=tmp_path)
+    assert whole.headline == stored.headline == again.headline
+    assert all(len(cell["seeds"]["expected"]) == 2 for cell in whole.data["cells"])
+
+
+def test_attacks_as_objects_are_kept_in_the_ball_and_no_headline_is_made_of_them() -> None:
+    def far(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (x - 0.3).clamp(0, 1)
+
+    with pytest.warns(redefense.RedCheckWarning, match="left the ball on 96 images"):
+        report = evaluate(GaussianNoise(Plane(), sigma=0.1), stochastic="on", suite=[far])
+    assert report.headline["aware"] is None
+    low, high = report.data["cells"][0]["interval_draws"]
+    assert low <= ndtr(-0.1) <= high
+
+
+def test_attack_choice_and_score_never_share_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, used = Stochastic(GaussianNoise(Plane(), sigma=0.1)), list[int]()
+    draw = Stochastic.draw
+
+    def noted(self: Stochastic, seed: int, x: Tensor) -> Tensor:
+        used.append(seed)
+        return draw(self, seed, x)
+
+    monkeypatch.setattr(Stochastic, "draw", noted)
+    attack_drawn(
+        subject(network), network, ATTACKS["hinge"](), ThreatConfig(eps=EPS), "members",
+        Draws(score=32, attack=4), seed=0, name="one",
+    )  # fmt: skip
+    scoring = used[-32:]
+    assert not set(scoring) & set(used[:-32])
+    # four seeds that stay, and fresh ones in the other half of the climb
+    assert len(set(used)) > 4 + 32 + 32

@@ -1,0 +1,94 @@
+"""Nothing may take the CPU for granted: the same on a device that refuses what a GPU refuses."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import redefense
+from far import FAR, Far, far_device
+from redefense.attacks import ATTACKS
+from redefense.config import override
+from redefense.defences import DEFENCES
+from redefense.evaluation.api import evaluate_run
+from redefense.models import build
+from redefense.recipes import recipe
+from redefense.rng import stream
+from redefense.runtime import mesh as distributed
+from redefense.train import loading
+from redefense.train.experiment import train
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:for .*:UserWarning", "ignore::redefense.RedCheckWarning"
+)
+
+NETS = [
+    build("mlp", num_classes=10, shape=(1, 8, 8), generator=stream(seed)).eval() for seed in (0, 1)
+]
+IMAGES = torch.rand(4, 1, 8, 8, generator=stream(2))
+LABELS = torch.arange(4)
+
+
+def test_the_far_device_refuses_what_a_gpu_refuses() -> None:
+    with far_device():
+        x = torch.rand(2, 3).to(FAR)
+        assert isinstance(x, Far)
+        assert (x @ torch.ones(3, 2, device=FAR)).cpu().shape == (2, 2)
+        with pytest.raises(RuntimeError, match="two devices"):
+            x @ torch.ones(3, 2)
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(2, generator=stream(0), device=FAR)
+
+
+def report(networks: list[nn.Module], suite: str, checks: str) -> dict[str, Any]:
+    data, threat = (IMAGES, LABELS), redefense.Threat(eps=0.2)
+    found = redefense.evaluate(networks, data, suite=suite, threat=threat, checks=checks)
+    told: dict[str, Any] = json.loads(found.to_json())
+    for cell in told["cells"]:
+        del cell["seconds"]
+    return told
+
+
+@pytest.mark.parametrize(("suite", "checks"), [("aware", "full"), ("every", "quick")])
+def test_networks_are_measured_where_they_lie(suite: str, checks: str, tmp_path: Path) -> None:
+    if suite == "every":
+        suite = str(tmp_path / "every.json")
+        views = {name: "members" if ATTACKS[name].adaptive else "averaged" for name in ATTACKS}
+        cells = [{"attack": name, "view": view} for name, view in views.items()]
+        Path(suite).write_text(json.dumps({"cells": cells}))
+    near = report(NETS, suite, checks)
+    with far_device():
+        far = report([copy.deepcopy(net).to(FAR) for net in NETS], suite, checks)
+    assert {k: v for k, v in far.items() if k != "provenance"} == {
+        k: v for k, v in near.items() if k != "provenance"
+    }
+    assert far["provenance"]["machine"] == near["provenance"]["machine"] + ", meta"
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a device is asked for by name, the far one is taken for one that is there."""
+    place: Callable[[str], torch.device] = torch.device
+    for module in (distributed, loading):
+        monkeypatch.setattr(module, "check_device", place)
+
+
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("name", [*DEFENCES, "ps-red"])
+def test_every_method_is_trained_and_evaluated_there(name: str, tmp_path: Path) -> None:
+    changes = ["epochs=3", "data.images=24", "batch_size=12", "precision=fp32"]
+    run = override(recipe(f"digits-{name}"), changes)
+    train(run, tmp_path / "near", quiet=True)
+    with far_device():
+        ensemble = train(run, tmp_path / "far", quiet=True, device=FAR.type)
+        assert {type(parameter.data) for parameter in ensemble.parameters()} == {Far}
+        evaluate_run(tmp_path / "far", suite="quick", images=4, device=FAR.type)
+    near, far = (load_file(tmp_path / n / "final" / "weights.safetensors") for n in ("near", "far"))
+    for key, value in near.items():
+        torch.testing.assert_close(far[key], value, rtol=0, atol=1e-4)
