@@ -59,8 +59,10 @@ def lying(change: Callable[[Tensor], Tensor]) -> Net:
         lambda g: torch.randn(g.shape, generator=stream(0, "lie")),
         lambda g: 10 * g,
         lambda g: 0.1 * g,
+        lambda g: g * (torch.arange(4) % 2),
+        lambda g: g * (torch.arange(4) < 2)[:, None],
     ],
-    ids=["reversed", "constant", "random", "too large", "too small"],
+    ids=["reversed", "constant", "random", "too large", "too small", "columns", "upper half"],
 )
 def test_gradients_that_are_not_those_of_the_answers_are_red(
     change: Callable[[Tensor], Tensor],
@@ -78,6 +80,20 @@ def test_honest_gradients_of_logits_of_any_scale_are_green(scale: float) -> None
     assert derivatives_agree(Independent([Net(after=lambda z: z + 100)]), X, Y).passed
     half = Net(after=lambda z: z.bfloat16())
     assert derivatives_agree(Independent([half]), X, Y).passed is not False
+
+
+@pytest.mark.parametrize("levels", [3, 15, 255])
+def test_gradients_that_pass_straight_through_rounded_images_are_green(levels: int) -> None:
+    rounded = Net(before=lambda x: x + ((x * levels).round() / levels - x).detach())
+    assert derivatives_agree(Independent([rounded]), X, Y).passed
+
+
+def test_a_part_of_the_image_without_a_gradient_is_red() -> None:
+    left = torch.arange(4) < 2
+    detached = Net(before=lambda x: x * left + (x * ~left).detach())
+    found = derivatives_agree(Independent([detached]), X, Y)
+    assert found.passed is False
+    assert "stop the gradient of a part of the image" in found.detail
 
 
 def test_gradients_that_are_zero_are_not_compared() -> None:

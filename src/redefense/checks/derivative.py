@@ -10,6 +10,7 @@ from redefense.checks.results import Check
 from redefense.checks.sample import evenly_spread, rounding_of
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.networks import MASKED
+from redefense.rng import stream
 from redefense.types import Float, Images, Labels
 
 STEPS: Final = (0.0005, 0.002, 0.01, 0.05)
@@ -17,9 +18,21 @@ STEPS: Final = (0.0005, 0.002, 0.01, 0.05)
 FACTOR: Final = 2.0
 """By how much the measured slope may differ from the gradient's length."""
 ROUNDING: Final = 256
-"""Differences below so many units of rounding of the logits say nothing."""
+"""Differences below so many units of rounding of the logits do not contradict a gradient."""
+NOISE: Final = 4
+"""Differences below so many units do not confirm one, either."""
 ENOUGH: Final = 0.75
 """Share of the images, of those that can be measured, on which the two must agree."""
+
+SIZES: Final = (0.001, 0.005, 0.05)
+"""Changes of each pixel along random directions."""
+DIRECTIONS: Final = 4
+"""Random directions at each image."""
+MISSING: Final = 0.3
+"""Squared length of what a gradient may lack, beside its own; `CERTAIN` standard errors above 0."""
+CERTAIN: Final = 4.0
+ALIKE: Final = 0.5
+"""Correlation of the errors at two nearby points above which they are no matter of rounding."""
 
 
 def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
@@ -29,15 +42,33 @@ def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
     that large logits do not saturate it. Its central difference along the gradient is compared with
     the gradient's length, at several step sizes, of which one must agree. A gradient that is
     reversed, random or constant agrees on few images. Images whose gradient is zero are S22's.
+
+    Along random directions differences then show what the gradient lacks, such as the pixels that
+    it is zero on. Kinks, steps and rounding show there, too, but not alike at two nearby points.
     """
     rows = evenly_spread(x)
     # away from the ends of the box, where networks that clip their input have a kink
     x, y = 0.9 * x[rows] + 0.05, y[rows]
     shares = [_share(ensemble, m, x, y) for m in range(ensemble.num_members)]
     known = [share for share in shares if share is not None]
+    bad = [m for m, share in enumerate(shares) if share is not None and share < ENOUGH]
+    lacking = [
+        (m, lacks)
+        for m in range(ensemble.num_members)
+        if m not in bad and (lacks := _lacks(ensemble, m, x, y)) > MISSING
+    ]
+    if lacking and not bad:
+        each = ", ".join(f"member {m} {lacks:.1f} times" for m, lacks in lacking)
+        return Check(
+            "S41",
+            False,
+            "differences of the logits along random directions show slopes that the gradients lack "
+            f"(their square is, beside the gradient's: {each}), so attacks that follow the "
+            "gradients miss directions and the accuracy is too high: look for operations that stop "
+            "the gradient of a part of the image, or attack without gradients (square)",
+        )
     if not known:
         return Check("S41", None, "no gradient is large enough to be compared with differences")
-    bad = [m for m, share in enumerate(shares) if share is not None and share < ENOUGH]
     if not bad:
         least = f"{100 * min(known):.0f} %"
         return Check("S41", True, f"gradients agree with differences on {least} of the images")
@@ -61,7 +92,7 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
     unit = grad.double() / length.clamp_min(1e-300).view(-1, 1, 1, 1)
     finite = logits.detach().double().nan_to_num(0.0, 0.0, 0.0)
     finite = finite.masked_fill(finite <= MASKED, 0.0)  # masked classes are large and say nothing
-    rounding = ROUNDING * rounding_of(logits.detach()) * finite.abs().amax(1)
+    rounding = rounding_of(logits.detach()) * finite.abs().amax(1)
     measured = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     agrees = measured.clone()
     for step in STEPS:
@@ -71,10 +102,54 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
             behind = log_odds(ensemble.logits_of(m, (x - moved).to(x.dtype)), y)
         expected = 2 * step * x[0].numel() ** 0.5 * length
         ratio = (ahead - behind) / expected.clamp_min(1e-300)
-        usable = (expected > rounding) & ratio.isfinite()
-        measured |= usable
-        agrees |= usable & (ratio >= 1 / FACTOR) & (ratio <= FACTOR)
+        measured |= (expected > ROUNDING * rounding) & ratio.isfinite()
+        confirms = (expected > NOISE * rounding) & (ratio >= 1 / FACTOR) & (ratio <= FACTOR)
+        agrees |= confirms
     return float(agrees[measured].double().mean()) if bool(measured.any()) else None
+
+
+def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
+    """Squared length of what the gradients lack, beside their own; 0 if it may be chance.
+
+    What differences and gradient say of a random direction is compared at two points nearby. The
+    product of both errors is, on average over directions of independent signs, the scalar product
+    of what the two gradients lack: errors that differ from point to point average out. Images
+    whose gradient is zero do not count.
+    """
+    rng, found = stream(0, "S41", m), []
+    for size in SIZES:
+        directions = [_noise(x, rng).sign() for _ in range(DIRECTIONS)]
+        errors, lengths = [], []
+        for _ in range(2):
+            point = (x + 4 * size * _noise(x, rng)).clamp(size, 1 - size).requires_grad_()
+            with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
+                grad = input_gradient(log_odds(ensemble.logits_of(m, point.clone()), y), point)
+            lengths.append(grad.double().flatten(1).norm(dim=1))
+            said = torch.stack([(grad * d).double().flatten(1).sum(1) for d in directions])
+            with torch.no_grad():
+                ahead, behind = (
+                    torch.stack(
+                        [log_odds(ensemble.logits_of(m, point + s * d), y) for d in directions]
+                    )
+                    for s in (size, -size)
+                )
+            errors.append((ahead - behind) / (2 * size) - said)
+        # the gradient's length is the unit, so that images count alike
+        first, second = (
+            (error / length).nan_to_num(0.0, 0.0, 0.0).clamp(-4, 4).flatten()
+            for error, length in zip(errors, lengths, strict=True)
+        )
+        both = first * second
+        mean, deviation = float(both.mean()), float(both.std()) / len(both) ** 0.5
+        alike = mean > ALIKE * float((first.square() + second.square()).mean()) / 2
+        found.append(mean if alike and mean > CERTAIN * deviation else 0.0)
+    return max(found)
+
+
+def _noise(x: Images, rng: torch.Generator) -> Tensor:
+    """Numbers uniform in [-1, 1], of the shape of the images."""
+    drawn = torch.rand(x.shape, generator=rng, dtype=torch.float32) * 2 - 1
+    return drawn.to(x)
 
 
 def log_odds(logits: Tensor, y: Labels) -> Float[Tensor, " B"]:
