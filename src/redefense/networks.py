@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from redefense.errors import ModelError, RedefenseError
-from redefense.types import cannot_differentiate, cannot_take, first_line
+from redefense.types import cannot_differentiate, cannot_take, first_line, has_no_values
 
 
 def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,12 +75,9 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
         answer = answer.to(dtype)
     if answer.is_meta:
         return answer
+    # whether any class is masked is not asked: that would wait for an accelerator
     known = answer.detach()
-    masked = known == -torch.inf
-    # without a wait for an accelerator, which steps of training must not need
-    if answer.device.type == "cpu" and not bool(masked.any()):
-        return answer
-    masked &= known.amax(1, keepdim=True) > -torch.inf
+    masked = (known == -torch.inf) & (known.amax(1, keepdim=True) > -torch.inf)
     lowest = known.masked_fill(masked, torch.inf).amin(1, keepdim=True)
     floor = (2 * lowest).clamp(torch.finfo(known.dtype).min, MASKED)
     return torch.where(masked, floor, answer)
@@ -202,7 +199,8 @@ def check_values(network: nn.Module) -> None:
         ModelError: naming the first.
     """
     for name, value in chain(network.named_parameters(), network.named_buffers()):
-        if value.is_meta or isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer):
+        empty = isinstance(value, nn.UninitializedParameter | nn.UninitializedBuffer)
+        if empty or has_no_values(value):
             raise ModelError(
                 f"the weight {name} has no values (it lies on the meta device, or is initialised "
                 "by the first call): load or initialise the network first"

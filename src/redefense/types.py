@@ -30,7 +30,7 @@ else:
 __all__ = [
     "Batch", "Bool", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
     "Progress", "UInt8", "Victim", "cannot_differentiate", "cannot_take", "check_images",
-    "check_labels", "correct", "first_line",
+    "check_labels", "correct", "first_line", "has_no_values",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -96,6 +96,11 @@ def correct(logits: Float[Tensor, "*M B C"], y: Labels) -> Bool[Tensor, "*M B"]:
     return answers & (logits.argmax(-1) == y)
 
 
+def has_no_values(x: Tensor) -> bool:
+    """Whether a tensor lies on the meta device; a class of its own may hold values elsewhere."""
+    return x.is_meta and type(x) in (Tensor, nn.Parameter, nn.Buffer)
+
+
 def check_images(x: Tensor, what: str = "images") -> None:
     """Refuse anything but a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
 
@@ -108,7 +113,7 @@ def check_images(x: Tensor, what: str = "images") -> None:
         raise InputError(f"{what} must be of one size, got a nested tensor")
     if x.ndim != 4 or x.numel() == 0:
         raise InputError(f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}")
-    if x.is_meta or x.layout is not torch.strided:
+    if has_no_values(x) or x.layout is not torch.strided:
         raise InputError(f"{what} must be dense and hold values, got {x.layout} on {x.device}")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise InputError(f"{what} must be floating point in [0, 1], got dtype {x.dtype}")
@@ -192,7 +197,7 @@ def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> 
         raise InputError(f"labels must be a vector of integers, got {got}")
     if len(y) != num_images:
         raise InputError(f"need one label per image, got {len(y)} labels for {num_images} images")
-    if y.is_meta or y.layout is not torch.strided:
+    if has_no_values(y) or y.layout is not torch.strided:
         raise InputError(f"labels must be dense and hold values, got {y.layout} on {y.device}")
     low, high = (int(v) for v in y.long().aminmax())  # some types have no minimum of their own
     if low < 0 or (num_classes is not None and high >= num_classes):

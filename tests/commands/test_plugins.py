@@ -25,7 +25,7 @@ from redefense.models import build
 from redefense.rng import stream
 from redefense.threat import Threat, norms
 
-EXAMPLE = Path(__file__).with_name("plugin_example.py")
+EXAMPLE = Path(__file__).parents[1] / "tools" / "plugin_example.py"
 NAMES = {
     "attacks": ["one-step"], "defences": ["smoothed"], "models": ["flat"],
     "datasets": ["stripes"], "recipes": ["stripes-smoothed"], "suites": ["mine"],
@@ -33,11 +33,8 @@ NAMES = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test begins and ends with redefense's own names."""
-    for kind in plugins.HOMES:
-        monkeypatch.setattr(plugins.registry(kind), "_added", {})
-    monkeypatch.setattr(plugins, "_loaded", set())
+def installed_names_are_looked_up_again() -> Iterator[None]:
+    """What a test makes of the installed plug-ins ends with it."""
     yield
     plugins._installed.cache_clear()
 

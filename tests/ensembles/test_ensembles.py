@@ -196,7 +196,7 @@ def test_half_an_ensemble_is_no_single_network() -> None:
         def logits_of(self, m: int, x: Tensor) -> Tensor:
             return x.flatten(1)
 
-    with pytest.raises(InputError, match="Half looks like an ensemble, but has no num_members"):
+    with pytest.raises(InputError, match="Half has mixture and logits_of as ensembles do"):
         as_ensemble(Half(1.0))
     assert as_ensemble([Half(1.0)]).num_members == as_ensemble(Gated(1.0)).num_members == 1
 

@@ -285,7 +285,7 @@ class Noisy(nn.Module):
         (Noisy(), "deterministic"),
         (nn.Sequential(nn.Flatten(), nn.Softmax(-1)), "probabilities"),
         (nn.Sequential(nn.Flatten(), nn.Hardtanh(-2.0, -1.0)), "vanishes"),
-        (nn.Identity(), "must have shape"),
+        (nn.Identity(), "must give"),
     ],
 )
 def test_the_contract_names_the_rule_that_is_broken(

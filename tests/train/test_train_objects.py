@@ -23,14 +23,6 @@ from redefense.train.experiment import train as train_run
 BUDGET: dict[str, Any] = {"epochs": 1, "batch_size": 64, "quiet": True}
 
 
-@pytest.fixture(autouse=True)
-def names_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is registered, by a page or by training objects, is known to that test alone."""
-    for kind in plugins.HOMES:
-        monkeypatch.setattr(plugins.registry(kind), "_added", {})
-    monkeypatch.setattr(plugins, "_loaded", set())
-
-
 def networks() -> list[nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

@@ -18,7 +18,7 @@ from redefense.checks.results import Check
 from redefense.checks.sample import SAMPLE, evenly_spread, rounding_of
 from redefense.ensembles import Ensemble, evaluating
 from redefense.errors import InputError
-from redefense.networks import mode_of
+from redefense.networks import MASKED, mode_of
 from redefense.rng import CHUNK, generators_kept, stream
 from redefense.threat import Threat
 from redefense.types import Float, Images, Labels, Logits, check_labels
@@ -135,12 +135,14 @@ def differences(first: Tensor, other: Tensor) -> Tensor:
     """
     eps = rounding_of(first)
     a, b = first.double(), other.double()
-    finite = a.isfinite() & b.isfinite()
-    # entries that are not finite are equal or entirely different
+    # masked classes say nothing of the size of the others, if they are masked for some images alone
+    given = a.isfinite() & (a != MASKED)
+    finite = given & b.isfinite() & (b != MASKED)
+    # other entries are equal or entirely different
     gap = torch.where(
         finite, (a - b).abs(), torch.where(a.eq(b) | a.isnan() & b.isnan(), 0.0, torch.inf)
     )
-    known = torch.where(a.isfinite(), a, a.nan_to_num(0.0, 0.0, 0.0))
+    known = a.masked_fill(~given, 0.0)
     size, span = known.abs().amax(0), (known.amax(0) - known.amin(0)).amax()
     beyond = (gap - ULPS * eps * size).clamp_min(0).amax(1)
     return beyond / span.clamp_min(torch.finfo(torch.float64).tiny)
