@@ -71,7 +71,8 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
     if answer.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         if answer.dtype.itemsize > dtype.itemsize:
             top = answer.detach().amax(1, keepdim=True)
-            answer = answer - torch.where(top.isfinite() & (top.abs() > OFFSET), top, 0.0)
+            large = top.isfinite() & (top.abs() > OFFSET)
+            answer = answer - top.masked_fill(~large, 0.0)
         answer = answer.to(dtype)
     if answer.is_meta:
         return answer

@@ -172,7 +172,8 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
     if mixture is None:
         return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
     try:
-        probs = torch.as_tensor(mixture, dtype=torch.float64).detach().cpu()
+        given = mixture if isinstance(mixture, Tensor) else torch.as_tensor(mixture)
+        probs = given.detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"the mixture must be a list of probabilities, got {mixture!r}") from None
     if probs.shape != (num_members,):
