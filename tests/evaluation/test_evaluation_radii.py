@@ -97,8 +97,11 @@ def test_a_stopped_evaluation_says_what_is_kept_and_goes_on(tmp_path: Path) -> N
         return redefense.evaluate(linear(), images(), suite, Threat(eps=0.02), **settings).data
 
     out = tmp_path / "kept"
+    # shells let processes in the background ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(Interrupted, match=f"is kept in {out}/evaluation/custom") as stopped:
         measured(out=out)
+    signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     stopping.clear()
     done = measured(out=out)

@@ -21,6 +21,7 @@ from redefense.types import (
     Logits,
     Per,
     check_images,
+    has_no_values,
 )
 
 
@@ -172,10 +173,14 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
     if mixture is None:
         return torch.full((num_members,), 1 / num_members, dtype=torch.float64)
     try:
-        given = mixture if isinstance(mixture, Tensor) else torch.as_tensor(mixture)
+        given = (
+            mixture if isinstance(mixture, Tensor) else torch.tensor(mixture, dtype=torch.float64)
+        )
         probs = given.detach().to(torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"the mixture must be a list of probabilities, got {mixture!r}") from None
+    if has_no_values(probs):
+        raise ConfigError("the mixture must be a list of probabilities, got a meta tensor")
     if probs.shape != (num_members,):
         raise ConfigError(
             f"the mixture needs one probability for each of {num_members} members, "
