@@ -56,7 +56,7 @@ class Attacked(_Data):
 
     Attributes:
         expected: None where it did not meet all images.
-        faced: in older claims, single members and the average met it too, each for itself.
+        faced: in older claims, whether it was also run on the single members and on the average.
         each: packed correctness per image, of bounded attacks.
         met: which images it met, packed as correctness is; None for all. Where an attack did not
             meet an image, that was lost before it.

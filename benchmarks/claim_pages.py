@@ -84,11 +84,11 @@ def _scored(cell: Attacked, found: Evaluated) -> Scored:
 def drawn(found: Evaluated) -> Estimate | None:
     """The draw, to be compared with its members and their average: each in its own worst case.
 
-    In older claims all three were compared under the attacks that all had faced.
+    In older claims all three were compared under the attacks that were run on all of them.
     """
-    faced = [unpacked(c.each) for c in found.cells if c.faced and c.each is not None]
-    if faced and found.untouched is not None:
-        return accuracy_interval(np.min([*faced, unpacked(found.untouched)], axis=0))
+    attacked = [unpacked(c.each) for c in found.cells if c.faced and c.each is not None]
+    if attacked and found.untouched is not None:
+        return accuracy_interval(np.min([*attacked, unpacked(found.untouched)], axis=0))
     return _estimate(found.aware)
 
 

@@ -70,7 +70,7 @@ def read_csv(path: Path) -> list[Claim]:
 
 
 def _delimiter(path: Path, lines: list[str]) -> str:
-    """What separates the columns, told from the header.
+    """The separator of the columns, as found in the header.
 
     Raises:
         DataError: for semicolons: such files have decimal commas, which may be thousands as well.

@@ -119,7 +119,7 @@ def of_evaluation(evaluation: Evaluation) -> list[Claim]:
     num_members = len(clean.per_member) or len(evaluation.mixture or ()) or None
     method = str(evaluation.run.get("name") or f"suite {evaluation.suite}")
     randomized = evaluation.randomized
-    if randomized is None and num_members is not None:  # stored before this was told
+    if randomized is None and num_members is not None:  # older evaluations do not record it
         randomized = num_members > 1
 
     def claim(where: str, attack: str, accuracy: float) -> Claim:

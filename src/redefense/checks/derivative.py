@@ -52,20 +52,20 @@ def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
     shares = [_share(ensemble, m, x, y) for m in range(ensemble.num_members)]
     known = [share for share in shares if share is not None]
     bad = [m for m, share in enumerate(shares) if share is not None and share < ENOUGH]
-    lacking = [
+    incomplete = [
         (m, lacks)
         for m in range(ensemble.num_members)
         if m not in bad and (lacks := _lacks(ensemble, m, x, y)) > MISSING
     ]
-    if lacking and not bad:
-        each = ", ".join(f"member {m} {lacks:.1f} times" for m, lacks in lacking)
+    if incomplete and not bad:
+        each = ", ".join(f"member {m} {lacks:.1f} times" for m, lacks in incomplete)
         return Check(
             "S41",
             False,
-            "differences of the logits along random directions show slopes that the gradients lack "
-            f"(their square is, beside the gradient's: {each}), so attacks that follow the "
-            "gradients miss directions and the accuracy is too high: look for operations that stop "
-            "the gradient of a part of the image, or attack without gradients (square)",
+            "along random directions the logits change more than the gradients predict (squared "
+            f"length of the missing part, relative to the gradient: {each}), so gradient attacks "
+            "are too weak and the accuracy is too high: look for operations that stop the gradient "
+            "of a part of the image, or attack without gradients (square)",
         )
     if not known:
         return Check("S41", None, "no gradient is large enough to be compared with differences")
