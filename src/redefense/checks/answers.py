@@ -259,8 +259,7 @@ class Answers:
                 largest = max(largest, gap)
                 if gap > KERNELS:
                     bad.append(f"{where} member {m} answers otherwise ({said(first, answers)})")
-        return Check("S42", not bad, f"{'; '.join(bad)}: the figures hold only for the batches and "
-                     "the layout measured; let answers depend on the image alone" if bad else
+        return Check("S42", not bad, "; ".join(bad) if bad else
                      "answers depend on the image alone, not on batch or memory layout "
                      f"(up to {100 * largest:.1g} % of their range)")  # fmt: skip
 
@@ -272,6 +271,5 @@ class Answers:
             for again in [_in_batches(self.ensemble, m, self.x, CHUNK)]
             if bool((differences(first, again) > ROUNDING).any())
         ]
-        return Check("S43", not bad, "answers changed while the attacks ran, so the figures are of "
-                     f"no one model: {'; '.join(bad)}; remove what it draws or remembers" if bad
+        return Check("S43", not bad, f"changed while the attacks ran: {'; '.join(bad)}" if bad
                      else "the same answers before and after the attacks")  # fmt: skip

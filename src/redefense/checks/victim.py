@@ -123,7 +123,7 @@ def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
         return Check(
             "S07",
             False,
-            f"members {which} return probabilities; attacks need logits: leave the softmax out",
+            f"members {which} return probabilities; attacks need logits",
         )
     top = logits.topk(2, dim=-1)
     right = top.indices[..., 0] == y

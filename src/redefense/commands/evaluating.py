@@ -49,6 +49,7 @@ def evaluate(
     # of the processes that torchrun starts, one speaks
     first = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not first
+    from redefense.checks.catalogue import explained
     from redefense.evaluation.api import evaluate_run
     from redefense.report.sentences import PERCENT, members_weak
     from redefense.results.records import OF_DEFENCE
@@ -72,7 +73,7 @@ def evaluate(
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
         word = "of the defence" if check["id"] in OF_DEFENCE else "check failed"
-        say(f"{word}, {check['id']}: {check['detail']}", quiet)
+        say(f"{word}, {explained(check['id'], check['detail'])}", quiet)
     if weak := members_weak(report.data["clean"]["per_member"], report.data["mixture"]):
         say(weak.replace(PERCENT, " %"), quiet)
     if as_json and first:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import redefense
 from redefense.checks.answers import check_modes, laid_out
+from redefense.checks.catalogue import explained
 from redefense.config import Run, ThreatConfig, read_eps, read_norm
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
@@ -186,7 +187,7 @@ def evaluate(
             kept.finish(report)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
-            told = RedCheckWarning(f"{check['id']}: {check['detail']}", report)
+            told = RedCheckWarning(explained(check["id"], check["detail"]), report)
             warnings.warn(told, stacklevel=3)  # the caller's line, not the decorator's
     for line in balls_left(report.data["cells"]):
         warnings.warn(RedCheckWarning(line, report), stacklevel=3)

@@ -53,9 +53,7 @@ def _governed(network: Stochastic) -> Check:
         "D1",
         network.governed,
         "a seed repeats an answer" if network.governed else
-        "the network has a generator of its own, which no seed governs: attackers got fresh draws "
-        "at each step, and the same evaluation need not give the same figures again; let it draw "
-        "from torch's global generator",
+        "the network has a generator of its own, which no seed governs",
     )  # fmt: skip
 
 
