@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import study
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -203,7 +202,6 @@ def claim(run: Path) -> Claim:
     data = checkpoint.state["data"]
     clean_run = without_paths(checkpoint.run)
     cost = count(clean_run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
-    took = study.measured(run.parent).get(f"{run.name}/train")
     manifest = json.loads((checkpoint.path / "manifest.json").read_text())
     return Claim(
         name=run.resolve().name,
@@ -212,7 +210,7 @@ def claim(run: Path) -> Claim:
             epochs=clean_run.epochs,
             images=cost.steps * cost.batch,
             passes=round(cost.passes(), 2),
-            minutes=None if took is None else round(took, 1),
+            minutes=None,
             weights=manifest["sha256"]["weights.safetensors"],
         ),
         evaluations=tuple(sorted(map(evaluated, join([run])), key=lambda e: e.subject)),

@@ -95,6 +95,12 @@ def check_words(words: list[str]) -> None:
     elif program == "python":
         options = set(re.findall(r'"(--[\w-]+)"', (ROOT / rest[0]).read_text()))
         assert {word for word in rest if word.startswith("--")} <= options
+    elif program == "snakemake":
+        named = [rest[rest.index(o) + 1] for o in ("-s", "--configfile", "--profile") if o in rest]
+        assert named
+        assert all((ROOT / name).exists() for name in named)
+    elif program == "pip" and rest[1].startswith("snakemake-"):
+        assert all(re.fullmatch(r"snakemake-(executor|storage)-plugin-[\w-]+", r) for r in rest[1:])
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         named = re.findall(r"^\.\[([\w,]+)\]$", rest[-1])
@@ -190,7 +196,8 @@ def test_a_page_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "src").symlink_to(ROOT / "src")
-    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    for name in ("benchmarks", "study"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page):
@@ -261,7 +268,8 @@ def test_a_page_that_says_something_wrong_is_caught() -> None:
         "pip install 'redefense[hub]'",
         ". venv/bin/activate",
         "curl -H 'Content-Type: image/png' --data-binary @x.png localhost:8000/classify",
-        "python benchmarks/study.py --lst",
+        "python benchmarks/serve.py --lst",
+        "snakemake -s study/Snakefile --configfile study/digit.yaml",
         "rm -rf build",
     ):
         (words,) = commands(line)
