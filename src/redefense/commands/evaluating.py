@@ -41,6 +41,12 @@ def evaluate(
     stochastic: Annotated[
         str, typer.Option(help="auto, on or off: measure by fresh draws what draws by itself.")
     ] = "auto",
+    save_images: Annotated[
+        bool,
+        typer.Option(
+            "--save-images", help="Keep the attacked images too, as ATTACK.images.npz in the store."
+        ),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a check fails.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -68,6 +74,7 @@ def evaluate(
         checks=checks,
         cascade=False if no_cascade else None,
         stochastic=stochastic,
+        keep_images=save_images,
         say=None if quiet else lambda line: say(line, quiet),
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]

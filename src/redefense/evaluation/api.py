@@ -82,6 +82,7 @@ def evaluate(
     checks: str = "quick",
     cascade: bool | None = None,
     stochastic: str = "auto",
+    keep_images: bool = False,
 ) -> Report:
     """Measure any classifier, ensemble or list of classifiers.
 
@@ -112,6 +113,8 @@ def evaluate(
         stochastic: "auto" measures a model that answers equal images differently by fresh draws,
             and says so in a warning; "on" measures any model so, "off" refuses one that draws. Its
             layers keep the modes in which they are given: active dropout stays active.
+        keep_images: keep the attacked images, for `Report.adversarial`; with `out` they are written
+            beside each attack's records, as `ATTACK.images.npz`.
 
     Returns:
         The report; without `out` nothing is written.
@@ -133,7 +136,7 @@ def evaluate(
             lambda radius, name: evaluate(
                 model, data, suite, threat, mixture, seed, images=images, seeds=seeds, eps=radius,
                 out=None if home is None else home / name, progress=progress, checks=checks,
-                cascade=cascade, stochastic=stochastic,
+                cascade=cascade, stochastic=stochastic, keep_images=keep_images,
             ),
         )  # fmt: skip
     plan = suite_of(suite).cascading(cascade)
@@ -182,7 +185,7 @@ def evaluate(
         with _kept(out, plan, settings, subject, progress=progress) as kept:
             report = _run_of(subject)(
                 subject, plan, allowed, seed=seed, seeds=seeds, checks=checks, store=kept.store,
-                say=kept.say, progress=kept.progress,
+                say=kept.say, progress=kept.progress, keep_images=keep_images,
             )  # fmt: skip
             kept.finish(report)
     for check in report.data["checks"]:
@@ -210,6 +213,7 @@ def evaluate_run(
     checks: str = "quick",
     cascade: bool | None = None,
     stochastic: str = "auto",
+    keep_images: bool = False,
     say: Say | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
@@ -232,7 +236,7 @@ def evaluate_run(
         return _over_radii(
             radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
             device=device, out=out, checks=checks, cascade=cascade,
-            stochastic=stochastic, say=say,
+            stochastic=stochastic, keep_images=keep_images, say=say,
         )  # fmt: skip
     eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
@@ -294,7 +298,7 @@ def evaluate_run(
         with _stoppable(store), shown(voice) if voice else nullcontext(SILENT) as progress:
             report = _run_of(subject)(
                 subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
-                say=tell, progress=progress,
+                say=tell, progress=progress, keep_images=keep_images,
             )  # fmt: skip
         report.data["suite"] = plan.name
         report.data["provenance"] |= {**joined(places), "date": started}

@@ -29,6 +29,9 @@ from redefense.types import Images, Labels, Victim, check_images, correct
 
 BUDGET_SLACK = 1e-6
 
+Keep = Callable[[slice, NDArray[np.int64], Images, Bools], None]
+"""Is handed a chunk, the rows in it that were attacked, their perturbed images, and `correct`."""
+
 COST: Final = ("forwards", "backwards", "seconds")
 
 
@@ -142,7 +145,7 @@ class Task:
         name: of its random streams.
         met: (n,) the images to attack; the others count as lost.
         starts: gives points (K, B, C, H, W) of a chunk from which the attack may begin.
-        keep: is handed the chunk, the rows in it that were attacked, and their perturbed images.
+        keep: is told of each chunk that was attacked.
     """
 
     subject: Subject
@@ -153,7 +156,7 @@ class Task:
     name: str
     met: Bools
     starts: Callable[[slice], Tensor] | None = None
-    keep: Callable[[slice, NDArray[np.int64], Images, Bools], None] | None = None
+    keep: Keep | None = None
 
     def chunk(self, images: slice, progress: Progress = SILENT) -> dict[str, Any]:
         """Attack a chunk; verify the ball; ask every member about the result."""

@@ -28,6 +28,7 @@ class Job:
         checks: "quick" or "full".
         say: takes lines.
         progress: is told how far it is.
+        keep_images: whether the attacked images of every attack are kept.
     """
 
     subject: Subject
@@ -39,6 +40,7 @@ class Job:
     checks: str
     say: Say
     progress: Progress
+    keep_images: bool = False
 
     def place(self, name: str) -> Path | None:
         """Where something of that name is saved."""

@@ -3,21 +3,25 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import Baselines
 from redefense.evaluation.cells import Cell, as_threat
 from redefense.evaluation.headline import interval
+from redefense.evaluation.store import write_arrays
 from redefense.results.accuracy import Bools
 from redefense.results.escaping import escape_latex
+from redefense.results.examples import Examples
 from redefense.runtime.files import write_text
 from redefense.threat import Threat
 
@@ -64,12 +68,16 @@ class Report:
         index: (n,) where the images stand in the test split, or among those given.
         baselines: records of the single members and of the averaged ensemble; None where the suite
             does not attack them.
+        images: (n, C, H, W) the attacked images by cell id, where they were kept.
+        examples: a few attacked images to look at.
     """
 
     data: dict[str, Any]
     cells: Mapping[str, Cell]
     index: NDArray[np.int64]
     baselines: Baselines | None = None
+    images: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    examples: Examples | None = None
 
     @property
     def headline(self) -> dict[str, Any]:
@@ -191,6 +199,31 @@ class Report:
             f"<p>{html.escape(self._setting())}</p><table>{head}{red}</table>"
             f"<table>{row('attack', 'view', 'threat', 'accuracy', tag='th')}{body}</table>"
         )
+
+    def adversarial(self, attack: str) -> Tensor:
+        """The attacked images (n, C, H, W) in [0, 1], as float as the images that were given.
+
+        Of an image that this attack left out, since another one had made every member err before,
+        it is the point of that other attack: the records of `attack` say what the members answer.
+
+        Args:
+            attack: its name, its label or the id of its cell.
+
+        Raises:
+            ConfigError: if no images were kept, or the name fits no attack or several.
+        """
+        if not self.images:
+            raise ConfigError(
+                "no attacked images were kept: evaluate with keep_images=True, or on the command "
+                "line with --save-images"
+            )
+        named = [c["id"] for c in self.data["cells"] if attack in (c["attack"], c["label"])]
+        fits = [attack] if attack in self.images else [n for n in named if n in self.images]
+        if not fits:
+            raise ConfigError(f"no attack {attack!r} here; there are {', '.join(self.images)}")
+        if len(fits) > 1:
+            raise ConfigError(f"{attack!r} is any of {', '.join(fits)}: name one of these")
+        return torch.from_numpy(self.images[fits[0]].copy())
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for the clean images and each cell: who attacked, how, and what was left.
@@ -328,6 +361,12 @@ class Report:
         for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
             self.cells[cell["id"]].save(home / cell["per_image"], self.index)
         self.cells["clean"].save(records, self.index)
+        for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
+            if cell["id"] in self.images:
+                arrays = {"index": self.index, "images": self.images[cell["id"]]}
+                write_arrays(home / cell["images"], arrays)
+        if self.examples is not None:
+            write_arrays(home / self.data["examples"], self.examples.arrays())
         if self.baselines is not None:
             self.baselines.save(records.with_name("beside.npz"))
         write_text(target, self.to_json())

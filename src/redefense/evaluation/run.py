@@ -14,6 +14,7 @@ from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import NOTHING, attack_baselines, baselines, pieces
 from redefense.evaluation.budget_check import stronger_budget
+from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import Further, Runner, cell_label, run_order
 from redefense.evaluation.cascade.tried import record_of
 from redefense.evaluation.cells import (
@@ -60,6 +61,7 @@ def run_suite(
     checks: str = "quick",
     say: Say = lambda _: None,
     progress: Progress = SILENT,
+    keep_images: bool = False,
 ) -> Report:
     """Run (or finish) a suite.
 
@@ -75,6 +77,8 @@ def run_suite(
         checks: "quick", or "full" for the S-checks that need attacks of their own.
         say: takes lines about what is done.
         progress: is told how far it is.
+        keep_images: keep the attacked images of every attack: in the report, and where there is a
+            store beside the records of the attack.
 
     Raises:
         InputError: for images or labels that break the contract.
@@ -92,7 +96,7 @@ def run_suite(
     # single members, the average and the measures stand beside the headline: at its threat
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
-        store=store, checks=checks, say=say, progress=progress,
+        store=store, checks=checks, say=say, progress=progress, keep_images=keep_images,
     )  # fmt: skip
     asked = Answers.to(ensemble, x)
     before = [asked.elsewhere(), *before_run(ensemble, x, y)]
@@ -104,6 +108,8 @@ def run_suite(
     attack_baselines(runner)
     measured = _measured(job, runner) if suite.measures else {}
     full = _full_checks(job, runner, plan, records) if checks == "full" else []
+    others = {it.identity: it.cell for it in runner.others}
+    examples = known_examples(job, plan, runner.attacked, records, others, mixture)
     runner.forget_points()
     rivals, worst = baselines(runner), runner.worst
     data = _facts(job, made, clean, mixture) | {
@@ -120,7 +126,8 @@ def run_suite(
         if measured:
             attacked = {"attacked": pair_statistics(worst.correct)}
             data |= measured | {"diversity": measured["diversity"] | attacked}
-    records |= {it.identity: it.cell for it in runner.others}
+    records |= others
+    name_images(data, runner.attacked, examples)
     after = after_run(
         data, records, mixture,
         worst=None if worst is None else worst.q,
@@ -129,7 +136,10 @@ def run_suite(
     )  # fmt: skip
     done = [*before, asked.later(), *after, *full]
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
-    return Report(data, records, subject.index, rivals)
+    return Report(
+        data, records, subject.index, rivals,
+        images=runner.attacked.images if keep_images else {}, examples=examples,
+    )  # fmt: skip
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> dict[str, Any]:

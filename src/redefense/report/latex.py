@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from redefense.report.tables import COLUMNS, interval, labels, percent, summary_rows
+from redefense.report.tables import COLUMNS, figures, interval, labels, percent, summary_rows
 from redefense.results.escaping import escape_latex
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result
@@ -13,7 +13,7 @@ def to_latex(results: Sequence[Result]) -> str:
     rows = summary_rows(results)
     threats = ", ".join(dict.fromkeys(str(row["threat"]) for row in rows))
     images = ", ".join(dict.fromkeys(str(row["num_images"]) for row in rows))
-    body = [[name, *(_figure(row[key]) for key in COLUMNS)]
+    body = [[name, *map(_figure, figures(row))]
             for name, row in zip(map(escape_latex, labels(rows)), rows, strict=True)]  # fmt: skip
     lines = [
         f"% Accuracy in percent with 95 % intervals; {escape_latex(threats)}; {images} images.",

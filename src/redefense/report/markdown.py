@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from redefense.report import reproduce
+from redefense.checks.catalogue import CATALOGUE
+from redefense.report import answers, ranking, reproduce
 from redefense.report import sentences as wording
 from redefense.report.tables import (
     COLUMNS,
@@ -10,6 +11,7 @@ from redefense.report.tables import (
     attack_columns,
     details,
     escape_markdown,
+    figures,
     labels,
     markdown_table,
     summary_rows,
@@ -21,10 +23,25 @@ from redefense.results.records import Check
 
 def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
     """Answers, summary, methods x attacks, checks, and the commands that make it again."""
-    parts = ["# Robustness report", ""]
-    for question, lead, text in wording.answers(results):
+    parts = [f"# {escape_markdown(answers.title(results))}", ""]
+    parts += [escape_markdown(answers.summary(results)), ""]
+    for question, lead, text in answers.answers(results):
         parts += [f"**{question} {escape_markdown(lead)}.** {escape_markdown(text)}", ""]
     rows = summary_rows(results)
+    groups = ranking.grouped(results)
+    if any(len(group.runs) > 1 for group in groups):
+        parts += [
+            "Means over seeds, ± the standard deviation over seeds; 95 % intervals over images.",
+            "",
+            markdown_table(
+                ["method", "runs", *ranking.SHOWN],
+                [
+                    [group.name, str(len(group.runs)), *map(_spread, group.figures.values())]
+                    for group in groups
+                ],
+            ),
+            "",
+        ]
     parts += [
         "Accuracy in percent, 95 % intervals in brackets.",
         "",
@@ -32,7 +49,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
             ["run", "data", "threat", "images", *COLUMNS.values()],
             [
                 [row["run"], row["data"], row["threat"], str(row["num_images"])]
-                + [with_interval(row[key]) for key in COLUMNS]
+                + [with_interval(figure) for figure in figures(row)]
                 for row in rows
             ],
         ),
@@ -59,6 +76,14 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
+def _spread(spread: ranking.Spread | None) -> str:
+    told = with_interval(None if spread is None else spread.mean)
+    if deviation := ranking.sd_text(spread):
+        figure, _, ends = told.partition(" ")
+        told = " ".join(filter(None, (figure, deviation, ends)))
+    return told
+
+
 def _checks(result: Result) -> Iterator[str]:
     """Notes and checks, one a line; those that speak of the defence stand apart."""
     measured, said = wording.checks_of(result)
@@ -71,4 +96,8 @@ def _checks(result: Result) -> Iterator[str]:
 
 def _listed(checks: Iterable[Check], words: Mapping[bool | None, str]) -> Iterator[str]:
     for check in checks:
-        yield f"- {check.id}: {words[check.passed]} {escape_markdown(check.detail)}".rstrip()
+        entry = CATALOGUE.get(check.id)
+        told = f"{entry.title}: {check.detail}" if entry else check.detail
+        if entry and check.passed is False:
+            told = f"{told.rstrip('.')}. What it means: {entry.red} What to do next: {entry.todo}"
+        yield f"- {check.id}: {words[check.passed]} {escape_markdown(told)}".rstrip()

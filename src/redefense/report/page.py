@@ -6,18 +6,22 @@ content policy forbids anything else.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
 from redefense import __version__
+from redefense.checks.catalogue import CATALOGUE
 from redefense.errors import ConfigError, lacking
-from redefense.report import charts, reproduce, tables
+from redefense.report import answers, charts, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.latex import to_latex
 from redefense.report.markdown import markdown
+from redefense.report.pictures import Shown, pictures
 from redefense.report.tables import format_table, summary_table
+from redefense.results.certificates import Level, certificates_of
+from redefense.results.intervals import Estimate
 from redefense.results.join import TRIES, Result, join
 from redefense.results.records import Source
 from redefense.runtime.files import write_text
@@ -119,6 +123,8 @@ def _run_settings(result: Result) -> str:
 def _lines(results: Sequence[Result]) -> list[charts.Line]:
     lines = []
     for style, (name, result) in enumerate(zip(tables.labels_of(results), results, strict=True)):
+        if result.num_members == 1:
+            continue  # the same image gets the same answer
         for success, who in ((result.tries_aware, "aware"), (result.tries_unaware, "unaware")):
             if success is not None:
                 points = [(float(k), float(y)) for k, y in enumerate(success, 1)]
@@ -168,6 +174,84 @@ def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
     return chart, charts.legend(lines)
 
 
+def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
+    """On how many images it was made, and what it cost."""
+    costs = (e.curve_cost for r in results for e in r.evaluations if e.curve_cost)
+    told = (
+        f"{cost['attack']} at {cost['radii']} radii on the first {cost['images']} images, "
+        f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes an image; what "
+        "was found within the budget counts in the headline."
+        for cost in costs
+    )
+    yield from dict.fromkeys(told)
+
+
+Point = Mapping[str, float | Estimate | None]
+
+
+def _eps_curves(
+    results: Sequence[Result],
+) -> Iterator[tuple[str, str, str, list[Point]]]:
+    """Name, chart, legend and points of each evaluation at several radii."""
+    called = tables.labels_of(results)
+    for name, result in zip(called, results, strict=True):
+        for evaluation in result.evaluations:
+            if len(evaluation.eps_curve) < 2 or result.eps != evaluation.eps_curve[-1]["eps"]:
+                continue
+            keys = ("aware",) if result.num_members == 1 else ("unaware", "aware")
+            points: list[Point] = [
+                {"eps": float(at["eps"])} | {key: _at(at, key) for key in keys}
+                for at in evaluation.eps_curve
+            ]
+            lines = [
+                charts.Line(
+                    label="under attack" if len(keys) == 1 else key,
+                    points=[
+                        [float(at["eps"]), *(v for v in at[key] if v is not None)]  # type: ignore[arg-type, union-attr, misc]  # eps is a number, the others are estimates
+                        for at in points
+                        if at[key] is not None
+                    ],
+                    style=0 if key == "aware" else 1,
+                    dashed=key == "unaware",
+                )
+                for key in keys
+            ]
+            if not all(line.points for line in lines):
+                continue
+            chart = charts.line_chart(
+                lines,
+                title=f"{name}: accuracy at several radii",
+                x_label="eps",
+                y_label="accuracy, %",
+                x_ticks=[float(at["eps"]) for at in evaluation.eps_curve],
+            )
+            yield name, chart, charts.legend(lines), points
+
+
+def _at(entry: Mapping[str, Any], key: str) -> Estimate | None:
+    if entry.get(key) is None:
+        return None
+    return Estimate(float(entry[key]), *(entry.get(f"{key}_interval") or ()))
+
+
+def _certificates(results: Sequence[Result]) -> list[tuple[str, str, Level]]:
+    """Run, what it was certified on, and level."""
+    return list(
+        dict.fromkeys(
+            (result.name, made_on, level)
+            for result in results
+            for made_on, level in certificates_of(result.suites)
+        )
+    )
+
+
+def _pictured(results: Sequence[Result]) -> list[tuple[Result, list[Shown]]]:
+    """The results with examples, the one that the first screen tells of before the others."""
+    first = ranking.best(results)
+    order = sorted(results, key=lambda result: result is not first)
+    return [(result, shown) for result in order if (shown := pictures(result))]
+
+
 def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
     return [
         (
@@ -180,8 +264,34 @@ def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
             ),
         )
         for name, result in zip(tables.labels_of(results), results, strict=True)
-        if result.fooled is not None
+        if result.fooled is not None and result.num_members != 1
     ]
+
+
+def _headline(result: Result) -> list[Estimate | None]:
+    """Clean, unaware, aware, best member and average; of one network only what differs."""
+    if result.num_members == 1:
+        return [result.clean, None, result.aware, None, None]
+    return [result.clean, result.unaware, result.aware, result.best_alone, result.averaged]
+
+
+def _rungs(result: Result) -> list[tuple[str, str, Estimate | None, str]]:
+    """The bars of a result: name, colour, figure and class of the row."""
+    clean = ("no attack", "clean", result.clean, "")
+    if result.num_members == 1:
+        return [clean, ("attack", "aware", result.aware, "head")]
+    which = "" if result.best_index is None else f" (member {result.best_index})"
+    rungs = [
+        clean,
+        ("attackers unaware of the draw", "unaware", result.unaware, ""),
+        ("attackers aware of it", "aware", result.aware, "head"),
+    ]
+    if result.best_alone is not None or result.averaged is not None:
+        rungs += [
+            (f"best member alone{which}", "single", result.best_alone, "rule"),
+            ("averaged ensemble", "averaged", result.averaged, ""),
+        ]
+    return rungs
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
@@ -208,37 +318,49 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         import jinja2
     except ImportError:
         raise ConfigError(lacking("the report page", "jinja2", "report")) from None
+    home = files("redefense.report").joinpath("templates")
+    loader = jinja2.FunctionLoader(lambda name: home.joinpath(name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=loader,
+    )  # fmt: skip
     environment.filters |= {"percent": tables.percent, "interval": tables.interval}
-    source = files("redefense.report").joinpath("report.html").read_text(encoding="utf-8")
     columns = tables.attack_columns(results)
     details = tables.details(tables.summary_rows(results))
     context: dict[str, Any] = {
-        "answers": wording.answers(results),
+        "answers": answers.answers(results),
         "bar": charts.bar,
-        "best": wording.best(results),
-        "budget": wording.budget,
+        "best": ranking.best(results),
+        "catalogue": CATALOGUE,
+        "certificates": _certificates(results),
         "checks_of": wording.checks_of,
         "columns": columns,
         "commands": commands,
         "curve": _curve_chart(results),
+        "curve_cost": list(_curve_cost(results)),
+        "curves": list(_eps_curves(results)),
         "detail": dict(zip(results, details, strict=True)),
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
+        "groups": ranking.grouped(results),
+        "headline": _headline,
         "histograms": _histograms(results),
         "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),
         "members_alone": wording.members_alone,
         "weak_of": wording.weak_of,
+        "pictured": _pictured(results),
+        "points": wording.points,
         "results": results,
         "rivals": wording.RIVALS,
         "said_heading": wording.SAID,
+        "rungs": _rungs,
+        "sd_text": ranking.sd_text,
         "settings": _run_settings,
-        "title": wording.title(results),
+        "summary": answers.summary(results),
+        "title": answers.title(results),
         "tries": _tries_chart(results),
         "verdict": wording.verdict,
         "version": __version__,
     }
-    return environment.from_string(source).render(context)
+    return environment.get_template("page.html").render(context)

@@ -76,16 +76,23 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "best_single_member": result.single,
                 "best_member_alone": result.best_alone,
                 "averaged": result.averaged,
+                "num_members": result.num_members,
             }
         )
     return rows
 
 
+def figures(row: Mapping[str, Any]) -> list[Estimate | None]:
+    """A row's figures in the order of `COLUMNS`; of one network each figure once."""
+    twice = ("unaware", "best_member_alone", "averaged") if row["num_members"] == 1 else ()
+    return [None if key in twice else row[key] for key in COLUMNS]
+
+
 def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
     """One row for each run, threat and set of images.
 
-    Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, and
-    `best_single_member`, the member that was chosen beforehand. Each figure is an `Estimate`
+    Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, `num_members`
+    (None of a network that draws), and `best_single_member`, the member that was chosen beforehand. Each figure is an `Estimate`
     (fractions in [0, 1]) or None where it is unknown.
 
     Raises:
@@ -155,7 +162,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
     for name, row in zip(labels(rows), rows, strict=True):
-        cells = [f"{percent(row[key])}\n{interval(row[key])}" for key in COLUMNS]
+        cells = [f"{percent(figure)}\n{interval(figure)}" for figure in figures(row)]
         table.add_row(name, *cells)
     return table
 

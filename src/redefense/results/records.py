@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from redefense.errors import DataError
+from redefense.results.examples import Examples
 from redefense.results.intervals import Estimate, accuracy_interval, exact_expectation
 
 Source = Path | Mapping[str, Any]
@@ -152,6 +153,9 @@ class Evaluation(_Record):
     stochastic: bool = False
     transfer: tuple[tuple[float | None, ...], ...] | None = None
     curve: tuple[tuple[float, ...], ...] | None = None
+    curve_cost: dict[str, Any] | None = None
+    eps_curve: tuple[dict[str, Any], ...] = ()
+    examples: str | None = None
     diversity: dict[str, Any] | None = None
     best_mixture: dict[str, Any] | None = None
 
@@ -207,6 +211,7 @@ class Stored:
         file: where the evaluation lies, from `source`.
         plan: how it was made; None where that is not stored.
         further: what was run besides the cells of the suite, and counts for the headline.
+        examples: a few attacked images to look at, where they are stored.
     """
 
     name: str
@@ -221,6 +226,7 @@ class Stored:
     single: NDArray[np.float64] | None
     averaged: NDArray[np.float64] | None
     alone: NDArray[np.float64] | None
+    examples: Examples | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -308,7 +314,7 @@ def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]
         raise DataError(f"cannot read {path}: {error}") from None
 
 
-def _mixture(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
+def mixture_of(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
     """(M,) sampling probabilities: those stored, else uniform."""
     stored = evaluation.mixture
     if stored is None:
@@ -329,7 +335,7 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
     correct = arrays["correct"].astype(bool)
     if correct.ndim != 2 or correct.shape[1] != n:
         raise DataError(f"records of {cell.id} have shape {correct.shape}, expected (M, {n})")
-    q = exact_expectation(correct, _mixture(evaluation, len(correct)))
+    q = exact_expectation(correct, mixture_of(evaluation, len(correct)))
     stored = cell.accuracy.expected
     if stored is not None and abs(float(q.mean()) - stored) > AGREE:
         raise DataError(
@@ -392,7 +398,12 @@ def _stored(
         single=beside["single"].astype(np.float64) if "single" in beside else None,
         averaged=beside["averaged"].astype(np.float64) if "averaged" in beside else None,
         alone=None if alone is None else alone.astype(np.float64),
+        examples=_examples(folder, evaluation.examples),
     )
+
+
+def _examples(folder: Path | None, relative: str | None) -> Examples | None:
+    return Examples.read(_arrays(folder, relative), str(relative))
 
 
 def _is_evaluation(document: object) -> bool:
@@ -436,9 +447,26 @@ def evaluations_of(run: Path) -> dict[Path, object]:
     return evaluations
 
 
+def runs_in(source: Source) -> list[Source]:
+    """The evaluated runs of a folder of runs, by their path; any other source as it is.
+
+    A folder that is a run itself, or holds nothing that was evaluated, stays as it is.
+    """
+    if not isinstance(source, Path) or not source.is_dir():
+        return [source]
+    if (source / "evaluation").is_dir() or (source / "run.json").is_file():
+        return [source]
+    found = sorted({path.parent.parent for path in source.rglob("evaluation/[!.]*.json")})
+    return list(found) or [source]
+
+
 def load_all(sources: Iterable[Source]) -> list[Sequence[Stored]]:
-    """The suites of every run; runs of the same name are told apart by their position."""
-    runs = [load(source, position) for position, source in enumerate(sources, 1)]
+    """The suites of every run; runs of the same name are told apart by their position.
+
+    A folder of runs stands for all of them that were evaluated.
+    """
+    each = [run for source in sources for run in runs_in(source)]
+    runs = [load(source, position) for position, source in enumerate(each, 1)]
     names = [run[0].name for run in runs]
     return [
         [replace(s, name=f"{s.name} #{i}") for s in run] if names.count(run[0].name) > 1 else run

@@ -13,6 +13,7 @@ import numpy as np
 from redefense.attacks import Attack
 from redefense.checks.results import BLACK_BOX
 from redefense.config import ThreatConfig
+from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.points import Points
 from redefense.evaluation.cascade.worst_case import WorstCase
 from redefense.evaluation.cells import Cell, Task
@@ -55,6 +56,7 @@ class Runner:
     Attributes:
         worst: the worst case so far; None for a suite without a headline.
         others: what was run besides the suite's cells.
+        attacked: the images that the attacks returned.
     """
 
     def __init__(self, job: Job, plan: Sequence[Planned], mixture: Floats, clean: Cell) -> None:
@@ -63,6 +65,7 @@ class Runner:
         self.worst = None if self._threat is None else WorstCase(mixture, clean)
         self.others: list[Further] = []
         self._met: list[tuple[Attack, str, Bools]] = []
+        self.attacked = Attacked(job)
         self.points = Points(job.subject.x, job.place("points"))
         self._hands_on = any(p.attack.takes_starts for p in plan) or job.checks == "full"
 
@@ -141,9 +144,11 @@ class Runner:
             if attack.takes_starts:
                 task = replace(task, starts=self.points.starts(worst))
             task = self.points.kept(task, worst)
-        place, kept = job.place(f"{name}.npz"), job.place(f"{name}.chunks")
-        cell = Cell.read(place)
+        task = self.attacked.kept(task)
+        place, kept = job.place(f"{name}.npz"), self.attacked.chunks_of(name)
+        cell = Cell.read(place) if self.attacked.stored(name) else None
         if cell is None or not np.array_equal(cell.met, met):
+            self.attacked.images.pop(name, None)
             job.progress.begin(label, len(met), share=own_images(len(met), subject.workers))
             cell = task.run(kept, job.progress)
             if worst is not None and not cell.whole:
@@ -152,6 +157,7 @@ class Runner:
                 cell.save(saved, subject.index)
                 forget(kept)
             self._say(label, cell)
+        self.attacked.finish(name, cell, worst)
         # nobody looks for the next cell before this one is written
         subject.workers.wait()
         if worst is not None:
@@ -164,6 +170,7 @@ class Runner:
         self.job.subject.workers.wait()
         if self.job.subject.workers.first:
             self.points.forget()
+        self.attacked.forget()
 
     def _say(self, label: str, cell: Cell) -> None:
         if cell.whole:

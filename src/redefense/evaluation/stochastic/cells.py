@@ -23,7 +23,7 @@ from redefense.attacks.auto import AutoAttack
 from redefense.attacks.objectives import margin
 from redefense.attacks.subset import Subset
 from redefense.config import ThreatConfig
-from redefense.evaluation.cells import COST, Cell, Subject, as_threat, verify_ball
+from redefense.evaluation.cells import COST, Cell, Keep, Subject, as_threat, verify_ball
 from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.stochastic.views import Fresh, InPlace, counted
@@ -114,10 +114,11 @@ def attack_drawn(
     kept: Path | None = None,
     progress: Progress = SILENT,
     purpose: str = "score",
+    keep: Keep | None = None,
 ) -> DrawnCell:
     """Attack all images in fixed chunks; verify the ball; score the points by fresh draws.
 
-    `purpose` is that of the draws that score.
+    `purpose` is that of the draws that score; `keep` is told of each chunk.
     """
     budget = as_threat(threat)
 
@@ -145,7 +146,10 @@ def attack_drawn(
             reached = {"reached": _length(x_adv - x, budget.norm)}
             x_adv = budget.project(x_adv, x)
         numbers = seeds_of(seed, purpose, draws.score, chunk)
-        return scored(network, x_adv, x, y, numbers) | reached | cost
+        judged = scored(network, x_adv, x, y, numbers)
+        if keep is not None:
+            keep(images, np.arange(len(x)), x_adv, judged["correct"])
+        return judged | reached | cost
 
     count = len(subject.x)
     parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)

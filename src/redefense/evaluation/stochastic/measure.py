@@ -13,6 +13,8 @@ from redefense.attacks.square import Square
 from redefense.checks.results import Check
 from redefense.config import ThreatConfig
 from redefense.evaluation.baselines import NOTHING
+from redefense.evaluation.cascade.attacked import Attacked
+from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import cell_label
 from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
@@ -52,6 +54,7 @@ def run_drawn(
     checks: str = "quick",
     say: Say = lambda _: None,
     progress: Progress = SILENT,
+    keep_images: bool = False,
     draws: Draws | None = None,
 ) -> Report:
     """Run (or finish) a suite on a `Stochastic`; arguments, files and errors as `run_suite`.
@@ -68,13 +71,17 @@ def run_drawn(
     plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
-        store=store, checks=checks, say=say, progress=progress,
+        store=store, checks=checks, say=say, progress=progress, keep_images=keep_images,
     )  # fmt: skip
     before = drawn_checks.before(network, subject)
     progress.plan(_pieces(job, plan, network.num_members))
     draws = draws or _pilot(job, network)
     say(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
-    records, repeats = _records(job, plan, network, draws)
+    attacked = Attacked(job)
+    records, repeats = _records(job, plan, network, draws, attacked)
+    examples = known_examples(job, plan, attacked, records, {}, None)
+    subject.workers.wait()
+    attacked.forget()
     corrects, doubled = _everything(job, plan, records, repeats, network, draws)
     done = [*before, *doubled]
     data = _facts(job, made, records["clean"]) | {
@@ -88,7 +95,11 @@ def run_drawn(
         done.append(drawn_checks.below_attack(proven, data["headline"]))
     done += drawn_checks.after(data, records)
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
-    return Report(data, records, subject.index)
+    name_images(data, attacked, examples)
+    return Report(
+        data, records, subject.index, images=attacked.images if keep_images else {},
+        examples=examples,
+    )  # fmt: skip
 
 
 def _for_draws(planned: Planned) -> Planned:
@@ -220,7 +231,7 @@ def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, 
 
 
 def _records(
-    job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws
+    job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws, attacked: Attacked
 ) -> tuple[dict[str, DrawnCell], dict[str, list[DrawnCell]]]:
     """Every cell's records, attacked now or found in the store, and its repeats."""
     subject = job.subject
@@ -232,20 +243,22 @@ def _records(
         again: list[DrawnCell] = []
         for repeat in range(job.seeds):
             name = planned.identity + (f".seed{repeat}" if repeat else "")
-            place, kept = job.place(f"{name}.npz"), job.place(f"{name}.chunks")
-            cell = DrawnCell.read(place)
+            place, kept = job.place(f"{name}.npz"), attacked.chunks_of(name)
+            cell = DrawnCell.read(place) if attacked.stored(name) else None
             if not isinstance(cell, DrawnCell):
                 label, count = cell_label(number, planned, plan, repeat), len(subject.x)
                 job.progress.begin(label, count, share=own_images(count, subject.workers))
                 cell = attack_drawn(
                     subject, network, planned.attack, planned.threat, planned.spec.view, draws,
                     seed=job.seed, name=name, kept=kept, progress=job.progress,
+                    keep=attacked.keeping(name),
                 )  # fmt: skip
                 if (saved := job.save(place)) is not None:
                     cell.save(saved, subject.index)
                     forget(kept)
                 share = float(cell.correct.mean())
                 job.say(f"{label}: {100 * share:.1f} % expected accuracy, {cell.seconds:.1f} s")
+            attacked.finish(name, cell)
             again.append(cell)
         records[planned.identity], *repeats[planned.identity] = again
         # nobody looks for the next cell before this one is written

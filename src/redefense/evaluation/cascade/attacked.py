@@ -1,0 +1,127 @@
+"""Keeps attacked images: of a few images always, to be looked at, and of all on request."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from redefense.evaluation.cascade.worst_case import WorstCase
+from redefense.evaluation.cells import Cell, Keep, Task
+from redefense.evaluation.plan import Job
+from redefense.evaluation.store import Arrays, forget, read_arrays, write_arrays
+from redefense.results.examples import CANDIDATES
+from redefense.rng import CHUNK
+from redefense.types import Images
+
+SUFFIX: Final = ".images.npz"
+"""How the file beside a cell's records ends that holds its attacked images."""
+
+
+class Attacked:
+    """The images that each attack returned.
+
+    Args:
+        job: what is evaluated; if it keeps images, those of each attack are written beside its
+            records as soon as it is done, and found there again.
+
+    Attributes:
+        images: (k, C, H, W) by the name of the attack: all images where the job keeps them, else
+            the first `CANDIDATES`.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._x = job, job.subject.x
+        self._folder = job.place("attacked" + ".all" * job.keep_images)
+        self._count = len(self._x) if job.keep_images else min(len(self._x), CANDIDATES)
+        self._memory: dict[tuple[str, int], Arrays] = {}
+        self._bytes = 0
+        self.images: dict[str, NDArray[np.floating]] = {}
+
+    @property
+    def all(self) -> bool:
+        """Whether all images are kept."""
+        return self._job.keep_images
+
+    def kept(self, task: Task) -> Task:
+        """The task, which from now on keeps its images."""
+        return replace(task, keep=self.keeping(task.name, task.keep))
+
+    def keeping(self, name: str, before: Keep | None = None) -> Keep:
+        """What keeps the images of an attack, after `before` was told of them."""
+
+        def keep(
+            images: slice, rows: NDArray[np.int64], x_adv: Images, correct: NDArray[np.bool_]
+        ) -> None:
+            if before is not None:
+                before(images, rows, x_adv, correct)
+            some = images.start + rows < self._count
+            if images.start >= self._count:
+                return
+            points = x_adv[torch.from_numpy(some).to(x_adv.device)].cpu().numpy()
+            arrays = {"rows": images.start + rows[some], "points": points}
+            if (place := self._place(name, images.start)) is not None:
+                write_arrays(place, arrays)
+            else:
+                self._memory[name, images.start] = arrays
+
+        return keep
+
+    def chunks_of(self, name: str) -> Path | None:
+        """The folder of an attack under way: chunks whose images were not kept are of no use."""
+        return self._job.place(f"{name}{'.images' * self.all}.chunks")
+
+    def stored(self, name: str) -> bool:
+        """Whether all images of a finished attack lie beside its records, if they are wanted."""
+        if not self.all:
+            return True
+        found = read_arrays(self._job.place(name + SUFFIX))
+        if found is None or len(found.get("images", ())) != self._count:
+            return False
+        self.images[name] = found["images"]
+        return True
+
+    def finish(self, name: str, cell: Cell, worst: WorstCase | None = None) -> None:
+        """Put the images of an attack together.
+
+        Those that it did not meet were lost before: of them the point at which they were lost is
+        taken, so that the records say what the members answer to the images.
+        """
+        if name in self.images:
+            return
+        images = self._x[: self._count].cpu().numpy().copy()
+        for start in range(0, self._count, CHUNK):
+            if not cell.met[start : min(start + CHUNK, self._count)].any():
+                continue
+            if (part := self._read(name, start)) is None:
+                return  # of an evaluation that was finished before
+            images[part["rows"]] = part["points"]
+        if worst is not None:
+            for row in np.flatnonzero(~cell.met[: self._count]):
+                if (lost_to := worst.source[row]) in self.images:
+                    images[row] = self.images[lost_to][row]
+        self.images[name] = images
+        if self.all and (place := self._job.save(self._job.place(name + SUFFIX))):
+            write_arrays(place, {"index": self._job.subject.index, "images": images})
+            self._bytes += place.stat().st_size
+
+    def forget(self) -> None:
+        """Remove what was kept chunk by chunk, and say how large the files of all images are."""
+        self._memory.clear()
+        if self._job.subject.workers.first:
+            forget(self._folder)
+        if self._bytes:
+            self._job.say(
+                f"{self._job.suite.name}: attacked images of {len(self.images)} attacks, "
+                f"{self._bytes / 1e6:.1f} MB, in {self._job.place('*' + SUFFIX)}"
+            )
+
+    def _place(self, name: str, start: int) -> Path | None:
+        return None if self._folder is None else self._folder / name / f"{start}.npz"
+
+    def _read(self, name: str, start: int) -> Arrays | None:
+        if (place := self._place(name, start)) is not None:
+            return read_arrays(place)
+        return self._memory.get((name, start))

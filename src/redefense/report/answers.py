@@ -1,0 +1,161 @@
+"""The first screen of a report: its title, the verdict in one sentence, and three questions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from redefense.report.ranking import best, mean_aware, names, ranked, repeats
+from redefense.report.sentences import PERCENT, Verdict, budget, verdict
+from redefense.report.tables import labels_of, percent
+from redefense.results.join import Result
+
+
+def title(results: Sequence[Result]) -> str:
+    """The question that the page answers."""
+    groups = repeats(results)
+    (name, *_) = names(groups, results)
+    if len({result.name for result in results}) == 1:
+        return f"How robust is {results[0].name} under attack?"
+    if len(groups) == 1:
+        return f"How robust is {name} under attack, over {len(groups[0])} seeds?"
+    runs = sum(map(len, groups))
+    kind = "runs" if runs == len(groups) else "methods"
+    return f"Which of these {len(groups)} {kind} is the most robust?"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The verdict in one sentence."""
+    groups = repeats(results)
+    called, top, mine = names(groups, results), best(results), groups[0]
+    if top.aware is None:
+        return (
+            f"Nothing can be claimed about the robustness of {called[0]}: no attack that knows the "
+            "ensemble was run, or its per-image records are missing."
+        )
+    mean = f", the mean of {len(mine)} seeds" if len(mine) > 1 else ""
+    told = (
+        f"{called[0]} answers {percent(mean_aware(mine))}{PERCENT} of the images correctly when "
+        f"each is changed by the attack that works best against it{mean}"
+    )
+    others = [
+        f"{name} {percent(mean_aware(group))}{PERCENT}"
+        for name, group in zip(called[1:], groups[1:], strict=True)
+        if group[0].aware is not None
+    ]
+    if others:
+        return f"{told}; next comes {others[0]}."
+    return f"{told}{_worth(top, verdict(top))}."
+
+
+def _worth(result: Result, worth: Verdict) -> str:
+    """What the draw does for it, as the end of a sentence."""
+    if result.num_members == 1:
+        return ""
+    if worth.answer == "yes":
+        return ", and drawing the member at random is what it gains from"
+    if worth.answer == "no":
+        return ", but a classifier without any random draw keeps more"
+    if worth.short == "not shown":
+        return ", and whether the random draw helps is not shown"
+    return ", and whether the random draw helps was not measured"
+
+
+class Answer(NamedTuple):
+    """One question of the first screen: the answer in a word or figure, then in sentences."""
+
+    question: str
+    lead: str
+    text: str
+
+
+def answers(results: Sequence[Result]) -> list[Answer]:
+    """The questions of the first screen, answered about the best of the runs.
+
+    Of one network nobody asks whether its randomness is worth it.
+    """
+    top = best(results)
+    found = [_how(results, top), _whom(top)]
+    if top.num_members == 1:
+        return found
+    worth = verdict(top)
+    return [
+        *found,
+        Answer(
+            question="Is the randomness worth it?",
+            lead=worth.short.capitalize(),
+            text=worth.sentence,
+        ),
+    ]
+
+
+BESIDE = 5
+"""Methods that the first screen names beside the best."""
+
+
+def _how(results: Sequence[Result], top: Result) -> Answer:
+    mine = repeats(results)[0]
+    called = dict(zip(results, labels_of(results), strict=True))
+    clean = f" Without an attack: {percent(top.clean)}{PERCENT}." if top.clean else ""
+    if top.aware is None:
+        lead, told = "Unknown", (
+            "That cannot be said: no attack that knows the ensemble was run, or its records are "
+            f"missing. Run `redefense evaluate` with the suite quick or aware.{clean}"
+        )  # fmt: skip
+    elif len(mine) > 1:
+        lead = f"{percent(mean_aware(mine))}{PERCENT}"
+        each = ", ".join(f"{percent(r.aware)}{PERCENT}" for r in mine)
+        told = (
+            f"This share of the images stays right under attack: the mean of {len(mine)} runs that "
+            f"differ by their seed alone ({each}). What follows is about {called[top]}, the middle "
+            f"one.{clean}"
+        )
+    else:
+        lead = f"{percent(top.aware)}{PERCENT}"
+        told = f"This share of the images stays right under attack ({called[top]}).{clean}"
+    groups = repeats(results)
+    others = [
+        f"{name} {percent(mean_aware(group))}{PERCENT}"
+        for name, group in list(zip(names(groups, results), groups, strict=True))[1:]
+        if group[0].aware is not None
+    ]
+    if others:
+        beside = others[:BESIDE]
+        more = len(others) - len(beside)
+        told += f" The others: {', '.join(beside)}" + (f", and {more} more below." * bool(more))
+        told += "" if more else "."
+    elsewhere = len({r.name for r in results}) - len(ranked(results))
+    if elsewhere > 0:
+        runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"
+        told += f" Not compared: {runs} on other data or within another budget."
+    return Answer(question="How robust is it?", lead=lead, text=told)
+
+
+def _whom(top: Result) -> Answer:
+    """Who attacked, and what those left who knew less."""
+    attackers = len(top.bounded)
+    ran = f"{attackers} attack{'s' * (attackers != 1)} within this budget {_were(attackers)} run"
+    alone = top.num_members == 1
+    if not alone and top.aware is None:
+        return Answer(
+            question="Against whom?",
+            lead=f"One who does not know, {top.threat}",
+            text=f"An attacker who may {budget(top)} and does not know how a member is drawn; "
+            f"{ran}.",
+        )
+    members = f"all {top.num_members} members" if top.num_members else "the network"
+    known = "the network" if alone else f"{members} and the probability of each"
+    if top.stochastic is not None:
+        known = "the network and how it draws"
+    hidden = "" if alone else ", but not which draw will answer"
+    told = f"An attacker who may {budget(top)} and knows {known}{hidden}; {ran}."
+    if not alone and top.unaware is not None and top.aware is not None:
+        gap = 100 * (top.unaware.value - top.aware.value)
+        told += (
+            f" Attackers who do not know the ensemble leave {percent(top.unaware)}{PERCENT}. The "
+            f"difference of {gap:.1f} points is lost as soon as the attacker learns the method, so "
+            "quote the lower figure."
+        )
+    return Answer(question="Against whom?", lead=f"One who knows, {top.threat}", text=told)
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"

@@ -1,0 +1,124 @@
+"""Attacked images for the page: as they were, as they became, and the change magnified."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from redefense.report.sentences import PERCENT
+from redefense.results.examples import Examples
+from redefense.results.join import Result
+from redefense.results.records import Stored, mixture_of
+
+LARGEST: Final = 96
+"""Pixels to which a larger image is reduced, so that the page stays small."""
+
+Pixels = NDArray[np.floating]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """One image of the page.
+
+    Attributes:
+        clean, attacked, change: PNG as data URI; `change` is grey where nothing changed.
+        times: by how much the change is magnified.
+        label: the true class.
+        attack: who found the attacked image.
+        fooled: which members answer wrongly.
+        odds: with what probability the draw answers rightly.
+    """
+
+    number: int
+    clean: str
+    attacked: str
+    change: str
+    times: str
+    label: int
+    attack: str
+    fooled: str
+    odds: str
+
+
+def png(pixels: Pixels) -> str:
+    """A PNG as data URI, from (C, H, W) in [0, 1] with one or three channels."""
+    values = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    image = Image.fromarray(values[0] if len(values) == 1 else values[:3].transpose(1, 2, 0))
+    if max(image.size) > LARGEST:
+        image.thumbnail((LARGEST, LARGEST))
+    content = io.BytesIO()
+    image.save(content, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def magnified(change: Pixels) -> tuple[Pixels, float]:
+    """The change around grey, its largest value black or white, and how many times that is."""
+    largest = float(np.abs(change).max(initial=0))
+    if largest == 0:
+        return np.full_like(change, 0.5), 1.0
+    times = 0.5 / largest
+    return 0.5 + times * change, times
+
+
+def pictures(result: Result) -> list[Shown]:
+    """What the page shows of a result; empty where no examples are stored."""
+    known = [stored for stored in result.suites if stored.examples is not None]
+    if not known:
+        return []
+    # of several suites the one whose attacks found most
+    stored = min(known, key=lambda s: float(_odds(s, s.examples).mean()) if s.examples else 1.0)
+    examples = stored.examples
+    assert examples is not None
+    labels = {c.cell.id: c.label for c in (*stored.cells, *stored.further)}
+    odds = _odds(stored, examples)
+    return [_shown(examples, k, labels, float(odds[k])) for k in range(len(examples.index))]
+
+
+def _odds(stored: Stored, examples: Examples | None) -> NDArray[np.float64]:
+    """(k,) the probability that the draw answers rightly."""
+    assert examples is not None
+    correct = examples.correct.astype(np.float64)
+    if stored.evaluation.stochastic or not len(correct):
+        return correct.mean(0) if len(correct) else np.zeros(correct.shape[1])
+    found: NDArray[np.float64] = mixture_of(stored.evaluation, len(correct)) @ correct
+    return found
+
+
+def _shown(examples: Examples, k: int, labels: Mapping[str, str], odds: float) -> Shown:
+    clean, attacked = examples.clean[k], examples.attacked[k]
+    change, times = magnified(attacked - clean)
+    attack = str(examples.attack[k])
+    return Shown(
+        number=int(examples.index[k]),
+        clean=png(clean),
+        attacked=png(attacked),
+        change=png(change),
+        times=f"{times:.0f}" if times >= 10 else f"{times:.1f}",
+        label=int(examples.label[k]),
+        attack="no attack fooled a member" if attack == "clean" else labels.get(attack, attack),
+        fooled=_fooled(examples, k),
+        odds=f"{100 * odds:.0f}{PERCENT}",
+    )
+
+
+def _fooled(examples: Examples, k: int) -> str:
+    """Which members answer wrongly, and with what."""
+    right = examples.correct[:, k]
+    if not len(examples.predicted):  # draws, which have no names
+        return f"{int((~right).sum())} of {len(right)} fresh draws answer wrongly"
+    said = examples.predicted[:, k]
+    wrong = [f"member {m} says {said[m]}" for m in np.flatnonzero(~right)]
+    if len(right) == 1:
+        return f"the network says {said[0]}" if wrong else "the network is right"
+    if not wrong:
+        return "no member is fooled"
+    return f"{len(wrong)} of {len(right)} members fooled: {_listed(wrong)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words)

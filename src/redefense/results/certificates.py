@@ -1,0 +1,56 @@
+"""Certificates that `redefense certify` stored with a run. Needs no torch."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from redefense.errors import DataError
+from redefense.results.records import Stored, read_json
+
+
+class Level(BaseModel):
+    """What is certified at one L2 radius; shares of images in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    radius: float
+    single: float
+    vote: float
+    sigma: float
+    draws: int
+    confidence: float
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    data: dict[str, object]
+    clean: float
+    certificates: tuple[Level, ...] = Field(min_length=1)
+
+
+def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
+    """(what it was made on, level) of all certificates of the runs that the suites are of.
+
+    Raises:
+        DataError: if a file is damaged.
+    """
+    homes = dict.fromkeys(home for stored in suites if (home := _home(stored)) is not None)
+    found = []
+    for path in (p for home in homes for p in sorted((home / "certificates").glob("*.json"))):
+        try:
+            document = _Document.model_validate(read_json(path))
+        except ValidationError as error:
+            key = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise DataError(f"{path} is no valid certificate: {key}") from None
+        data = document.data
+        told = f"{data.get('num_images')} {data.get('split')} images of {data.get('name')}"
+        found += [(told, level) for level in document.certificates]
+    return found
+
+
+def _home(stored: Stored) -> Path | None:
+    """The run's directory."""
+    file = stored.file
+    return None if file is None or file.parent.name != "evaluation" else file.parent.parent
