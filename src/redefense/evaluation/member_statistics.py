@@ -19,6 +19,7 @@ from redefense.attacks.gradient import PGD
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cells import Cell, Subject
+from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.networks import differentiating
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
@@ -123,7 +124,7 @@ def member_measures(
         right = correct(ensemble.member_logits(x), y)
     common = right.all(0)
     jobs: list[Callable[[Tried], Any]] = [
-        lambda tried: curve(ensemble, x, y, threat, worst, tried, seed=seed),
+        lambda tried: _costed_curve(ensemble, x, y, threat, worst, tried, seed=seed),
         *(
             partial(convention.row, ensemble, m, x, y, common, threat, seed=seed)
             for convention in CONVENTIONS.values()
@@ -138,7 +139,7 @@ def member_measures(
         results.append((job(apart), apart.cell))
         progress.advance(1, 0.0)
     # added up in one order, on however many processes they were found
-    (falling, points), *others = subject.workers.gather(results)
+    ((falling, cost), points), *others = subject.workers.gather(results)
     for cell in (points, *(cell for _, cell in others)):
         tried.add(cell)
     rows = [row for row, _ in others]
@@ -148,6 +149,7 @@ def member_measures(
     }
     found = {
         "curve": falling,
+        "curve_cost": cost,
         "transfer": conventions["dverge"]["matrix"],
         "transfer_conventions": conventions,
         "diversity": {
@@ -157,6 +159,22 @@ def member_measures(
         },
     }
     return found, tried.cell
+
+
+def _costed_curve(
+    ensemble: Ensemble, x: Images, *more: Any, seed: int
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """The `curve`, and on how many images and with how many passes of each it was made."""
+    meter = Meter()
+    rows = curve(Metered(ensemble, meter), x, *more, seed=seed)
+    count = max(1, len(x))
+    return rows, {
+        "attack": repr(ATTACKS["hinge"]()),
+        "images": len(x),
+        "radii": len(rows) - 1,
+        "forwards": meter.forwards / count,
+        "backwards": meter.backwards / count,
+    }
 
 
 def curve(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from redefense.checks.catalogue import CATALOGUE
-from redefense.report import answers, ranking, reproduce
+from redefense.report import answers, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.tables import (
     COLUMNS,
@@ -68,12 +68,40 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         body.append([name, *(with_interval(c.expected if c else None) for c in cells)])
     header = ["run", *(escape_markdown(f"{attack} ({view})") for attack, view in columns)]
     parts += [markdown_table(header, body), ""]
+    parts += _radii(results)
+    parts += _certified(results)
     for detail, result in zip(details(rows), results, strict=True):
         title = escape_markdown(f"{result.name}, {detail or result.threat}")
         parts += [f"## Checks of {title}", "", *_checks(result), ""]
     parts += ["## Reproduce", "", reproduce.HOW, ""]
     parts += [*(f"    {' '.join(c.split())}" for c in commands), ""]
     return "\n".join(parts)
+
+
+def _radii(results: Sequence[Result]) -> Iterator[str]:
+    """The headline of each evaluation at several radii."""
+    for name, points in tables.radii(results):
+        keys = [key for key in points[0] if key != "eps"]
+        body = [
+            [f"{point['eps']:g}", *(with_interval(point[key]) for key in keys)] for point in points
+        ]
+        title = escape_markdown(f"{name}: evaluated at several radii")
+        yield from (f"## {title}", "", markdown_table(["eps", *keys], body), "")
+
+
+def _certified(results: Sequence[Result]) -> Iterator[str]:
+    """What was certified, as a table."""
+    if not (found := tables.certified(results)):
+        return
+    header = ["run", "L2 radius", "noise", "one draw, at least", "vote, at least", "draws",
+              "probability", "made on"]  # fmt: skip
+    body = [
+        [name, f"{level.radius:g}", f"{level.sigma:g}", tables.percent(level.single),
+         tables.percent(level.vote), str(level.draws), f"{100 * level.confidence:g}", made_on]
+        for name, made_on, level in found
+    ]  # fmt: skip
+    yield from ("## Certificates", "", "Percent of images; no attack within the radius can leave "
+                "fewer.", "", markdown_table(header, body), "")  # fmt: skip
 
 
 def _spread(spread: ranking.Spread | None) -> str:

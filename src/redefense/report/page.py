@@ -20,7 +20,6 @@ from redefense.report.latex import to_latex
 from redefense.report.markdown import markdown
 from redefense.report.pictures import Shown, pictures
 from redefense.report.tables import format_table, summary_table
-from redefense.results.certificates import Level, certificates_of
 from redefense.results.intervals import Estimate
 from redefense.results.join import TRIES, Result, join
 from redefense.results.records import Source
@@ -178,71 +177,40 @@ def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
     """On how many images it was made, and what it cost."""
     costs = (e.curve_cost for r in results for e in r.evaluations if e.curve_cost)
     told = (
-        f"{cost['attack']} at {cost['radii']} radii on the first {cost['images']} images, "
-        f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes an image; what "
-        "was found within the budget counts in the headline."
+        f"{cost['attack'].partition('(')[0]} at {cost['radii']} radii on the first "
+        f"{cost['images']} images, "
+        f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes an image; "
+        "what was found within the budget counts in the headline."
         for cost in costs
     )
     yield from dict.fromkeys(told)
 
 
-Point = Mapping[str, float | Estimate | None]
-
-
 def _eps_curves(
     results: Sequence[Result],
-) -> Iterator[tuple[str, str, str, list[Point]]]:
+) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
     """Name, chart, legend and points of each evaluation at several radii."""
-    called = tables.labels_of(results)
-    for name, result in zip(called, results, strict=True):
-        for evaluation in result.evaluations:
-            if len(evaluation.eps_curve) < 2 or result.eps != evaluation.eps_curve[-1]["eps"]:
-                continue
-            keys = ("aware",) if result.num_members == 1 else ("unaware", "aware")
-            points: list[Point] = [
-                {"eps": float(at["eps"])} | {key: _at(at, key) for key in keys}
-                for at in evaluation.eps_curve
-            ]
-            lines = [
-                charts.Line(
-                    label="under attack" if len(keys) == 1 else key,
-                    points=[
-                        [float(at["eps"]), *(v for v in at[key] if v is not None)]  # type: ignore[arg-type, union-attr, misc]  # eps is a number, the others are estimates
-                        for at in points
-                        if at[key] is not None
-                    ],
-                    style=0 if key == "aware" else 1,
-                    dashed=key == "unaware",
-                )
-                for key in keys
-            ]
-            if not all(line.points for line in lines):
-                continue
-            chart = charts.line_chart(
-                lines,
-                title=f"{name}: accuracy at several radii",
-                x_label="eps",
-                y_label="accuracy, %",
-                x_ticks=[float(at["eps"]) for at in evaluation.eps_curve],
+    for name, points in tables.radii(results):
+        lines = [
+            charts.Line(
+                label=key,
+                points=[
+                    [at["eps"], *(v for v in at[key] if v is not None)] for at in points if at[key]
+                ],
+                style=0 if key == "aware" else 1,
+                dashed=key == "unaware",
             )
-            yield name, chart, charts.legend(lines), points
-
-
-def _at(entry: Mapping[str, Any], key: str) -> Estimate | None:
-    if entry.get(key) is None:
-        return None
-    return Estimate(float(entry[key]), *(entry.get(f"{key}_interval") or ()))
-
-
-def _certificates(results: Sequence[Result]) -> list[tuple[str, str, Level]]:
-    """Run, what it was certified on, and level."""
-    return list(
-        dict.fromkeys(
-            (result.name, made_on, level)
-            for result in results
-            for made_on, level in certificates_of(result.suites)
+            for key in points[0]
+            if key != "eps"
+        ]
+        chart = charts.line_chart(
+            lines,
+            title=f"{name}: accuracy at several radii",
+            x_label="eps",
+            y_label="accuracy, %",
+            x_ticks=[at["eps"] for at in points],
         )
-    )
+        yield name, chart, charts.legend(lines), points
 
 
 def _pictured(results: Sequence[Result]) -> list[tuple[Result, list[Shown]]]:
@@ -332,7 +300,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "bar": charts.bar,
         "best": ranking.best(results),
         "catalogue": CATALOGUE,
-        "certificates": _certificates(results),
+        "certificates": tables.certified(results),
         "checks_of": wording.checks_of,
         "columns": columns,
         "commands": commands,

@@ -1,6 +1,4 @@
-"""Which results are compared with which: runs that differ by their seed alone count as one method.
-
-"""
+"""Which results are compared: runs that differ by their seed alone count as one method."""
 
 import json
 import math

@@ -115,7 +115,7 @@ def verdict(result: Result) -> Verdict:
 def _rivals(result: Result) -> Iterator[Rival]:
     for name, figure, gain in (
         *_single(result),
-        ("the averaged ensemble", result.averaged, result.over_averaged),
+        ("averaged ensemble", result.averaged, result.over_averaged),
     ):
         if figure is not None:
             yield Rival(name=name, figure=figure, gain=gain)
@@ -126,7 +126,7 @@ def _strongest(rivals: Sequence[Rival]) -> Rival:
 
 
 def _keeps(rival: Rival) -> str:
-    return f"{rival.name} keeps {percent(rival.figure)}{PERCENT}"
+    return f"the {rival.name} keeps {percent(rival.figure)}{PERCENT}"
 
 
 def points(gain: Estimate | None) -> tuple[str, str]:
@@ -145,12 +145,12 @@ def _single(result: Result) -> list[tuple[str, Estimate | None, Estimate | None]
     """The single members to be compared with: name, figure and gain over it."""
     best, chosen = result.best_alone, (result.single, result.over_single)
     if not result.alone:
-        return [(f"the member {_chosen_on(result)}", *chosen)]
+        return [(f"member {_chosen_on(result)}", *chosen)]
     if result.single is not None and best is not None and result.single.value >= best.value:
-        return [("the best single member", *chosen)]
+        return [("best member alone", *chosen)]
     return [
-        (f"the member {_chosen_on(result)}", *chosen),
-        ("the best single member", best, result.over_alone),
+        (f"member {_chosen_on(result)}", *chosen),
+        ("best member alone", best, result.over_alone),
     ]
 
 

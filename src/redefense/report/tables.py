@@ -3,11 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from redefense.results.certificates import Level, certificates_of
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, join
 from redefense.results.records import Scored, Source
@@ -92,8 +93,8 @@ def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
     """One row for each run, threat and set of images.
 
     Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, `num_members`
-    (None of a network that draws), and `best_single_member`, the member that was chosen beforehand. Each figure is an `Estimate`
-    (fractions in [0, 1]) or None where it is unknown.
+    (None of a network that draws), and `best_single_member`, the member that was chosen beforehand.
+    Each figure is an `Estimate` (fractions in [0, 1]) or None where it is unknown.
 
     Raises:
         DataError: if a run holds no evaluation or a file is damaged.
@@ -165,6 +166,33 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = [f"{percent(figure)}\n{interval(figure)}" for figure in figures(row)]
         table.add_row(name, *cells)
     return table
+
+
+def certified(results: Sequence[Result]) -> list[tuple[str, str, Level]]:
+    """Run, what it was certified on, and level."""
+    found = [
+        (result.name, made_on, level)
+        for result in results
+        for made_on, level in certificates_of(result.suites)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def radii(results: Sequence[Result]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """For each evaluation at several radii its name, and at each radius "eps" and the estimates."""
+    for name, result in zip(labels_of(results), results, strict=True):
+        keys = ("aware",) if result.num_members == 1 else ("unaware", "aware")
+        for evaluation in result.evaluations:
+            curve = evaluation.eps_curve
+            # the radii lie within the largest one, which is that of the evaluation
+            if len(curve) < 2 or result.eps is None or abs(curve[-1]["eps"] - result.eps) > 1e-8:
+                continue
+            yield name, [{"eps": at["eps"], **{k: _estimate(at, k) for k in keys}} for at in curve]
+
+
+def _estimate(entry: Mapping[str, Any], key: str) -> Estimate | None:
+    value = entry.get(key)
+    return None if value is None else Estimate(value, *(entry.get(f"{key}_interval") or ()))
 
 
 def attack_columns(results: Sequence[Result]) -> list[tuple[str, str]]:
