@@ -26,6 +26,7 @@ LAYERS = [
     {"report"},
     {"audit"},
     {"export", "hub", "conformance"},
+    {"claims"},
     {"serve"},
     {"bench"},
     {"commands"},

@@ -10,6 +10,7 @@ import typer
 import redefense
 from redefense.commands import (
     certifying,
+    claiming,
     deploying,
     evaluating,
     looking,
@@ -49,6 +50,18 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 data_app.command("check")(with_plugins(looking.data_check))
+claim_app = typer.Typer(
+    help="Claims: figures in a file that others can check and recompute.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(claim_app, name="claim")
+claim_app.command("make")(with_plugins(claiming.make))
+claim_app.command("check")(with_plugins(claiming.check))
+claim_app.command("recompute")(with_plugins(claiming.recompute))
+claim_app.command("compare")(claiming.compare)
+claim_app.command("table")(claiming.table)
+app.command()(claiming.leaderboard)
 bench_app = typer.Typer(
     help="Benchmarks of speed and memory.", no_args_is_help=True, rich_markup_mode=None
 )

@@ -5,25 +5,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-import claim_files
-import claim_pages
 import numpy as np
 import pytest
 
-import claims
-from redefense.config import override, parse_run
-from redefense.errors import ConfigError, DataError
+import redefense
+from command_line import call
+from redefense.claims import format, make, tables
+from redefense.claims.check import check
+from redefense.claims.recompute import differences, recompute
+from redefense.config import override
+from redefense.errors import DataError
 from redefense.evaluation.api import evaluate_run
 from redefense.evaluation.suite import Suite
 from redefense.recipes import recipe
-from redefense.report.page import write_report
 from redefense.report.tables import percent
 from redefense.results.intervals import paired_difference
 from redefense.results.join import join
 from redefense.train.experiment import train
-from redefense.train.loading import resolve
 
-ROOT = Path(claims.__file__).resolve().parents[1]
+ROOT = Path(redefense.__file__).resolve().parents[2]
 STORED = sorted((ROOT / "claims").glob("*.json"))
 CHEAP = 500_000
 """Forward passes of one member that a test may spend on a training."""
@@ -39,7 +39,7 @@ MINE = {
 
 def cheap(path: Path) -> bool:
     """Whether a test has the data and the time to make this claim again."""
-    claim = claim_files.read(path)
+    claim = format.read(path)
     few = claim.training.passes * claim.training.images < CHEAP
     return few and claim.run["data"]["spec"] == "digits"
 
@@ -58,40 +58,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def claim_of(runs: Path, seed: int = 0) -> format.Claim:
+    return make.claim([runs / f"tiny-{seed}"])
+
+
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_a_stored_claim_says_where_it_comes_from_and_agrees_with_itself(path: Path) -> None:
-    claim, text = claim_files.read(path), path.read_text()
+def test_a_stored_claim_holds_and_says_where_it_comes_from(path: Path) -> None:
+    claim, text = format.read(path), path.read_text()
+    assert [f for f in check(path) if f.severity == "error"] == []
     assert claim.name == path.stem
     assert not re.search(r'"/|\\\\|:/', text), "a path of somebody's machine"
-    resolve(parse_run(claim.run, path.name))
-    assert re.fullmatch(r"[0-9a-f]{64}", claim.training.weights)
-    assert claim.training.passes >= 1
-    for found in claim.evaluations:
-        for plan in found.suites:
-            assert plan.provenance.keys() >= {"commit", "torch", "machine", "seed", "date"}
-            assert re.fullmatch(r"[0-9a-f]{40}", plan.provenance["commit"]), "code of no commit"
-        if found.aware is None:
-            continue
-        assert found.unaware is not None
-        assert found.clean is not None
-        assert found.aware.value <= min(found.unaware.value, found.clean.value) + 1e-6
-        per_image = found.per_image()
-        assert per_image is not None
-        assert len(per_image) == found.data["num_images"]
-        assert per_image.mean() == pytest.approx(found.aware.value, abs=1e-5)
-        for figure in (found.clean, found.unaware, found.aware):
-            assert figure.low is not None
-            assert figure.high is not None
-            assert figure.low <= figure.value <= figure.high
-        bounded = [c.expected.value for c in found.cells if c.bounded and c.expected is not None]
-        assert found.aware.value <= min(bounded) + 1e-6
+    for plan in (plan for found in claim.evaluations for plan in found.suites):
+        assert plan.provenance.keys() >= {"commit", "torch", "machine", "seed", "date"}
+        assert re.fullmatch(r"[0-9a-f]{40}", plan.provenance["commit"]), "code of no commit"
 
 
 @pytest.mark.parametrize(
     "path", [path for path in STORED if cheap(path)], ids=lambda path: path.stem
 )
 def test_a_cheap_claim_can_be_made_again(path: Path, tmp_path: Path) -> None:
-    assert claims.recompute(claim_files.read(path), "digits", tmp_path) == []
+    assert recompute(format.read(path), "digits", tmp_path) == []
 
 
 def test_there_are_claims_that_a_test_makes_again() -> None:
@@ -99,7 +85,7 @@ def test_there_are_claims_that_a_test_makes_again() -> None:
 
 
 def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
-    claim = claim_files.claim(runs / "tiny-0")
+    claim = claim_of(runs)
     (result,) = join([runs / "tiny-0"])
     (found,) = claim.evaluations
     assert result.aware is not None
@@ -110,25 +96,26 @@ def test_a_claim_is_what_the_report_joins(runs: Path, tmp_path: Path) -> None:
     suites = {plan.file: plan.suite for plan in found.suites}
     assert suites["quick"] == "quick"
     assert Suite.model_validate(suites["mine-30"]) == Suite.model_validate(MINE)
-    path = claim_files.write(claim, tmp_path)
-    assert claim_files.read(path) == claim
+    path = format.write(claim, tmp_path / "claim.json")
+    assert format.read(path) == claim.model_copy(update={"sha256": format.dumped(claim)["sha256"]})
+    assert [f for f in check(path) if f.severity == "error"] == []
     assert str(runs) not in path.read_text()
 
 
 def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None:
-    claim = claim_files.claim(runs / "tiny-0")
-    assert claims.differences(claim, claim) == []
+    claim = claim_of(runs)
+    assert differences(claim, claim) == []
     (found,) = claim.evaluations
-    better = found.model_copy(update={"aware": claim_files.Figure(value=0.99, low=0.98, high=1.0)})
-    (line,) = claims.differences(claim.model_copy(update={"evaluations": (better,)}), claim)
+    better = found.model_copy(update={"aware": format.Figure(value=0.99, low=0.98, high=1.0)})
+    (line,) = differences(claim.model_copy(update={"evaluations": (better,)}), claim)
     assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
 
 
 def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
-    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
-    heading, _, first, second = claim_pages.table(both, against="tiny-0").splitlines()
+    both = [claim_of(runs, seed) for seed in (0, 1)]
+    heading, _, first, second = tables.table(both, against="tiny-0").splitlines()
     assert [cell.strip() for cell in heading.split("|")[1:-1]] == [
-        *claim_pages.COLUMNS, "aware, against tiny-0",
+        *tables.COLUMNS, "aware, against tiny-0",
     ]  # fmt: skip
     clean = both[0].headline.clean
     assert clean is not None
@@ -143,8 +130,8 @@ def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
 
 
 def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None:
-    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
-    heading, _, views, clean, *rows, _, note = claim_pages.attacks_table(both).splitlines()
+    both = [claim_of(runs, seed) for seed in (0, 1)]
+    heading, _, views, clean, *rows, _, note = tables.attacks_table(both).splitlines()
     assert heading == "| attack | tiny-0 | tiny-1 |"
     assert views == "| views | sampled | sampled |"
     assert clean.startswith("| clean |")
@@ -157,7 +144,7 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
         least[c.attack] = min(c.expected.value, least.get(c.attack, 1.0))
     least["least of these"] = min(least.values())
     assert found.aware is not None
-    worst = claim_files.least(found, [cell.key for cell in cells])
+    worst = format.least(found, [cell.key for cell in cells])
     least["worst of these for each image"] = worst.mean()
     assert found.aware.value - 1e-5 <= worst.mean() <= least["least of these"] + 1e-5
     least["with attackers who know"] = found.aware.value
@@ -168,10 +155,10 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
 
 
 def test_the_table_of_the_draw_shows_what_the_report_joins(runs: Path) -> None:
-    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
-    heading, _, first, _ = claim_pages.draw_table(both).splitlines()
+    both = [claim_of(runs, seed) for seed in (0, 1)]
+    heading, _, first, _ = tables.draw_table(both).splitlines()
     named = [cell.strip() for cell in heading.split("|")[1:-1]]
-    assert named == list(claim_pages.DRAW_COLUMNS)
+    assert named == list(tables.DRAW_COLUMNS)
     (joined,) = join([runs / "tiny-0"])
     assert joined.aware is not None
     assert joined.over_alone is not None
@@ -183,12 +170,12 @@ def test_the_table_of_the_draw_shows_what_the_report_joins(runs: Path) -> None:
     drawn = joined.aware.value - joined.best_alone.value
     assert joined.over_alone.value == pytest.approx(drawn)
     one = both[0].headline.model_copy(update={"alone": both[0].headline.alone[:1]})
-    assert len(claim_pages.draw_table([both[0].model_copy(update={"evaluations": (one,)})])) < 200
+    assert len(tables.draw_table([both[0].model_copy(update={"evaluations": (one,)})])) < 200
 
 
 def test_the_table_of_attacks_shows_paired_differences(runs: Path) -> None:
-    both = [claim_files.claim(runs / f"tiny-{seed}") for seed in (0, 1)]
-    *rows, _, note = claim_pages.attacks_table(both, against="tiny-0").splitlines()
+    both = [claim_of(runs, seed) for seed in (0, 1)]
+    *rows, _, note = tables.attacks_table(both, against="tiny-0").splitlines()
     assert note.endswith("paired differences from tiny-0")
     row = next(r for r in rows if "who know" in r)
     one, other = (c.headline.per_image() for c in both)
@@ -202,12 +189,12 @@ def test_the_table_of_attacks_shows_paired_differences(runs: Path) -> None:
 def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluation(
     runs: Path,
 ) -> None:
-    whole = claim_files.claim(runs / "tiny-0")
+    whole = claim_of(runs)
     (found,) = whole.evaluations
 
     def first(q: str | None) -> str:
         assert q is not None
-        return claim_files.packed(claim_files.unpacked(q)[:20]) or ""
+        return format.packed(format.unpacked(q)[:20]) or ""
 
     unaware = tuple(
         c.model_copy(update={"each": first(c.each)})
@@ -222,110 +209,83 @@ def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluatio
     q = found.per_image()
     assert q is not None
     joined = whole.model_copy(update={"evaluations": (part, found)})
-    row = next(r for r in claim_pages.attacks_table([joined], 20).splitlines() if "who know" in r)
+    row = next(r for r in tables.attacks_table([joined], 20).splitlines() if "who know" in r)
     assert row == f"| with attackers who know | {100 * q[:20].mean():.1f} |"
     alone = whole.model_copy(update={"evaluations": (part,)})
-    row = next(r for r in claim_pages.attacks_table([alone], 20).splitlines() if "who know" in r)
+    row = next(r for r in tables.attacks_table([alone], 20).splitlines() if "who know" in r)
     assert row == f"| with attackers who know | {percent(None)} |"
 
 
-def test_the_table_of_one_number_of_images_leaves_others_out(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = [
-        claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
-    ]
-    words = ["table", *map(str, paths), "--images"]
-    assert claims.main([*words, "30", "--against", "tiny-0"]) == 0
-    both = list(map(claim_files.read, paths))
-    assert capsys.readouterr().out == claim_pages.table(both, against="tiny-0") + "\n"
-    assert claims.main([*words, "31"]) == 2
-    assert "no claim was measured on --images 31" in capsys.readouterr().err
-    assert claims.main([*words, "30", "--against", "tiny-2"]) == 2
-    assert "tiny-2 is none of the claims shown" in capsys.readouterr().err
-    assert claims.main([*words, "30", "--draw", "--against", "tiny-0"]) == 2
-    assert "takes no --against" in capsys.readouterr().err
-    page = tmp_path / "page.html"
-    words[0] = "report"
-    assert claims.main([*words, "31", "--out", str(page)]) == 2
-    assert "no claim was measured on --images 31" in capsys.readouterr().err
-    assert not page.exists()
-    assert claims.main([*words, "30", "--out", str(page)]) == 0
-    assert "tiny-1" in page.with_suffix(".md").read_text()
+def test_the_table_of_one_number_of_images_leaves_others_out(runs: Path, tmp_path: Path) -> None:
+    paths = [format.write(claim_of(runs, seed), tmp_path / f"{seed}.json") for seed in (0, 1)]
+
+    def table(*options: str) -> Any:
+        return call("claim", "table", *paths, *options)
+
+    both = list(map(format.read, paths))
+    shown = table("--images", "30", "--against", "tiny-0")
+    assert (shown.code, shown.out) == (0, tables.table(both, against="tiny-0") + "\n")
+    for options, message in (
+        (("--images", "31"), "no claim was measured on --images 31"),
+        (("--against", "tiny-2"), "tiny-2 is none of the claims shown"),
+        (("--draw", "--against", "tiny-0"), "takes no --against"),
+        (("--draw", "--attacks"), "ask for one"),
+    ):
+        refused = table(*options)
+        assert (refused.code, refused.out) == (2, "")
+        assert message in refused.err
 
 
 def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path) -> None:
-    base, other = (claim_files.claim(runs / f"tiny-{seed}").headline for seed in (0, 1))
+    base, other = (claim_of(runs, seed).headline for seed in (0, 1))
     fewer = tuple(c for c in other.cells if c.attack != "hinge")
     assert 0 < len(fewer) < len(other.cells)
     part = other.model_copy(update={"cells": fewer})
     common = part.attacks().keys()
-    mine, theirs = (claim_files.least(e, common) for e in (part, base))
+    mine, theirs = (format.least(e, common) for e in (part, base))
     assert mine is not None
     assert theirs is not None
-    said = claim_pages._paired(part, base)
+    said = tables._paired(part, base)
     assert said.startswith(f"{100 * (mine - theirs).mean():+.1f} ")
     assert said.endswith(f", {len(common)} attacks of both")
     # over all attacks this is the worst case that the report joins
-    everything = claim_files.least(other, other.attacks().keys())
+    everything = format.least(other, other.attacks().keys())
     whole = other.per_image()
     assert everything is not None
     assert whole is not None
     np.testing.assert_array_equal(everything, whole)
     unkept = tuple(c.model_copy(update={"each": None}) for c in fewer)
     old = part.model_copy(update={"cells": unkept})
-    assert claim_pages._paired(old, base) == "other attacks"
+    assert tables._paired(old, base) == "other attacks"
 
 
-def test_what_is_no_claim_is_named(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = claim_files.claim(runs / "tiny-0").model_dump(mode="json", by_alias=True)
+def test_what_is_no_claim_is_named(runs: Path, tmp_path: Path) -> None:
+    good = format.dumped(claim_of(runs))
 
     def refused(change: dict[str, Any], match: str) -> None:
-        (tmp_path / "bad.json").write_text(json.dumps({**good, **change}))
+        bad = tmp_path / "bad.json"
+        bad.write_text(json.dumps({**good, **change}))
         with pytest.raises(DataError, match=match):
-            claim_files.read(tmp_path / "bad.json")
+            format.read(bad)
+        (finding,) = check(bad)
+        assert (finding.id, finding.severity) == ("schema", "error")
+        assert match in finding.why
 
     refused({"schema": 2}, "schema")
     refused({"evaluations": []}, "evaluations")
     refused({"note": "best ever"}, "note")
+    refused({"link": "javascript:alert(1)"}, "link")
     found = good["evaluations"][0]
     refused({"evaluations": [{**found, "aware": {"value": 41.2}}]}, "aware.value")
-    assert claims.main(["make", str(tmp_path / "nowhere")]) == 3
-    assert "claims: no trained run at" in capsys.readouterr().err
-
-
-def test_the_page_over_claims_says_what_the_page_over_the_runs_says(
-    runs: Path, tmp_path: Path
-) -> None:
-    paths = [
-        claim_files.write(claim_files.claim(runs / f"tiny-{seed}"), tmp_path) for seed in (0, 1)
-    ]
-    claim_pages.report(paths, tmp_path / "claims.html")
-    write_report([runs / "tiny-0", runs / "tiny-1"], tmp_path / "runs.html")
-    of_claims, of_runs = (
-        json.loads((tmp_path / name).read_text())["results"]
-        for name in ("claims.json", "runs.json")
-    )
-    unknown = {"members_fooled", "notes"}
-    for told, known in zip(of_claims, of_runs, strict=True):
-        assert told["members_fooled"] is None
-        for key in known.keys() - unknown:
-            expected = known[key]
-            if isinstance(expected, list | dict) and key != "suites":
-                values = expected.values() if isinstance(expected, dict) else expected
-                found = told[key].values() if isinstance(expected, dict) else told[key]
-                assert list(found) == pytest.approx(list(values), abs=2e-5), key
-            else:
-                assert told[key] == expected, key
-    with pytest.raises(ConfigError, match="would write over"):
-        claim_pages.report(paths, paths[0].with_suffix(".html"))
+    nowhere = call("claim", "make", tmp_path / "nowhere", "--out", tmp_path / "x.json")
+    assert nowhere.code == 3
+    assert "there is no run at" in nowhere.err
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_one_network_gains_nothing_over_itself() -> None:
     """Its draw, average and only member are one: equal attacks leave them equal, up to luck."""
-    alone = [c for c in map(claim_files.read, STORED) if c.run["ensemble"]["num_members"] == 1]
+    alone = [c for c in map(format.read, STORED) if c.run["ensemble"]["num_members"] == 1]
     known = [e for claim in alone for e in claim.evaluations if e.aware is not None]
     assert known
     for found in known:

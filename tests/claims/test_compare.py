@@ -3,39 +3,37 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import claim_files
-import compare
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from command_line import call
+from redefense.claims import compare, format
 from redefense.errors import ConfigError, DataError
-from redefense.results.intervals import paired_difference
+from redefense.results.intervals import difference_over_seeds
 
 Left = Mapping[str, NDArray[np.float64]]
 AWARE = {"hinge", "arc"}
 N = 200
 
 
-def claim(
-    name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03
-) -> claim_files.Claim:
+def claim(name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03) -> format.Claim:
     """A claim of which only what is compared is filled in."""
     cells = tuple(
-        claim_files.Attacked(
+        format.Attacked(
             id=attack, attack=attack, view="members" if attack in AWARE else "sampled",
             aware=attack in AWARE, bounded=True, repr=f"{attack}()",
-            expected=claim_files.Figure(value=float(q.mean())), each=claim_files.packed(q),
+            expected=format.Figure(value=float(q.mean())), each=format.packed(q),
         )
         for attack, q in left.items()
     )  # fmt: skip
-    found = claim_files.Evaluated(
+    found = format.Evaluated(
         data={"num_images": len(clean)}, norm="inf", eps=eps, suites=(), clean=None, unaware=None,
         aware=None, best_single_member=None, averaged=None, over_single=None, over_averaged=None,
-        cells=cells, red_checks=(), untouched=claim_files.packed(clean), lowest=None,
+        cells=cells, red_checks=(), untouched=format.packed(clean), lowest=None,
     )  # fmt: skip
-    training = claim_files.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
-    return claim_files.Claim(schema=1, name=name, run={}, training=training, evaluations=(found,))
+    training = format.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
+    return format.Claim(schema=1, name=name, run={}, training=training, evaluations=(found,))
 
 
 def draws(seed: int, p: float) -> NDArray[np.float64]:
@@ -43,14 +41,14 @@ def draws(seed: int, p: float) -> NDArray[np.float64]:
 
 
 @pytest.fixture
-def at() -> list[claim_files.Claim]:
+def at() -> list[format.Claim]:
     return [
         claim(f"at-{s}", draws(s, 0.9), {"fgsm": draws(10 + s, 0.8), "hinge": draws(20 + s, 0.7)})
         for s in (0, 1)
     ]
 
 
-def test_only_attacks_that_all_have_met_count(at: list[claim_files.Claim]) -> None:
+def test_only_attacks_that_all_have_met_count(at: list[format.Claim]) -> None:
     zero = np.zeros(N)
     clean, fgsm, hinge = draws(5, 0.8), draws(6, 0.7), draws(7, 0.6)
     other = claim("red-0", clean, {"fgsm": fgsm, "hinge": hinge, "arc": zero, "pgd": zero})
@@ -65,7 +63,7 @@ def test_only_attacks_that_all_have_met_count(at: list[claim_files.Claim]) -> No
 
 
 def test_figures_are_means_over_seeds_and_differences_are_paired(
-    at: list[claim_files.Claim],
+    at: list[format.Claim],
 ) -> None:
     better = [claim("red-3", np.ones(N), {"fgsm": np.ones(N), "hinge": np.ones(N)})]
     found, _ = compare.under_common({"at": at, "red": better})
@@ -75,23 +73,24 @@ def test_figures_are_means_over_seeds_and_differences_are_paired(
     assert f"| 2 | {100 * np.mean([draws(0, 0.9), draws(1, 0.9)]):.1f} [" in first
     assert f"| {100 * each.mean():.1f} [" in first
     assert first.endswith(f"| {100 * each[0]:.1f}, {100 * each[1]:.1f} |  |")
-    gain = paired_difference(np.ones(N), found["at"].aware.mean(0))
+    gain = difference_over_seeds(np.ones(N), found["at"].aware)
     assert gain.value == pytest.approx(1 - each.mean())
     assert f"| {100 * gain.value:+.1f} [{100 * (gain.low or 0):+.1f}," in second
-    assert note == f"2 attacks that all have met, {N} images"
+    over = "intervals over images and seeds"
+    assert note == f"2 attacks that all have met, {N} images; {over}"
 
 
 def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
-    at: list[claim_files.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at: list[format.Claim], tmp_path: Path
 ) -> None:
-    def on(images: int) -> claim_files.Evaluated:
+    def on(images: int) -> format.Evaluated:
         left = {"fgsm": np.full(images, 0.5), "hinge": np.full(images, images / 1000)}
         if images == 900:  # the only set without the third attack
             return claim("", np.ones(images), left).evaluations[0]
         left["arc"] = np.ones(images)
         return claim("", np.ones(images), left).evaluations[0]
 
-    def measured(*images: int) -> claim_files.Claim:
+    def measured(*images: int) -> format.Claim:
         return at[0].model_copy(update={"evaluations": tuple(map(on, images))})
 
     for one, other, best in [((300, 500), (500, 300), 500), ((900, 100), (100, 200, 900), 100)]:
@@ -101,21 +100,23 @@ def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
         np.testing.assert_allclose(found["red"].aware, left, atol=1e-5)
     with pytest.raises(DataError, match="different images"):
         compare.under_common({"at": [measured(300)], "red": [measured(500)]})
-    claim_files.write(measured(300, 500), tmp_path)
-    claim_files.write(measured(300).model_copy(update={"name": "at-7"}), tmp_path)
+    format.write(measured(300, 500), tmp_path / "at-0.json")
+    format.write(measured(300), tmp_path / "at-7.json")
     only = compare.seeds_of("at", tmp_path, 500)
     assert [[e.data["num_images"] for e in it.evaluations] for it in only] == [[500]]
-    assert compare.main(["at", "--images", "300", "--claims", str(tmp_path)]) == 0
-    assert "| at | 2 |" in capsys.readouterr().out
-    assert compare.main(["at", "--images", "9", "--claims", str(tmp_path)]) == 2
-    assert "was measured on 9 images" in capsys.readouterr().err
+    shown = call("claim", "compare", "at", "--images", 300, "--claims", tmp_path)
+    assert shown.code == 0
+    assert "| at | 2 |" in shown.out
+    refused = call("claim", "compare", "at", "--images", 9, "--claims", tmp_path)
+    assert refused.code == 2
+    assert "was measured on 9 images" in refused.err
 
 
 def test_a_claim_made_anew_keeps_what_other_images_said_of_the_same_weights(
-    at: list[claim_files.Claim],
+    at: list[format.Claim],
 ) -> None:
     (found,) = at[0].evaluations
-    better = found.model_copy(update={"unaware": claim_files.Figure(value=0.5)})
+    better = found.model_copy(update={"unaware": format.Figure(value=0.5)})
     fewer = claim("", np.ones(9), {"hinge": np.ones(9)}).evaluations[0]
     new = at[0].model_copy(update={"evaluations": (better,)})
     older = at[0].model_copy(update={"evaluations": (found, fewer)})
@@ -124,10 +125,10 @@ def test_a_claim_made_anew_keeps_what_other_images_said_of_the_same_weights(
     assert new.keeping(older.model_copy(update={"training": trained})) == new
 
 
-def test_what_cannot_be_compared_is_refused(at: list[claim_files.Claim]) -> None:
+def test_what_cannot_be_compared_is_refused(at: list[format.Claim]) -> None:
     both = {"fgsm": draws(6, 0.7), "hinge": draws(7, 0.6)}
 
-    def refused(other: claim_files.Claim, match: str) -> None:
+    def refused(other: format.Claim, match: str) -> None:
         with pytest.raises(DataError, match=match):
             compare.under_common({"at": at, "red": [other]})
 
@@ -141,17 +142,20 @@ def test_what_cannot_be_compared_is_refused(at: list[claim_files.Claim]) -> None
 
 
 def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
-    at: list[claim_files.Claim], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at: list[format.Claim], tmp_path: Path
 ) -> None:
-    for it in (*at, claim("at-m5-0", np.ones(N), {})):
-        claim_files.write(it, tmp_path)
-    assert compare.seeds_of("at", tmp_path) == at
+    written = [
+        format.read(format.write(it, tmp_path / f"{it.name}.json"))
+        for it in (*at, claim("at-m5-0", np.ones(N), {}))
+    ]
+    assert compare.seeds_of("at", tmp_path) == written[:2]
     with pytest.raises(ConfigError, match="gal-SEED"):
         compare.seeds_of("gal", tmp_path)
-    assert compare.main(["at", "gal", "--claims", str(tmp_path)]) == 2
-    assert "compare: there is no claim" in capsys.readouterr().err
-    assert compare.main(["at", "--claims", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == compare.table({"at": at}) + "\n"
-    with pytest.raises(SystemExit):
-        compare.main(["at", "--against", "red", "--claims", str(tmp_path)])
-    assert "none of the methods" in capsys.readouterr().err
+    missing = call("claim", "compare", "at", "gal", "--claims", tmp_path)
+    assert missing.code == 2
+    assert "there is no claim" in missing.err
+    shown = call("claim", "compare", "at", "--claims", tmp_path)
+    assert (shown.code, shown.out) == (0, compare.table({"at": at}) + "\n")
+    other = call("claim", "compare", "at", "--against", "red", "--claims", tmp_path)
+    assert other.code == 2
+    assert "none of the methods" in other.err

@@ -27,7 +27,7 @@ from redefense.errors import DataError
 from redefense.results.records import Cell, Evaluation, evaluations_of, load, parse, read_json
 from redefense.results.untrained import degenerate_members
 
-__all__ = ["Finding", "audit", "exit_code"]
+__all__ = ["Finding", "audit", "exit_code", "findings_about"]
 
 _AGREE = 1e-3  # figures of one file, fractions, differ by rounding only
 
@@ -55,11 +55,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 def _of_document(document: object, path: Path) -> list[Finding]:
     evaluation = parse(document, str(path))
-    findings = [f for group in grouped(of_evaluation(evaluation)) for f in findings_of(group)]
-    findings += [*_headline(evaluation), *_silent(evaluation)]
-    for cell in evaluation.cells:
-        findings += _cell(evaluation, cell)
-    findings += _red_checks(evaluation)
+    findings = findings_about(evaluation)
     try:
         missing = [file for stored in load(path) for file in stored.missing]
     except DataError as error:
@@ -67,6 +63,15 @@ def _of_document(document: object, path: Path) -> list[Finding]:
     else:
         findings += _records_missing(evaluation, missing)
     return findings
+
+
+def findings_about(evaluation: Evaluation) -> list[Finding]:
+    """What the figures of an evaluation say against each other, without its records."""
+    findings = [f for group in grouped(of_evaluation(evaluation)) for f in findings_of(group)]
+    findings += [*_headline(evaluation), *_silent(evaluation)]
+    for cell in evaluation.cells:
+        findings += _cell(evaluation, cell)
+    return [*findings, *_red_checks(evaluation)]
 
 
 def _about(

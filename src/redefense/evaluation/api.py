@@ -187,6 +187,7 @@ def evaluate(
                 subject, plan, allowed, seed=seed, seeds=seeds, checks=checks, store=kept.store,
                 say=kept.say, progress=kept.progress, keep_images=keep_images,
             )  # fmt: skip
+            report.data["plan"] = settings | _described(ensemble)
             kept.finish(report)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
@@ -308,6 +309,12 @@ def evaluate_run(
         if team.first:
             write_text(target, report.to_json())
     return report, target
+
+
+def _described(ensemble: Ensemble) -> dict[str, Any]:
+    """The whole hash of the weights, and the number of parameters: what a claim says of them."""
+    parameters = sum(parameter.numel() for parameter in ensemble.parameters())
+    return {"weights": weights_digest([ensemble], digits=64), "parameters": parameters}
 
 
 def _run_of(subject: Subject) -> Callable[..., Report]:

@@ -3,6 +3,7 @@
 Every function is deterministic and needs numpy alone. Accuracies are fractions in [0, 1].
 """
 
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -113,6 +114,57 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
     variance = (float(difference @ difference) + 2) / n - centre**2
     half = _z(level) * (variance / n) ** 0.5
     return Estimate(float(difference.mean()), max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def over_seeds(values: ArrayLike, level: float = 0.95) -> Estimate:
+    """Mean of per-image correctness over trainings with several seeds, and its interval over both.
+
+    Seeds and images are crossed random effects: the variances of the mean over seeds and of the
+    mean over images are added, which counts their interaction twice and so errs to the wide side,
+    and the degrees of freedom of the sum are Satterthwaite's. Two seeds that differ much give a
+    wide interval, for one degree of freedom says little; never narrower than over images alone.
+
+    Args:
+        values: (S, n), each in [0, 1]; with one seed the interval is `accuracy_interval`.
+        level: of confidence.
+    """
+    seeds = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    images = accuracy_interval(seeds.mean(0), level=level)
+    if len(seeds) == 1 or images.low is None or images.high is None:
+        return images
+    value, half = images.value, _crossed(seeds.mean(0), [seeds.mean(1)], level)
+    low, high = max(0.0, value - half), min(1.0, value + half)
+    return Estimate(value, min(low, images.low), max(high, images.high))
+
+
+def difference_over_seeds(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
+    """Mean of a - b, both (seeds, n) over the same images, and its interval over images and seeds.
+
+    The seeds of both are independent, the images are paired; as `over_seeds`, and never narrower
+    than `paired_difference` of the means over seeds.
+    """
+    one, other = (np.atleast_2d(np.asarray(it, dtype=np.float64)) for it in (a, b))
+    images = paired_difference(one.mean(0), other.mean(0), level)
+    several = [it.mean(1) for it in (one, other) if len(it) > 1]
+    if not several or images.low is None or images.high is None:
+        return images
+    value, half = images.value, _crossed(one.mean(0) - other.mean(0), several, level)
+    low, high = max(-1.0, value - half), min(1.0, value + half)
+    return Estimate(value, min(low, images.low), max(high, images.high))
+
+
+def _crossed(
+    images: NDArray[np.float64], seeds: Sequence[NDArray[np.float64]], level: float
+) -> float:
+    """Half of a mean's interval, from (n,) means over seeds and (S,) means over images."""
+    from scipy.special import stdtrit  # here, so that reports start without scipy
+
+    parts = [(float(it.var(ddof=1)) / len(it), len(it) - 1) for it in (images, *seeds)]
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts)
+    return float(stdtrit(freedom, 0.5 + level / 2)) * total**0.5
 
 
 def exact_expectation(

@@ -46,6 +46,7 @@ class Result:
     """One run at one threat on one set of images. Accuracies are fractions; None is unknown.
 
     Attributes:
+        further: what was run besides the cells of the suites, and counts for the headline.
         unaware: lowest exact expected accuracy over the bounded unaware cells.
         aware: mean over images of the lowest expected correctness over everything that was run and
             the clean image; both headlines are None without a bounded aware cell.
@@ -65,6 +66,7 @@ class Result:
     eps: float | None
     suites: tuple[Stored, ...]
     cells: tuple[Scored, ...]
+    further: tuple[Scored, ...]
     clean: Estimate | None
     clean_averaged: float | None
     clean_members: tuple[float, ...]
@@ -165,7 +167,7 @@ def join(sources: Iterable[Source]) -> list[Result]:
     Raises:
         DataError: if a run holds no evaluation or a file is damaged.
     """
-    return [result for run in load_all(sources) for result in _results(run)]
+    return [result for run in load_all(sources) for result in results_of(run)]
 
 
 def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
@@ -176,7 +178,8 @@ def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
     return threat.norm, round(threat.eps, 9)
 
 
-def _results(run: Sequence[Stored]) -> list[Result]:
+def results_of(run: Sequence[Stored]) -> list[Result]:
+    """One result for each threat and set of images of the suites of one run."""
     groups: dict[tuple[object, ...], tuple[Budget, list[Stored], list[Scored]]] = {}
     for stored in run:
         own = {_budget_of(scored, stored): None for scored in stored.cells} or {stored.budget: None}
@@ -208,6 +211,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         eps=budget[1],
         suites=tuple(suites),
         cells=tuple(cells),
+        further=tuple(further),
         clean=clean.expected,
         clean_averaged=first.evaluation.clean.averaged,
         clean_members=first.evaluation.clean.per_member,

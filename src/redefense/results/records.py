@@ -114,7 +114,13 @@ class Headline(_Record):
 
 
 class Plan(_Record):
-    """The settings of an evaluation, `plan.json` beside its records; images is None for all."""
+    """The settings of an evaluation, in it or `plan.json` beside its records.
+
+    Attributes:
+        images: how many; None for all.
+        weights: SHA-256 of what was evaluated.
+        objects: attacks that were handed over, and have no name.
+    """
 
     suite: dict[str, Any]
     threat: Budget
@@ -123,6 +129,9 @@ class Plan(_Record):
     seeds: int = 1
     checks: str = "quick"
     stochastic: str = "auto"
+    weights: str | None = None
+    parameters: int | None = None
+    objects: dict[str, str] = {}
 
 
 OF_DEFENCE: Final = ("S36", "S38")
@@ -148,6 +157,7 @@ class Evaluation(_Record):
     further_cells: tuple[Cell, ...] = ()
     headline: Headline | None = None
     checks: tuple[Check, ...] = ()
+    plan: Plan | None = None
     mixture: tuple[float, ...] | None = None
     randomized: bool | None = None
     stochastic: bool = False
@@ -271,8 +281,8 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
         raise DataError(f"{where} has schema {document.get('schema')!r}, this version reads 1")
     if "evaluations" in document and "suite" not in document:
         raise DataError(
-            f"{where} is a claim file, not an evaluation: check it by `python benchmarks/claims.py "
-            f"recompute {where} --data SPEC`, or give the directory of the run that it sums up"
+            f"{where} is a claim file, not an evaluation: check it by `redefense claim check "
+            f"{where}`, or give the directory of the run that it sums up"
         )
     return _valid(Evaluation, dict(document), f"{where} is not a valid evaluation")
 
@@ -369,7 +379,7 @@ def _stored(
     clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
     every = (*evaluation.cells, *evaluation.further_cells)
     arrays = [_arrays(folder, cell.per_image) for cell in every]
-    plan = _plan(file)
+    plan = evaluation.plan or _plan(file)
     clean = _arrays(folder, clean_file)
     # an evaluation written under another name keeps its records under that name
     beside_file = str(PurePosixPath(clean_file).with_name("beside.npz"))

@@ -150,8 +150,8 @@ def _members(value: Any) -> dict[str, Any]:
     return {"name": "independent", "model": name, "num_members": len(nets)}
 
 
-def weights_digest(nets: Sequence[nn.Module]) -> str:
-    """Names networks by what they are: equal layers and weights, equal names."""
+def weights_digest(nets: Sequence[nn.Module], digits: int = 12) -> str:
+    """Names networks by what they are: equal layers and weights, equal names of up to 64 digits."""
     digest = hashlib.sha256()
     for net in nets:
         digest.update(repr(net).encode())
@@ -164,7 +164,7 @@ def weights_digest(nets: Sequence[nn.Module]) -> str:
             raw = raw.int_repr() if raw.is_quantized else raw
             # numpy does not know every type, but bytes
             digest.update(raw.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()[:digits]
 
 
 def _defence(value: Any) -> dict[str, Any]:

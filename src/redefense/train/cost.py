@@ -109,6 +109,11 @@ class Cost:
         return self.flops(phase) / (self.forward * self.members * self.steps * self.batch)
 
     @property
+    def parameters(self) -> int:
+        """Numbers that are trained, of all members together."""
+        return self.gradients // 4
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes on a device that trains all members, at the worst moment."""
         parts = {

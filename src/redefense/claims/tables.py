@@ -1,84 +1,41 @@
-"""Claims as people look at them: the report page, a table of methods, a table of attacks.
-
-`claims.py` is the command, `claim_files.py` the format.
-"""
+"""Claims as Markdown tables: of methods, of what drawing is worth, and of attacks."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
-from claim_files import Attacked, Claim, Evaluated, Figure, Plan, least, packed, read, unpacked
 from numpy.typing import NDArray
 
+from redefense.claims.format import Attacked, Claim, Evaluated, Figure, least, packed, unpacked
 from redefense.errors import ConfigError, DataError
-from redefense.report.page import write_pages
 from redefense.report.tables import markdown_table, percent, with_interval
-from redefense.results.intervals import (
-    Estimate,
-    accuracy_interval,
-    paired_difference,
-    success_within,
-)
-from redefense.results.join import TRIES, Result
-from redefense.results.records import (
-    Accuracy,
-    Budget,
-    Cell,
-    Check,
-    Clean,
-    Data,
-    Evaluation,
-    Scored,
-    Stored,
-)
+from redefense.results.intervals import Estimate, accuracy_interval, paired_difference
 
 
-def result(it: Claim) -> Result:
-    """The headline of a claim as the report shows it, without what a claim does not hold.
+def chosen(
+    claims: Sequence[Claim], kind: str, images: int | None = None, against: str | None = None
+) -> str:
+    """The table that was asked for.
 
-    Which members an attack fooled, and what one member keeps of each image, are not held; nor are
-    the self-checks that passed.
+    Args:
+        claims: one row each, or one column each of the table of attacks.
+        kind: "methods", "draw" or "attacks".
+        images: only what was measured on so many.
+        against: name of a claim, to add paired differences from it.
+
+    Raises:
+        ConfigError: if no such claim is shown, or the kind has no differences.
     """
-    found = it.headline
-    cells = tuple(_scored(cell, found) for cell in found.cells)
-    unaware = min(
-        (c for c in cells if c.cell.bounded and not c.cell.aware and c.q is not None),
-        key=lambda c: c.cell.accuracy.expected or 0.0,
-        default=None,
-    )
-    q = found.per_image()
-    return Result(
-        name=it.name, norm=found.norm, eps=found.eps,
-        suites=tuple(_evaluation(it, plan) for plan in found.suites), cells=cells,
-        clean=_estimate(found.clean), clean_averaged=None, clean_members=found.clean_members,
-        unaware=_estimate(found.unaware), unaware_label=None if unaware is None else unaware.label,
-        aware=_estimate(found.aware), single=_estimate(found.best_single_member),
-        single_index=None, chosen_on=None, averaged=_estimate(found.averaged),
-        alone=tuple(figure.estimate for figure in found.alone),
-        over_single=_estimate(found.over_single), over_averaged=_estimate(found.over_averaged),
-        over_alone=_estimate(found.over_alone), q_aware=q, fooled=None,
-        tries_aware=None if q is None else success_within(q, TRIES),
-        tries_unaware=(
-            None if unaware is None or unaware.q is None else success_within(unaware.q, TRIES)
-        ),
-        checks=tuple(Check(id=name, passed=False) for name in found.red_checks),
-        notes=("From a claim: which members an attack fooled at once is not kept there.",),
-    )  # fmt: skip
-
-
-def _scored(cell: Attacked, found: Evaluated) -> Scored:
-    value, low, high = _estimate(cell.expected) or (None, None, None)
-    q = None if cell.each is None else unpacked(cell.each)
-    met = None if cell.met is None else unpacked(cell.met) > 0
-    kept = Cell(
-        id=cell.id, attack=cell.attack, view=cell.view, aware=cell.aware, bounded=cell.bounded,
-        repr=cell.repr, accuracy=Accuracy(expected=value),
-        threat=Budget(norm=found.norm, eps=found.eps) if cell.bounded else None,
-        interval=None if low is None or high is None else (low, high),
-    )  # fmt: skip
-    suite = " + ".join(map(suite_name, found.suites))
-    return Scored(cell=kept, suite=suite, correct=None, q=q, met=met)
+    shown = [part for it in claims if (part := on_images(it, images)) is not None]
+    if not shown:
+        raise ConfigError(f"no claim was measured on --images {images}")
+    if against not in (None, *(it.name for it in shown)):
+        raise ConfigError(f"--against {against} is none of the claims shown")
+    if kind == "draw" and against is not None:
+        raise ConfigError("--draw compares each claim with its own members: it takes no --against")
+    if kind == "draw":
+        return draw_table(shown)
+    return attacks_table(claims, images, against) if kind == "attacks" else table(shown, against)
 
 
 def drawn(found: Evaluated) -> Estimate | None:
@@ -92,42 +49,8 @@ def drawn(found: Evaluated) -> Estimate | None:
     return _estimate(found.aware)
 
 
-def _evaluation(it: Claim, plan: Plan) -> Stored:
-    evaluation = Evaluation(
-        schema=1, suite=suite_name(plan), run={"name": it.name, **it.run},
-        provenance=plan.provenance, data=Data(**it.headline.data), clean=Clean(),
-    )  # fmt: skip
-    return Stored(
-        name=it.name, source=None, file=None, plan=None, evaluation=evaluation, index=None,
-        clean=Scored(cell=Cell(id="clean", attack="clean"), suite="", correct=None, q=None),
-        cells=(), further=(), single=None, averaged=None, alone=None,
-    )  # fmt: skip
-
-
-def suite_name(plan: Plan) -> str:
-    return plan.suite if isinstance(plan.suite, str) else str(plan.suite["name"])
-
-
 def _estimate(found: Figure | None) -> Estimate | None:
     return None if found is None else found.estimate
-
-
-def report(paths: Sequence[Path], out: Path, images: int | None = None) -> list[Path]:
-    """The report page over claims, and Markdown, CSV and JSON beside it.
-
-    Args:
-        paths: files of claims, one row each.
-        out: the page.
-        images: only what was measured on so many; claims without are left out.
-
-    Raises:
-        ConfigError: if none is left, or as `write_pages`.
-    """
-    shown = {path: it for path in paths if (it := on_images(read(path), images)) is not None}
-    if not shown:
-        raise ConfigError(f"no claim was measured on --images {images}")
-    commands = [f"python benchmarks/claims.py recompute {path} --data SPEC" for path in shown]
-    return write_pages(list(map(result, shown.values())), commands, out, paths)
 
 
 def on_images(it: Claim, images: int | None) -> Claim | None:
@@ -160,13 +83,13 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
     rows = []
     for it in claims:
         found = it.headline
-        shown = result(it)
         figures = [
-            shown.clean, shown.unaware, shown.aware, drawn(found), shown.best_alone, shown.averaged
+            *map(_estimate, (found.clean, found.unaware, found.aware)),
+            drawn(found), _estimate(found.best_alone), _estimate(found.averaged),
         ]  # fmt: skip
         row = [it.name, str(found.data["num_images"])]
         row += [with_interval(figure) for figure in figures]
-        row += [f"{it.passes / 1e6:.2f}"]
+        row += [percent(None) if it.passes is None else f"{it.passes / 1e6:.2f}"]
         if base is not None:
             row.append(_paired(found, base))
         rows.append(row)
@@ -191,15 +114,15 @@ def draw_table(claims: Sequence[Claim]) -> str:
     """
     rows = []
     for it in claims:
-        found, shown = it.headline, result(it)
+        found = it.headline
         if len(found.alone) < 2:
             continue
         figures = [
             with_interval(drawn(found)),
-            percent(shown.best_alone),
-            _over(found.over_alone, drawn(found), shown.best_alone),
-            percent(shown.averaged),
-            _over(found.over_averaged, drawn(found), shown.averaged),
+            percent(_estimate(found.best_alone)),
+            _over(found.over_alone, drawn(found), _estimate(found.best_alone)),
+            percent(_estimate(found.averaged)),
+            _over(found.over_averaged, drawn(found), _estimate(found.averaged)),
         ]
         rows.append([it.name, str(found.data["num_images"]), *figures])
     return with_brackets(DRAW_COLUMNS, rows)
@@ -209,10 +132,11 @@ def _over(gained: Figure | None, drawn: Estimate | None, rival: Estimate | None)
     """The paired gain; in a claim that kept no such pairs the bare difference."""
     if gained is None and drawn is not None and rival is not None:
         gained = Figure(value=drawn.value - rival.value)
-    return percent(None) if gained is None else _points(gained)
+    return percent(None) if gained is None else points(gained.estimate)
 
 
-def _points(found: Figure) -> str:
+def points(found: Estimate) -> str:
+    """A difference with its interval, e.g. `+2.5 [-0.5, +5.5]`."""
     ends = (f"{100 * end:+.1f}" for end in (found.low, found.high) if end is not None)
     return f"{100 * found.value:+.1f} [{', '.join(ends)}]".removesuffix(" []")
 
@@ -349,8 +273,7 @@ def _knowing(it: Claim, found: Evaluated) -> NDArray[np.float64] | None:
 
 def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
     """The mean paired difference in points with its 95 % interval."""
-    value, low, high = paired_difference(mine, theirs)
-    return _points(Figure(value=value, low=low, high=high))
+    return points(paired_difference(mine, theirs))
 
 
 def _paired(found: Evaluated, base: Evaluated) -> str:

@@ -1,16 +1,17 @@
-"""The file of a claim: what it holds, how it is made of a run, and how it is read.
+"""The file of a claim: what it holds, and how it is read and written. Needs no torch.
 
-`claims.py` is the command. A claim holds the resolved run without paths, the hash of its weights,
-what its training cost, and for each threat and set of images the suites that were run, where and by
-which commit, both headlines with intervals, every attack, and the red self-checks. The correctness
-of each image under each bounded attack is kept too, so that claims on the same images can be
-compared by paired differences, over the attacks that both have met.
+A claim holds the settings of a run without paths, the hash of its weights, what its training cost,
+and for each threat and set of images the suites that were run, where and by which commit, both
+headlines with intervals, every attack, and the self-checks. The correctness of each image under
+each bounded attack is kept too, so that claims on the same images can be compared by paired
+differences, over the attacks that both have met, and that every figure can be checked.
 """
 
 import base64
+import hashlib
 import json
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,13 +20,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from redefense.errors import DataError
-from redefense.evaluation.suite import SUITES
-from redefense.hub.pretrained import without_paths
 from redefense.results.intervals import Estimate
-from redefense.results.join import Result, join
-from redefense.results.records import Stored
-from redefense.train.cost import count
-from redefense.train.loading import find_final
+from redefense.results.records import Check, read_json
+from redefense.runtime.files import write_text
 
 STEPS: Final = 65535
 """Levels in which the correctness of an image is kept."""
@@ -85,6 +82,7 @@ class Plan(_Data):
         file: name of the evaluation in the run's folder.
         suite: its name, or its whole definition if it is not one of ours.
         cascade: whether images that are lost were left out, where that is not the suite's choice.
+        version: hash of the suite's definition; None in claims made before suites had one.
     """
 
     file: str
@@ -96,11 +94,27 @@ class Plan(_Data):
     seeds: int
     checks: str
     cascade: bool | None = None
+    stochastic: Literal["auto", "on", "off"] = "auto"
+    version: str | None = None
     provenance: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the suite."""
+        return self.suite if isinstance(self.suite, str) else str(self.suite["name"])
 
 
 class Evaluated(_Data):
-    """All suites of the run at one threat on one set of images, joined."""
+    """All suites of the run at one threat on one set of images, joined.
+
+    Attributes:
+        exact: whether expectations are over all members; False for a network that draws by itself,
+            whose figures are estimates from `draws` fresh draws.
+        aware_draws: the aware figure with the interval that other draws on these images would give.
+        further: attacks that are no cell of a suite, but count for the headline; None where that
+            was not stored, or no other attacks counted yet.
+        checks: the self-checks; older claims name the red ones only.
+    """
 
     data: dict[str, Any]
     norm: Literal["inf", "2"]
@@ -116,8 +130,13 @@ class Evaluated(_Data):
     over_averaged: Figure | None
     alone: tuple[Figure, ...] = ()
     over_alone: Figure | None = None
+    exact: bool = True
+    draws: int | None = None
+    aware_draws: Figure | None = None
     cells: tuple[Attacked, ...]
+    further: tuple[Attacked, ...] | None = None
     red_checks: tuple[str, ...]
+    checks: tuple[Check, ...] = ()
     untouched: str | None = Field(default=None, description="packed correctness of clean images")
     lowest: str | None = Field(description="per image, URL-safe base64 of 16-bit levels")
 
@@ -126,13 +145,14 @@ class Evaluated(_Data):
         """Number of images, which ones, and the threat: what makes two of them comparable."""
         return self.data["num_images"], str(self.data), self.norm, self.eps
 
+    @property
+    def best_alone(self) -> Figure | None:
+        """The member that keeps most of these images; the chosen one where only that is known."""
+        return max(self.alone, key=lambda it: it.value, default=self.best_single_member)
+
     def per_image(self) -> NDArray[np.float64] | None:
         """(n,) the lowest expected correctness that any bounded attack left."""
-        if self.lowest is None:
-            return None
-        raw = base64.urlsafe_b64decode(self.lowest)
-        levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
-        return levels / STEPS
+        return None if self.lowest is None else _of_levels(base64.urlsafe_b64decode(self.lowest))
 
     def attacks(self) -> dict[Attack, Attacked]:
         """The bounded attacks, to find those that two runs met."""
@@ -146,30 +166,61 @@ class Training(_Data):
         images: seen, over all epochs.
         passes: forward-pass equivalents per member and image seen, counted.
         minutes: on the machine of the study, None where they were not logged.
-        weights: SHA-256 of the weights file.
+        parameters: of all members together, as they are stored.
+        weights: SHA-256 of the weights file, or of the weights where they were not trained by us.
     """
 
-    epochs: int
-    images: int
-    passes: float
+    epochs: int | None
+    images: int | None
+    passes: float | None
     minutes: float | None
+    parameters: int | None = None
     weights: str
 
 
 class Claim(_Data):
-    """One run and everything that was measured of it."""
+    """One run, or weights of anybody's training, and everything that was measured of it.
+
+    Attributes:
+        run: its settings; of weights that were not trained by us the name of the defence, the
+            number of members, the data and the threat.
+        authors, link, licence: who made the weights, where they are described, and on what terms.
+        sha256: of all the rest; None in older claims.
+    """
 
     version: Literal[1] = Field(default=1, alias="schema")
     name: str
+    authors: str | None = None
+    link: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    licence: str | None = None
     run: dict[str, Any]
     training: Training
     evaluations: tuple[Evaluated, ...] = Field(min_length=1)
+    sha256: str | None = None
 
     @property
-    def passes(self) -> float:
+    def num_members(self) -> int:
+        return int(self.run["ensemble"]["num_members"])
+
+    @property
+    def kind(self) -> Literal["single", "ensemble", "stochastic"]:
+        """Of defence."""
+        if not all(e.exact for e in self.evaluations):
+            return "stochastic"
+        return "ensemble" if self.num_members > 1 else "single"
+
+    @property
+    def trained(self) -> bool:
+        """Whether `run` is all that it takes to train it again."""
+        return self.training.epochs is not None
+
+    @property
+    def passes(self) -> float | None:
         """Forward-pass equivalents of one member that the whole training took."""
-        members: int = self.run["ensemble"]["num_members"]
-        return self.training.images * self.training.passes * members
+        took = self.training
+        if took.images is None or took.passes is None:
+            return None
+        return took.images * took.passes * self.num_members
 
     @property
     def headline(self) -> Evaluated:
@@ -192,67 +243,6 @@ class Claim(_Data):
         return self.model_copy(update={"evaluations": tuple(both)})
 
 
-def claim(run: Path) -> Claim:
-    """The claim of an evaluated run.
-
-    Raises:
-        DataError: if the run is not trained, not evaluated or damaged.
-    """
-    checkpoint = find_final(run)
-    data = checkpoint.state["data"]
-    clean_run = without_paths(checkpoint.run)
-    cost = count(clean_run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
-    return Claim(
-        name=run.resolve().name,
-        run=clean_run.model_dump(mode="json"),
-        training=Training(
-            epochs=clean_run.epochs,
-            images=cost.steps * cost.batch,
-            passes=round(cost.passes(), 2),
-            minutes=None,
-            weights=manifest["sha256"]["weights.safetensors"],
-        ),
-        evaluations=tuple(sorted(map(evaluated, join([run])), key=lambda e: e.subject)),
-    )
-
-
-def evaluated(result: Result) -> Evaluated:
-    """One joined result as data."""
-    data = result.evaluations[0].data
-    assert result.norm in ("inf", "2")
-    return Evaluated(
-        data={**data.model_dump(), "num_images": data.num_images},
-        norm="2" if result.norm == "2" else "inf",
-        eps=0.0 if result.eps is None else result.eps,
-        suites=tuple(planned(stored) for stored in result.suites),
-        clean=figure(result.clean),
-        clean_members=tuple(round(value, 6) for value in result.clean_members),
-        unaware=figure(result.unaware),
-        aware=figure(result.aware),
-        best_single_member=figure(result.single),
-        averaged=figure(result.averaged),
-        over_single=figure(result.over_single),
-        over_averaged=figure(result.over_averaged),
-        alone=tuple(f for e in result.alone if (f := figure(e)) is not None),
-        over_alone=figure(result.over_alone),
-        cells=tuple(
-            Attacked(
-                id=scored.cell.id, attack=scored.cell.attack, view=scored.cell.view,
-                aware=scored.cell.aware, bounded=scored.cell.bounded, repr=scored.cell.repr,
-                expected=figure(scored.expected),
-                each=packed(scored.q) if scored.cell.bounded else None,
-                met=None if scored.whole or scored.met is None else packed(scored.met),
-            )
-            for scored in result.cells
-            if scored.expected is not None or scored.q is not None
-        ),
-        red_checks=tuple(c.id for c in result.checks if c.passed is False),
-        untouched=packed(result.suites[0].clean.q),
-        lowest=lowest(result),
-    )  # fmt: skip
-
-
 def figure(estimate: Estimate | None) -> Figure | None:
     if estimate is None:
         return None
@@ -261,48 +251,42 @@ def figure(estimate: Estimate | None) -> Figure | None:
     return Figure(value=value, low=low, high=high)
 
 
-def lowest(result: Result) -> str | None:
-    """Per image, the lowest expected correctness over clean image and everything that was run."""
-    if result.q_aware is None:
-        return None
-    levels = np.rint(STEPS * result.q_aware).astype("<u2")
-    return base64.urlsafe_b64encode(levels.tobytes()).decode()
-
-
-def packed(q: NDArray[np.float64] | NDArray[np.bool_] | None) -> str | None:
-    """Correctness (n,) in [0, 1] as text: deflated 16-bit levels in URL-safe base64."""
+def packed(
+    q: NDArray[np.float64] | NDArray[np.bool_] | None, *, deflate: bool = True
+) -> str | None:
+    """Correctness (n,) in [0, 1] as text: 16-bit levels, deflated, in URL-safe base64."""
     if q is None:
         return None
-    levels = np.rint(STEPS * q).astype("<u2")
-    return base64.urlsafe_b64encode(zlib.compress(levels.tobytes(), 9)).decode()
+    raw = np.rint(STEPS * q).astype("<u2").tobytes()
+    return base64.urlsafe_b64encode(zlib.compress(raw, 9) if deflate else raw).decode()
 
 
 def unpacked(text: str) -> NDArray[np.float64]:
     """What `packed` was given, to half a level."""
-    raw = zlib.decompress(base64.urlsafe_b64decode(text))
+    return _of_levels(zlib.decompress(base64.urlsafe_b64decode(text)))
+
+
+def _of_levels(raw: bytes) -> NDArray[np.float64]:
     levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
     return levels / STEPS
 
 
-def planned(stored: Stored) -> Plan:
-    """How a stored suite was run.
+def digest(value: object) -> str:
+    """SHA-256 of data as JSON, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    Raises:
-        DataError: if the evaluation's plan is missing.
-    """
-    plan, file = stored.plan, stored.file
-    if plan is None or file is None or plan.threat.eps is None:
-        raise DataError(f"{stored.name}: {file} has no plan.json, so it cannot be recomputed")
-    name = plan.suite["name"]
-    whole = {**plan.suite, "cascade": name in SUITES and SUITES[name].cascade}
-    ours = name in SUITES and SUITES[name].model_dump(mode="json") == whole
-    chosen = None if whole == plan.suite or not ours else bool(plan.suite.get("cascade"))
-    return Plan(
-        file=file.stem, suite=name if ours else plan.suite,
-        norm="2" if plan.threat.norm == "2" else "inf",
-        eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
-        checks=plan.checks, cascade=chosen, provenance=stored.evaluation.provenance,
-    )  # fmt: skip
+
+def suite_version(suite: Mapping[str, Any]) -> str:
+    """Names the attacks of a suite with their settings: 12 hexadecimal digits."""
+    parts = {key: suite[key] for key in ("cells", "beside", "measures") if key in suite}
+    return digest(parts)[:12]
+
+
+def dumped(it: Claim) -> dict[str, Any]:
+    """The claim as JSON, with the hash of all the rest."""
+    found = it.model_dump(mode="json", by_alias=True, exclude={"sha256"})
+    return {**found, "sha256": digest(found)}
 
 
 def read(path: Path) -> Claim:
@@ -311,18 +295,21 @@ def read(path: Path) -> Claim:
     Raises:
         DataError: naming the file and the first key that is wrong.
     """
+    return parse(read_json(path), path)
+
+
+def parse(document: object, path: Path) -> Claim:
+    """The same from decoded JSON."""
     try:
-        return Claim.model_validate_json(path.read_text())
+        return Claim.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path} is not a claim: {place}: {first['msg']}") from None
 
 
-def write(it: Claim, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{it.name}.json"
-    path.write_text(json.dumps(it.model_dump(mode="json", by_alias=True), indent=1) + "\n")
+def write(it: Claim, path: Path) -> Path:
+    write_text(path, json.dumps(dumped(it), indent=1) + "\n")
     return path
 
 

@@ -1,29 +1,23 @@
-"""Methods side by side under equal attacks, each over all of its seeds, from `claims/`.
-
-python benchmarks/compare.py at swift red --against at
+"""Methods side by side under equal attacks, each over all of its seeds.
 
 Claims are about the same images, yet not always under the same attacks. Here each figure is over
 the attacks that all of them have met, so that rows may be read against each other; with fewer
 attacks in common `aware` is higher than what a claim says by itself. Intervals are 95 %, over
-images: they do not hold the luck of a training, which the figures of the single seeds show.
+images, and over seeds too where a method has several.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import claim_files
 import numpy as np
-from claim_files import Attack, Claim, Evaluated
-from claim_pages import gain, with_brackets
 from numpy.typing import NDArray
 
-import claims
-from redefense.errors import ConfigError, DataError, RedefenseError
+from redefense.claims.format import Attack, Claim, Evaluated, least, read, unpacked
+from redefense.claims.tables import points, with_brackets
+from redefense.errors import ConfigError, DataError
 from redefense.report.tables import with_interval
-from redefense.results.intervals import accuracy_interval
+from redefense.results.intervals import difference_over_seeds, over_seeds
 
 Values = NDArray[np.float64]
 
@@ -59,7 +53,7 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
-    found = [claim_files.read(folder / f"{name}-{seed}.json") for seed in numbers]
+    found = [read(folder / f"{name}-{seed}.json") for seed in numbers]
     if images is None:
         return found
     if not (parts := [part for it in found if (part := it.on(images)) is not None]):
@@ -106,11 +100,9 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
     # refuses those that keep no single images
     aware = [_worst(e, common) for e in seeds]
-    kept = [
-        {a: claim_files.unpacked(c.each) for a, c in e.attacks().items() if c.each} for e in seeds
-    ]
+    kept = [{a: unpacked(c.each) for a, c in e.attacks().items() if c.each} for e in seeds]
     return Row(
-        clean=np.stack([claim_files.unpacked(e.untouched) for e in seeds if e.untouched]),
+        clean=np.stack([unpacked(e.untouched) for e in seeds if e.untouched]),
         unaware=np.stack([min((left[a] for a in unaware), key=np.mean) for left in kept]),
         aware=np.stack(aware),
     )
@@ -119,7 +111,7 @@ def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) 
 def _worst(found: Evaluated, common: Set[Attack]) -> Values:
     """The lowest that the common attacks leave; where there are no others, of all that was run."""
     whole = found.per_image() if common == found.attacks().keys() else None
-    return claim_files.least(found, common) if whole is None else whole
+    return least(found, common) if whole is None else whole
 
 
 def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) -> str:
@@ -128,41 +120,26 @@ def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) ->
     Args:
         methods: claims by method, in this order.
         against: the method from which paired differences of the aware figure are taken.
+
+    Raises:
+        ConfigError: if `against` is none of the methods.
+        DataError: as `under_common`.
     """
+    if against not in (None, *methods):
+        raise ConfigError(f"--against {against} is none of the methods {', '.join(methods)}")
     found, attacks = under_common(methods)
     lines = []
     for name, row in found.items():
-        means = [with_interval(accuracy_interval(values.mean(0))) for values in row]
+        means = [with_interval(over_seeds(values)) for values in row]
         each = ", ".join(f"{100 * value:.1f}" for value in row.aware.mean(1))
         line = [name, str(len(row.aware)), *means, each]
         if against is not None:
-            line.append(
-                "" if name == against else gain(row.aware.mean(0), found[against].aware.mean(0))
-            )
+            gained = difference_over_seeds(row.aware, found[against].aware)
+            line.append("" if name == against else points(gained))
         lines.append(line)
     heading = [*COLUMNS, *([] if against is None else [f"aware, against {against}"])]
     text = with_brackets(heading, lines)
     images = next(iter(found.values())).aware.shape[1]
-    return f"{text}\n\n{attacks} attacks that all have met, {images} images"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("methods", nargs="+", help="names of claims without their seed")
-    parser.add_argument("--against", help="one of them: add paired differences from it")
-    parser.add_argument("--images", type=int, help="only what was measured on so many images")
-    parser.add_argument("--claims", type=Path, default=claims.CLAIMS, help="their folder")
-    given = parser.parse_args(arguments)
-    if given.against not in (None, *given.methods):
-        parser.error(f"--against {given.against} is none of the methods")
-    try:
-        methods = {name: seeds_of(name, given.claims, given.images) for name in given.methods}
-        sys.stdout.write(table(methods, given.against) + "\n")
-    except RedefenseError as error:
-        sys.stderr.write(f"compare: {error}\n")
-        return error.code
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    several = any(len(row.aware) > 1 for row in found.values())
+    over = "images and seeds" if several else "images"
+    return f"{text}\n\n{attacks} attacks that all have met, {images} images; intervals over {over}"

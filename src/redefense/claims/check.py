@@ -1,0 +1,282 @@
+"""Checks a claim without training: its schema, hashes, sums, attacks, and the audit's rules.
+
+What a claim says of itself is held against the correctness of each image that it keeps. A claim
+whose records were invented consistently passes: only `recompute` finds that.
+"""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.audit.audit import findings_about
+from redefense.audit.finding import Finding
+from redefense.claims.format import (
+    Attacked,
+    Claim,
+    Evaluated,
+    Figure,
+    Plan,
+    digest,
+    parse,
+    unpacked,
+)
+from redefense.claims.format import suite_version as version_of
+from redefense.config import parse_run
+from redefense.errors import DataError, RedefenseError
+from redefense.evaluation.suite import SUITES
+from redefense.results.intervals import accuracy_interval
+from redefense.results.records import (
+    Accuracy,
+    Budget,
+    Cell,
+    Check,
+    Clean,
+    Data,
+    Evaluation,
+    Headline,
+    read_json,
+)
+from redefense.train.loading import resolve
+
+TOLERANCE: Final = 3e-5
+"""By which a figure and the mean of its records differ: both are rounded."""
+INTERVAL_TOLERANCE: Final = 3e-3
+"""By which an interval and that of the records differ: these are rounded, and resampled."""
+
+
+def check(path: Path) -> list[Finding]:
+    """All findings about the file of a claim, errors first.
+
+    Raises:
+        DataError: if the file is missing or is not JSON.
+    """
+    document = read_json(path)
+    try:
+        it = parse(document, path)
+    except DataError as error:
+        return [_finding(path.name, "schema", f"{error}.")]
+    found = [*_identity(it, document)]
+    for each in it.evaluations:
+        try:
+            found += [_finding(_subject(it, each), *told) for told in _sums(each)]
+        except ValueError as error:  # records that are not what was packed
+            found.append(_finding(_subject(it, each), "records-damaged", f"{error}."))
+            continue
+        found += _attacks(it, each)
+        found += _audited(it, each)
+    return sorted(found, key=lambda finding: finding.severity)
+
+
+def _audited(it: Claim, found: Evaluated) -> Iterator[Finding]:
+    """The audit's findings; where the headline is another evaluation's, what is odd is a note."""
+    beside = found.aware is None and it.headline.aware is not None
+    for finding in findings_about(as_evaluation(it, found)):
+        yield replace(finding, severity="note") if beside else finding
+
+
+def _subject(it: Claim, found: Evaluated) -> str:
+    return f"{it.name}, {found.data['num_images']} images"
+
+
+def _finding(
+    subject: str, rule: str, why: str, *, severity: Literal["error", "note"] = "error"
+) -> Finding:
+    return Finding(id=rule, severity=severity, subject=subject, rows=(), figures={}, why=why)
+
+
+def _identity(it: Claim, document: Any) -> Iterator[Finding]:
+    """Hashes, settings, commits and who made it."""
+    stated = document.get("sha256")
+    if stated is None:
+        why = "The claim has no hash of its content: it was made by an earlier version."
+        yield _finding(it.name, "no-hash", why, severity="note")
+    elif stated != digest({key: value for key, value in document.items() if key != "sha256"}):
+        why = "The content is not that of the stated hash: the file was changed after it was made."
+        yield _finding(it.name, "hash", why)
+    if not re.fullmatch(r"[0-9a-f]{64}", it.training.weights):
+        yield _finding(it.name, "weights", "The hash of the weights is no SHA-256.")
+    if it.trained:
+        try:
+            resolve(parse_run(it.run, it.name))
+        except RedefenseError as error:
+            yield _finding(it.name, "run", f"The run cannot be trained: {error}.")
+    elif missing := [key for key in ("authors", "link", "licence") if not getattr(it, key)]:
+        why = f"The weights were not trained by redefense, and {', '.join(missing)} is not stated."
+        yield _finding(it.name, "unattributed", why)
+    for plan in (plan for each in it.evaluations for plan in each.suites):
+        commit = str(plan.provenance.get("commit", ""))
+        if commit.endswith("-dirty"):
+            why = f"{plan.file} was made by changed code ({commit}), which nobody else has."
+            yield _finding(it.name, "changed-code", why, severity="note")
+
+
+def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
+    """Every figure against the records that it sums up, as (rule, why)."""
+    n = found.data["num_images"]
+    clean = _images(found.untouched, n, "clean")
+    yield from _mean("clean", found.clean, clean, found.exact)
+    left = []
+    every = (*found.cells, *(found.further or ()))
+    for cell in every:
+        if (q := _images(cell.each, n, cell.id)) is not None:
+            _images(cell.met, n, f"{cell.id}, met")
+            yield from _mean(cell.id, cell.expected, q, found.exact)
+            left.append(q)
+        elif cell.bounded:
+            yield "records-missing", f"What {cell.id} left of each image is not kept."
+    lowest = found.per_image()
+    if lowest is not None and lowest.shape != (n,):
+        raise ValueError(f"lowest has {len(lowest)} images, expected {n}")
+    yield from _mean("aware", found.aware, lowest, found.exact)
+    if found.aware is not None and lowest is None and found.exact:
+        yield "records-missing", "What the worst attack left of each image is not kept."
+    if clean is not None and lowest is not None:
+        worst = np.min([clean, *left], axis=0)
+        # older claims do not list all that counted
+        above = lowest > worst + TOLERANCE
+        below = (lowest < worst - TOLERANCE) & (found.further is not None)
+        if wrong := int((above | below).sum()):
+            yield "aware-records", f"The aware figure is not the worst attack's on {wrong} images."
+    yield from _unaware(found)
+    yield from _differences(found)
+
+
+def _images(text: str | None, n: int, what: str) -> NDArray[np.float64] | None:
+    if text is None:
+        return None
+    try:
+        found = unpacked(text)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"records of {what} cannot be read: {error}") from None
+    if found.shape != (n,):
+        raise ValueError(f"records of {what} are of {len(found)} images, expected {n}")
+    return found
+
+
+def _mean(
+    what: str, stated: Figure | None, q: NDArray[np.float64] | None, exact: bool
+) -> Iterator[tuple[str, str]]:
+    """A figure against the mean of its records, and its interval against theirs."""
+    if stated is None or q is None:
+        return
+    if abs(stated.value - q.mean()) > TOLERANCE:
+        told = (
+            f"{what} is stated as {_percent(stated.value)}, its records give {_percent(q.mean())}"
+        )
+        yield "records-contradict", f"{told}."
+        return
+    if not exact:  # its interval is over draws, too
+        return
+    _, low, high = accuracy_interval(q)
+    for end, mine, other in (("low", stated.low, low), ("high", stated.high, high)):
+        if mine is None or other is None or abs(mine - other) > INTERVAL_TOLERANCE:
+            shown = "unknown" if mine is None else _percent(mine)
+            why = f"The {end} end of the interval of {what} is stated as {shown}, its records give "
+            yield "interval", why + ("nothing." if other is None else f"{_percent(other)}.")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def _unaware(found: Evaluated) -> Iterator[tuple[str, str]]:
+    """The headline of attackers who do not know the draw, unless it is estimated from draws."""
+    each = [unpacked(c.each) for c in found.cells if c.bounded and not c.aware and c.each]
+    if not each or found.unaware is None or found.aware is None or not found.exact:
+        return
+    lowest = min(float(q.mean()) for q in each)
+    if abs(found.unaware.value - lowest) > TOLERANCE:
+        told = f"{_percent(found.unaware.value)}, the lowest of its attacks left {_percent(lowest)}"
+        yield "unaware-records", f"unaware is stated as {told}."
+
+
+def _differences(found: Evaluated) -> Iterator[tuple[str, str]]:
+    """What drawing is worth must be the difference of two figures."""
+    if found.aware is None or found.further is None:  # older claims compared under other attacks
+        return
+    best = max(found.alone, key=lambda figure: figure.value, default=None)
+    for what, stated, other in (
+        ("over_single", found.over_single, found.best_single_member),
+        ("over_averaged", found.over_averaged, found.averaged),
+        ("over_alone", found.over_alone, best),
+    ):
+        if stated is None or other is None:
+            continue
+        if abs(stated.value - (found.aware.value - other.value)) > TOLERANCE:
+            yield "difference", f"{what} is not the aware figure minus what it is compared with."
+
+
+def _definition(plan: Plan) -> dict[str, Any] | None:
+    """The suite that was run; None if it is a version of one of ours that is no longer known."""
+    if not isinstance(plan.suite, str):
+        return plan.suite
+    known = SUITES.get(plan.suite)
+    now = None if known is None else known.model_dump(mode="json")
+    return now if now is not None and plan.version == version_of(now) else None
+
+
+def current(plan: Plan) -> bool:
+    """Whether it ran what a suite of that name runs today; one of the user's own always does."""
+    return _definition(plan) is not None
+
+
+def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
+    """Every attack of a suite must have left its records."""
+    demanded = Counter[tuple[str, str]]()
+    for plan in found.suites:
+        if (suite := _definition(plan)) is None:
+            told = "an earlier version" if plan.version is None else f"version {plan.version}"
+            why = f"Suite {plan.name} was {told}: nobody knows whether all its attacks are there."
+            yield _finding(_subject(it, found), "suite-version", why, severity="note")
+            continue
+        for spec in suite["cells"]:
+            threat = spec.get("threat")
+            if threat is None or (threat["norm"], threat["eps"]) == (found.norm, found.eps):
+                view = spec["view"]
+                if view == "protocol":
+                    view = "sampled" if it.num_members > 1 or not found.exact else "averaged"
+                demanded[spec["attack"], view] += 1
+    met = Counter((cell.attack, cell.view) for cell in found.cells)
+    for attack, view in sorted((demanded - met).elements()):
+        names = ", ".join(plan.name for plan in found.suites)
+        why = f"{attack} on view {view} belongs to the suites {names}, and its result is missing."
+        yield _finding(_subject(it, found), "missing-attack", why)
+
+
+def as_evaluation(it: Claim, found: Evaluated) -> Evaluation:
+    """What a claim says of some images, in the form that `evaluate` stores."""
+
+    def cell(attacked: Attacked) -> Cell:
+        value = None if attacked.expected is None else attacked.expected.value
+        met = None if attacked.met is None else int((unpacked(attacked.met) > 0).sum())
+        return Cell(
+            id=attacked.id, attack=attacked.attack, repr=attacked.repr, view=attacked.view,
+            aware=attacked.aware, bounded=attacked.bounded, met=met,
+            threat=Budget(norm=found.norm, eps=found.eps), accuracy=Accuracy(expected=value),
+        )  # fmt: skip
+
+    def value(figure: Figure | None) -> float | None:
+        return None if figure is None else figure.value
+
+    checks: Iterable[Check] = found.checks or (
+        Check(id=name, passed=False) for name in found.red_checks
+    )
+    return Evaluation(
+        schema=1, suite=" + ".join(dict.fromkeys(plan.name for plan in found.suites)),
+        run={"name": it.name, **it.run}, data=Data(**found.data),
+        clean=Clean(expected=value(found.clean), per_member=found.clean_members),
+        cells=tuple(map(cell, found.cells)),
+        further_cells=tuple(map(cell, found.further or ())),
+        headline=Headline(
+            unaware=value(found.unaware), aware=value(found.aware), exact=found.exact
+        ),
+        checks=tuple(checks), mixture=it.run["ensemble"].get("mixture"),
+        randomized=it.kind != "single", stochastic=not found.exact,
+    )  # fmt: skip

@@ -1,0 +1,276 @@
+"""Claims side by side: what may be ranked together, and over how many seeds.
+
+One row is a method: all claims whose runs differ by the seed alone. One group holds the rows that
+met the same attacks on the same images at the same threat, under the same versions of their suites;
+figures of different groups are never ranked together.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redefense.audit.finding import Finding
+from redefense.claims.check import check, current
+from redefense.claims.format import Claim, Evaluated, Figure, Plan, digest, read, unpacked
+from redefense.config import parse_run
+from redefense.data import published
+from redefense.errors import ConfigError
+from redefense.results.intervals import Estimate, over_seeds
+from redefense.results.join import eps_text
+from redefense.train.loading import resolve
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """The file of a claim, what it says, and what the check says of it."""
+
+    path: Path
+    claim: Claim
+    findings: tuple[Finding, ...]
+
+    @property
+    def page(self) -> str:
+        """Where the site tells all of it."""
+        return f"claims/{self.path.stem}.html"
+
+    @property
+    def holds(self) -> bool:
+        return all(finding.severity != "error" for finding in self.findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method in one group: one claim a seed, and what each says about the group's images."""
+
+    entries: tuple[Entry, ...]
+    found: tuple[Evaluated, ...]
+
+    @property
+    def claim(self) -> Claim:
+        return self.entries[0].claim
+
+    @property
+    def name(self) -> str:
+        """Of the claim, without its seed."""
+        return self.claim.name.removesuffix(f"-{self.claim.run.get('seed')}")
+
+    @property
+    def kind(self) -> str:
+        return self.claim.kind
+
+    @property
+    def seeds(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def clean(self) -> Estimate | None:
+        return self._over([e.clean for e in self.found], lambda e: _unpacked(e.untouched))
+
+    @cached_property
+    def unaware(self) -> Estimate | None:
+        return self._over([e.unaware for e in self.found], _strongest_unaware)
+
+    @cached_property
+    def aware(self) -> Estimate | None:
+        return self._over([e.aware for e in self.found], lambda e: e.per_image())
+
+    def _over(
+        self, figures: Sequence[Figure | None], each: Callable[[Evaluated], Values | None]
+    ) -> Estimate | None:
+        """One claim's figure as it is; of several the mean, over images and seeds."""
+        known = [figure for figure in figures if figure is not None]
+        if len(known) < len(figures):
+            return None
+        if len(known) == 1:
+            return known[0].estimate
+        records = [q for found in self.found if (q := each(found)) is not None]
+        if len(records) == len(known):
+            return over_seeds(np.stack(records))
+        lows, highs = ([getattr(f, end) for f in known] for end in ("low", "high"))
+        mean = float(np.mean([figure.value for figure in known]))
+        wide = None not in (*lows, *highs)
+        return Estimate(mean, min(lows), max(highs)) if wide else Estimate(mean)
+
+    @property
+    def gap(self) -> float | None:
+        """What attackers gain by knowing of the draw."""
+        if self.unaware is None or self.aware is None:
+            return None
+        return self.unaware.value - self.aware.value
+
+    @property
+    def over_best(self) -> Estimate | None:
+        """The draw minus the best member alone; of several seeds the mean, without an interval."""
+        return self._mean([e.over_alone or e.over_single for e in self.found])
+
+    @property
+    def over_average(self) -> Estimate | None:
+        """The draw minus the averaged ensemble; of several seeds the mean."""
+        return self._mean([e.over_averaged for e in self.found])
+
+    def _mean(self, figures: Sequence[Figure | None]) -> Estimate | None:
+        known = [figure for figure in figures if figure is not None]
+        if len(known) < len(figures) or self.kind == "single":
+            return None
+        if len(known) == 1:
+            return known[0].estimate
+        return Estimate(float(np.mean([figure.value for figure in known])))
+
+    @property
+    def parameters(self) -> int | None:
+        return parameters_of(self.claim)
+
+    @property
+    def passes(self) -> float | None:
+        return self.claim.passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Rows that met the same attacks on the same images; ordered by the aware figure."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Evaluated:
+        return self.rows[0].found[0]
+
+    @property
+    def data(self) -> str:
+        return str(self.first.data["name"])
+
+    @property
+    def images(self) -> int:
+        return int(self.first.data["num_images"])
+
+    @property
+    def threat(self) -> str:
+        return f"{'L2' if self.first.norm == '2' else 'L-inf'} {eps_text(self.first.eps)}"
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        return tuple(sorted({plan.name for plan in self.first.suites}))
+
+    @property
+    def earlier(self) -> bool:
+        """Whether a suite was of another version than today's of that name."""
+        return any(plan.version is None or not current(plan) for plan in self.first.suites)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether there is a headline: somebody attacked who knows of the draw."""
+        return self.first.aware is not None
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        return tuple(sorted({f"{c.attack} ({c.view})" for c in self.first.cells if c.bounded}))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(sorted({row.kind for row in self.rows}))
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """What to run to stand in this group; with suites of an earlier version, in a new one."""
+        return tuple(evaluate_command(plan) for plan in self.first.suites)
+
+
+def evaluate_command(plan: Plan) -> str:
+    """The command that runs a suite so on a run."""
+    suite = plan.suite if isinstance(plan.suite, str) else f"{plan.name}.json"
+    words = ["redefense", "evaluate", "DIR", "--suite", suite]
+    words += [] if plan.images is None else ["--images", str(plan.images)]
+    words += ["--norm", f"l{plan.norm}", "--eps", f"{plan.eps:g}"]
+    words += ["--seeds", str(plan.seeds)] if plan.seeds > 1 else []
+    words += ["--checks", plan.checks] if plan.checks != "quick" else []
+    words += ["--no-cascade"] if plan.cascade is False else []
+    return shlex.join(words)
+
+
+def read_all(folder: Path) -> list[Entry]:
+    """The claims of a folder, in the order of their names.
+
+    Raises:
+        ConfigError: if there is none.
+        DataError: if a file is no claim.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ConfigError(f"{folder} holds no claim: make some by `redefense claim make`")
+    return [Entry(path=path, claim=read(path), findings=tuple(check(path))) for path in paths]
+
+
+def groups_of(entries: Iterable[Entry]) -> list[Group]:
+    """The groups of the claims that hold: today's suites first, and of these the largest.
+
+    A claim stands in a group for each of its evaluations.
+    """
+    places: dict[str, dict[str, list[tuple[Entry, Evaluated]]]] = {}
+    for entry in entries:
+        for found in entry.claim.evaluations:
+            rows = places.setdefault(_met(found), {})
+            rows.setdefault(_method(entry.claim), []).append((entry, found))
+    groups = [Group(rows=_ordered(rows)) for rows in places.values()]
+    return sorted(groups, key=lambda g: (not g.ranked, g.earlier, -len(g.rows), g.data, -g.images))
+
+
+def _met(found: Evaluated) -> str:
+    """Names images, threat, suites and attacks: rows with equal names may be ranked together."""
+    suites = sorted(
+        (plan.name, plan.version or digest(plan.suite), plan.seeds, plan.checks)
+        for plan in found.suites
+    )
+    data = found.data.get("sha256") or found.data
+    attacks = sorted(map(str, found.attacks()))
+    return digest([data, found.data["num_images"], found.norm, found.eps, suites, attacks])
+
+
+def _method(it: Claim) -> str:
+    """Equal for claims whose runs differ by the seed alone."""
+    settings = {key: value for key, value in it.run.items() if key != "seed"}
+    return digest([settings, it.authors, None if it.trained else it.training.weights])
+
+
+def _ordered(rows: Mapping[str, Sequence[tuple[Entry, Evaluated]]]) -> tuple[Row, ...]:
+    made = [
+        Row(entries=tuple(e for e, _ in pairs), found=tuple(f for _, f in pairs))
+        for pairs in rows.values()
+    ]
+    return tuple(
+        sorted(made, key=lambda row: (row.aware is None, -row.aware.value if row.aware else 0))
+    )
+
+
+def _unpacked(text: str | None) -> Values | None:
+    return None if text is None else unpacked(text)
+
+
+def _strongest_unaware(found: Evaluated) -> Values | None:
+    left = [unpacked(c.each) for c in found.cells if c.bounded and not c.aware and c.each]
+    return min(left, key=lambda q: float(q.mean()), default=None)
+
+
+_SIZES: dict[str, int | None] = {}
+
+
+def parameters_of(it: Claim) -> int | None:
+    """As stated; in older claims, of the networks that the run describes."""
+    if it.training.parameters is not None or not it.trained:
+        return it.training.parameters
+    key = json.dumps([it.run["ensemble"], it.run["data"]["spec"]], sort_keys=True)
+    if key not in _SIZES:
+        run, kind, _ = resolve(parse_run(it.run, it.name))
+        known = published(run.data.spec)
+        _SIZES[key] = None
+        if known is not None:
+            ensemble = kind.build(num_classes=known.num_classes, shape=known.shape, seed=0)
+            _SIZES[key] = sum(parameter.numel() for parameter in ensemble.parameters())
+    return _SIZES[key]

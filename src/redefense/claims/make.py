@@ -1,0 +1,224 @@
+"""Makes a claim: of an evaluated run, or of what `evaluate` measured of anybody's weights."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from redefense.claims.format import (
+    Attacked,
+    Claim,
+    Evaluated,
+    Figure,
+    Plan,
+    Training,
+    figure,
+    packed,
+    suite_version,
+)
+from redefense.errors import ConfigError, DataError
+from redefense.evaluation.suite import SUITES
+from redefense.hub.pretrained import without_paths
+from redefense.results.intervals import Estimate
+from redefense.results.join import Result, results_of
+from redefense.results.records import Scored, Stored, load
+from redefense.train.checkpoint import Checkpoint
+from redefense.train.cost import count
+from redefense.train.loading import find_final
+
+Facts = dict[str, str | None]
+"""Who made the weights, where they are described, and on what terms: authors, link, licence."""
+
+
+def claim(sources: Sequence[Path], name: str | None = None, **about: str | None) -> Claim:
+    """The claim of an evaluated run, or of evaluations of one set of weights.
+
+    Args:
+        sources: one run directory; or files of evaluations, with their records beside them.
+        name: of the claim; that of the run unless given.
+        about: authors, link and licence; all needed, with the name, unless the weights are those of
+            a run.
+
+    Raises:
+        ConfigError: if something is not stated that must be.
+        DataError: if a source is not trained, not evaluated, damaged or of other weights.
+    """
+    stored = [it for source in sources for it in load(source)]
+    homes = {_home(source) for source in sources}
+    home = homes.pop() if len(homes) == 1 else None
+    if home is None or not (home / "final").is_dir():
+        return of_weights(stored, name, about)
+    return of_run(find_final(home), stored, name or home.name, about)
+
+
+def _home(source: Path) -> Path:
+    """The run that a source belongs to, if it belongs to one."""
+    source = source.resolve()
+    return source if source.is_dir() else source.parent.parent
+
+
+def of_run(
+    checkpoint: Checkpoint, stored: Sequence[Stored], name: str, about: Facts | None = None
+) -> Claim:
+    """The claim of a trained run; arguments and errors as `claim`."""
+    data = checkpoint.state["data"]
+    run = without_paths(checkpoint.run)
+    cost = count(run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    weights = manifest["sha256"]["weights.safetensors"]
+    _same_weights(stored, weights)
+    return Claim(
+        name=name,
+        **(about or {}),
+        run=run.model_dump(mode="json"),
+        training=Training(
+            epochs=run.epochs,
+            images=cost.steps * cost.batch,
+            passes=round(cost.passes(), 2),
+            minutes=None,
+            parameters=cost.parameters,
+            weights=weights,
+        ),
+        evaluations=_evaluations(stored),
+    )
+
+
+def of_weights(stored: Sequence[Stored], name: str | None, about: Facts) -> Claim:
+    """The claim of weights that were not trained by us; arguments and errors as `claim`."""
+    stated = {"name": name, **about}
+    if missing := [f"--{key}" for key in ("name", "link", "authors", "licence") if not stated[key]]:
+        raise ConfigError(
+            f"a claim of weights that `redefense train` did not make needs {', '.join(missing)}"
+        )
+    assert name is not None
+    plan = _plan_of(stored[0])
+    if plan.weights is None or plan.parameters is None:
+        raise DataError(
+            f"{stored[0].file} does not say of which weights it is: evaluate them again by "
+            "redefense.evaluate of this version"
+        )
+    _same_weights(stored, plan.weights)
+    first = stored[0].evaluation
+    members = len(first.clean.per_member) or 1
+    kind = "stochastic" if first.stochastic else "independent" if members > 1 else "network"
+    run: dict[str, Any] = {
+        "data": {"spec": first.data.name},
+        "ensemble": {"name": kind, "num_members": members, "mixture": first.mixture},
+        "defence": {"name": name},
+        "threat": plan.threat.model_dump(),
+    }
+    return Claim(
+        name=name,
+        **about,
+        run=run,
+        training=Training(
+            epochs=None, images=None, passes=None, minutes=None,
+            parameters=plan.parameters, weights=plan.weights,
+        ),
+        evaluations=_evaluations(stored),
+    )  # fmt: skip
+
+
+def _plan_of(stored: Stored) -> Any:
+    """How a stored suite was run.
+
+    Raises:
+        DataError: if that is missing.
+    """
+    if stored.plan is None or stored.file is None or stored.plan.threat.eps is None:
+        raise DataError(
+            f"{stored.name}: {stored.file} does not say how it was made, so it cannot be recomputed"
+        )
+    return stored.plan
+
+
+def _same_weights(stored: Iterable[Stored], weights: str) -> None:
+    for it in stored:
+        found = _plan_of(it).weights
+        if found not in (None, weights):
+            raise DataError(f"{it.file} is an evaluation of other weights ({found}, not {weights})")
+
+
+def _evaluations(stored: Sequence[Stored]) -> tuple[Evaluated, ...]:
+    for it in stored:
+        if it.missing:
+            raise DataError(
+                f"{it.file}: the per-image records are not beside it ({', '.join(it.missing)}), so "
+                "nobody could check its figures: copy the folder of the records along"
+            )
+    return tuple(sorted(map(evaluated, results_of(stored)), key=lambda e: e.subject))
+
+
+def evaluated(result: Result) -> Evaluated:
+    """One joined result as data."""
+    data, drawn = result.evaluations[0].data, result.stochastic
+    assert result.norm in ("inf", "2")
+    return Evaluated(
+        data={**data.model_dump(), "num_images": data.num_images},
+        norm="2" if result.norm == "2" else "inf",
+        eps=0.0 if result.eps is None else result.eps,
+        suites=tuple(planned(stored) for stored in result.suites),
+        clean=figure(result.clean),
+        clean_members=tuple(round(value, 6) for value in result.clean_members),
+        unaware=figure(result.unaware),
+        aware=figure(result.aware),
+        best_single_member=figure(result.single),
+        averaged=figure(result.averaged),
+        over_single=figure(result.over_single),
+        over_averaged=figure(result.over_averaged),
+        alone=tuple(f for e in result.alone if (f := figure(e)) is not None),
+        over_alone=figure(result.over_alone),
+        exact=drawn is None,
+        draws=None if drawn is None else drawn.draws,
+        aware_draws=None if drawn is None else _with(drawn.aware, drawn.aware_interval_draws),
+        cells=tuple(
+            _attacked(scored)
+            for scored in result.cells
+            if scored.expected is not None or scored.q is not None
+        ),
+        further=tuple(map(_attacked, result.further)),
+        red_checks=tuple(c.id for c in result.checks if c.passed is False),
+        checks=result.checks,
+        untouched=packed(result.suites[0].clean.q),
+        lowest=packed(result.q_aware, deflate=False),
+    )  # fmt: skip
+
+
+def _with(value: float | None, interval: tuple[float, float] | None) -> Figure | None:
+    return None if value is None or interval is None else figure(Estimate(value, *interval))
+
+
+def _attacked(scored: Scored) -> Attacked:
+    cell = scored.cell
+    return Attacked(
+        id=cell.id, attack=cell.attack, view=cell.view, aware=cell.aware, bounded=cell.bounded,
+        repr=cell.repr, expected=figure(scored.expected),
+        each=packed(scored.q) if cell.bounded else None,
+        met=None if scored.whole or scored.met is None else packed(scored.met),
+    )  # fmt: skip
+
+
+def planned(stored: Stored) -> Plan:
+    """How a stored suite was run.
+
+    Raises:
+        DataError: if that is missing, or nobody else can run it.
+    """
+    plan, file = _plan_of(stored), stored.file
+    assert file is not None
+    if plan.objects:
+        raise DataError(
+            f"{file} was attacked by objects that only this machine has ({', '.join(plan.objects)})"
+            ": register them under names in a plug-in, and evaluate again"
+        )
+    name = plan.suite["name"]
+    whole = {**plan.suite, "cascade": name in SUITES and SUITES[name].cascade}
+    ours = name in SUITES and SUITES[name].model_dump(mode="json") == whole
+    chosen = None if whole == plan.suite or not ours else bool(plan.suite.get("cascade"))
+    return Plan(
+        file=file.stem, suite=name if ours else plan.suite,
+        norm="2" if plan.threat.norm == "2" else "inf",
+        eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
+        checks=plan.checks, cascade=chosen, stochastic=plan.stochastic,
+        version=suite_version(plan.suite), provenance=stored.evaluation.provenance,
+    )  # fmt: skip

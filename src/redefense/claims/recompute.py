@@ -1,0 +1,169 @@
+"""Makes the figures of a claim again, from its settings or from named weights, and compares."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from redefense.claims.check import current
+from redefense.claims.format import Claim, Evaluated, Figure, Plan
+from redefense.claims.make import of_run, of_weights
+from redefense.config import parse_run
+from redefense.errors import ConfigError, DataError
+from redefense.evaluation.api import evaluate, evaluate_run
+from redefense.evaluation.suite import SUITES, Suite
+from redefense.hub.pretrained import CONFIG, from_pretrained
+from redefense.report.tables import with_interval
+from redefense.results.records import load
+from redefense.threat import Threat
+from redefense.train.experiment import train
+from redefense.train.loading import find_final, load_checkpoint
+
+Say = Callable[[str], None]
+
+
+def recompute(
+    it: Claim,
+    data: str,
+    folder: Path,
+    *,
+    weights: Path | nn.Module | None = None,
+    device: str = "cpu",
+    say: Say | None = None,
+) -> list[str]:
+    """Train and evaluate anew in `folder`; every headline that does not agree, in words.
+
+    Other machines give other bits, and other bits other weights. Figures agree if each lies in the
+    95 % interval of the other. Called again with the same folder, it goes on.
+
+    Args:
+        it: the claim.
+        data: where its data lie here.
+        folder: for the run and its evaluations.
+        weights: a run, a folder for a model hub, or a network in memory: evaluated in place of a
+            training, if these are the weights of the claim.
+        device: to compute on.
+        say: takes lines about what is done.
+
+    Raises:
+        ConfigError: if the weights of the claim were not trained by us and none are named.
+        DataError: if the weights are not those of the claim, or suites are of another version.
+    """
+    for plan in (plan for e in it.evaluations for plan in e.suites):
+        if isinstance(plan.suite, str) and plan.version is not None and not current(plan):
+            commit = plan.provenance.get("commit") or plan.provenance.get("version")
+            raise DataError(
+                f"suite {plan.suite} has other attacks now than the claim's (version "
+                f"{plan.version}): recompute it with redefense of {commit}"
+            )
+    if isinstance(weights, Path) and (weights / CONFIG).is_file():
+        weights = from_pretrained(weights, device=device)
+    if weights is None and not it.trained:
+        raise ConfigError(
+            f"the weights of {it.name} were not trained by redefense: get them from {it.link} and "
+            "name their folder with --weights"
+        )
+    if it.trained and not isinstance(weights, nn.Module):
+        return differences(it, _of_run(it, data, folder, weights, device, say))
+    if isinstance(weights, Path):
+        weights = load_checkpoint(find_final(weights), device=device)
+    assert isinstance(weights, nn.Module)
+    return differences(it, _of_weights(it, data, folder, weights, say))
+
+
+def _plans(it: Claim) -> list[Plan]:
+    return list({plan.file: plan for e in it.evaluations for plan in e.suites}.values())
+
+
+def _of_run(
+    it: Claim, data: str, folder: Path, trained: Path | None, device: str, say: Say | None
+) -> Claim:
+    """The claim again: trained here, or of the run that is named."""
+    path = trained or folder / it.name
+    if trained is None:
+        run = parse_run(it.run, it.name)
+        run = run.model_copy(update={"data": run.data.model_copy(update={"spec": data})})
+        train(run, path, resume=True, device=device, quiet=say is None)
+    checkpoint = find_final(path)
+    if trained is not None:
+        manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+        _require(it, manifest["sha256"]["weights.safetensors"], trained)
+    stored = []
+    for plan in _plans(it):
+        suite = plan.suite
+        if not isinstance(suite, str):
+            (folder / "suites").mkdir(parents=True, exist_ok=True)
+            file = folder / "suites" / f"{plan.file}.json"
+            file.write_text(json.dumps(suite))
+            suite = str(file)
+        _, target = evaluate_run(
+            path, data=data, suite=suite, out=folder / "evaluation" / f"{plan.file}.json",
+            eps=plan.eps, norm=plan.norm, device=device, say=say, **_settings(plan),
+        )  # fmt: skip
+        stored += load(target)
+    return of_run(checkpoint, stored, it.name)
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    return {
+        "images": plan.images, "seed": plan.seed, "seeds": plan.seeds, "checks": plan.checks,
+        "cascade": plan.cascade, "stochastic": plan.stochastic,
+    }  # fmt: skip
+
+
+def _require(it: Claim, found: str, where: object) -> None:
+    if found != it.training.weights:
+        raise DataError(f"{where} holds weights {found}, the claim is of {it.training.weights}")
+
+
+def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, say: Say | None) -> Claim:
+    """The claim again, of a network in memory."""
+    stored = []
+    for plan in _plans(it):
+        suite = plan.suite
+        named = SUITES[suite] if isinstance(suite, str) else Suite.model_validate(suite)
+        evaluate(
+            model, data, suite=named, threat=Threat(norm=plan.norm, eps=plan.eps),
+            out=folder / plan.file, progress=say is not None, **_settings(plan),
+        )  # fmt: skip
+        stored += load(folder / plan.file / "evaluation" / f"{named.name}.json")
+        found = stored[-1].plan
+        _require(it, "" if found is None else str(found.weights), "the network")
+    about = {"authors": it.authors, "link": it.link, "licence": it.licence}
+    return of_weights(stored, it.name, about)
+
+
+def differences(one: Claim, other: Claim) -> list[str]:
+    """Headlines of two claims about the same run that lie outside each other's intervals."""
+    found = []
+    again = {_about(e): e for e in other.evaluations}
+    for mine in one.evaluations:
+        theirs = again.get(_about(mine))
+        if theirs is None:
+            told = f"{mine.data['num_images']} {mine.data['split']} images of {mine.data['name']}"
+            found.append(f"{one.name}: the claim is not about these {told}")
+            continue
+        for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
+            a, b = getattr(mine, key), getattr(theirs, key)
+            if (a is None) != (b is None) or (a is not None and not _agree(a, b)):
+                shown = [with_interval(None if f is None else f.estimate) for f in (a, b)]
+                images = mine.data["num_images"]
+                found.append(f"{one.name}, {images} images, {key}: {shown[0]}, now {shown[1]}")
+    return found
+
+
+def _about(found: Evaluated) -> tuple[object, ...]:
+    """The images, by their content where it is known, and the threat."""
+    data = found.data
+    which = data.get("sha256") or str(data)
+    return data["num_images"], which, found.norm, found.eps
+
+
+def _agree(a: Figure, b: Figure) -> bool:
+    def inside(value: float, of: Figure) -> bool:
+        low, high = (of.value if v is None else v for v in (of.low, of.high))
+        return low <= value <= high
+
+    return inside(a.value, b) and inside(b.value, a)

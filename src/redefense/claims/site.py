@@ -1,0 +1,182 @@
+"""The leaderboard as a static site: one page over all claims, and a page for each.
+
+A browser opens it from the disk. Pages make no request: styles, script and drawings are inside, and
+their content policy forbids anything else.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from redefense import __version__
+from redefense.claims.format import Claim, Figure
+from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
+from redefense.claims.tables import points
+from redefense.errors import ConfigError, lacking
+from redefense.report.tables import interval, percent
+from redefense.results.intervals import Estimate
+from redefense.results.join import eps_text
+from redefense.runtime.files import write_text
+
+WIDTH, HEIGHT = 360, 250
+LEFT, RIGHT, TOP, BOTTOM = 40, 14, 12, 44
+
+
+def write_site(folder: Path, out: Path) -> list[Path]:
+    """Write `OUT/index.html`, and a page and the file of each claim in `OUT/claims/`.
+
+    Claims that do not hold are listed with the reasons, and not ranked.
+
+    Args:
+        folder: of the claims.
+        out: made if it is not there; pages of the same names are replaced.
+
+    Returns:
+        The pages, the index first.
+
+    Raises:
+        ConfigError: if there is no claim, the site would be written over the claims, or the extra
+            `report` is not installed.
+        DataError: if a file is no claim; nothing is written then.
+    """
+    if (out / "claims").resolve() == folder.resolve():
+        raise ConfigError(
+            f"--out {out} would write over the claims in {folder}: name another place"
+        )
+    entries = read_all(folder)
+    held = [entry for entry in entries if entry.holds]
+    render = _renderer()
+    pages = {out / "index.html": render("index.html", _index(entries, groups_of(held)))}
+    for entry in entries:
+        text = render("claim.html", {"entry": entry, "claim": entry.claim})
+        pages[out / entry.page] = text
+    for path, text in pages.items():
+        write_text(path, text)
+    for entry in entries:
+        shutil.copyfile(entry.path, out / "claims" / entry.path.name)
+    return list(pages)
+
+
+def _index(entries: Sequence[Entry], groups: Sequence[Group]) -> dict[str, Any]:
+    def options(of: Callable[[Group], Sequence[str]]) -> list[str]:
+        return sorted({value for group in groups for value in of(group)})
+
+    return {
+        "groups": groups,
+        "refused": [entry for entry in entries if not entry.holds],
+        "count": len(entries),
+        "filters": {
+            "data": options(lambda g: [g.data]),
+            "threat": options(lambda g: [g.threat]),
+            "suite": options(lambda g: g.suites),
+            "kind": options(lambda g: g.kinds),
+        },
+    }
+
+
+def _renderer() -> Callable[[str, dict[str, Any]], str]:
+    try:
+        import jinja2
+    except ImportError:
+        raise ConfigError(lacking("the leaderboard", "jinja2", "report")) from None
+    home = files("redefense.claims") / "pages"
+    sources = {
+        name: (home / name).read_text(encoding="utf-8")
+        for name in ("index.html", "claim.html", "base.html", "site.css", "site.js")
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader(sources), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "interval": interval, "points": points}
+    environment.globals |= {
+        "version": __version__, "scatter": scatter, "estimate": _estimate, "eps": eps_text,
+        "millions": _millions, "styles": sources["site.css"], "script": sources["site.js"],
+        "recompute": recompute_command, "cost": lambda row: row.passes,
+        "clean": lambda row: None if row.clean is None else row.clean.value,
+    }  # fmt: skip
+    return lambda name, values: environment.get_template(name).render(values)
+
+
+def _estimate(figure: Figure | None) -> Estimate | None:
+    return None if figure is None else figure.estimate
+
+
+def _millions(count: int | float | None) -> str:
+    if count is None:
+        return "not stated"
+    return f"{count / 1e6:.2f} M" if count < 1e8 else f"{count / 1e6:.0f} M"
+
+
+def recompute_command(entry: Entry) -> str:
+    """What makes the figures of a claim again."""
+    it: Claim = entry.claim
+    weights = "" if it.trained else " --weights DIR"
+    return f"redefense claim recompute {entry.path.name} --data {it.run['data']['spec']}{weights}"
+
+
+def scatter(
+    group: Group, across: Callable[[Row], float | None], label: str, *, log: bool = False
+) -> str:
+    """The aware figures with their intervals, against another figure; as SVG, "" for under two.
+
+    Args:
+        group: its rows are numbered as in the table.
+        across: what stands on the horizontal axis.
+        label: of that axis.
+        log: whether its scale is logarithmic; else it is that of a share.
+    """
+    known = [
+        (number, row, x, row.aware)
+        for number, row in enumerate(group.rows, 1)
+        if (x := across(row)) is not None and row.aware is not None and (x > 0 or not log)
+    ]
+    if len(known) < 2:
+        return ""
+    xs = [math.log10(x) if log else x for _, _, x, _ in known]
+    low, high = (math.floor(min(xs) * 2) / 2, math.ceil(max(xs) * 2) / 2) if log else (0.0, 1.0)
+    span, top = (high - low) or 1.0, max(a.high or a.value for _, _, _, a in known)
+    top = min(1.0, math.ceil(top * 10 + 0.01) / 10)
+
+    def px(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (x - low) / span
+
+    def py(y: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - y / top)
+
+    ticks = [low + span * i / 4 for i in range(5)]
+    body = [
+        f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">'
+        + (f"{10**x / 1e6:.3g}</text>" if log else f"{100 * x:.0f}</text>")
+        for x in ticks
+    ]
+    for i in range(5):
+        y = top * i / 4
+        body.append(f'<path class="gridline" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
+        body.append(
+            f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{100 * y:.3g}</text>'
+        )
+    middle, centre = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    body.append(
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f"{escape(label)}</text>"
+        f'<text class="axis" transform="translate(11 {centre}) rotate(-90)" '
+        'text-anchor="middle">aware, %</text>'
+    )
+    for (number, row, _, aware), x in zip(known, xs, strict=True):
+        ends = f"M{px(x):.1f} {py(aware.low or 0):.1f}V{py(min(aware.high or 0, top)):.1f}"
+        bar = "" if aware.low is None or aware.high is None else f'<path class="bar" d="{ends}"/>'
+        told = escape(f"{row.name}: aware {percent(aware)} %")
+        body.append(
+            f'<g class="point {row.kind}" data-row="{number}"><title>{told}</title>{bar}'
+            f'<circle cx="{px(x):.1f}" cy="{py(aware.value):.1f}" r="4"/>'
+            f'<text x="{px(x) + 6:.1f}" y="{py(aware.value) - 5:.1f}">{number}</text></g>'
+        )
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Aware accuracy against {escape(label)}">{"".join(body)}</svg>'
+    )

@@ -1,0 +1,172 @@
+"""Claims: make, check, recompute, compare, table."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redefense.commands.options import Device, Json, Quiet, say
+
+ClaimFiles = Annotated[list[Path], typer.Argument(metavar="CLAIM...", help="Files of claims.")]
+Images = Annotated[
+    int | None, typer.Option(min=1, help="Only what was measured on so many images.")
+]
+
+
+def make(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN|REPORT.json...",
+            help="An evaluated run; or evaluations of one set of weights, records beside them.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    name: Annotated[str | None, typer.Option(help="Of the claim; by default the run's.")] = None,
+    link: Annotated[str | None, typer.Option(help="Where the weights are described.")] = None,
+    authors: Annotated[str | None, typer.Option(help="Who made the weights.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="Of the weights, e.g. MIT.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the claim of a run, or of what `evaluate` measured of weights of your own.
+
+    Weights that `redefense train` did not make need --name, --link, --authors and --licence.
+    A claim that is made again of the same weights keeps what it held about other images.
+    """
+    from redefense.claims.format import read, write
+    from redefense.claims.make import claim
+
+    made = claim(sources, name, link=link, authors=authors, licence=licence)
+    if out.is_file():
+        made = made.keeping(read(out))
+    for plan in (plan for each in made.evaluations for plan in each.suites):
+        commit = str(plan.provenance.get("commit", ""))
+        if not commit or commit.endswith("-dirty"):
+            say(f"{plan.file} was made by code of no commit ({commit or 'unknown'})", quiet)
+    write(made, out)
+    say(f"wrote {out}; next: redefense claim check {out}", quiet)
+
+
+def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Check the schema, hashes, sums and attacks of claims, and the audit's rules.
+
+    Exit 1 if a claim does not hold, 3 if a file is missing or unreadable.
+    """
+    from redefense.audit.audit import exit_code
+    from redefense.claims.check import check as findings_of
+    from redefense.errors import DataError
+
+    unread: dict[str, str] = {}
+    told = {}
+    for path in paths:
+        try:
+            told[str(path)] = findings_of(path)
+        except DataError as error:
+            unread[str(path)] = str(error)
+    failed = [path for path, findings in told.items() if exit_code(findings)]
+    if as_json:
+        listed = {path: [dataclasses.asdict(f) for f in found] for path, found in told.items()}
+        shown = {"holds": not failed and not unread, "findings": listed, "unread": unread}
+        typer.echo(json.dumps(shown, indent=1))
+    for path, findings in told.items():
+        for finding in () if as_json else findings:
+            if finding.severity == "error" or not quiet:
+                rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
+                where = f"{path}: {finding.severity} {finding.id}: {finding.subject}{rows}"
+                typer.echo(f"{where}: {finding.why}")
+        if not as_json:
+            typer.echo(f"{path}: {'does not hold' if path in failed else 'holds'}")
+    for reason in unread.values():
+        say(f"redefense: {reason}", quiet=False)
+    raise typer.Exit(3 if unread else int(bool(failed)))
+
+
+def recompute(
+    path: Annotated[Path, typer.Argument(metavar="CLAIM", help="The file of a claim.")],
+    data: Annotated[str, typer.Option("--data", metavar="SPEC", help="Where its data lie here.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            "--run",
+            metavar="DIR",
+            help="A run, or a folder for a model hub, to evaluate in place of a training.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the run here, and go on with it.")
+    ] = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Train (or take the named weights), evaluate, and compare with a claim; exit 1 if outside."""
+    from redefense.claims.format import read
+    from redefense.claims.recompute import recompute as differences_of
+
+    it = read(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        tell = None if quiet else lambda line: say(line, quiet)
+        found = differences_of(it, data, folder, weights=weights, device=device, say=tell)
+    for line in found:
+        typer.echo(line)
+    typer.echo(f"{path}: {'does not hold' if found else 'holds'}")
+    raise typer.Exit(int(bool(found)))
+
+
+def compare(
+    methods: Annotated[
+        list[str], typer.Argument(metavar="METHOD...", help="Names of claims without their seed.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="One of them: add paired differences from it.")
+    ] = None,
+    images: Images = None,
+    claims: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of claims METHOD-SEED.json.")
+    ] = Path("claims"),
+) -> None:
+    """Compare methods over all their seeds, under the attacks that all have met."""
+    from redefense.claims.compare import seeds_of, table
+
+    typer.echo(table({name: seeds_of(name, claims, images) for name in methods}, against))
+
+
+def table(
+    paths: ClaimFiles,
+    against: Annotated[
+        str | None, typer.Option(help="Name of a claim: add paired differences from it.")
+    ] = None,
+    attacks: Annotated[bool, typer.Option("--attacks", help="One row an attack instead.")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="What drawing is worth instead.")] = False,
+    images: Images = None,
+) -> None:
+    """Print claims as a Markdown table, one row each."""
+    from redefense.claims.format import read
+    from redefense.claims.tables import chosen
+    from redefense.errors import ConfigError
+
+    if attacks and draw:
+        raise ConfigError("--attacks and --draw are two tables: ask for one")
+    kind = "draw" if draw else "attacks" if attacks else "methods"
+    typer.echo(chosen([read(path) for path in paths], kind, images, against))
+
+
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of claims.")],
+    out: Annotated[
+        Path, typer.Option(metavar="SITE", help="Folder to write; open its index.html.")
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Write the leaderboard over a folder of claims: pages that a browser opens from the disk."""
+    from redefense.claims.site import write_site
+
+    written = write_site(folder, out)
+    say(f"wrote {written[0]} and a page for each of {len(written) - 1} claims", quiet)

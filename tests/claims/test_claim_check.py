@@ -1,0 +1,223 @@
+"""A claim that was changed is refused, with the reason; and one of anybody's weights is as good."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import redefense
+from command_line import call
+from redefense.claims import format
+from redefense.claims.recompute import recompute
+from redefense.errors import ConfigError, DataError
+from redefense.evaluation.suite import CellSpec, Suite
+from redefense.stochastic.wrappers import GaussianNoise
+from redefense.threat import Threat
+
+IMAGES = 24
+FAST = Suite(
+    name="fast",
+    cells=(
+        CellSpec(attack="fgsm", view="sampled"),
+        CellSpec(attack="hinge", view="members", settings={"steps": 2, "restarts": 1}),
+    ),
+)
+Edit = Callable[[dict[str, Any]], object]
+ABOUT = ("--name", "mine", "--link", "https://example.org/mine", "--authors", "A. Author")
+
+
+def network(seed: int = 0) -> torch.nn.Module:
+    """Recognises some digits, by the mean of each."""
+    data = redefense.data.load_dataset("digits")
+    images, labels = data.train.float(), data.train.labels
+    rng = torch.Generator().manual_seed(seed)
+    means = torch.stack([images[labels == k].mean(0).flatten() for k in range(10)])
+    linear = torch.nn.Linear(means.shape[1], 10)
+    noise = 0.05 * torch.randn(means.shape, generator=rng)
+    with torch.no_grad():
+        linear.weight.copy_(4 * (means + noise))
+        linear.bias.copy_(-2 * means.square().sum(1))
+    return torch.nn.Sequential(torch.nn.Flatten(), linear).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Claims of an ensemble, a single network and a stochastic one, none of them trained by us."""
+    home = tmp_path_factory.mktemp("own")
+    models = {
+        "ensemble": [network(0), network(1)],
+        "single": network(0),
+        "stochastic": GaussianNoise(network(0), sigma=0.1),
+    }
+    for name, model in models.items():
+        with warnings.catch_warnings():  # so weak attackers leave a check red
+            warnings.simplefilter("ignore", redefense.errors.RedCheckWarning)
+            redefense.evaluate(
+                model, "digits", threat=Threat(eps=0.1), images=IMAGES, out=home / name,
+                suite=FAST if name == "stochastic" else "quick",
+                stochastic="on" if name == "stochastic" else "off",
+            )  # fmt: skip
+        (report,) = (home / name / "evaluation").glob("*.json")
+        made = call(
+            "claim", "make", report, "--out", home / f"{name}.json", "--licence", "MIT", *ABOUT
+        )
+        assert made.code == 0, made.err
+    return home
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "single", "stochastic"])
+def test_a_claim_covers_weights_of_anybodys_training(folder: Path, kind: str) -> None:
+    path = folder / f"{kind}.json"
+    it, stored = format.read(path), json.loads(path.read_text())
+    assert it.kind == kind
+    assert stored["run"]["defence"]["name"] == "mine"
+    assert stored["run"]["ensemble"]["name"] == {
+        "ensemble": "independent", "single": "network", "stochastic": "stochastic",
+    }[kind]  # fmt: skip
+    (file,) = (folder / kind / "evaluation").glob("*.json")
+    report = json.loads(file.read_text())
+    (found,) = it.evaluations
+    assert found.aware is not None
+    assert found.aware.value == pytest.approx(report["headline"]["aware"], abs=1e-6)
+    assert found.exact is (kind != "stochastic")
+    assert it.training.parameters == (2 if kind == "ensemble" else 1) * 10 * (64 + 1)
+    checked = call("claim", "check", path)
+    assert (checked.code, checked.err) == (0, "")
+    assert checked.out.endswith(f"{path}: holds\n")
+
+
+def without(key: str) -> Edit:
+    return lambda claim: claim.pop(key)
+
+
+def figure(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["aware"]["value"] += 0.05
+
+
+def clean(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["clean"]["value"] += 0.05
+
+
+def interval(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["aware"]["low"] += 0.02
+
+
+def record(claim: dict[str, Any]) -> None:
+    cell = claim["evaluations"][0]["cells"][0]
+    q = format.unpacked(cell["each"])
+    q[q.argmin()] = 1.0
+    cell["each"] = format.packed(q)
+
+
+def swapped(claim: dict[str, Any]) -> None:
+    """The mean stays as it is."""
+    cell = claim["evaluations"][0]["cells"][-1]
+    cell["each"] = format.packed(format.unpacked(cell["each"])[::-1])
+
+
+def attack(claim: dict[str, Any]) -> None:
+    del claim["evaluations"][0]["cells"][-1]
+
+
+def images(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["data"]["num_images"] = 400
+
+
+def gain(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["over_averaged"]["value"] += 0.1
+
+
+CHANGES: dict[str, tuple[Edit, str, str]] = {
+    "figure": (figure, "records-contradict", "aware is stated as"),
+    "clean": (clean, "records-contradict", "clean is stated as"),
+    "interval": (interval, "interval", "The low end of the interval of aware"),
+    "record": (record, "records-contradict", "its records give"),
+    "swapped": (swapped, "aware-records", "is not the worst attack's on"),
+    "attack": (attack, "missing-attack", "hinge on view members belongs to the suites quick"),
+    "images": (images, "records-damaged", "are of 24 images, expected 400"),
+    "gain": (gain, "difference", "over_averaged is not the aware figure minus"),
+    "authors": (without("authors"), "unattributed", "authors is not stated"),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("hashed", [True, False], ids=["hash kept", "hash made again"])
+def test_what_was_changed_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path, change: str, hashed: bool
+) -> None:
+    edit, rule, reason = CHANGES[change]
+    claim = json.loads((folder / "ensemble.json").read_text())
+    edit(claim)
+    if not hashed:
+        rest = {key: value for key, value in claim.items() if key != "sha256"}
+        claim["sha256"] = format.digest(rest)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(claim))
+    checked = call("claim", "check", path, "--json")
+    assert checked.code == 1
+    told = json.loads(checked.out)
+    assert told["holds"] is False
+    errors = {f["id"]: f["why"] for f in told["findings"][str(path)] if f["severity"] == "error"}
+    assert reason in errors[rule]
+    assert ("hash" in errors) is hashed
+    words = call("claim", "check", path)
+    assert words.code == 1
+    assert reason in words.out
+    assert words.out.endswith(f"{path}: does not hold\n")
+
+
+def test_what_cannot_be_read_exits_3_and_the_others_are_checked_all_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for bad in (broken, tmp_path / "missing.json"):
+        checked = call("claim", "check", bad, folder / "single.json")
+        assert checked.code == 3
+        assert f"cannot read {bad}" in checked.err
+        assert f"{folder / 'single.json'}: holds" in checked.out
+
+
+def test_other_weights_are_refused_and_the_same_ones_agree(folder: Path, tmp_path: Path) -> None:
+    it = format.read(folder / "single.json")
+    assert recompute(it, "digits", tmp_path / "same", weights=network(0)) == []
+    with pytest.raises(DataError, match="the claim is of"):
+        recompute(it, "digits", tmp_path / "other", weights=network(1))
+    with pytest.raises(ConfigError, match="name their folder with --weights"):
+        recompute(it, "digits", tmp_path / "none")
+
+
+def test_a_claim_of_own_weights_says_who_made_them(folder: Path, tmp_path: Path) -> None:
+    report = folder / "single" / "evaluation" / "quick.json"
+    made = call("claim", "make", report, "--out", tmp_path / "x.json", "--name", "mine")
+    assert made.code == 2
+    assert "needs --link, --authors, --licence" in made.err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_evaluations_of_other_weights_make_no_claim(folder: Path, tmp_path: Path) -> None:
+    reports = [folder / name / "evaluation" / "quick.json" for name in ("single", "ensemble")]
+    made = call("claim", "make", *reports, "--out", tmp_path / "x.json", "--licence", "MIT", *ABOUT)
+    assert made.code == 3
+    assert "is an evaluation of other weights" in made.err
+
+
+def test_an_older_version_of_a_suite_is_told(folder: Path, tmp_path: Path) -> None:
+    claim = json.loads((folder / "ensemble.json").read_text())
+    claim["evaluations"][0]["suites"][0]["version"] = "0" * 12
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps(claim))
+    assert "Suite quick was version 000000000000" in call("claim", "check", path).out
+    it = format.read(path)
+    with pytest.raises(DataError, match="suite quick has other attacks now"):
+        recompute(it, "digits", tmp_path, weights=network())
+
+
+def test_records_are_kept_to_half_a_level() -> None:
+    q = np.random.default_rng(0).random(100)
+    np.testing.assert_allclose(format.unpacked(format.packed(q) or ""), q, atol=0.5 / 65535)
