@@ -49,7 +49,7 @@ def network(seed: int = 0) -> torch.nn.Module:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Claims of an ensemble, a single network and a stochastic one, none of them trained by us."""
     home = tmp_path_factory.mktemp("own")
-    models = {
+    models: dict[str, Any] = {
         "ensemble": [network(0), network(1)],
         "single": network(0),
         "stochastic": GaussianNoise(network(0), sigma=0.1),

@@ -40,7 +40,8 @@ MINE = {
 def cheap(path: Path) -> bool:
     """Whether a test has the data and the time to make this claim again."""
     claim = format.read(path)
-    few = claim.training.passes * claim.training.images < CHEAP
+    took = claim.training
+    few = (took.passes or 0) * (took.images or 0) < CHEAP
     return few and claim.run["data"]["spec"] == "digits"
 
 

@@ -90,7 +90,7 @@ def test_other_images_attacks_suites_and_threats_are_ranked_apart(tmp_path: Path
     base = claim("base", 0.5)
     (found,) = base.evaluations
     (plan,) = found.suites
-    others = [
+    others: list[dict[str, Any]] = [
         {"data": {**found.data, "sha256": "d" * 64}},
         {"eps": 0.2},
         {"norm": "2"},

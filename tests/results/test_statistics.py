@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from redefense.errors import InputError
 from redefense.results.intervals import (
     Estimate,
     accuracy_interval,
     bootstrap_mean,
+    difference_over_seeds,
     exact_expectation,
     fooled_histogram,
+    over_seeds,
     paired_difference,
     success_within,
     wilson,
@@ -180,3 +183,50 @@ def test_an_interval_is_never_surer_than_as_many_images_allow() -> None:
     assert accuracy_interval(nearly).low == wilson(40, 40)[0] < bootstrap_mean(nearly, 0)[0]
     wrong = accuracy_interval(1 - nearly)
     assert wrong.high == wilson(0, 40)[1]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "spread"), [(2, 0.0), (2, 0.02), (3, 0.05), (5, 0.03)], ids=lambda value: f"{value}"
+)
+def test_intervals_over_seeds_and_images_hold_the_truth_of_both(seeds: int, spread: float) -> None:
+    """Trainings that differ by luck, on images that differ: the mean over all of both is 0.5."""
+    rng = np.random.default_rng(0)
+
+    def trained(images: NDArray[np.float64]) -> NDArray[np.float64]:
+        p = 0.5 + spread * rng.standard_normal((seeds, 1)) + images
+        return (rng.random((seeds, 200)) < p).astype(np.float64)
+
+    held = paired = over_images = 0
+    rounds = 150
+    for _ in range(rounds):
+        images = rng.uniform(-0.3, 0.3, 200)
+        one, other = trained(images), trained(images)
+        _, low, high = over_seeds(one)
+        assert low is not None
+        assert high is not None
+        held += low <= 0.5 <= high
+        _, low, high = accuracy_interval(one.mean(0))
+        over_images += (low or 0) <= 0.5 <= (high or 0)
+        _, low, high = difference_over_seeds(one, other)
+        paired += (low or 0) <= 0 <= (high or 0)
+    assert held / rounds >= 0.95
+    assert paired / rounds >= 0.95
+    if spread >= 0.03:  # images alone do not tell of the luck of a training
+        assert over_images / rounds < 0.9
+
+
+def test_with_one_seed_the_interval_is_that_over_images_and_more_never_narrow_it() -> None:
+    q = np.random.default_rng(0).random(50)
+    assert over_seeds(q[None]) == accuracy_interval(q)
+    assert difference_over_seeds(q[None], q[None, ::-1]) == paired_difference(q, q[::-1])
+    same, one = over_seeds(np.stack([q, q])), accuracy_interval(q)
+    assert same.value == one.value
+    assert (same.low or 1) <= (one.low or 0)
+    assert (same.high or 0) >= (one.high or 1)
+
+
+def test_the_interval_over_two_seeds_of_equal_images_is_students() -> None:
+    """Where images do not differ, only the seeds' means do: t with one degree of freedom."""
+    found = over_seeds(np.stack([np.full(4000, 0.49), np.full(4000, 0.51)]))
+    assert found.low is not None
+    assert 0.5 - found.low == pytest.approx(12.7062 * 0.01, rel=1e-4)

@@ -1,7 +1,7 @@
 """Makes a claim: of an evaluated run, or of what `evaluate` measured of anybody's weights."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,6 @@ from redefense.results.records import Scored, Stored, load
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.cost import count
 from redefense.train.loading import find_final
-
-Facts = dict[str, str | None]
-"""Who made the weights, where they are described, and on what terms: authors, link, licence."""
 
 
 def claim(sources: Sequence[Path], name: str | None = None, **about: str | None) -> Claim:
@@ -58,7 +55,7 @@ def _home(source: Path) -> Path:
 
 
 def of_run(
-    checkpoint: Checkpoint, stored: Sequence[Stored], name: str, about: Facts | None = None
+    checkpoint: Checkpoint, stored: Sequence[Stored], name: str, about: Mapping[str, str | None]
 ) -> Claim:
     """The claim of a trained run; arguments and errors as `claim`."""
     data = checkpoint.state["data"]
@@ -68,8 +65,11 @@ def of_run(
     weights = manifest["sha256"]["weights.safetensors"]
     _same_weights(stored, weights)
     return Claim(
+        schema=1,
         name=name,
-        **(about or {}),
+        authors=about.get("authors"),
+        link=about.get("link"),
+        licence=about.get("licence"),
         run=run.model_dump(mode="json"),
         training=Training(
             epochs=run.epochs,
@@ -83,10 +83,14 @@ def of_run(
     )
 
 
-def of_weights(stored: Sequence[Stored], name: str | None, about: Facts) -> Claim:
+def of_weights(
+    stored: Sequence[Stored], name: str | None, about: Mapping[str, str | None]
+) -> Claim:
     """The claim of weights that were not trained by us; arguments and errors as `claim`."""
     stated = {"name": name, **about}
-    if missing := [f"--{key}" for key in ("name", "link", "authors", "licence") if not stated[key]]:
+    if missing := [
+        f"--{key}" for key in ("name", "link", "authors", "licence") if not stated.get(key)
+    ]:
         raise ConfigError(
             f"a claim of weights that `redefense train` did not make needs {', '.join(missing)}"
         )
@@ -108,8 +112,11 @@ def of_weights(stored: Sequence[Stored], name: str | None, about: Facts) -> Clai
         "threat": plan.threat.model_dump(),
     }
     return Claim(
+        schema=1,
         name=name,
-        **about,
+        authors=about["authors"],
+        link=about["link"],
+        licence=about["licence"],
         run=run,
         training=Training(
             epochs=None, images=None, passes=None, minutes=None,

@@ -103,7 +103,7 @@ def _of_run(
             eps=plan.eps, norm=plan.norm, device=device, say=say, **_settings(plan),
         )  # fmt: skip
         stored += load(target)
-    return of_run(checkpoint, stored, it.name)
+    return of_run(checkpoint, stored, it.name, _attributed(it))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -131,8 +131,11 @@ def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, say: Say |
         stored += load(folder / plan.file / "evaluation" / f"{named.name}.json")
         found = stored[-1].plan
         _require(it, "" if found is None else str(found.weights), "the network")
-    about = {"authors": it.authors, "link": it.link, "licence": it.licence}
-    return of_weights(stored, it.name, about)
+    return of_weights(stored, it.name, _attributed(it))
+
+
+def _attributed(it: Claim) -> dict[str, str | None]:
+    return {"authors": it.authors, "link": it.link, "licence": it.licence}
 
 
 def differences(one: Claim, other: Claim) -> list[str]:

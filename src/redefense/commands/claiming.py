@@ -68,19 +68,19 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
             told[str(path)] = findings_of(path)
         except DataError as error:
             unread[str(path)] = str(error)
-    failed = [path for path, findings in told.items() if exit_code(findings)]
+    failed = [file for file, findings in told.items() if exit_code(findings)]
     if as_json:
-        listed = {path: [dataclasses.asdict(f) for f in found] for path, found in told.items()}
+        listed = {file: [dataclasses.asdict(f) for f in found] for file, found in told.items()}
         shown = {"holds": not failed and not unread, "findings": listed, "unread": unread}
         typer.echo(json.dumps(shown, indent=1))
-    for path, findings in told.items():
+    for file, findings in told.items():
         for finding in () if as_json else findings:
             if finding.severity == "error" or not quiet:
                 rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
-                where = f"{path}: {finding.severity} {finding.id}: {finding.subject}{rows}"
+                where = f"{file}: {finding.severity} {finding.id}: {finding.subject}{rows}"
                 typer.echo(f"{where}: {finding.why}")
         if not as_json:
-            typer.echo(f"{path}: {'does not hold' if path in failed else 'holds'}")
+            typer.echo(f"{file}: {'does not hold' if file in failed else 'holds'}")
     for reason in unread.values():
         say(f"redefense: {reason}", quiet=False)
     raise typer.Exit(3 if unread else int(bool(failed)))
