@@ -1,6 +1,7 @@
 """The digits, the splits, and batches that depend on (seed, epoch, image) alone."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from far import FAR, far_device
 from redefense.data import (
     DATASETS,
     Augment,
@@ -21,6 +23,7 @@ from redefense.data import (
     train_validation,
 )
 from redefense.data.dataset import stratified_order
+from redefense.data.loader import fits
 from redefense.errors import ConfigError, DataError
 from redefense.rng import ImageStreams, mix64, stream
 
@@ -192,6 +195,34 @@ def test_an_epoch_can_be_entered_at_any_step() -> None:
         assert len(rest) == len(whole) - start
         for one, other in zip(rest, whole[start:], strict=True):
             assert torch.equal(one.x, other.x)
+
+
+@pytest.mark.parametrize("where", ["cpu", "far"])
+def test_images_that_lie_on_the_device_give_the_bits_of_the_host(where: str) -> None:
+    whole = numbered(96)
+    split = whole.select(torch.arange(90, 10, -1))  # of a store that holds more
+    settings: dict[str, object] = {"augment": True, "limit": 40, "rank": 1, "world_size": 2}
+    host = list(plain(split, **settings).epoch(3, 1))
+    with far_device() if where == "far" else nullcontext():
+        device = FAR if where == "far" else torch.device("cpu")
+        loader = plain(split, **settings, device=device, resident=True)
+        assert loader.split.store.shape == (80, 3, 32, 32)
+        assert loader.split.store.device == loader.split.labels.device == device
+        found = list(loader.epoch(3, 1))
+        assert len(found) == len(host) == 4
+        for one, other in zip(found, host, strict=True):
+            assert one.x.device == one.y.device == one.index.device == device
+            for name in ("x", "y", "index"):
+                assert torch.equal(getattr(one, name).cpu(), getattr(other, name))
+
+
+def test_images_stay_on_the_host_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = numbered(8)
+    assert plain(split).split is split
+    gpu, size = torch.device("cuda"), 8 * 3 * 32 * 32
+    for free, there in ((4 * size, True), (4 * size - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        assert fits(split, gpu) == there
 
 
 def by_image(loader: Loader, epoch: int) -> dict[int, Tensor]:

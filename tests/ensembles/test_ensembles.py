@@ -117,6 +117,23 @@ def test_answers_of_drawn_members_come_back_in_the_order_of_the_images() -> None
     torch.testing.assert_close(logits_of_drawn(ensemble, x, drawn), expected)
 
 
+def test_padded_groups_have_few_sizes_and_give_the_same_answers() -> None:
+    ensemble = Independent(networks(3)).eval()
+    sizes = set()
+    for count in range(1, 40):
+        x = torch.rand(count, 1, 3, 3, generator=stream(count))
+        drawn = torch.randint(3, (count,), generator=stream(count, "drawn"))
+        handles = [
+            net.register_forward_hook(lambda net, given, out: sizes.add(len(out)))
+            for net in ensemble.members
+        ]
+        found = logits_of_drawn(ensemble, x, drawn, padded=True)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(found, logits_of_drawn(ensemble, x, drawn))
+    assert sizes <= {1, 2, 3, 4, 6, 8, 12, 16, 24}
+
+
 def test_sampling_is_fresh_without_a_seed_and_repeats_with_one() -> None:
     ensemble = Independent([Constant(1.0, 0.0), Constant(0.0, 1.0)])
     seeded = [ensemble.sampled(rng=stream(5), per="image")(grey(64)) for _ in range(2)]

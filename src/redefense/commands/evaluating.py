@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, say
+from redefense.commands.options import DataSpec, Device, Json, Quiet, Replay, RunDir, say
 
 
 def evaluate(
@@ -47,6 +47,7 @@ def evaluate(
             "--save-images", help="Keep the attacked images too, as ATTACK.images.npz in the store."
         ),
     ] = False,
+    replay: Replay = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a check fails.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -75,6 +76,7 @@ def evaluate(
         cascade=False if no_cascade else None,
         stochastic=stochastic,
         keep_images=save_images,
+        replay=replay,
         say=None if quiet else lambda line: say(line, quiet),
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]

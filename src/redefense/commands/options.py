@@ -21,6 +21,13 @@ DataSpec = Annotated[
 Device = Annotated[str, typer.Option(help="Device to compute on, e.g. cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Replay = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off",
+        help="Record the work on a CUDA device and replay it, to the same bits.",
+    ),
+]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
 
 Plugins = Annotated[

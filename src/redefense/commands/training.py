@@ -10,6 +10,7 @@ from redefense.commands.options import (
     DataSpec,
     Device,
     Quiet,
+    Replay,
     RunDir,
     Set,
     resolve_run,
@@ -47,13 +48,7 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Print the time of each phase, and store it.")
     ] = False,
-    replay: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|off",
-            help="Record steps on a CUDA device and replay them, to the same bits.",
-        ),
-    ] = "auto",
+    replay: Replay = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe, or a run from its JSON record."""

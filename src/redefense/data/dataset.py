@@ -15,7 +15,7 @@ from redefense.rng import stream
 from redefense.types import Float, Int, UInt8
 
 HASH_CHUNK = 64 * 2**20
-"""Bytes hashed at a time, so that a memory-mapped set is never held whole."""
+"""Bytes hashed or copied at a time, so that a memory-mapped set is never held whole."""
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False, eq=False)
@@ -75,6 +75,14 @@ class Split:
         """Some images (all, without `index`) as float32 in [0, 1]."""
         raw = self.images if index is None else self.take(index)
         return raw.to(torch.float32).div_(255.0)
+
+    def to(self, device: torch.device) -> "Split":
+        """A copy on a device, of these images alone; never all of them in the host's memory."""
+        images = torch.empty((len(self), *self.shape), dtype=torch.uint8, device=device)
+        per_chunk = max(1, HASH_CHUNK // max(1, self.store[:1].numel()))
+        for first, some in zip(range(0, len(self), per_chunk), self.chunks(per_chunk), strict=True):
+            images[first : first + len(some)].copy_(some)
+        return Split(images, self.labels.to(device))
 
     def select(self, index: Int[Tensor, " B"]) -> "Split":
         """Some images as a split of their own, without a copy."""

@@ -1,11 +1,13 @@
 """Batches whose order and augmentation depend on (seed, epoch, image) alone.
 
 No worker processes and no state: an epoch can be entered at any step, and every rank computes its
-slice of the same global batch.
+slice of the same global batch. Where the images fit on a GPU they lie there, and batches are put
+together there, of the same bytes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from redefense.data.dataset import Split
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams, draw_seed, mix64, stream
 from redefense.types import Batch, Int, UInt8
+
+RESIDENT_SHARE: Final = 0.25
+"""Of a GPU's free memory, what the images of a split may take to lie there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class Loader:
         rank: of this process.
         world_size: number of processes that share each batch.
         limit: use only this many images, the same in all epochs and for all seeds.
+        resident: keep the split's images on the device. By default on a GPU, if they take at most
+            a quarter of its free memory; else the bytes of each batch are copied there.
 
     The last, incomplete batch of an epoch is dropped, unless it is the only one.
 
@@ -78,6 +85,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        resident: bool | None = None,
     ) -> None:
         total = len(split) if limit is None else min(limit, len(split))
         if batch_size < 1 or total < 1:
@@ -88,7 +96,9 @@ class Loader:
                 f"a batch of {self.batch_size} images cannot be shared equally by {world_size} "
                 f"processes (this is rank {rank})"
             )
-        self.split, self.seed, self.device = split, seed, torch.device(device)
+        self.seed, self.device = seed, torch.device(device)
+        self.resident = fits(split, self.device) if resident is None else resident
+        self.split = split.to(self.device) if self.resident else split
         # every n-th image: the first half of each share is a share of the batch's first half
         self.share = slice(rank, None, world_size)
         self.augment = _as_augment(augment)
@@ -106,7 +116,7 @@ class Loader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This rank's share of each batch of an epoch, from step `start_step` on."""
-        order = self.order(epoch)
+        order = self.order(epoch).to(self.split.labels.device)
         salt = draw_seed(stream(self.seed, "augment", epoch))
         for step in range(start_step, len(self)):
             first = step * self.batch_size
@@ -118,6 +128,14 @@ class Loader:
         if self.augment is not None:
             raw = self.augment(raw, ImageStreams(mix64(mix64(index) ^ salt)))
         return Batch(raw.to(torch.float32).div_(255.0), labels, index)
+
+
+def fits(split: Split, device: torch.device) -> bool:
+    """Whether a split's images may lie on a GPU, beside all else that training needs there."""
+    if device.type != "cuda":
+        return False
+    wanted = len(split) * split.store[:1].nbytes
+    return bool(wanted <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
 def _as_augment(augment: Augment | tuple[int, bool] | bool) -> Augment | None:

@@ -4,6 +4,7 @@ from redefense.ensembles.base import Ensemble, Origin, channels_last, check_mixt
 from redefense.ensembles.guards import evaluating, frozen_statistics, frozen_weights, kernels_kept
 from redefense.ensembles.hyper import Hyper
 from redefense.ensembles.independent import Independent, as_ensemble
+from redefense.ensembles.replay import recorded
 from redefense.ensembles.views import Averaged, Sampled, logits_of_drawn, mean_log_probs
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "kernels_kept",
     "logits_of_drawn",
     "mean_log_probs",
+    "recorded",
 ]

@@ -105,6 +105,10 @@ class Hyper(Ensemble):
         finally:
             self._kept = None
 
+    def written(self) -> list[Tensor]:
+        """The kernels that are kept at the moment, of all members."""
+        return [k for one in (self._kept or {}).values() for k in one.kernels]
+
     def member(self, m: int) -> nn.Module:
         """Member m written out: a plain network of its own, a copy as of now.
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles.base import Ensemble
 from redefense.errors import ConfigError
+from redefense.networks import mode_of
 from redefense.rng import draw_members
 from redefense.types import (
     Float,
@@ -43,17 +44,38 @@ class Sampled(nn.Module):
         return logits_of_drawn(self.ensemble, x, drawn)
 
 
-def logits_of_drawn(ensemble: Ensemble, x: Images, drawn: Tensor) -> Logits:
-    """(B, C) logits where member drawn[b] answers image b: the work of one member, not of M."""
+def logits_of_drawn(
+    ensemble: Ensemble, x: Images, drawn: Tensor, *, padded: bool | None = None
+) -> Logits:
+    """(B, C) logits where member drawn[b] answers image b: the work of one member, not of M.
+
+    Args:
+        ensemble: whose members answer.
+        x: images.
+        drawn: (B,) members, on the CPU.
+        padded: fill each member's images up to one of a few sizes, by repeating the last. Libraries
+            of accelerators prepare for each size anew; there it is done unless a member is in
+            training mode, where images of a batch depend on each other. Answers are the same to
+            rounding: its bits may depend on the size of a batch.
+    """
     if len(drawn) == 0:
         return ensemble.logits_of(0, x)
-    groups = [(drawn == m).nonzero().flatten().to(x.device) for m in drawn.unique().tolist()]
-    logits = [
-        ensemble.logits_of(m, x[rows])
-        for m, rows in zip(drawn.unique().tolist(), groups, strict=True)
-    ]
-    order = torch.cat(groups)
-    return torch.cat(logits)[order.argsort()]
+    if padded is None:
+        padded = x.device.type != "cpu" and not any(mode_of(part) for part in ensemble.modules())
+    groups, logits = [], []
+    for m in drawn.unique().tolist():
+        rows = (drawn == m).nonzero().flatten()
+        size = _next_size(len(rows)) if padded else len(rows)
+        asked = torch.cat([rows, rows[-1:].expand(size - len(rows))]).to(x.device)
+        groups.append(asked[: len(rows)])
+        logits.append(ensemble.logits_of(m, x[asked])[: len(rows)])
+    return torch.cat(logits)[torch.cat(groups).argsort()]
+
+
+def _next_size(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: at most half as many again."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
 def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:

@@ -25,7 +25,7 @@ from redefense.checks.catalogue import explained
 from redefense.config import Run, ThreatConfig, read_eps, read_norm
 from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
 from redefense.defences import DEFENCES
-from redefense.ensembles import Ensemble, evaluating
+from redefense.ensembles import Ensemble, evaluating, recorded
 from redefense.errors import ConfigError, DataError, Interrupted, RedCheckWarning
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject, image_digest
@@ -57,6 +57,7 @@ from redefense.evaluation.suite import Suite, suite_named
 from redefense.results.records import OF_DEFENCE
 from redefense.runtime.device import computing
 from redefense.runtime.files import locked, write_text
+from redefense.runtime.recording import check_replay, recorder_for
 from redefense.runtime.workers import ALONE, Workers, own_device, workers
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
@@ -215,6 +216,7 @@ def evaluate_run(
     cascade: bool | None = None,
     stochastic: str = "auto",
     keep_images: bool = False,
+    replay: str = "auto",
     say: Say | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
@@ -223,6 +225,8 @@ def evaluate_run(
     same settings, the evaluation goes on.
 
     Args (of those that `evaluate` does not have):
+        replay: "auto" records the passes of members on a CUDA device and replays them in attacks,
+            to the same bits (`ensembles.replay`); "off" computes every pass anew.
         say: takes lines about what is done, and how long it will take unless stderr is a terminal,
             which shows a bar; without it nothing is told.
 
@@ -237,12 +241,13 @@ def evaluate_run(
         return _over_radii(
             radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
             device=device, out=out, checks=checks, cascade=cascade,
-            stochastic=stochastic, keep_images=keep_images, say=say,
+            stochastic=stochastic, replay=replay, keep_images=keep_images, say=say,
         )  # fmt: skip
     eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
     check_checks(checks)
     check_choice(stochastic)
+    check_replay(replay)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)
@@ -296,7 +301,14 @@ def evaluate_run(
         if found:
             tell(found)
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
-        with _stoppable(store), shown(voice) if voice else nullcontext(SILENT) as progress:
+        drawn = isinstance(subject.ensemble, Stochastic)
+        recorder = None if drawn or replay == "off" else recorder_for(subject.x.device)
+        with (
+            _stoppable(store),
+            shown(voice) if voice else nullcontext(SILENT) as progress,
+            recorded(subject.ensemble, recorder, tell) as passes,
+        ):
+            subject = replace(subject, passes=passes)
             report = _run_of(subject)(
                 subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
                 say=tell, progress=progress, keep_images=keep_images,

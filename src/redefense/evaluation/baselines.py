@@ -151,7 +151,7 @@ def _on_validation(job: Job) -> Bools | None:
 
     def work(images: slice) -> dict[str, Any]:
         meter = Meter(job.progress.passed)
-        metered, xs, ys = Metered(ensemble, meter), x[images], y[images]
+        metered, xs, ys = Metered(job.subject.attacked, meter), x[images], y[images]
         right = judge(ensemble, xs, xs, ys)["correct"]
         for m in range(ensemble.num_members):
             rng = stream(job.seed, "choice", images.start)  # equal members get equal attacks

@@ -116,6 +116,7 @@ class Subject:
         randomized: whether queries are answered by a member drawn at random; else by the average.
         drift: clean accuracy on all validation images, now minus as the training logged it.
         workers: the processes among which the chunks are spread.
+        passes: what attacks ask in the ensemble's place: the same, with recorded passes.
     """
 
     ensemble: Ensemble
@@ -129,6 +130,12 @@ class Subject:
     randomized: bool = True
     drift: float | None = None
     workers: Workers = ALONE
+    passes: Ensemble | None = None
+
+    @property
+    def attacked(self) -> Ensemble:
+        """What our attacks ask. Those of others may differentiate twice, which no recording can."""
+        return self.ensemble if self.passes is None else self.passes
 
 
 def as_threat(config: ThreatConfig) -> Threat:
@@ -171,7 +178,9 @@ class Task:
         if not whole:
             x, y = x[chosen], y[chosen]
         budget, meter = as_threat(self.threat), Meter(progress.passed)
-        victim = self._victim(Metered(subject.ensemble, meter), images.start)
+        foreign = isinstance(self.attack, Foreign)
+        asked = subject.ensemble if foreign else subject.attacked
+        victim = self._victim(Metered(asked, meter), images.start)
         more = {}
         if self.starts is not None:
             points = self.starts(images)
@@ -181,7 +190,7 @@ class Task:
         x_adv = self.attack(victim, x, y, budget, rng=rng, **more)
         seconds = time.perf_counter() - begun
         reached = {}
-        if isinstance(self.attack, Foreign):
+        if foreign:
             # its budget may be its own: what lies outside is judged at the nearest allowed point
             reached = {"reached": norms(x_adv - x, budget.norm).double().cpu().numpy()}
             x_adv = budget.project(x_adv, x)

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from redefense.errors import ConfigError
 from redefense.types import Int
 
 Work = Callable[[], Sequence[Tensor]]
@@ -109,6 +110,16 @@ class CudaGraphs:
         return Recording(
             outputs, graph.replay, reads, time.perf_counter() - begun, max(0, int(grown))
         )
+
+
+def check_replay(replay: str) -> None:
+    """Refuse what is not auto or off.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if replay not in ("auto", "off"):
+        raise ConfigError(f"--replay must be auto or off, got {replay!r}")
 
 
 def recorder_for(device: torch.device) -> CudaGraphs | None:

@@ -22,7 +22,7 @@ from redefense.results.untrained import degenerate_members
 from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_text
 from redefense.runtime.mesh import Mesh, processes
-from redefense.runtime.recording import Recorder, recorder_for
+from redefense.runtime.recording import Recorder, check_replay, recorder_for
 from redefense.train.checkpoint import (
     ASIDE,
     Checkpoint,
@@ -86,8 +86,7 @@ def train(
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    if replay not in ("auto", "off"):
-        raise ConfigError(f"--replay must be auto or off, got {replay!r}")
+    check_replay(replay)
     with processes(mesh, device) as team:
         records = replay == "auto" and team.size == 1 and not profile
         recorder = recorder_for(team.device) if records else None

@@ -1,0 +1,315 @@
+"""Passes of members that are recorded once and replayed, with the bits of the passes themselves.
+
+Attacks ask for two things: a member's logits, and their gradient by the images. Both are recorded
+for each member and shape of a batch; the attacks themselves are not, and know nothing of it. A
+recording is used only after a **proof pass**, in which images that are not those of the recording
+are answered both ways: logits and gradient must agree in every bit. On any error or difference all
+members are asked as they are from then on, and one line says why.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from redefense.ensembles.base import Ensemble
+from redefense.ensembles.guards import kernels_kept
+from redefense.ensembles.hyper import Hyper
+from redefense.networks import mode_of
+from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
+from redefense.types import Images, Logits
+
+SETTLING: Final = 2
+"""Passes of a kind that are taken as they are before one is recorded."""
+
+MOST: Final = 128
+"""Recordings that are kept; of more, the one that was not used for longest is given up."""
+
+ROOM: Final = 8 * 2**30
+"""Bytes that recordings may take; beyond, all are given up and begun anew."""
+
+Answer = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """One member's pass at one shape.
+
+    Attributes:
+        x: memory from which the recording reads the images.
+        forward: gives the logits; with their graph, which keeps the activations, for `backward`.
+        backward: gives the gradient by the images; None where none is asked for.
+        pull: memory from which it reads the gradient by the logits.
+        turn: forward passes that were replayed.
+        proven: whether a proof pass has agreed.
+    """
+
+    x: Tensor
+    forward: Recording
+    backward: Recording | None = None
+    pull: Tensor | None = None
+    turn: int = 0
+    proven: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.forward.nbytes + (0 if self.backward is None else self.backward.nbytes)
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Logits of other images."""
+        with torch.no_grad():
+            self.x.copy_(x)
+            self.forward.replay()
+            self.turn += 1
+            return self.forward.outputs[0].detach().clone()
+
+    def gradient(self, pull: Tensor) -> Tensor:
+        """Gradient by the images of the last `answer`, for a gradient by its logits."""
+        assert self.backward is not None
+        assert self.pull is not None
+        with torch.no_grad():
+            self.pull.copy_(pull)
+            self.backward.replay()
+            return self.backward.outputs[0].clone()
+
+
+class _Replayed(torch.autograd.Function):
+    """Replays a pass, and its gradient when that is asked for. First derivatives only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recorded: _Pass, answer: Answer) -> Tensor:
+        logits = recorded.answer(x)
+        ctx.recorded, ctx.answer, ctx.turn = recorded, answer, recorded.turn
+        ctx.save_for_backward(x)
+        return logits
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # untyped in torch
+    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor, None, None]:
+        recorded: _Pass = ctx.recorded
+        (x,) = ctx.saved_tensors
+        if not pull.is_contiguous():  # layouts may choose the algorithm, and so the bits
+            return _gradient(ctx.answer, x, pull)[1], None, None
+        if recorded.turn != ctx.turn:  # other images were answered since
+            recorded.answer(x)
+            ctx.turn = recorded.turn
+        return recorded.gradient(pull), None, None
+
+
+def _gradient(answer: Answer, x: Tensor, pull: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, their gradient by the images, and the gradient by the logits that was taken."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = answer(leaf)
+    pull = logits.detach().cos() if pull is None else pull
+    (grad,) = torch.autograd.grad(logits, leaf, pull)
+    return logits.detach(), grad, pull
+
+
+class Recorded(Ensemble):
+    """An ensemble whose members' passes are replayed where the same kind of pass comes again.
+
+    Made by `recorded`. Members must be in evaluation mode, and their weights must stay where they
+    are. The first passes of a kind are taken as they are, and so are all whose weights ask for a
+    gradient, under autocast, and on other images than those that lie on the recorder's device.
+
+    Attributes:
+        counts: passes that were `computed`, `proven` (both ways) and `replayed`.
+        why: what is said where nothing is replayed any more.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        recorder: Recorder,
+        tell: Callable[[str], None],
+        *,
+        most: int = MOST,
+        room: int = ROOM,
+    ) -> None:
+        super().__init__(ensemble.num_members, None)
+        self.mixture = ensemble.mixture
+        self.ensemble, self.recorder, self.most, self.room = ensemble, recorder, most, room
+        self.counts: Counter[str] = Counter()
+        self.why: str | None = None
+        self._tell = tell
+        self._asked: Counter[object] = Counter()
+        self._dropped: Counter[object] = Counter()
+        self._passes: OrderedDict[object, _Pass] = OrderedDict()
+        self._params = [ensemble.parameters_of(m) for m in range(ensemble.num_members)]
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        with_grad = torch.is_grad_enabled() and x.requires_grad
+        if not self._may_replay(m, x):
+            return self._computed(m, x)
+        key = (m, x.shape, x.stride(), x.dtype, with_grad)
+        known = self._passes.get(key)
+        if known is None:
+            self._asked[key] += 1
+            # a recording that was given up must be worth it next time
+            if self._asked[key] > SETTLING << self._dropped[key]:
+                self._record(key, m, x, with_grad=with_grad)
+            return self._aside(m, x)
+        self._passes.move_to_end(key)
+        if not known.proven:
+            self._prove(known, m, x)
+            return self._aside(m, x)
+        self.counts["replayed"] += 1
+        if not with_grad:
+            return known.answer(x)
+        logits: Tensor = _Replayed.apply(x, known, self._answer(m))  # type: ignore[no-untyped-call]  # untyped in torch
+        return logits
+
+    def member(self, m: int) -> nn.Module:
+        """Member m, replayed."""
+        return _Member(self, m)
+
+    def parameters_of(self, m: int) -> list[nn.Parameter]:
+        """Those of member m itself."""
+        return self.ensemble.parameters_of(m)
+
+    def forget(self) -> None:
+        """Give all recordings up."""
+        self._dropped.update(self._passes.keys())
+        self._asked.clear()
+        self._passes.clear()
+
+    def _may_replay(self, m: int, x: Tensor) -> bool:
+        return not (
+            self.why is not None
+            or x.numel() == 0
+            or x.is_inference()
+            or torch.is_inference_mode_enabled()
+            or x.device != self.mixture.device
+            or torch.is_autocast_enabled(x.device.type)
+            or (torch.is_grad_enabled() and any(p.requires_grad for p in self._params[m]))
+        )
+
+    def _answer(self, m: int) -> Answer:
+        return lambda x: self.ensemble.logits_of(m, x)
+
+    def _computed(self, m: int, x: Tensor) -> Tensor:
+        self.counts["computed"] += 1
+        return self.ensemble.logits_of(m, x)
+
+    def _aside(self, m: int, x: Tensor) -> Tensor:
+        """A pass as it is, where one may be recorded."""
+        with self.recorder.aside():
+            return self._computed(m, x)
+
+    def _record(self, key: object, m: int, x: Tensor, *, with_grad: bool) -> None:
+        memory = torch.empty_like(x.detach()).zero_()
+        if memory.stride() != x.stride():  # overlapping: no memory of its own is laid out so
+            return
+        if any(mode_of(part) for part in self.ensemble.modules()):
+            self._refuse("members are in training mode")
+            return
+        try:
+            made = self._recordings(m, memory, with_grad=with_grad)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the pass itself still counts
+            self._refuse(f"they cannot be recorded ({reason(error)})")
+            return
+        while len(self._passes) >= self.most:
+            oldest, _ = self._passes.popitem(last=False)
+            self._asked[oldest] = 0
+            self._dropped[oldest] += 1
+        self._passes[key] = made
+        if sum(known.nbytes for known in self._passes.values()) > self.room:
+            self.forget()
+
+    def _recordings(self, m: int, memory: Tensor, *, with_grad: bool) -> _Pass:
+        reads = [memory, *_tensors(self.ensemble)]
+        answer = self._answer(m)
+
+        def forward() -> list[Tensor]:
+            with torch.set_grad_enabled(with_grad):
+                return [answer(memory.requires_grad_(with_grad))]
+
+        first = self.recorder.record(forward, reads)
+        if not with_grad:
+            return _Pass(memory, first)
+        (logits,) = first.outputs
+        if not logits.requires_grad:
+            raise RecordingError("a member's logits have no gradient")
+        pull = torch.zeros_like(logits, memory_format=torch.contiguous_format).detach()
+
+        def backward() -> list[Tensor]:
+            # kept, since a gradient may be asked for again and again
+            return list(torch.autograd.grad(logits, memory, pull, retain_graph=True))
+
+        second = self.recorder.record(backward, [*reads, pull], after=first)
+        return _Pass(memory, first, second, pull)
+
+    def _prove(self, known: _Pass, m: int, x: Tensor) -> None:
+        """The proof pass: both ways, compared."""
+        answer = self._answer(m)
+        try:
+            with self.recorder.aside():
+                if known.backward is None:
+                    with torch.no_grad():
+                        computed = [answer(x)]
+                    pull = None
+                else:
+                    *computed, pull = _gradient(answer, x, None)
+            replayed = [known.answer(x)]
+            if pull is not None:
+                replayed.append(known.gradient(pull))
+            alike = torch.equal(digest(replayed), digest(computed))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the pass itself still counts
+            self._refuse(f"they cannot be replayed ({reason(error)})")
+            return
+        if not alike:
+            self._refuse("a replayed pass did not give the bits of the pass itself")
+            return
+        self.counts["proven"] += 1
+        known.proven = True
+
+    def _refuse(self, why: str) -> None:
+        self.why = f"members' passes are not replayed: {why}"
+        self.forget()
+        self._tell(self.why)
+
+
+class _Member(nn.Module):
+    def __init__(self, ensemble: Recorded, m: int) -> None:
+        super().__init__()
+        self.ensemble, self.m = ensemble, m
+
+    def forward(self, x: Images) -> Logits:
+        return self.ensemble.logits_of(self.m, x)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """All that passes read and that stays: weights, statistics, and kernels that are kept."""
+    written = (child.written() for child in module.modules() if isinstance(child, Hyper))
+    return [*module.parameters(), *module.buffers(), *(t for found in written for t in found)]
+
+
+@contextmanager
+def recorded(
+    ensemble: Ensemble, recorder: Recorder | None, tell: Callable[[str], None]
+) -> Iterator[Ensemble]:
+    """The ensemble with recorded passes, within the block; as it is without a recorder.
+
+    The weights must not change meanwhile.
+
+    Args:
+        ensemble: in evaluation mode.
+        recorder: makes the recordings, on the device on which the ensemble lies.
+        tell: takes the line that says why nothing is replayed.
+    """
+    if recorder is None:
+        yield ensemble
+        return
+    with kernels_kept(ensemble):
+        passes = Recorded(ensemble, recorder, tell)
+        try:
+            yield passes
+        finally:
+            passes.forget()
