@@ -5,12 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from redefense.bench import memory
 from redefense.bench import train as bench
 from redefense.bench.inference import run as run_inference
 from redefense.bench.joint import joint_living, joint_step
 from redefense.bench.memory import line
 from redefense.bench.memory import run as run_memory
 from redefense.bench.memory import table as memory_table
+from redefense.bench.replayed import handed_over
 from redefense.bench.train import run, table
 from redefense.defences.base import Adversary
 from redefense.defences.red import RED
@@ -18,8 +20,9 @@ from redefense.ensembles import Ensemble
 from redefense.ensembles.configs import IndependentConfig
 from redefense.errors import ConfigError
 from redefense.rng import stream
-from redefense.runtime.phases import PHASES
+from redefense.runtime.phases import PHASES, REPLAYED, phase
 from redefense.types import Batch
+from tape import TapeRecorder
 
 CUDA = torch.cuda.is_available()
 WAYS = ["joint", "exact fp32", "exact bf16", "finite bf16"]
@@ -37,6 +40,31 @@ def test_ratios_are_those_of_the_seconds_of_a_single_round() -> None:
         assert way["times_the_floor"] * 24 * 2 * forward == pytest.approx(way["seconds"])
         assert f"{way['seconds']:.3f}" in table(result)
         assert ("predicted_seconds" in way) == (name != "joint")
+
+
+def test_replayed_ways_stand_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "recorder_for", lambda device: TapeRecorder())
+    result = run(models=["linear"], members=[2], batch=4, steps=1, rounds=1)
+    (case,) = result["cases"]
+    assert list(case["ways"]) == [*WAYS, *(f"{way}, replayed" for way in WAYS[1:])]
+    assert case["skipped"] == {}
+    for name in WAYS[1:]:
+        plain, replayed = case["ways"][name], case["ways"][f"{name}, replayed"]
+        assert replayed["host_share"] == 1 - replayed["graph_seconds"] / replayed["seconds"]
+        # what is left is the optimizer, the copies of a batch and one launch
+        assert 1 < replayed["operations"] < plain["operations"] / 2
+        assert f"{replayed['graph_seconds']:.4f}" in table(result)
+
+
+def test_what_a_host_hands_over_is_counted() -> None:
+    x = torch.zeros(3)
+
+    def take() -> None:
+        (x + 1).view(3, 1).mul_(2)
+        with phase(REPLAYED):
+            x.exp().sin()
+
+    assert handed_over(take) == 3
 
 
 def test_finished_cases_are_told_at_once() -> None:
@@ -79,6 +107,15 @@ def test_memory_of_the_engine_is_flat_where_that_of_the_joint_graph_grows() -> N
     assert {two["phase"], five["phase"]} <= set(PHASES)
     assert said == [line(case) for case in result["cases"]]
     assert memory_table(result).splitlines()[2:-1] == said
+
+
+def test_memory_of_a_recording_stands_beside_that_of_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "recorder_for", lambda device: TapeRecorder())
+    (case,) = run_memory(model="linear", members=[2], batch=4)["cases"]
+    assert case["recorded"] == 0  # a tape knows no size
+    assert line(case).split()[-4:-2] == ["0.00", "MB"]
 
 
 def test_written_members_take_the_memory_of_plain_ones_beside_their_kernels() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS, PGD, Attack
-from redefense.ensembles import Ensemble, Independent, kernels_kept, recorded
+from redefense.ensembles import Ensemble, Hyper, Independent, kernels_kept, recorded
 from redefense.ensembles.configs import HyperConfig
 from redefense.ensembles.replay import Recorded
 from redefense.evaluation.pass_counter import Meter, Metered
@@ -63,20 +63,18 @@ def images(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def replaying(ensemble: Ensemble, said: list[str] | None = None, **settings: Any) -> Recorded:
-    told = [].append if said is None else said.append
-    return Recorded(ensemble, TapeRecorder(), told, **settings)
+    said = [] if said is None else said
+    return Recorded(ensemble, TapeRecorder(), said.append, **settings)
 
 
 def points(attack: Attack, ensemble: Ensemble, view: str) -> tuple[Tensor, int, int]:
     """What the attack finds, and the passes that were counted."""
     (x, y), meter = images(), Meter()
     counted = Metered(ensemble, meter)
-    victim = {
-        "members": lambda: counted,
-        "averaged": counted.averaged,
-        "sampled": lambda: counted.sampled(rng=stream(1, "draws")),
-        "member": lambda: counted.member(1),
-    }[view]()
+    victim: nn.Module = counted
+    if view != "members":
+        sampled = counted.sampled(rng=stream(1, "draws"))
+        victim = sampled if view == "sampled" else counted.averaged()
     found = attack(victim, x, y, Threat(eps=0.05), rng=stream(3))
     return found, meter.forwards, meter.backwards
 
@@ -203,7 +201,7 @@ def test_recordings_that_outgrow_their_room_are_given_up() -> None:
             made = super().record(*given, **named)
             return type(made)(made.outputs, made.replay, made.reads, 0.0, 100)
 
-    passes = Recorded(ensemble, Large(), [].append, room=150)
+    passes = Recorded(ensemble, Large(), list[str]().append, room=150)
     for k in range(5):
         x, _ = images(k)
         assert torch.equal(passes.member_logits(x), ensemble.member_logits(x))
@@ -269,6 +267,7 @@ def test_a_nan_in_both_is_no_difference() -> None:
 def test_kernels_stay_written_as_long_as_recordings_read_them() -> None:
     config = HyperConfig(model="digits-cnn", num_members=1, unit=16, embedding=3, hidden=3)
     ensemble = config.build(num_classes=10, shape=SHAPE, seed=0).eval()
+    assert isinstance(ensemble, Hyper)
     assert ensemble.written() == []
     with kernels_kept(ensemble):
         ensemble.logits_of(0, images()[0])

@@ -13,6 +13,7 @@ from redefense.ensembles.replay import Recorded
 from redefense.errors import ConfigError
 from redefense.evaluation import api
 from redefense.evaluation.api import evaluate_run
+from redefense.runtime.recording import recorder_for
 from redefense.train.experiment import train
 from tape import TapeRecorder
 
@@ -76,4 +77,4 @@ def test_a_suite_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
-    assert api.recorder_for(torch.device("cpu")) is None
+    assert recorder_for(torch.device("cpu")) is None

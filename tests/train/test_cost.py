@@ -1,6 +1,7 @@
 """The cost model: counts equal closed forms, and pretending to compute equals computing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from redefense.ensembles.configs import HyperConfig, IndependentConfig
 from redefense.errors import ConfigError
 from redefense.recipes import recipe
 from redefense.rng import stream
-from redefense.runtime.phases import EXAMPLES, INPUT_GRADIENTS, PHASES
+from redefense.runtime.phases import EXAMPLES, INPUT_GRADIENTS, PHASES, RECORDED
 from redefense.train.accelerators import ACCELERATORS, Accelerator, known
 from redefense.train.cost import count, passes_per_image, predict, table
 from redefense.train.loading import resolve
@@ -195,10 +196,18 @@ def test_a_prediction_adds_up() -> None:
     assert found["steps"] == 2
     for name, hours in found["hours"].items():
         assert hours * 3600 == pytest.approx(found["seconds_per_step"][name] * found["steps"])
-    one, data, members = found["hours"].values()
+    one, plain, data, members = found["hours"].values()
     # three devices share three members: a third of the work, and some exchange
-    assert one / 3 < members < one
-    assert data > one / 3
+    assert plain / 3 < members < plain
+    assert data > plain / 3
+    # replayed, operations start at once; those of the optimizer are not replayed
+    step = cost.stages[0].entries
+    start = [sum(n for e, n in step.items() if (e.phase in RECORDED) is it) for it in (True, False)]
+    h100 = ACCELERATORS["h100-sxm"]
+    free = replace(h100, launch=0.0, replayed=0.0)
+    least = cost.stages[0].seconds(free, replayed=True)
+    assert max(least, start[1] * h100.launch) < one * 1800 < plain * 1800
+    assert cost.stages[0].seconds(replace(h100, replayed=None), replayed=True) == plain * 1800
     assert found["flops"] == found["flops_per_step"] * found["steps"]
     assert 0 < found["utilisation"] < ACCELERATORS["h100-sxm"].reach
     assert all(name in table(found) for name in found["hours"])

@@ -63,7 +63,12 @@ def _pgd(
 
 
 def joint_living(ensemble: Ensemble, batch: Batch, steps: int = 1) -> int:
-    """Bytes above weights, gradients and optimizer state of a joint step: counted, not run.
+    """Bytes above weights, gradients and optimizer state of a joint step, as `joint_counted`."""
+    return joint_counted(ensemble, batch, steps).peak
+
+
+def joint_counted(ensemble: Ensemble, batch: Batch, steps: int = 1) -> OpCounter:
+    """The operations of a joint step: counted, not run.
 
     The ensemble is on the CPU; it does not change.
     """
@@ -72,7 +77,7 @@ def joint_living(ensemble: Ensemble, batch: Batch, steps: int = 1) -> int:
     red = RED(adversary=Adversary(steps=steps))
     with gradients_stay(theirs, ledger), ledger:
         joint_step(theirs, red, batch.x, batch.y, optimizer, stream(0, "joint"))
-    return ledger.peak
+    return ledger
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -4,8 +4,8 @@ Living tensors are counted byte by byte as they come and go (`train.ledger`), in
 steps of the training loop, so that the optimizer's state exists. The parameters' new gradients do
 not count, nor do kernels that hypernetworks write: they are the members' weights, and stand beside
 the count. Workspace inside an operation is not seen; on an accelerator the allocator's own peak is
-given, too. The joint graph of all members, as the authors write it, is counted and not run, since
-it may not fit.
+given, too, and what a recording of the step holds where steps are replayed. The joint graph of all
+members, as the authors write it, is counted and not run, since it may not fit.
 
 What still grows with the members is the regularizer's pull on their input gradients: for each, as
 large as the batch of images.
@@ -18,6 +18,7 @@ import torch
 
 from redefense.bench.inference import named_kind
 from redefense.bench.joint import joint_living
+from redefense.bench.replayed import ReplayedStep
 from redefense.bench.timing import machine
 from redefense.config import OptimConfig
 from redefense.defences.base import Adversary
@@ -26,6 +27,7 @@ from redefense.ensembles import Ensemble, channels_last
 from redefense.rng import stream
 from redefense.runtime.device import check_device, computing
 from redefense.runtime.phases import watched
+from redefense.runtime.recording import recorder_for
 from redefense.train.describe import num_written
 from redefense.train.op_counter import OpCounter
 from redefense.train.steps import Precision, gradients_stay, take_steps
@@ -64,10 +66,10 @@ def run(
         tell: told each finished case.
 
     Returns:
-        `cases`, one for each number of members: bytes of `engine` and `joint`, of the kernels
-        that are `written`, on an accelerator `allocator` too, and the `phase` in which the engine's
-        peak is; `spread`, the largest over the smallest of the engine's from two members on, less
-        1; `settings`.
+        `cases`, one for each number of members: bytes of `engine` and `joint`, of the kernels that
+        are `written`, on an accelerator `allocator` and what is `recorded`, too (None where steps
+        cannot be), and the `phase` in which the engine's peak is; `spread`, the largest over the
+        smallest of the engine's from two members on, less 1; `settings`.
 
     Raises:
         ConfigError: for another ensemble or device, or a network that no units tile.
@@ -87,6 +89,12 @@ def run(
         channels_last(built.to(place))
         here = Batch(x.to(place), y.to(place), torch.arange(batch))
         case |= _engine(built, red, here, precision)
+        if (recorder := recorder_for(place)) is not None:
+            step = ReplayedStep(
+                built, red, here, optim=OPTIM, precision=precision, recorder=recorder, seed=seed
+            )
+            recording = step.prepared()
+            case["recorded"] = None if recording is None else recording.nbytes
         case["engine"] -= written  # there from the first crafting on, so at the peak
         tell(line(case))
         cases.append(case)
@@ -127,17 +135,18 @@ def _engine(ensemble: Ensemble, red: RED, batch: Batch, precision: Precision) ->
 
 
 HEAD: Final = (
-    f"{'M':>3}{'engine':>14}{'joint graph':>16}{'written':>14}{'allocator':>14}  engine's peak in"
+    f"{'M':>3}{'engine':>14}{'joint graph':>16}{'written':>14}{'allocator':>14}{'recorded':>14}"
+    "  engine's peak in"
 )
 
 
 def line(case: Mapping[str, Any]) -> str:
     """A case as text."""
-    allocator = case.get("allocator")
-    last = "-" if allocator is None else f"{allocator / 1e6:.2f} MB"
+    found = (case.get(name) for name in ("allocator", "recorded"))
+    last = "".join(f"{'-' if n is None else f'{n / 1e6:.2f} MB':>14}" for n in found)
     return (
         f"{case['members']:>3}{case['engine'] / 1e6:>11.2f} MB{case['joint'] / 1e6:>13.2f} MB"
-        f"{case['written'] / 1e6:>11.2f} MB{last:>14}  {case['phase']}"
+        f"{case['written'] / 1e6:>11.2f} MB{last}  {case['phase']}"
     )
 
 

@@ -9,6 +9,10 @@ Four ways to take the same `calibrated` step, half of the batch clean and half a
 | exact bf16 | the same with forward passes in half precision |
 | finite bf16 | the engine with differences of losses in place of double backward |
 
+On a CUDA device each way of the engine is timed once more with its steps recorded and replayed
+(`train.replay`), with the seconds of the recording alone and the share of a step that is not the
+recording: what the host takes for the batch, the optimizer and the reading of the terms.
+
 In every round each way takes one step in turn, and ratios are taken within their round, so that a
 drift of the machine's speed cancels. The floor is 24 forward passes a member, one forward pass
 being measured in the same rounds and the same precision.
@@ -23,7 +27,15 @@ from typing import Any, Final
 
 import torch
 
-from redefense.bench.joint import MARGIN, free_memory, joint_living, joint_step, torch_layers
+from redefense.bench.joint import (
+    MARGIN,
+    free_memory,
+    joint_counted,
+    joint_living,
+    joint_step,
+    torch_layers,
+)
+from redefense.bench.replayed import ReplayedStep, handed_over
 from redefense.bench.timing import machine, seconds
 from redefense.config import OptimConfig
 from redefense.defences.base import Adversary
@@ -32,8 +44,10 @@ from redefense.ensembles import Ensemble, channels_last
 from redefense.ensembles.configs import IndependentConfig
 from redefense.rng import stream
 from redefense.runtime.device import check_device, computing
-from redefense.train.accelerators import Accelerator, known
+from redefense.runtime.recording import Recording, recorder_for
+from redefense.train.accelerators import known
 from redefense.train.cost import counted_seconds
+from redefense.train.op_counter import OpCounter
 from redefense.train.optim import make_optimizer
 from redefense.train.steps import Precision, booked_step, take_steps
 from redefense.types import Batch, Images
@@ -51,6 +65,9 @@ ENGINE: Final[Mapping[str, tuple[str, Precision]]] = MappingProxyType(
         "finite bf16": ("finite", "bf16"),
     }
 )
+REPLAYED: Final = ", replayed"
+"""How the name of a way ends whose steps are replayed."""
+
 OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 Step = Callable[[], None]
 
@@ -82,8 +99,10 @@ def run(
     Returns:
         `settings` and `cases`, one for each model and number of members: median seconds of one
         `forward` pass of a member and of each way, how many times faster than `joint` it is, how
-        many times the floor, and on a device that the cost model knows what it predicts. A joint
-        graph larger than the free memory is `skipped`, with the reason.
+        many times the floor, the `operations` that the host hands over, and on a device that the
+        cost model knows what it predicts; of a replayed way `graph_seconds` of the recording alone,
+        `host_share`, and the seconds that recording took. A joint graph larger than the free
+        memory is `skipped`, with the reason, and so are steps that cannot be recorded.
 
     Raises:
         ConfigError: for an unknown network or device.
@@ -119,15 +138,28 @@ def _case(
     adversary = Adversary(steps=steps)
     too_large = _too_large(ensemble, batch, here)
     at = known(here)
-    predicted = {
-        name: _predicted(ensemble, batch, way, adversary, at) for name, way in ENGINE.items() if at
-    }
+    counted = {name: _counted(ensemble, batch, way, adversary) for name, way in ENGINE.items()}
+    operations = {name: ledger.entries.total() for name, ledger in counted.items()}
+    operations["joint"] = joint_counted(ensemble, batch, steps).entries.total()
     ensemble.to(here)
     batch = Batch(batch.x.to(here), batch.y.to(here), batch.index)
     ways: dict[str, Step] = {} if too_large else {"joint": _joint(ensemble, batch, adversary, seed)}
     channels_last(ensemble)  # as training does
     for name, way in ENGINE.items():
         ways[name] = partial(_engine, ensemble, batch, way, adversary, seed)
+    skipped = {"joint": too_large} if too_large else {}
+    replayed: dict[str, Recording] = {}
+    if (recorder := recorder_for(here)) is not None:
+        for name, (differentiate, precision) in ENGINE.items():
+            step = ReplayedStep(
+                ensemble, RED(adversary=adversary, differentiate=differentiate), batch,
+                optim=OPTIM, precision=precision, recorder=recorder, seed=seed,
+            )  # fmt: skip
+            own = name + REPLAYED
+            if (recording := step.prepared()) is None:
+                skipped[own] = "; ".join(step.why)
+                continue
+            ways[own], replayed[own], operations[own] = step, recording, handed_over(step)
     timed = {**_forwards(ensemble, batch.x), **ways}
     for take in timed.values():
         take()
@@ -138,23 +170,34 @@ def _case(
     median = {name: statistics.median(r[name] for r in found) for name in timed}
     shown: dict[str, Any] = {}
     for name in ways:
-        unit = "forward bf16" if name.endswith("bf16") else "forward fp32"
+        plain = name.removesuffix(REPLAYED)
+        unit = "forward bf16" if plain.endswith("bf16") else "forward fp32"
         floor = [r[name] / (FLOOR_PASSES * num_members * r[unit]) for r in found]
         faster = None if too_large else statistics.median(r["joint"] / r[name] for r in found)
         shown[name] = {
             "seconds": median[name],
             "times_faster_than_joint": faster,
             "times_the_floor": statistics.median(floor),
+            "operations": operations[name],
         }
-        if name in predicted:
-            shown[name]["predicted_seconds"] = predicted[name]
+        if at and plain in counted:
+            shown[name]["predicted_seconds"] = counted_seconds(
+                counted[plain].entries, at, replayed=name in replayed
+            )
+        if name in replayed:
+            alone = statistics.median(seconds(replayed[name].replay, here) for _ in range(rounds))
+            shown[name] |= {
+                "graph_seconds": alone,
+                "host_share": 1 - alone / median[name],
+                "recording_seconds": replayed[name].seconds,
+            }
     return {
         "model": model,
         "members": num_members,
         "batch": size,
         "forward": {k: median[f"forward {k}"] for k in ("fp32", "bf16")},
         "ways": shown,
-        "skipped": {"joint": too_large} if too_large else {},
+        "skipped": skipped,
     }
 
 
@@ -189,18 +232,13 @@ def _engine(
     take_steps(ensemble, stages, batch, optim=OPTIM, precision=way[1], seed=seed)
 
 
-def _predicted(
-    ensemble: Ensemble,
-    batch: Batch,
-    way: tuple[str, Precision],
-    adversary: Adversary,
-    at: Accelerator,
-) -> float:
-    """Seconds of a step there, by the cost model."""
+def _counted(
+    ensemble: Ensemble, batch: Batch, way: tuple[str, Precision], adversary: Adversary
+) -> OpCounter:
+    """The operations of a step: counted on the CPU, not run."""
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
     theirs = channels_last(copy.deepcopy(ensemble))
-    ledger = booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
-    return counted_seconds(ledger.entries, at)
+    return booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
 
 
 def _forwards(ensemble: Ensemble, x: Images) -> dict[str, Step]:
@@ -221,8 +259,9 @@ def _forwards(ensemble: Ensemble, x: Images) -> dict[str, Step]:
 
 
 HEAD: Final = (
-    f"{'network':<12}{'M':>3}{'batch':>6}  {'way':<12}{'seconds':>9}{'faster than joint':>19}"
-    f"{'times the floor':>17}{'predicted s':>13}{'error':>8}"
+    f"{'network':<12}{'M':>3}{'batch':>6}  {'way':<22}{'seconds':>9}{'faster than joint':>19}"
+    f"{'times the floor':>17}{'operations':>12}{'predicted s':>13}{'error':>8}"
+    f"{'graph alone':>13}{'host':>7}"
 )
 
 
@@ -233,10 +272,13 @@ def lines(case: Mapping[str, Any]) -> list[str]:
     for name, way in case["ways"].items():
         faster, predicted = way["times_faster_than_joint"], way.get("predicted_seconds")
         cells = f"{'-':>19}" if faster is None else f"{faster:>18.2f}x"
-        cells += f"{way['times_the_floor']:>16.2f}x"
+        cells += f"{way['times_the_floor']:>16.2f}x{way['operations']:>12,}"
         if predicted is not None:
             cells += f"{predicted:>13.3f}{100 * (predicted / way['seconds'] - 1):>+7.0f}%"
-        text.append(f"{where}  {name:<12}{way['seconds']:>9.3f}{cells}")
+        if "graph_seconds" in way:
+            cells += "" if predicted is not None else f"{'-':>13}{'-':>8}"
+            cells += f"{way['graph_seconds']:>13.4f}{100 * way['host_share']:>6.0f}%"
+        text.append(f"{where}  {name:<22}{way['seconds']:>9.3f}{cells}")
     return text
 
 

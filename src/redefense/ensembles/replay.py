@@ -89,7 +89,7 @@ class _Replayed(torch.autograd.Function):
         return logits
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # untyped in torch
+    @once_differentiable
     def backward(ctx: Any, pull: Tensor) -> tuple[Tensor, None, None]:
         recorded: _Pass = ctx.recorded
         (x,) = ctx.saved_tensors

@@ -18,8 +18,12 @@ MEMBER_STEPS: Final = "member steps"
 OPTIMIZER: Final = "optimizer"
 OTHER: Final = "other"
 PHASES: Final = (DATA, EXAMPLES, INPUT_GRADIENTS, PENALTY, MEMBER_STEPS, OPTIMIZER, OTHER)
-"""In the order in which tables show them. Member steps are forward and backward passes that reach
-the weights, second derivatives included; what is in no phase is `other`."""
+"""In the order in which tables show them, but for `REPLAYED`. Member steps are forward and backward
+passes that reach the weights, second derivatives included; what is in no phase is `other`."""
+RECORDED: Final = (EXAMPLES, INPUT_GRADIENTS, PENALTY, MEMBER_STEPS)
+"""The phases of what a training step computes up to its gradients, which can be recorded."""
+REPLAYED: Final = "replayed"
+"""All of them, where they are replayed: in no table, since profiled steps are not."""
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ class Accelerator:
         reach: share of the peak FLOP/s that convolutions reach while they run.
         stream: share of the bandwidth that element-wise operations reach.
         launch: seconds that any operation takes at least, on the device or its host.
+        replayed: the same of an operation in a recording that is replayed; None where nothing is.
         source: where the peaks are from.
         called: what torch calls the device.
     """
@@ -37,12 +38,14 @@ class Accelerator:
     launch: float
     source: str
     called: str = ""
+    replayed: float | None = None
 
-    def seconds(self, *, half: bool, flops: float, moved: float) -> float:
+    def seconds(self, *, half: bool, flops: float, moved: float, replayed: bool = False) -> float:
         """Of one operation: what takes longest, its arithmetic, its traffic or its start."""
+        start = self.replayed if replayed and self.replayed is not None else self.launch
         peak = self.half if half else self.single
         arithmetic = flops / (peak * self.reach)
-        return max(arithmetic, moved / (self.bandwidth * self.stream), self.launch)
+        return max(arithmetic, moved / (self.bandwidth * self.stream), start)
 
 
 LAUNCH: Final = 35e-6
@@ -52,23 +55,30 @@ Measured beside two H100 (virtual machines, one thread, torch 2.11): 28 to 44 us
 operation, steps of ResNet-8, 20 and 18 with three and eight members; see docs/gpus.md.
 """
 
+REPLAYED: Final = 4e-6
+"""Seconds that an operation of a CUDA graph takes at least.
+
+Fitted to two timings beside an H100: ten sign-gradient steps against the average of ResNet-8, three
+and eight members, took 0.013 and 0.035 s as a graph; see docs/gpus.md. No whole step was timed.
+"""
+
 ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
     {
         "h100-sxm": Accelerator(
             half=989e12, single=494e12, bandwidth=3.35e12, memory=80e9, link=450e9,
-            reach=0.4, stream=0.8, launch=LAUNCH,
+            reach=0.4, stream=0.8, launch=LAUNCH, replayed=REPLAYED,
             source="NVIDIA H100 data sheet: bfloat16 and TF32 without sparsity, NVLink 900 GB/s",
             called="NVIDIA H100 80GB HBM3",
         ),
         "a100-sxm": Accelerator(
             half=312e12, single=156e12, bandwidth=2.04e12, memory=80e9, link=300e9,
-            reach=0.5, stream=0.8, launch=LAUNCH,
+            reach=0.5, stream=0.8, launch=LAUNCH, replayed=REPLAYED,
             source="NVIDIA A100 80 GB data sheet: bfloat16 and TF32, NVLink 600 GB/s",
             called="NVIDIA A100-SXM4-80GB",
         ),
         "rtx-4090": Accelerator(
             half=165e12, single=82.6e12, bandwidth=1.01e12, memory=24e9, link=32e9,
-            reach=0.5, stream=0.8, launch=LAUNCH,
+            reach=0.5, stream=0.8, launch=LAUNCH, replayed=REPLAYED,
             source="NVIDIA Ada whitepaper: bfloat16 with fp32 sums and TF32; PCIe 4.0 x16",
             called="NVIDIA GeForce RTX 4090",
         ),

@@ -24,7 +24,7 @@ from redefense.defences import Stage
 from redefense.ensembles import Ensemble, channels_last
 from redefense.errors import ConfigError
 from redefense.rng import stream
-from redefense.runtime.phases import EXAMPLES, PHASES
+from redefense.runtime.phases import EXAMPLES, PHASES, RECORDED
 from redefense.train.accelerators import ACCELERATORS, Accelerator
 from redefense.train.describe import known_images
 from redefense.train.loading import resolve
@@ -53,19 +53,30 @@ class StageCost:
         """Of one step, or of one of its phases."""
         return math.fsum(e.flops * n for e, n in self.entries.items() if phase in (None, e.phase))
 
-    def seconds(self, on: Accelerator, share: float = 1.0) -> float:
-        """Of one step, or with a share of its images."""
-        return counted_seconds(self.entries, on, share)
+    def seconds(self, on: Accelerator, share: float = 1.0, *, replayed: bool = False) -> float:
+        """Of one step, or with a share of its images; replayed where it can be recorded."""
+        return counted_seconds(self.entries, on, share, replayed=replayed)
 
 
 def counted_seconds(
-    entries: Mapping[Entry, float] | Mapping[Entry, int], on: Accelerator, share: float = 1.0
+    entries: Mapping[Entry, float] | Mapping[Entry, int],
+    on: Accelerator,
+    share: float = 1.0,
+    *,
+    replayed: bool = False,
 ) -> float:
-    """Of operations one after another, or of a share of the images in each."""
+    """Of operations one after another, or of a share of the images in each.
+
+    With `replayed`, what a training step computes up to its gradients is replayed.
+    """
     return math.fsum(
-        n * on.seconds(half=e.half, flops=share * e.flops, moved=share * e.moved)
+        n
+        * on.seconds(
+            half=e.half, flops=share * e.flops, moved=share * e.moved,
+            replayed=replayed and e.phase in RECORDED,
+        )
         for e, n in entries.items()
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,8 +259,9 @@ def _named(accelerator: str) -> Accelerator:
 def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     """JSON-ready: what a run costs in all, and how long it takes on a named accelerator.
 
-    With several devices they either share each batch and average gradients, or share the members
-    and exchange input gradients once a step and once for each gradient of an adversary.
+    One device replays its steps where it can record them; beside it stands what it takes without.
+    With several devices, which do not, they either share each batch and average gradients, or share
+    the members and exchange input gradients once a step and once for each gradient of an adversary.
 
     Raises:
         ConfigError: for an accelerator that is not in the table, or fewer than one device.
@@ -257,8 +269,12 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     if devices < 1:
         raise ConfigError(f"devices must be at least 1, got {devices}")
     on, memory = _named(accelerator), cost.memory
-    alone = _seconds(cost, lambda stage: stage.seconds(on))
-    times = {"one device": alone}
+    times = {"one device": _seconds(cost, lambda stage: stage.seconds(on))}
+    if on.replayed is not None:
+        times = {
+            "one device": _seconds(cost, lambda stage: stage.seconds(on, replayed=True)),
+            "one device, not replayed": times["one device"],
+        }
     if devices > 1:
         others = (devices - 1) / devices
         averaging = 2 * others * cost.gradients / on.link
@@ -289,13 +305,24 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
         "accelerator": {"name": accelerator, **dataclasses.asdict(on)},
         "seconds_per_step": {name: s / cost.steps for name, s in times.items()},
         "hours": {name: s / 3600 for name, s in times.items()},
-        "utilisation": cost.flops() / alone / peak,
+        "utilisation": cost.flops() / times["one device"] / peak,
         "assumptions": [
             *ASSUMPTIONS,
             f"convolutions reach {on.reach:.0%} of the peak, other operations {on.stream:.0%} of "
             f"the bandwidth, and each takes {1e6 * on.launch:g} us at least",
+            *_replayed(on),
         ],
     }
+
+
+def _replayed(on: Accelerator) -> list[str]:
+    if on.replayed is None:
+        return []
+    return [
+        f"on one device what a step computes up to its gradients is replayed, an operation in "
+        f"{1e6 * on.replayed:g} us at least (fitted to two timings of parts of steps); a method "
+        "that cannot be recorded there is not"
+    ]
 
 
 def _seconds(cost: Cost, step: Callable[[StageCost], float]) -> float:

@@ -57,6 +57,7 @@ class OpCounter(TorchDispatchMode):
 
     Attributes:
         entries: how often each operation was met; views and their like are not.
+        met: how often each phase was.
         recording: nothing is booked while this is false.
         live: bytes of tensors that were made while recording and still exist, without those that
             were `disowned`.
@@ -68,6 +69,7 @@ class OpCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.dry, self.staying, self.recording = dry, staying, True
         self.entries: Counter[Entry] = Counter()
+        self.met: Counter[str] = Counter()
         self.live = self.peak = 0
         self.worst = OTHER
         self._owned: dict[int, int] = {}
@@ -76,6 +78,7 @@ class OpCounter(TorchDispatchMode):
 
     def enter(self, name: str) -> None:
         """A phase begins."""
+        self.met[name] += 1
         self._open.append(name)
 
     def leave(self) -> None:

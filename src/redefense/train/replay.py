@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles import Ensemble
 from redefense.rng import Draws
+from redefense.runtime.phases import REPLAYED, phase
 from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
 from redefense.train.log import note
 from redefense.types import Batch, Progress
@@ -176,7 +177,8 @@ class RecordedSteps:
     def _replayed(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         self.counts["replayed"] += 1
         recording = self._load(batch, rng)
-        recording.replay()
+        with phase(REPLAYED):
+            recording.replay()
         gradients = recording.outputs[len(self._names) :]
         for parameter, gradient in zip(self.params, gradients, strict=True):
             parameter.grad = gradient
