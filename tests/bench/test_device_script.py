@@ -1,0 +1,44 @@
+"""The script for a GPU, rehearsed on the tape: sections stand alone, and figures are kept."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "device.py"
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("device_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.Check("cpu", 1000.0, tmp_path / "device.json", None)
+
+
+def test_a_section_that_fails_ends_alone_and_says_why(
+    check: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(name: str) -> None:
+        raise ValueError("no such thing\nsecond line")
+
+    check.section("broken", fails, 0)
+    check.section("late", fails, 5000)
+    check.bits("bits", ["vanilla"], 0)
+    shown = capsys.readouterr().out
+    assert "broken: FAILED: ValueError: no such thing\n" in shown
+    assert "late: left out: 1000 s are left" in shown or "late: left out: 999 s are left" in shown
+    kept = json.loads(check.out.read_text())
+    assert list(kept) == ["broken", "late", "bits"]
+    (found,) = kept["bits"]
+    assert (found["same"], found["counts"]["replayed"]) == (True, 3)
+
+
+def test_no_step_is_taken_once_the_time_is_used_up(check: Any) -> None:
+    check.bits("bits", ["vanilla"], 10_000)
+    (told,) = check.found["bits"]
+    assert told.startswith("stopped before vanilla: ")
