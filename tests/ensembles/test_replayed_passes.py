@@ -30,7 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "hinge": {"steps": 6, "restarts": 2},
     "meanprob_apgd": {"steps": 8, "restarts": 1},
     "meanprob_pgd": {"steps": 6},
-    "onepixel": {"steps": 4, "population": 4},
+    "onepixel": {"steps": 4, "popsize": 4},
     "pixle": {"restarts": 3, "iterations": 2},
     "sparsefool": {"steps": 2},
     "square": {"queries": 12},

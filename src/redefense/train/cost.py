@@ -273,7 +273,7 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     if on.replayed is not None:
         times = {
             "one device": _seconds(cost, lambda stage: stage.seconds(on, replayed=True)),
-            "one device, not replayed": times["one device"],
+            "one device, eager": times["one device"],
         }
     if devices > 1:
         others = (devices - 1) / devices
