@@ -64,7 +64,7 @@ def images(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def replaying(ensemble: Ensemble, said: list[str] | None = None, **settings: Any) -> Recorded:
     said = [] if said is None else said
-    return Recorded(ensemble, TapeRecorder(), said.append, **settings)
+    return Recorded(ensemble, TapeRecorder(), said.append, settling=2, **settings)
 
 
 def points(attack: Attack, ensemble: Ensemble, view: str) -> tuple[Tensor, int, int]:
@@ -102,7 +102,7 @@ def test_written_kernels_are_those_of_the_evaluation() -> None:
     ensemble = config.build(num_classes=10, shape=SHAPE, seed=0).eval()
     said: list[str] = []
     plain = points(PGD(steps=4), ensemble, "averaged")
-    with recorded(ensemble, TapeRecorder(), said.append) as passes:
+    with recorded(ensemble, TapeRecorder(), said.append, settling=2) as passes:
         # the second attack replays what the first one has recorded
         found = [points(PGD(steps=4), passes, "averaged") for _ in range(2)]
         assert isinstance(passes, Recorded)
@@ -201,7 +201,7 @@ def test_recordings_that_outgrow_their_room_are_given_up() -> None:
             made = super().record(*given, **named)
             return type(made)(made.outputs, made.replay, made.reads, 0.0, 100)
 
-    passes = Recorded(ensemble, Large(), list[str]().append, room=150)
+    passes = Recorded(ensemble, Large(), list[str]().append, settling=2, room=150)
     for k in range(5):
         x, _ = images(k)
         assert torch.equal(passes.member_logits(x), ensemble.member_logits(x))

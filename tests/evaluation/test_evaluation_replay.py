@@ -46,7 +46,7 @@ def test_a_suite_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.Monke
 
     class Kept(Recorded):
         def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, **named)
+            super().__init__(*given, **named | {"settling": 2})
             made.append(self)
 
     monkeypatch.setattr("redefense.ensembles.replay.Recorded", Kept)

@@ -24,8 +24,8 @@ from redefense.networks import mode_of
 from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
 from redefense.types import Images, Logits
 
-SETTLING: Final = 2
-"""Passes of a kind that are taken as they are before one is recorded."""
+SETTLING: Final = 10
+"""Passes of a kind that are taken as they are before one is recorded, which costs tens of them."""
 
 MOST: Final = 128
 """Recordings that are kept; of more, the one that was not used for longest is given up."""
@@ -129,12 +129,14 @@ class Recorded(Ensemble):
         recorder: Recorder,
         tell: Callable[[str], None],
         *,
+        settling: int = SETTLING,
         most: int = MOST,
         room: int = ROOM,
     ) -> None:
         super().__init__(ensemble.num_members, None)
         self.mixture = ensemble.mixture
-        self.ensemble, self.recorder, self.most, self.room = ensemble, recorder, most, room
+        self.ensemble, self.recorder = ensemble, recorder
+        self.settling, self.most, self.room = settling, most, room
         self.counts: Counter[str] = Counter()
         self.why: str | None = None
         self._tell = tell
@@ -153,7 +155,7 @@ class Recorded(Ensemble):
         if known is None:
             self._asked[key] += 1
             # a recording that was given up must be worth it next time
-            if self._asked[key] > SETTLING << self._dropped[key]:
+            if self._asked[key] > self.settling << self._dropped[key]:
                 self._record(key, m, x, with_grad=with_grad)
             return self._aside(m, x)
         self._passes.move_to_end(key)
@@ -293,7 +295,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def recorded(
-    ensemble: Ensemble, recorder: Recorder | None, tell: Callable[[str], None]
+    ensemble: Ensemble,
+    recorder: Recorder | None,
+    tell: Callable[[str], None],
+    *,
+    settling: int = SETTLING,
 ) -> Iterator[Ensemble]:
     """The ensemble with recorded passes, within the block; as it is without a recorder.
 
@@ -303,12 +309,13 @@ def recorded(
         ensemble: in evaluation mode.
         recorder: makes the recordings, on the device on which the ensemble lies.
         tell: takes the line that says why nothing is replayed.
+        settling: passes of a kind that are taken as they are before one is recorded.
     """
     if recorder is None:
         yield ensemble
         return
     with kernels_kept(ensemble):
-        passes = Recorded(ensemble, recorder, tell)
+        passes = Recorded(ensemble, recorder, tell, settling=settling)
         try:
             yield passes
         finally:
