@@ -131,9 +131,9 @@ class Training:
         labels = torch.randint(10, (SIZE,), generator=rng)
         epoch = k // EPOCH
         progress = Progress(epoch, 9, draw_seed(stream(0, "epoch", epoch)))
-        here = (t.to(self.device) for t in (images, labels, torch.arange(SIZE)))
+        x, y, index = (t.to(self.device) for t in (images, labels, torch.arange(SIZE)))
         found = take_step(
-            self.ensemble, self.stage, Batch(*here, progress), self.optimizer, self.params,
+            self.ensemble, self.stage, Batch(x, y, index, progress), self.optimizer, self.params,
             lr=learning_rate(self.setting.optim, k, 20),
             clip=self.setting.optim.clip, precision="fp32", total=k, rng=stream(0, "step", k),
             first=k == 0, compute=self.compute,

@@ -54,10 +54,10 @@ def test_the_settings_cover_every_method_preset_and_option() -> None:
             named = {"preset", "variant", "adversarial_training", "individual"} & {option.name}
             assert not named or len(used) > 1, (name, option.name)
     optims = [setting.optim for setting in SETTINGS.values()]
-    for option in ("name", "nesterov", "schedule", "clip", "momentum"):
-        known = OptimConfig.model_fields[option].annotation
+    for key in ("name", "nesterov", "schedule", "clip", "momentum"):
+        known = OptimConfig.model_fields[key].annotation
         wanted = len(get_args(known)) if get_origin(known) is Literal else 2
-        assert len({getattr(optim, option) for optim in optims}) >= wanted, option
+        assert len({getattr(optim, key) for optim in optims}) >= wanted, key
 
 
 @pytest.mark.parametrize("name", ["gal", "ps-red", "dverge", "barre", "cosine"])
