@@ -34,6 +34,18 @@ _HOMES = {
     "save_pretrained": "redefense.hub",
 }
 
+# `train` can be called as well; none is imported before it is asked for
+_PACKAGES = {
+    "attacks",
+    "data",
+    "defences",
+    "ensembles",
+    "models",
+    "penalties",
+    "stochastic",
+    "train",
+}
+
 __all__ = [
     "Hyper",
     "Independent",
@@ -57,8 +69,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a package that can be called
-        return import_module("redefense.train")
+    if name in _PACKAGES:
+        return import_module(f"redefense.{name}")
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value

@@ -5,7 +5,7 @@ to change its mode, or stand inside a wrapper. Every call of one goes through `a
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Final, cast
@@ -54,11 +54,14 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
 
     Differences and gradients of -inf are not numbers, and values of another type would spread to
     the points of an attack. Under autocast logits keep their type. Rows without any finite entry
-    and integers stay as they are.
+    and integers stay as they are. Of an object with an attribute `logits`, as the networks of
+    transformers return, that attribute is taken.
 
     Raises:
         ModelError: for what is not (B, C) logits of two classes or more.
     """
+    if not isinstance(answer, Tensor):
+        answer = getattr(answer, "logits", answer)
     sizes = tuple(answer.shape) if isinstance(answer, Tensor) else ()
     if not isinstance(answer, Tensor) or len(sizes) != 2 or sizes[0] != len(x) or sizes[1] < 2:
         got = sizes if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
@@ -98,6 +101,42 @@ class Asked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ask(self.network, x, self.dtype)
+
+
+class Function(nn.Module):
+    """A plain function from images to logits as a network, without weights and modes of its own.
+
+    Args:
+        function: called with images; weights that it reaches by other ways are not seen here.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        """The function's name, which the report shows."""
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
+
+
+class FromProbabilities(nn.Module):
+    """The logits of a network that returns probabilities: their logarithms.
+
+    Args:
+        network: from images to (B, C) probabilities.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        # log(0) would stop every gradient of the row
+        found = ask(self.network, x)
+        return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
 
 @contextmanager

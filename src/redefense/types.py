@@ -101,7 +101,7 @@ def has_no_values(x: Tensor) -> bool:
     return x.is_meta and type(x) in (Tensor, nn.Parameter, nn.Buffer)
 
 
-def check_images(x: Tensor, what: str = "images") -> None:
+def check_images(x: object, what: str = "images") -> None:
     """Refuse anything but a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
 
     Raises:
@@ -186,7 +186,7 @@ def _integers(y: Tensor) -> bool:
     return not (y.is_floating_point() or y.is_complex() or y.is_quantized or y.dtype == torch.bool)
 
 
-def check_labels(y: Tensor, num_images: int, num_classes: int | None = None) -> None:
+def check_labels(y: object, num_images: int, num_classes: int | None = None) -> None:
     """Refuse anything but integer labels (B,), one per image, in [0, num_classes).
 
     Raises:

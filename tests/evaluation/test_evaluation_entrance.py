@@ -92,11 +92,11 @@ def test_outputs_that_are_no_logits_of_equal_classes_are_one_line() -> None:
 # what is evaluated, as Python writes it, and what the one line says of it
 REFUSED = {
     # data
-    "evaluate(net, DataLoader(TensorDataset(x, y)))": "got DataLoader",
+    "evaluate(net, DataLoader(TensorDataset(x, y), shuffle=True))": "shuffle=False",
     "evaluate(net, (x,))": "got 1 of them",
     "evaluate(net, (x, y, y))": "got 3 of them",
     "evaluate(net, None)": "got NoneType",
-    "evaluate(net, (x.numpy(), y))": "images must be a torch.Tensor, got ndarray",
+    "evaluate(net, (x.numpy().astype(str), y))": "images must be a torch.Tensor, got ndarray",
     "evaluate(net, (x, y.tolist()))": "labels must be a vector of integers, got list",
     "evaluate(net, (x[:0], y[:0]))": "got (0, 1, 4, 4)",
     "evaluate(net, (x[0], y[:1]))": "got (1, 4, 4)",
@@ -122,7 +122,7 @@ REFUSED = {
     # networks
     "evaluate(None, (x, y))": "got NoneType",
     "evaluate(Linear, (x, y))": "got the class Linear: make a network of it",
-    "evaluate(lambda x: x, (x, y))": "got function",
+    "evaluate(lambda x: x, (x, y))": "members must give (B, C) logits",
     "evaluate([], (x, y))": "got an empty list",
     "evaluate([net, None], (x, y))": "got NoneType as element 1",
     "evaluate(net.state_dict(), (x, y))": "got OrderedDict",
@@ -138,7 +138,7 @@ REFUSED = {
     "evaluate(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), (x, y))": "has no values",
     # attacks and ensembles of their own
     "attack(None)": "got NoneType",
-    "attack(lambda x: x)": "got function",
+    "attack(lambda x: x)": "members must give (B, C) logits",
     "attack(Linear(lambda z: {'logits': z}))": "got a dict for B = 6",
     "attack(net, threat=None)": "threat must be a redefense.Threat, got None",
     "attack(net, y=y.float())": "of torch.float32",

@@ -77,7 +77,8 @@ _ENTRIES: Final = (
           "Are the outputs finite logits, not probabilities?",
           "Attacks on probabilities see gradients that vanish for confident answers, so the "
           "accuracy under attack is too high.",
-          "Leave the softmax out of the model and mend outputs that are infinite or NaN.", "model"),
+          "Leave the softmax out of the model, or evaluate with `outputs=\"probabilities\"`; mend "
+          "outputs that are infinite or NaN.", "model"),
     Entry("S22", "No zero gradients",
           "Does every image give every member a finite gradient that is not zero?",
           "Attacks that follow the gradient cannot move these images, so the accuracy under attack "

@@ -1,12 +1,13 @@
 """Ensembles of separate networks."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeGuard
 
 from torch import Tensor, nn
 
 from redefense.ensembles.base import Ensemble, device_of
 from redefense.errors import InputError
+from redefense.networks import Function
 
 _OF_ENSEMBLES: Final = ("num_members", "mixture", "logits_of", "member_logits")
 
@@ -37,6 +38,8 @@ class Independent(Ensemble):
 def as_ensemble(model: object) -> Ensemble:
     """An ensemble as it is; a bare network as an ensemble of one; a list as independent members.
 
+    A plain function from images to logits is taken as a network.
+
     Raises:
         InputError: for anything else, and for a network that has members without being an
             `Ensemble`: taken for one network it would answer at random, and look better than it is.
@@ -55,9 +58,17 @@ def as_ensemble(model: object) -> Ensemble:
                 "if it is one network"
             )
         return Independent([model])
-    if isinstance(model, Sequence) and model and all(isinstance(m, nn.Module) for m in model):
-        return Independent(model)
+    if _is_function(model):
+        return Independent([Function(model)])
+    if isinstance(model, Sequence) and model:
+        members = [Function(m) if _is_function(m) else m for m in model]
+        if all(isinstance(m, nn.Module) for m in members):
+            return Independent(members)
     raise _no_networks(model)
+
+
+def _is_function(model: object) -> TypeGuard[Callable[[Tensor], Any]]:
+    return callable(model) and not isinstance(model, nn.Module | type)
 
 
 def _no_networks(model: object) -> InputError:

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import redefense
 from redefense.checks.answers import check_modes, laid_out
@@ -32,11 +31,12 @@ from redefense.evaluation.cells import Subject, image_digest
 from redefense.evaluation.inputs.arguments import (
     check_checks,
     read_ensemble,
-    read_pair,
     read_threat,
     whole,
 )
+from redefense.evaluation.inputs.data import read_data
 from redefense.evaluation.inputs.objects import (
+    answers_of,
     balls_left,
     fingerprints,
     known_to_all,
@@ -61,15 +61,15 @@ from redefense.runtime.recording import check_replay, recorder_for
 from redefense.runtime.workers import ALONE, Workers, own_device, workers
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
-from redefense.train.api import TrainedRun, weights_digest
+from redefense.train.api import weights_digest
 from redefense.train.experiment import accuracy
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
 
 
 @computing()
 def evaluate(
-    model: nn.Module | Sequence[nn.Module] | TrainedRun,
-    data: str | tuple[Tensor, Tensor],
+    model: Any,
+    data: Any,
     suite: Any = "quick",
     threat: Threat | None = None,
     mixture: Sequence[float] | None = None,
@@ -84,13 +84,15 @@ def evaluate(
     cascade: bool | None = None,
     stochastic: str = "auto",
     keep_images: bool = False,
+    outputs: str = "logits",
 ) -> Report:
     """Measure any classifier, ensemble or list of classifiers.
 
     Args:
-        model: a network from images in [0, 1] to logits, an ensemble, or a list of networks of
-            which each query meets one at random; or what `redefense.train` returned.
-        data: a data specification, whose test split is used, or (images, labels).
+        model: a network or a plain function from images in [0, 1] to logits, an ensemble, or a list
+            of networks of which each query meets one at random; or what `redefense.train` returned.
+        data: a data specification, whose test split is used; (images, labels) as tensors or numpy
+            arrays; a torch `Dataset` with a length; or a `DataLoader` that does not shuffle.
         suite: a name of `SUITES` or a `.json` file; a `Suite`; or a list of attacks (or a mapping
             from labels to attacks), each an attack of ours or a callable (model, x, y) -> x_adv of
             another library. Points of a callable outside the ball are projected back into it, and
@@ -116,6 +118,8 @@ def evaluate(
             layers keep the modes in which they are given: active dropout stays active.
         keep_images: keep the attacked images, for `Report.adversarial`; with `out` they are written
             beside each attack's records, as `ATTACK.images.npz`.
+        outputs: what the networks return: "logits", also as log-probabilities or as an attribute
+            `logits` of an object, or "probabilities", whose logarithms are then taken.
 
     Returns:
         The report; without `out` nothing is written.
@@ -137,7 +141,7 @@ def evaluate(
             lambda radius, name: evaluate(
                 model, data, suite, threat, mixture, seed, images=images, seeds=seeds, eps=radius,
                 out=None if home is None else home / name, progress=progress, checks=checks,
-                cascade=cascade, stochastic=stochastic, keep_images=keep_images,
+                cascade=cascade, stochastic=stochastic, keep_images=keep_images, outputs=outputs,
             ),
         )  # fmt: skip
     plan = suite_of(suite).cascading(cascade)
@@ -145,7 +149,7 @@ def evaluate(
     images = None if images is None else whole(images, "images", 1)
     check_checks(checks)
     check_choice(stochastic)
-    ensemble = read_ensemble(model, mixture)
+    ensemble = read_ensemble(model, mixture, outputs)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
     if radii:
@@ -156,10 +160,8 @@ def evaluate(
         ensemble, _ = computed_in(ensemble, subject.x)
         subject = replace(subject, ensemble=ensemble)
     else:
-        x, y = read_pair(data)
-        count = len(x) if images is None else images
-        index = np.arange(len(x)) if images is None else test_indices(len(x), count).numpy()
-        x, y = (part[index].to(ensemble.mixture.device) for part in (x, y))
+        x, y, index = read_data(data, images)
+        x, y = (part.to(ensemble.mixture.device) for part in (x, y))
         ensemble, x = computed_in(ensemble, x)
         subject = Subject(ensemble, x, y, index, "given images", "given")
     drawn = ensemble.num_members > 1 and (run is None or _randomized(run))
@@ -181,7 +183,7 @@ def evaluate(
             "seeds": seeds, "checks": checks, "stochastic": str(stochastic),
             "data": image_digest(subject.x, subject.y), "weights": weights_digest([ensemble]),
             "version": redefense.__version__, "code": code(),
-            **plugins_of(plan, subject.data_name),
+            **plugins_of(plan, subject.data_name), **answers_of(ensemble, subject.x),
         }  # fmt: skip
         with _kept(out, plan, settings, subject, progress=progress) as kept:
             report = _run_of(subject)(

@@ -2,17 +2,16 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble, Independent, as_ensemble
 from redefense.errors import ConfigError, InputError
-from redefense.networks import check_values
+from redefense.networks import FromProbabilities, check_values
 from redefense.threat import Threat
 from redefense.train.api import TrainedRun
-from redefense.types import Images, Labels, check_images, check_labels
 
 
 def whole(value: Any, name: str, least: int) -> int:
@@ -55,8 +54,15 @@ def read_threat(threat: object) -> ThreatConfig:
     return ThreatConfig.of(given.norm, given.eps)
 
 
-def read_ensemble(model: Any, mixture: Sequence[float] | None) -> Ensemble:
+def read_ensemble(
+    model: Any, mixture: Sequence[float] | None, outputs: object = "logits"
+) -> Ensemble:
     """The ensemble that a model, an ensemble or a list of models stands for.
+
+    Args:
+        model: as `evaluate` takes it.
+        mixture: probabilities of a list of networks.
+        outputs: what the networks return.
 
     Raises:
         InputError: for anything else, and for weights that have no values.
@@ -68,30 +74,17 @@ def read_ensemble(model: Any, mixture: Sequence[float] | None) -> Ensemble:
     if not isinstance(ensemble, Ensemble):
         raise InputError(f"cannot evaluate a {type(model).__name__}")
     check_values(ensemble)
+    if outputs not in ("logits", "probabilities"):
+        raise ConfigError(f"outputs must be logits or probabilities, got {outputs!r}")
+    if mixture is not None and not isinstance(model, Sequence | nn.ModuleList):
+        raise InputError("a mixture goes with a list of networks, one probability each")
+    if outputs == "probabilities":
+        if type(ensemble) is not Independent:
+            raise ConfigError(
+                "outputs='probabilities' goes with a network or a list of networks, got a "
+                f"{type(ensemble).__name__}"
+            )
+        ensemble = Independent([FromProbabilities(m) for m in ensemble.members], ensemble.mixture)
     if mixture is None:
         return ensemble
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        raise InputError("a mixture goes with a list of networks, one probability each")
-    return Independent(list(model), mixture)
-
-
-def read_pair(data: Any) -> tuple[Images, Labels]:
-    """Images and integer labels (as int64) of a pair, without graphs, fit for gradients.
-
-    Raises:
-        InputError: for anything else.
-    """
-    if not isinstance(data, tuple | list) or len(data) != 2:
-        got = f"{len(data)} of them" if isinstance(data, tuple | list) else type(data).__name__
-        raise InputError(
-            f"data must be a specification or a pair (images, labels) of tensors, got {got}"
-        )
-    check_images(data[0])
-    check_labels(data[1], len(data[0]))
-    x, y = (
-        # tensors of inference mode cannot take part in gradients, and subclasses bring rules of
-        # their own
-        (part.clone() if part.is_inference() else part).detach().as_subclass(Tensor)
-        for part in data
-    )
-    return x, y.long()
+    return Independent(list(cast(Independent, ensemble).members), mixture)

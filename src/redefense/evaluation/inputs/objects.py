@@ -8,10 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.foreign import Foreign, as_attack, name_of
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.evaluation.suite import CellSpec, Suite, suite_named
+from redefense.networks import Function
 from redefense.plugins import Origin, origins
 
 CUSTOM: Final = "custom"
@@ -117,6 +122,20 @@ def fingerprints(suite: Suite) -> dict[str, str]:
         text = f"{spec.made!r}\n{source}"
         found[f"{number} {spec.attack}"] = hashlib.sha256(text.encode()).hexdigest()
     return found
+
+
+def answers_of(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
+    """SHA-256 of what plain functions answer to a few images; nothing for networks.
+
+    The weights that a function uses cannot be seen, and what is kept of one must not be mixed with
+    what is found of another.
+    """
+    if not any(isinstance(part, Function) for part in ensemble.modules()):
+        return {}
+    with torch.no_grad():
+        answers = [ensemble.logits_of(m, x[:8]) for m in range(min(ensemble.num_members, 8))]
+    raw = torch.stack(answers).cpu().double().numpy().tobytes()
+    return {"answers": hashlib.sha256(raw).hexdigest()}
 
 
 def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:
