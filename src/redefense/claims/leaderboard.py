@@ -165,6 +165,11 @@ class Group:
         return any(plan.version is None or not current(plan) for plan in self.first.suites)
 
     @property
+    def whole(self) -> bool:
+        """Whether all the attackers of the suite `aware` were there."""
+        return not {"aware", "full"}.isdisjoint(self.suites)
+
+    @property
     def ranked(self) -> bool:
         """Whether there is a headline: somebody attacked who knows of the draw."""
         return self.first.aware is not None
@@ -209,7 +214,7 @@ def read_all(folder: Path) -> list[Entry]:
 
 
 def groups_of(entries: Iterable[Entry]) -> list[Group]:
-    """The groups of the claims that hold: today's suites first, and of these the largest.
+    """The groups of the claims that hold: today's suites first, of these `aware`, then the largest.
 
     A claim stands in a group for each of its evaluations.
     """
@@ -219,7 +224,10 @@ def groups_of(entries: Iterable[Entry]) -> list[Group]:
             rows = places.setdefault(_met(found), {})
             rows.setdefault(_method(entry.claim), []).append((entry, found))
     groups = [Group(rows=_ordered(rows)) for rows in places.values()]
-    return sorted(groups, key=lambda g: (not g.ranked, g.earlier, -len(g.rows), g.data, -g.images))
+    return sorted(
+        groups,
+        key=lambda g: (not g.ranked, g.earlier, not g.whole, -len(g.rows), g.data, -g.images),
+    )
 
 
 def _met(found: Evaluated) -> str:

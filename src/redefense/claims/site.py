@@ -109,6 +109,8 @@ def _estimate(figure: Figure | None) -> Estimate | None:
 def _millions(count: int | float | None) -> str:
     if count is None:
         return "not stated"
+    if count < 1e5:
+        return f"{count:,.0f}"
     return f"{count / 1e6:.2f} M" if count < 1e8 else f"{count / 1e6:.0f} M"
 
 
@@ -117,6 +119,14 @@ def recompute_command(entry: Entry) -> str:
     it: Claim = entry.claim
     weights = "" if it.trained else " --weights DIR"
     return f"redefense claim recompute {entry.path.name} --data {it.run['data']['spec']}{weights}"
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Decimal logarithms of 1, 2 and 5 times powers of ten, from below `low` to above `high`."""
+    marks = [k + math.log10(m) for k in range(-9, 19) for m in (1, 2, 5)]
+    first = max(mark for mark in marks if mark < low)
+    last = min(mark for mark in marks if mark > high)
+    return [mark for mark in marks if first <= mark <= last]
 
 
 def scatter(
@@ -138,8 +148,9 @@ def scatter(
     if len(known) < 2:
         return ""
     xs = [math.log10(x) if log else x for _, _, x, _ in known]
-    low, high = (math.floor(min(xs) * 2) / 2, math.ceil(max(xs) * 2) / 2) if log else (0.0, 1.0)
-    span, top = (high - low) or 1.0, max(a.high or a.value for _, _, _, a in known)
+    ticks = _decades(min(xs), max(xs)) if log else [0.0, 0.25, 0.5, 0.75, 1.0]
+    low, span = ticks[0], ticks[-1] - ticks[0]
+    top = max(a.high or a.value for _, _, _, a in known)
     top = min(1.0, math.ceil(top * 10 + 0.01) / 10)
 
     def px(x: float) -> float:
@@ -148,7 +159,6 @@ def scatter(
     def py(y: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - y / top)
 
-    ticks = [low + span * i / 4 for i in range(5)]
     body = [
         f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">'
         + (f"{10**x / 1e6:.3g}</text>" if log else f"{100 * x:.0f}</text>")
