@@ -14,6 +14,8 @@ from redefense.serve.settings import Mode, Policy, Settings, check_address
 
 if TYPE_CHECKING:
     from redefense.export.runner import Trust
+    from redefense.serve.draws import Draw
+    from redefense.serve.model import Model
 
 PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
 HOST, PORT = "127.0.0.1", 8000
@@ -113,7 +115,10 @@ def serve(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a bundle over HTTP (Open Inference Protocol v2), with a secret draw per image."""
+    """Serve a bundle over HTTP (Open Inference Protocol v2), with a secret draw per image.
+
+    SIGHUP reads BUNDLE anew and goes on with what lies there now; SIGTERM drains and ends.
+    """
     for package in PACKAGES:
         if find_spec(package) is None:
             raise ConfigError(lacking("serving", package, "serve"))
@@ -158,10 +163,13 @@ def serve(
     address = HOST if host is None else host
     check_address(settings, address)
     log_to_stderr(quiet=quiet)
-    model = Model(bundle, name=name, threads=threads, trust=_trust(signer))
-    model.check_grouped(settings.grouped)
-    draw = draw_by(settings, model.mixture, read_key(key))
-    run_server(model, settings, draw, host=address, port=PORT if port is None else port)
+    secret, trust = read_key(key), _trust(signer)
+
+    def load(named: str | None) -> "tuple[Model, Draw]":
+        model = Model(bundle, name=name if named is None else named, threads=threads, trust=trust)
+        return model, draw_by(settings, model.mixture, secret)
+
+    run_server(load, settings, host=address, port=PORT if port is None else port)
 
 
 def _trust(signer: Path | None) -> "Trust | None":

@@ -16,22 +16,25 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import redefense
+from redefense.errors import ConfigError
 from redefense.serve.batcher import Batcher, Late, Overloaded
+from redefense.serve.description import (
+    EXTENSIONS,
+    VERSION,
+    configuration,
+    index,
+    metadata,
+    output_types,
+    read_index_filter,
+    statistics,
+)
 from redefense.serve.draws import Draw, Floats, network_of
 from redefense.serve.engine import CONFIDENCE, Answers, Engine, label_and_word
 from redefense.serve.guard import Bodies, Guard, OwnNames
 from redefense.serve.images import FORMATS, read_image
 from redefense.serve.model import Model
 from redefense.serve.observe import Metrics
-from redefense.serve.protocol import (
-    BINARY_HEADER,
-    VERSION,
-    Question,
-    metadata,
-    output_types,
-    read_question,
-    write_answers,
-)
+from redefense.serve.protocol import BINARY_HEADER, Question, read_question, write_answers
 from redefense.serve.settings import Settings
 
 _HELD_BODIES = 16  # largest bodies that are held at a time
@@ -47,12 +50,13 @@ class Service:
     """A model behind HTTP. Its methods are the routes' handlers.
 
     Attributes:
+        model: that answers now.
         leaving: set when the server is about to stop: readiness turns false, and connections end
             with their next answer; whoever still asks is answered.
     """
 
     def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
-        self.model, self.settings = model, settings
+        self.settings = settings
         self.metrics = Metrics()
         self.leaving = False
         self._engine = Engine(model, settings, draw)
@@ -62,6 +66,25 @@ class Service:
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="pictures")
         limit = settings.body_limit(model.pixels)
         self._bodies = Bodies(limit=limit, total=_HELD_BODIES * limit, seconds=settings.deadline)
+
+    @property
+    def model(self) -> Model:
+        return self._engine.model
+
+    def use(self, model: Model, draw: Draw) -> None:
+        """Answer by another version of the model from the next batch on.
+
+        Raises:
+            ConfigError: if clients would have to ask it otherwise, or would read other classes.
+        """
+        for what in ("name", "shape", "classes"):
+            was, now = getattr(self.model, what), getattr(model, what)
+            if was != now:
+                raise ConfigError(
+                    f"a server's next bundle must have the {what} of the one before, {was}, "
+                    f"got {now}: start another server for it"
+                )
+        self._engine.use(model, draw)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -74,7 +97,7 @@ class Service:
 
     async def server_metadata(self, request: Request) -> Response:
         about = {"name": "redefense", "version": redefense.__version__}
-        return JSONResponse({**about, "extensions": ["binary_tensor_data"]})
+        return JSONResponse({**about, "extensions": list(EXTENSIONS)})
 
     async def live(self, request: Request) -> Response:
         return JSONResponse({"live": True})
@@ -90,6 +113,21 @@ class Service:
         self._check_names(request)
         answer = {"name": self.model.name, "ready": not self.leaving}
         return JSONResponse(answer, 503 if self.leaving else 200)
+
+    async def model_config(self, request: Request) -> Response:
+        self._check_names(request)
+        return JSONResponse(configuration(self.model, self.settings))
+
+    async def model_statistics(self, request: Request) -> Response:
+        if "name" in request.path_params:
+            self._check_names(request)
+        return JSONResponse(statistics(self.model, self.metrics))
+
+    async def repository_index(self, request: Request) -> Response:
+        async with self._bodies.read(request) as body:
+            ready = read_index_filter(body)
+        models = index(self.model, leaving=self.leaving)
+        return JSONResponse([model for model in models if not (ready and self.leaving)])
 
     async def infer(self, request: Request) -> Response:
         """Tensors in, tensors out; also a picture, as one image."""
@@ -230,8 +268,12 @@ def create_service(model: Model, settings: Settings, draw: Draw) -> tuple[Starle
         Route("/v2", service.server_metadata),
         Route("/v2/health/live", service.live),
         Route("/v2/health/ready", service.ready),
+        Route("/v2/models/stats", service.model_statistics),  # of all; before a model of this name
         *[Route(path, service.model_metadata) for path in model_routes],
         *[Route(f"{path}/ready", service.model_ready) for path in model_routes],
+        *[Route(f"{path}/config", service.model_config) for path in model_routes],
+        *[Route(f"{path}/stats", service.model_statistics) for path in model_routes],
+        Route("/v2/repository/index", service.repository_index, methods=["POST"]),
         *[Route(f"{path}/infer", service.infer, methods=["POST"]) for path in model_routes],
         *[Route(f"{path}/classify", service.classify, methods=["POST"]) for path in model_routes],
         Route("/metrics", service.show_metrics),

@@ -70,18 +70,29 @@ class Engine:
     """
 
     def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
-        self.model, self._settings, self._draw = model, settings, draw
+        self._settings = settings
+        self.use(model, draw)
+
+    def use(self, model: Model, draw: Draw) -> None:
+        """Answer by this model from the next batch on; one that has begun keeps its own."""
+        self._serving = (model, draw)  # one assignment: no batch meets the draw of another model
+
+    @property
+    def model(self) -> Model:
+        return self._serving[0]
 
     def __call__(self, images: Floats, clients: Sequence[str]) -> Answers:
         """Answers to images (N, C, H, W) of the clients (N,)."""
+        model, draw = self._serving
         member = None
         if self._settings.mode == "averaged":
-            scores = self._averaged(images)
+            mixture = model.mixture.astype(np.float32)
+            scores = np.einsum("m,mnc->nc", mixture, _everyone(model, images))
         elif self._settings.mode == "member":
-            scores = probabilities(self.model.logits_of(0, images))
+            scores = probabilities(model.logits_of(0, images))
         else:
-            member = self._draw(images, clients)
-            logits = self.model.classify(images, member, grouped=self._settings.grouped)
+            member = draw(images, clients)
+            logits = model.classify(images, member, grouped=self._settings.grouped)
             scores = probabilities(logits)
         label, word = label_and_word(scores)
         if self._settings.tick > 0:
@@ -96,10 +107,8 @@ class Engine:
 
     def all_members(self, images: Floats) -> Floats:
         """(M, N, classes) probabilities of every member."""
-        everyone = range(self.model.num_members)
-        return np.stack([probabilities(self.model.logits_of(m, images)) for m in everyone])
+        return _everyone(self.model, images)
 
-    def _averaged(self, images: Floats) -> Floats:
-        mixture = self.model.mixture.astype(np.float32)
-        mean: Floats = np.einsum("m,mnc->nc", mixture, self.all_members(images))
-        return mean
+
+def _everyone(model: Model, images: Floats) -> Floats:
+    return np.stack([probabilities(model.logits_of(m, images)) for m in range(model.num_members)])

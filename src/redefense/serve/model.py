@@ -23,7 +23,7 @@ class Model:
     """All members of a bundle, ready to run.
 
     Args:
-        folder: the bundle.
+        folder: the bundle, or a link to it.
         name: in the routes; the folder's by default.
         threads: that a member computes with; None: one per core.
         trust: what a bundle must stand before it is believed, e.g. `export.signing.trust_in`.
@@ -46,6 +46,8 @@ class Model:
         threads: int | None = None,
         trust: runner.Trust | None = None,
     ) -> None:
+        if folder.is_symlink():  # whole, as what it names now: it may soon name another bundle
+            folder = folder.resolve()
         try:
             self._bundle = runner.open_bundle(folder, trust)
             self.shape = self._bundle.shape

@@ -67,11 +67,35 @@ class Metrics:
             buckets=_SIZES,
             registry=self._registry,
         )
+        self.updates = Counter(
+            "redefense_updates",
+            "Bundles read anew on SIGHUP.",
+            ["outcome"],
+            registry=self._registry,
+        )
         self.waiting = Gauge("redefense_queue_images", "Images waiting.", registry=self._registry)
 
     def batch(self, size: int) -> None:
         self.images.inc(size)
         self.batches.observe(size)
+
+    def inferences(self) -> tuple[int, int]:
+        """Requests for answers that were given one, and that were not."""
+        done = failed = 0
+        for sample in self.requests.collect()[0].samples:
+            if sample.name.endswith("_total") and sample.labels["route"] in ("infer", "classify"):
+                if sample.labels["status"] == "200":
+                    done += int(sample.value)
+                else:
+                    failed += int(sample.value)
+        return done, failed
+
+    def classified(self) -> tuple[int, int]:
+        """Images that were classified, and the batches in which they were."""
+        values = {s.name: s.value for s in self.batches.collect()[0].samples}
+        return int(values["redefense_batch_images_sum"]), int(
+            values["redefense_batch_images_count"]
+        )
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -5,19 +5,22 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, RedefenseError
 from redefense.serve.app import Service, create_service
 from redefense.serve.draws import Draw
 from redefense.serve.model import Model
 from redefense.serve.observe import LOG
 from redefense.serve.settings import Settings, check_address
+
+Load = Callable[[str | None], tuple[Model, Draw]]
+"""Reads a bundle, to be known by a name or, where that is None, by its own; and its draw."""
 
 _IDLE: Final = 30.0  # seconds a connection may stay without a complete request
 _LAST_CALL: Final = 0.2  # seconds for what was sent to connections that are about to be closed
@@ -112,24 +115,58 @@ async def _reap(server: uvicorn.Server) -> None:
                     connection.transport.close()
 
 
-def serve(model: Model, settings: Settings, draw: Draw, *, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+def serve(load: Load, settings: Settings, *, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; on SIGHUP load anew, and go on with that.
 
     Raises:
         ConfigError: the address cannot be listened on, or others could reach a research server.
     """
     check_address(settings, host)
-    together = settings.grouped or settings.mode != "sampled"
-    model.warm_up((1, settings.max_batch) if together else (1,))
+    model, draw = _ready(load, None, settings)
     with contextlib.closing(listen(host, port)) as listener:
         app, service = create_service(model, settings, draw)
         LOG.info({"event": "listening", "url": url_of(listener), "model": model.name})
-        asyncio.run(_until_signal(app, service, listener))
+        asyncio.run(_until_signal(app, service, listener, load))
 
 
-async def _until_signal(app: ASGIApp, service: Service, listener: socket.socket) -> None:
-    stop = asyncio.Event()
+def _ready(load: Load, name: str | None, settings: Settings) -> tuple[Model, Draw]:
+    model, draw = load(name)
+    model.check_grouped(settings.grouped)
+    together = settings.grouped or settings.mode != "sampled"
+    model.warm_up((1, settings.max_batch) if together else (1,))
+    return model, draw
+
+
+async def _until_signal(
+    app: ASGIApp, service: Service, listener: socket.socket, load: Load
+) -> None:
+    stop, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, again.set)
+    updating = asyncio.create_task(_update(service, again, load))
     await run(app, service, listener, stop)
+    updating.cancel()
+
+
+async def _update(service: Service, again: asyncio.Event, load: Load) -> None:
+    """Whenever `again` is set, load a bundle beside the one that answers, then let it answer.
+
+    One that cannot be served is logged, and the one before goes on.
+    """
+    while True:
+        await again.wait()
+        again.clear()
+        try:
+            made = await asyncio.to_thread(_ready, load, service.model.name, service.settings)
+            service.use(*made)
+        except RedefenseError as error:
+            LOG.error({"event": "update refused", "why": str(error)})
+            service.metrics.updates.labels("refused").inc()
+        except Exception:  # noqa: BLE001 - a defect of ours must not end what answers
+            LOG.exception({"event": "defect"})
+            service.metrics.updates.labels("refused").inc()
+        else:
+            LOG.info({"event": "updated", "model": service.model.name})
+            service.metrics.updates.labels("done").inc()

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
+from redefense.serve.description import VERSION, output_types
 from redefense.serve.draws import Floats
 from redefense.serve.engine import CONFIDENCE, Answers
 from redefense.serve.model import INPUT, Model
 from redefense.serve.settings import Settings
 
-VERSION: Final = "1"
 BINARY_HEADER: Final = "Inference-Header-Content-Length"
 # UINT8 holds 0 to 255 and is divided by 255: the smallest way to send an image
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
@@ -46,31 +46,6 @@ class Question:
 
 def refuse(message: str, status: int = 400) -> NoReturn:
     raise HTTPException(status, message)
-
-
-def output_types(settings: Settings, num_classes: int) -> dict[str, tuple[str, list[int]]]:
-    """Outputs by name: datatype and shape, -1 for the number of images."""
-    outputs = {"label": ("BYTES", [-1]), "class_id": ("INT64", [-1]), "confidence": ("BYTES", [-1])}
-    if settings.scores:
-        outputs["scores"] = ("FP32", [-1, num_classes])
-    if settings.research:
-        outputs["member"] = ("INT64", [-1])
-    return outputs
-
-
-def metadata(model: Model, settings: Settings) -> dict[str, Any]:
-    """The protocol's description of a model."""
-    outputs = output_types(settings, len(model.classes))
-    return {
-        "name": model.name,
-        "versions": [VERSION],
-        "platform": "onnxruntime_onnx",
-        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *model.shape]}],
-        "outputs": [
-            {"name": output, "datatype": datatype, "shape": shape}
-            for output, (datatype, shape) in outputs.items()
-        ],
-    }
 
 
 def read_question(

@@ -1,0 +1,161 @@
+"""What operators ask of a server: index, configuration, statistics, and another bundle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from redefense.serve.audit.client import Client
+from redefense.serve.model import Model
+from redefense.serve.settings import Settings
+from serve_tools import CLASSES, SHAPE, make_bundle, pictures, serving
+
+PATH = "/v2/models/toy"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    model = Model(make_bundle(tmp_path_factory.mktemp("operators") / "toy"), threads=1)
+    settings = Settings(scores=True, max_batch=8, max_delay=0.002, grace=0.0)
+    with serving(model, settings) as url, Client(url) as opened:
+        yield opened
+
+
+def statistics(client: Client, path: str) -> dict[str, Any]:
+    (stats,) = client.ask("GET", path).json()["model_stats"]
+    return dict(stats)
+
+
+def test_the_configuration_describes_the_tensors_of_one_image(client: Client) -> None:
+    config = client.ask("GET", f"{PATH}/config").json()
+    assert config["max_batch_size"] == 8
+    assert config["dynamic_batching"] == {"max_queue_delay_microseconds": 2000}
+    assert config["input"] == [{"name": "images", "data_type": "TYPE_FP32", "dims": list(SHAPE)}]
+    told = client.ask("GET", PATH).json()["outputs"]
+    for output, described in zip(told, config["output"], strict=True):
+        assert output["name"] == described["name"]
+        # the batch comes before the dimensions, as they are reshaped
+        shape = described.get("reshape", {}).get("shape", described["dims"])
+        assert output["shape"] == [-1, *shape]
+
+
+def test_the_index_lists_the_model_and_only_reads_what_it_knows(client: Client) -> None:
+    for body in (b"", b"{}", b'{"ready": true}', b'{"ready": false}'):
+        reply = client.ask("POST", "/v2/repository/index", body)
+        assert reply.json() == [{"name": "toy", "version": "1", "state": "READY", "reason": ""}]
+    for body in (b"[]", b"{", b'{"ready": 1}', b'{"ready": null}'):
+        assert client.ask("POST", "/v2/repository/index", body).status == 400
+
+
+def test_statistics_count_requests_and_images_and_nothing_of_members(client: Client) -> None:
+    before = statistics(client, "/v2/models/stats")
+    images = pictures(np.arange(5))
+    for _ in range(3):
+        assert client.infer(images).status == 200
+    assert client.ask("POST", f"{PATH}/infer", b"{}").status == 400
+    after = statistics(client, f"{PATH}/stats")
+    assert after["inference_count"] - before["inference_count"] == 15
+    assert after["execution_count"] - before["execution_count"] == 3
+    done, failed = (after["inference_stats"][key]["count"] for key in ("success", "fail"))
+    assert done - before["inference_stats"]["success"]["count"] == 3
+    assert failed - before["inference_stats"]["fail"]["count"] == 1
+    # nothing that differs with the member that was drawn: no duration, and no list of members
+    assert after.keys() == {
+        "name", "version", "inference_count", "execution_count", "inference_stats"
+    }  # fmt: skip
+    assert all(kind.keys() == {"count"} for kind in after["inference_stats"].values())
+
+
+@pytest.mark.parametrize("path", ["/v2/models/other/stats", "/v2/models/other/config"])
+def test_another_name_is_not_found(client: Client, path: str) -> None:
+    assert client.ask("GET", path).status == 404
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def wait_for(log: Path, event: str, count: int = 1) -> dict[str, Any]:
+    limit = time.monotonic() + 30
+    while len(found := [line for line in lines(log) if line.get("event") == event]) < count:
+        assert time.monotonic() < limit, log.read_text()
+        time.sleep(0.02)
+    return found[-1]
+
+
+def test_another_bundle_takes_over_without_a_lost_request(tmp_path: Path) -> None:
+    # members of the first answer image k with k, of the second, drawn for one alone, with k + 1
+    make_bundle(tmp_path / "one", 1)
+    make_bundle(tmp_path / "two", 2, mixture=[0.0, 1.0])
+    make_bundle(tmp_path / "broken", 1)
+    (tmp_path / "broken" / "members" / "0.onnx").write_bytes(b"changed")
+    current, log = tmp_path / "current", tmp_path / "log"
+
+    def point_to(name: str) -> None:
+        (tmp_path / "next").symlink_to(name)
+        (tmp_path / "next").rename(current)
+
+    point_to("one")
+    words = ["-m", "redefense", "serve", str(current), "--name", "toy", "--port", "0"]
+    with (
+        log.open("wb") as stream,
+        subprocess.Popen(
+            [sys.executable, *words, "--threads", "1", "--grace", "0"],
+            stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as process,
+    ):  # fmt: skip
+        url = wait_for(log, "listening")["url"]
+        asked, stop = np.arange(4), threading.Event()
+        found: list[tuple[int, list[int]]] = []
+
+        def ask() -> None:
+            with Client(url) as client:
+                while not stop.is_set():
+                    reply = client.infer(pictures(asked))
+                    shift = (np.array(reply.output("class_id")) - asked) % CLASSES
+                    found.append((reply.status, shift.tolist()))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        point_to("broken")
+        process.send_signal(signal.SIGHUP)
+        assert "0.onnx" in wait_for(log, "update refused")["why"]
+        assert found[-1] == (200, [0, 0, 0, 0])
+        point_to("two")
+        process.send_signal(signal.SIGHUP)
+        wait_for(log, "updated")
+        seen = len(found)
+        while len(found) < seen + 6:
+            time.sleep(0.01)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert {status for status, _ in found} == {200}
+    # a batch is answered by one bundle or by the other
+    assert {tuple(shift) for _, shift in found} == {(0, 0, 0, 0), (1, 1, 1, 1)}
+    assert found[-1][1] == [1, 1, 1, 1]
+
+
+def test_a_bundle_with_other_classes_or_images_needs_another_server(tmp_path: Path) -> None:
+    from redefense.errors import ConfigError
+    from redefense.serve.app import Service
+    from redefense.serve.draws import fresh
+
+    model = Model(make_bundle(tmp_path / "toy"), threads=1)
+    other = Model(make_bundle(tmp_path / "other"), threads=1)
+    service = Service(model, Settings(), fresh(model.mixture))
+    with pytest.raises(ConfigError, match="must have the name of the one before, toy, got other"):
+        service.use(other, fresh(other.mixture))
+    assert service.model is model
