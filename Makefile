@@ -4,17 +4,20 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := runs/demo
+# empty takes the newest versions of everything, see CONTRIBUTING.md
+CONSTRAINTS := -c constraints.txt
 # the quickest way to install is also the one that does not byte-compile what is never imported
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(CONSTRAINTS)
 # what is imported is compiled once, not by every process: it halves the time of every command
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup setup-dev demo test check docs lint unit smoke bench clean
+.PHONY: help setup setup-dev demo test check docs lint unit smoke wheel bench clean
 
 help:
 	@echo "make demo   train, attack and report RED on the embedded digits (under 4 minutes)"
 	@echo "make test   format, lint, types, tests and one end-to-end run"
 	@echo "make docs   build/docs/index.html and the leaderboard, every warning an error"
+	@echo "make wheel  build the wheel, and use it where the clone cannot be seen"
 	@echo "make lint   mend what ruff can mend"
 	@echo "make clean  remove the environment and the demo's runs"
 
@@ -38,9 +41,9 @@ demo: setup
 	done
 	@$(BIN)/redefense report $(RUNS)/digits-vanilla $(RUNS)/digits-red --out $(RUNS)/report.html
 
-# each of the first three keeps one core busy, the tests both
+# each of the first four keeps one core busy, the tests both
 test:
-	@$(MAKE) --no-print-directory -j2 check docs smoke
+	@$(MAKE) --no-print-directory -j2 check docs smoke wheel
 	@$(MAKE) --no-print-directory unit
 
 check: setup-dev
@@ -57,6 +60,9 @@ unit: setup-dev
 
 smoke: setup-dev
 	sh tests/smoke.sh $(BIN)
+
+wheel: setup-dev
+	sh tests/wheel.sh $(BIN)
 
 lint: setup-dev
 	$(BIN)/ruff check --fix src tests benchmarks

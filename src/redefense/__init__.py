@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from redefense.threat import Threat
     from redefense.train.api import train
 
-__version__ = "0.1.0"
+    __version__: str
 
 _HOMES = {
     "Hyper": "redefense.ensembles",
@@ -71,8 +71,20 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return import_module(f"redefense.{name}")
-    if name in _HOMES:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'redefense' has no attribute {name!r}")
+    else:
+        raise AttributeError(f"module 'redefense' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    """The version that was installed; a clone that is only on the path has none."""
+    metadata = import_module("importlib.metadata")
+    try:
+        return str(metadata.version("redefense"))
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
