@@ -1,16 +1,30 @@
 """Sphinx settings. `make docs` builds with every warning an error."""
 
+import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+
+import generated
 
 from redefense import __version__
 
 project = "redefense"
 author = "the redefense authors"
+copyright = author
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_design",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "scripts"]
 source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 default_role = "code"  # single backticks in docstrings
@@ -23,12 +37,10 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
-html_theme = "alabaster"
-html_theme_options = {
-    "description": "Randomized robust ensembles, measured honestly",
-    "page_width": "1280px",
-    "body_max_width": "1040px",  # tables of ten columns
-}
+html_theme = "furo"
+html_title = "redefense"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_show_sourcelink = False
 html_copy_source = False
 
@@ -54,3 +66,4 @@ def as_typed(
 def setup(app: Any) -> None:
     # before napoleon, which reads the sections
     app.connect("autodoc-process-docstring", as_typed, priority=400)
+    app.connect("source-read", generated.fill)

@@ -34,7 +34,7 @@ from redefense.serve.settings import Settings
 from redefense.train.loading import resolve
 
 ROOT = Path(redefense.__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PATHS = re.compile(r"PATH|FILE|COMMIT")
 
 
@@ -284,7 +284,16 @@ def test_what_the_readme_types_exists() -> None:
         check_words(words)
 
 
-def test_every_page_is_in_the_table_of_contents() -> None:
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (b for b in blocks(ROOT / "README.md") if b.language == "python")
+    run_python(block, {"__name__": "readme"}, "README.md")
+    assert capsys.readouterr().out
+
+
+def test_every_page_is_in_the_table_of_contents_once() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
-    listed = set(index.split("```{toctree}")[1].split("```")[0].split())
-    assert {page.stem for page in PAGES} - {"index"} == listed - {":hidden:"}
+    lists = [part.split("```")[0] for part in index.split("```{toctree}")[1:]]
+    lines = [line for part in lists for line in part.splitlines()]
+    listed = [line for line in lines if line and not line.startswith(":")]
+    pages = {page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in PAGES}
+    assert sorted(listed) == sorted(pages - {"index"})

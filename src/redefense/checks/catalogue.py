@@ -299,7 +299,7 @@ _ENTRIES: Final = (
           "Is the draw better than every single member, each in its own worst case?",
           "The measurement is sound. These images do not show that drawing a member helps.",
           "Measure more images if the interval is wide. Otherwise deploy the best single member, "
-          "which is as good and simpler.", "defence"),
+          "or the average if that keeps more.", "defence"),
 )  # fmt: skip
 
 CATALOGUE: Final[Mapping[str, Entry]] = MappingProxyType({entry.id: entry for entry in _ENTRIES})

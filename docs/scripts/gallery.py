@@ -1,0 +1,114 @@
+"""Draws the gallery of the documentation: `python docs/scripts/gallery.py`.
+
+It writes docs/pictures/*.svg. Figures come from the claims, so the pictures change only where those
+do. Colours are variables of the pages with a fallback, so that one file serves both themes.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "pictures"
+INK, PAPER, GREY = "#1f2328", "#fefefe", "#818b98"
+BLUE, ORANGE = "#3b7dd8", "#d9822b"
+METHODS = ["vanilla-1", "gal-1", "adp-1", "dverge-1", "ps-red-1", "trs-0", "red-1", "mrboost-1",
+           "red-at-0", "barre-1", "at-1", "swift-1", "swift-one-1"]  # fmt: skip
+VARIABLES = {INK: "--color-foreground-primary", PAPER: "--color-background-primary"}
+
+
+def headline(name: str, images: int = 1000) -> dict[str, Any]:
+    """The evaluation of a claim on so many images that has both headlines."""
+    claim = json.loads((ROOT / "claims" / f"{name}.json").read_text())
+    found: list[dict[str, Any]] = [
+        it
+        for it in claim["evaluations"]
+        if it["data"]["num_images"] == images and it["aware"] is not None
+    ]
+    return found[-1]
+
+
+def dots(
+    axes: Axes, figures: Sequence[dict[str, float]], *, shift: float, color: str, **style: Any
+) -> None:
+    """One dot with its 95 % interval a row."""
+    values = [100 * figure["value"] for figure in figures]
+    reach = [
+        [100 * (figure["value"] - figure["low"]) for figure in figures],
+        [100 * (figure["high"] - figure["value"]) for figure in figures],
+    ]
+    rows = [row + shift for row in range(len(figures))]
+    axes.errorbar(values, rows, xerr=reach, linestyle="none", color=color, capsize=2, **style)
+
+
+def picture(names: Sequence[str], x_label: str, title: str) -> tuple[Any, Axes]:
+    figure, axes = plt.subplots(figsize=(7.2, 0.34 * len(names) + 1.3), layout="constrained")
+    axes.set_yticks(range(len(names)), [name.rpartition("-")[0] for name in names])
+    axes.set_xlabel(x_label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="x", color=GREY, alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    return figure, axes
+
+
+def save(figure: Any, name: str, told: str) -> None:
+    """Write the figure with its colours as variables and a text for screen readers."""
+    held = io.StringIO()
+    figure.savefig(held, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = held.getvalue()
+    text = text[text.index("<svg") :]
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, f"var({variable},{color})")
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
+    (PICTURES / name).write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def methods() -> None:
+    """Unaware and aware accuracy of every method."""
+    found = [headline(name) for name in METHODS]
+    figure, axes = picture(
+        METHODS, "accuracy in percent, 95 % intervals", "CIFAR-10, L-inf eps 0.03, 1,000 images"
+    )
+    dots(axes, [it["unaware"] for it in found], shift=0.12, color=BLUE, fmt="o", label="unaware")
+    dots(axes, [it["aware"] for it in found], shift=-0.12, color=ORANGE, fmt="D", label="aware")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="lower right")
+    save(figure, "methods.svg", "Accuracy of thirteen methods, unaware and aware")
+
+
+def worth() -> None:
+    """What the draw keeps more than the best member and than the average, paired."""
+    names = [name for name in METHODS if name != "swift-one-1"]
+    found = [headline(name) for name in names]
+    figure, axes = picture(
+        names, "points that the draw keeps more, 95 % intervals", "Is the draw worth it?"
+    )
+    axes.axvline(0, color=INK, linewidth=1)
+    best = [it["over_alone"] or it["over_single"] for it in found]
+    dots(axes, best, shift=0.12, color=BLUE, fmt="o", label="than the best member alone")
+    average = [it["over_averaged"] for it in found]
+    dots(axes, average, shift=-0.12, color=ORANGE, fmt="D", label="than the average of members")
+    axes.legend(frameon=False, loc="lower right")
+    save(figure, "worth.svg", "Paired differences of the draw from its rivals")
+
+
+def main() -> None:
+    mpl.rcParams |= {
+        "svg.fonttype": "none", "svg.hashsalt": "redefense", "font.family": "sans-serif",
+        "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+        "xtick.color": INK, "ytick.color": INK, "axes.facecolor": PAPER, "figure.facecolor": PAPER,
+    }  # fmt: skip
+    methods()
+    worth()
+
+
+if __name__ == "__main__":
+    main()
