@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks import ATTACKS, PGD, Attack
+from redefense.attacks import APGDT, ATTACKS, PGD, Attack
 from redefense.ensembles import Ensemble, Hyper, Independent, kernels_kept, recorded
 from redefense.ensembles.configs import HyperConfig
 from redefense.ensembles.replay import Recorded
@@ -34,8 +34,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "pixle": {"restarts": 3, "iterations": 2},
     "sparsefool": {"steps": 2},
     "square": {"queries": 12},
-    "subset": {"steps": 6},
-    "transfer": {},
+    "subset": {"steps": 4, "num_targets": 2, "mixed": 1, "subsets": 1},
+    "transfer": {"attack": APGDT(steps=4)},
 }
 STEADY = {"bim", "eotpgd", "meanprob_pgd", "mim", "pgd"}
 """Attacks that ask about all images again and again; others may ask too seldom to be recorded."""
