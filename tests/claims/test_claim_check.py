@@ -124,6 +124,11 @@ def attack(claim: dict[str, Any]) -> None:
     del claim["evaluations"][0]["cells"][-1]
 
 
+def steps(claim: dict[str, Any]) -> None:
+    cell = claim["evaluations"][0]["cells"][-1]
+    cell["repr"] = cell["repr"].replace("steps=20", "steps=2")
+
+
 def images(claim: dict[str, Any]) -> None:
     claim["evaluations"][0]["data"]["num_images"] = 400
 
@@ -138,7 +143,8 @@ CHANGES: dict[str, tuple[Edit, str, str]] = {
     "interval": (interval, "interval", "The low end of the interval of aware"),
     "record": (record, "records-contradict", "its records give"),
     "swapped": (swapped, "aware-records", "is not the worst attack's on"),
-    "attack": (attack, "missing-attack", "hinge on view members belongs to the suites quick"),
+    "attack": (attack, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
+    "steps": (steps, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
     "images": (images, "records-damaged", "are of 24 images, expected 400"),
     "gain": (gain, "difference", "over_averaged is not the aware figure minus"),
     "authors": (without("authors"), "unattributed", "authors is not stated"),

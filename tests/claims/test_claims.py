@@ -112,6 +112,27 @@ def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None
     assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
 
 
+def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) -> None:
+    it = claim_of(runs)
+    path = format.write(it, tmp_path / "claim.json")
+    words = ("claim", "recompute", path, "--data", "digits", "--out", tmp_path / "again")
+    held = call(*words, "--run", runs / "tiny-0")
+    assert (held.code, held.out) == (0, f"{path}: holds\n")
+    assert "quick" in held.err  # says what it does
+    (found,) = it.evaluations
+    better = found.model_copy(update={"aware": format.Figure(value=0.99, low=0.98, high=1.0)})
+    format.write(it.model_copy(update={"evaluations": (better,)}), path)
+    outside = call(*words, "--run", runs / "tiny-0", "--quiet")
+    assert outside.code == 1
+    assert outside.err == ""
+    first, last = outside.out.splitlines()
+    assert first.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
+    assert last == f"{path}: does not hold"
+    other = call(*words, "--weights", runs / "tiny-1", "--quiet")
+    assert other.code == 3
+    assert "the claim is of" in other.err
+
+
 def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
     both = [claim_of(runs, seed) for seed in (0, 1)]
     heading, _, first, second = tables.table(both, against="tiny-0").splitlines()

@@ -11,10 +11,14 @@ import pytest
 from browser import opened
 from command_line import call
 from redefense.claims import format, leaderboard
-from redefense.evaluation.suite import SUITES
+from redefense.evaluation.suite import SUITES, CellSpec
 from redefense.results.intervals import accuracy_interval
 
 N = 50
+
+
+def call_of(spec: CellSpec) -> str:
+    return f"{spec.attack}({', '.join(f'{k}={v!r}' for k, v in spec.settings.items())})"
 
 
 def claim(
@@ -39,7 +43,7 @@ def claim(
     cells = tuple(
         format.Attacked(
             id=f"{spec.attack}-{spec.view}", attack=spec.attack, view=spec.view,
-            aware=spec.view == "members", bounded=True, repr=f"{spec.attack}()",
+            aware=spec.view == "members", bounded=True, repr=call_of(spec),
             expected=figure(left), each=format.packed(left),
         )
         for spec in SUITES[suite].cells

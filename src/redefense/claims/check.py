@@ -6,8 +6,7 @@ whose records were invented consistently passes: only `recompute` finds that.
 
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -228,8 +227,9 @@ def current(plan: Plan) -> bool:
 
 
 def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
-    """Every attack of a suite must have left its records."""
-    demanded = Counter[tuple[str, str]]()
+    """Every attack of a suite must have left its records, and have had the suite's settings."""
+    left = list(found.cells)
+    demanded: list[tuple[str, str, dict[str, Any], str]] = []
     for plan in found.suites:
         if (suite := _definition(plan)) is None:
             told = "an earlier version" if plan.version is None else f"version {plan.version}"
@@ -242,12 +242,26 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
                 view = spec["view"]
                 if view == "protocol":
                     view = "sampled" if it.num_members > 1 or not found.exact else "averaged"
-                demanded[spec["attack"], view] += 1
-    met = Counter((cell.attack, cell.view) for cell in found.cells)
-    for attack, view in sorted((demanded - met).elements()):
-        names = ", ".join(plan.name for plan in found.suites)
-        why = f"{attack} on view {view} belongs to the suites {names}, and its result is missing."
+                demanded.append((spec["attack"], view, spec.get("settings", {}), plan.name))
+    # who demands most chooses first
+    for attack, view, settings, name in sorted(demanded, key=lambda it: -len(it[2])):
+        fits = [c for c in left if (c.attack, c.view) == (attack, view) and _ran(c.repr, settings)]
+        if fits:
+            left.remove(fits[0])
+            continue
+        given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        why = (
+            f"{attack}({given}) on view {view} belongs to suite {name}, and its result is missing."
+        )
         yield _finding(_subject(it, found), "missing-attack", why)
+
+
+def _ran(call: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the call that rebuilds an attack has these settings."""
+    return all(
+        re.search(rf"\b{key}={re.escape(repr(value))}(?=[,)])", call)
+        for key, value in settings.items()
+    )
 
 
 def as_evaluation(it: Claim, found: Evaluated) -> Evaluation:

@@ -65,7 +65,13 @@ def recompute(
             f"the weights of {it.name} were not trained by redefense: get them from {it.link} and "
             "name their folder with --weights"
         )
-    if it.trained and not isinstance(weights, nn.Module):
+    if it.trained and isinstance(weights, nn.Module):
+        raise ConfigError(
+            f"{it.name} is the claim of a run, whose hash is that of the run's file: name the "
+            "run's directory, or no weights, to train it"
+        )
+    if it.trained:
+        assert weights is None or isinstance(weights, Path)
         return differences(it, _of_run(it, data, folder, weights, device, say))
     if isinstance(weights, Path):
         weights = load_checkpoint(find_final(weights), device=device)
