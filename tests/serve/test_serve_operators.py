@@ -159,3 +159,22 @@ def test_a_bundle_with_other_classes_or_images_needs_another_server(tmp_path: Pa
     with pytest.raises(ConfigError, match="must have the name of the one before, toy, got other"):
         service.use(other, fresh(other.mixture))
     assert service.model is model
+
+
+def test_onnxruntime_reports_no_member_to_its_makers(tmp_path: Path) -> None:
+    # what it is going to report it keeps in a database below the user's folder for caches
+    bundle, home = make_bundle(tmp_path / "toy"), tmp_path / "home"
+    home.mkdir()
+    hidden = {"CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"HOME": str(home)}
+    program = (
+        "from pathlib import Path\n"
+        "from redefense.export import runner\n"
+        "from redefense.serve.model import Model\n"
+        f"bundle = runner.open_bundle(Path({str(bundle)!r}))\n"
+        "session = runner.open_session(bundle.member(0))\n"
+        "runner.logits_of(session, bundle.probes()[0])\n"
+        f"Model(Path({str(bundle)!r}), threads=1).warm_up((1, 2))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
+    assert list(home.rglob("*")) == []

@@ -29,6 +29,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# From 1.29 on onnxruntime reports to its makers how often each session ran and how long it took,
+# and a session is a member. It reads this when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 SCHEMA = 1
 FORMAT = "redefense-bundle"
 MANIFEST = "manifest.json"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from redefense.errors import ConfigError, DataError
@@ -178,6 +177,8 @@ def _line(error: Exception) -> str:
 
 
 def _session(content: bytes, m: int, threads: int | None) -> Any:
+    import onnxruntime  # after `runner`, which keeps it from reporting
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
