@@ -80,16 +80,54 @@ def test_another_name_is_not_found(client: Client, path: str) -> None:
     assert client.ask("GET", path).status == 404
 
 
-def lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def wait_for(log: Path, event: str, count: int = 1) -> dict[str, Any]:
+def wait_for(log: Path, event: str) -> dict[str, Any]:
+    """The first line of a server's log about this event."""
     limit = time.monotonic() + 30
-    while len(found := [line for line in lines(log) if line.get("event") == event]) < count:
-        assert time.monotonic() < limit, log.read_text()
-        time.sleep(0.02)
-    return found[-1]
+    while True:
+        whole = log.read_text().rpartition("\n")[0].splitlines()
+        if found := [line for line in whole if f'"event": "{event}"' in line]:
+            return dict(json.loads(found[0]))
+        assert time.monotonic() < limit, "\n".join(whole[-20:])
+        time.sleep(0.05)
+
+
+class Asking:
+    """Clients that ask a server the same four images again and again, until the block ends.
+
+    Attributes:
+        found: status of every answer, and by how much its classes are those of the images shifted.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.found: list[tuple[int, tuple[int, ...]]] = []
+        self._url, self._stop = url, threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(3)]
+
+    def _ask(self) -> None:
+        asked = np.arange(4)
+        with Client(self._url) as client:
+            while not self._stop.is_set():
+                reply = client.infer(pictures(asked))
+                shift = (np.array(reply.output("class_id")) - asked) % CLASSES
+                self.found.append((reply.status, tuple(shift.tolist())))
+
+    def wait(self) -> tuple[int, tuple[int, ...]]:
+        """An answer to a question that was asked after this call."""
+        seen, limit = len(self.found), time.monotonic() + 30
+        while len(self.found) <= seen + len(self._threads):
+            assert time.monotonic() < limit, "no answer"
+            time.sleep(0.01)
+        return self.found[-1]
+
+    def __enter__(self) -> "Asking":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def test_another_bundle_takes_over_without_a_lost_request(tmp_path: Path) -> None:
@@ -106,46 +144,29 @@ def test_another_bundle_takes_over_without_a_lost_request(tmp_path: Path) -> Non
 
     point_to("one")
     words = ["-m", "redefense", "serve", str(current), "--name", "toy", "--port", "0"]
-    with (
-        log.open("wb") as stream,
-        subprocess.Popen(
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
             [sys.executable, *words, "--threads", "1", "--grace", "0"],
-            stderr=stream, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        ) as process,
-    ):  # fmt: skip
-        url = wait_for(log, "listening")["url"]
-        asked, stop = np.arange(4), threading.Event()
-        found: list[tuple[int, list[int]]] = []
-
-        def ask() -> None:
-            with Client(url) as client:
-                while not stop.is_set():
-                    reply = client.infer(pictures(asked))
-                    shift = (np.array(reply.output("class_id")) - asked) % CLASSES
-                    found.append((reply.status, shift.tolist()))
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        point_to("broken")
-        process.send_signal(signal.SIGHUP)
-        assert "0.onnx" in wait_for(log, "update refused")["why"]
-        assert found[-1] == (200, [0, 0, 0, 0])
-        point_to("two")
-        process.send_signal(signal.SIGHUP)
-        wait_for(log, "updated")
-        seen = len(found)
-        while len(found) < seen + 6:
-            time.sleep(0.01)
-        stop.set()
-        for thread in threads:
-            thread.join()
+            stderr=stream, env=environment,
+        )  # fmt: skip
+    try:
+        with Asking(wait_for(log, "listening")["url"]) as asking:
+            point_to("broken")
+            process.send_signal(signal.SIGHUP)
+            assert "0.onnx" in wait_for(log, "update refused")["why"]
+            assert asking.wait() == (200, (0, 0, 0, 0))
+            point_to("two")
+            process.send_signal(signal.SIGHUP)
+            wait_for(log, "updated")
+            assert asking.wait() == (200, (1, 1, 1, 1))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    assert {status for status, _ in found} == {200}
-    # a batch is answered by one bundle or by the other
-    assert {tuple(shift) for _, shift in found} == {(0, 0, 0, 0), (1, 1, 1, 1)}
-    assert found[-1][1] == [1, 1, 1, 1]
+    finally:
+        process.kill()
+        process.wait()
+    # every question was answered, and every batch by one bundle or by the other
+    assert set(asking.found) == {(200, (0, 0, 0, 0)), (200, (1, 1, 1, 1))}
 
 
 def test_a_bundle_with_other_classes_or_images_needs_another_server(tmp_path: Path) -> None:
