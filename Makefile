@@ -26,6 +26,7 @@ setup-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
 	$(PIP) -e ".[report]"
 	@touch $@
 
@@ -36,9 +37,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: setup
 	@for method in vanilla red; do \
+	  echo "demo: training digits-$$method, about a minute"; \
 	  $(BIN)/redefense train digits-$$method --out $(RUNS)/digits-$$method --resume --quiet && \
-	  $(BIN)/redefense evaluate $(RUNS)/digits-$$method --suite quick --quiet || exit 1; \
+	  echo "demo: attacking digits-$$method" && \
+	  $(BIN)/redefense evaluate $(RUNS)/digits-$$method --suite quick || exit 1; \
 	done
+	@echo "demo: writing the report"
 	@$(BIN)/redefense report $(RUNS)/digits-vanilla $(RUNS)/digits-red --out $(RUNS)/report.html
 
 # each of the first four keeps one core busy, the tests both

@@ -18,6 +18,7 @@ from redefense.commands import (
     serving,
     training,
 )
+from redefense.commands.helping import HelpfulCommand
 from redefense.commands.options import with_plugins
 from redefense.commands.streams import accept_every_letter
 from redefense.errors import RedefenseError
@@ -31,46 +32,46 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command()(with_plugins(training.train))
-app.command()(with_plugins(evaluating.evaluate))
-app.command()(with_plugins(certifying.certify))
-app.command()(evaluating.report)
-app.command()(evaluating.audit)
-app.command()(with_plugins(evaluating.landscape))
-app.command()(evaluating.card)
-app.command("list")(with_plugins(looking.list_names))
-app.command()(with_plugins(looking.show))
-app.command()(looking.check_plugin)
-app.command()(with_plugins(training.materialise))
-app.command()(with_plugins(deploying.export))
-app.command()(with_plugins(deploying.verify))
-app.command()(serving.serve)
+app.command(cls=HelpfulCommand)(with_plugins(training.train))
+app.command(cls=HelpfulCommand)(with_plugins(evaluating.evaluate))
+app.command(cls=HelpfulCommand)(with_plugins(certifying.certify))
+app.command(cls=HelpfulCommand)(evaluating.report)
+app.command(cls=HelpfulCommand)(evaluating.audit)
+app.command(cls=HelpfulCommand)(with_plugins(evaluating.landscape))
+app.command(cls=HelpfulCommand)(evaluating.card)
+app.command("list", cls=HelpfulCommand)(with_plugins(looking.list_names))
+app.command(cls=HelpfulCommand)(with_plugins(looking.show))
+app.command(cls=HelpfulCommand)(looking.check_plugin)
+app.command(cls=HelpfulCommand)(with_plugins(training.materialise))
+app.command(cls=HelpfulCommand)(with_plugins(deploying.export))
+app.command(cls=HelpfulCommand)(with_plugins(deploying.verify))
+app.command(cls=HelpfulCommand)(serving.serve)
 data_app = typer.Typer(
     help="Check data sets before using them.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
-data_app.command("check")(with_plugins(looking.data_check))
+data_app.command("check", cls=HelpfulCommand)(with_plugins(looking.data_check))
 claim_app = typer.Typer(
     help="Claims: figures in a file that others can check and recompute.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 app.add_typer(claim_app, name="claim")
-claim_app.command("make")(with_plugins(claiming.make))
-claim_app.command("check")(with_plugins(claiming.check))
-claim_app.command("recompute")(with_plugins(claiming.recompute))
-claim_app.command("compare")(claiming.compare)
-claim_app.command("table")(claiming.table)
-app.command()(claiming.leaderboard)
+claim_app.command("make", cls=HelpfulCommand)(with_plugins(claiming.make))
+claim_app.command("check", cls=HelpfulCommand)(with_plugins(claiming.check))
+claim_app.command("recompute", cls=HelpfulCommand)(with_plugins(claiming.recompute))
+claim_app.command("compare", cls=HelpfulCommand)(claiming.compare)
+claim_app.command("table", cls=HelpfulCommand)(claiming.table)
+app.command(cls=HelpfulCommand)(claiming.leaderboard)
 bench_app = typer.Typer(
     help="Benchmarks of speed and memory.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench_app, name="bench")
-bench_app.command("attacks")(with_plugins(measuring.bench_attacks))
-bench_app.command("inference")(with_plugins(measuring.bench_inference))
-bench_app.command("train")(with_plugins(measuring.bench_train))
-bench_app.command("scaling")(with_plugins(measuring.bench_scaling))
-bench_app.command("memory")(with_plugins(measuring.bench_memory))
+bench_app.command("attacks", cls=HelpfulCommand)(with_plugins(measuring.bench_attacks))
+bench_app.command("inference", cls=HelpfulCommand)(with_plugins(measuring.bench_inference))
+bench_app.command("train", cls=HelpfulCommand)(with_plugins(measuring.bench_train))
+bench_app.command("scaling", cls=HelpfulCommand)(with_plugins(measuring.bench_scaling))
+bench_app.command("memory", cls=HelpfulCommand)(with_plugins(measuring.bench_memory))
 
 
 def _version(value: bool) -> bool:

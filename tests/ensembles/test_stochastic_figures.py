@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
 from redefense.evaluation.stochastic.cells import scored
-from redefense.evaluation.stochastic.figures import (
+from redefense.results.draws import (
     draws_interval,
     folded_success_within,
     interval,

@@ -21,6 +21,8 @@ from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.cells import Draws, attack_drawn
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.suite import CellSpec, Suite
+from redefense.results.draws import pair
+from redefense.results.join import join
 from redefense.rng import stream
 from redefense.stochastic import GaussianNoise, Stochastic
 
@@ -236,3 +238,36 @@ def test_attack_choice_and_score_never_share_a_seed(monkeypatch: pytest.MonkeyPa
     assert not set(scoring) & set(used[:-32])
     # four seeds that stay, and fresh ones in the other half of the climb
     assert len(set(used)) > 4 + 32 + 32
+
+
+def test_suites_of_a_network_that_draws_are_joined_over_all_their_attacks(tmp_path: Path) -> None:
+    threat = ThreatConfig(norm="2", eps=0.25)
+    modes = TwoModes()
+    who = subject(Stochastic(modes, draws=8))
+    suites = [Suite(name=f"part-{k}", cells=(PAIR.cells[0], cell)) for k, cell in enumerate(
+        (CellSpec(attack="meanprob_pgd", view="members", settings={"steps": 3}), PAIR.cells[1])
+    )]  # fmt: skip
+    reports = [run_drawn(who, suite, threat, draws=FEW) for suite in suites]
+    for report in reports:
+        report.save(tmp_path / "run")
+    (result,) = join([tmp_path / "run"])
+    corrects = {
+        f"{report.data['suite']} {c['id']}": report.cells[c["id"]].correct
+        for key in ("cells", "further_cells")
+        for report in reports
+        for c in report.data[key]
+    }
+    unaware = [name for name in corrects if "pgd-sampled" in name]
+    together = pair(corrects | {"clean": reports[0].cells["clean"].correct}, unaware, 10)
+    lowest = min(report.headline["aware"] for report in reports)
+    assert result.aware is not None
+    assert result.aware.value == min(together["aware"], lowest)
+    if together["aware"] <= lowest:
+        assert [result.aware.low, result.aware.high] == together["aware_interval"]
+    # draws of another seed are other draws: then the lowest figure is all that can be said
+    again = run_drawn(who, suites[0], threat, draws=FEW, seed=1)
+    again.save(tmp_path / "mixed")
+    reports[1].save(tmp_path / "mixed")
+    (mixed,) = join([tmp_path / "mixed"])
+    assert mixed.aware is not None
+    assert mixed.aware.value == min(again.headline["aware"], reports[1].headline["aware"])

@@ -9,6 +9,7 @@ import pytest
 from redefense.report import answers, ranking
 from redefense.report import sentences as wording
 from redefense.report.page import summary_table, write_report
+from redefense.report.tables import percent
 from redefense.results.intervals import Estimate, accuracy_interval, paired_difference, wilson
 from redefense.results.join import join
 from report_tools import QUICK, build_run, q_of
@@ -43,7 +44,7 @@ def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_pat
     assert wording.verdict(weak).answer == "yes"
     assert wording.verdict(strong).answer == "no"
     told = wording.verdict(strong).sentence.replace(wording.PERCENT, " %")
-    kept = wording.percent(strong.single)
+    kept = percent(strong.single)
     assert f"the member chosen on validation images keeps {kept} % without any draw" in told
     assert wording.verdict(strong).short == "no"
 

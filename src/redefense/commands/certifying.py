@@ -43,7 +43,7 @@ def certify(
     if as_json:
         typer.echo(json.dumps(document, indent=1))
         return
-    for one in document["certificates"]:
+    for one in () if quiet else document["certificates"]:
         typer.echo(
             f"l2 {one['radius']:g}: one draw is right on {100 * one['single']:.1f} % at least, "
             f"the vote on {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"

@@ -31,6 +31,7 @@ def make(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="Of the weights, e.g. MIT.")
     ] = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the claim of a run, or of what `evaluate` measured of weights of your own.
@@ -49,6 +50,8 @@ def make(
         if not commit or commit.endswith("-dirty"):
             say(f"{plan.file} was made by code of no commit ({commit or 'unknown'})", quiet)
     write(made, out)
+    if as_json:
+        typer.echo(json.dumps({"file": str(out)}))
     say(f"wrote {out}; next: redefense claim check {out}", quiet)
 
 
@@ -102,6 +105,7 @@ def recompute(
         Path | None, typer.Option(metavar="DIR", help="Keep the run here, and go on with it.")
     ] = None,
     device: Device = "cpu",
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train (or take the named weights), evaluate, and compare with a claim; exit 1 if outside."""
@@ -114,6 +118,10 @@ def recompute(
         folder.mkdir(parents=True, exist_ok=True)
         tell = None if quiet else lambda line: say(line, quiet)
         found = differences_of(it, data, folder, weights=weights, device=device, say=tell)
+    if as_json:
+        shown = {"claim": str(path), "holds": not found, "differences": list(map(str, found))}
+        typer.echo(json.dumps(shown, indent=1))
+        raise typer.Exit(int(bool(found)))
     for line in found:
         typer.echo(line)
     typer.echo(f"{path}: {'does not hold' if found else 'holds'}")
@@ -131,11 +139,14 @@ def compare(
     claims: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of claims METHOD-SEED.json.")
     ] = Path("claims"),
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare methods over all their seeds, under the attacks that all have met."""
     from redefense.claims.compare import seeds_of, table
 
-    typer.echo(table({name: seeds_of(name, claims, images) for name in methods}, against))
+    told = table({name: seeds_of(name, claims, images) for name in methods}, against)
+    _tell(told, as_json=as_json, quiet=quiet)
 
 
 def table(
@@ -146,6 +157,8 @@ def table(
     attacks: Annotated[bool, typer.Option("--attacks", help="One row an attack instead.")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="What drawing is worth instead.")] = False,
     images: Images = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Print claims as a Markdown table, one row each."""
     from redefense.claims.format import read
@@ -155,7 +168,19 @@ def table(
     if attacks and draw:
         raise ConfigError("--attacks and --draw are two tables: ask for one")
     kind = "draw" if draw else "attacks" if attacks else "methods"
-    typer.echo(chosen([read(path) for path in paths], kind, images, against))
+    told = chosen([read(path) for path in paths], kind, images, against)
+    _tell(told, as_json=as_json, quiet=quiet)
+
+
+def _tell(markdown: str, *, as_json: bool, quiet: bool) -> None:
+    """Print a table, or its rows as JSON; with --quiet alone only whether it can be made."""
+    if as_json:
+        lines = [line.strip("| ") for line in markdown.splitlines() if line.startswith("|")]
+        head, _, *rows = [[cell.strip() for cell in line.split(" | ")] for line in lines]
+        found = [dict(zip(head, row, strict=False)) for row in rows]
+        typer.echo(json.dumps({"rows": found}, indent=1))
+    elif not quiet:
+        typer.echo(markdown)
 
 
 def leaderboard(
@@ -163,10 +188,13 @@ def leaderboard(
     out: Annotated[
         Path, typer.Option(metavar="SITE", help="Folder to write; open its index.html.")
     ],
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the leaderboard over a folder of claims: pages that a browser opens from the disk."""
     from redefense.claims.site import write_site
 
     written = write_site(folder, out)
+    if as_json:
+        typer.echo(json.dumps({"files": list(map(str, written))}, indent=1))
     say(f"wrote {written[0]} and a page for each of {len(written) - 1} claims", quiet)

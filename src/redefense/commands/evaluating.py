@@ -96,7 +96,9 @@ def evaluate(
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Evaluated runs, or files of evaluations."),
+        typer.Argument(
+            metavar="DIR...", help="Evaluated runs, folders of runs, or files of evaluations."
+        ),
     ],
     out: Annotated[
         Path,
@@ -111,16 +113,18 @@ def report(
     from rich.console import Console
 
     from redefense.report.page import write_report
-    from redefense.report.tables import format_table, summary_table
+    from redefense.report.tables import format_table, summary_rows, to_json
+    from redefense.results.join import join
 
     written = write_report(paths, out)
-    rows = summary_table(paths)
+    results = join(paths)
     if as_json:
-        typer.echo(json.dumps({"files": [str(path) for path in written]}))
+        files = {"files": [str(path) for path in written]}
+        typer.echo(json.dumps(files | json.loads(to_json(results)), indent=1))
     elif not quiet:
         # a pipe has no width of its own, and a wrapped table cannot be read
         width = None if sys.stdout.isatty() else 160
-        Console(width=width).print(format_table(rows))
+        Console(width=width).print(format_table(summary_rows(results)))
         typer.echo(f"report: {written[0]}")
 
 
@@ -159,12 +163,15 @@ def landscape(
             help="Index in the validation split; by default the first that both members get right."
         ),
     ] = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw the loss surfaces of two members over the plane of their gradients."""
     from redefense.report.landscape import write_landscape
 
     written = write_landscape(paths, out, image=image)
+    if as_json:
+        typer.echo(json.dumps({"file": str(written)}))
     say(f"wrote {written}", quiet)
 
 
@@ -174,10 +181,13 @@ def card(
         Path | None, typer.Option(help="The file to write; by default DIR/README.md.")
     ] = None,
     license_name: Annotated[str, typer.Option("--license", help="SPDX identifier.")] = "mit",
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the model card of an evaluated run."""
     from redefense.report.card import write_card
 
     written = write_card(path, out, license_name=license_name)
+    if as_json:
+        typer.echo(json.dumps({"file": str(written)}))
     say(f"wrote {written}", quiet)

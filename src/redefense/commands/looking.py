@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Set, resolve_run, say
+from redefense.commands.options import DataSpec, Json, Quiet, Set, resolve_run, say
 from redefense.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def list_names(
         str, typer.Argument(metavar="KIND", help="attacks|defences|models|data|recipes|suites")
     ],
     as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the names alone.")] = False,
 ) -> None:
     """List attacks, defences, models, data sets, recipes or suites."""
     entries = _entries(kind)
@@ -27,7 +28,7 @@ def list_names(
         return
     width = max(len(name) for name, _ in entries)
     for name, summary in entries:
-        typer.echo(f"{name:<{width}}  {summary}".rstrip())
+        typer.echo(name if quiet else f"{name:<{width}}  {summary}".rstrip())
 
 
 def show(
@@ -47,6 +48,7 @@ def show(
         int, typer.Option(min=1, help="The number of accelerators to assume for --cost.")
     ] = 1,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a recipe or a run with every setting resolved."""
     if cost and parameters:
@@ -60,26 +62,33 @@ def show(
         from redefense.train.cost import predict_run, table
 
         predicted = predict_run(what, resolved, accelerator, devices)
-        typer.echo(json.dumps(predicted, indent=1) if as_json else table(predicted))
+        _tell(json.dumps(predicted, indent=1) if as_json else table(predicted), as_json, quiet)
         return
     if parameters:
         from redefense.train.describe import count_parameters
 
         shown = count_parameters(what, resolved, kind)
     if as_json or not parameters:
-        typer.echo(json.dumps(shown, indent=1))
+        _tell(json.dumps(shown, indent=1), as_json, quiet)
     else:
         parts = shown.pop("parts")
-        for key, value in shown.items():
-            typer.echo(f"{key:<38} {value:>14,}")
+        lines = [f"{key:<38} {value:>14,}" for key, value in shown.items()]
         for name, sizes in parts.items():
             counts = ", ".join(f"{value:,} {key}" for key, value in sizes.items())
-            typer.echo(f"  {name:<16} {counts}")
+            lines.append(f"  {name:<16} {counts}")
+        _tell("\n".join(lines), as_json, quiet)
+
+
+def _tell(text: str, as_json: bool, quiet: bool) -> None:
+    """Print a result; with --quiet alone the exit status is all that is told."""
+    if as_json or not quiet:
+        typer.echo(text)
 
 
 def data_check(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="e.g. cifar10:PATH.")],
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Count, hash and judge a data set; exit 3 if it cannot be used."""
     from redefense.data.check import check_dataset
@@ -87,7 +96,7 @@ def data_check(
     found = check_dataset(spec)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=1))
-    else:
+    elif not quiet:
         for line in found.lines():
             typer.echo(line)
     if found.problems:
@@ -101,6 +110,7 @@ def check_plugin(
         Path, typer.Argument(metavar="FILE", help="A Python file that registers names.")
     ],
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Hold what a plug-in registers to the contract of its kind; exit 1 if it breaks one."""
     from redefense.conformance import check_file
@@ -111,7 +121,7 @@ def check_plugin(
         shown = {"plugin": str(path), "holds": not failed}
         shown |= {"checks": [dataclasses.asdict(check) for check in found]}
         typer.echo(json.dumps(shown, indent=1))
-    else:
+    elif not quiet:
         for check in found:
             mark = "ok  " if check.passed else "FAIL"
             typer.echo(f"{mark}  {check.name:<24}  {check.detail}")

@@ -9,7 +9,7 @@ from redefense.commands.options import (
     DataSpec,
     Device,
     Json,
-    Quiet,
+    Results,
     Set,
     resolve_run,
     say,
@@ -34,10 +34,12 @@ def bench_attacks(
         bool, typer.Option("--single", help="Leave out the table of a random ensemble.")
     ] = False,
     as_json: Json = False,
+    quiet: Results = False,
 ) -> None:
     """Compare attacks with TorchAttacks: accuracy, passes, seconds; also on a random ensemble."""
     from redefense.bench.attacks import run, tables
 
+    say(f"attacking {images} images with each attack, here and with TorchAttacks: minutes", quiet)
     result = run(
         images=images,
         model=model,
@@ -58,10 +60,12 @@ def bench_inference(
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,
+    quiet: Results = False,
 ) -> None:
     """Latency of the drawn member and of the average, over that of one plain member."""
     from redefense.bench.inference import run, table
 
+    say(f"timing {members} members of {model}, {rounds} rounds", quiet)
     result = run(model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device)
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
@@ -78,7 +82,7 @@ def bench_train(
     rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each.")] = 2,
     device: Device = "cpu",
     as_json: Json = False,
-    quiet: Quiet = False,
+    quiet: Results = False,
 ) -> None:
     """Time of a RED step: the authors' joint graph, this engine, and the lower bound in FLOPs."""
     from redefense.bench.train import run, table
@@ -106,7 +110,7 @@ def bench_memory(
     precision: Annotated[str, typer.Option(help="bf16, or fp32.")] = "bf16",
     device: Device = "cpu",
     as_json: Json = False,
-    quiet: Quiet = False,
+    quiet: Results = False,
 ) -> None:
     """Peak memory of a RED step by number of members, beside that of the joint graph."""
     if precision not in ("bf16", "fp32"):
@@ -136,7 +140,7 @@ def bench_scaling(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
     as_json: Json = False,
-    quiet: Quiet = False,
+    quiet: Results = False,
 ) -> None:
     """Train on every mesh of gloo processes: differences from one process, and bytes exchanged."""
     settings = resolve_run(what, changes, None, None)

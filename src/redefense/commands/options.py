@@ -20,6 +20,9 @@ DataSpec = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on, e.g. cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Results = Annotated[
+    bool, typer.Option("--quiet", help="Print the results alone, without progress.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Replay = Annotated[
     str,

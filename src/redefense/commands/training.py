@@ -1,5 +1,6 @@
 """Training: train, materialise."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 from redefense.commands.options import (
     DataSpec,
     Device,
+    Json,
     Quiet,
     Replay,
     RunDir,
@@ -49,6 +51,7 @@ def train(
         bool, typer.Option("--profile", help="Print the time of each phase, and store it.")
     ] = False,
     replay: Replay = "auto",
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe, or a run from its JSON record."""
@@ -57,6 +60,7 @@ def train(
     # of the processes that torchrun starts, one speaks
     first = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not first
+    as_json = as_json and first
     try:
         run = resolve_run(what, changes, data, seed)
     except RedefenseError as error:
@@ -68,19 +72,27 @@ def train(
     from redefense.train.experiment import train as train_run
 
     train_run(
-        run, target, resume=resume, device=device, quiet=quiet, download=download,
+        run, target, resume=resume, device=device, quiet=quiet or as_json, download=download,
         profile=profile, mesh=mesh, replay=replay,
     )  # fmt: skip
+    if as_json:
+        lines = (target / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+        told = {"run": str(target), "recipe": run.recipe, "seed": run.seed, "last": last}
+        typer.echo(json.dumps(told, indent=1))
     say(f"trained {target}; next: redefense evaluate {target}", quiet)
 
 
 def materialise(
     path: RunDir,
     out: Annotated[Path, typer.Option(help="Directory of the new run.")],
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the members of a PS-RED run as plain networks."""
     from redefense.train.materialise import materialise as write_out
 
     write_out(path, out)
+    if as_json:
+        typer.echo(json.dumps({"run": str(out)}))
     say(f"wrote {out}; next: redefense evaluate {out}", quiet)

@@ -236,8 +236,19 @@ def _histograms(results: Sequence[Result]) -> list[tuple[str, str]]:
     ]
 
 
-def _headline(result: Result) -> list[Estimate | None]:
-    """Clean, unaware, aware, best member and average; of one network only what differs."""
+_HEADS: Final = (
+    ("clean", ""),
+    ("unaware", "headline"),
+    ("aware", "headline"),
+    ("best member", "alone, attacked"),
+    ("averaged", "under attack"),
+)
+
+
+def _headline(result: Result, columns: int) -> list[Estimate | None]:
+    """The figures below the heads; of one network only what differs."""
+    if columns == 2:
+        return [result.clean, result.aware]
     if result.num_members == 1:
         return [result.clean, None, result.aware, None, None]
     return [result.clean, result.unaware, result.aware, result.best_alone, result.averaged]
@@ -262,6 +273,18 @@ def _rungs(result: Result) -> list[tuple[str, str, Estimate | None, str]]:
     return rungs
 
 
+def _failing(results: Sequence[Result]) -> Iterator[str]:
+    """Which checks of the measurement failed, and where."""
+    failed: dict[str, list[str]] = {}
+    for name, result in zip(tables.labels_of(results), results, strict=True):
+        for check in wording.checks_of(result)[0]:
+            if check.passed is False:
+                failed.setdefault(check.id, []).append(name)
+    for check_id, names in sorted(failed.items()):
+        title = f" ({CATALOGUE[check_id].title})" if check_id in CATALOGUE else ""
+        yield f"{check_id}{title} failed in {', '.join(names)}."
+
+
 def _facts(result: Result) -> list[tuple[str, str]]:
     """Provenance of a result as (name, value), in reading order."""
     facts = []
@@ -274,6 +297,16 @@ def _facts(result: Result) -> list[tuple[str, str]]:
             (key, str(provenance[key])) for key in keys if provenance.get(key) not in ("", None)
         ]
     return list(dict.fromkeys(facts))
+
+
+def _code(text: str) -> str:
+    """Text whose parts between backticks are code."""
+    from markupsafe import Markup, escape  # comes with jinja2
+
+    parts = map(escape, text.split("`"))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts)
+    )
 
 
 def html(results: Sequence[Result], commands: Sequence[str]) -> str:
@@ -292,7 +325,8 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=loader,
     )  # fmt: skip
-    environment.filters |= {"percent": tables.percent, "interval": tables.interval}
+    environment.filters |= {"percent": tables.percent, "interval": tables.interval, "code": _code}
+    networks = all(result.num_members == 1 for result in results)
     columns = tables.attack_columns(results)
     details = tables.details(tables.summary_rows(results))
     context: dict[str, Any] = {
@@ -311,7 +345,9 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],
         "groups": ranking.grouped(results),
+        "failing": list(_failing(results)),
         "headline": _headline,
+        "heads": (("clean", ""), ("under attack", "worst case")) if networks else _HEADS,
         "histograms": _histograms(results),
         "how": reproduce.HOW,
         "label": dict(zip(results, tables.labels_of(results), strict=True)),

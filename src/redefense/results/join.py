@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from redefense.results.draws import pair
 from redefense.results.intervals import (
     Estimate,
     accuracy_interval,
@@ -195,7 +196,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
     home = [stored for stored in suites if stored.budget == budget]
     further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
     pair = (
-        _drawn_headline(home)
+        _drawn_headline(home, cells, further)
         or _joined_headline(suites, cells, further)
         or _stored_headline(suites, home, cells)
     )
@@ -253,20 +254,51 @@ def _estimated(suites: Sequence[Stored]) -> Headline | None:
     return min(known, key=lambda h: math.inf if h.aware is None else h.aware, default=None)
 
 
-def _drawn_headline(suites: Sequence[Stored]) -> _Pair | None:
-    """The estimates that a suite stored: its records were chosen on halves of the draws.
+def _drawn_headline(
+    suites: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+) -> _Pair | None:
+    """The estimates that a suite stored, or those of several suites joined.
 
-    The minimum over attacks on the draws that score them would lie below the defence.
+    The worst attack is chosen on one half of the draws and scored on the other: the minimum over
+    attacks on the draws that score them would lie below the defence. Suites that cannot be joined
+    give the lowest of their figures.
     """
     headline = _estimated(suites)
     if headline is None:
         return None
+    if (joined := _joined_draws(suites, cells, further)) is not None and (
+        headline.aware is None or joined["aware"] <= headline.aware
+    ):
+        headline = Headline.model_validate(joined)
     tries = headline.success_within
     return _Pair(
         unaware=_estimate(headline.unaware, headline.unaware_interval),
         aware=_estimate(headline.aware, headline.aware_interval),
         tries=None if tries is None else np.array(tries),
     )
+
+
+def _joined_draws(
+    suites: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+) -> dict[str, Any] | None:
+    """Both figures over the attacks of all suites; None unless all were scored by the same draws.
+
+    These come from the seed of the evaluation. What an older version ran besides the cells was not
+    stored, and would be missing.
+    """
+    bounded = [c for c in cells if c.cell.bounded]
+    every = [*bounded, *further]
+    same = {(s.evaluation.provenance.get("seed"), s.evaluation.stochastic) for s in suites}
+    clean = suites[0].clean.correct
+    if len(suites) < 2 or len(same) > 1 or clean is None or not all(s.further for s in suites):
+        return None
+    known = [c.correct for c in every if c.correct is not None]
+    if len(known) < len(every) or {len(c) for c in known} != {len(clean)}:
+        return None
+    corrects = {f"{c.suite} {c.cell.id}": k for c, k in zip(every, known, strict=True)}
+    unaware = [f"{c.suite} {c.cell.id}" for c in bounded if not c.cell.aware]
+    seed = suites[0].evaluation.provenance.get("seed")
+    return pair(corrects | {"clean": clean}, unaware, TRIES, seed if isinstance(seed, int) else 0)
 
 
 def _joined_headline(

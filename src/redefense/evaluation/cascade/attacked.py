@@ -99,7 +99,7 @@ class Attacked:
                 return  # of an evaluation that was finished before
             images[part["rows"]] = part["points"]
         if worst is not None:
-            for row in np.flatnonzero(~cell.met[: self._count]):
+            for row in np.flatnonzero(~cell.met[: self._count]).tolist():
                 if (lost_to := worst.source[row]) in self.images:
                     images[row] = self.images[lost_to][row]
         self.images[name] = images

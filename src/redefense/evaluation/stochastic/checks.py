@@ -23,8 +23,8 @@ from redefense.checks.victim import before_run
 from redefense.config import ThreatConfig
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
-from redefense.evaluation.stochastic.figures import draws_interval, worst_per_image
 from redefense.results.accuracy import Bools
+from redefense.results.draws import draws_interval, worst_per_image
 from redefense.stochastic.certificates import Certificate
 from redefense.stochastic.ensemble import Stochastic
 

@@ -24,11 +24,11 @@ from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import outside_ball
 from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
-from redefense.evaluation.stochastic.figures import FIGURES, draws_interval, interval, pair
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.evaluation.store import forget, own_images, read_object
 from redefense.evaluation.suite import Suite
 from redefense.results.accuracy import Bools
+from redefense.results.draws import FIGURES, draws_interval, interval, pair
 from redefense.results.join import TRIES
 from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
@@ -86,8 +86,7 @@ def run_drawn(
     done = [*before, *doubled]
     data = _facts(job, made, records["clean"]) | {
         "cells": [_cell_json(p, records, repeats[p.identity], suite, x, seed) for p in plan],
-        # what else was run is part of the headline, and not stored
-        "further_cells": [],
+        "further_cells": _further(job, plan, records, repeats, corrects),
         "headline": _headline(job, plan, corrects, draws),
     }
     if proven := _certified(job, network, records["clean"]):
@@ -132,7 +131,45 @@ def _everything(
     check, found = drawn_checks.doubled_seeds(
         job.subject, network, threat, draws, corrects, seed=job.seed
     )
-    return corrects | {"doubled seeds": found}, [check]
+    return corrects | {DOUBLED: found}, [check]
+
+
+DOUBLED: Final = "doubled-seeds"
+"""The record of the attackers who saw twice the seeds."""
+
+
+def _further(
+    job: Job,
+    plan: Sequence[Planned],
+    records: dict[str, DrawnCell],
+    repeats: Mapping[str, Sequence[DrawnCell]],
+    corrects: Mapping[str, Bools],
+) -> list[dict[str, Any]]:
+    """What is part of the headline, and no cell of the suite; added to the records."""
+    if not corrects:
+        return []
+    known = {p.identity for p in plan if p.identity in corrects}
+    found = {f"{n}.seed{i}": c for n in known for i, c in enumerate(repeats[n], 1)}
+    found[DOUBLED] = replace(records["clean"], correct=corrects[DOUBLED])
+    records |= found
+    if (place := job.save(job.place(f"{DOUBLED}.npz"))) is not None:
+        found[DOUBLED].save(place, job.subject.index)
+    return [
+        {
+            "id": name,
+            "attack": name,
+            "repr": "attackers who see twice the seeds" if name == DOUBLED else name,
+            "view": "members",
+            "label": None,
+            "aware": True,
+            "bounded": True,
+            "threat": {"norm": job.threat.norm, "eps": job.threat.eps},
+            "met": len(job.subject.x),
+            "accuracy": {"expected": float(cell.correct.mean())},
+            "per_image": f"{job.suite.name}/{name}.npz",
+        }
+        for name, cell in sorted(found.items())
+    ]
 
 
 def _pilot(job: Job, network: Stochastic) -> Draws:

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import gammaln, stdtrit
 
-from redefense.results.accuracy import Bools, Floats
 from redefense.results.intervals import wilson
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 FIGURES = (
     "unaware", "unaware_interval", "unaware_interval_draws",
