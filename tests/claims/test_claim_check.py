@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import redefense
 from command_line import call
 from redefense.claims import format
+from redefense.claims.check import check
 from redefense.claims.recompute import recompute
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.suite import CellSpec, Suite
@@ -175,6 +176,33 @@ def test_what_was_changed_is_refused_with_the_reason(
     assert words.code == 1
     assert reason in words.out
     assert words.out.endswith(f"{path}: does not hold\n")
+
+
+def parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) of a document, of lists the first element."""
+    keys = value if isinstance(value, dict) else range(len(value[:1]))
+    for key in list(keys):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from parts(value[key])
+
+
+@pytest.mark.parametrize("other", [None, -1, "x", []], ids=repr)
+def test_a_claim_in_which_anything_was_replaced_is_refused(
+    folder: Path, tmp_path: Path, other: object
+) -> None:
+    claim = json.loads((folder / "ensemble.json").read_text())
+    path, count = tmp_path / "changed.json", 0
+    for container, key in list(parts(claim)):
+        before = container[key]
+        if before == other:
+            continue
+        container[key] = other
+        path.write_text(json.dumps(claim))
+        container[key] = before
+        assert any(f.severity == "error" for f in check(path)), key
+        count += 1
+    assert count > 100
 
 
 def test_what_cannot_be_read_exits_3_and_the_others_are_checked_all_the_same(

@@ -15,6 +15,10 @@ from redefense.results.intervals import difference_over_seeds
 Left = Mapping[str, NDArray[np.float64]]
 AWARE = {"hinge", "arc"}
 N = 200
+RUN = {
+    "data": {"spec": "digits"}, "defence": {"name": "at"},
+    "ensemble": {"name": "independent", "num_members": 3},
+}  # fmt: skip
 
 
 def claim(name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03) -> format.Claim:
@@ -28,12 +32,13 @@ def claim(name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03) 
         for attack, q in left.items()
     )  # fmt: skip
     found = format.Evaluated(
-        data={"num_images": len(clean)}, norm="inf", eps=eps, suites=(), clean=None, unaware=None,
-        aware=None, best_single_member=None, averaged=None, over_single=None, over_averaged=None,
+        data={"name": "digits", "num_images": len(clean)}, norm="inf", eps=eps, suites=(),
+        clean=None, unaware=None, aware=None,
+        best_single_member=None, averaged=None, over_single=None, over_averaged=None,
         cells=cells, red_checks=(), untouched=format.packed(clean), lowest=None,
     )  # fmt: skip
     training = format.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
-    return format.Claim(schema=1, name=name, run={}, training=training, evaluations=(found,))
+    return format.Claim(schema=1, name=name, run=RUN, training=training, evaluations=(found,))
 
 
 def draws(seed: int, p: float) -> NDArray[np.float64]:

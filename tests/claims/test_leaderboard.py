@@ -160,7 +160,7 @@ def test_a_claim_that_does_not_hold_is_listed_with_the_reason_and_not_ranked(
 def test_nothing_is_written_over_the_claims_or_without_any(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
     none = call("leaderboard", tmp_path / "claims", "--out", tmp_path / "site")
-    assert none.code == 2
+    assert none.code == 3
     assert "holds no claim" in none.err
     format.write(claim("x", 0.4), tmp_path / "claims" / "x.json")
     over = call("leaderboard", tmp_path / "claims", "--out", tmp_path)

@@ -94,8 +94,10 @@ def _identity(it: Claim, document: Any) -> Iterator[Finding]:
     """Hashes, settings, commits and who made it."""
     stated = document.get("sha256")
     if stated is None:
-        why = "The claim has no hash of its content: it was made by an earlier version."
-        yield _finding(it.name, "no-hash", why, severity="note")
+        earlier = all(plan.version is None for e in it.evaluations for plan in e.suites)
+        made = "it was made by an earlier version" if earlier else "it was taken away"
+        why = f"The claim has no hash of its content: {made}."
+        yield _finding(it.name, "no-hash", why, severity="note" if earlier else "error")
     elif stated != digest({key: value for key, value in document.items() if key != "sha256"}):
         why = "The content is not that of the stated hash: the file was changed after it was made."
         yield _finding(it.name, "hash", why)

@@ -17,11 +17,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from redefense.config import one_line
 from redefense.errors import DataError
 from redefense.results.intervals import Estimate
-from redefense.results.records import Check, read_json
+from redefense.results.records import Budget, Check, Data, read_json
 from redefense.runtime.files import write_text
 
 STEPS: Final = 65535
@@ -45,6 +46,47 @@ class Figure(_Data):
     @property
     def estimate(self) -> Estimate:
         return Estimate(self.value, self.low, self.high)
+
+
+class _Named(BaseModel):
+    """What a claim's run must say, whatever else it holds."""
+
+    class Data(BaseModel):
+        spec: str
+
+    class Defence(BaseModel):
+        name: str
+
+    class Ensemble(BaseModel):
+        name: str
+        num_members: int = Field(ge=1)
+        mixture: tuple[float, ...] | None = None
+
+    data: Data
+    defence: Defence
+    ensemble: Ensemble
+
+
+class _Suite(BaseModel):
+    """What the definition of a suite must say."""
+
+    class Cell(BaseModel):
+        attack: str
+        view: str
+        settings: dict[str, Any] = {}
+        threat: Budget | None = None
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+def _holding(kind: type[BaseModel], value: Any) -> Any:
+    """The value as it is, if it holds what such data must hold."""
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(one_line(error)) from None
+    return value
 
 
 class Attacked(_Data):
@@ -98,6 +140,11 @@ class Plan(_Data):
     version: str | None = None
     provenance: dict[str, Any]
 
+    @field_validator("suite")
+    @classmethod
+    def _defined(cls, value: Any) -> Any:
+        return value if isinstance(value, str) else _holding(_Suite, value)
+
     @property
     def name(self) -> str:
         """Of the suite."""
@@ -139,6 +186,11 @@ class Evaluated(_Data):
     checks: tuple[Check, ...] = ()
     untouched: str | None = Field(default=None, description="packed correctness of clean images")
     lowest: str | None = Field(description="per image, URL-safe base64 of 16-bit levels")
+
+    @field_validator("data")
+    @classmethod
+    def _described(cls, value: Any) -> Any:
+        return _holding(Data, value)
 
     @property
     def subject(self) -> tuple[int, str, str, float]:
@@ -197,6 +249,11 @@ class Claim(_Data):
     training: Training
     evaluations: tuple[Evaluated, ...] = Field(min_length=1)
     sha256: str | None = None
+
+    @field_validator("run")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return _holding(_Named, value)
 
     @property
     def num_members(self) -> int:
@@ -263,7 +320,12 @@ def packed(
 
 def unpacked(text: str) -> NDArray[np.float64]:
     """What `packed` was given, to half a level."""
-    return _of_levels(zlib.decompress(base64.urlsafe_b64decode(text)))
+    raw = base64.urlsafe_b64decode(text)
+    return _of_levels(zlib.decompressobj().decompress(raw, _MOST_BYTES))
+
+
+_MOST_BYTES: Final = 2**26
+"""Of the records of one attack: what others wrote must not fill the memory."""
 
 
 def _of_levels(raw: bytes) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from redefense.claims.check import check, current
 from redefense.claims.format import Claim, Evaluated, Figure, Plan, digest, read, unpacked
 from redefense.config import parse_run
 from redefense.data import published
-from redefense.errors import ConfigError
+from redefense.errors import DataError
 from redefense.results.intervals import Estimate, over_seeds
 from redefense.results.join import eps_text
 from redefense.train.loading import resolve
@@ -204,12 +204,11 @@ def read_all(folder: Path) -> list[Entry]:
     """The claims of a folder, in the order of their names.
 
     Raises:
-        ConfigError: if there is none.
-        DataError: if a file is no claim.
+        DataError: if there is none, or a file is no claim.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise ConfigError(f"{folder} holds no claim: make some by `redefense claim make`")
+        raise DataError(f"{folder} holds no claim: make some by `redefense claim make`")
     return [Entry(path=path, claim=read(path), findings=tuple(check(path))) for path in paths]
 
 

@@ -39,9 +39,9 @@ def write_site(folder: Path, out: Path) -> list[Path]:
         The pages, the index first.
 
     Raises:
-        ConfigError: if there is no claim, the site would be written over the claims, or the extra
-            `report` is not installed.
-        DataError: if a file is no claim; nothing is written then.
+        ConfigError: if the site would be written over the claims, or the extra `report` is not
+            installed.
+        DataError: if there is no claim, or a file is none; nothing is written then.
     """
     if (out / "claims").resolve() == folder.resolve():
         raise ConfigError(
