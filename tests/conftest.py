@@ -1,6 +1,12 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests.
 
-from collections.abc import Iterator
+Nothing of redefense is imported before the hook that checks types is in place: so not at the top.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +22,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in without]
 
 
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[Any, Path], Path]:
+    """Puts a trained `Run` into a new folder; equal runs are trained once by all workers."""
+    from redefense.runtime.files import locked
+    from redefense.train.experiment import train
+
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if hasattr(request.config, "workerinput") else root) / "trained"
+
+    def put(run: Any, out: Path) -> Path:
+        known = shared / hashlib.sha256(run.model_dump_json().encode()).hexdigest()
+        with locked(known.with_suffix(".lock"), wait=True):
+            if not known.exists():
+                train(run, known, quiet=True)
+        shutil.copytree(known, out)
+        return out
+
+    return put
+
+
 @pytest.fixture(autouse=True, scope="module")
 def own_names_of_a_module() -> None:
     """What fixtures of other files registered is not known to this one's."""
-    from redefense import plugins  # after the import hook that checks types
+    from redefense import plugins
 
     for kind in plugins.HOMES:
         plugins.registry(kind)._added.clear()

@@ -25,7 +25,7 @@ from redefense.train.experiment import train
 
 ROOT = Path(redefense.__file__).resolve().parents[2]
 STORED = sorted((ROOT / "claims").glob("*.json"))
-CHEAP = 500_000
+CHEAP = 150_000
 """Forward passes of one member that a test may spend on a training."""
 
 MINE = {

@@ -6,101 +6,86 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import redefense
-from redefense.cli import main
+from cli_tools import command
 from redefense.commands import looking
+from redefense.config import Run, override
 from redefense.evaluation import api
-from redefense.recipes import RECIPES
+from redefense.recipes import RECIPES, recipe
 from redefense.runtime.files import locked
 
-QUICK = ["--set", "epochs=1", "--set", "ensemble.model=mlp", "--set", "batch_size=256", "--quiet"]
+QUICK = ["--set", "epochs=1", "--set", "ensemble.model=mlp", "--set", "batch_size=256"]
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> "Runner":
-    monkeypatch.chdir(tmp_path)
-    return Runner(monkeypatch, capsys)
+def v(trained: Callable[[Run, Path], Path]) -> Path:
+    """A run of a second, in the folder "v"."""
+    return trained(override(recipe("digits-vanilla"), QUICK[1::2]), Path("v"))
 
 
-class Runner:
-    """Calls the entry point as a shell would, in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str) -> Result:
-        self.monkeypatch.setattr(sys, "argv", ["redefense", *words])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = self.capsys.readouterr()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-
-def test_the_whole_path_trains_evaluates_and_reports(run: Runner) -> None:
-    assert run("train", "digits-vanilla", "--out", "v", *QUICK).code == 0
-    done = run("evaluate", "v", "--images", "20", "--json", "--quiet")
+def test_the_whole_path_trains_evaluates_and_reports() -> None:
+    assert command("train", "digits-vanilla", "--out", "v", *QUICK, "--quiet").code == 0
+    done = command("evaluate", "v", "--images", "20", "--json", "--quiet")
     assert done.code == 0
     stored = json.loads(Path("v/evaluation/quick.json").read_text())
     assert json.loads(done.out) == stored
     assert stored["data"].items() >= {"name": "digits", "split": "test", "num_images": 20}.items()
     assert stored["headline"]["aware"] <= stored["headline"]["unaware"]
-    written = run("report", "v", "--out", "page.html", "--json")
+    written = command("report", "v", "--out", "page.html", "--json")
     assert "page.html" in json.loads(written.out)["files"]
     assert "://" not in Path("page.html").read_text().replace("http://www.w3.org", "")
 
 
-def test_commands_on_a_card_and_a_report_work_where_these_were_made(run: Runner) -> None:
-    assert run("train", "digits-vanilla", "--out", "runs/v", *QUICK).code == 0
+def test_commands_on_a_card_and_a_report_work_where_these_were_made() -> None:
+    assert command("train", "digits-vanilla", "--out", "runs/v", *QUICK, "--quiet").code == 0
     for words in ([], ["--eps", str(8 / 255), "--out", "runs/v/evaluation/small.json"]):
-        assert run("evaluate", "runs/v", "--images", "20", "--quiet", *words).code == 0
-    run("report", "runs/v", "--out", "runs/page.html", "--quiet")
-    run("card", "runs/v", "--quiet")
+        assert command("evaluate", "runs/v", "--images", "20", "--quiet", *words).code == 0
+    command("report", "runs/v", "--out", "runs/page.html", "--quiet")
+    command("card", "runs/v", "--quiet")
     card, page = (Path(name).read_text() for name in ("runs/v/README.md", "runs/page.md"))
     for text in (card, page):
         lines = re.findall(r"^    redefense (.*)$", text, re.MULTILINE)
         assert [line.split()[0] for line in lines] == ["evaluate", "evaluate", "report"]
-        assert [run(*shlex.split(line)).code for line in lines] == [0, 0, 0]
+        assert [command(*shlex.split(line)).code for line in lines] == [0, 0, 0]
     assert Path("runs/page.md").read_text() == page
     (path,) = re.findall(r"redefense\.load\((.*)\)", card)
     assert redefense.load(json.loads(path)).num_members == 3
 
 
-def test_a_cascade_can_be_left_out_and_the_command_on_the_report_says_so(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_a_cascade_can_be_left_out_and_the_command_on_the_report_says_so() -> None:
     cells = [{"attack": "hinge", "view": "members", "settings": {"steps": n}} for n in (3, 4)]
     Path("mine.json").write_text(json.dumps({"cells": cells, "cascade": True}))
     out = {"some": [], "all": ["--no-cascade", "--out", "v/evaluation/all.json"]}
     for words in out.values():
-        done = run("evaluate", "v", "--images", "30", "--suite", "mine.json", "--quiet", *words)
+        done = command("evaluate", "v", "--images", "30", "--suite", "mine.json", "--quiet", *words)
         assert done.code == 0
     some, every = (
         json.loads(Path(f"v/evaluation/{name}.json").read_text()) for name in ("mine", "all")
     )
     assert some["cells"][1]["met"] < some["cells"][0]["met"] <= 30
     assert [cell["met"] for cell in every["cells"]] == [30, 30]
-    run("report", "v", "--out", "page.html", "--quiet")
+    command("report", "v", "--out", "page.html", "--quiet")
     lines = re.findall(r"^    redefense (evaluate .*)$", Path("page.md").read_text(), re.MULTILINE)
     assert sorted("--no-cascade" in line for line in lines) == [False, True]
-    assert [run(*shlex.split(line)).code for line in lines] == [0, 0]
+    assert [command(*shlex.split(line)).code for line in lines] == [0, 0]
 
 
-def test_a_threat_may_be_written_as_people_do(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_a_threat_may_be_written_as_people_do() -> None:
     for number, words in enumerate((["--eps", "8/255"], ["--norm", "l2", "--eps", "128/255"])):
         out = f"{number}.json"
-        done = run("evaluate", "v", "--images", "4", "--out", out, *words)
+        done = command("evaluate", "v", "--images", "4", "--out", out, *words)
         assert done.code == 0, done.err
         given = {cell["id"] for cell in json.loads(Path(out).read_text())["cells"]}
         assert all(("linf-0.031373" if number == 0 else "l2-0.501961") in name for name in given)
@@ -110,33 +95,33 @@ def test_a_threat_may_be_written_as_people_do(run: Runner) -> None:
         (["--norm", "L2"], "--norm L2 needs --eps"),
         (["--norm", "L2", "--eps", "1000"], "eps must lie in [0, 100], got 1000"),
     ):
-        refused = run("evaluate", "v", "--out", "no.json", *words)
+        refused = command("evaluate", "v", "--out", "no.json", *words)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert says in refused.err
 
 
-def test_a_bundle_given_in_place_of_its_run_is_one_line(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
-    assert run("export", "v", "--out", "bundle", "--quiet").code == 0
-    for command in ("evaluate", "export", "landscape"):
-        refused = run(command, "bundle", "--out", "new.svg")
+@pytest.mark.usefixtures("v")
+def test_a_bundle_given_in_place_of_its_run_is_one_line() -> None:
+    assert command("export", "v", "--out", "bundle", "--quiet").code == 0
+    for name in ("evaluate", "export", "landscape"):
+        refused = command(name, "bundle", "--out", "new.svg")
         assert (refused.code, refused.err.count("\n")) == (3, 1)
         assert "bundle is a bundle or a folder for a model hub, not a run" in refused.err
 
 
-def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_an_evaluation_with_other_settings_needs_another_file() -> None:
     with locked(Path("v/evaluation/quick/.lock"), wait=False):
-        refused = run("evaluate", "v", "--images", "20", "--quiet")
+        refused = command("evaluate", "v", "--images", "20", "--quiet")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "another process is working on v/evaluation/quick.json" in refused.err
     assert not Path("v/evaluation").exists() or not list(Path("v/evaluation").iterdir())
-    run("evaluate", "v", "--images", "20", "--quiet")
+    command("evaluate", "v", "--images", "20", "--quiet")
     assert not list(Path("v/evaluation").rglob(".lock"))
-    refused = run("evaluate", "v", "--images", "21", "--quiet")
+    refused = command("evaluate", "v", "--images", "21", "--quiet")
     assert refused.code == 2
     assert "images" in refused.err
-    assert run("evaluate", "v", "--images", "21", "--out", "other.json", "--quiet").code == 0
+    assert command("evaluate", "v", "--images", "21", "--out", "other.json", "--quiet").code == 0
     assert json.loads(Path("other.json").read_text())["data"]["num_images"] == 21
 
 
@@ -167,10 +152,8 @@ def test_an_evaluation_with_other_settings_needs_another_file(run: Runner) -> No
         (["trian", "digits-red"], 2, "trian"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
-    run: Runner, words: list[str], code: int, says: str
-) -> None:
-    result = run(*words)
+def test_bad_input_is_one_line_and_leaves_nothing(words: list[str], code: int, says: str) -> None:
+    result = command(*words)
     assert result.code == code
     assert says in result.err
     assert len(result.err.strip().splitlines()) == 1
@@ -178,33 +161,33 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_data_that_cannot_be_used_is_refused_with_its_faults(run: Runner) -> None:
-    result = run("data", "check", "npz:nowhere.npz", "--json")
+def test_data_that_cannot_be_used_is_refused_with_its_faults() -> None:
+    result = command("data", "check", "npz:nowhere.npz", "--json")
     assert result.code == 3
     assert "nowhere.npz" in json.loads(result.out)["problems"][0]
     assert len(result.err.strip().splitlines()) == 1
-    assert run("data", "check", "digits").code == 0
+    assert command("data", "check", "digits").code == 0
 
 
-def test_a_refused_evaluation_leaves_no_claim_behind(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_a_refused_evaluation_leaves_no_claim_behind() -> None:
     Path("mine.json").write_text('{"cells": [{"attack": "pdg", "view": "sampled"}]}')
     Path("empty.json").write_text('{"cells": []}')
     for words in (["--images", "400"], ["--suite", "mine.json"], ["--suite", "empty.json"]):
-        assert run("evaluate", "v", *words).code == 2
+        assert command("evaluate", "v", *words).code == 2
     assert not Path("v/evaluation").exists()
 
 
+@pytest.mark.usefixtures("v")
 def test_an_evaluation_names_every_machine_that_worked_on_it(
-    run: Runner, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def told() -> dict[str, str]:
-        run("evaluate", "v", "--images", "10")
+        command("evaluate", "v", "--images", "10")
         stored = json.loads(Path("v/evaluation/quick.json").read_text())
         found: dict[str, str] = stored["provenance"]
         return found
 
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
     here = told()
     file = Path("v/evaluation/quick.json")
     with monkeypatch.context() as patch:
@@ -225,99 +208,100 @@ def test_an_evaluation_names_every_machine_that_worked_on_it(
     assert told()["machine"].startswith("not recorded, torch not recorded; ")
 
 
-def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed() -> None:
     fixed = {"attack": "fgsm", "view": "averaged", "threat": {"eps": 0.03}}
     Path("mine.json").write_text(json.dumps({"cells": [fixed]}))
-    refused = run("evaluate", "v", "--suite", "mine.json", "--images", "10", "--eps", "0.3")
+    refused = command("evaluate", "v", "--suite", "mine.json", "--images", "10", "--eps", "0.3")
     assert (refused.code, len(refused.err.strip().splitlines())) == (2, 1)
     assert "fixes its threat" in refused.err
-    assert "L-inf eps 0.03\n" in run("evaluate", "v", "--suite", "mine.json", "--images", "10").err
+    alone = command("evaluate", "v", "--suite", "mine.json", "--images", "10")
+    assert "L-inf eps 0.03\n" in alone.err
     Path("both.json").write_text(json.dumps({"cells": [fixed, {**fixed, "threat": None}]}))
-    both = run("evaluate", "v", "--suite", "both.json", "--images", "10", "--eps", "0.3")
+    both = command("evaluate", "v", "--suite", "both.json", "--images", "10", "--eps", "0.3")
     assert "L-inf eps 0.03, L-inf eps 0.3\n" in both.err
 
 
-def test_without_a_command_the_help_is_all_that_is_said(run: Runner) -> None:
-    result = run()
+def test_without_a_command_the_help_is_all_that_is_said() -> None:
+    result = command()
     assert result.err.startswith("Usage: ")
     assert "\n  train " in result.err
 
 
-def test_a_file_where_a_folder_should_be_is_refused(run: Runner) -> None:
+def test_a_file_where_a_folder_should_be_is_refused() -> None:
     Path("file").write_text("")
-    result = run("train", "digits-vanilla", "--out", "file", *QUICK)
+    result = command("train", "digits-vanilla", "--out", "file", *QUICK, "--quiet")
     assert (result.code, len(result.err.strip().splitlines())) == (2, 1)
 
 
-def test_damaged_records_are_named_or_made_again(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_damaged_records_are_named_or_made_again() -> None:
     words = ("evaluate", "v", "--images", "20", "--quiet", "--json")
-    whole = json.loads(run(*words).out)["headline"]
+    whole = json.loads(command(*words).out)["headline"]
     cell = Path("v/evaluation/quick/pgd-sampled-linf-0.2.npz")
     for damaged in (cell, cell.with_name("beside.npz")):
         damaged.write_bytes(damaged.read_bytes()[:-30])
-    assert json.loads(run(*words).out)["headline"] == whole
+    assert json.loads(command(*words).out)["headline"] == whole
     plan = cell.with_name("plan.json")
     begun = json.loads(plan.read_text())
     plan.write_text(json.dumps(begun | {"code": "0" * 64}))
-    refused = run(*words)
+    refused = command(*words)
     assert (refused.code, "other code" in refused.err) == (2, True)
     plan.write_text("{")
-    assert run(*words).code == 3
+    assert command(*words).code == 3
     Path("v/run.json").write_text("{")
-    assert run("train", "digits-vanilla", "--out", "v", "--resume", *QUICK).code == 3
+    assert command("train", "digits-vanilla", "--out", "v", "--resume", *QUICK, "--quiet").code == 3
 
 
 @pytest.mark.parametrize("kind", ["attacks", "defences", "models", "data", "recipes", "suites"])
-def test_lists_are_names_with_summaries(run: Runner, kind: str) -> None:
-    entries = json.loads(run("list", kind, "--json").out)
+def test_lists_are_names_with_summaries(kind: str) -> None:
+    entries = json.loads(command("list", kind, "--json").out)
     assert entries
     assert all(set(entry) == {"name", "summary"} and entry["summary"] for entry in entries)
 
 
-def test_no_two_recipes_read_the_same(run: Runner) -> None:
-    entries = {e["name"]: e["summary"] for e in json.loads(run("list", "recipes", "--json").out)}
+def test_no_two_recipes_read_the_same() -> None:
+    entries = {
+        e["name"]: e["summary"] for e in json.loads(command("list", "recipes", "--json").out)
+    }
     assert len(set(entries.values())) == len(entries)
     assert entries["digits-red-printed"].startswith("red printed, 3 x digits-cnn, ")
     assert entries["digits-red-at"].startswith("red with adversarial training, 3 x digits-cnn, ")
     assert "digits-cnn written by a hypernetwork" in entries["digits-ps-red"]
 
 
-def test_show_gives_the_resolved_run_that_can_be_trained(run: Runner) -> None:
-    shown = run("show", "digits-red", "--set", "epochs=1").out
+def test_show_gives_the_resolved_run_that_can_be_trained() -> None:
+    shown = command("show", "digits-red", "--set", "epochs=1").out
     Path("mine.json").write_text(shown)
     assert json.loads(shown)["epochs"] == 1
-    assert json.loads(run("show", "mine.json").out) == json.loads(shown)
+    assert json.loads(command("show", "mine.json").out) == json.loads(shown)
 
 
-def test_a_defect_of_ours_keeps_its_traceback_and_exits_70(
-    run: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_defect_of_ours_keeps_its_traceback_and_exits_70(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(looking, "_entries", broken)
-    result = run("list", "recipes")
+    result = command("list", "recipes")
     assert result.code == 70
     assert "ZeroDivisionError" in result.err
     assert "report" in result.err
 
 
-def test_a_corrupted_run_is_refused_by_name(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_a_corrupted_run_is_refused_by_name() -> None:
     target = Path("v/final/weights.safetensors")
     target.write_bytes(target.read_bytes()[:-1])
-    result = run("evaluate", "v")
+    result = command("evaluate", "v")
     assert result.code == 3
     assert "weights.safetensors" in result.err
 
 
-def test_strict_turns_a_red_check_into_a_failure(run: Runner) -> None:
-    run("train", "digits-vanilla", "--out", "v", *QUICK)
+@pytest.mark.usefixtures("v")
+def test_strict_turns_a_red_check_into_a_failure() -> None:
     words = ("evaluate", "v", "--images", "20", "--quiet")
-    red = [c for c in json.loads(run(*words, "--json").out)["checks"] if c["passed"] is False]
-    assert run(*words, "--strict").code == (1 if red else 0)
+    red = [c for c in json.loads(command(*words, "--json").out)["checks"] if c["passed"] is False]
+    assert command(*words, "--strict").code == (1 if red else 0)
 
 
 def test_help_names_every_command_and_version_answers() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import redefense
+from cli_tools import Result, command
 from redefense import plugins
 from redefense.attacks import ATTACKS, FGSM, PGD, foreign
 from redefense.conformance import check_file
@@ -39,10 +38,12 @@ def installed_names_are_looked_up_again() -> Iterator[None]:
     plugins._installed.cache_clear()
 
 
-def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from redefense.cli import main; sys.argv[0] = 'redefense'; main()"
-    line = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+def anew(*words: str | Path) -> Result:
+    """A command of a process that knows no plug-ins yet."""
+    for kind in plugins.HOMES:
+        plugins.registry(kind)._added.clear()
+    plugins._loaded.clear()
+    return command(*words)
 
 
 def test_a_file_registers_names_of_every_kind_and_they_keep_their_contracts() -> None:
@@ -60,23 +61,23 @@ def test_a_file_registers_names_of_every_kind_and_they_keep_their_contracts() ->
 def test_commands_take_a_plugin_and_records_name_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     plugin = ("--plugin", EXAMPLE)
-    listed = command("list", "attacks", "--json", *plugin)
-    names = {entry["name"]: entry["summary"] for entry in json.loads(listed.stdout)}
+    listed = anew("list", "attacks", "--json", *plugin)
+    names = {entry["name"]: entry["summary"] for entry in json.loads(listed.out)}
     assert names["one-step"] == "One signed step (from the file plugin_example.py)"
-    trained = command("train", "stripes-smoothed", *plugin, "--out", run, "--quiet")
-    assert trained.returncode == 0, trained.stderr
+    trained = anew("train", "stripes-smoothed", *plugin, "--out", run, "--quiet")
+    assert trained.code == 0, trained.err
     record = json.loads((run / "run.json").read_text())
     named = {f"{kind}.{NAMES[kind][0]}" for kind in ("recipes", "datasets", "models", "defences")}
     assert record["plugins"].keys() == named
-    refused = command("evaluate", run)
-    assert refused.returncode == 2
-    assert "'flat' of the file plugin_example.py" in refused.stderr
-    done = command("evaluate", run, "--suite", "mine", *plugin, "--quiet")
-    assert done.returncode == 0, done.stderr
+    refused = anew("evaluate", run)
+    assert refused.code == 2
+    assert "'flat' of the file plugin_example.py" in refused.err
+    done = anew("evaluate", run, "--suite", "mine", *plugin, "--quiet")
+    assert done.code == 0, done.err
     found = json.loads((run / "evaluation" / "mine.json").read_text())
     assert found["provenance"]["plugins"].keys() == {"suites.mine", "datasets.stripes"}
     assert [cell["attack"] for cell in found["cells"]] == ["pgd", "one_step"]
-    assert command("report", run, "--out", tmp_path / "report.html").returncode == 0
+    assert anew("report", run, "--out", tmp_path / "report.html").code == 0
     again = f"--suite mine --eps 0.03 --norm inf --seed 0 --no-cascade --plugin {EXAMPLE.name}"
     assert again in (tmp_path / "report.html").read_text()
 

@@ -1,8 +1,6 @@
 """Every command and every line of Python on every page is run, on digits, or at least parsed."""
 
-import contextlib
 import inspect
-import io
 import itertools
 import re
 import runpy
@@ -17,6 +15,7 @@ import torch
 import typer
 
 import redefense
+from cli_tools import command
 from docs_blocks import Block, blocks, commands, made_tiny
 from redefense import cli, plugins
 from redefense.attacks import Attack
@@ -44,20 +43,6 @@ def names_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in plugins.HOMES:
         monkeypatch.setattr(plugins.registry(kind), "_added", {})
     monkeypatch.setattr(plugins, "_loaded", set())
-
-
-def redefense_command(words: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of a command, in this process."""
-    said = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(said),
-    ):
-        patch.setattr(sys, "argv", ["redefense", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return int(end.value.code or 0), said.getvalue()
 
 
 def check_parse(words: list[str]) -> None:
@@ -139,7 +124,8 @@ def run_shell(block: Block) -> None:
             code, said = done.returncode, done.stderr
         else:
             check_parse(words[1:])
-            code, said = redefense_command(made_tiny(words[1:]))
+            answer = command(*made_tiny(words[1:]))
+            code, said = answer.code, answer.err
         expected = {"exit 1": (1,), "any exit": (0, 1)}.get(block.mode, (0,))
         assert code in expected, f"{' '.join(words)}: exit {code}\n{said}"
 

@@ -343,15 +343,13 @@ def few(ensemble: Hyper, name: str) -> list[nn.Parameter]:
     return [p for p in found if p.ndim == 2 or name != "Muon"]
 
 
-def form_exists(name: str, form: str) -> bool:
-    return optimizer_of(few(small(OF_TWO_LAYERS), name), name, form) is not None
-
-
 OF_TWO_LAYERS = HyperConfig(model="digits-cnn", num_members=2, embedding=3, hidden=3, unit=16)
+FOUND = small(OF_TWO_LAYERS)
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [(n, f) for n in OPTIMIZERS for f in FORMS if form_exists(n, f)]
+    ("name", "form"),
+    [(n, f) for n in OPTIMIZERS for f in FORMS if optimizer_of(few(FOUND, n), n, f) is not None],
 )
 def test_kernels_follow_every_optimizer_of_torch(name: str, form: str) -> None:
     """A user's own loop, which asks for logits without gradients between the steps."""

@@ -125,13 +125,16 @@ def test_a_trained_run_takes_several_radii(tmp_path: Path) -> None:
     run = redefense.train(
         "digits-vanilla", epochs=1, batch_size=128, out=tmp_path / "run", quiet=True
     )
-    report, place = evaluate_run(run.path, eps="1/255,0.1", images=20)
+    mine = tmp_path / "mine.json"
+    hinge = {"attack": "hinge", "view": "members", "settings": {"steps": 3}}
+    mine.write_text(json.dumps({"cells": [{"attack": "fgsm", "view": "protocol"}, hinge]}))
+    report, place = evaluate_run(run.path, suite=str(mine), eps="1/255,0.1", images=20)
     stored = json.loads(place.read_text())
     assert [point["eps"] for point in stored["eps_curve"]] == [1 / 255, 0.1]
     assert stored["headline"] == report.headline
     small = json.loads((place.with_suffix("") / "eps-0.00392157.json").read_text())
     assert small["headline"]["aware"] == stored["eps_curve"][0]["aware"]
-    assert sorted(path.name for path in place.parent.glob("*.json")) == ["quick.json"]
+    assert sorted(path.name for path in place.parent.glob("*.json")) == ["mine.json"]
 
 
 def test_the_reports_are_made_in_rising_order() -> None:

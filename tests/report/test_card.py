@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from redefense.errors import ConfigError, DataError
-from redefense.report.card import METRICS, _yaml, card, unmeasured_card, write_card
+from redefense.report.card import METRICS, card, unmeasured_card, write_card
 from redefense.report.page import summary_table
 
 AWARE = {"hinge": True, "pgd": False, "fgsm": False}
@@ -47,27 +48,33 @@ def build(run: Path, name: str = "red", n: int = 300) -> dict[str, Any]:
     return document
 
 
+def head_of(text: str) -> dict[str, Any]:
+    """The YAML before the text."""
+    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
+    return found
+
+
 def test_every_figure_of_the_head_is_the_evaluations(tmp_path: Path) -> None:
     build(tmp_path / "red")
     (row,) = summary_table([tmp_path / "red"])
-    head = card(tmp_path / "red").split("---\n")[1]
-    values = [float(v) for v in re.findall(r"^ +value: (.*)$", head, re.MULTILINE)]
-    assert values == [round(100 * row[key].value, 2) for key in METRICS]
-    assert "num_images: 300" in head
-    assert "eps: 0.03" in head
+    (index,) = head_of(card(tmp_path / "red"))["model-index"]
+    metrics = [metric for result in index["results"] for metric in result["metrics"]]
+    assert [metric["value"] for metric in metrics] == [
+        round(100 * row[key].value, 2) for key in METRICS
+    ]
+    assert {metric["args"]["num_images"] for metric in metrics} == {300}
+    assert {metric["args"].get("eps") for metric in metrics} == {None, 0.03}
 
 
 def test_the_head_has_what_a_hub_reads(tmp_path: Path) -> None:
     build(tmp_path / "red")
     text = card(tmp_path / "red", license_name="Apache-2.0")
-    assert text.startswith('---\nlibrary_name: "redefense"\npipeline_tag: "image-classification"\n')
-    head = text.split("---\n")[1]
-    assert 'license: "apache-2.0"' in head
-    assert '- "uoft-cs/cifar10"' in head
-    assert '- "red"' in head
-    assert "model-index:\n  - name: " in head
-    keys = [line.partition(":")[0] for line in head.splitlines() if line[:1].isalpha()]
-    assert keys == [
+    assert text.startswith("---\nlibrary_name: redefense\npipeline_tag: image-classification\n")
+    head = head_of(text)
+    assert head["license"] == "apache-2.0"
+    assert head["datasets"] == ["uoft-cs/cifar10"]
+    assert "red" in head["tags"]
+    assert list(head) == [
         "library_name", "pipeline_tag", "license", "tags", "datasets", "metrics", "model-index",
     ]  # fmt: skip
 
@@ -94,19 +101,12 @@ def test_a_card_says_where_the_run_was(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
-def test_yaml_of_nested_values() -> None:
-    value = {"a": [{"b": 1, "c": [1.5, "x: y"]}, "z"], "e": [], "n": None, "t": True}
-    assert _yaml(value) == [
-        "a:", "  - b: 1", "    c:", "      - 1.5", '      - "x: y"', '  - "z"', "e: []", "n: null",
-        "t: true",
-    ]  # fmt: skip
-
-
 def test_a_name_cannot_break_out_of_the_head_or_the_text(tmp_path: Path) -> None:
     run = tmp_path / "a\n---\n<script>"
     build(run)
     text = card(run)
     assert text.count("\n---\n") == 1
+    assert head_of(text)["model-index"][0]["name"] == "a --- <script>"
     assert "# a --- \\<script\\>" in text
 
 

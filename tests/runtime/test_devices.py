@@ -17,6 +17,7 @@ from redefense.attacks import ATTACKS
 from redefense.config import override
 from redefense.defences import DEFENCES
 from redefense.evaluation.api import evaluate_run
+from redefense.evaluation.suite import suite_named
 from redefense.models import build
 from redefense.recipes import recipe
 from redefense.rng import stream
@@ -33,6 +34,14 @@ NETS = [
 ]
 IMAGES = torch.rand(4, 1, 8, 8, generator=stream(2))
 LABELS = torch.arange(4)
+SHORT = {
+    "steps": 3, "restarts": 1, "queries": 20, "searches": 2, "iterations": 2, "inner_steps": 3,
+    "popsize": 8, "draws": 2, "num_targets": 2, "rivals": 2, "competitors": 2,
+}  # fmt: skip
+FEW = [
+    {"attack": "fgsm", "view": "protocol"},
+    {"attack": "hinge", "view": "members", "settings": {"steps": 2}},
+]
 
 
 def test_the_far_device_refuses_what_a_gpu_refuses() -> None:
@@ -55,16 +64,25 @@ def report(networks: list[nn.Module], suite: str, checks: str) -> dict[str, Any]
     return told
 
 
+def short(cell: dict[str, Any]) -> dict[str, Any]:
+    """The attack with a few steps, which take the same operations as many."""
+    known = ATTACKS[cell["attack"]].__dataclass_fields__
+    return {**cell, "settings": {key: value for key, value in SHORT.items() if key in known}}
+
+
 @pytest.mark.parametrize(("suite", "checks"), [("aware", "full"), ("every", "quick")])
 def test_networks_are_measured_where_they_lie(suite: str, checks: str, tmp_path: Path) -> None:
+    plan = suite_named("aware").model_dump(mode="json")
     if suite == "every":
-        suite = str(tmp_path / "every.json")
         views = {name: "members" if ATTACKS[name].adaptive else "averaged" for name in ATTACKS}
-        cells = [{"attack": name, "view": view} for name, view in views.items()]
-        Path(suite).write_text(json.dumps({"cells": cells}))
-    near = report(NETS, suite, checks)
+        plan = {"cells": [{"attack": name, "view": view} for name, view in views.items()]}
+    plan |= {key: [short(cell) for cell in plan.get(key, ())] for key in ("cells", "beside")}
+    plan["name"] = "short"
+    file = tmp_path / "short.json"
+    file.write_text(json.dumps(plan))
+    near = report(NETS, str(file), checks)
     with far_device():
-        far = report([copy.deepcopy(net).to(FAR) for net in NETS], suite, checks)
+        far = report([copy.deepcopy(net).to(FAR) for net in NETS], str(file), checks)
     assert {k: v for k, v in far.items() if k != "provenance"} == {
         k: v for k, v in near.items() if k != "provenance"
     }
@@ -82,13 +100,17 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("name", [*DEFENCES, "ps-red"])
 def test_every_method_is_trained_and_evaluated_there(name: str, tmp_path: Path) -> None:
-    changes = ["epochs=3", "data.images=24", "batch_size=12", "precision=fp32"]
+    changes = ["epochs=3", "data.images=16", "batch_size=8", "precision=fp32"]
+    changes += ["defence.refit_images=8"] if name == "barre" else []
     run = override(recipe(f"digits-{name}"), changes)
     train(run, tmp_path / "near", quiet=True)
+    (tmp_path / "few.json").write_text(json.dumps({"cells": FEW}))
     with far_device():
         ensemble = train(run, tmp_path / "far", quiet=True, device=FAR.type)
         assert {type(parameter.data) for parameter in ensemble.parameters()} == {Far}
-        evaluate_run(tmp_path / "far", suite="quick", images=4, device=FAR.type)
+        if name in ("adp", "barre", "ps-red"):  # one of each kind: averaged, drawn, written
+            suite = str(tmp_path / "few.json")
+            evaluate_run(tmp_path / "far", suite=suite, images=2, device=FAR.type)
     near, far = (load_file(tmp_path / n / "final" / "weights.safetensors") for n in ("near", "far"))
     for key, value in near.items():
         torch.testing.assert_close(far[key], value, rtol=0, atol=1e-4)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 FAR = torch.device("meta")
 NEAR = torch.device("cpu")
@@ -98,7 +98,7 @@ def far_device() -> Iterator[None]:
 
 def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     name = func._schema.name  # type: ignore[attr-defined]  # of every operation
-    leaves = tree_leaves((args, kwargs))
+    leaves, shape = tree_flatten((args, {k: v for k, v in kwargs.items() if k != "device"}))
     far = [leaf for leaf in leaves if isinstance(leaf, Far)]
     # numbers without dimensions go along with either device
     near = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, Far) and t.dim()]
@@ -109,8 +109,10 @@ def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
     generators = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
     if generators and target == FAR:
         raise RuntimeError(f"{name}: a generator of the CPU cannot draw for another device")
-    settings = {**kwargs, "device": NEAR} if "device" in kwargs else dict(kwargs)
-    found = func(*tree_map(_near, args), **tree_map(_near, settings))
+    near_args, settings = tree_unflatten([_near(leaf) for leaf in leaves], shape)
+    if "device" in kwargs:
+        settings["device"] = NEAR
+    found = func(*near_args, **settings)
     in_place = {id(tensor.near): tensor for tensor in far}
     if target == NEAR or (name == "aten::copy_" and not isinstance(args[0], Far)):
         return found
@@ -121,7 +123,7 @@ def _run(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any
         changed = in_place.get(id(leaf))
         return Far(leaf) if changed is None else changed
 
-    return tree_map(lifted, found)
+    return lifted(found) if isinstance(found, Tensor) else tree_map(lifted, found)
 
 
 def _near(leaf: Any) -> Any:

@@ -2,32 +2,22 @@
 
 import json
 import os
-import signal
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
-
-import torch
-from torch import Tensor
 
 import redefense
 from redefense.checks.answers import check_modes, laid_out
 from redefense.checks.catalogue import explained
 from redefense.config import Run, ThreatConfig, read_eps, read_norm
-from redefense.data import Dataset, Split, load_dataset, test_indices, train_validation
-from redefense.defences import DEFENCES
+from redefense.data import load_dataset
 from redefense.ensembles import Ensemble, evaluating, recorded
-from redefense.errors import ConfigError, DataError, Interrupted, RedCheckWarning
-from redefense.evaluation.baselines import SELECTION_IMAGES
+from redefense.errors import ConfigError, DataError, RedCheckWarning
 from redefense.evaluation.cells import Subject, image_digest
+from redefense.evaluation.folder import alone, claim, keeping, silent, stoppable
 from redefense.evaluation.inputs.arguments import (
     check_checks,
     read_ensemble,
@@ -45,24 +35,23 @@ from redefense.evaluation.inputs.objects import (
 )
 from redefense.evaluation.inputs.precision import computed_in
 from redefense.evaluation.inputs.radii import over, read_radii
+from redefense.evaluation.inputs.subjects import drift_of, randomized, subject_of
 from redefense.evaluation.plan import Say, check_plan
-from redefense.evaluation.progress import SILENT, Progress, shown
-from redefense.evaluation.provenance import UNKNOWN, code, joined, place_of
+from redefense.evaluation.progress import SILENT, shown
+from redefense.evaluation.provenance import code, joined, place_of
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
-from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite, suite_named
 from redefense.results.records import OF_DEFENCE
 from redefense.runtime.device import computing
-from redefense.runtime.files import locked, write_text
+from redefense.runtime.files import write_text
 from redefense.runtime.recording import check_replay, recorder_for
-from redefense.runtime.workers import ALONE, Workers, own_device, workers
+from redefense.runtime.workers import own_device, workers
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.api import weights_digest
-from redefense.train.experiment import accuracy
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
 
 
@@ -156,7 +145,7 @@ def evaluate(
         allowed = ThreatConfig.of(allowed.norm, radii[0])
     if isinstance(data, str):
         place = str(ensemble.mixture.device)
-        subject = _subject(ensemble, load_dataset(data), images, {}, device=place)
+        subject = subject_of(ensemble, load_dataset(data), images, {}, device=place)
         ensemble, _ = computed_in(ensemble, subject.x)
         subject = replace(subject, ensemble=ensemble)
     else:
@@ -164,7 +153,7 @@ def evaluate(
         x, y = (part.to(ensemble.mixture.device) for part in (x, y))
         ensemble, x = computed_in(ensemble, x)
         subject = Subject(ensemble, x, y, index, "given images", "given")
-    drawn = ensemble.num_members > 1 and (run is None or _randomized(run))
+    drawn = ensemble.num_members > 1 and (run is None or randomized(run))
     subject = replace(subject, randomized=drawn)
     ensemble, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
     if found:
@@ -185,7 +174,7 @@ def evaluate(
             "version": redefense.__version__, "code": code(),
             **plugins_of(plan, subject.data_name), **answers_of(ensemble, subject.x),
         }  # fmt: skip
-        with _kept(out, plan, settings, subject, progress=progress) as kept:
+        with keeping(out, plan, settings, subject, progress=progress) as kept:
             report = _run_of(subject)(
                 subject, plan, allowed, seed=seed, seeds=seeds, checks=checks, store=kept.store,
                 say=kept.say, progress=kept.progress, keep_images=keep_images,
@@ -277,10 +266,10 @@ def evaluate_run(
         **plugins_of(plan, dataset.name),
     }
     subject = replace(
-        _subject(ensemble, dataset, images, _run_json(path, run), run if own else None, device),
-        randomized=_randomized(run),
+        subject_of(ensemble, dataset, images, _run_json(path, run), run if own else None, device),
+        randomized=randomized(run),
         # other data has no validation split that the run has kept its hands off
-        drift=_drift(path, ensemble, dataset, run) if own else None,
+        drift=drift_of(path, ensemble, dataset, run) if own else None,
     )
     measured, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
     if isinstance(measured, Stochastic):
@@ -289,16 +278,16 @@ def evaluate_run(
     if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")
-    with workers() as team, _alone(team, store, target):
+    with workers() as team, alone(team, store, target):
         here = team.gather([place_of(subject.x.device)])
         if team.first:
-            _claim(store, target, settings, here)
+            claim(store, target, settings, here)
         team.wait()
         # every process reads what the first one wrote, so that all see the same refusal
-        started, places = _claim(store, target, settings)
+        started, places = claim(store, target, settings)
         subject = replace(subject, workers=team)
         voice = say if team.first else None
-        tell = voice or _silent
+        tell = voice or silent
         tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
         if found:
             tell(found)
@@ -306,7 +295,7 @@ def evaluate_run(
         drawn = isinstance(subject.ensemble, Stochastic)
         recorder = None if drawn or replay == "off" else recorder_for(subject.x.device)
         with (
-            _stoppable(store),
+            stoppable(store),
             shown(voice) if voice else nullcontext(SILENT) as progress,
             recorded(subject.ensemble, recorder, tell) as passes,
         ):
@@ -353,148 +342,6 @@ def _over_radii(
     return report, target
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Kept:
-    """Where an evaluation in Python is kept, and how it is shown."""
-
-    target: Path | None
-    started: str
-    say: Say
-    progress: Progress
-
-    @property
-    def store(self) -> Path | None:
-        """The folder of the records, beside the report."""
-        return None if self.target is None else self.target.with_suffix("")
-
-    def finish(self, report: Report) -> None:
-        """Write the report where it is wanted."""
-        if self.target is not None:
-            report.data["provenance"]["date"] = self.started
-            write_text(self.target, report.to_json())
-
-
-@contextmanager
-def _alone(team: Workers, store: Path, target: Path) -> Iterator[None]:
-    """Refuse to work on an evaluation that other processes work on at the same moment.
-
-    Raises:
-        ConfigError: on every process of the team.
-    """
-    with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
-        if not all(team.gather([free])):
-            raise ConfigError(
-                f"another process is working on {target}: wait until it ends, or name another file "
-                "with --out"
-            )
-        yield
-
-
-@contextmanager
-def _kept(
-    out: str | Path | None,
-    plan: Suite,
-    settings: Mapping[str, Any],
-    subject: Subject,
-    *,
-    progress: bool,
-) -> Iterator[_Kept]:
-    """Keep an evaluation in a folder, if one is given, and show how far it is, if that is wanted.
-
-    Raises:
-        ConfigError: if an evaluation with other settings is kept there.
-        Interrupted: on SIGINT or SIGTERM, if the evaluation is kept.
-    """
-    say = partial(print, file=sys.stderr, flush=True) if progress else _silent
-    target, started = None, ""
-    with ExitStack() as stack:
-        if out is not None:
-            target = Path(out) / "evaluation" / f"{plan.name}.json"
-            store, here = target.with_suffix(""), [place_of(subject.x.device)]
-            stack.enter_context(_alone(ALONE, store, target))
-            started, _ = _claim(store, target, settings, here)
-            stack.enter_context(_stoppable(store))
-        bar = stack.enter_context(shown(say) if progress else nullcontext(SILENT))
-        yield _Kept(target=target, started=started, say=say, progress=bar)
-
-
-@contextmanager
-def _stoppable(store: Path) -> Iterator[None]:
-    """Ends on SIGTERM as on SIGINT: through the blocks under way, which give the terminal back."""
-    told = f"stopped; what is done is kept in {store}, and the same call goes on"
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(told, number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # whoever owns the process handles signals
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(told, signal.SIGINT) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _drift(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> float | None:
-    """Clean validation accuracy now minus as logged; None without a log."""
-    log = path / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    try:
-        logged = [json.loads(line).get("validation_accuracy") for line in lines]
-    except (ValueError, AttributeError):  # a damaged log is no log
-        return None
-    if not logged or logged[-1] is None:
-        return None
-    _, validation, _ = train_validation(dataset, run.data.validation)
-    return accuracy(ensemble, validation, run.batch_size) - float(logged[-1])
-
-
-def _randomized(run: Run) -> bool:
-    """Whether the method that made this run answers with a member drawn at random."""
-    defence = DEFENCES.get(str(run.defence.get("name")))
-    return defence is None or defence.randomized
-
-
-def _subject(
-    ensemble: Ensemble,
-    dataset: Dataset,
-    images: int | None,
-    run_json: Mapping[str, Any],
-    run: Run | None = None,
-    device: str = "cpu",
-) -> Subject:
-    total = len(dataset.test)
-    # always in the published order: its beginnings, on which some measures look, are a fair sample
-    index = test_indices(total, total if images is None else images)
-    fraction = run.data.validation if run is not None else 0.1
-    _, validation, _ = train_validation(dataset, fraction)
-    return Subject(
-        ensemble,
-        *_images(dataset.test, index, device),
-        index.numpy(),
-        dataset.name,
-        "test",
-        run_json,
-        # a stranger's model may have been trained on these images
-        _images(validation, torch.arange(min(SELECTION_IMAGES, len(validation))), device)
-        if run is not None
-        else None,
-    )
-
-
-def _images(split: Split, index: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    # loaded networks have their channels last, and would turn every batch of other images around
-    x = split.float(index).to(device, memory_format=torch.channels_last)
-    return x, split.labels[index].to(device)
-
-
 def _run_json(path: Path, run: Run) -> dict[str, Any]:
     return {"name": path.resolve().name, **run.model_dump(mode="json")}
 
@@ -516,56 +363,3 @@ def _manifest(folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text())
     digest: str = manifest["sha256"]["weights.safetensors"]
     return digest
-
-
-def _claim(
-    store: Path, target: Path, settings: Mapping[str, Any], here: Sequence[dict[str, str]] = ()
-) -> tuple[str, list[dict[str, str]]]:
-    """Refuse to mix settings: cells that lie there must come from this very plan.
-
-    With places it is written down that an unfinished evaluation is worked on there from now on.
-
-    Returns:
-        When the evaluation was first started, so that one that was killed tells the same date; and
-        all the places that worked on it.
-    """
-    plan = store / "plan.json"
-    if plan.is_file():
-        stored = read_object(plan)
-        if stored is None:
-            raise DataError(f"{plan} is damaged; remove {store} to start over")
-        started, known = str(stored.pop("started", "")), stored.pop("places", [UNKNOWN])
-        if stored != settings:
-            keys = [k for k in settings if stored.get(k) != settings[k]]
-            if keys == ["code"]:
-                raise ConfigError(
-                    f"{store} was begun by other code, and figures of both must not be mixed: go "
-                    f"on with that code, remove {store} and {target.name}, or name another file "
-                    "with --out"
-                )
-            raise ConfigError(
-                f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
-                "name another file with --out"
-            )
-        places = known if target.exists() else _distinct([*known, *here])
-        if places != known:
-            _write_plan(plan, settings, started, places)
-        return started, places
-    if target.exists():
-        raise ConfigError(f"{target} exists and is not ours; name another file with --out")
-    store.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    places = _distinct(here)
-    _write_plan(plan, settings, now, places)
-    return now, places
-
-
-def _distinct(places: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    return [place for i, place in enumerate(places) if place not in places[:i]]
-
-
-def _write_plan(
-    plan: Path, settings: Mapping[str, Any], started: str, places: Sequence[Mapping[str, str]]
-) -> None:
-    known = {**settings, "started": started, "places": places}
-    write_text(plan, json.dumps(known, indent=1) + "\n")

@@ -143,6 +143,14 @@ def as_threat(config: ThreatConfig) -> Threat:
     return Threat(norm=math.inf if config.norm == "inf" else 2.0, eps=config.eps)
 
 
+def outside_ball(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None:
+    """How many images an attack that was handed over moved out of the ball, and how far."""
+    left = cell.reached > threat.eps + slack_of(threat, x)
+    return (
+        {"images": int(left.sum()), "furthest": float(cell.reached.max())} if left.any() else None
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One attack on the images that it is to meet, in fixed chunks.

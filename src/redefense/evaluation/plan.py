@@ -1,17 +1,21 @@
 """Resolves a suite into cells with threats, names and attacks, and validates it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.checks.answers import check_outputs
 from redefense.config import ThreatConfig, construct, suggestion
 from redefense.errors import ConfigError
-from redefense.evaluation.cells import Subject
+from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest, outside_ball
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite
 from redefense.stochastic.ensemble import Stochastic
+from redefense.types import Images
 
 Say = Callable[[str], None]
 
@@ -50,6 +54,22 @@ class Job:
         """The same place for the one process that writes, None for others."""
         return place if self.subject.workers.first else None
 
+    def facts(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """What an evaluation is of: the suite, the run, `made` (its provenance) and the data."""
+        subject = self.subject
+        return {
+            "schema": 1,
+            "suite": self.suite.name,
+            "run": dict(subject.run),
+            "provenance": dict(made),
+            "data": {
+                "name": subject.data_name,
+                "split": subject.split,
+                "num_images": len(subject.x),
+                "sha256": image_digest(subject.x, subject.y),
+            },
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
@@ -64,6 +84,31 @@ class Planned:
     def aware(self) -> bool:
         """Whether its attacker knows the ensemble."""
         return self.attack.adaptive if self.spec.aware is None else self.spec.aware
+
+    def described(
+        self, cell: Cell, expected: Sequence[float], suite: str, x: Images
+    ) -> dict[str, Any]:
+        """What is stored of a cell whoever is attacked; `expected` has each repeat's accuracy."""
+        found: dict[str, Any] = {
+            "id": self.identity,
+            "attack": self.spec.attack,
+            "label": self.spec.label,
+            "repr": repr(self.attack),
+            "view": self.spec.view,
+            "aware": self.aware,
+            "bounded": self.attack.bounded,
+            "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
+            "forwards": cell.forwards,
+            "backwards": cell.backwards,
+            "seconds": round(cell.seconds, 3),
+            "per_image": f"{suite}/{self.identity}.npz",
+        }
+        if outside := outside_ball(cell, as_threat(self.threat), x):
+            found["outside"] = outside
+        if len(expected) > 1:
+            mean, sd = float(np.mean(expected)), float(np.std(expected, ddof=1))
+            found["seeds"] = {"expected": list(expected), "mean": mean, "sd": sd}
+        return found
 
 
 def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:

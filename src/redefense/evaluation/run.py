@@ -23,8 +23,6 @@ from redefense.evaluation.cells import (
     Subject,
     as_threat,
     clean_cell,
-    image_digest,
-    slack_of,
 )
 from redefense.evaluation.full_checks import full_checks
 from redefense.evaluation.headline import headline, interval
@@ -46,7 +44,6 @@ from redefense.evaluation.suite import Suite
 from redefense.results.accuracy import Floats, accuracies
 from redefense.results.intervals import exact_expectation
 from redefense.runtime.files import write_text
-from redefense.threat import Threat
 from redefense.types import Images, check_images, check_labels
 
 
@@ -147,16 +144,7 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
     subject, suite = job.subject, job.suite
     accuracy = accuracies(clean.correct, clean.averaged, mixture, seed=job.seed, name="clean")
     return {
-        "schema": 1,
-        "suite": suite.name,
-        "run": dict(subject.run),
-        "provenance": dict(made),
-        "data": {
-            "name": subject.data_name,
-            "split": subject.split,
-            "num_images": len(subject.x),
-            "sha256": image_digest(subject.x, subject.y),
-        },
+        **job.facts(made),
         "mixture": mixture.tolist(),
         "randomized": subject.randomized,
         "clean": {
@@ -200,30 +188,17 @@ def _cell_json(
     seed: int,
     x: Images,
 ) -> dict[str, Any]:
-    spec, threat, identity, attack = planned.spec, planned.threat, planned.identity, planned.attack
-    cell = records[identity]
+    identity, attack, cell = planned.identity, planned.attack, records[planned.identity]
     moved = cell.linf[cell.met] > 0
+    every = [float(exact_expectation(c.correct, mixture).mean()) for c in (cell, *repeats)]
     found: dict[str, Any] = {
-        "id": identity,
-        "attack": spec.attack,
-        "label": spec.label,
-        "repr": repr(attack),
-        "view": spec.view,
-        "aware": planned.aware,
-        "bounded": attack.bounded,
+        **planned.described(cell, every, suite.name, x),
         "distortion": {k: _median(getattr(cell, k)[cell.met]) for k in ("l0", "l2", "linf")},
-        "threat": {"norm": threat.norm, "eps": threat.eps},
         "accuracy": accuracies(cell.correct, cell.averaged, mixture, seed=seed, name=identity),
         "interval": interval(exact_expectation(cell.correct, mixture)),
         "met": int(cell.met.sum()),
         "unchanged": float(1 - moved.mean()) if len(moved) else 0.0,
-        "forwards": cell.forwards,
-        "backwards": cell.backwards,
-        "seconds": round(cell.seconds, 3),
-        "per_image": f"{suite.name}/{identity}.npz",
     }
-    if outside := outside_ball(cell, as_threat(threat), x):
-        found["outside"] = outside
     if attack.stated is not None:
         norm, limit = attack.stated
         found["stated"] = {
@@ -231,22 +206,7 @@ def _cell_json(
             "limit": limit,
             "accuracy": within(cell, records["clean"], mixture, norm, limit),
         }
-    if repeats:
-        every = [float(exact_expectation(c.correct, mixture).mean()) for c in (cell, *repeats)]
-        found["seeds"] = {
-            "expected": every,
-            "mean": float(np.mean(every)),
-            "sd": float(np.std(every, ddof=1)),
-        }
     return found
-
-
-def outside_ball(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None:
-    """How many images an attack that was handed over moved out of the ball, and how far."""
-    left = cell.reached > threat.eps + slack_of(threat, x)
-    return (
-        {"images": int(left.sum()), "furthest": float(cell.reached.max())} if left.any() else None
-    )
 
 
 def _median(values: Floats) -> float | None:

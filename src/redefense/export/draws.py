@@ -1,6 +1,5 @@
 """Tests that members are drawn with the stated probabilities and unpredictably."""
 
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import chdtrc
 
 NUM_DRAWS = 20_000
 ALARM = 1e-6
@@ -43,22 +43,7 @@ def chi_square_p(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> float
         wanted = np.append(wanted, expected[rare].sum())
     if len(found) < 2:
         return 1.0
-    return _upper_gamma((len(found) - 1) / 2, float(((found - wanted) ** 2 / wanted).sum()) / 2)
-
-
-def _upper_gamma(a: float, x: float) -> float:
-    """Q(a, x), the regularised upper incomplete gamma function, for a a positive multiple of 1/2.
-
-    Exact: Q(a + 1, x) = Q(a, x) + x^a e^-x / Gamma(a + 1), from Q(1/2, x) = erfc(sqrt x) or
-    Q(1, x) = e^-x.
-    """
-    if x <= 0:
-        return 1.0
-    here, total = (0.5, math.erfc(math.sqrt(x))) if a % 1 else (1.0, math.exp(-x))
-    while here < a:
-        total += math.exp(here * math.log(x) - x - math.lgamma(here + 1))
-        here += 1
-    return min(total, 1.0)
+    return float(chdtrc(len(found) - 1, ((found - wanted) ** 2 / wanted).sum()))
 
 
 def draw_faults(draw: Draw, mixture: NDArray[np.float64]) -> list[str]:

@@ -6,10 +6,12 @@ into torch. What the exporter notes about the source, paths of this machine amon
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -52,7 +54,7 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
     plain, example = portable(net), torch.full((2, *shape), 0.5)
     _make_traceable(plain, example)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _operators_read_once(), torch.no_grad():
             program = torch.onnx.export(
                 plain,
                 (example,),
@@ -149,6 +151,27 @@ def skeleton(graph: bytes, free: Callable[[Any], bool]) -> bytes:
         model.ClearField(field)
     model.graph.ClearField("name")
     return tidied(model)
+
+
+@functools.cache
+def _table_of(kind: Any) -> Callable[..., Any]:
+    return functools.cache(kind.from_torchlib)
+
+
+@contextlib.contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """Keep the exporter's table of operators, which takes it as long as a small network does."""
+    try:
+        kind = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        before, table = vars(kind)["from_torchlib"], _table_of(kind)
+    except (ImportError, AttributeError, KeyError):  # another torch, which makes it each time
+        yield
+        return
+    kind.from_torchlib = staticmethod(table)
+    try:
+        yield
+    finally:
+        kind.from_torchlib = before
 
 
 @contextlib.contextmanager

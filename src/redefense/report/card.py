@@ -5,11 +5,14 @@ comes from the same joined records as the report. Needs neither torch nor jinja2
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
+
+import yaml
 
 from redefense.errors import ConfigError
 from redefense.report import reproduce, tables
@@ -76,7 +79,8 @@ def card(
     first = results[0]
     data = first.data.name
     method = _settings(first, "defence", "name")
-    index = [{"name": first.name, "results": [_index(r) for r in results]}]
+    title = " ".join(first.name.split())  # a line of dashes would end the head for some readers
+    index = [{"name": title, "results": [_index(r) for r in results]}]
     head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
     return _page(head, _body(results, _use(opened, opened_by)))
 
@@ -105,8 +109,8 @@ def unmeasured_card(
 
 
 def _page(head: Mapping[str, Any], body: str) -> str:
-    lines = "\n".join(_yaml(head))
-    return f"---\n{lines}\n---\n\n{body}"
+    lines = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=math.inf)
+    return f"---\n{lines}---\n\n{body}"
 
 
 def _settings(result: Result, *path: str) -> str:
@@ -161,25 +165,6 @@ def _arguments(result: Result, estimate: Estimate, *, attacked: bool) -> dict[st
     if estimate.low is not None and estimate.high is not None:
         arguments["interval_95"] = [round(100 * estimate.low, 2), round(100 * estimate.high, 2)]
     return arguments
-
-
-def _yaml(value: object, indent: str = "") -> list[str]:
-    """Lines of block YAML for mappings, sequences and scalars; strings are quoted as in JSON."""
-    if isinstance(value, Mapping):
-        lines = []
-        for key, inner in value.items():
-            if isinstance(inner, Mapping | list) and inner:
-                lines += [f"{indent}{key}:", *_yaml(inner, indent + "  ")]
-            else:
-                lines.append(f"{indent}{key}: {json.dumps(inner)}")
-        return lines
-    if isinstance(value, list):
-        lines = []
-        for inner in value:
-            first, *rest = _yaml(inner, indent + "  ")
-            lines += [f"{indent}- {first[len(indent) + 2 :]}", *rest]
-        return lines
-    return [f"{indent}{json.dumps(value)}"]
 
 
 def _title(name: str) -> str:

@@ -1,9 +1,10 @@
 """Intervals for accuracies: Wilson for counts, bootstrap for expectations, paired for comparisons.
 
-Every function is deterministic and needs numpy alone. Accuracies are fractions in [0, 1].
+Every function is deterministic. Accuracies are fractions in [0, 1].
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -23,10 +24,14 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
-def _z(level: float) -> float:
+def _level(level: float) -> float:
     if not 0 < level < 1:
         raise InputError(f"level must lie in (0, 1), got {level}")
-    return NormalDist().inv_cdf(0.5 + level / 2)
+    return level
+
+
+def _z(level: float) -> float:
+    return NormalDist().inv_cdf(0.5 + _level(level) / 2)
 
 
 def _vector(values: ArrayLike, what: str) -> NDArray[np.float64]:
@@ -36,20 +41,18 @@ def _vector(values: ArrayLike, what: str) -> NDArray[np.float64]:
     return array
 
 
+@lru_cache(maxsize=4096)
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Score interval of a share of k successes in n independent trials (Wilson, 1927).
 
     Never empty and never outside [0, 1]: with k = 0 it is [0, z^2 / (n + z^2)].
     """
+    from scipy.stats import binomtest  # takes half a second to load
+
     if n < 1 or not 0 <= k <= n:
         raise InputError(f"need 0 <= k <= n and n >= 1, got k = {k}, n = {n}")
-    z = _z(level)
-    share, denominator = k / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / denominator
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / denominator
-    # the two ends below are exact; rounding would miss them by an ulp
-    low = 0.0 if k == 0 else max(0.0, centre - half)
-    return low, 1.0 if k == n else min(1.0, centre + half)
+    low, high = binomtest(k, n).proportion_ci(_level(level), method="wilson")
+    return float(low), float(high)
 
 
 def bootstrap_mean(

@@ -9,7 +9,6 @@ are written down: for checkpoints, and at the end. `exchange` has what a step it
 A group that exists already (Accelerate, Fabric, Ray, Slurm) is used; else that of `torchrun`.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from redefense.errors import ConfigError, RedefenseError, TrainingError
 from redefense.runtime.device import check_device
+from redefense.runtime.workers import joined, own_device
 from redefense.types import Batch
 
 T = TypeVar("T")
@@ -292,27 +292,14 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
     Raises:
         ConfigError: if the mesh does not fit, or the device is not there.
     """
-    place = check_device(device)
-    joined = dist.is_available() and dist.is_initialized()
-    ours = not joined and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not joined and not ours:
-        parse_mesh(mesh, 1)
-        yield Mesh(device=place)
-        return
-    if place.type == "cuda" and place.index is None:
-        place = check_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    own = own_device(device)
+    place = check_device(own)
+    if own != device:
         torch.cuda.set_device(place)
-    if ours:
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"the processes of WORLD_SIZE cannot be joined: {reason}") from None
-    try:
-        yield arranged(mesh, place)
-    finally:
-        if ours:
-            dist.destroy_process_group()
+    with joined("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo") as several:
+        if not several:
+            parse_mesh(mesh, 1)
+        yield arranged(mesh, place) if several else Mesh(device=place)
 
 
 def arranged(mesh: str | None, device: torch.device) -> Mesh:

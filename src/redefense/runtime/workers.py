@@ -13,6 +13,8 @@ from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
+from redefense.errors import ConfigError
+
 T = TypeVar("T")
 
 PATIENCE: Final = timedelta(days=7)
@@ -54,23 +56,39 @@ ALONE: Final = Workers()
 
 def own_device(device: str) -> str:
     """Of `cuda` this process's own on its machine, where `torchrun` started several."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    exists = dist.is_available() and dist.is_initialized()
+    several = exists or int(os.environ.get("WORLD_SIZE", "1")) > 1
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and several else device
+
+
+@contextmanager
+def joined(backend: str = "gloo", timeout: timedelta | None = None) -> Iterator[bool]:
+    """The processes of `torchrun` in one group within the block; an existing group is used.
+
+    Yields:
+        Whether there is a group: not where a process is alone.
+
+    Raises:
+        ConfigError: if they cannot be joined.
+    """
+    exists = dist.is_available() and dist.is_initialized()
+    ours = dist.is_available() and not exists and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if ours:
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the processes of WORLD_SIZE cannot be joined: {reason}") from None
+    try:
+        yield exists or ours
+    finally:
+        if ours:
+            dist.destroy_process_group()
 
 
 @contextmanager
 def workers() -> Iterator[Workers]:
     """The processes of `torchrun`, joined by gloo within the block; an existing group is used."""
-    if not dist.is_available():
-        yield ALONE
-        return
-    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if ours:
-        # a chunk may take hours, and the others wait for it
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        joined = dist.is_initialized()
-        yield Workers(rank=dist.get_rank(), count=dist.get_world_size()) if joined else ALONE
-    finally:
-        if ours:
-            dist.destroy_process_group()
+    # a chunk may take hours, and the others wait for it
+    with joined(timeout=PATIENCE) as several:
+        yield Workers(rank=dist.get_rank(), count=dist.get_world_size()) if several else ALONE

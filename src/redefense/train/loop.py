@@ -1,13 +1,11 @@
 """The training loop over the stages of a defence, independent of the method."""
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from types import FrameType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +19,13 @@ from redefense.rng import draw_seed, stream
 from redefense.runtime.mesh import Mesh, Tally
 from redefense.runtime.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.runtime.recording import Recorder
+from redefense.runtime.signals import handled, stop_signals
 from redefense.train.exchange import spread_over
 from redefense.train.optim import learning_rate, make_optimizer
 from redefense.train.replay import Compute, RecordedSteps
 from redefense.types import Batch, Progress
 
 SAVE_INTERVAL = 30.0
-ECHO = 1.0
-"""Seconds in which another signal is the same one again: torchrun repeats the terminal's."""
 
 
 @runtime_checkable
@@ -262,34 +259,6 @@ def _epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one, a while later, acts at once."""
-    received: list[int] = []
-    first = 0.0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not received:
-            first = time.monotonic()
-        elif time.monotonic() - first > ECHO:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-        received.append(number)
-
-    previous: dict[int, Any] = {}
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        try:
-            previous[number] = signal.signal(number, handle)
-        except ValueError:  # not in the main thread: whoever owns the process handles signals
-            continue
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def stopping_at_once(received: Sequence[int], where: str, mesh: Mesh) -> Iterator[None]:
     """Raise on SIGINT or SIGTERM: for long work with nothing to save, which a resume does again.
 
@@ -299,17 +268,10 @@ def stopping_at_once(received: Sequence[int], where: str, mesh: Mesh) -> Iterato
         Interrupted: naming where.
     """
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int) -> None:
         raise mesh.told(Interrupted(f"stopped {where}; go on with --resume", number))
 
     if received:
-        handle(received[0], None)
-    previous: dict[int, Any] = {}
-    try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            with suppress(ValueError):  # not in the main thread, see above
-                previous[number] = signal.signal(number, handle)
+        handle(received[0])
+    with handled(handle):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

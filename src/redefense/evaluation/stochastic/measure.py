@@ -16,12 +16,11 @@ from redefense.evaluation.baselines import NOTHING
 from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import cell_label
-from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest
+from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
-from redefense.evaluation.run import outside_ball
 from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
 from redefense.evaluation.stochastic.recognise import check_draws
@@ -222,18 +221,9 @@ def _certified(job: Job, network: Stochastic, clean: DrawnCell) -> Certificate |
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: DrawnCell) -> dict[str, Any]:
-    subject, suite = job.subject, job.suite
+    suite = job.suite
     return {
-        "schema": 1,
-        "suite": suite.name,
-        "run": dict(subject.run),
-        "provenance": dict(made),
-        "data": {
-            "name": subject.data_name,
-            "split": subject.split,
-            "num_images": len(subject.x),
-            "sha256": image_digest(subject.x, subject.y),
-        },
+        **job.facts(made),
         "mixture": None,
         "randomized": True,
         "stochastic": True,
@@ -311,20 +301,12 @@ def _cell_json(
     x: Images,
     seed: int,
 ) -> dict[str, Any]:
-    spec, threat, attack, cell = (
-        planned.spec, planned.threat, planned.attack, records[planned.identity],
-    )  # fmt: skip
+    cell = records[planned.identity]
     each = cell.correct[:5].mean(1)
-    found: dict[str, Any] = {
-        "id": planned.identity,
-        "attack": spec.attack,
-        "label": spec.label,
-        "repr": repr(attack),
-        "view": spec.view,
-        "aware": planned.aware,
-        "bounded": attack.bounded,
+    every = [float(c.correct.mean()) for c in (cell, *repeats)]
+    return {
+        **planned.described(cell, every, suite.name, x),
         "distortion": {k: float(np.median(getattr(cell, k))) for k in ("l0", "l2", "linf")},
-        "threat": {"norm": threat.norm, "eps": threat.eps},
         "accuracy": {
             # the attack once, then five of the fresh draws
             "protocol": float(each.mean()),
@@ -335,18 +317,4 @@ def _cell_json(
         "interval": interval(cell.correct, seed=seed),
         "interval_draws": draws_interval(cell.correct),
         "unchanged": float((cell.linf <= 0).mean()),
-        "forwards": cell.forwards,
-        "backwards": cell.backwards,
-        "seconds": round(cell.seconds, 3),
-        "per_image": f"{suite.name}/{planned.identity}.npz",
     }
-    if outside := outside_ball(cell, as_threat(threat), x):
-        found["outside"] = outside
-    if repeats:
-        every = [float(c.correct.mean()) for c in (cell, *repeats)]
-        found["seeds"] = {
-            "expected": every,
-            "mean": float(np.mean(every)),
-            "sd": float(np.std(every, ddof=1)),
-        }
-    return found

@@ -1,6 +1,5 @@
-"""Tail probabilities of statistical tests, without scipy."""
+"""Statistical tests of what an auditor sees: of pairs of draws, of matches, of times."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,15 +16,11 @@ def independent(pairs: Sequence[tuple[int, int]], mixture: NDArray[np.float64]) 
     return chi_square_p(counts, np.outer(mixture, mixture).ravel())
 
 
-def normal_tail(z: float) -> float:
-    """P(|standard normal| >= |z|)."""
-    return math.erfc(abs(z) / math.sqrt(2))
-
-
 def agreement(matches: int, trials: int, chance: float) -> float:
     """P-value that `matches` of `trials` agree with this chance each."""
-    spread = math.sqrt(trials * chance * (1 - chance))
-    return normal_tail((matches - trials * chance) / spread) if spread > 0 else 1.0
+    from scipy.stats import binomtest  # takes most of a second to load
+
+    return float(binomtest(matches, trials, min(1.0, chance)).pvalue)
 
 
 def separation(own: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float]:
@@ -33,9 +28,11 @@ def separation(own: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[f
 
     Mann and Whitney's test; ties count half.
     """
+    from scipy.stats import mannwhitneyu
+
     n, k = len(own), len(others)
     if n == 0 or k == 0:
         return 0.5, 1.0
-    larger = (own[:, None] > others).sum() + 0.5 * (own[:, None] == others).sum()
-    share = float(larger) / (n * k)
-    return share, normal_tail((share - 0.5) / math.sqrt((n + k + 1) / (12 * n * k)))
+    found = mannwhitneyu(own, others, use_continuity=False, method="asymptotic")
+    share = float(found.statistic) / (n * k)
+    return share, 1.0 if share == 0.5 else float(found.pvalue)

@@ -1,0 +1,61 @@
+"""What SIGINT and SIGTERM do while work is under way that may be stopped.
+
+Outside the main thread nothing is changed: whoever owns the process handles its signals.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final
+
+ECHO: Final = 1.0
+"""Seconds in which another signal is the same one again: torchrun repeats the terminal's."""
+
+STOPPING: Final = (int(signal.SIGINT), int(signal.SIGTERM))
+
+
+@contextmanager
+def handled(
+    handle: Callable[[int], None], numbers: Sequence[int] = STOPPING
+) -> Iterator[dict[int, Any]]:
+    """Call `handle` with the number of each signal that arrives within the block.
+
+    Yields:
+        The handlers that were in place before, and will be again.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        handle(number)
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in numbers:
+            try:
+                previous[number] = signal.signal(number, on_signal)
+            except ValueError:  # not in the main thread
+                break
+        yield previous
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect signals instead of dying; a second one, a while later, acts at once."""
+    received: list[int] = []
+    first = 0.0
+
+    def handle(number: int) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        received.append(number)
+
+    with handled(handle) as previous:
+        yield received
