@@ -8,6 +8,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
+from prometheus_client.samples import Sample
 
 LOG: Final = logging.getLogger("redefense.serve")
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -82,7 +83,7 @@ class Metrics:
     def inferences(self) -> tuple[int, int]:
         """Requests for answers that were given one, and that were not."""
         done = failed = 0
-        for sample in self.requests.collect()[0].samples:
+        for sample in _samples(self.requests):
             if sample.name.endswith("_total") and sample.labels["route"] in ("infer", "classify"):
                 if sample.labels["status"] == "200":
                     done += int(sample.value)
@@ -92,10 +93,14 @@ class Metrics:
 
     def classified(self) -> tuple[int, int]:
         """Images that were classified, and the batches in which they were."""
-        values = {s.name: s.value for s in self.batches.collect()[0].samples}
+        values = {sample.name: sample.value for sample in _samples(self.batches)}
         return int(values["redefense_batch_images_sum"]), int(
             values["redefense_batch_images_count"]
         )
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+
+def _samples(metric: Counter | Histogram) -> list[Sample]:
+    return [sample for family in metric.collect() for sample in family.samples]
