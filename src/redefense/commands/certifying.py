@@ -18,7 +18,7 @@ def certify(
         str | None,
         typer.Option(help="L2 radii, e.g. 0.25 or 0.1,0.5; 0, sigma/2 and sigma unless given."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Of the noise, for each image.")] = 1000,
+    draws: Annotated[int, typer.Option(min=1, help="Number of noise draws for each image.")] = 1000,
     alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 0.001,
     data: DataSpec = None,
     images: Annotated[

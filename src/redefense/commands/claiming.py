@@ -25,11 +25,15 @@ def make(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    name: Annotated[str | None, typer.Option(help="Of the claim; by default the run's.")] = None,
-    link: Annotated[str | None, typer.Option(help="Where the weights are described.")] = None,
-    authors: Annotated[str | None, typer.Option(help="Who made the weights.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the claim; by default the run's name.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(help="Web address of a description of the weights.")
+    ] = None,
+    authors: Annotated[str | None, typer.Option(help="Authors of the weights.")] = None,
     licence: Annotated[
-        str | None, typer.Option("--licence", "--license", help="Of the weights, e.g. MIT.")
+        str | None, typer.Option("--licence", "--license", help="Licence of the weights, e.g. MIT.")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -91,7 +95,14 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
 
 def recompute(
     path: Annotated[Path, typer.Argument(metavar="CLAIM", help="The file of a claim.")],
-    data: Annotated[str, typer.Option("--data", metavar="SPEC", help="Where its data lie here.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SPEC",
+            help="The data of the claim on this machine, e.g. digits or cifar10:PATH.",
+        ),
+    ],
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +113,8 @@ def recompute(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the run here, and go on with it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the run here, so that a second call continues it."),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -133,7 +145,7 @@ def compare(
         list[str], typer.Argument(metavar="METHOD...", help="Names of claims without their seed.")
     ],
     against: Annotated[
-        str | None, typer.Option(help="One of them: add paired differences from it.")
+        str | None, typer.Option(help="Name of one of them: add paired differences from it.")
     ] = None,
     images: Images = None,
     claims: Annotated[
@@ -154,8 +166,12 @@ def table(
     against: Annotated[
         str | None, typer.Option(help="Name of a claim: add paired differences from it.")
     ] = None,
-    attacks: Annotated[bool, typer.Option("--attacks", help="One row an attack instead.")] = False,
-    draw: Annotated[bool, typer.Option("--draw", help="What drawing is worth instead.")] = False,
+    attacks: Annotated[
+        bool, typer.Option("--attacks", help="Print one row for each attack instead.")
+    ] = False,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Print the gain of the random draw instead.")
+    ] = False,
     images: Images = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -13,7 +13,9 @@ from redefense.commands.options import DataSpec, Json, Quiet, RunDir, say
 def export(
     path: RunDir,
     out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
-    precision: Annotated[str, typer.Option(help="fp32, or int8.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the weights: fp32 or int8.")
+    ] = "fp32",
     calibration: Annotated[
         int | None,
         typer.Option(

@@ -22,16 +22,18 @@ def evaluate(
     ] = None,
     eps: Annotated[
         str | None,
-        typer.Option(help="Radius of the threat, or several: 2/255,8/255; the run's own."),
+        typer.Option(help="Radius of the threat, or several: 2/255,8/255; by default the run's."),
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm of the threat: linf or l2.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the evaluation.")] = 0,
     seeds: Annotated[
         int, typer.Option(min=1, help="Number of repetitions of each attack, with different seeds.")
     ] = 1,
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
-    checks: Annotated[str, typer.Option(help="quick, or full.")] = "quick",
+    checks: Annotated[
+        str, typer.Option(help="quick, or full for further checks that run attacks of their own.")
+    ] = "quick",
     no_cascade: Annotated[
         bool,
         typer.Option(
@@ -39,12 +41,16 @@ def evaluate(
         ),
     ] = False,
     stochastic: Annotated[
-        str, typer.Option(help="auto, on or off: measure by fresh draws what draws by itself.")
+        str,
+        typer.Option(
+            help="auto, on or off: whether to measure a network that draws by fresh draws."
+        ),
     ] = "auto",
     save_images: Annotated[
         bool,
         typer.Option(
-            "--save-images", help="Keep the attacked images too, as ATTACK.images.npz in the store."
+            "--save-images",
+            help="Also keep the attacked images, in ATTACK.images.npz beside the records.",
         ),
     ] = False,
     replay: Replay = "auto",
@@ -103,7 +109,7 @@ def report(
     out: Annotated[
         Path,
         typer.Option(
-            help="An .html page, .md, .csv and .json beside it; or one of these, or .tex."
+            help="A .html page, with .md, .csv and .json beside it; or one of these alone; or .tex."
         ),
     ] = Path("report.html"),
     as_json: Json = False,

@@ -107,7 +107,11 @@ def data_check(
 
 def check_plugin(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A Python file that registers names.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A Python file that registers attacks, defences, models or other names.",
+        ),
     ],
     as_json: Json = False,
     quiet: Quiet = False,

@@ -55,9 +55,11 @@ def bench_attacks(
 
 def bench_inference(
     model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet18",
-    members: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
-    ensemble: Annotated[str, typer.Option(help="independent, or hyper.")] = "independent",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
+    members: Annotated[int, typer.Option(min=1, help="Number of members.")] = 8,
+    ensemble: Annotated[
+        str, typer.Option(help="Kind of ensemble: independent or hyper.")
+    ] = "independent",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Results = False,
@@ -102,12 +104,17 @@ def bench_train(
 def bench_memory(
     model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet8",
     members: Annotated[
-        list[int] | None, typer.Option(min=1, help="How many; may be repeated. 1 to 12.")
+        list[int] | None,
+        typer.Option(min=1, help="Number of members; may be repeated; by default 1 to 12."),
     ] = None,
-    ensemble: Annotated[str, typer.Option(help="independent, or hyper.")] = "independent",
+    ensemble: Annotated[
+        str, typer.Option(help="Kind of ensemble: independent or hyper.")
+    ] = "independent",
     batch: Annotated[int, typer.Option(min=2, help="Batch size.")] = 64,
-    differentiate: Annotated[str, typer.Option(help="exact, or finite.")] = "exact",
-    precision: Annotated[str, typer.Option(help="bf16, or fp32.")] = "bf16",
+    differentiate: Annotated[
+        str, typer.Option(help="How to differentiate the input gradients: exact or finite.")
+    ] = "exact",
+    precision: Annotated[str, typer.Option(help="Precision: bf16 or fp32.")] = "bf16",
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Results = False,
@@ -136,9 +143,10 @@ def bench_scaling(
     ),
     changes: Set = None,
     processes: Annotated[
-        list[int] | None, typer.Option(min=1, help="How many; may be repeated. 1, 2 and 4.")
+        list[int] | None,
+        typer.Option(min=1, help="Number of processes; may be repeated; by default 1, 2 and 4."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps that are timed.")] = 3,
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:

@@ -465,8 +465,8 @@ def _notes(
         )
     if any(not c.whole for c in bounded):
         notes.append(
-            "Attacks without a figure of their own met only the images that those before them had "
-            "left standing: what they found is in the worst case."
+            "Attacks without a figure of their own were run only on images that some member still "
+            "answered correctly; what they found is part of the worst case."
         )
     if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
         stored = home[0].evaluation.headline
