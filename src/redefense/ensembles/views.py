@@ -61,7 +61,8 @@ def logits_of_drawn(
     if len(drawn) == 0:
         return ensemble.logits_of(0, x)
     if padded is None:
-        padded = x.device.type != "cpu" and not any(mode_of(part) for part in ensemble.modules())
+        several = x.device.type != "cpu" and len(drawn) > 1
+        padded = several and not any(mode_of(part) for part in ensemble.modules())
     groups, logits = [], []
     for m in drawn.unique().tolist():
         rows = (drawn == m).nonzero().flatten()
