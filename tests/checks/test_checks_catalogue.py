@@ -7,7 +7,7 @@ from pathlib import Path
 import redefense
 from redefense.checks.catalogue import CATALOGUE, GROUPS
 from redefense.evaluation.suite import SUITES
-from redefense.results.records import OF_DEFENCE
+from redefense.results.schema import OF_DEFENCE
 
 SRC = Path(redefense.__file__).parent
 FULL = [*(f"checks/{name}.py" for name in ("attacks", "draws", "gradients")),

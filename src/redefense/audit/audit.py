@@ -24,7 +24,8 @@ from redefense.audit.finding import Finding
 from redefense.audit.rules import findings_of
 from redefense.audit.table import grouped, of_evaluation
 from redefense.errors import DataError
-from redefense.results.records import Cell, Evaluation, evaluations_of, load, parse, read_json
+from redefense.results.records import evaluations_of, load, parse, read_json
+from redefense.results.schema import Cell, Evaluation
 from redefense.results.untrained import degenerate_members
 
 __all__ = ["Finding", "audit", "exit_code", "findings_about"]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from redefense.audit.attack_names import HEADLINES, attack_key, squeezed
-from redefense.results.records import Evaluation
+from redefense.results.schema import Evaluation
 
 SAME_EPS = 0.05
 """Share by which radii may differ that mean the same, as 0.03, 0.031 and 8/255 do."""

@@ -31,7 +31,8 @@ from redefense.config import parse_run
 from redefense.errors import DataError, RedefenseError
 from redefense.evaluation.suite import SUITES
 from redefense.results.intervals import accuracy_interval
-from redefense.results.records import (
+from redefense.results.records import read_json
+from redefense.results.schema import (
     Accuracy,
     Budget,
     Cell,
@@ -40,7 +41,6 @@ from redefense.results.records import (
     Data,
     Evaluation,
     Headline,
-    read_json,
 )
 from redefense.train.loading import resolve
 

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from redefense.config import one_line
 from redefense.errors import DataError
 from redefense.results.intervals import Estimate
-from redefense.results.records import Budget, Check, Data, read_json
+from redefense.results.records import read_json
+from redefense.results.schema import Budget, Check, Data
 from redefense.runtime.files import write_text
 
 STEPS: Final = 65535

@@ -65,7 +65,7 @@ def evaluate(
     from redefense.checks.catalogue import explained
     from redefense.evaluation.api import evaluate_run
     from redefense.report.sentences import PERCENT, members_weak
-    from redefense.results.records import OF_DEFENCE
+    from redefense.results.schema import OF_DEFENCE
 
     report, target = evaluate_run(
         path,

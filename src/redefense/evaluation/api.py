@@ -44,7 +44,7 @@ from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
 from redefense.evaluation.suite import Suite, suite_named
-from redefense.results.records import OF_DEFENCE
+from redefense.results.schema import OF_DEFENCE
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_text
 from redefense.runtime.recording import check_replay, recorder_for

@@ -18,7 +18,7 @@ from redefense.report.tables import (
     with_interval,
 )
 from redefense.results.join import Result
-from redefense.results.records import Check
+from redefense.results.schema import Check
 
 
 def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from redefense.report.tables import percent
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, eps_text
-from redefense.results.records import OF_DEFENCE, Check
+from redefense.results.schema import OF_DEFENCE, Check
 from redefense.results.untrained import degenerate_members
 
 SAID = "What the figures say of the defence:"

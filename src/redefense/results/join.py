@@ -17,17 +17,8 @@ from redefense.results.intervals import (
     success_within,
     wilson,
 )
-from redefense.results.records import (
-    AGREE,
-    Check,
-    Data,
-    Evaluation,
-    Headline,
-    Scored,
-    Source,
-    Stored,
-    load_all,
-)
+from redefense.results.records import AGREE, Scored, Source, Stored, load_all
+from redefense.results.schema import Check, Data, Evaluation, Headline
 
 TRIES = 10
 

@@ -9,16 +9,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 
 from redefense.errors import DataError
 from redefense.results.examples import Examples
 from redefense.results.intervals import Estimate, accuracy_interval, exact_expectation
+from redefense.results.schema import Accuracy, Budget, Cell, Evaluation, Plan
 
 Source = Path | Mapping[str, Any]
 """A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
@@ -26,148 +27,6 @@ Source = Path | Mapping[str, Any]
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Budget(_Record):
-    """The threat of a cell as stored; eps is None where the attack has none."""
-
-    norm: str = "inf"
-    eps: float | None = None
-
-    @field_validator("norm", mode="before")
-    @classmethod
-    def _text(cls, value: object) -> str:
-        return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-class Accuracy(_Record):
-    """Accuracies of one cell, fractions in [0, 1]; None is unknown."""
-
-    protocol: float | None = None
-    protocol_sd: float | None = None
-    expected: float | None = None
-    averaged: float | None = None
-    worst_member: float | None = None
-    best_member: float | None = None
-    any: float | None = None
-    all: float | None = None
-
-
-class Cell(_Record):
-    """One attack at one threat on one view; `met` is of how many images, None of all."""
-
-    id: str
-    attack: str
-    repr: str = ""
-    view: str = ""
-    label: str | None = None
-    aware: bool = False
-    bounded: bool = True
-    distortion: dict[str, float | None] | None = None
-    threat: Budget | None = None
-    accuracy: Accuracy = Accuracy()
-    interval: tuple[float, float] | None = None
-    met: int | None = None
-    unchanged: float | None = None
-    forwards: float | None = None
-    backwards: float | None = None
-    seconds: float | None = None
-    per_image: str | None = None
-
-
-class Data(_Record):
-    name: str
-    split: str = "test"
-    num_images: int = Field(ge=1)
-    sha256: str | None = None
-
-
-class Clean(_Record):
-    expected: float | None = None
-    averaged: float | None = None
-    per_member: tuple[float, ...] = ()
-    interval: tuple[float, float] | None = None
-    per_image: str | None = None
-
-
-class Headline(_Record):
-    unaware: float | None = None
-    aware: float | None = None
-    aware_interval: tuple[float, float] | None = None
-    exact: bool = True
-    draws: int | None = None
-    unaware_interval: tuple[float, float] | None = None
-    unaware_interval_draws: tuple[float, float] | None = None
-    aware_interval_draws: tuple[float, float] | None = None
-    success_within: tuple[float, ...] | None = None
-    best_single_member: float | None = None
-    best_single_member_interval: tuple[float, float] | None = None
-    best_single_member_index: int | None = None
-    chosen_on: str | None = None
-    single_members: tuple[float, ...] | None = None
-    averaged: float | None = None
-    averaged_interval: tuple[float, float] | None = None
-
-
-class Plan(_Record):
-    """The settings of an evaluation, in it or `plan.json` beside its records.
-
-    Attributes:
-        images: how many; None for all.
-        weights: SHA-256 of what was evaluated.
-        objects: attacks that were handed over, and have no name.
-    """
-
-    suite: dict[str, Any]
-    threat: Budget
-    images: int | None = None
-    seed: int = 0
-    seeds: int = 1
-    checks: str = "quick"
-    stochastic: str = "auto"
-    weights: str | None = None
-    parameters: int | None = None
-    objects: dict[str, str] = {}
-
-
-OF_DEFENCE: Final = ("S36", "S38")
-"""Checks that say something of the defence, and nothing of how well it was measured."""
-
-
-class Check(_Record):
-    id: str
-    passed: bool | None = None
-    detail: str = ""
-
-
-class Evaluation(_Record):
-    """`DIR/evaluation/SUITE.json`, schema 1. Keys this version does not know are ignored."""
-
-    version: Literal[1] = Field(alias="schema")
-    suite: str
-    run: dict[str, Any] = {}
-    provenance: dict[str, Any] = {}
-    data: Data
-    clean: Clean = Clean()
-    cells: tuple[Cell, ...] = ()
-    further_cells: tuple[Cell, ...] = ()
-    headline: Headline | None = None
-    checks: tuple[Check, ...] = ()
-    plan: Plan | None = None
-    mixture: tuple[float, ...] | None = None
-    randomized: bool | None = None
-    stochastic: bool = False
-    transfer: tuple[tuple[float | None, ...], ...] | None = None
-    curve: tuple[tuple[float, ...], ...] | None = None
-    curve_cost: dict[str, Any] | None = None
-    eps_curve: tuple[dict[str, Any], ...] = ()
-    examples: str | None = None
-    diversity: dict[str, Any] | None = None
-    best_mixture: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
