@@ -14,7 +14,15 @@ from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from redefense.errors import ConfigError
 
@@ -37,12 +45,15 @@ class DataConfig(_Frozen):
         spec: data specification, e.g. `digits` or `cifar10:PATH`.
         images: train on the first N of a fixed permutation of the training split; all if None.
         augment: random crop with 4 pixels of padding, and horizontal flip.
+        cutout: side in pixels of a black square at a random place of each image (DeVries & Taylor,
+            2017); none if 0.
         validation: share of the training images held out, always.
     """
 
     spec: str
     images: int | None = Field(default=None, ge=1)
     augment: bool = False
+    cutout: int = Field(default=0, ge=0)
     validation: float = Field(default=0.1, gt=0, lt=1)
 
 
@@ -90,6 +101,9 @@ def read_eps(value: object, what: str = "eps") -> float:
 Eps = Annotated[float, BeforeValidator(read_eps)]
 """A radius in a stored or typed setting: fractions such as "8/255" are read as well."""
 
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
+"""The share of a label's probability that is spread evenly over all classes."""
+
 
 def check_linf(eps: float, what: str = "L-inf eps") -> None:
     """Refuse an L-inf radius that reaches out of the images' range: it was meant in levels.
@@ -135,8 +149,9 @@ class OptimConfig(_Frozen):
         name: "sgd" (momentum) or "adam".
         lr: peak learning rate.
         momentum: of SGD.
-        nesterov: Nesterov's form of it.
+        nesterov: Nesterov's form of it, as in torch; of SGD, with a momentum.
         weight_decay: L2 on all parameters.
+        decay_norms_and_biases: whether on the scales of norm layers and on biases too.
         eps: Adam's.
         schedule: "constant"; "one-cycle" (linear up over `warmup`, linear down to 0); "cosine";
             "steps" (times `gamma` at each share of the stage in `milestones`).
@@ -151,12 +166,19 @@ class OptimConfig(_Frozen):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=1e-4, ge=0)
+    decay_norms_and_biases: bool = True
     eps: float = Field(default=1e-8, gt=0)
     schedule: Literal["constant", "one-cycle", "cosine", "steps"] = "one-cycle"
     warmup: float = Field(default=0.3, ge=0, lt=1)
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = Field(default=0.1, gt=0, le=1)
     clip: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> "OptimConfig":
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs name=sgd and a positive momentum")
+        return self
 
 
 class StartConfig(_Frozen):

@@ -129,13 +129,14 @@ def log_det_diversity(logits: Float[Tensor, "M B C"], y: Labels) -> Float[Tensor
 
 
 def margin_cross_entropy(
-    logits: Float[Tensor, "B C"], y: Labels, other_weight: float
+    logits: Float[Tensor, "B C"], y: Labels, other_weight: float, label_smoothing: float = 0.0
 ) -> Float[Tensor, " B"]:
     """MRBoost's MCE per image: CE(z) + w / (C - 1) * sum over wrong k of -log softmax(-z)_k.
 
-    The second part wants every wrong class's logit low; with w = 0 it is the cross-entropy.
+    The second part wants every wrong class's logit low; with w = 0 it is the cross-entropy, the
+    only part in which labels are smoothed.
     """
-    ce = F.cross_entropy(logits, y, reduction="none")
+    ce = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
     if other_weight == 0:
         return ce
     low = -(-logits).log_softmax(-1)

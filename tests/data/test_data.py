@@ -233,6 +233,33 @@ def by_image(loader: Loader, epoch: int) -> dict[int, Tensor]:
     }
 
 
+def test_cutout_blackens_a_square_around_a_pixel_drawn_evenly() -> None:
+    size, side, count = 6, 3, 4000
+    white = torch.full((count, 2, size, size), 255, dtype=torch.uint8)
+    streams = ImageStreams(torch.arange(count) + (1 << 40))
+    black = Augment(pad=0, flip=False, cutout=side)(white, streams) == 0
+    assert torch.equal(black[:, 0], black[:, 1])
+    rows, columns = black[:, 0].any(2), black[:, 0].any(1)
+    assert torch.equal(black[:, 0], rows[:, :, None] & columns[:, None, :])
+    for covered in (rows, columns):
+        # a centre at the border cuts one of three pixels off; those covered are neighbours
+        lengths = covered.sum(1)
+        assert set(lengths.tolist()) == {2, 3}
+        assert float((lengths == 2).double().mean()) == pytest.approx(2 / size, abs=0.03)
+        assert bool((covered[:, 1:] != covered[:, :-1]).sum(1).le(2).all())
+    share = float(black.double().mean())
+    assert share == pytest.approx(((3 * size - 2) / size**2) ** 2, abs=0.01)
+
+
+def test_cutout_comes_after_the_crop_and_the_flip_and_changes_neither() -> None:
+    images = {
+        cutout: by_image(plain(numbered(24), augment=True, cutout=cutout), 1) for cutout in (0, 2)
+    }
+    for index, whole in images[0].items():
+        cut = images[2][index]
+        assert torch.equal(torch.where(cut == 0, 0, whole), cut)
+
+
 def test_augmentation_of_an_image_does_not_depend_on_its_batch() -> None:
     split = numbered(48)
     small = by_image(plain(split, augment=True, batch_size=4), 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.models import build
-from redefense.models.double_backward import BatchNorm2d, Conv2d, input_gradients
+from redefense.models.double_backward import BatchNorm2d, Conv2d, input_gradients, silu
 from redefense.models.resnet import Block
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -164,3 +164,27 @@ def test_a_frozen_norm_is_known_to_be_affine(changes: dict[str, bool | None]) ->
 def test_one_value_a_channel_cannot_be_normalised() -> None:
     with pytest.raises(ValueError, match="more than 1 value"):
         BatchNorm2d(3).train()(torch.rand(1, 3, 1, 1).requires_grad_())
+
+
+def test_silu_has_torchs_value_and_the_first_two_derivatives() -> None:
+    x = (4 * torch.randn(40, generator=rng(), dtype=torch.float64)).requires_grad_()
+    assert torch.equal(silu(x), F.silu(x))
+    assert torch.autograd.gradcheck(silu, (x,))
+    assert torch.autograd.gradgradcheck(silu, (x,))
+
+
+def test_smooth_networks_train_on_penalised_input_gradients_as_torch_trains_them() -> None:
+    x = torch.rand(6, 3, 8, 8, generator=rng(3), dtype=torch.float64)
+    ours, theirs = (
+        build(
+            "resnet8", num_classes=5, shape=(3, 8, 8), generator=rng(), width=8, activation="silu"
+        )
+        .double()
+        .train()
+        for _ in range(2)
+    )
+    for module in plain(theirs).modules():
+        if getattr(module, "activation", None) is silu:
+            module.activation = F.silu  # type: ignore[assignment]  # a callable, not a module
+    for mine, other in zip(penalised(ours, x), penalised(theirs, x), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)

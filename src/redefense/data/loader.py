@@ -6,7 +6,7 @@ together there, of the same bytes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,22 +24,28 @@ RESIDENT_SHARE: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Random crops and flips.
+    """Random crops, flips and cutout.
 
     Attributes:
         pad: pixels of zeros on each side, out of which a crop of the original size is taken.
         flip: mirror half of the images left to right.
+        cutout: side of a black square around a pixel that is drawn evenly from all; what of it lies
+            outside the image is cut off.
     """
 
     pad: int = 4
     flip: bool = True
+    cutout: int = 0
 
     def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise ConfigError(f"augmentation pad must not be negative, got {self.pad}")
+        if self.pad < 0 or self.cutout < 0:
+            raise ConfigError(
+                "augmentation pad and cutout must not be negative, got "
+                f"{self.pad} and {self.cutout}"
+            )
 
     def __call__(self, raw: UInt8[Tensor, "B ch H W"], streams: ImageStreams) -> Tensor:
-        """Augmented bytes of the same shape; three numbers are drawn from each image's stream."""
+        """Augmented bytes of the same shape, drawn from each image's own stream."""
         height, width = raw.shape[2:]
         corner = streams.integers(0, 2 * self.pad + 1, 2)
         mirrored = (streams.uniform() < 0.5) if self.flip else torch.zeros_like(corner[:, 0]) > 0
@@ -50,7 +56,17 @@ class Augment:
         columns = corner[:, 1:] + torch.where(mirrored[:, None], width - 1 - right, right)
         index = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
         flat = index.flatten(1)[:, None].expand(-1, raw.shape[1], -1)
-        return padded.flatten(2).gather(2, flat).view_as(raw)
+        cropped = padded.flatten(2).gather(2, flat).view_as(raw)
+        return self._cut(cropped, streams) if self.cutout else cropped
+
+    def _cut(self, images: Tensor, streams: ImageStreams) -> Tensor:
+        inside: list[Tensor] = []  # (B, size): the rows, then the columns, that the square covers
+        for size in images.shape[2:]:
+            first = streams.integers(0, size, 1) - self.cutout // 2
+            at = torch.arange(size, device=images.device)
+            inside.append((at >= first) & (at < first + self.cutout))
+        square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        return images.masked_fill(square, 0)
 
 
 class Loader:
@@ -61,6 +77,7 @@ class Loader:
         batch_size: images of the global batch, over all ranks.
         seed: of the run; order and augmentation follow from it.
         augment: `True` for a crop out of 4 pixels of zeros and a flip, or (pad, flip).
+        cutout: side of the square that is cut out of each image, none if 0.
         device: where batches are put (as bytes) and augmented.
         rank: of this process.
         world_size: number of processes that share each batch.
@@ -81,6 +98,7 @@ class Loader:
         batch_size: int,
         seed: int,
         augment: Augment | tuple[int, bool] | bool,
+        cutout: int = 0,
         device: str | torch.device = "cpu",
         rank: int = 0,
         world_size: int = 1,
@@ -101,7 +119,7 @@ class Loader:
         self.split = split.to(self.device) if self.resident else split
         # every n-th image: the first half of each share is a share of the batch's first half
         self.share = slice(rank, None, world_size)
-        self.augment = _as_augment(augment)
+        self.augment = _as_augment(augment, cutout)
         subset = torch.randperm(len(split), generator=stream(0, "training subset"))
         self.subset = torch.arange(len(split)) if total == len(split) else subset[:total]
 
@@ -138,7 +156,10 @@ def fits(split: Split, device: torch.device) -> bool:
     return bool(wanted <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
-def _as_augment(augment: Augment | tuple[int, bool] | bool) -> Augment | None:
+def _as_augment(augment: Augment | tuple[int, bool] | bool, cutout: int) -> Augment | None:
     if isinstance(augment, bool):
-        return Augment() if augment else None
-    return augment if isinstance(augment, Augment) else Augment(*augment)
+        augment = Augment() if augment else Augment(pad=0, flip=False)
+    elif not isinstance(augment, Augment):
+        augment = Augment(*augment)
+    augment = replace(augment, cutout=cutout or augment.cutout)
+    return None if augment == Augment(pad=0, flip=False) else augment

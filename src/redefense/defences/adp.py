@@ -25,11 +25,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.config import Eps
-from redefense.defences.base import Adversary, Defence, check_weights
+from redefense.defences.base import Adversary, CrossEntropyDefence, check_weights
 from redefense.ensembles import Ensemble, frozen_statistics
 from redefense.errors import ConfigError
 from redefense.penalties import ensemble_entropy, log_det_diversity
@@ -39,7 +38,7 @@ from redefense.types import Batch, Float, Images, Labels, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADP(Defence):
+class ADP(CrossEntropyDefence):
     """Adaptive diversity promoting; needs fewer members than classes.
 
     Attributes:
@@ -79,7 +78,7 @@ class ADP(Defence):
             `ce`, `entropy` and `log_det` without their weights, `total` with them.
         """
         logits = ensemble.member_logits(x)
-        ce = torch.stack([F.cross_entropy(z, y) for z in logits]).sum()
+        ce = torch.stack([self.cross_entropy(z, y) for z in logits]).sum()
         named = self._diversity(logits, y)
         total = ce + named.pop("bonus")
         return {"ce": ce, **named, "total": total}
@@ -105,7 +104,7 @@ class ADP(Defence):
         logged = {name: value.detach() for name, value in named.items()}
         for m in ensemble.spread.own(ensemble.num_members):
             z = ensemble.logits_of(m, x)
-            ce = F.cross_entropy(z, y)
+            ce = self.cross_entropy(z, y)
             # the regularizer is logged once, not once a member: terms of parts add up
             once = {**logged, "total": ce.detach() + bonus.detach()} if m == 0 else {}
             yield Loss(ce + (z * pull[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once})

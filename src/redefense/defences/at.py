@@ -7,14 +7,14 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from redefense.defences.base import Adversary, Defence, terms
+from redefense.defences.base import Adversary, CrossEntropyDefence, terms
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.types import Batch, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialTraining(Defence):
+class AdversarialTraining(CrossEntropyDefence):
     """Cross-entropy on adversarial examples only.
 
     Attributes:
@@ -43,12 +43,15 @@ class AdversarialTraining(Defence):
         if self.variant != "independent":
             x = self.adversary.craft(ensemble.averaged(), x, y, rng)
         if self.variant == "joint":
-            ce = F.nll_loss(ensemble.averaged()(x), y)
+            log_probs = ensemble.averaged()(x)
+            ce = F.nll_loss(log_probs, y)
+            if self.label_smoothing:
+                ce = torch.lerp(ce, -log_probs.mean(), self.label_smoothing)
             yield Loss(ce, terms(ce=ce, total=ce))
             return
         own = [x] * ensemble.num_members
         if self.variant == "independent":
             own = self.adversary.craft_own(ensemble, x, y, rng)
         for m in ensemble.spread.own(ensemble.num_members):
-            ce = F.cross_entropy(ensemble.logits_of(m, own[m]), y)
+            ce = self.cross_entropy(ensemble.logits_of(m, own[m]), y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.arc import ARC
-from redefense.defences.base import Adversary, After, Defence, Stage, check_weights, terms
+from redefense.defences.base import (
+    Adversary,
+    After,
+    CrossEntropyDefence,
+    Stage,
+    check_weights,
+    terms,
+)
 from redefense.defences.mrboost import boosted_examples, copy_member, one_by_one
 from redefense.ensembles import Ensemble, evaluating, frozen_weights, mean_log_probs
 from redefense.errors import ConfigError
@@ -43,7 +50,7 @@ ATTACK = ARC(steps=10, radius=1.0, competitors=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BARRE(Defence):
+class BARRE(CrossEntropyDefence):
     """Boosted randomized ensemble.
 
     Attributes:
@@ -89,7 +96,8 @@ class BARRE(Defence):
         """The loss of stage m, of member m alone; examples meet the mixture as it is."""
         view = Answering(ensemble)
         x = boosted_examples(view, batch.x, batch.y, self.adversary, self.other_weight, rng)
-        mce = margin_cross_entropy(ensemble.logits_of(m, x), batch.y, self.other_weight).mean()
+        logits, y = ensemble.logits_of(m, x), batch.y
+        mce = margin_cross_entropy(logits, y, self.other_weight, self.label_smoothing).mean()
         yield Loss(mce, terms(mce=mce, total=mce))
 
     def refit(

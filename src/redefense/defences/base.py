@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import climb, gradient_oracle, random_starts
 from redefense.attacks.objectives import OBJECTIVES
-from redefense.config import Eps, check_linf
+from redefense.config import Eps, Smoothing, check_linf
 from redefense.ensembles import Averaged, Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.networks import Asked
 from redefense.rng import seed_from
 from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
-from redefense.types import Batch, Float, Images, Labels, Loss
+from redefense.types import Batch, Float, Images, Labels, Logits, Loss
 
 LossFn = Callable[[Ensemble, Batch, torch.Generator], Iterator[Loss]]
 Before = Callable[[Ensemble], None]
@@ -159,6 +160,23 @@ class Defence(ABC):
     @abstractmethod
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """Yield the loss of one batch in parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyDefence(Defence):
+    """A method that trains on the cross-entropy with the labels, which may be smoothed.
+
+    Adversaries, and penalties on input gradients, look at the cross-entropy with the plain labels.
+
+    Attributes:
+        label_smoothing: the share of each label that is spread evenly over all classes.
+    """
+
+    label_smoothing: Smoothing = 0.0
+
+    def cross_entropy(self, logits: Logits, y: Labels) -> Float[Tensor, ""]:
+        """The mean over images, to be trained on."""
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
 
 def terms(**values: Tensor) -> dict[str, Tensor]:

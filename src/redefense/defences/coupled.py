@@ -49,6 +49,7 @@ class Coupled:
         y: labels (B,).
         ce_images: where the cross-entropy is taken.
         ce_weight: weight of each member's batch-mean cross-entropy (1 / M or 1).
+        label_smoothing: of that cross-entropy; input gradients are those of the plain one.
         points: where input gradients are taken. A forward pass is shared where a point *is*
             `ce_images`; only forward passes of the cross-entropy move batch norm's running moments.
         penalty: from the gradients (M, B, D) at each point to named scalars, weights not included.
@@ -61,6 +62,7 @@ class Coupled:
     points: tuple[PerMember, ...]
     penalty: Callable[..., dict[str, Tensor]]
     weights: Mapping[str, float]
+    label_smoothing: float = 0.0
 
     def joint(self, ensemble: Ensemble) -> dict[str, Tensor]:
         """All members in one graph: `ce`, the penalty's terms, and `total` with the weights."""
@@ -124,7 +126,8 @@ class Coupled:
             return [_as_forward(spread.pull(v)) for v in pulls], logged
 
     def _cross_entropy(self, ensemble: Ensemble, m: int) -> Tensor:
-        return F.cross_entropy(ensemble.logits_of(m, _of(self.ce_images, m)), self.y)
+        logits = ensemble.logits_of(m, _of(self.ce_images, m))
+        return F.cross_entropy(logits, self.y, label_smoothing=self.label_smoothing)
 
     def _member(
         self, ensemble: Ensemble, m: int, *, create_graph: bool
@@ -137,9 +140,12 @@ class Coupled:
             x = _of(point, m).detach().requires_grad_()
             module = cast(nn.Module, ensemble)
             with nullcontext() if shared else frozen_statistics(module), differentiable_twice():
-                loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
+                logits = ensemble.logits_of(m, x)
+                loss = F.cross_entropy(logits, self.y, reduction="sum")
             if shared:
                 ce = loss / len(self.y)
+                if smoothing := self.label_smoothing:
+                    ce = F.cross_entropy(logits, self.y, label_smoothing=smoothing)
             with input_gradients(), differentiating():
                 (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
             grads.append(grad.flatten(1))

@@ -25,13 +25,12 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks.base import OracleResult, input_gradient
 from redefense.attacks.gradient import climb
 from redefense.config import Eps
-from redefense.defences.base import Adversary, Defence, Stage, check_weights, terms
+from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, check_weights, terms
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
@@ -43,7 +42,7 @@ from redefense.types import Batch, Images, Int, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVERGE(Defence):
+class DVERGE(CrossEntropyDefence):
     """Diversified vulnerabilities by mutual distillation; needs at least two members.
 
     Attributes:
@@ -89,8 +88,9 @@ class DVERGE(Defence):
         if num_members < 2:
             raise ConfigError(f"dverge needs at least 2 members, got {num_members}")
         return after_plain(
-            "dverge", self.loss, num_members=num_members, epochs=epochs, share=self.start
-        )
+            "dverge", self.loss, num_members=num_members, epochs=epochs, share=self.start,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """One part for each pair of a learning member and one whose features it learns from."""
@@ -104,11 +104,11 @@ class DVERGE(Defence):
             for source, x in enumerate(distilled):
                 if source == m:
                     continue
-                ce = F.cross_entropy(ensemble.logits_of(m, x), y)
+                ce = self.cross_entropy(ensemble.logits_of(m, x), y)
                 mean = ce / (num_members * (num_members - 1))
                 yield Loss(self.weight * ce, terms(distilled=mean, total=self.weight * ce))
             if own:
-                ce = F.cross_entropy(ensemble.logits_of(m, own[m]), y)
+                ce = self.cross_entropy(ensemble.logits_of(m, own[m]), y)
                 yield Loss(ce, terms(adversarial=ce / num_members, total=ce))
 
     def distil(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> list[Images]:

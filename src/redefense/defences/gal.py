@@ -28,7 +28,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from redefense.defences.base import Defence, check_weights
+from redefense.defences.base import CrossEntropyDefence, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
@@ -43,7 +43,7 @@ NOISE: Final[Mapping[str, float]] = MappingProxyType({"dverge": 0.045, "trs": 0.
 
 
 @dataclass(frozen=True, kw_only=True)
-class GAL(Defence):
+class GAL(CrossEntropyDefence):
     """Gradient alignment loss.
 
     Attributes:
@@ -87,6 +87,7 @@ class GAL(Defence):
         return Coupled(
             y=y,
             ce_images=x,
+            label_smoothing=self.label_smoothing,
             ce_weight=1 / num_members if self.preset == "dverge" else 1.0,
             points=(x,),
             penalty=lambda grads: {"alignment": gradient_alignment(grads)},

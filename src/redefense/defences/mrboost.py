@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import climb, gradient_oracle, random_starts
-from redefense.defences.base import Adversary, After, Defence, Stage, check_weights, terms
+from redefense.defences.base import (
+    Adversary,
+    After,
+    CrossEntropyDefence,
+    Stage,
+    check_weights,
+    terms,
+)
 from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
@@ -31,7 +38,7 @@ from redefense.types import Batch, Images, Labels, Logits, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class MRBoost(Defence):
+class MRBoost(CrossEntropyDefence):
     """Margin boosting.
 
     Attributes:
@@ -70,7 +77,7 @@ class MRBoost(Defence):
             with torch.no_grad():
                 elders = [ensemble.logits_of(i, x) for i in range(m)]
             logits = torch.stack([*elders, logits]).mean(0)
-        mce = margin_cross_entropy(logits, y, self.other_weight).mean()
+        mce = margin_cross_entropy(logits, y, self.other_weight, self.label_smoothing).mean()
         yield Loss(mce, terms(mce=mce, total=mce))
 
     def _begin(self, m: int, ensemble: Ensemble) -> None:

@@ -26,7 +26,7 @@ from typing import ClassVar, Final, cast
 import torch
 from torch import Tensor
 
-from redefense.defences.base import Adversary, Defence
+from redefense.defences.base import Adversary, CrossEntropyDefence
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, InputError
@@ -50,7 +50,7 @@ derivative of one member: counted for ResNet-8, 20 and 18 in both precisions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RED(Defence):
+class RED(CrossEntropyDefence):
     """Random Ensemble Defence.
 
     Attributes:
@@ -154,6 +154,7 @@ class RED(Defence):
         return Coupled(
             y=y,
             ce_images=clean,
+            label_smoothing=self.label_smoothing,
             ce_weight=1.0 if self.preset == "released" else 1 / num_members,
             points=points,
             penalty=_PENALTIES[self.preset],

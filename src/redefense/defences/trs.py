@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from redefense.attacks.base import OracleResult
 from redefense.attacks.gradient import climb, random_starts
 from redefense.config import Eps
-from redefense.defences.base import Defence, Stage, check_weights
+from redefense.defences.base import CrossEntropyDefence, Stage, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import Ensemble, evaluating, frozen_weights
@@ -51,7 +51,7 @@ from redefense.types import Batch, Images, Labels, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRS(Defence):
+class TRS(CrossEntropyDefence):
     """Transferability Reduced Smooth ensemble.
 
     Attributes:
@@ -99,8 +99,9 @@ class TRS(Defence):
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """Plain members for the share `warm_start` of the epochs, then the method."""
         return after_plain(
-            "trs", self.loss, num_members=num_members, epochs=epochs, share=self.warm_start
-        )
+            "trs", self.loss, num_members=num_members, epochs=epochs, share=self.warm_start,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
 
     @property
     def spreads(self) -> bool:
@@ -156,6 +157,7 @@ class TRS(Defence):
         return Coupled(
             y=y,
             ce_images=x,
+            label_smoothing=self.label_smoothing,
             ce_weight=1.0 if released else 1 / num_members,
             points=(x, torch.cat([x[:half], rough[half:]]) if released else rough),
             penalty=lambda clean, worst: {

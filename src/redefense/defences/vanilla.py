@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
-from redefense.defences.base import Defence, LossFn, Stage, terms
+from redefense.defences.base import CrossEntropyDefence, LossFn, Stage, terms
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.types import Batch, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vanilla(Defence):
+class Vanilla(CrossEntropyDefence):
     """Each member minimises its own cross-entropy on clean images (the sum over members)."""
 
     summary: ClassVar[str] = "no defence: members trained apart on clean images"
@@ -26,12 +25,18 @@ class Vanilla(Defence):
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """One part a member; the log shows the mean over members."""
         for m in ensemble.spread.own(ensemble.num_members):
-            ce = F.cross_entropy(ensemble.logits_of(m, batch.x), batch.y)
+            ce = self.cross_entropy(ensemble.logits_of(m, batch.x), batch.y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))
 
 
 def after_plain(
-    name: str, loss: LossFn, *, num_members: int, epochs: int, share: float
+    name: str,
+    loss: LossFn,
+    *,
+    num_members: int,
+    epochs: int,
+    share: float,
+    label_smoothing: float,
 ) -> tuple[Stage, ...]:
     """Stages of a method that starts from trained plain members.
 
@@ -41,6 +46,7 @@ def after_plain(
         num_members: M; both stages train all.
         epochs: of both stages together.
         share: of the epochs that the plain stage takes, rounded; the method keeps at least one.
+        label_smoothing: of the plain stage.
 
     Raises:
         ConfigError: unless the share lies in [0, 1).
@@ -52,4 +58,5 @@ def after_plain(
     own = Stage(name=name, epochs=epochs - plain, members=everyone, loss=loss)
     if plain == 0:
         return (own,)
-    return (Stage(name="plain", epochs=plain, members=everyone, loss=Vanilla().loss), own)
+    vanilla = Vanilla(label_smoothing=label_smoothing)
+    return (Stage(name="plain", epochs=plain, members=everyone, loss=vanilla.loss), own)

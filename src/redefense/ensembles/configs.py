@@ -33,13 +33,13 @@ class IndependentConfig:
         model: architecture of every member, a name in `MODELS`.
         num_members: M.
         width: channels of the first stage; the architecture's own if None.
-        activation: "relu", or "leaky" (slope 0.1), which GAL needs.
+        activation: "relu", "leaky" (slope 0.1), which GAL needs, or the smooth "silu".
     """
 
     model: str = "resnet8"
     num_members: int = 3
     width: int | None = None
-    activation: Literal["relu", "leaky"] = "relu"
+    activation: Literal["relu", "leaky", "silu"] = "relu"
 
     def __post_init__(self) -> None:
         if self.num_members < 1:
@@ -62,7 +62,7 @@ class HyperConfig:
         model: architecture of every member, a name in `MODELS`.
         num_members: M.
         width: channels of the first stage; the architecture's own if None.
-        activation: "relu", or "leaky" (slope 0.1), which GAL needs.
+        activation: "relu", "leaky" (slope 0.1), which GAL needs, or the smooth "silu".
         embedding: numbers from which a unit is written.
         hidden: width of a hypernetwork between its two layers, per output channel of a unit.
             ResNet-18 keeps 10.66 % of its parameters with 128, 5.60 % with 64.
@@ -74,7 +74,7 @@ class HyperConfig:
     model: str = "resnet18"
     num_members: int = 3
     width: int | None = None
-    activation: Literal["relu", "leaky"] = "relu"
+    activation: Literal["relu", "leaky", "silu"] = "relu"
     embedding: int = 128
     hidden: int = 128
     unit: int = 64

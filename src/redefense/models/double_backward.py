@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
@@ -104,6 +105,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Whether scale, shift and moments are constants: the images' gradient alone is wanted."""
         constant = self.affine and not (self.weight.requires_grad or self.bias.requires_grad)
         return constant and self.running_mean is not None
+
+
+def silu(x: Tensor) -> Tensor:
+    """`F.silu`, x s(x) with s the sigmoid, with a second derivative in one expression."""
+    return cast(Tensor, _apply(_SiLU, x)) if x.requires_grad else F.silu(x)
 
 
 def _apply(function: type[Function], *args: object) -> Any:
@@ -259,6 +265,33 @@ class _FrozenNorm(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:
         return _apply(_FrozenNorm, gy, ctx.state, ctx.eps), None, None
+
+
+class _SiLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        return _apply(_SiLUBackward, gy, *ctx.saved_tensors)
+
+
+class _SiLUBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gy, x)
+        return cast(Tensor, _aten.silu_backward(gy, x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor) -> Any:
+        """Derivatives of <a, gy f'(x)>, where f'' = s (1 - s) (2 + x (1 - 2 s))."""
+        gy, x = ctx.saved_tensors
+        s = x.sigmoid()
+        bend = torch.addcmul(x, x, s, value=-2).add_(2).mul_(s).mul_(s.neg_().add_(1))
+        return _aten.silu_backward(a, x), bend.mul_(gy).mul_(a)
 
 
 def _combine(parts: tuple[tuple[Tensor, Tensor], ...], constant: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.errors import ConfigError
+from redefense.models.double_backward import silu
 from redefense.types import Images
 
 Activation = Callable[[Tensor], Tensor]
@@ -20,6 +21,7 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = MappingProxyType(
         "relu": F.relu,
         # the slope GAL asks for: a penalty on input gradients trains only active units
         "leaky": partial(F.leaky_relu, negative_slope=0.1),
+        "silu": silu,
     }
 )
 

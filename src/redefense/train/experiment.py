@@ -127,6 +127,7 @@ def _train(
             batch_size=run.batch_size,
             seed=run.seed,
             augment=run.data.augment,
+            cutout=run.data.cutout,
             limit=run.data.images,
             device=device,
             rank=team.row,
@@ -279,7 +280,7 @@ def _start(
     check_alike(resolve(source.run)[1].plain(), kind.plain(), nets[0], like.member(0), source.path)
     batches = Loader(
         train_split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
-        limit=run.data.images, device=device,
+        cutout=run.data.cutout, limit=run.data.images, device=device,
     ).epoch(0)  # fmt: skip
     return initialise_from(
         run.start, nets, ensemble, batches, lambda it: accuracy(it, validation, run.batch_size)

@@ -13,10 +13,16 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
     """SGD with momentum or Adam over `params`; the learning rate is set before every step."""
     # one pass over memory, and no copy of all gradients, which grow with the members
     fused = {p.device.type for p in params} <= {"cpu", "cuda"}
+    groups = [{"params": list(params)}]
+    if not config.decay_norms_and_biases:
+        groups = [
+            {"params": [p for p in params if p.ndim > 1]},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
     optimizer: torch.optim.Optimizer
     if config.name == "adam":
         optimizer = torch.optim.Adam(
-            params,
+            groups,
             lr=config.lr,
             eps=config.eps,
             weight_decay=config.weight_decay,
@@ -24,7 +30,7 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
         )
     else:
         optimizer = torch.optim.SGD(
-            params,
+            groups,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
