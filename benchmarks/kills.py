@@ -28,8 +28,7 @@ from redefense.config import Run, override, to_json
 from redefense.defences import barre
 from redefense.errors import RedefenseError
 from redefense.recipes import recipe
-from redefense.train import checkpoint
-from redefense.train import loop as fit_module
+from redefense.train import checkpoint, loop, session
 from redefense.train.checkpoint import latest
 from redefense.train.experiment import train
 from redefense.train.loading import load
@@ -62,7 +61,7 @@ def child(out: Path, told: Path, prepare: Callable[[], object] = lambda: None) -
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         torch.set_num_threads(1)
-        fit_module.SAVE_INTERVAL = 0.0
+        session.SAVE_INTERVAL = 0.0
         prepare()
         _note_places(told)
         train(RUN, out, resume=True, quiet=True)
@@ -88,7 +87,7 @@ def _note_places(told: Path) -> None:
         return noted
 
     os.pwrite(file, b"starting", 0)
-    vars(fit_module)["take_step"] = within("training", fit_module.take_step)
+    vars(loop)["take_step"] = within("training", loop.take_step)
     vars(checkpoint)["_flush"] = within("saving", checkpoint._flush)
     vars(checkpoint)["_tensors"] = within("saving", checkpoint._tensors)
     type.__setattr__(barre.BARRE, "refit", within("refit", barre.BARRE.refit))

@@ -158,6 +158,9 @@ class OptimConfig(_Frozen):
         warmup: share of the stage, for one-cycle.
         milestones: shares of the stage in (0, 1), for steps.
         gamma: factor at each milestone.
+        ema: decay of the moving average of weights and batch-norm statistics, of which every stage
+            ends with the averaged ones; of step t it is min(ema, (t + 1) / (t + 10)). None for the
+            weights themselves.
         clip: largest norm of the gradient over all parameters; no clipping if None.
     """
 
@@ -172,6 +175,7 @@ class OptimConfig(_Frozen):
     warmup: float = Field(default=0.3, ge=0, lt=1)
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = Field(default=0.1, gt=0, le=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -185,7 +189,9 @@ class StartConfig(_Frozen):
     """Whose members training starts from.
 
     Attributes:
-        path: a finished run of plain or written members, alike in number, network and images.
+        path: a finished run of plain or written members, alike in network and images; or a file of
+            weights, see `models.published`. If it holds fewer networks than there are members,
+            they are taken in turn.
         sha256: of its weights; filled in when the run begins, and must hold from then on.
     """
 

@@ -46,8 +46,7 @@ from redefense.train import checkpoint
 from redefense.train import experiment as training
 from redefense.train.describe import count_parameters
 from redefense.train.experiment import train
-from redefense.train.loading import load, resolve
-from redefense.train.materialise import materialise
+from redefense.train.loading import load, materialise, resolve
 from redefense.types import Batch
 
 SHAPE = (3, 8, 8)

@@ -26,12 +26,13 @@ from redefense.models import build
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.train import experiment as run_module
-from redefense.train import loop as fit_module
+from redefense.train import session as session_module
 from redefense.train.checkpoint import latest
-from redefense.train.experiment import _warn_degenerate, accuracy, member_accuracies, train
+from redefense.train.experiment import train
 from redefense.train.loading import load
-from redefense.train.loop import Position, fit
+from redefense.train.loop import Position, StepDone, fit
 from redefense.train.optim import learning_rate
+from redefense.train.session import accuracy, member_accuracies, warn_degenerate
 from redefense.types import Batch, Loss
 
 
@@ -84,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     run = tiny("red", f"optim.name={optimizer}", "optim.lr=0.01")
     trained(run, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "stop_signals", lambda: _Given(StopAt(stop)))
+        patch.setattr(session_module, "stop_signals", lambda: _Given(StopAt(stop)))
         with pytest.raises(Interrupted) as caught:
             train(run, tmp_path / "stopped", quiet=True)
         assert caught.value.code == 143
@@ -254,22 +255,8 @@ class OneBatch:
 
 
 def run_stage(ensemble: Independent, stage: Stage) -> list[Position]:
-    seen: list[Position] = []
-    fit(
-        ensemble,
-        [stage],
-        OneBatch(),
-        optim=OptimConfig(),
-        seed=0,
-        precision="fp32",
-        start=Position(),
-        start_totals={},
-        restore=lambda _: None,
-        save=lambda *_: None,
-        on_step=lambda position, _: seen.append(position),
-        on_epoch=lambda *_: None,
-    )
-    return seen
+    events = fit(ensemble, [stage], OneBatch(), optim=OptimConfig())
+    return [event.position for event in events if isinstance(event, StepDone)]
 
 
 def two_nets() -> Independent:
@@ -346,12 +333,12 @@ def test_a_member_that_answers_alike_whatever_it_sees_is_named(
     each = member_accuracies(ensemble, split, batch_size=4)
     assert each.tolist() == [1.0, 0.1]
     assert accuracy(ensemble, split, batch_size=4) == pytest.approx(0.775)
-    _warn_degenerate(ensemble, each)
+    warn_degenerate(ensemble, each)
     assert "member 1 is right on 10.0 % of the validation images, where the best is on 100.0 %" in (
         capsys.readouterr().err
     )
-    _warn_degenerate(Independent([Reader(), Silent()], mixture=[1.0, 0.0]), each)  # never drawn
-    _warn_degenerate(ensemble, torch.tensor([1.0, 0.5]))
+    warn_degenerate(Independent([Reader(), Silent()], mixture=[1.0, 0.0]), each)  # never drawn
+    warn_degenerate(ensemble, torch.tensor([1.0, 0.5]))
     assert capsys.readouterr().err == ""
 
 

@@ -1,5 +1,8 @@
 """Options of the training engine that every method has: each is what its definition says."""
 
+import json
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defence_tools import assert_same, batch, engine_gradients, ensemble
-from redefense.config import OptimConfig, override
+from redefense.attacks.gradient import random_starts
+from redefense.config import OptimConfig, Run, override
+from redefense.data import load_dataset, train_validation
 from redefense.defences import DEFENCES, Adversary
-from redefense.errors import ConfigError
+from redefense.defences.overfitting import one_step_accuracy, one_step_adversary, overfitted
+from redefense.ensembles import Ensemble, Independent
+from redefense.errors import ConfigError, Interrupted
 from redefense.recipes import recipe
+from redefense.rng import stream
+from redefense.threat import Threat
+from redefense.train import loop
+from redefense.train.experiment import train
 from redefense.train.loading import resolve
-from redefense.train.optim import make_optimizer
+from redefense.train.optim import WeightAverage, make_optimizer
+from redefense.train.session import accuracy
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in DEFENCES),
@@ -42,7 +54,8 @@ def test_smoothed_labels_are_torchs(name: str) -> None:
     if name == "at":
         settings["adversary"] = Adversary(eps=0.0)
     _, logged = engine_gradients(members, DEFENCES[name](label_smoothing=0.3, **settings), data)
-    expected = F.cross_entropy(members.logits_of(0, data.x), data.y, label_smoothing=0.3)
+    logits = members.logits_of(0, data.x).detach()
+    expected = F.cross_entropy(logits, data.y, label_smoothing=0.3)
     assert logged["ce"] == pytest.approx(float(expected), rel=1e-12)
 
 
@@ -101,3 +114,159 @@ def test_weight_decay_spares_all_norms_and_biases_of_a_network() -> None:
         assert any(p is q for q in (spared if norm_or_bias else decayed)["params"])
     assert spared["weight_decay"] == 0.0
     assert decayed["weight_decay"] == 0.5
+
+
+# averages of weights
+
+
+def small(method: str, *changes: str) -> Run:
+    return override(
+        recipe(f"digits-{method}"),
+        ["epochs=2", "batch_size=128", "data.images=384", "ensemble.num_members=2", *changes],
+    )
+
+
+def decays(limit: float, count: int) -> list[float]:
+    return [min(limit, (t + 1) / (t + 10)) for t in range(count)]
+
+
+def averaged_by_hand(states: list[dict[str, Tensor]], limit: float) -> dict[str, Tensor]:
+    """The average of states 1, 2, ..., which begins at state 0."""
+    found = states[0]
+    for decay, state in zip(decays(limit, len(states) - 1), states[1:], strict=True):
+        found = {name: decay * found[name] + (1 - decay) * state[name] for name in found}
+    return found
+
+
+def test_averages_are_the_sum_with_the_published_decays() -> None:
+    live = {"w": torch.zeros(3)}
+    average, values = WeightAverage(live, 0.3), [{"w": torch.zeros(3)}]
+    for _ in range(6):
+        live["w"].normal_(generator=stream(len(values)))
+        values.append({"w": live["w"].clone()})
+        average.update()
+    torch.testing.assert_close(average.values, averaged_by_hand(values, 0.3))
+    assert decays(0.3, 6) == pytest.approx([0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("at", ()), ("ps-red", ()), ("red", ("ensemble.model=digits-cnn", "optim.name=sgd"))],
+)
+def test_a_run_with_averages_ends_with_those_of_the_run_without(
+    method: str, changes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[str, Tensor]] = []
+    step = loop.take_step
+
+    def noted(ensemble: Ensemble, *args: Any, **settings: Any) -> dict[str, float]:
+        if not states:
+            states.append({n: t.clone() for n, t in ensemble.state_dict().items()})
+        terms: dict[str, float] = step(ensemble, *args, **settings)
+        states.append({n: t.clone() for n, t in ensemble.state_dict().items()})
+        return terms
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", noted)
+        train(small(method, *changes), tmp_path / "plain", quiet=True)
+    found = train(small(method, *changes, "optim.ema=0.4"), tmp_path / "averaged", quiet=True)
+    expected = averaged_by_hand(states, 0.4)
+    for name, value in found.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name].to(value.dtype), msg=name)
+    assert any(not torch.equal(states[-1][n], t) for n, t in found.state_dict().items())
+    logged = [json.loads(s) for s in (tmp_path / "averaged/metrics.jsonl").read_text().splitlines()]
+    digits = load_dataset("digits")
+    validation = train_validation(digits, 0.1)[1]
+    assert logged[-1]["validation_accuracy"] == accuracy(found, validation, 128)
+
+
+@pytest.mark.parametrize("method", ["ps-red", "barre"])
+def test_averages_are_resumed_to_the_same_bits(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small(method, "optim.ema=0.9", "optim.lr=0.01")
+    whole = train(run, tmp_path / "whole", quiet=True)
+    step, taken = loop.take_step, list[int]()
+
+    def stopping(*args: Any, **settings: Any) -> dict[str, float]:
+        terms: dict[str, float] = step(*args, **settings)
+        taken.append(settings["total"])
+        if len(taken) in (2, 3, 5):  # within an epoch and at its end, of the first and the second
+            signal.raise_signal(signal.SIGINT)
+        return terms
+
+    monkeypatch.setattr(loop, "take_step", stopping)
+    for resume in (False, True, True):
+        with pytest.raises(Interrupted):
+            train(run, tmp_path / "parts", resume=resume, quiet=True)
+    parts = train(run, tmp_path / "parts", resume=True, quiet=True)
+    assert taken == list(range(6))
+    expected = whole.state_dict()
+    assert [n for n, t in parts.state_dict().items() if not torch.equal(t, expected[n])] == []
+
+
+def test_the_next_stage_meets_the_averaged_member(tmp_path: Path) -> None:
+    found = train(small("barre", "optim.ema=0.9", "optim.lr=1e-12"), tmp_path / "run", quiet=True)
+    # member 2 starts from member 1 as it ended, and hardly moves
+    for a, b in zip(found.parameters_of(0), found.parameters_of(1), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-9)
+
+
+# adversaries of one step
+
+
+def test_n_fgsm_steps_by_eps_from_noise_of_twice_eps_and_clips_to_the_images_range() -> None:
+    net, data, eps = ensemble(1).member(0), batch(), 0.1
+    adversary = Adversary(attack="n-fgsm", eps=eps, steps=1, step_size=1.0)
+    found = adversary.craft(net, data.x, data.y, stream(0, "n-fgsm"))
+    noisy = random_starts(data.x, data.y, Threat(eps=2 * eps), stream(0, "n-fgsm"))()
+    assert 1.8 * eps < float((noisy - data.x).abs().max()) <= 2 * eps + 1e-12
+    noisy.requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(net(noisy), data.y), noisy)
+    expected = (noisy + eps * grad.sign()).clamp(0, 1).detach()
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+    assert float((found - data.x).abs().max()) > 2 * eps
+
+
+def test_n_fgsm_takes_one_step() -> None:
+    with pytest.raises(ConfigError, match=r"set adversary.steps=1 .* got 10 and 0.25"):
+        Adversary(attack="n-fgsm")
+
+
+@pytest.mark.parametrize("method", ["at", "red", "mrboost", "barre", "dverge-at", "adp-at"])
+def test_methods_with_an_adversary_can_have_n_fgsm(method: str, tmp_path: Path) -> None:
+    changes = [f"defence.adversary.{s}" for s in ("attack=n-fgsm", "steps=1", "step_size=1")]
+    train(small(method, *changes, "ensemble.model=mlp"), tmp_path / "run", quiet=True)
+    record = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert ("pgd_accuracy" in record) == (method != "red")  # which learns from clean images
+
+
+class Pocket(nn.Module):
+    """Errs where an image's mean lies within 0.1 of the middle of the range, and there alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.flatten(1).mean(1)
+        return torch.stack([0 * height, 0.1 - (height - 0.5).abs()], 1)
+
+
+def test_overfitting_is_seen_where_pgd_finds_what_one_step_does_not() -> None:
+    pair = Independent([Pocket(), Pocket()])
+    # the ball reaches up to 0.45, its random points stay far below
+    x, y = torch.full((4, 1, 8, 8), 0.15), torch.zeros(4, dtype=torch.int64)
+    weak = Adversary(eps=0.3, steps=1, step_size=1e-3)
+    found = one_step_accuracy(pair, weak, x, y, 0)
+    assert found == {"one_step_accuracy": 1.0, "pgd_accuracy": 0.0}
+    assert "100.0 % under the one-step" in overfitted(found)
+    found = {"one_step_accuracy": 0.4, "pgd_accuracy": 0.19}
+    assert "catastrophic overfitting" in overfitted(found)
+    assert overfitted({**found, "pgd_accuracy": 0.21}) == ""
+
+
+def test_only_one_step_adversaries_that_are_trained_on_are_watched() -> None:
+    one = Adversary(steps=1)
+    assert one_step_adversary(DEFENCES["at"](adversary=one)) is one
+    assert one_step_adversary(DEFENCES["at"]()) is None
+    assert one_step_adversary(DEFENCES["red"](adversary=one)) is None
+    assert one_step_adversary(DEFENCES["red"](adversary=one, adversarial_training=True)) is one
+    assert one_step_adversary(DEFENCES["vanilla"]()) is None

@@ -22,7 +22,7 @@ from redefense.defences import Stage, barre
 from redefense.errors import CheckpointError, Interrupted, RedefenseError
 from redefense.recipes import recipe
 from redefense.train import checkpoint
-from redefense.train import loop as fit_module
+from redefense.train import session as session_module
 from redefense.train.checkpoint import latest
 from redefense.train.experiment import train
 from redefense.train.loading import load
@@ -201,7 +201,7 @@ def test_kills_at_any_moment_lead_to_the_same_bits(tmp_path: Path, whole: Path) 
         out = tmp_path / f"killed-{number}"
         for _ in range(60):
             # a save at each step, so that kills fall into saves
-            child = child_trains(out, lambda: setattr(fit_module, "SAVE_INTERVAL", 0.0))
+            child = child_trains(out, lambda: setattr(session_module, "SAVE_INTERVAL", 0.0))
             time.sleep(rng.uniform(0.0, 0.4))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)

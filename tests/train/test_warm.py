@@ -313,7 +313,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits_without_its_source(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"num_members": 3}, "num_members is 2 there, the run needs 3"),
         ({"model": "resnet8"}, "model is digits-cnn there, the run needs resnet8"),
         ({"activation": "leaky"}, "activation is relu there, the run needs leaky"),
         ({"width": 32}, r"weight is \(16, 1, 3, 3\) there, the run needs \(32, 1, 3, 3\)"),
@@ -326,6 +325,35 @@ def test_members_that_are_not_alike_are_refused(
     with pytest.raises(ConfigError, match=says):
         train(run, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_any_number_of_networks_starts_the_members_in_turn(
+    kind: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = source if kind == "run" else source / "final" / "weights.safetensors"
+    plain = {**PLAIN.ensemble, "num_members": 3}
+    run = starting(path, ensemble=plain, optim=OptimConfig(lr=1e-12), epochs=1)
+    found = train(run, tmp_path / "run")
+    nets = load(source)
+    for m in range(3):
+        for a, b in zip(found.parameters_of(m), nets.parameters_of(m % 2), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=1e-8)
+    told = capsys.readouterr().err
+    assert "members 0, 2 start alike (2 networks for 3 members)" in told
+    assert "tensors" not in told  # all fit
+    record = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert record["from"] == [0, 1, 0]
+    with pytest.raises(DataError, match="not those that this run"):
+        train(run.model_copy(update={"start": StartConfig(path=str(path), sha256="0" * 64)}),
+              tmp_path / "other", quiet=True)  # fmt: skip
+
+
+def test_a_file_of_another_network_is_refused(source: Path, tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.ones(2, 2)}, tmp_path / "net.pt")
+    with pytest.raises(DataError, match=r"nothing in .*net\.pt fits a digits-cnn: .* conv1"):
+        train(starting(tmp_path / "net.pt"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_missing_or_changed_source_is_refused(source: Path, tmp_path: Path) -> None:

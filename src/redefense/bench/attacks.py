@@ -35,7 +35,7 @@ from redefense.results.intervals import paired_difference
 from redefense.rng import stream
 from redefense.runtime.device import computing
 from redefense.threat import Threat
-from redefense.train.steps import fit_only
+from redefense.train.loop import fit
 from redefense.types import Images, Labels, correct
 
 MEMBERS: Final = 4
@@ -249,9 +249,8 @@ def train_members(
     ]  # fmt: skip
     members, epochs = Independent(nets), EPOCHS.get(dataset.name, 1)
     loader = Loader(shown, batch_size=128, seed=seed, augment=False, limit=train_images)
-    fit_only(
-        members, Vanilla().stages(count, epochs), loader, optim=OPTIM, precision="fp32", seed=seed
-    )
+    for _ in fit(members, Vanilla().stages(count, epochs), loader, optim=OPTIM, seed=seed):
+        pass  # nothing is saved or logged
     taken = len(shown) if train_images is None else min(train_images, len(shown))
     tell(f"trained {count} x {model} on {taken} images, {epochs} epoch(s), seed {seed}")
     return members.eval()

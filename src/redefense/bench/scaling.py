@@ -32,10 +32,11 @@ from redefense.runtime.device import computing
 from redefense.runtime.mesh import Mesh, Tally, processes
 from redefense.threat import Threat
 from redefense.train.exchange import spread_over
-from redefense.train.experiment import accuracy, train
+from redefense.train.experiment import train
 from redefense.train.loading import Signature, load, resolve
 from redefense.train.loop import take_step
 from redefense.train.optim import make_optimizer
+from redefense.train.session import accuracy
 from redefense.types import correct
 
 IMAGES = 256

@@ -30,7 +30,9 @@ def train(
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A run whose members initialise the new ones."),
+        typer.Option(
+            metavar="DIR|FILE", help="A run, or a file of weights, that initialises the members."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of the training.")] = None,
     device: Device = "cpu",
@@ -90,7 +92,7 @@ def materialise(
     quiet: Quiet = False,
 ) -> None:
     """Write the members of a PS-RED run as plain networks."""
-    from redefense.train.materialise import materialise as write_out
+    from redefense.train.loading import materialise as write_out
 
     write_out(path, out)
     if as_json:

@@ -8,9 +8,11 @@ from redefense.defences.at import AdversarialTraining
 from redefense.defences.barre import BARRE
 from redefense.defences.base import Adversary, Defence, Stage
 from redefense.defences.dverge import DVERGE
+from redefense.defences.fork import Fork
 from redefense.defences.gal import GAL
 from redefense.defences.mrboost import MRBoost
 from redefense.defences.red import RED
+from redefense.defences.snapshots import Snapshots
 from redefense.defences.trs import TRS
 from redefense.defences.vanilla import Vanilla
 from redefense.errors import ConfigError
@@ -18,7 +20,7 @@ from redefense.plugins import Registry
 
 __all__ = [
     "ADP", "BARRE", "DEFENCES", "DVERGE", "GAL", "RED", "TRS", "AdversarialTraining", "Adversary",
-    "Defence", "MRBoost", "Stage", "Vanilla",
+    "Defence", "Fork", "MRBoost", "Snapshots", "Stage", "Vanilla",
 ]  # fmt: skip
 
 
@@ -42,6 +44,8 @@ DEFENCES: Final[Registry[type[Defence]]] = Registry(
         "red": RED,
         "mrboost": MRBoost,
         "barre": BARRE,
+        "fork": Fork,
+        "snapshots": Snapshots,
     },
     _defence_class,
 )

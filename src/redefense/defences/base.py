@@ -4,14 +4,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks.gradient import climb, gradient_oracle, random_starts
-from redefense.attacks.objectives import OBJECTIVES
+from redefense.attacks.objectives import OBJECTIVES, Objective
 from redefense.config import Eps, Smoothing, check_linf
 from redefense.ensembles import Averaged, Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
@@ -31,14 +31,18 @@ GRAPHS: Final = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adversary:
-    """Who makes the training examples: PGD on cross-entropy (Madry et al., 2018).
+    """Who makes the training examples, on cross-entropy unless a method says otherwise.
 
     Attributes:
+        attack: "pgd" (Madry et al., 2018; with steps=1 and step_size=1.25 the one-step adversary of
+            Wong, Rice & Kolter, 2020); or "n-fgsm" (de Jorge et al., 2022): one step of length eps
+            from noise of up to 2 eps, which leaves the ball and is clamped to [0, 1] alone.
         eps: radius of the ball, in pixel units of [0, 1].
         steps: gradient steps.
         step_size: length of a step as a fraction of eps.
     """
 
+    attack: Literal["pgd", "n-fgsm"] = "pgd"
     eps: Eps = 0.03
     steps: int = 10
     step_size: float = 0.25
@@ -49,6 +53,11 @@ class Adversary:
             raise ConfigError(f"adversary.steps must be at least 1, got {self.steps}")
         if not self.step_size > 0:
             raise ConfigError(f"adversary.step_size must be positive, got {self.step_size}")
+        if self.attack == "n-fgsm" and (self.steps, self.step_size) != (1, 1):
+            raise ConfigError(
+                "adversary.attack=n-fgsm takes one step of length eps: set adversary.steps=1 and "
+                f"adversary.step_size=1, got {self.steps} and {self.step_size}"
+            )
 
     def craft(
         self,
@@ -59,19 +68,24 @@ class Adversary:
         *,
         room: int | None = None,
         eps: Float[Tensor, ""] | None = None,
+        objective: Objective | None = None,
+        start: float = 1.0,
     ) -> Images:
         """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off.
 
         Against the average of many members few images are attacked at once, so that the graphs of
         all members fit into the memory that training one member takes: `room` images' graphs
         through one member, `GRAPHS` times those attacked unless said. `eps` is a radius that lies
-        on the device, in place of the adversary's own.
+        on the device, in place of the adversary's own; `objective` is what is climbed in place of
+        cross-entropy; PGD's random starts lie in a ball of `start` times eps.
         """
         if len(x) == 0:
             return x
-        threat = Threat(eps=self.eps)
-        if eps is not None:
-            threat = threat.with_radius(eps)
+        radius = self.eps if eps is None else eps
+        ball, starts, length = 1.0, start, self.step_size
+        if self.attack == "n-fgsm":
+            ball, starts, length = 3.0, 2.0, 1.0  # no step of eps leaves three times the ball
+        threat, noise = _ball(radius, ball), _ball(radius, starts)
         room = GRAPHS * len(x) if room is None else room
         size = _images_at_once(victim, len(x), room)
         seed = seed_from(rng)  # of streams that are the images' own: parts change nothing
@@ -80,12 +94,12 @@ class Adversary:
             for images, labels in zip(x.split(size), y.split(size), strict=True):
                 crafted.append(
                     climb(
-                        gradient_oracle(victim, labels, OBJECTIVES["cross_entropy"]),
-                        random_starts(images, labels, threat, seed)(),
+                        gradient_oracle(victim, labels, objective or OBJECTIVES["cross_entropy"]),
+                        random_starts(images, labels, noise, seed)(),
                         images,
                         threat,
                         steps=self.steps,
-                        step_size=self.step_size * threat.eps,
+                        step_size=length * radius,
                     ).detach()
                 )
         return torch.cat(crafted)
@@ -103,6 +117,13 @@ class Adversary:
                 seed_from(rng)  # as the attack would: who crafts must not change what is crafted
                 examples.append(x)
         return examples
+
+
+def _ball(radius: float | Tensor, times: float) -> Threat:
+    """A ball of `times` the radius; of one as wide as the images' range, nothing is missing."""
+    if isinstance(radius, Tensor):
+        return Threat(eps=1.0).with_radius((times * radius).clamp_max(1.0))
+    return Threat(eps=min(1.0, times * radius))
 
 
 def _images_at_once(victim: nn.Module, count: int, room: int) -> int:
@@ -124,6 +145,7 @@ class Stage:
         loss: yields parts whose gradients add up; each is backpropagated before the next is made.
         before: prepares the ensemble at the stage's start; must give the same if done twice.
         after: finishes it at the stage's end, given batches of training images.
+        schedule: which part of the learning rate's schedule it covers; stages begin it anew.
     """
 
     name: str
@@ -132,6 +154,7 @@ class Stage:
     loss: LossFn
     before: Before | None = None
     after: After | None = None
+    schedule: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

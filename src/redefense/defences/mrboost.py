@@ -20,7 +20,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.gradient import climb, gradient_oracle, random_starts
 from redefense.defences.base import (
     Adversary,
     After,
@@ -29,11 +28,9 @@ from redefense.defences.base import (
     check_weights,
     terms,
 )
-from redefense.ensembles import Ensemble, evaluating, frozen_weights
+from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.penalties import margin_cross_entropy
-from redefense.runtime.phases import EXAMPLES, phase
-from redefense.threat import Threat
 from redefense.types import Batch, Images, Labels, Logits, Loss
 
 
@@ -60,7 +57,12 @@ class MRBoost(CrossEntropyDefence):
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """One stage a member; until its stage a member answers nothing."""
-        return one_by_one(num_members, epochs, loss=self.newest, before=self._begin)
+        return one_by_one(
+            num_members,
+            epochs,
+            loss=self.newest,
+            before=partial(begin_member, copied=self.persistent),
+        )
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The loss of the last stage, in which all members take part."""
@@ -79,13 +81,6 @@ class MRBoost(CrossEntropyDefence):
             logits = torch.stack([*elders, logits]).mean(0)
         mce = margin_cross_entropy(logits, y, self.other_weight, self.label_smoothing).mean()
         yield Loss(mce, terms(mce=mce, total=mce))
-
-    def _begin(self, m: int, ensemble: Ensemble) -> None:
-        if self.persistent and m > 0:
-            copy_member(ensemble, m - 1, m)
-        uniform = torch.zeros_like(ensemble.mixture)
-        uniform[: m + 1] = 1 / (m + 1)
-        ensemble.set_mixture(uniform)
 
 
 class MeanLogits(nn.Module):
@@ -107,17 +102,12 @@ def boosted_examples(
     other_weight: float,
     rng: torch.Generator,
 ) -> Images:
-    """PGD on the margin cross-entropy from random points of half the ball, in evaluation mode."""
+    """Examples that climb the margin cross-entropy, by PGD from random points of half the ball."""
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         return margin_cross_entropy(logits, labels, other_weight)
 
-    with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
-        start = random_starts(x, y, Threat(eps=adversary.eps / 2), rng)()
-        return climb(
-            gradient_oracle(victim, y, objective), start, x, Threat(eps=adversary.eps),
-            steps=adversary.steps, step_size=adversary.step_size * adversary.eps,
-        ).detach()  # fmt: skip
+    return adversary.craft(victim, x, y, rng, objective=objective, start=0.5)
 
 
 def one_by_one(
@@ -157,6 +147,15 @@ def one_by_one(
         )
         for m in range(num_members)
     )
+
+
+def begin_member(m: int, ensemble: Ensemble, *, copied: bool) -> None:
+    """Members up to m answer, equally often; m begins as the one before it if it is `copied`."""
+    if copied and m > 0:
+        copy_member(ensemble, m - 1, m)
+    uniform = torch.zeros_like(ensemble.mixture)
+    uniform[: m + 1] = 1 / (m + 1)
+    ensemble.set_mixture(uniform)
 
 
 def copy_member(ensemble: Ensemble, source: int, target: int) -> None:

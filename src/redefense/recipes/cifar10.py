@@ -135,6 +135,11 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-trs-printed": partial(_mini, {**_MINI_TRS, "preset": "printed"}),
     "cifar10-mini-mrboost": partial(_mini, {"name": "mrboost", "adversary": MINI}),
     "cifar10-mini-barre": partial(_mini, _MINI_BARRE),
+    "cifar10-mini-fork": partial(_mini, {"name": "fork", "adversary": MINI}),
+    "cifar10-mini-fork-subset": partial(
+        _mini, {"name": "fork", "adversary": MINI, "apart": "subset"}
+    ),
+    "cifar10-mini-snapshots": partial(_mini, {"name": "snapshots", "adversary": MINI}),
     "cifar10-mini-red": partial(_mini, _red(MINI)),
     "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released")),
     "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed")),
@@ -175,6 +180,11 @@ CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-trs-printed": partial(_full, {"name": "trs", "preset": "printed"}, **_TRS_RUN),
     "cifar10-mrboost": partial(_full, {"name": "mrboost"}, **_BOOST, batch_size=128),
     "cifar10-barre": partial(_full, {"name": "barre"}, **_BOOST),
+    "cifar10-fork": partial(_full, {"name": "fork", "adversary": PUBLISHED}),
+    "cifar10-fork-subset": partial(
+        _full, {"name": "fork", "adversary": PUBLISHED, "apart": "subset"}
+    ),
+    "cifar10-snapshots": partial(_full, {"name": "snapshots", "adversary": PUBLISHED}),
     "cifar10-red": partial(_full, _red(PUBLISHED)),
     "cifar10-red-released": partial(_full, _red(PUBLISHED, preset="released")),
     "cifar10-red-printed": partial(_full, _red(PUBLISHED, preset="printed")),

@@ -63,6 +63,11 @@ DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-trs-printed": partial(_run, {**_TRS, "preset": "printed"}),
     "digits-mrboost": partial(_run, {"name": "mrboost", "adversary": ADVERSARY}),
     "digits-barre": partial(_run, _BARRE),
+    "digits-fork": partial(_run, {"name": "fork", "adversary": ADVERSARY}),
+    "digits-fork-subset": partial(
+        _run, {"name": "fork", "adversary": ADVERSARY, "apart": "subset"}
+    ),
+    "digits-snapshots": partial(_run, {"name": "snapshots", "adversary": ADVERSARY}),
     "digits-red": partial(_run, _RED),
     "digits-red-released": partial(_run, _RELEASED),
     "digits-red-printed": partial(_run, _PRINTED),

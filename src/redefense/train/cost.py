@@ -180,7 +180,8 @@ def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
         stages=tuple(costs),
         weights=parameters + sum(b.nbytes for b in ensemble.buffers()),
         gradients=parameters,
-        optimizer=parameters * (2 if run.optim.name == "adam" else int(run.optim.momentum > 0)),
+        optimizer=parameters * (2 if run.optim.name == "adam" else int(run.optim.momentum > 0))
+        + (0 if run.optim.ema is None else parameters),
     )
 
 

@@ -4,21 +4,16 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.data.loader import Loader
-from redefense.defences import Defence, Stage
-from redefense.ensembles import Ensemble, Origin, channels_last, evaluating, kernels_kept
+from redefense.defences import Defence
+from redefense.ensembles import Ensemble, Origin, channels_last
 from redefense.ensembles.configs import EnsembleConfig
 from redefense.errors import CheckpointError, ConfigError, DataError
-from redefense.results.untrained import degenerate_members
 from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_text
 from redefense.runtime.mesh import Mesh, processes
@@ -27,29 +22,22 @@ from redefense.train.checkpoint import (
     ASIDE,
     Checkpoint,
     latest,
-    optimizer_tensors,
-    prune,
     read,
-    restore_optimizer,
     save,
-    step_folder,
 )
 from redefense.train.exchange import check_weights
-from redefense.train.init_from import check_alike, check_apart, initialise_from, recorded, told
+from redefense.train.init_from import check_apart, initialise_from, open_source, recorded, told
 from redefense.train.loading import (
     Signature,
-    find_final,
     fresh,
     load_checkpoint,
     load_weights,
     resolve,
 )
-from redefense.train.log import Metrics, ProgressLine, note
-from redefense.train.loop import Position, fit
+from redefense.train.log import note
+from redefense.train.loop import Position, Start
 from redefense.train.profile import profiled
-from redefense.types import correct
-
-VALIDATION_IMAGES = 2000
+from redefense.train.session import Session, accuracy
 
 
 @computing()
@@ -144,14 +132,17 @@ def _train(
     checkpoint = team.first_does(
         lambda: latest(out / "checkpoints", note) if begun is not None else None
     )
-    position, totals = Position(), {}
+    start = Start()
     with team.agreed():
         if begun is not None:
             _check_data(run, out, begun, checkpoint, signature)
         if checkpoint is not None:
             load_weights(ensemble, checkpoint)
-            position = Position(**checkpoint.state["position"])
-            totals = checkpoint.state["totals"]
+            start = Start(
+                Position(**checkpoint.state["position"]),
+                checkpoint.state["totals"],
+                checkpoint.optimizer,
+            )
             _say_resumed(checkpoint, team)
         else:
             started = _start(run, kind, ensemble, signature, train_split, validation, device)
@@ -159,11 +150,11 @@ def _train(
                 _begin(run, out, started)
                 if started is not None and not quiet:
                     note(told(started))
-    session = _Session(
-        run, out, stages, ensemble, loader, validation, signature, position, quiet, team
+    session = Session(
+        run, out, defence, stages, ensemble, loader, validation, signature, start, quiet, team
     )
     with profiled(out, device) if profile and team.first else contextlib.nullcontext():
-        session.fit(checkpoint, totals, recorder)
+        session.train(recorder)
     team.first_does(lambda: _finish(run, out, ensemble, signature))
     ensemble.origin = Origin(run, signature.as_dict(), out)
     return ensemble.eval()
@@ -253,7 +244,7 @@ def _with_start(run: Run) -> Run:
     """The run with the checksum of the weights it starts from, if it names any."""
     if run.start is None or run.start.sha256 is not None:
         return run
-    return run.model_copy(update={"start": recorded(run.start, find_final(Path(run.start.path)))})
+    return run.model_copy(update={"start": recorded(run.start, open_source(Path(run.start.path)))})
 
 
 def _start(
@@ -271,157 +262,21 @@ def _start(
     """
     if run.start is None:
         return None
-    source = find_final(Path(run.start.path))
+    source = open_source(Path(run.start.path), device)
     recorded(run.start, source)
-    model = load_checkpoint(source, device=device)
-    nets = [model.member(m) for m in range(model.num_members)]
-    shape, num_classes = signature.shape, len(signature.classes)
-    like = kind.plain().build(num_classes=num_classes, shape=shape, seed=0)
-    check_alike(resolve(source.run)[1].plain(), kind.plain(), nets[0], like.member(0), source.path)
+    plain = kind.plain()
+    like = plain.build(num_classes=len(signature.classes), shape=signature.shape, seed=run.seed).to(
+        device
+    )
+    nets, fitted = source.networks(kind, like)
     batches = Loader(
         train_split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
         cutout=run.data.cutout, limit=run.data.images, device=device,
     ).epoch(0)  # fmt: skip
-    return initialise_from(
+    started = initialise_from(
         run.start, nets, ensemble, batches, lambda it: accuracy(it, validation, run.batch_size)
     )
-
-
-@dataclass(slots=True)
-class _Session:
-    """What the loop's callbacks share: where to save, log and show progress."""
-
-    run: Run
-    out: Path
-    stages: tuple[Stage, ...]
-    ensemble: Ensemble
-    loader: Loader
-    validation: Split
-    signature: Signature
-    start: Position
-    quiet: bool
-    team: Mesh
-    members: Tensor | None = None
-
-    def fit(
-        self,
-        checkpoint: Checkpoint | None,
-        totals: dict[str, float],
-        recorder: Recorder | None = None,
-    ) -> None:
-        """Run the loop from the checkpoint, or from the beginning."""
-        own = self.team.own(self.ensemble.num_members)
-        here = {p for m in own for p in self.ensemble.parameters_of(m)}
-        names = {p: name for name, p in self.ensemble.named_parameters() if p in here}
-        stored = checkpoint.optimizer if checkpoint is not None else {}
-        steps = len(self.loader) * sum(stage.epochs for stage in self.stages)
-        # within an epoch, even after its last step, that epoch's record is still to be written
-        done = self.start.total - bool(self.start.step)
-        metrics = Metrics(self.out, resume_step=done) if self.team.first else None
-        progress = ProgressLine(self.run.recipe, steps, done=self.start.total, quiet=self.quiet)
-
-        def keep(
-            position: Position, optimizer: torch.optim.Optimizer, sums: Mapping[str, float]
-        ) -> None:
-            self.team.refresh(self.ensemble.state_dict(), self.ensemble.num_members)
-            momenta = self.team.collect(optimizer_tensors(optimizer, names))
-            self.team.first_does(lambda: self._save(position, momenta, sums))
-
-        def on_step(position: Position, terms: Mapping[str, float]) -> None:
-            progress.update(position.total, f"loss {terms['total']:.3f}")
-
-        def on_epoch(stage: Stage, position: Position, means: Mapping[str, float]) -> None:
-            self.members = member_accuracies(self.ensemble, self.validation, self.run.batch_size)
-            if metrics is None:
-                return
-            epoch, clean = position.epoch, _expected(self.ensemble, self.members)
-            metrics.write(
-                position.total,
-                {
-                    "stage": stage.name, "epoch": epoch, **means, "validation_accuracy": clean,
-                    "validation_members": self.members.tolist(),
-                },
-            )  # fmt: skip
-            if not self.quiet:
-                text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-                note(
-                    f"{self.run.recipe} {stage.name} epoch {epoch}/{stage.epochs}: {text}  "
-                    f"validation accuracy {100 * clean:.1f} %"
-                )
-
-        try:
-            fit(
-                self.ensemble,
-                self.stages,
-                self.loader,
-                optim=self.run.optim,
-                seed=self.run.seed,
-                precision=self.run.precision,
-                start=self.start,
-                start_totals=totals,
-                restore=lambda optimizer: restore_optimizer(optimizer, stored, names),
-                save=keep,
-                on_step=on_step,
-                on_epoch=on_epoch,
-                mesh=self.team,
-                recorder=recorder,
-            )
-        finally:
-            progress.close()
-            if metrics is not None:
-                metrics.close()
-        if self.members is not None and not self.quiet:
-            _warn_degenerate(self.ensemble, self.members)
-
-    def _save(
-        self, position: Position, optimizer: Mapping[str, Tensor], sums: Mapping[str, float]
-    ) -> None:
-        """Write a checkpoint, and remove what is older than the one before it."""
-        save(
-            step_folder(self.out / "checkpoints", position.total),
-            run=self.run,
-            weights=self.ensemble.state_dict(),
-            optimizer=optimizer,
-            state={
-                "position": position.as_dict(),
-                "totals": dict(sums),
-                "data": self.signature.as_dict(),
-                "mesh": list(self.team.shape),
-            },
-        )
-        prune(self.out / "checkpoints")
-
-
-def member_accuracies(ensemble: Ensemble, split: Split, batch_size: int) -> Tensor:
-    """(M,) clean accuracy of every member on the first images of a split (2000 at most)."""
-    device = ensemble.mixture.device
-    right = torch.zeros(ensemble.num_members, dtype=torch.float64, device=device)
-    count = min(len(split), VALIDATION_IMAGES)
-    with torch.no_grad(), evaluating(ensemble), kernels_kept(ensemble):
-        for index in torch.arange(count).split(batch_size):
-            logits = ensemble.member_logits(split.float(index).to(device))
-            right += correct(logits, split.labels[index].to(device)).sum(1)
-    return right / count
-
-
-def accuracy(ensemble: Ensemble, split: Split, batch_size: int) -> float:
-    """Exact expected clean accuracy on these images."""
-    return _expected(ensemble, member_accuracies(ensemble, split, batch_size))
-
-
-def _expected(ensemble: Ensemble, accuracies: Tensor) -> float:
-    return float(ensemble.mixture.to(accuracies) @ accuracies)
-
-
-def _warn_degenerate(ensemble: Ensemble, accuracies: Tensor) -> None:
-    """Say which members have learnt next to nothing."""
-    each = accuracies.tolist()
-    if weak := degenerate_members(each, ensemble.mixture.tolist()):
-        figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in weak)
-        note(
-            f"{figures} of the validation images, where the best is on {100 * max(each):.1f} %: "
-            "queries that meet it are lost. Train longer, or with weaker penalties"
-        )
+    return {**started, **fitted}
 
 
 def _claim(run: Run, out: Path, resume: bool) -> str | None:

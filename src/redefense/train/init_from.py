@@ -1,8 +1,11 @@
 """Initialises a run from the members of another: copied, or fitted to hypernetworks."""
 
+import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,26 +19,85 @@ from redefense.ensembles import Ensemble, Hyper, Independent, evaluating
 from redefense.ensembles.configs import EnsembleConfig, HyperConfig, IndependentConfig
 from redefense.errors import ConfigError, DataError
 from redefense.models import fitting, hyper
+from redefense.models.published import State, fit, read_states
 from redefense.train.checkpoint import Checkpoint
+from redefense.train.loading import find_final, load_checkpoint, resolve
 from redefense.types import Batch
 
 MOMENT_IMAGES = 2048
 
 
-def recorded(start: StartConfig, source: Checkpoint) -> StartConfig:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a run starts from.
+
+    Attributes:
+        path: as given.
+        sha256: of the weights.
+        networks: makes the networks, from the kind of the new ensemble and an untrained one; and
+            what did not fit: `fresh` and `unused` names, for a file.
+    """
+
+    path: Path
+    sha256: str
+    networks: Callable[[EnsembleConfig, Ensemble], tuple[list[nn.Module], dict[str, Sequence[str]]]]
+
+
+def open_source(path: Path, device: str = "cpu") -> Source:
+    """A finished run, or a file of weights.
+
+    Raises:
+        CheckpointError: if there is no finished run.
+        DataError: if the file cannot be read, or would run code.
+    """
+    if path.is_file():
+        states = read_states(path)
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return Source(path, found, partial(_from_file, path, states))
+    checkpoint = find_final(path)
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    found = manifest["sha256"]["weights.safetensors"]
+    return Source(path, found, partial(_from_run, checkpoint, device))
+
+
+def _from_run(
+    checkpoint: Checkpoint, device: str, kind: EnsembleConfig, like: Ensemble
+) -> tuple[list[nn.Module], dict[str, Sequence[str]]]:
+    model = load_checkpoint(checkpoint, device=device)
+    nets = [model.member(m) for m in range(model.num_members)]
+    theirs = resolve(checkpoint.run)[1].plain()
+    check_alike(theirs, kind.plain(), nets[0], like.member(0), checkpoint.path)
+    return nets, {}
+
+
+def _from_file(
+    path: Path, states: Sequence[State], kind: EnsembleConfig, like: Ensemble
+) -> tuple[list[nn.Module], dict[str, Sequence[str]]]:
+    nets, fits = [], []
+    for m, state in enumerate(states):
+        nets.append(copy.deepcopy(like.member(m % like.num_members)))
+        fits.append(fit(nets[-1], state))
+    fresh, unused = fits[0].fresh, fits[0].unused
+    if not all(fitted.taken for fitted in fits):
+        raise DataError(
+            f"nothing in {path} fits a {kind.plain().model}: it holds {', '.join(unused[:5])} ..."
+        )
+    return nets, {"fresh": fresh, "unused": unused}
+
+
+def recorded(start: StartConfig, source: Source) -> StartConfig:
     """`start` with the checksum of the weights that lie there.
 
     Raises:
         DataError: if it has another checksum already.
     """
-    manifest = json.loads((source.path / "manifest.json").read_text())
-    found = manifest["sha256"]["weights.safetensors"]
-    if start.sha256 not in (None, found):
+    if start.sha256 not in (None, source.sha256):
         raise DataError(
-            f"{start.path} holds weights {found[:12]}, not those that this run starts from "
+            f"{start.path} holds weights {source.sha256[:12]}, not those that this run starts from "
             f"({start.sha256[:12]})"
         )
-    return start.model_copy(update={"sha256": found})
+    return start.model_copy(update={"sha256": source.sha256})
 
 
 def check_alike(
@@ -45,13 +107,15 @@ def check_alike(
     net_here: nn.Module,
     source: Path,
 ) -> None:
-    """Refuse to start from members of another number, network, images or classes.
+    """Refuse to start from members of another network, images or classes.
 
     Raises:
         ConfigError: naming what differs.
     """
     theirs, ours = asdict(there), asdict(here)
-    del theirs["width"], ours["width"]  # None may be the same width: shapes tell
+    for settings in (theirs, ours):
+        del settings["width"]  # None may be the same width: shapes tell
+        del settings["num_members"]
     shapes = [
         {n: tuple(t.shape) for n, t in net.state_dict().items()} for net in (net_there, net_here)
     ]
@@ -88,30 +152,45 @@ def initialise_from(
     batches: Iterable[Batch],
     judge: Callable[[Ensemble], float],
 ) -> dict[str, Any]:
-    """Let an untrained ensemble begin from plain networks.
+    """Let an untrained ensemble begin from plain networks, taken in turn.
 
     Returns:
-        The source, each member's `kernel_error` (see `adopt`), and what `judge` gives for the
-        networks and for the ensemble: `validation_accuracy` of `source` and `start`.
+        The source, the number of the network that each member starts `from`, each member's
+        `kernel_error` (see `adopt`), and what `judge` gives for the networks and for the ensemble:
+        `validation_accuracy` of `source` and `start`.
     """
-    errors = adopt(ensemble, nets)
+    chosen = [m % len(nets) for m in range(ensemble.num_members)]
+    errors = adopt(ensemble, [nets[k] for k in chosen])
     if any(errors):
         measure_moments(ensemble, batches)
     return {
         **start.model_dump(),
+        "from": chosen,
         "kernel_error": list(errors),
         "validation_accuracy": {"source": judge(Independent(nets)), "start": judge(ensemble)},
     }
 
 
 def told(started: Mapping[str, Any]) -> str:
-    """One line for what `initialise_from` returns."""
+    """Lines for what `initialise_from` returns, and for what of a file did not fit."""
     errors = ", ".join(f"{error:.3f}" for error in started["kernel_error"])
     accuracy = {k: 100 * v for k, v in started["validation_accuracy"].items()}
-    return (
+    lines = [
         f"starting from {started['path']}: relative error of kernels {errors}; "
         "validation accuracy {source:.1f} % there, {start:.1f} % here".format(**accuracy)
-    )
+    ]
+    chosen = started["from"]
+    alike = [m for m, k in enumerate(chosen) if chosen.count(k) > 1]
+    if alike:
+        lines.append(
+            f"members {', '.join(map(str, alike))} start alike ({len(set(chosen))} networks for "
+            f"{len(chosen)} members): a method that shows them the same examples keeps them so"
+        )
+    for what, says in (("fresh", "stay as initialised"), ("unused", "are not used")):
+        if names := started.get(what):
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"{len(names)} tensors {says}: {', '.join(names[:8])}{more}")
+    return "\n".join(lines)
 
 
 def measure_moments(ensemble: Ensemble, batches: Iterable[Batch]) -> None:

@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from redefense.config import Run, choose, settings_of
+from redefense.config import Run, choose, settings_of, to_json
 from redefense.data import Dataset
 from redefense.defences import DEFENCES, Defence
-from redefense.ensembles import Ensemble, Origin, channels_last
-from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig
-from redefense.errors import CheckpointError, InputError
+from redefense.ensembles import Ensemble, Independent, Origin, channels_last
+from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig, HyperConfig
+from redefense.errors import CheckpointError, ConfigError, InputError
 from redefense.plugins import check_known, origins
 from redefense.runtime.device import check_device
-from redefense.train.checkpoint import Checkpoint, read
+from redefense.runtime.files import write_text
+from redefense.train.checkpoint import Checkpoint, read, save
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +149,27 @@ def input_check(ensemble: Ensemble, dataset: Dataset, checkpoint: Checkpoint) ->
             f"the run was trained on {len(signature.classes)} classes of {signature.shape} images, "
             f"the data has {len(dataset.classes)} of {dataset.shape}"
         )
+
+
+def materialise(path: Path, out: Path) -> None:
+    """Make `out` a finished run of independent members that compute what those of `path` do.
+
+    Evaluations are not copied: they belong to the run they were made of.
+
+    Raises:
+        ConfigError: if the members of `path` are plain already, or `out` is not free.
+        CheckpointError: if there is no trained run at `path`.
+        WriteError: if `out` cannot be written.
+    """
+    checkpoint = find_final(path)
+    run, kind, _ = resolve(checkpoint.run)
+    if not isinstance(kind, HyperConfig):
+        raise ConfigError(f"the members of {path} are plain networks already")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists; choose another --out")
+    written = load_checkpoint(checkpoint)
+    plain = Independent([written.member(m) for m in range(written.num_members)], written.mixture)
+    run = run.model_copy(update={"ensemble": settings_of(ENSEMBLES, kind.plain())})
+    write_text(out / "run.json", to_json(run))
+    state = {"data": checkpoint.state["data"]}
+    save(out / "final", run=run, weights=plain.state_dict(), state=state)

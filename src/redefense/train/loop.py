@@ -1,9 +1,17 @@
-"""The training loop over the stages of a defence, independent of the method."""
+"""The training loop over the stages of a defence, independent of the method, as events.
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+    for event in fit(ensemble, stages, loader, optim=optim):
+        match event:
+            case StepDone(): ...
+            case EpochEnded(): ...
+            case SaveDue(): ...
+
+`fit` trains and yields what happens; whoever drives it saves, logs and stops.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
@@ -19,13 +27,11 @@ from redefense.rng import draw_seed, stream
 from redefense.runtime.mesh import Mesh, Tally
 from redefense.runtime.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.runtime.recording import Recorder
-from redefense.runtime.signals import handled, stop_signals
+from redefense.runtime.signals import handled
 from redefense.train.exchange import spread_over
-from redefense.train.optim import learning_rate, make_optimizer
+from redefense.train.optim import StageOptimizer, learning_rate
 from redefense.train.replay import Compute, RecordedSteps
 from redefense.types import Batch, Progress
-
-SAVE_INTERVAL = 30.0
 
 
 @runtime_checkable
@@ -57,8 +63,67 @@ class Position:
         return asdict(self)
 
 
-Save = Callable[[Position, torch.optim.Optimizer, Mapping[str, float]], None]
-EndOfEpoch = Callable[[Stage, Position, Mapping[str, float]], None]
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where training goes on: all that a checkpoint holds beside the weights.
+
+    Attributes:
+        position: the next step to take.
+        totals: running sums of the epoch that `position` is in the middle of.
+        tensors: of the stage's optimizer, see `StageOptimizer.tensors`.
+    """
+
+    position: Position = Position()
+    totals: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that has happened in training; the weights are those of this moment.
+
+    Attributes:
+        position: the next step to take.
+        totals: running sums over the steps of the epoch, of each term of the loss.
+        optimizer: of the stage.
+    """
+
+    position: Position
+    totals: Mapping[str, float]
+    optimizer: StageOptimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone(Event):
+    """An optimizer step was taken.
+
+    Attributes:
+        terms: of its loss, and its learning rate `lr`.
+    """
+
+    terms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochEnded(Event):
+    """An epoch is over, and `totals` are its means; averaged weights are in place, if there are.
+
+    Attributes:
+        stage: that the epoch belongs to.
+    """
+
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDue(Event):
+    """What was done since the last checkpoint would take long to do again.
+
+    Attributes:
+        before: the long work that follows and saves nothing, for messages; empty if there is none.
+    """
+
+    before: str = ""
 
 
 def fit(
@@ -67,18 +132,13 @@ def fit(
     loader: Loader,
     *,
     optim: OptimConfig,
-    seed: int,
-    precision: Literal["fp32", "bf16"],
-    start: Position,
-    start_totals: Mapping[str, float],
-    restore: Callable[[torch.optim.Optimizer], None],
-    save: Save,
-    on_step: Callable[[Position, Mapping[str, float]], None],
-    on_epoch: EndOfEpoch,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    start: Start | None = None,
     mesh: Mesh | None = None,
     recorder: Recorder | None = None,
-) -> None:
-    """Train through all stages from `start`, saving every epoch and every half minute.
+) -> Iterator[StepDone | EpochEnded | SaveDue]:
+    """Train through all stages from `start`, and yield what happens.
 
     Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.
 
@@ -86,79 +146,78 @@ def fit(
     Reading them a step late would need every step guarded on the device against the one before, and
     would gain about one percent: see docs/gpus.md.
 
-    `start_totals` are the running sums of the epoch that `start` is in the middle of. The processes
-    of `mesh` train together: the loader gives each its share of every batch, and all are called
-    back alike, `save` included; what they own of the weights is then newer than the rest.
+    The processes of `mesh` train together: the loader gives each its share of every batch, and all
+    yield alike; what they own of the weights is then newer than the rest.
 
     With a `recorder` steps are recorded and replayed, see `train.replay`. It is for one process.
 
     Raises:
         TrainingError: for a non-finite loss, before the optimizer step; or if, on the first step of
             a stage, a trainable parameter got no finite gradient.
-        Interrupted: on SIGINT or SIGTERM, after saving.
+        Interrupted: on SIGINT or SIGTERM in what a stage does before its first and after its last
+            step; all other signals are the driver's.
         ConfigError: if FSDP2 has sharded the weights.
     """
-    position, mesh = start, mesh or Mesh()
-    with stop_signals() as stopping, spread_over(mesh, ensemble):
-        own = ensemble.spread.own(ensemble.num_members)
-        for index in range(start.stage, len(stages)):
+    start, mesh = start or Start(), mesh or Mesh()
+    position, totals = start.position, dict(start.totals)
+    with spread_over(mesh, ensemble):
+        for index in range(position.stage, len(stages)):
             stage = stages[index]
-            params = [p for m in stage.members if m in own for p in ensemble.parameters_of(m)]
-            params = [p for p in dict.fromkeys(params) if p.requires_grad]
-            optimizer, tally = make_optimizer(params, optim), Tally(mesh)
+            resumed = position.epoch + position.step > 0
+            if not resumed and stage.before is not None:
+                with interrupted_at_once(f"before stage {stage.name!r}", mesh):
+                    stage.before(ensemble)
+            optimizer, tally = StageOptimizer(ensemble, stage.members, optim), Tally(mesh)
+            if resumed:
+                done = position.epoch * len(loader) + position.step
+                optimizer.restore(start.tensors, updates=done)
+            params, num_steps = optimizer.params, max(1, stage.epochs * len(loader))
             compute: Compute = partial(gradients, ensemble, stage, params, precision)
             if recorder is not None:
                 compute = RecordedSteps(recorder, ensemble, params, compute, stage.name)
-            num_steps = max(1, stage.epochs * len(loader))
-            if position.epoch + position.step:
-                restore(optimizer)
-            elif stage.before is not None:
-                with stopping_at_once(stopping, f"before stage {stage.name!r}", mesh):
-                    stage.before(ensemble)
-            saved = time.monotonic()
             for epoch in range(position.epoch, stage.epochs):
-                totals, start_totals = dict(start_totals), {}
-                number = _epoch_number(stages, index, epoch)
+                number, last = epoch_number(stages, index, epoch), epoch + 1 == stage.epochs
                 progress = Progress(epoch, stage.epochs, draw_seed(stream(seed, "epoch", number)))
                 batches = each(DATA, loader.epoch(number, position.step))
                 for step, batch in enumerate(batches, position.step):
-                    lr = learning_rate(optim, epoch * len(loader) + step, num_steps)
+                    done = epoch * len(loader) + step
+                    lr = learning_rate(optim, done, num_steps, stage.schedule)
                     terms = take_step(
-                        ensemble, stage, replace(batch, progress=progress), optimizer, params,
-                        lr=lr, clip=optim.clip, precision=precision, total=position.total,
+                        ensemble, stage, replace(batch, progress=progress), optimizer.optimizer,
+                        params, lr=lr, clip=optim.clip, precision=precision, total=position.total,
                         rng=stream(seed, "step", position.total),
                         first=epoch == step == 0, tally=tally, compute=compute,
                     )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
                         totals[name] = totals.get(name, 0.0) + value / len(loader)
-                    on_step(position, {**terms, "lr": lr})
-                    stop, due = mesh.agree(
-                        stopping[0] if stopping else 0, time.monotonic() - saved > SAVE_INTERVAL
-                    )
-                    if stop or due:
-                        save(position, optimizer, totals)
-                        saved = time.monotonic()
-                    if stop:
-                        raise mesh.told(
-                            Interrupted(
-                                f"stopped after step {position.total}; go on with --resume", stop
-                            )
-                        )
-                if stage.after is not None and epoch + 1 == stage.epochs:
+                    yield StepDone(
+                        position=position, totals=totals, optimizer=optimizer,
+                        terms={**terms, "lr": lr},
+                    )  # fmt: skip
+                if last and stage.after is not None:
                     # it may take long: a process that is stopped in it comes back to this point
-                    save(position, optimizer, totals)
-                    with stopping_at_once(stopping, f"after stage {stage.name!r}", mesh):
+                    work = f"after stage {stage.name!r}"
+                    yield SaveDue(
+                        position=position, totals=totals, optimizer=optimizer, before=work
+                    )
+                    optimizer.put_averages()
+                    with interrupted_at_once(work, mesh):
                         whole = mesh.joined(loader.epoch(0))
                         stage.after(ensemble, whole, stream(seed, "after", stage.name))
                     mesh.broadcast(ensemble.mixture, 0)
+                elif last:
+                    optimizer.put_averages()
                 position = Position(index, epoch + 1, 0, position.total)
-                on_epoch(stage, position, totals)
-                if epoch + 1 < stage.epochs:
-                    save(position, optimizer, {})
-                    saved = time.monotonic()
+                with nullcontext() if last else optimizer.averages_in_place():
+                    yield EpochEnded(
+                        position=position, totals=totals, optimizer=optimizer, stage=stage
+                    )
+                totals = {}
+                if not last:
+                    yield SaveDue(position=position, totals={}, optimizer=optimizer)
             position = Position(index + 1, 0, 0, position.total)
-            save(position, optimizer, {})
+            yield SaveDue(position=position, totals={}, optimizer=optimizer)
 
 
 def take_step(
@@ -253,16 +312,14 @@ def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: 
         raise TrainingError(f"non-finite gradient {where} for {', '.join(broken[:5])}")
 
 
-def _epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
+def epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
     """Epochs are numbered through all stages, so that no stage repeats another's order."""
     return sum(stage.epochs for stage in stages[:index]) + epoch
 
 
 @contextmanager
-def stopping_at_once(received: Sequence[int], where: str, mesh: Mesh) -> Iterator[None]:
+def interrupted_at_once(where: str, mesh: Mesh) -> Iterator[None]:
     """Raise on SIGINT or SIGTERM: for long work with nothing to save, which a resume does again.
-
-    Signals `received` before count too.
 
     Raises:
         Interrupted: naming where.
@@ -271,7 +328,5 @@ def stopping_at_once(received: Sequence[int], where: str, mesh: Mesh) -> Iterato
     def handle(number: int) -> None:
         raise mesh.told(Interrupted(f"stopped {where}; go on with --resume", number))
 
-    if received:
-        handle(received[0])
     with handled(handle):
         yield

@@ -1,12 +1,119 @@
-"""Optimizers and schedules as functions of the step, so that a resume needs no scheduler state."""
+"""Optimizers, schedules as functions of the step, and moving averages of weights.
+
+A resume needs no state of a scheduler: the step says all.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from redefense.config import OptimConfig
+from redefense.ensembles import Ensemble
+from redefense.train.checkpoint import optimizer_tensors, restore_optimizer
+
+AVERAGE: Final = "average/"
+"""How the names of averages begin among the tensors of a stage's optimizer."""
+
+
+class StageOptimizer:
+    """The optimizer of a stage, and the moving average of what it trains, if there is one.
+
+    Args:
+        ensemble: what is trained, ready to begin the stage.
+        members: that learn; of these, the ones that are trained in this process count.
+        config: of the optimizer.
+
+    Attributes:
+        params: what the optimizer changes.
+    """
+
+    def __init__(self, ensemble: Ensemble, members: Sequence[int], config: OptimConfig) -> None:
+        own = [m for m in members if m in ensemble.spread.own(ensemble.num_members)]
+        found = dict.fromkeys(p for m in own for p in ensemble.parameters_of(m))
+        self.params = [p for p in found if p.requires_grad]
+        self.optimizer = make_optimizer(self.params, config)
+        names = {p: name for name, p in ensemble.named_parameters()}
+        self._names = {p: names[p] for p in self.params}
+        self.average: WeightAverage | None = None
+        if config.ema is not None:
+            live: dict[str, Tensor] = {name: p for p, name in self._names.items()}
+            for m in own:
+                live |= {
+                    name: buffer
+                    for name, buffer in ensemble.named_buffers()
+                    if name.startswith(f"members.{m}.") and buffer.is_floating_point()
+                }
+            self.average = WeightAverage(live, config.ema)
+            self.optimizer.register_step_post_hook(self.average.update)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state to be saved: `KEY/PARAMETER` of the optimizer, and the averages."""
+        averages = {} if self.average is None else self.average.values
+        return optimizer_tensors(self.optimizer, self._names) | {
+            AVERAGE + name: value for name, value in averages.items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
+        """Go on from what `tensors` returned after so many steps of the stage."""
+        own = {name: t for name, t in tensors.items() if not name.startswith(AVERAGE)}
+        restore_optimizer(self.optimizer, own, self._names)
+        if self.average is not None:
+            self.average.updates = updates
+            for name, value in self.average.values.items():
+                value.copy_(tensors[AVERAGE + name])
+
+    def put_averages(self) -> None:
+        """Replace the weights and statistics by their averages, if there are any."""
+        if self.average is not None:
+            self.average.put()
+
+    @contextmanager
+    def averages_in_place(self) -> Iterator[None]:
+        """Within, the weights and statistics are their averages, if there are any."""
+        live = [] if self.average is None else [*self.average.live.values()]
+        kept = [value.detach().clone() for value in live]
+        self.put_averages()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for value, own in zip(live, kept, strict=True):
+                    value.copy_(own)
+
+
+class WeightAverage:
+    """An exponential moving average of tensors, whose decay grows from a tenth.
+
+    Args:
+        live: the tensors, which change in place.
+        decay: of update t = 0, 1, ... is min(decay, (t + 1) / (t + 10)).
+
+    Attributes:
+        values: the averages by name; the tensors themselves before the first update.
+        updates: how many there have been.
+    """
+
+    def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:
+        self.live, self.decay, self.updates = live, decay, 0
+        self.values = {name: value.detach().clone() for name, value in live.items()}
+
+    @torch.no_grad()
+    def update(self, *_: Any) -> None:
+        """Move the averages towards the tensors; as a hook, after every step of an optimizer."""
+        decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
+        get_ema_multi_avg_fn(decay)([*self.values.values()], [*self.live.values()], 0)
+        self.updates += 1
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Replace the tensors by their averages."""
+        for name, value in self.values.items():
+            self.live[name].copy_(value)
 
 
 def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -40,9 +147,11 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
     return optimizer
 
 
-def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Learning rate of step 0 <= step < num_steps of a stage."""
-    done = (step + 0.5) / num_steps
+def learning_rate(
+    config: OptimConfig, step: int, num_steps: int, span: tuple[float, float] = (0.0, 1.0)
+) -> float:
+    """Learning rate of step 0 <= step < num_steps of a stage, which covers `span` of a schedule."""
+    done = span[0] + (span[1] - span[0]) * ((step + 0.5) / num_steps)
     match config.schedule:
         case "constant":
             factor = 1.0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,55 +11,15 @@ from torch import Tensor, nn
 from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble
+from redefense.rng import draw_seed, stream
+from redefense.runtime.mesh import Mesh, Tally
 from redefense.runtime.phases import OPTIMIZER, watched
-from redefense.train.loop import Loader, Position, fit
+from redefense.train.loop import epoch_number, take_step
 from redefense.train.op_counter import OpCounter
-from redefense.types import Batch
+from redefense.train.optim import StageOptimizer, learning_rate
+from redefense.types import Batch, Progress
 
 Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Same:
-    """A loader of one batch, again and again."""
-
-    batch: Batch
-    steps: int
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        for _ in range(start_step, self.steps):
-            yield self.batch
-
-
-def fit_only(
-    ensemble: Ensemble,
-    stages: Sequence[Stage],
-    loader: Loader,
-    *,
-    optim: OptimConfig,
-    precision: Precision,
-    seed: int = 0,
-    start: Position | None = None,
-    on_step: Callable[[], None] = lambda: None,
-) -> None:
-    """Train through the stages, and save and log nothing."""
-    fit(
-        ensemble,
-        stages,
-        loader,
-        optim=optim,
-        seed=seed,
-        precision=precision,
-        start=start or Position(),
-        start_totals={},
-        restore=lambda optimizer: None,
-        save=lambda position, optimizer, totals: None,
-        on_step=lambda position, terms: on_step(),
-        on_epoch=lambda stage, position, means: None,
-    )
 
 
 def take_steps(
@@ -75,16 +35,22 @@ def take_steps(
     steps: int = 1,
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Steps of the training loop in the middle of stage `index`, which must have begun.
+    """Steps in the middle of stage `index`, which must have begun, on one batch again and again.
 
-    The loop's checks of the first step are left out, and nothing is saved or logged.
+    The checks of a stage's first step are left out.
     """
-    # one epoch more, since the loop takes the first step of a stage for its beginning
-    last = replace(stages[index], epochs=epoch + 2, before=None, after=None)
-    fit_only(
-        ensemble, (*stages[:index], last), _Same(batch, steps), optim=optim, precision=precision,
-        seed=seed, start=Position(index, epoch + 1), on_step=on_step,
-    )  # fmt: skip
+    stage = stages[index]
+    optimizer, tally = StageOptimizer(ensemble, stage.members, optim), Tally(Mesh())
+    number = epoch_number(stages, index, epoch)
+    progress = Progress(epoch, stage.epochs, draw_seed(stream(seed, "epoch", number)))
+    for step in range(steps):
+        take_step(
+            ensemble, stage, replace(batch, progress=progress), optimizer.optimizer,
+            optimizer.params, lr=learning_rate(optim, step, steps, stage.schedule),
+            clip=optim.clip, precision=precision, total=step, rng=stream(seed, "step", step),
+            first=False, tally=tally,
+        )  # fmt: skip
+        on_step()
 
 
 def booked_step(

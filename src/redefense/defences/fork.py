@@ -1,0 +1,169 @@
+"""Fork: one network is trained for most of the epochs, then M copies of it that part.
+
+The first stage trains member 0 alone on adversarial examples. At its end every member becomes a
+copy of it, and the second stage trains all of them on the rest of the same learning-rate schedule.
+Copies that met the same examples would stay equal; `apart` says what parts them:
+
+| apart | each member learns from | and in addition |
+|---|---|---|
+| none | its own examples, from starts of its own | |
+| similarity | the same | RED's similarity of the input gradients at these examples |
+| subset | examples that fool a subset of members together, if it is in the subset | |
+
+For `subset` every image draws a subset of the members, all nonempty ones being equally likely, and
+the adversary climbs the smooth minimum of their margins, each in standard deviations of the
+member's logits: what `attacks.subset` climbs for an attacker who knows the ensemble.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redefense.attacks.objectives import margin
+from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, check_weights, terms
+from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.defences.mrboost import begin_member, copy_member
+from redefense.ensembles import Ensemble
+from redefense.errors import ConfigError
+from redefense.networks import Asked
+from redefense.penalties import gradient_similarity
+from redefense.rng import drawn
+from redefense.threat import TINY
+from redefense.types import Batch, Bool, Float, Images, Labels, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork(CrossEntropyDefence):
+    """One adversarially trained network, and copies of it that part.
+
+    Attributes:
+        share: of the epochs that train one network, rounded; each stage keeps at least one.
+        apart: "none", "similarity" or "subset", see the module's table.
+        similarity: weight of the similarity, for apart="similarity".
+        temperature: of the smooth minimum, for apart="subset".
+        adversary: who makes the examples.
+        differentiate: "exact" double backward, or "finite" differences of losses.
+    """
+
+    summary: ClassVar[str] = "one adversarially trained network, then copies of it that part"
+    randomized: ClassVar[bool] = True
+
+    share: float = 0.8
+    apart: Literal["none", "similarity", "subset"] = "similarity"
+    similarity: float = 0.1
+    temperature: float = 0.1
+    adversary: Adversary = field(default_factory=Adversary)
+    differentiate: str = "exact"
+
+    def __post_init__(self) -> None:
+        check_weights(similarity=self.similarity)
+        check_differentiate(self.differentiate)
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share must lie in (0, 1), got {self.share}")
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+
+    def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
+        """One network, then all members on the rest of its learning-rate schedule.
+
+        Raises:
+            ConfigError: if there are not two epochs, one for each stage.
+        """
+        if epochs < 2:
+            raise ConfigError(f"fork needs at least 2 epochs, got {epochs}")
+        alone = min(max(round(self.share * epochs), 1), epochs - 1)
+        return (
+            Stage(
+                name="one", epochs=alone, members=(0,), loss=self.one, before=_only_first,
+                schedule=(0.0, alone / epochs),
+            ),
+            Stage(
+                name="copies", epochs=epochs - alone, members=tuple(range(num_members)),
+                loss=self.loss, before=_copy_to_all, schedule=(alone / epochs, 1.0),
+            ),
+        )  # fmt: skip
+
+    def one(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The cross-entropy of member 0 on its own examples."""
+        x = self.adversary.craft(Asked(ensemble.member(0)), batch.x, batch.y, rng)
+        ce = self.cross_entropy(ensemble.logits_of(0, x), batch.y)
+        yield Loss(ce, terms(ce=ce, total=ce))
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The copies' losses, a part for each."""
+        if self.apart == "subset":
+            yield from self._subsets(ensemble, batch, rng)
+            return
+        own = self.adversary.craft_own(ensemble, batch.x, batch.y, rng)
+        coupled = Coupled(
+            y=batch.y,
+            ce_images=own,
+            ce_weight=1.0,
+            points=(own,),
+            penalty=lambda grads: {"similarity": gradient_similarity(grads)},
+            weights={"similarity": self.similarity if self.apart == "similarity" else 0.0},
+            label_smoothing=self.label_smoothing,
+        )
+        yield from coupled.parts(ensemble, self.differentiate)
+
+    def _subsets(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        x, y, count = batch.x, batch.y, ensemble.num_members
+
+        def subsets(rng: torch.Generator) -> Bool[Tensor, "B M"]:
+            code = torch.randint(1, 2**count, (len(x), 1), generator=rng, device=rng.device)
+            return (code >> torch.arange(count, device=rng.device)) % 2 == 1
+
+        chosen = drawn(rng, subsets, x.device)
+        view = _Stacked(ensemble)
+
+        def smooth_minimum(logits: Float[Tensor, "B MC"], labels: Labels) -> Float[Tensor, " B"]:
+            return smooth_margin(logits.unflatten(1, (count, -1)), labels, chosen, self.temperature)
+
+        point = self.adversary.craft(view, x, y, rng, objective=smooth_minimum)
+        for m in range(count):
+            weight = chosen[:, m].to(x.dtype)
+            each = F.cross_entropy(
+                ensemble.logits_of(m, point), y, reduction="none",
+                label_smoothing=self.label_smoothing,
+            )  # fmt: skip
+            ce = (each * weight).sum() / weight.sum().clamp_min(1)
+            yield Loss(ce, terms(ce=ce / count, total=ce))
+
+
+def smooth_margin(
+    logits: Float[Tensor, "B M C"], y: Labels, subset: Bool[Tensor, "B M"], temperature: float
+) -> Float[Tensor, " B"]:
+    """The smooth minimum over each image's subset of members of their scaled margins.
+
+    Positive only where every member of the subset errs, up to the softness; a member's margin (best
+    wrong logit minus the true one) is measured in standard deviations of its logits.
+    """
+    flat, labels = logits.flatten(0, 1), y.repeat_interleave(logits.shape[1])
+    scale = flat.detach().std(1).clamp_min(TINY)
+    gaps = (margin(flat, labels) / scale).view(logits.shape[:2])
+    return -temperature * (-gaps / temperature).masked_fill(~subset, -torch.inf).logsumexp(1)
+
+
+class _Stacked(nn.Module):
+    """The logits of all members, one after another in a row."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, x: Images) -> Float[Tensor, "B MC"]:
+        return self.ensemble.member_logits(x).transpose(0, 1).flatten(1)
+
+
+def _only_first(ensemble: Ensemble) -> None:
+    begin_member(0, ensemble, copied=False)
+
+
+def _copy_to_all(ensemble: Ensemble) -> None:
+    for m in range(1, ensemble.num_members):
+        copy_member(ensemble, 0, m)
+    ensemble.set_mixture(torch.full_like(ensemble.mixture, 1 / ensemble.num_members))

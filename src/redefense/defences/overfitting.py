@@ -1,0 +1,63 @@
+"""Catastrophic overfitting: members that withstand their one-step adversary and no other.
+
+Training on examples of one step may end in networks whose loss along that one step is bent so that
+the step finds nothing, while ten shorter ones fool them on every image (Wong, Rice & Kolter, "Fast
+is better than free", ICLR 2020). It shows where the accuracy under PGD falls far below that under
+the training adversary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from redefense.defences.base import Adversary, Defence
+from redefense.ensembles import Ensemble, evaluating
+from redefense.networks import Asked
+from redefense.rng import stream
+from redefense.types import Images, Labels, correct
+
+WITHSTOOD = 0.5
+"""PGD that leaves less than this share of the accuracy under one step tells of overfitting."""
+
+
+def one_step_adversary(defence: Defence) -> Adversary | None:
+    """The adversary of one step whose examples a method learns from, if it has one."""
+    adversary = getattr(defence, "adversary", None)
+    learns = getattr(defence, "adversarial_training", True)
+    found = isinstance(adversary, Adversary) and adversary.steps == 1 and learns
+    return adversary if found else None
+
+
+def one_step_accuracy(
+    ensemble: Ensemble, adversary: Adversary, x: Images, y: Labels, seed: int
+) -> dict[str, float]:
+    """Accuracies, expected over the mixture, of members that are attacked one by one.
+
+    Returns:
+        `one_step_accuracy` under the adversary, `pgd_accuracy` under ten steps in the same ball.
+    """
+    pgd = replace(adversary, attack="pgd", steps=10, step_size=0.25)
+    found = {}
+    for name, attacker in (("one_step_accuracy", adversary), ("pgd_accuracy", pgd)):
+        right = []
+        for m in ensemble.spread.own(ensemble.num_members):
+            net = Asked(ensemble.member(m))
+            point = attacker.craft(net, x, y, stream(seed, "overfitting"))
+            with torch.no_grad(), evaluating(net):
+                right.append(correct(net(point), y).double().mean())
+        every = ensemble.spread.members(torch.stack(right))
+        found[name] = float(ensemble.mixture.to(every) @ every)
+    return found
+
+
+def overfitted(found: Mapping[str, float]) -> str:
+    """A warning for what `one_step_accuracy` found; empty if there is nothing to warn of."""
+    one, pgd = found["one_step_accuracy"], found["pgd_accuracy"]
+    if pgd >= WITHSTOOD * one:
+        return ""
+    return (
+        f"warning: catastrophic overfitting: on validation images the accuracy is {100 * one:.1f} "
+        f"% under the one-step training adversary and {100 * pgd:.1f} % under PGD of ten steps. "
+        "Train with adversary.attack=n-fgsm, a smaller adversary.step_size, or more steps"
+    )

@@ -1,0 +1,51 @@
+"""Snapshots: the members are one network at the ends of the cycles of its learning rate.
+
+Source of the idea: Huang et al., "Snapshot Ensembles: Train 1, get M for free", ICLR 2017, there
+for accuracy. The network trains on adversarial examples; the epochs are shared equally by M stages,
+each of which runs through the learning-rate schedule once (`optim.schedule=cosine` is theirs), and
+each member goes on from where the one before it ended.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, terms
+from redefense.defences.mrboost import begin_member, one_by_one
+from redefense.ensembles import Ensemble
+from redefense.networks import Asked
+from redefense.types import Batch, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshots(CrossEntropyDefence):
+    """Members that are one network at several moments of its adversarial training.
+
+    Attributes:
+        adversary: who makes the examples, on the member that learns.
+    """
+
+    summary: ClassVar[str] = "one adversarially trained network at the ends of M cycles"
+    randomized: ClassVar[bool] = True
+
+    adversary: Adversary = field(default_factory=Adversary)
+
+    def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
+        """One stage a member; until its stage a member answers nothing."""
+        before = partial(begin_member, copied=True)
+        return one_by_one(num_members, epochs, loss=self.newest, before=before)
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+        """The loss of the last stage."""
+        yield from self.newest(ensemble.num_members - 1, ensemble, batch, rng)
+
+    def newest(
+        self, m: int, ensemble: Ensemble, batch: Batch, rng: torch.Generator
+    ) -> Iterator[Loss]:
+        """The cross-entropy of member m on its own examples."""
+        x = self.adversary.craft(Asked(ensemble.member(m)), batch.x, batch.y, rng)
+        ce = self.cross_entropy(ensemble.logits_of(m, x), batch.y)
+        yield Loss(ce, terms(ce=ce, total=ce))

@@ -1,0 +1,150 @@
+"""Weights published elsewhere: files of tensors, never of code, and the names that they use.
+
+A file is read by safetensors, or by `torch.load(weights_only=True)`, which runs nothing. Tensors
+find their place by name: as ours, or as in the residual networks that most repositories share:
+torchvision's (`conv1`, `layer1.0.conv2`, `layer2.0.downsample.0`, `fc`) and the ResNet-20s of the
+repositories of ADP, GAL, DVERGE and TRS (`shortcut`, `linear`). What differs in shape, or is
+missing, stays as it is.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from redefense.errors import DataError
+
+State = Mapping[str, Tensor]
+
+WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "net", "weights")
+"""Under which name a file holds the state beside epochs, optimizers and the like."""
+
+_MEMBER: Final = re.compile(
+    r"^(?:module\.)?(?:(?:models|members|ensemble)\.|models?_)(\d+)(?:\.|$)"
+)
+_PREFIX: Final = re.compile(r"^(?:module|model|net|1)\.")
+"""Of one network's names: by DataParallel, by a wrapper, by a normalisation before the network."""
+
+_NAMES: Final = (
+    (re.compile(r"^conv1\.(.+)"), r"stem.\1"),
+    (re.compile(r"^bn1\.(.+)"), r"stem_bn.\1"),
+    (re.compile(r"^layer(\d+)\.(\d+)\.(?:shortcut|downsample)\.(.+)"), r"blocks.\1,\2.shortcut.\3"),
+    (re.compile(r"^layer(\d+)\.(\d+)\.(.+)"), r"blocks.\1,\2.\3"),
+    (re.compile(r"^(?:fc|linear)\.(.+)"), r"classifier.\1"),
+)
+_BLOCK: Final = re.compile(r"^blocks\.(\d+),(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What became of a published state.
+
+    Attributes:
+        taken: tensors of the network that it has.
+        fresh: tensors of the network that it has nothing for, or nothing of their shape.
+        unused: tensors of the state that found no place.
+    """
+
+    taken: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def read_states(path: Path) -> list[State]:
+    """The networks that a file holds, one or the members of an ensemble in their order.
+
+    Raises:
+        DataError: if it cannot be read, would run code, or holds no network.
+    """
+    members = _members(_unwrapped(_tensors_of(path)))
+    if not members:
+        raise DataError(f"{path} holds no tensors by name, so no network can start from it")
+    return members
+
+
+def fit(net: nn.Module, state: State) -> Fitted:
+    """Give a network the tensors of a state that fit it."""
+    own = net.state_dict()
+    found = {ours: theirs for theirs, ours in _renamed(state).items()}
+    taken = {n: found[n] for n, t in own.items() if n in found and state[found[n]].shape == t.shape}
+    net.load_state_dict({name: state[theirs] for name, theirs in taken.items()}, strict=False)
+    ours_alone = ("normalise.mean", "normalise.std")  # settings, which nobody else stores
+    counts = "num_batches_tracked"
+    used = set(taken.values())
+    return Fitted(
+        tuple(n for n in taken if n not in ours_alone),
+        tuple(n for n in own if n not in taken and n not in ours_alone and counts not in n),
+        tuple(n for n in state if n not in used and counts not in n),
+    )
+
+
+def _tensors_of(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DataError(
+            f"{path} is not read: it holds more than tensors, and to open it could run code. Save "
+            "the network's state_dict() alone, or as safetensors"
+        ) from None
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        first = (str(error).splitlines() or ["?"])[0]
+        raise DataError(f"cannot read weights from {path}: {first}") from None
+
+
+def _unwrapped(data: Any) -> Any:
+    while isinstance(data, Mapping):
+        inner = next((data[name] for name in WRAPPERS if isinstance(data.get(name), Mapping)), None)
+        if inner is None:
+            break
+        data = inner
+    return data
+
+
+def _members(data: Any) -> list[State]:
+    """States by member; one if the names speak of none."""
+    if not isinstance(data, Mapping):
+        return []
+    flat: dict[str, Tensor] = {}
+    for name, value in data.items():
+        if isinstance(value, Tensor):
+            flat[str(name)] = value
+        elif isinstance(value, Mapping):
+            flat |= {f"{name}.{k}": t for k, t in value.items() if isinstance(t, Tensor)}
+    places = {name: _MEMBER.match(name) for name in flat}
+    if not any(places.values()):
+        return [_plain(flat)] if flat else []
+    members: dict[int, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        if (place := places[name]) is not None:
+            members.setdefault(int(place[1]), {})[name[place.end() :]] = value
+    return [_plain(members[m]) for m in sorted(members)]
+
+
+def _plain(state: State) -> State:
+    """Without what all names, but for those of a normalisation before the network, begin with."""
+    while True:
+        names = [name for name in state if not name.startswith("0.")]
+        if not names or not all(_PREFIX.match(name) for name in names):
+            return state
+        state = {_PREFIX.sub("", name, count=1): value for name, value in state.items()}
+
+
+def _renamed(state: State) -> dict[str, str]:
+    """Our name of each tensor."""
+    found = {}
+    for name in state:
+        found[name] = next((p.sub(to, name) for p, to in _NAMES if p.match(name)), name)
+    blocks = sorted({(int(b[1]), int(b[2])) for n in found.values() if (b := _BLOCK.match(n))})
+    for name, ours in found.items():
+        if b := _BLOCK.match(ours):
+            found[name] = f"blocks.{blocks.index((int(b[1]), int(b[2])))}.{b[3]}"
+    return found
