@@ -1,7 +1,7 @@
 """ADP against slow loops from its definition, at its limits, and against the joint graph."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -122,6 +122,7 @@ class Shift(Adversary):
         *,
         room: int | None = None,
         eps: Tensor | None = None,
+        **settings: Any,
     ) -> Tensor:
         radius = self.eps if eps is None else float(eps)
         self.asked.append(radius)

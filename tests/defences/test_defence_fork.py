@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from redefense.defences.fork import smooth_margin
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_similarity
-from redefense.rng import stream
+from redefense.rng import drawn, stream
 from redefense.train.loop import StepDone, fit
 from redefense.types import Batch
 
@@ -129,10 +130,10 @@ def test_members_learn_from_the_images_whose_subset_they_are_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     members, data = identical(2), batch(64)
-    drawn, seen = fork.drawn, list[Tensor]()
+    seen: list[Tensor] = []
 
-    def noted(*args: object) -> Tensor:
-        seen.append(drawn(*args))  # type: ignore[arg-type]  # as they are
+    def noted(*args: Any) -> Tensor:
+        seen.append(drawn(*args))
         return seen[-1]
 
     monkeypatch.setattr(fork, "drawn", noted)

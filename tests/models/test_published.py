@@ -116,7 +116,7 @@ class Runs:
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Runs(tmp_path / "ran"), protocol=2))
     torch.save({"net": network("resnet20"), "x": Runs(tmp_path / "ran")}, tmp_path / "bad.pth")
     for name in ("bad.pt", "bad.pth"):
         with pytest.raises(DataError, match="could run code"):

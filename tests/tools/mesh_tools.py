@@ -73,7 +73,7 @@ def given(x: Tensor) -> Tensor:
 @contextmanager
 def given_examples() -> Iterator[None]:
     craft, search = Adversary.craft, TRS.search
-    Adversary.craft = lambda self, victim, x, y, rng, *, room=None, eps=None: given(x)  # type: ignore[method-assign]
+    Adversary.craft = lambda self, victim, x, y, rng, **settings: given(x)  # type: ignore[assignment,method-assign,misc]
     TRS.search = lambda self, ensemble, x, y, eps, rng: given(x)  # type: ignore[method-assign]
     try:
         yield

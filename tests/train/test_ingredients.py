@@ -14,7 +14,7 @@ from defence_tools import assert_same, batch, engine_gradients, ensemble
 from redefense.attacks.gradient import random_starts
 from redefense.config import OptimConfig, Run, override
 from redefense.data import load_dataset, train_validation
-from redefense.defences import DEFENCES, Adversary
+from redefense.defences import DEFENCES, RED, AdversarialTraining, Adversary, Vanilla
 from redefense.defences.overfitting import one_step_accuracy, one_step_adversary, overfitted
 from redefense.ensembles import Ensemble, Independent
 from redefense.errors import ConfigError, Interrupted
@@ -40,7 +40,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 def test_the_loss_is_linear_in_label_smoothing(name: str, settings: dict[str, Any]) -> None:
     members, data = ensemble(2), batch()
     plain, one, two = (
-        engine_gradients(members, DEFENCES[name](label_smoothing=s, **settings), data)[0]
+        engine_gradients(members, DEFENCES[name](**{**settings, "label_smoothing": s}), data)[0]
         for s in (0.0, 0.2, 0.4)
     )
     assert_same({n: two[n] - plain[n] for n in two}, {n: 2 * (one[n] - plain[n]) for n in one})
@@ -50,10 +50,13 @@ def test_the_loss_is_linear_in_label_smoothing(name: str, settings: dict[str, An
 @pytest.mark.parametrize("name", ["vanilla", "at"])
 def test_smoothed_labels_are_torchs(name: str) -> None:
     members, data = ensemble(1), batch()
-    settings: dict[str, Any] = {"variant": "joint"} if name == "at" else {}
-    if name == "at":
-        settings["adversary"] = Adversary(eps=0.0)
-    _, logged = engine_gradients(members, DEFENCES[name](label_smoothing=0.3, **settings), data)
+    still = Adversary(eps=0.0)
+    defence = (
+        Vanilla(label_smoothing=0.3)
+        if name == "vanilla"
+        else AdversarialTraining(variant="joint", adversary=still, label_smoothing=0.3)
+    )
+    _, logged = engine_gradients(members, defence, data)
     logits = members.logits_of(0, data.x).detach()
     expected = F.cross_entropy(logits, data.y, label_smoothing=0.3)
     assert logged["ce"] == pytest.approx(float(expected), rel=1e-12)
@@ -265,8 +268,8 @@ def test_overfitting_is_seen_where_pgd_finds_what_one_step_does_not() -> None:
 
 def test_only_one_step_adversaries_that_are_trained_on_are_watched() -> None:
     one = Adversary(steps=1)
-    assert one_step_adversary(DEFENCES["at"](adversary=one)) is one
-    assert one_step_adversary(DEFENCES["at"]()) is None
-    assert one_step_adversary(DEFENCES["red"](adversary=one)) is None
-    assert one_step_adversary(DEFENCES["red"](adversary=one, adversarial_training=True)) is one
-    assert one_step_adversary(DEFENCES["vanilla"]()) is None
+    assert one_step_adversary(AdversarialTraining(adversary=one)) is one
+    assert one_step_adversary(AdversarialTraining()) is None
+    assert one_step_adversary(RED(adversary=one)) is None
+    assert one_step_adversary(RED(adversary=one, adversarial_training=True)) is one
+    assert one_step_adversary(Vanilla()) is None

@@ -341,7 +341,8 @@ def test_any_number_of_networks_starts_the_members_in_turn(
             torch.testing.assert_close(a, b, rtol=0.0, atol=1e-8)
     told = capsys.readouterr().err
     assert "members 0, 2 start alike (2 networks for 3 members)" in told
-    assert "tensors" not in told  # all fit
+    assert "not used" not in told
+    assert "stay as initialised" not in told
     record = json.loads((tmp_path / "run" / "start.json").read_text())
     assert record["from"] == [0, 1, 0]
     with pytest.raises(DataError, match="not those that this run"):

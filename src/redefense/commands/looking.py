@@ -161,7 +161,8 @@ def _entries(kind: str) -> list[tuple[str, str]]:
 
 def _first_line(run: "Run") -> str:
     ensemble, defence = run.ensemble, run.defence
-    method = " ".join([defence["name"], *([defence["preset"]] if "preset" in defence else [])])
+    kinds = [defence[key] for key in ("preset", "variant", "apart") if key in defence]
+    method = " ".join([defence["name"], *kinds])
     weights = [f"{key} {defence[key]:g}" for key in ("similarity", "smoothness") if key in defence]
     if defence.get("adversarial_training"):
         weights.append("adversarial training")

@@ -116,6 +116,7 @@ _HYPER: Final = {
 CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-vanilla": partial(_mini, {"name": "vanilla"}),
     "cifar10-mini-at": partial(_mini, {"name": "at", "adversary": MINI}),
+    "cifar10-mini-at-joint": partial(_mini, {"name": "at", "variant": "joint", "adversary": MINI}),
     "cifar10-mini-gal": partial(_mini, {"name": "gal"}, ensemble=_MINI_LEAKY),
     "cifar10-mini-adp": partial(_mini, {"name": "adp"}),
     "cifar10-mini-adp-at": partial(

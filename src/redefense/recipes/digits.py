@@ -51,6 +51,7 @@ _HYPER: Final = {
 DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-vanilla": partial(_run, {"name": "vanilla"}),
     "digits-at": partial(_run, {"name": "at", "adversary": ADVERSARY}),
+    "digits-at-joint": partial(_run, {"name": "at", "variant": "joint", "adversary": ADVERSARY}),
     "digits-gal": partial(_run, {"name": "gal"}, ensemble=_LEAKY),
     "digits-adp": partial(_run, {"name": "adp"}),
     "digits-adp-at": partial(_run, _ADP_AT),

@@ -19,7 +19,7 @@ from redefense.ensembles import Ensemble, Hyper, Independent, evaluating
 from redefense.ensembles.configs import EnsembleConfig, HyperConfig, IndependentConfig
 from redefense.errors import ConfigError, DataError
 from redefense.models import fitting, hyper
-from redefense.models.published import State, fit, read_states
+from redefense.models.published import Fitted, State, fit, read_states
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import find_final, load_checkpoint, resolve
 from redefense.types import Batch
@@ -74,7 +74,8 @@ def _from_run(
 def _from_file(
     path: Path, states: Sequence[State], kind: EnsembleConfig, like: Ensemble
 ) -> tuple[list[nn.Module], dict[str, Sequence[str]]]:
-    nets, fits = [], []
+    nets: list[nn.Module] = []
+    fits: list[Fitted] = []
     for m, state in enumerate(states):
         nets.append(copy.deepcopy(like.member(m % like.num_members)))
         fits.append(fit(nets[-1], state))

@@ -9,7 +9,7 @@
 `fit` trains and yields what happens; whoever drives it saves, logs and stops.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -137,7 +137,7 @@ def fit(
     start: Start | None = None,
     mesh: Mesh | None = None,
     recorder: Recorder | None = None,
-) -> Iterator[StepDone | EpochEnded | SaveDue]:
+) -> Generator[StepDone | EpochEnded | SaveDue, None, None]:
     """Train through all stages from `start`, and yield what happens.
 
     Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.

@@ -120,7 +120,7 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
     """SGD with momentum or Adam over `params`; the learning rate is set before every step."""
     # one pass over memory, and no copy of all gradients, which grow with the members
     fused = {p.device.type for p in params} <= {"cpu", "cuda"}
-    groups = [{"params": list(params)}]
+    groups: list[dict[str, Any]] = [{"params": list(params)}]
     if not config.decay_norms_and_biases:
         groups = [
             {"params": [p for p in params if p.ndim > 1]},

@@ -15,7 +15,7 @@ from redefense.data.loader import Loader
 from redefense.defences import Defence, Stage
 from redefense.defences.overfitting import one_step_accuracy, one_step_adversary, overfitted
 from redefense.ensembles import Ensemble, evaluating, kernels_kept
-from redefense.errors import Interrupted
+from redefense.errors import Interrupted, RedefenseError
 from redefense.results.untrained import degenerate_members
 from redefense.runtime.mesh import Mesh
 from redefense.runtime.recording import Recorder
@@ -107,7 +107,7 @@ class Session:
         if stop:
             raise self._stopped(f"after step {event.position.total}", stop)
 
-    def _stopped(self, where: str, number: int) -> BaseException:
+    def _stopped(self, where: str, number: int) -> RedefenseError:
         return self.team.told(Interrupted(f"stopped {where}; go on with --resume", number))
 
     def _save(self, event: Event) -> None:

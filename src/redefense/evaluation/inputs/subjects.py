@@ -14,7 +14,7 @@ from redefense.defences import DEFENCES
 from redefense.ensembles import Ensemble
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
-from redefense.train.experiment import accuracy
+from redefense.train.session import accuracy
 
 
 def drift_of(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> float | None:
