@@ -83,7 +83,7 @@ class Session:
                             progress.update(
                                 event.position.total, f"loss {event.terms['total']:.3f}"
                             )
-                            self._save_or_stop(event, stopping)
+                            self._save_or_stop(event, stopping[0] if stopping else 0)
                         case EpochEnded():
                             self._log(event, metrics)
                         case SaveDue():
@@ -97,11 +97,9 @@ class Session:
         if self.members is not None and not self.quiet:
             warn_degenerate(self.ensemble, self.members)
 
-    def _save_or_stop(self, event: Event, stopping: list[int]) -> None:
-        """Save after a step if it is time to; on a signal that any process got, stop."""
-        stop, due = self.team.agree(
-            stopping[0] if stopping else 0, time.monotonic() - self.saved > SAVE_INTERVAL
-        )
+    def _save_or_stop(self, event: Event, signal: int) -> None:
+        """Save after a step if it is time to; stop on a signal that any process got, 0 for none."""
+        stop, due = self.team.agree(signal, time.monotonic() - self.saved > SAVE_INTERVAL)
         if stop or due:
             self._save(event)
         if stop:
