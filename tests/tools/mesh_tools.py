@@ -73,7 +73,7 @@ def given(x: Tensor) -> Tensor:
 @contextmanager
 def given_examples() -> Iterator[None]:
     craft, search = Adversary.craft, TRS.search
-    Adversary.craft = lambda self, victim, x, y, rng, **settings: given(x)  # type: ignore[assignment,method-assign,misc]
+    Adversary.craft = lambda self, victim, x, y, rng, **settings: given(x)  # type: ignore[method-assign]
     TRS.search = lambda self, ensemble, x, y, eps, rng: given(x)  # type: ignore[method-assign]
     try:
         yield
