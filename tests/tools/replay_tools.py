@@ -16,7 +16,7 @@ from redefense.ensembles.configs import EnsembleConfig, HyperConfig, Independent
 from redefense.rng import draw_seed, stream
 from redefense.runtime.recording import Recorder
 from redefense.train.loop import gradients, take_step
-from redefense.train.optim import learning_rate, make_optimizer
+from redefense.train.optim import StageOptimizer, learning_rate
 from redefense.train.replay import RecordedSteps
 from redefense.types import Batch, Progress
 from tape import TapeRecorder
@@ -32,7 +32,10 @@ NORMED = IndependentConfig(model="resnet8", num_members=2, width=4)
 LEAKY = replace(NORMED, activation="leaky")
 PLAIN = IndependentConfig(model="digits-cnn", num_members=2, width=8)
 WRITTEN = HyperConfig(model="digits-cnn", num_members=2, unit=16, embedding=3, hidden=3)
+SMOOTH = replace(NORMED, activation="silu")
+AVERAGED = OptimConfig(nesterov=True, decay_norms_and_biases=False, ema=0.9)
 ADVERSARY = Adversary(steps=2, step_size=0.5)
+NOISY = Adversary(attack="n-fgsm", steps=1, step_size=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,9 @@ SETTINGS: Final[Mapping[str, Setting]] = MappingProxyType({
     "red fp32": Setting(),
     "red clipped": Setting(kind=PLAIN, precision="bf16", optim=CLIPPED),
     "red adam": Setting(kind=PLAIN, optim=ADAM),
+    "red smooth": Setting(
+        settings={"label_smoothing": 0.1}, kind=SMOOTH, optim=AVERAGED
+    ),
     "red finite": Setting(settings={"differentiate": "finite"}, kind=PLAIN),
     "red printed": Setting(settings={"preset": "printed"}, kind=PLAIN),
     "red released": Setting(settings={"preset": "released"}, kind=PLAIN),
@@ -80,6 +86,10 @@ SETTINGS: Final[Mapping[str, Setting]] = MappingProxyType({
     "mrboost": Setting(method="mrboost", kind=PLAIN, precision="bf16"),
     "mrboost mean": Setting(method="mrboost", settings={"individual": False}, kind=PLAIN),
     "barre": Setting(method="barre", kind=PLAIN),
+    "fork": Setting(method="fork", kind=PLAIN),
+    "fork subset": Setting(method="fork", settings={"apart": "subset"}),
+    "snapshots": Setting(method="snapshots", kind=PLAIN),
+    "n-fgsm": Setting(method="at", settings={"adversary": NOISY}, kind=PLAIN),
     "nesterov": Setting(method="vanilla", kind=PLAIN, optim=NESTEROV),
     "cosine": Setting(method="vanilla", kind=PLAIN, optim=COSINE),
     "milestones": Setting(method="vanilla", kind=PLAIN, optim=MILESTONES),
@@ -107,10 +117,8 @@ class Training:
             if one.before is not None:
                 one.before(self.ensemble)
         self.stage = stage or stages[-1]
-        members = self.stage.members
-        found = [p for m in members for p in self.ensemble.parameters_of(m)]
-        self.params = list(dict.fromkeys(found))
-        self.optimizer = make_optimizer(self.params, setting.optim)
+        self.trained = StageOptimizer(self.ensemble, self.stage.members, setting.optim)
+        self.params, self.optimizer = self.trained.params, self.trained.optimizer
         compute = partial(
             gradients,
             self.ensemble,
@@ -147,17 +155,14 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """Weights, statistics and the optimizer's state."""
-        found = {name: t.clone() for name, t in self.ensemble.state_dict().items()}
-        for i, p in enumerate(self.params):
-            for name, value in self.optimizer.state[p].items():
-                found[f"optimizer {i} {name}"] = torch.as_tensor(value).clone()
-        return found
+        found = self.ensemble.state_dict() | self.trained.tensors()
+        return {name: t.clone() for name, t in found.items()}
 
     def resumed(self) -> "Training":
         """A new process that goes on with what this one has saved."""
         other = Training(self.setting, recorded=True)
         other.ensemble.load_state_dict(self.ensemble.state_dict())
-        for mine, p in zip(other.params, self.params, strict=True):
-            saved = self.optimizer.state[p].items()
-            other.optimizer.state[mine].update({name: value.clone() for name, value in saved})
+        average = self.trained.average
+        done = 0 if average is None else average.updates
+        other.trained.restore(self.state(), updates=done)
         return other
