@@ -53,7 +53,6 @@ from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.api import weights_digest
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
-from redefense.train.session import accuracy
 
 
 @computing()
