@@ -48,7 +48,7 @@ def test_examples_show_who_is_fooled_and_the_odds_of_the_draw(tmp_path: Path) ->
     label = document["cells"][3]["label"]
     assert "2 of 3 members fooled: member 1 says 8, member 2 says 9. " in text
     assert f"Chance of a right answer: 33 %. Found by: {label}." in text
-    assert "no member is fooled. Chance of a right answer: 100 %. Found by: no attack" in text
+    assert "no member is fooled. Chance of a right answer: 100 %. No attack changed that." in text
     images = re.findall(r'<img src="([^"]+)" alt="([^"]+)">', text)
     assert len(images) == 6
     assert all(alt for _, alt in images)

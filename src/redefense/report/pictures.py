@@ -100,7 +100,9 @@ def _shown(examples: Examples, k: int, labels: Mapping[str, str], odds: float) -
         change=png(change),
         times=f"{times:.0f}" if times >= 10 else f"{times:.1f}",
         label=int(examples.label[k]),
-        attack="no attack fooled a member" if attack == "clean" else labels.get(attack, attack),
+        attack="No attack changed that"
+        if attack == "clean"
+        else f"Found by: {labels.get(attack, attack)}",
         fooled=_fooled(examples, k),
         odds=f"{100 * odds:.0f}{PERCENT}",
     )

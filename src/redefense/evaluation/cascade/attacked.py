@@ -115,7 +115,7 @@ class Attacked:
         if self._bytes:
             self._job.say(
                 f"{self._job.suite.name}: attacked images of {len(self.images)} attacks, "
-                f"{self._bytes / 1e6:.1f} MB, in {self._job.place('*' + SUFFIX)}"
+                f"{self._bytes / 1e6:.3g} MB, in {self._job.place('*' + SUFFIX)}"
             )
 
     def _place(self, name: str, start: int) -> Path | None:
