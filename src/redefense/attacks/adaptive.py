@@ -10,19 +10,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from redefense.attacks.apgd import APGDT, AutoAscent, face_starts
 from redefense.attacks.base import Attack, Best, Oracle, OracleResult, dual, input_gradient
+from redefense.attacks.early_stop import where_moved
 from redefense.attacks.gradient import check_shrink, check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
 from redefense.ensembles import Ensemble, as_ensemble
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat, norms, per_image
-from redefense.types import Float, Images, Int, Labels, Logits, correct
+from redefense.types import Float, Images, Labels, Logits, correct
 
 
 class Support:
@@ -82,57 +83,6 @@ def mean_oracle(support: Support, y: Labels) -> Oracle:
             value = support.log_odds(logits, y)
         grad = input_gradient(value, x) if with_grad else None
         return OracleResult(value.detach(), support.correct(logits, y), grad)
-
-    return oracle
-
-
-def where_moved(look_of: Callable[[Labels], Oracle], y: Labels) -> Oracle:
-    """Looks again only at images whose point moved since the last look.
-
-    Right for deterministic looks, as those at all members are: at rest they see the same again.
-    """
-    known: list[tuple[Images, OracleResult]] = []
-
-    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
-        rows = torch.arange(len(x), device=x.device)
-        if known:
-            rows = (x != known[0][0]).flatten(1).any(1).nonzero().flatten()
-        if len(rows) == len(x) or (with_grad and known[0][1].grad is None):
-            seen = look_of(y)(x, with_grad)
-        elif len(rows) == 0:
-            seen = known[0][1]
-        else:
-            part = look_of(y[rows])(x[rows], with_grad)
-            pairs = zip(known[0][1], part, strict=True)
-            seen = OracleResult(*(_renewed(old, rows, new) for old, new in pairs))
-        known[:] = [(x, seen)]
-        return seen
-
-    return oracle
-
-
-def _renewed(old: Tensor | None, rows: Int[Tensor, " K"], new: Tensor | None) -> Any:
-    return None if old is None or new is None else old.index_copy(0, rows, new)
-
-
-def until_fooled(look_of: Callable[[Tensor], Oracle], count: int) -> Oracle:
-    """Looks no further at an image once `correct` was 0 at one of its points.
-
-    Args:
-        look_of: makes, from the indices of some of the images, what looks at these.
-        count: number of images.
-    """
-    known: list[OracleResult] = []
-
-    def oracle(x: Tensor, with_grad: bool) -> OracleResult:
-        if not known:
-            known.append(look_of(torch.arange(count, device=x.device))(x, with_grad))
-            return known[0]
-        rows = (known[0].correct > 0).nonzero().flatten()
-        if len(rows) > 0:
-            pairs = zip(known[0], look_of(rows)(x[rows], with_grad), strict=True)
-            known[0] = OracleResult(*(_renewed(old, rows, new) for old, new in pairs))
-        return known[0]
 
     return oracle
 

@@ -17,6 +17,7 @@ from redefense.attacks.base import (
     Oracle,
     Presets,
 )
+from redefense.attacks.early_stop import until_settled
 from redefense.attacks.gradient import check_steps, gradient_oracle
 from redefense.attacks.objectives import objective_named, targeted_dlr, targeted_margin
 from redefense.errors import ConfigError
@@ -221,6 +222,8 @@ class AutoAscent(Attack):
         x: Images,
         start: Callable[[], Images],
         threat: Threat,
+        *,
+        early_stop: bool = False,
     ) -> None:
         """Climb from `restarts` starts, with the images not fooled yet.
 
@@ -230,6 +233,7 @@ class AutoAscent(Attack):
             x: clean images.
             start: makes starting points for all images.
             threat: the ball.
+            early_stop: look no further at images that are fooled or out of reach.
         """
         for oracle in oracles:
             for _ in range(self.restarts):
@@ -237,9 +241,14 @@ class AutoAscent(Attack):
                 rows = (best.correct > 0).nonzero().flatten()
                 if len(rows) == 0:
                     return
-                part = best.select(rows)
+                part, look = best.select(rows), oracle(rows)
+                if early_stop:
+                    look = until_settled(
+                        lambda part, of=oracle, rows=rows: of(rows[part]),  # type: ignore[misc]
+                        len(rows), steps=self.steps,
+                    )  # fmt: skip
                 auto_climb(
-                    oracle(rows), points[rows], x[rows], threat,
+                    look, points[rows], x[rows], threat,
                     steps=self.steps, rho=self.rho, keeper=part,
                 )  # fmt: skip
                 best.update(rows, part)
@@ -263,17 +272,27 @@ class APGD(AutoAscent):
     Attributes:
         loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
         draws: queries per gradient, for random victims.
+        early_stop: look no further at images that are fooled or, after three tenths of the steps,
+            far from it.
         preset: published settings: one noise tensor for the batch, the last fooling point, and
             the clean image where none was seen.
     """
 
     loss: str = "log_odds"
     draws: int = 1
+    early_stop: bool = False
     preset: str | None = None
 
     summary: ClassVar[str] = "ascent that sets its own step size"
     presets: ClassVar[Presets] = {
-        name: {"steps": steps, "restarts": 1, "rho": 0.75, "loss": "cross_entropy", "draws": 1}
+        name: {
+            "steps": steps,
+            "restarts": 1,
+            "rho": 0.75,
+            "loss": "cross_entropy",
+            "draws": 1,
+            "early_stop": False,
+        }
         for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
     }
 
@@ -290,7 +309,8 @@ class APGD(AutoAscent):
         if self.preset is None:
             oracles = [lambda rows: gradient_oracle(victim, y[rows], objective, draws=self.draws)]
             best = Best.start(x)
-            self.improve(best, oracles, x, face_starts(x, y, threat, rng), threat)
+            start = face_starts(x, y, threat, rng)
+            self.improve(best, oracles, x, start, threat, early_stop=self.early_stop)
             return best.x
 
         def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
@@ -307,18 +327,22 @@ class APGDT(AutoAscent):
     Attributes:
         num_targets: wrong classes tried; all there are if fewer.
         loss: `targeted_dlr` (4 classes or more) or `targeted_margin` (any number).
+        early_stop: look no further at images that are fooled or, after three tenths of the steps
+            towards a class, far from it.
         preset: published settings: one noise tensor for the batch, the last fooling point, and
             the clean image where none was seen.
     """
 
     num_targets: int = 9
     loss: str = "targeted_dlr"
+    early_stop: bool = False
     preset: str | None = None
 
     summary: ClassVar[str] = "auto-PGD towards the nine likeliest wrong classes"
     presets: ClassVar[Presets] = {
         name: {
             "steps": steps, "restarts": 1, "rho": 0.75, "num_targets": 9, "loss": "targeted_dlr",
+            "early_stop": False,
         }
         for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
     }  # fmt: skip
@@ -351,7 +375,8 @@ class APGDT(AutoAscent):
 
         oracles = [towards(target) for target in targets]
         best = Best.start(x)
-        self.improve(best, oracles, x, face_starts(x, y, threat, rng), threat)
+        start = face_starts(x, y, threat, rng)
+        self.improve(best, oracles, x, start, threat, early_stop=self.early_stop)
         return best.x
 
     def _published(

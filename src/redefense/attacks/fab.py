@@ -18,6 +18,7 @@ from redefense.attacks.base import (
     Presets,
     input_gradient,
 )
+from redefense.attacks.early_stop import BOUNDARY_FACTOR, BOUNDARY_STEPS
 from redefense.attacks.gradient import check_steps
 from redefense.attacks.objectives import targeted_margin
 from redefense.errors import ConfigError
@@ -76,6 +77,7 @@ class FAB(Attack):
         alpha_max: largest weight of the way from the image, against the way from the last point.
         eta: overshoot beyond the boundary, >= 1.
         beta: share of the way kept after a success, in (0, 1).
+        early_stop: leave a target after a fifth of the steps where none came near the budget.
         preset: published settings.
     """
 
@@ -84,12 +86,20 @@ class FAB(Attack):
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
+    early_stop: bool = False
     preset: str | None = None
 
     randomized: ClassVar[bool] = False
     summary: ClassVar[str] = "along the boundaries to the likeliest wrong classes"
     presets: ClassVar[Presets] = {
-        name: {"steps": steps, "num_targets": 9, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9}
+        name: {
+            "steps": steps,
+            "num_targets": 9,
+            "alpha_max": 0.1,
+            "eta": 1.05,
+            "beta": 0.9,
+            "early_stop": False,
+        }
         for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
     }
 
@@ -116,17 +126,42 @@ class FAB(Attack):
             rows = (best.correct > 0).nonzero().flatten()
             if len(rows) == 0:
                 break
-            found = self.walk(victim, x[rows], y[rows], target[rows], threat)
+            found = self._search(victim, x[rows], y[rows], target[rows], threat)
             beyond = torch.isfinite(found.distance).view(-1, 1, 1, 1)
             point = threat.project(torch.where(beyond, found.point, found.last), x[rows])
             best.judge(victim, rows, point, y[rows])
         return best.x
 
-    def walk(self, victim: Victim, x: Images, y: Labels, target: Labels, threat: Threat) -> Found:
-        """`steps` moves for one target class per image."""
-        point, nearest = x, x
-        distance = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
-        for _ in range(self.steps):
+    def _search(
+        self, victim: Victim, x: Images, y: Labels, target: Labels, threat: Threat
+    ) -> Found:
+        """All steps, or with `early_stop` a fifth of them and the rest where it may be worth it."""
+        first = round(BOUNDARY_STEPS * self.steps) if self.early_stop else self.steps
+        found = self.walk(victim, x, y, target, threat, steps=first)
+        rows = (found.distance <= BOUNDARY_FACTOR * threat.eps).nonzero().flatten()
+        more = self.steps - first
+        if more == 0 or len(rows) == 0:
+            return found
+        part = Found(*(values[rows] for values in found))
+        part = self.walk(victim, x[rows], y[rows], target[rows], threat, steps=more, found=part)
+        return Found(*(a.index_copy(0, rows, b) for a, b in zip(found, part, strict=True)))
+
+    def walk(
+        self,
+        victim: Victim,
+        x: Images,
+        y: Labels,
+        target: Labels,
+        threat: Threat,
+        *,
+        steps: int | None = None,
+        found: Found | None = None,
+    ) -> Found:
+        """Moves for one target class per image, from the image or from what was found so far."""
+        if found is None:
+            found = Found(x, torch.full_like(x[:, 0, 0, 0], math.inf), x)
+        nearest, distance, point = found
+        for _ in range(self.steps if steps is None else steps):
             point = self._move(victim, point, x, y, target, threat.norm)
             with torch.no_grad():
                 fooled = ~correct(victim(point), y)

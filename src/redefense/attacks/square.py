@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from redefense.attacks.apgd import filtered
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Presets
+from redefense.attacks.early_stop import SEARCH_CHECK, hopeless
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
@@ -200,6 +201,7 @@ class Square(Attack):
         rescale: stretch the schedule of patch sizes, made for 10,000 queries, to `queries`.
         reevaluate: compare each patch with a fresh answer to the point so far, and go on where an
             answer was wrong: on a victim that draws, the best answer was the luckiest.
+        early_stop: every tenth of the queries, leave images that are far from being fooled.
         preset: published settings.
     """
 
@@ -207,11 +209,12 @@ class Square(Attack):
     p_init: float = 0.8
     rescale: bool = True
     reevaluate: bool = False
+    early_stop: bool = False
     preset: str | None = None
 
     summary: ClassVar[str] = "random search with square patches, from scores alone"
     presets: ClassVar[Presets] = {
-        name: {"queries": 5000, "p_init": 0.8, "rescale": name != OFFICIAL}
+        name: {"queries": 5000, "p_init": 0.8, "rescale": name != OFFICIAL, "early_stop": False}
         for name in (TORCHATTACKS, OFFICIAL, RED_RELEASED)
     }
 
@@ -220,6 +223,8 @@ class Square(Attack):
             raise ConfigError(f"queries must be at least 1, got {self.queries}")
         if not 0 < self.p_init <= 1:
             raise ConfigError(f"p_init must lie in (0, 1], got {self.p_init}")
+        if self.early_stop and self.reevaluate:
+            raise ConfigError("early_stop compares answers over time, which reevaluate renews")
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
@@ -262,8 +267,11 @@ class Square(Attack):
 
         point = (stripes if linf else tiles)(draws, x, threat.eps)
         value, fooled = judge(point, y)
+        given_up = torch.zeros_like(fooled)
+        seen: dict[int, Float[Tensor, " B"]] = {}
         for query in range(self.queries):
-            rows = (~fooled).nonzero().flatten()
+            given_up |= self._far(query, value, seen)
+            rows = (~fooled & ~given_up).nonzero().flatten()
             if self.reevaluate:
                 rows = torch.arange(len(x), device=x.device)
                 value, _ = judge(point, y)
@@ -279,6 +287,19 @@ class Square(Attack):
             value[rows[better]] = new_value[better]
             fooled[rows] = new_fooled
         return point
+
+    def _far(
+        self, query: int, value: Float[Tensor, " B"], seen: dict[int, Float[Tensor, " B"]]
+    ) -> Bool[Tensor, " B"] | bool:
+        """The images to be left at this query; `seen` keeps earlier values."""
+        tenth = int(SEARCH_CHECK * self.queries)
+        period = max(int(SEARCH_CHECK * tenth), 1)
+        if not self.early_stop or tenth < 10 or query == 0 or query % period:
+            return False
+        seen[query] = value.clone()
+        if query % tenth:
+            return False
+        return hopeless(value, seen[period * (query // (10 * period))], 0.0)
 
     def _side(self, query: int, x: Images, *, odd: bool) -> int:
         """Side of the patches at this query."""

@@ -9,9 +9,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import one_hot
 
-from redefense.attacks.adaptive import Support, until_fooled
+from redefense.attacks.adaptive import Support
 from redefense.attacks.apgd import AutoAscent, auto_climb, face_starts
 from redefense.attacks.base import Best, Oracle, OracleResult, input_gradient
+from redefense.attacks.early_stop import until_settled
 from redefense.attacks.objectives import margin, targeted_margin
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat
@@ -115,6 +116,7 @@ class Subset(AutoAscent):
         num_targets: wrong classes that all members are driven towards, one after the other.
         mixed: climbs in which the first members of the subset go towards classes of their own.
         subsets: most subsets that are attacked at each probability reached.
+        early_stop: end a climb that is far from its goal after three tenths of its steps.
         restarts: how often each subset and target is tried, from another start.
     """
 
@@ -123,6 +125,7 @@ class Subset(AutoAscent):
     num_targets: int = 9
     mixed: int = 8
     subsets: int = 8
+    early_stop: bool = True
 
     adaptive: ClassVar[bool] = True
     takes_starts: ClassVar[bool] = True
@@ -169,7 +172,7 @@ class Subset(AutoAscent):
     def _climb(
         self, search: "Search", rows: Int[Tensor, " K"], goal: Goal, points: Images, threat: Threat
     ) -> Images:
-        """The best point for each image's goal; an image that reaches it is not climbed on."""
+        """The best point for each image's goal; an image settled is not climbed on."""
 
         def look_of(part: Int[Tensor, " K"]) -> Oracle:
             return subset_oracle(
@@ -177,10 +180,14 @@ class Subset(AutoAscent):
             )
 
         found = Best.start(points)
+        # the smooth minimum of equal values lies so much below them
+        least = -self.temperature * goal.subset.sum(1).to(points.dtype).log()
+        oracle = until_settled(
+            look_of, len(rows), steps=self.steps if self.early_stop else None, goal=least
+        )
         auto_climb(
-            until_fooled(look_of, len(rows)), points, search.x[rows], threat,
-            steps=self.steps, rho=self.rho, keeper=found,
-        )  # fmt: skip
+            oracle, points, search.x[rows], threat, steps=self.steps, rho=self.rho, keeper=found
+        )
         return found.x
 
 

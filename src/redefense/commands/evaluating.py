@@ -40,6 +40,12 @@ def evaluate(
             "--no-cascade", help="Attack all images, also those on which all members err already."
         ),
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Arithmetic in which attacks that know the ensemble ask it: fp32, bf16 or auto."
+        ),
+    ] = None,
     stochastic: Annotated[
         str,
         typer.Option(
@@ -80,6 +86,7 @@ def evaluate(
         out=out,
         checks=checks,
         cascade=False if no_cascade else None,
+        precision=precision,
         stochastic=stochastic,
         keep_images=save_images,
         replay=replay,

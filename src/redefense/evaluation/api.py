@@ -20,6 +20,7 @@ from redefense.evaluation.cells import Subject, image_digest
 from redefense.evaluation.folder import alone, claim, keeping, silent, stoppable
 from redefense.evaluation.inputs.arguments import (
     check_checks,
+    check_precision,
     read_ensemble,
     read_threat,
     whole,
@@ -71,6 +72,7 @@ def evaluate(
     progress: bool = False,
     checks: str = "quick",
     cascade: bool | None = None,
+    precision: str | None = None,
     stochastic: str = "auto",
     keep_images: bool = False,
     outputs: str = "logits",
@@ -102,6 +104,8 @@ def evaluate(
         cascade: whether attacks that know the ensemble leave out images on which every member errs
             already; the suite's own choice unless given. Where attacks start independently of
             others, the headline is the same either way.
+        precision: in which arithmetic attacks that know the ensemble ask it, "fp32", "bf16" or
+            "auto"; the suite's own choice unless given. Points are judged in single precision.
         stochastic: "auto" measures a model that answers equal images differently by fresh draws,
             and says so in a warning; "on" measures any model so, "off" refuses one that draws. Its
             layers keep the modes in which they are given: active dropout stays active.
@@ -130,10 +134,11 @@ def evaluate(
             lambda radius, name: evaluate(
                 model, data, suite, threat, mixture, seed, images=images, seeds=seeds, eps=radius,
                 out=None if home is None else home / name, progress=progress, checks=checks,
-                cascade=cascade, stochastic=stochastic, keep_images=keep_images, outputs=outputs,
+                cascade=cascade, precision=precision, stochastic=stochastic,
+                keep_images=keep_images, outputs=outputs,
             ),
         )  # fmt: skip
-    plan = suite_of(suite).cascading(cascade)
+    plan = suite_of(suite).cascading(cascade).computing(check_precision(precision))
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
     check_checks(checks)
@@ -205,6 +210,7 @@ def evaluate_run(
     out: Path | None = None,
     checks: str = "quick",
     cascade: bool | None = None,
+    precision: str | None = None,
     stochastic: str = "auto",
     keep_images: bool = False,
     replay: str = "auto",
@@ -231,11 +237,12 @@ def evaluate_run(
     if len(radii := read_radii(eps, "--eps")) > 1:
         return _over_radii(
             radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
-            device=device, out=out, checks=checks, cascade=cascade,
+            device=device, out=out, checks=checks, cascade=cascade, precision=precision,
             stochastic=stochastic, replay=replay, keep_images=keep_images, say=say,
         )  # fmt: skip
     eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
+    plan = plan.computing(check_precision(precision))
     check_checks(checks)
     check_choice(stochastic)
     check_replay(replay)

@@ -19,6 +19,7 @@ from redefense.attacks.adaptive import Hinge
 from redefense.evaluation.cascade.runner import Runner
 from redefense.evaluation.cells import MEMBER, as_threat, judge, member_of
 from redefense.evaluation.headline import interval
+from redefense.evaluation.inputs.precision import asked_in
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.plan import Job, attack_of
 from redefense.evaluation.progress import rough_passes
@@ -151,7 +152,8 @@ def _on_validation(job: Job) -> Bools | None:
 
     def work(images: slice) -> dict[str, Any]:
         meter = Meter(job.progress.passed)
-        metered, xs, ys = Metered(job.subject.attacked, meter), x[images], y[images]
+        metered = asked_in(job.subject.precision, Metered(job.subject.attacked, meter))
+        xs, ys = x[images], y[images]
         right = judge(ensemble, xs, xs, ys)["correct"]
         for m in range(ensemble.num_members):
             rng = stream(job.seed, "choice", images.start)  # equal members get equal attacks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from redefense.attacks import Attack, Foreign
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble, mean_log_probs
 from redefense.errors import InputError
+from redefense.evaluation.inputs.precision import asked_in
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.store import in_chunks, read_arrays, write_arrays
@@ -117,6 +118,7 @@ class Subject:
         drift: clean accuracy on all validation images, now minus as the training logged it.
         workers: the processes among which the chunks are spread.
         passes: what attacks ask in the ensemble's place: the same, with recorded passes.
+        precision: in which arithmetic attacks that know the ensemble ask it.
     """
 
     ensemble: Ensemble
@@ -130,6 +132,7 @@ class Subject:
     randomized: bool = True
     drift: float | None = None
     workers: Workers = ALONE
+    precision: Literal["fp32", "bf16"] = "fp32"
     passes: Ensemble | None = None
 
     @property
@@ -158,6 +161,7 @@ class Task:
     Attributes:
         view: "sampled", "averaged", "members", or "member 0" for the first member alone.
         name: of its random streams.
+        aware: whether its attacker knows the ensemble, and may ask it in another arithmetic.
         met: (n,) the images to attack; the others count as lost.
         starts: gives points (K, B, C, H, W) of a chunk from which the attack may begin.
         keep: is told of each chunk that was attacked.
@@ -170,6 +174,7 @@ class Task:
     seed: int
     name: str
     met: Bools
+    aware: bool = True
     starts: Callable[[slice], Tensor] | None = None
     keep: Keep | None = None
 
@@ -212,7 +217,9 @@ class Task:
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
         return empty | cost
 
-    def _victim(self, metered: Metered, start: int) -> Victim:
+    def _victim(self, metered: Ensemble, start: int) -> Victim:
+        if self.aware:
+            metered = asked_in(self.subject.precision, metered)
         if self.view == "sampled":
             return metered.sampled(rng=stream(self.seed, "draws", self.name, start))
         if self.view == "averaged":

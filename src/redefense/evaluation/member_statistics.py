@@ -18,7 +18,9 @@ from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
+from redefense.evaluation.cascade.worst_case import EQUAL
 from redefense.evaluation.cells import Cell, Subject
+from redefense.evaluation.inputs.precision import asked_in
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.networks import differentiating
@@ -119,14 +121,14 @@ def member_measures(
     What takes long is spread over the subject's processes; all get all of it.
     """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
-    tried = Tried(ensemble, x, y, threat)
+    tried, faced = Tried(ensemble, x, y, threat), asked_in(subject.precision, ensemble)
     with torch.no_grad():
         right = correct(ensemble.member_logits(x), y)
     common = right.all(0)
     jobs: list[Callable[[Tried], Any]] = [
-        lambda tried: _costed_curve(ensemble, x, y, threat, worst, tried, seed=seed),
+        lambda tried: _costed_curve(faced, x, y, threat, worst, tried, seed=seed),
         *(
-            partial(convention.row, ensemble, m, x, y, common, threat, seed=seed)
+            partial(convention.row, faced, m, x, y, common, threat, seed=seed)
             for convention in CONVENTIONS.values()
             for m in range(ensemble.num_members)
         ),
@@ -189,9 +191,9 @@ def curve(
 ) -> list[list[float]]:
     """Accuracy of the sampled ensemble against eps, from 0 until nothing stands.
 
-    Hinge-20 at each eps; an image once fooled stays fooled, as the larger ball holds the point. At
-    the threat's own eps and beyond, the suite's worst case counts too. Points within the threat
-    are offered to `tried`.
+    Hinge-20 at each eps; an image once fooled stays fooled, as the larger ball holds the point, and
+    one that all members err on is not attacked again. At the threat's own eps and beyond, the
+    suite's worst case counts too. Points within the threat are offered to `tried`.
 
     Returns:
         Rows (eps, accuracy, low, high).
@@ -203,25 +205,27 @@ def curve(
     grid = [eps for eps in grid if eps < largest] + [largest]
     with torch.no_grad():
         hits = correct(ensemble.member_logits(x), y).cpu().numpy()
-    lowest, rows = exact_expectation(hits, mixture), []
+    lowest, table = exact_expectation(hits, mixture), []
     for eps in grid:
-        if eps > 0:
+        left = torch.from_numpy(lowest > EQUAL).to(x.device)
+        if eps > 0 and left.any():
             at = Threat(norm=threat.norm, eps=eps)
             rng = stream(seed, "curve", f"{eps:.9g}")
-            x_adv = ATTACKS["hinge"]()(ensemble, x, y, at, rng=rng)
+            points = ATTACKS["hinge"]()(ensemble, x[left], y[left], at, rng=rng)
             if eps <= threat.eps:
-                hits = tried.offer(x_adv).correct
+                hits = tried.offer(points, left).correct[:, left.cpu().numpy()]
             else:
                 with torch.no_grad():
-                    hits = correct(ensemble.member_logits(x_adv), y).cpu().numpy()
-            lowest = np.minimum(lowest, exact_expectation(hits, mixture))
+                    hits = correct(ensemble.member_logits(points), y[left]).cpu().numpy()
+            rows = left.cpu().numpy()
+            lowest[rows] = np.minimum(lowest[rows], exact_expectation(hits, mixture))
         if eps >= threat.eps:
             lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))
         estimate = accuracy_interval(lowest)
-        rows.append([float(v) for v in (eps, *estimate) if v is not None])
+        table.append([float(v) for v in (eps, *estimate) if v is not None])
         if estimate.value == 0:
             break
-    return rows
+    return table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,11 +60,13 @@ class Metered(Ensemble):
 
     def member(self, m: int) -> nn.Module:
         """Member m, counted."""
-        return _Member(self, m)
+        return MemberOf(self, m)
 
 
-class _Member(nn.Module):
-    def __init__(self, ensemble: Metered, m: int) -> None:
+class MemberOf(nn.Module):
+    """Member m of an ensemble that does something of its own when it is asked."""
+
+    def __init__(self, ensemble: Ensemble, m: int) -> None:
         super().__init__()
         self.ensemble, self.m = ensemble, m
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from redefense.evaluation.cells import (
 from redefense.evaluation.full_checks import full_checks
 from redefense.evaluation.headline import headline, interval
 from redefense.evaluation.inputs.objects import plugins_of
+from redefense.evaluation.inputs.precision import attack_precision
 from redefense.evaluation.member_statistics import (
     MEASURED,
     MEASURES,
@@ -86,6 +88,7 @@ def run_suite(
     made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
+    subject = replace(subject, precision=attack_precision(suite.precision, ensemble, x))
     if subject.workers.count > 1 and store is None:
         raise ConfigError("several processes need a store in which to meet")
     mixture = ensemble.mixture.detach().double().cpu().numpy()
@@ -147,6 +150,7 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
         **job.facts(made),
         "mixture": mixture.tolist(),
         "randomized": subject.randomized,
+        "attack_precision": subject.precision,
         "clean": {
             "expected": accuracy["expected"],
             "averaged": accuracy["averaged"],

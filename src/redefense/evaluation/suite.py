@@ -13,6 +13,9 @@ from redefense.plugins import Registry
 
 View = Literal["sampled", "averaged", "members", "protocol"]
 
+AttackPrecision = Literal["auto", "fp32", "bf16"]
+"""In which arithmetic attacks that know the ensemble ask it; points are judged in its own."""
+
 
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +82,10 @@ class Suite(_Data):
             randomness can be read off.
         cascade: whether attacks that know the ensemble leave out the images on which those before
             made every member err; the headline needs each image's worst case only.
+        precision: in which arithmetic attacks that know the ensemble ask it: "fp32"; "bf16", in
+            which gradients are faster and no less useful, while answers near a decision boundary
+            and the points found are judged in single precision; "auto" takes "bf16" where it is
+            faster on this machine and agrees on the first images.
         measures: whether the members are measured too: transfer, diversity, each alone under
             attack, and accuracy against eps.
     """
@@ -88,7 +95,12 @@ class Suite(_Data):
     cells: tuple[CellSpec, ...] = Field(min_length=1)
     beside: tuple[CellSpec, ...] = ()
     cascade: bool = False
+    precision: AttackPrecision = "fp32"
     measures: bool = False
+
+    def computing(self, precision: AttackPrecision | None) -> "Suite":
+        """The same suite with attacks in another arithmetic; None leaves it as it is."""
+        return self if precision is None else self.model_copy(update={"precision": precision})
 
     def cascading(self, cascade: bool | None) -> "Suite":
         """The same suite with or without its cascade; None leaves it as it is."""
@@ -158,22 +170,30 @@ _AWARE_BUDGET = (
     ),
 )
 
+# who attacks the average knows all members, though the attack does not
+_AUTOATTACK = CellSpec(
+    attack="autoattack",
+    view="averaged",
+    settings={"early_stop": True},
+    label="AutoAttack on the average",
+    aware=True,
+)
+
 AWARE: Final = Suite(
     name="aware",
     summary="attacks on all members: ARC, hinge, meanprob APGD, transfer, subset, AutoAttack",
     cells=(
         _PGD,
-        CellSpec(attack="arc", view="members", settings={"restarts": 2}, label="ARC"),
+        # the quickest first: those after them meet what is left
         *_AWARE_BUDGET,
+        CellSpec(attack="arc", view="members", settings={"restarts": 2}, label="ARC"),
         CellSpec(attack="transfer", view="members", label="transfer"),
         # goes on from the points of those before it
         CellSpec(attack="subset", view="members", label="subset"),
-        # who attacks the average knows all members, though the attack does not
-        CellSpec(
-            attack="autoattack", view="averaged", label="AutoAttack on the average", aware=True
-        ),
+        _AUTOATTACK,
     ),
-    beside=_AWARE_BUDGET,
+    # with APGD-T, FAB and Square in it: the strongest there is for a deterministic network
+    beside=(*_AWARE_BUDGET, _AUTOATTACK.model_copy(update={"label": "AutoAttack"})),
     cascade=True,
     measures=True,
 )

@@ -59,6 +59,9 @@ def command(stored: Stored) -> str | None:
         # a suite of one's own may say otherwise in its file
         whole = plan.suite.get("cascade") is False and (ours is None or ours.cascade)
         words += ["--no-cascade"] * whole
+        precision = plan.suite.get("precision")
+        if precision not in (None, "fp32" if ours is None else ours.precision):
+            words += ["--precision", str(precision)]
     files = dict.fromkeys(origin["file"] for origin in brought.values() if "file" in origin)
     words += [word for file in files for word in ("--plugin", str(file))]
     return shlex.join([*words, *_out(stored, run)])

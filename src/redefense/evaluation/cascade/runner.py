@@ -87,7 +87,7 @@ class Runner:
                 name = planned.identity + (f".seed{repeat}" if repeat else "")
                 cell = self.attack(
                     name, planned.attack, planned.threat, planned.spec.view, met,
-                    label=cell_label(number, planned, plan, repeat),
+                    label=cell_label(number, planned, plan, repeat), aware=planned.aware,
                 )  # fmt: skip
                 again.append(cell)
                 if repeat and self._counts(planned):
@@ -131,13 +131,21 @@ class Runner:
         return view if self.job.subject.ensemble.num_members > 1 else "members"
 
     def attack(
-        self, name: str, attack: Attack, threat: ThreatConfig, view: str, met: Bools, *, label: str
+        self,
+        name: str,
+        attack: Attack,
+        threat: ThreatConfig,
+        view: str,
+        met: Bools,
+        *,
+        label: str,
+        aware: bool = True,
     ) -> Cell:
         """The records of an attack on the images `met`, made now or found in the store."""
         job, subject = self.job, self.job.subject
         task = Task(
             subject=subject, attack=attack, threat=threat, view=view, seed=job.seed, name=name,
-            met=met,
+            met=met, aware=aware,
         )  # fmt: skip
         worst = self.worst if attack.bounded and threat == self._threat else None
         if worst is not None and self._hands_on:

@@ -2,13 +2,14 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch import nn
 
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble, Independent, as_ensemble
 from redefense.errors import ConfigError, InputError
+from redefense.evaluation.suite import AttackPrecision
 from redefense.networks import FromProbabilities, check_values
 from redefense.threat import Threat
 from redefense.train.api import TrainedRun
@@ -37,6 +38,17 @@ def check_checks(checks: object) -> None:
     """
     if checks not in ("quick", "full"):
         raise ConfigError(f"checks must be quick or full, got {checks!r}")
+
+
+def check_precision(precision: object) -> AttackPrecision | None:
+    """The arithmetic of attacks, if it is one that is known; None is the suite's choice.
+
+    Raises:
+        ConfigError: naming what was given.
+    """
+    if precision is not None and precision not in get_args(AttackPrecision):
+        raise ConfigError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+    return cast("AttackPrecision | None", precision)
 
 
 def read_threat(threat: object) -> ThreatConfig:

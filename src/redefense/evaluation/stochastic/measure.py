@@ -12,6 +12,7 @@ from redefense.attacks.gradient import PGD
 from redefense.attacks.square import Square
 from redefense.checks.results import Check
 from redefense.config import ThreatConfig
+from redefense.errors import ConfigError
 from redefense.evaluation.baselines import NOTHING
 from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
@@ -66,6 +67,8 @@ def run_drawn(
     made = provenance(seed, x.device)
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
+    if suite.precision == "bf16":
+        raise ConfigError("networks that draw are attacked in fp32: leave out precision bf16")
     check_draws(network, x)
     plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
@@ -104,7 +107,7 @@ def _for_draws(planned: Planned) -> Planned:
     """Black boxes that query single draws do not trust an answer that they got once."""
     attack = planned.attack
     if isinstance(attack, Square) and attack.preset is None and planned.spec.view == "sampled":
-        return replace(planned, attack=replace(attack, reevaluate=True))
+        return replace(planned, attack=replace(attack, reevaluate=True, early_stop=False))
     return planned
 
 
