@@ -1,13 +1,14 @@
 """Attacks that leave images early: nothing in reach is left, what is out of reach costs little."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
-from redefense.attacks.base import OracleResult
+from redefense.attacks.base import Attack, OracleResult
 from redefense.attacks.early_stop import hopeless, until_settled
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
@@ -27,14 +28,19 @@ class Planes(nn.Module):
         self.w = torch.randn(36, 4, dtype=torch.float64, generator=stream(0, "planes"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - 0.5).flatten(1) @ self.w
+        logits: Tensor = (x - 0.5).flatten(1) @ self.w
+        return logits
+
+
+def made(name: str, **settings: Any) -> Attack:
+    return ATTACKS[name](**settings)
 
 
 def reach(x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     """(B,) distance to the nearest other class, in units of eps: exact away from the box's edge."""
     w, value = Planes().w, Planes()(x)
     slope = (w[:, y].T[:, None] - w.T).norm(p=1 if threat.norm == math.inf else 2, dim=2)
-    gap = (value.gather(1, y[:, None]) - value) / slope.clamp_min(1e-9)
+    gap: Tensor = (value.gather(1, y[:, None]) - value) / slope.clamp_min(1e-9)
     return gap.scatter(1, y[:, None], math.inf).amin(1) / threat.eps
 
 
@@ -50,7 +56,7 @@ def images(threat: Threat) -> tuple[Tensor, Tensor, Tensor]:
 def test_on_linear_classes_exactly_what_is_in_reach_is_fooled(name: str, threat: Threat) -> None:
     x, y, distance = images(threat)
     settings = {"steps": 50, "queries": 50} if name == "autoattack" else {}
-    x_adv = ATTACKS[name](early_stop=True, **settings)(Planes(), x, y, threat, rng=stream(0, "a"))
+    x_adv = made(name, early_stop=True, **settings)(Planes(), x, y, threat, rng=stream(0, "a"))
     clear = (distance - 1).abs() > 0.02
     assert torch.equal(correct(Planes()(x_adv), y)[clear], (distance > 1)[clear])
 
@@ -63,7 +69,7 @@ def test_what_is_out_of_reach_is_left_early(name: str, most: float) -> None:
     for early in (False, True):
         meter = Meter()
         victim = Metered(Independent([Planes()]), meter).averaged()
-        attack = ATTACKS[name](early_stop=early, **({"queries": 200} if name == "square" else {}))
+        attack = made(name, early_stop=early, **({"queries": 200} if name == "square" else {}))
         attack(victim, x[far], y[far], SMALL, rng=stream(0, "a"))
         passes.append(meter.forwards)
     assert passes[1] < most * passes[0]
@@ -75,7 +81,7 @@ def test_it_finds_nothing_that_it_would_not_find_without(name: str) -> None:
     settings = {"queries": 300} if name == "square" else {}
     fooled = []  # the way of an image is the same until it is left
     for early in (False, True):
-        attack = ATTACKS[name](early_stop=early, **settings)
+        attack = made(name, early_stop=early, **settings)
         fooled.append(~correct(Planes()(attack(Planes(), x, y, LINF, rng=stream(0, "a"))), y))
     assert fooled[1].any()
     assert (fooled[0] | ~fooled[1]).all()
@@ -107,6 +113,6 @@ def test_hopeless_is_what_a_multiple_of_the_gain_does_not_reach() -> None:
 
 def test_early_stop_is_no_part_of_published_settings() -> None:
     with pytest.raises(ConfigError, match="fixes early_stop"):
-        ATTACKS["autoattack"](preset="autoattack-official", early_stop=True)
+        made("autoattack", preset="autoattack-official", early_stop=True)
     with pytest.raises(ConfigError, match="reevaluate"):
-        ATTACKS["square"](reevaluate=True, early_stop=True)
+        made("square", reevaluate=True, early_stop=True)
