@@ -17,7 +17,7 @@ from redefense.claims.check import check
 from redefense.claims.recompute import recompute
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.suite import CellSpec, Suite
-from redefense.stochastic.wrappers import GaussianNoise
+from redefense.models.randomized import GaussianNoise
 from redefense.threat import Threat
 
 IMAGES = 24

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from redefense.cli import main
 from redefense.config import ThreatConfig, override
+from redefense.data import load_dataset
+from redefense.data import test_indices as test_images
 from redefense.errors import ConfigError
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.stochastic.cells import Draws
@@ -116,6 +118,20 @@ def test_a_trained_run_is_certified(home: Path) -> None:
         certify_run(home, sigma=0.1, draws=1, images=1, out=home / "x.txt")
 
 
+def test_a_run_with_noise_of_its_own_is_certified_behind_that_noise(tmp_path: Path) -> None:
+    changes = ["epochs=1", "ensemble.model=mlp", "data.images=200"]
+    ensemble = train(override(recipe("digits-image-noise"), changes), tmp_path, quiet=True)
+    document, _ = certify_run(tmp_path, sigma=0.25, draws=20, images=40)
+    data = load_dataset("digits").test
+    index = test_images(len(data), 40)
+    x, y = data.float(index), data.labels[index]
+    # not behind noise on noise
+    expected = right_answers(ensemble.member(0), x, y, 20, seed=0)
+    assert document["clean"] == expected.mean() / 20
+    with pytest.raises(ConfigError, match=r"noise of its own, of deviation 0.25, got 0.5"):
+        certify_run(tmp_path, sigma=0.5, draws=1, images=1)
+
+
 def test_commands_certify_and_measure_by_draws(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +144,7 @@ def test_commands_certify_and_measure_by_draws(
         return told.out
 
     printed = run("certify", str(home), "--sigma", "0.1", "--eps", "0.05", "--draws", "9",
-                  "--images", "10", "--quiet")  # fmt: skip
+                  "--images", "10")  # fmt: skip
     assert printed.startswith("l2 0.05: one draw is right on")
     plan = home / "fgsm.json"
     plan.write_text('{"cells": [{"attack": "fgsm", "view": "sampled"}]}')

@@ -16,9 +16,9 @@ from redefense.evaluation.cells import judge
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.suite import Suite
+from redefense.models.randomized import GaussianNoise
 from redefense.results.examples import SHOWN
 from redefense.results.intervals import exact_expectation
-from redefense.stochastic.wrappers import GaussianNoise
 
 PLAIN = Suite(name="mine", cells=(*FIRST, cell("cw", "averaged", steps=2)))
 

@@ -18,8 +18,9 @@ from redefense.defences import DEFENCES, RED, AdversarialTraining, Adversary, Va
 from redefense.defences.overfitting import one_step_accuracy, one_step_adversary, overfitted
 from redefense.ensembles import Ensemble, Independent
 from redefense.errors import ConfigError, Interrupted
+from redefense.models.randomized import GaussianNoise, NoiseLayers
 from redefense.recipes import recipe
-from redefense.rng import stream
+from redefense.rng import seeded, stream
 from redefense.threat import Threat
 from redefense.train import loop
 from redefense.train.experiment import train
@@ -184,12 +185,24 @@ def test_a_run_with_averages_ends_with_those_of_the_run_without(
     assert logged[-1]["validation_accuracy"] == accuracy(found, validation, 128)
 
 
-@pytest.mark.parametrize("method", ["ps-red", "barre"])
-def test_averages_are_resumed_to_the_same_bits(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("ps-red", ["optim.ema=0.9", "optim.lr=0.01"]),
+        ("barre", ["optim.ema=0.9", "optim.lr=0.01"]),
+        ("image-noise", []),
+        ("layer-noise", ["defence.name=at", "defence.adversary.steps=2"]),
+    ],
+)
+def test_averages_and_noise_are_resumed_to_the_same_bits(
+    method: str, changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = small(method, "optim.ema=0.9", "optim.lr=0.01")
+    run = small(method, *changes)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
     whole = train(run, tmp_path / "whole", quiet=True)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator draws on as it was
+    torch.manual_seed(2)
     step, taken = loop.take_step, list[int]()
 
     def stopping(*args: Any, **settings: Any) -> dict[str, float]:
@@ -207,6 +220,35 @@ def test_averages_are_resumed_to_the_same_bits(
     assert taken == list(range(6))
     expected = whole.state_dict()
     assert [n for n, t in parts.state_dict().items() if not torch.equal(t, expected[n])] == []
+
+
+def test_networks_of_the_noise_recipes_draw_as_the_published_wrappers() -> None:
+    x = torch.rand(5, 1, 8, 8, generator=stream(0, "images"))
+    for method, kind, sigmas in (
+        ("image-noise", GaussianNoise, {"sigma": 0.25}),
+        ("layer-noise", NoiseLayers, {"first": 0.2, "inner": 0.1}),
+    ):
+        run = recipe(f"digits-{method}")
+        noisy, plain = (
+            resolve(which)[1].build(num_classes=10, shape=(1, 8, 8), seed=3).member(0).eval()
+            for which in (run, override(run, ["ensemble.noise=none"]))
+        )
+        assert isinstance(noisy, kind)
+        assert all(getattr(noisy, name) == value for name, value in sigmas.items())
+        with seeded(7):
+            expected = kind(plain, **sigmas)(x)
+        with seeded(7):
+            assert torch.equal(noisy(x), expected)
+        assert not torch.equal(noisy(x), noisy(x))
+
+
+def test_noise_that_cannot_be_is_refused() -> None:
+    for change, said in (
+        ("ensemble.sigma=-1", "sigma must be finite and not negative, got -1.0"),
+        ("ensemble.noise=salt", "noise"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            resolve(small("image-noise", change))
 
 
 def test_the_next_stage_meets_the_averaged_member(tmp_path: Path) -> None:

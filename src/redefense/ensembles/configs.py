@@ -1,5 +1,6 @@
 """Settings of ensembles, by name, from which an untrained ensemble is built."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from torch import nn
 from redefense.ensembles import Ensemble, Hyper, Independent
 from redefense.errors import ConfigError
 from redefense.models import build
+from redefense.models.randomized import GaussianNoise, NoiseLayers
 from redefense.rng import stream
 
 
@@ -34,20 +36,37 @@ class IndependentConfig:
         num_members: M.
         width: channels of the first stage; the architecture's own if None.
         activation: "relu", "leaky" (slope 0.1), which GAL needs, or the smooth "silu".
+        noise: "image" adds Gaussian noise to the image, "layers" before each convolution and fully
+            connected layer (RSE), both in training and afterwards; "none" adds none.
+        sigma: standard deviation of the noise, in units of the images; half of it before layers
+            other than the first.
     """
 
     model: str = "resnet8"
     num_members: int = 3
     width: int | None = None
     activation: Literal["relu", "leaky", "silu"] = "relu"
+    noise: Literal["none", "image", "layers"] = "none"
+    sigma: float = 0.25
 
     def __post_init__(self) -> None:
         if self.num_members < 1:
             raise ConfigError(f"num_members must be at least 1, got {self.num_members}")
+        if self.noise not in ("none", "image", "layers"):
+            raise ConfigError(f"noise must be none, image or layers, got {self.noise!r}")
+        if not 0 <= self.sigma < math.inf:
+            raise ConfigError(f"sigma must be finite and not negative, got {self.sigma}")
 
     def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Ensemble:
         """Members initialised from streams named by (seed, member)."""
-        return Independent(networks(self, num_classes, shape, seed))
+        return Independent([self._noisy(net) for net in networks(self, num_classes, shape, seed)])
+
+    def _noisy(self, network: nn.Module) -> nn.Module:
+        if self.noise == "image":
+            return GaussianNoise(network, sigma=self.sigma)
+        if self.noise == "layers":
+            return NoiseLayers(network, first=self.sigma, inner=self.sigma / 2)
+        return network
 
     def plain(self) -> "IndependentConfig":
         """Itself."""

@@ -103,6 +103,11 @@ _MINI_TRS_OURS: Final = {**_MINI_TRS, "preset": "printed", "similarity": 0.1, "s
 _MINI_DVERGE: Final = {"name": "dverge", "start": 1 / 3, "steps": 5, "step_size": 0.2}
 _MINI_BARRE: Final = {"name": "barre", "adversary": MINI, "refit_images": 256, "refit_steps": 4}
 
+# one network: its draws are of the noise
+_MINI_ONE: Final = {"name": "independent", "model": "resnet8", "num_members": 1}
+_MINI_IMAGE_NOISE: Final = {**_MINI_ONE, "noise": "image", "sigma": 0.25}
+_MINI_LAYER_NOISE: Final = {**_MINI_ONE, "noise": "layers", "sigma": 0.2}
+
 # units as wide as ResNet-8's first stage, embeddings so short that a tenth is stored
 _MINI_HYPER: Final = {
     "name": "hyper", "model": "resnet8", "num_members": 3, "unit": 16, "embedding": 16,
@@ -115,6 +120,8 @@ _HYPER: Final = {
 
 CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-vanilla": partial(_mini, {"name": "vanilla"}),
+    "cifar10-mini-image-noise": partial(_mini, {"name": "vanilla"}, ensemble=_MINI_IMAGE_NOISE),
+    "cifar10-mini-layer-noise": partial(_mini, {"name": "vanilla"}, ensemble=_MINI_LAYER_NOISE),
     "cifar10-mini-at": partial(_mini, {"name": "at", "adversary": MINI}),
     "cifar10-mini-at-joint": partial(_mini, {"name": "at", "variant": "joint", "adversary": MINI}),
     "cifar10-mini-gal": partial(_mini, {"name": "gal"}, ensemble=_MINI_LEAKY),

@@ -48,8 +48,15 @@ _HYPER: Final = {
     "hidden": 8,
 }  # fmt: skip
 
+# one network: its draws are of the noise
+_ONE: Final = {"name": "independent", "model": "digits-cnn", "num_members": 1}
+_IMAGE_NOISE: Final = {**_ONE, "noise": "image", "sigma": 0.25}
+_LAYER_NOISE: Final = {**_ONE, "noise": "layers", "sigma": 0.2}
+
 DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-vanilla": partial(_run, {"name": "vanilla"}),
+    "digits-image-noise": partial(_run, {"name": "vanilla"}, ensemble=_IMAGE_NOISE),
+    "digits-layer-noise": partial(_run, {"name": "vanilla"}, ensemble=_LAYER_NOISE),
     "digits-at": partial(_run, {"name": "at", "adversary": ADVERSARY}),
     "digits-at-joint": partial(_run, {"name": "at", "variant": "joint", "adversary": ADVERSARY}),
     "digits-gal": partial(_run, {"name": "gal"}, ensemble=_LEAKY),

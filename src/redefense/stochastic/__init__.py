@@ -1,13 +1,13 @@
 """Networks that draw random numbers in their forward pass, as ensembles whose members are seeds."""
 
-from redefense.stochastic.ensemble import Drawn, Stochastic, Vote, seeds_of
-from redefense.stochastic.wrappers import (
+from redefense.models.randomized import (
     ActivationPruning,
     GaussianNoise,
     NoiseLayers,
     ResizeAndPad,
     TestTimeDropout,
 )
+from redefense.stochastic.ensemble import Drawn, Stochastic, Vote, seeds_of
 
 __all__ = [
     "ActivationPruning",

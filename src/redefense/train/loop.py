@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
@@ -23,7 +23,7 @@ from redefense.defences import Stage
 from redefense.ensembles import Ensemble, kernels_kept
 from redefense.errors import Interrupted, TrainingError
 from redefense.networks import differentiating
-from redefense.rng import draw_seed, stream
+from redefense.rng import draw_seed, seeded, stream
 from redefense.runtime.mesh import Mesh, Tally
 from redefense.runtime.phases import DATA, MEMBER_STEPS, OPTIMIZER, each, phase
 from redefense.runtime.recording import Recorder
@@ -165,7 +165,10 @@ def fit(
             stage = stages[index]
             resumed = position.epoch + position.step > 0
             if not resumed and stage.before is not None:
-                with interrupted_at_once(f"before stage {stage.name!r}", mesh):
+                with (
+                    interrupted_at_once(f"before stage {stage.name!r}", mesh),
+                    drawing(seed, mesh, "before", stage.name),
+                ):
                     stage.before(ensemble)
             optimizer, tally = StageOptimizer(ensemble, stage.members, optim), Tally(mesh)
             if resumed:
@@ -182,12 +185,14 @@ def fit(
                 for step, batch in enumerate(batches, position.step):
                     done = epoch * len(loader) + step
                     lr = learning_rate(optim, done, num_steps, stage.schedule)
-                    terms = take_step(
-                        ensemble, stage, replace(batch, progress=progress), optimizer.optimizer,
-                        params, lr=lr, clip=optim.clip, precision=precision, total=position.total,
-                        rng=stream(seed, "step", position.total),
-                        first=epoch == step == 0, tally=tally, compute=compute,
-                    )  # fmt: skip
+                    with drawing(seed, mesh, "step", position.total):
+                        terms = take_step(
+                            ensemble, stage, replace(batch, progress=progress),
+                            optimizer.optimizer, params, lr=lr, clip=optim.clip,
+                            precision=precision, total=position.total,
+                            rng=stream(seed, "step", position.total),
+                            first=epoch == step == 0, tally=tally, compute=compute,
+                        )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
                         totals[name] = totals.get(name, 0.0) + value / len(loader)
@@ -202,7 +207,10 @@ def fit(
                         position=position, totals=totals, optimizer=optimizer, before=work
                     )
                     optimizer.put_averages()
-                    with interrupted_at_once(work, mesh):
+                    with (
+                        interrupted_at_once(work, mesh),
+                        drawing(seed, mesh, "after", stage.name),
+                    ):
                         whole = mesh.joined(loader.epoch(0))
                         stage.after(ensemble, whole, stream(seed, "after", stage.name))
                     mesh.broadcast(ensemble.mixture, 0)
@@ -218,6 +226,16 @@ def fit(
                     yield SaveDue(position=position, totals={}, optimizer=optimizer)
             position = Position(index + 1, 0, 0, position.total)
             yield SaveDue(position=position, totals={}, optimizer=optimizer)
+
+
+def drawing(seed: int, mesh: Mesh, *path: int | str) -> AbstractContextManager[None]:
+    """The block in which layers that draw, as dropout and noise do, draw from a named stream.
+
+    They draw from the global generators, which are given back as they were; each process draws
+    other numbers.
+    """
+    named = stream(seed, "layers", *path, mesh.row, mesh.column)
+    return seeded(draw_seed(named), mesh.device)
 
 
 def take_step(

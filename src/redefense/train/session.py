@@ -17,6 +17,7 @@ from redefense.defences.overfitting import one_step_accuracy, one_step_adversary
 from redefense.ensembles import Ensemble, evaluating, kernels_kept
 from redefense.errors import Interrupted, RedefenseError
 from redefense.results.untrained import degenerate_members
+from redefense.rng import draw_seed, seeded, stream
 from redefense.runtime.mesh import Mesh
 from redefense.runtime.recording import Recorder
 from redefense.runtime.signals import stop_signals
@@ -173,7 +174,9 @@ def member_accuracies(ensemble: Ensemble, split: Split, batch_size: int) -> Tens
     device = ensemble.mixture.device
     right = torch.zeros(ensemble.num_members, dtype=torch.float64, device=device)
     count = min(len(split), VALIDATION_IMAGES)
-    with torch.no_grad(), evaluating(ensemble), kernels_kept(ensemble):
+    # layers that draw, as noise does, draw the same at each call
+    drawing = seeded(draw_seed(stream(0, "accuracies")), device)
+    with torch.no_grad(), evaluating(ensemble), kernels_kept(ensemble), drawing:
         for index in torch.arange(count).split(batch_size):
             logits = ensemble.member_logits(split.float(index).to(device))
             right += correct(logits, split.labels[index].to(device)).sum(1)

@@ -17,12 +17,12 @@ from redefense.errors import ConfigError
 from redefense.evaluation.cells import image_digest
 from redefense.evaluation.plan import Say
 from redefense.evaluation.provenance import provenance
+from redefense.models.randomized import GaussianNoise
 from redefense.rng import CHUNK
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import certificate
 from redefense.stochastic.ensemble import Drawn, Stochastic, seeds_of
-from redefense.stochastic.wrappers import GaussianNoise
 from redefense.train.loading import find_final, input_check, load_checkpoint
 from redefense.types import Images, Labels, correct
 
@@ -61,7 +61,8 @@ def certify_run(
 
     Args:
         path: a run directory.
-        sigma: deviation of the noise, in units of the images, > 0.
+        sigma: deviation of the noise, in units of the images, > 0; of a run that was trained with
+            noise on the image, that noise.
         radii: in L2; 0, sigma / 2 and sigma unless given.
         draws: of the noise for each image, >= 1.
         alpha: the certificates may be wrong with this probability.
@@ -76,7 +77,7 @@ def certify_run(
         What was written, and where.
 
     Raises:
-        ConfigError: for settings outside their ranges.
+        ConfigError: for settings outside their ranges, and other noise than the run's own.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
     if draws < 1:
@@ -92,9 +93,16 @@ def certify_run(
     input_check(ensemble, dataset, checkpoint)
     index = test_indices(len(dataset.test), len(dataset.test) if images is None else images)
     x, y = dataset.test.float(index).to(device), dataset.test.labels[index].to(device)
+    answering = _answering(ensemble, str(run.defence.get("name")))
+    own = {member.sigma for member in ensemble.modules() if isinstance(member, GaussianNoise)}
+    if own - {sigma}:
+        raise ConfigError(
+            f"{path} answers behind noise of its own, of deviation {max(own):g}, got {sigma:g}: "
+            f"certify it with --sigma {max(own):g}"
+        )
     say(f"certify: {len(x)} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")
     with evaluating(ensemble):
-        noisy = GaussianNoise(_answering(ensemble, str(run.defence.get("name"))), sigma=sigma)
+        noisy = answering if own else GaussianNoise(answering, sigma=sigma)
         right = right_answers(noisy, x, y, draws, seed=seed)
     found = [
         certificate(right, draws, sigma=sigma, radius=radius, alpha=alpha) for radius in levels

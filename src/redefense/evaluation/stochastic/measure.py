@@ -27,13 +27,13 @@ from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.evaluation.store import forget, own_images, read_object
 from redefense.evaluation.suite import Suite
+from redefense.models.randomized import GaussianNoise
 from redefense.results.accuracy import Bools
 from redefense.results.draws import FIGURES, draws_interval, interval, pair
 from redefense.results.join import TRIES
 from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import Stochastic
-from redefense.stochastic.wrappers import GaussianNoise
 from redefense.types import Images, check_images, check_labels
 
 LEAST_DRAWS: Final = 32
