@@ -50,7 +50,7 @@ def test_an_attack_is_named_by_name_label_or_cell() -> None:
         with pytest.raises(ConfigError, match="no attack"):
             report.adversarial(wrong)
     twice = Suite(name="mine", cells=(cell("hinge", steps=2), cell("hinge", steps=3)))
-    with pytest.raises(ConfigError, match="name one of these"):
+    with pytest.raises(ConfigError, match="choose one: "):
         run(twice).adversarial("hinge")
     with pytest.raises(ConfigError, match="--save-images"):
         run(keep_images=False).adversarial("hinge")

@@ -361,7 +361,10 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
             '{"cells": [{"attack": "pgd", "view": "sampled", "threat": {"eps": "8/0"}}]}',
             r"cells.0.threat.eps: eps must be a finite number.* got '8/0'$",
         ),
-        ('{"name": "quick", "cells": [{"attack": "pgd", "view": "sampled"}]}', "name of its own"),
+        (
+            '{"name": "quick", "cells": [{"attack": "pgd", "view": "sampled"}]}',
+            "plain, unused name",
+        ),
     ],
 )
 def test_a_bad_suite_file_is_refused_by_name(text: str, reason: str, tmp_path: Path) -> None:

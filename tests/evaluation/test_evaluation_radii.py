@@ -55,7 +55,7 @@ def test_a_curve_never_rises_and_weak_attacks_at_a_larger_radius_are_told() -> N
     def idle(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
         return PGD()(model, x, y, threat, rng=stream(0, "a")) if threat.eps < 0.02 else x
 
-    with pytest.warns(RedCheckWarning, match=r"at eps 0\.03 and .* at 0\.01: .* too weak"):
+    with pytest.warns(RedCheckWarning, match=r"at eps 0\.03 and .* at 0\.01: .* not converged"):
         report = redefense.evaluate(linear(), images(), idle, eps=[0.01, 0.03])
     small, large = report.curve
     assert small["aware"] < 1
@@ -99,7 +99,7 @@ def test_a_stopped_evaluation_says_what_is_kept_and_goes_on(tmp_path: Path) -> N
     out = tmp_path / "kept"
     # shells let processes in the background ignore it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(Interrupted, match=f"is kept in {out}/evaluation/custom") as stopped:
+    with pytest.raises(Interrupted, match=f"are saved in {out}/evaluation/custom") as stopped:
         measured(out=out)
     signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130

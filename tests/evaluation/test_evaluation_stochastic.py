@@ -195,7 +195,7 @@ def test_answers_that_depend_on_other_images_are_refused() -> None:
             z = x.flatten(1).mean(1) - x.mean() + 0.1 * torch.randn(len(x))
             return torch.stack([z, -z], 1)
 
-    with pytest.raises(InputError, match="when other images are in its batch"):
+    with pytest.raises(InputError, match="depends on the other images in its batch"):
         evaluate(Batch(), stochastic="on")
 
 

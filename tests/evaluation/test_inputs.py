@@ -144,7 +144,7 @@ def test_of_a_data_set_only_the_chosen_images_are_read() -> None:
 
 def test_channels_that_come_last_in_arrays_are_turned_and_said() -> None:
     last = IMAGES.permute(0, 2, 3, 1)
-    with pytest.warns(UserWarning, match=re.escape("(30, 6, 5, 3) are taken as (B, H, W,")):
+    with pytest.warns(UserWarning, match=re.escape("(30, 6, 5, 3) are read as (B, H, W,")):
         assert torch.equal(read_data((last.numpy(), LABELS))[0], IMAGES)
     # of a tensor the order is a rule, not a guess
     assert read_data((last, LABELS))[0].shape == (30, 6, 5, 3)

@@ -84,7 +84,7 @@ def test_one_network_has_one_figure() -> None:
 def test_what_a_suite_cannot_know_is_said() -> None:
     report = redefense.evaluate([linear(0), linear(1)], images(), FGSM(), Threat(eps=0.02))
     assert report.aware == report.unaware == Figure(None)
-    assert "no headline: the suite has no attack that knows the ensemble" in repr(report)
+    assert "no headline: the suite has no aware attack" in repr(report)
     assert report.average.value is None
     assert report.average.clean.value == report.data["clean"]["averaged"]
 

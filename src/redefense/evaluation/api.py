@@ -80,37 +80,36 @@ def evaluate(
     """Measure any classifier, ensemble or list of classifiers.
 
     Args:
-        model: a network or a plain function from images in [0, 1] to logits, an ensemble, or a list
-            of networks of which each query meets one at random; or what `redefense.train` returned.
+        model: a network or a plain function from images in [0, 1] to logits; an ensemble; a list of
+            networks, one of which is drawn for each query; or the result of `redefense.train`.
         data: a data specification, whose test split is used; (images, labels) as tensors or numpy
             arrays; a torch `Dataset` with a length; or a `DataLoader` that does not shuffle.
         suite: a name of `SUITES` or a `.json` file; a `Suite`; or a list of attacks (or a mapping
-            from labels to attacks), each an attack of ours or a callable (model, x, y) -> x_adv of
-            another library. Points of a callable outside the ball are projected back into it, and
+            from labels to attacks), each an attack of this package or a callable
+            (model, x, y) -> x_adv. Points of a callable outside the ball are projected onto it, and
             the report says so.
-        threat: what the adversary may do; of a trained run its own unless given, of any other
-            model L-inf 8/255.
-        mixture: sampling probabilities of a list of networks; uniform unless given.
+        threat: the threat model; default: that of a trained run, else L-inf 8/255.
+        mixture: sampling probabilities of a list of networks; default: uniform.
         seed: of every draw.
-        images: the first N of one published permutation of the test split.
-        seeds: how often each attack is run.
-        eps: the radius, in place of that of the threat; of several, such as ["2/255", "8/255"], the
-            report is that of the largest, and its `curve` has them all.
-        out: a folder in which each attack is kept as soon as it is done, and of one under way every
-            100 images; called again with the same arguments, the evaluation goes on. The report is
-            written to `OUT/evaluation/SUITE.json`.
-        progress: show on stderr what is done, and how long it will still take.
+        images: use the first N images of a fixed permutation of the test split.
+        seeds: number of runs of each attack.
+        eps: the radius, replaces that of the threat; for several radii, such as
+            ["2/255", "8/255"], the report is that of the largest, and its `curve` has all.
+        out: a folder in which results are saved after each attack and every 100 images; the same
+            call resumes an interrupted evaluation. The report is written to
+            `OUT/evaluation/SUITE.json`.
+        progress: show progress and the estimated remaining time on stderr.
         checks: "quick" or "full".
-        cascade: whether attacks that know the ensemble leave out images on which every member errs
-            already; the suite's own choice unless given. Where attacks start independently of
-            others, the headline is the same either way.
-        precision: in which arithmetic attacks that know the ensemble ask it, "fp32", "bf16" or
-            "auto"; the suite's own choice unless given. Points are judged in single precision.
-        stochastic: "auto" measures a model that answers equal images differently by fresh draws,
-            and says so in a warning; "on" measures any model so, "off" refuses one that draws. Its
-            layers keep the modes in which they are given: active dropout stays active.
+        cascade: whether aware attacks skip images on which an earlier attack fooled every member;
+            default: the suite's setting. The headline is the same either way if attacks do not
+            start from points of others.
+        precision: precision in which aware attacks query the ensemble, "fp32", "bf16" or "auto";
+            default: the suite's setting. Points are verified in single precision.
+        stochastic: "auto" detects models with random outputs and measures them by fresh draws, with
+            a warning; "on" measures every model so; "off" refuses models with random outputs. The
+            layers stay in the given modes: active dropout stays active.
         keep_images: keep the attacked images, for `Report.adversarial`; with `out` they are written
-            beside each attack's records, as `ATTACK.images.npz`.
+            to `ATTACK.images.npz` in the folder of the records.
         outputs: what the networks return: "logits", also as log-probabilities or as an attribute
             `logits` of an object, or "probabilities", whose logarithms are then taken.
 
@@ -118,14 +117,14 @@ def evaluate(
         The report; without `out` nothing is written.
 
     Warns:
-        RedCheckWarning: for each self-check that says that the measurement flatters.
-        UserWarning: if the model was found to answer at random.
+        RedCheckWarning: for each self-check that finds that the figures may be too high.
+        UserWarning: if random outputs were detected.
 
     Raises:
         InputError: for models, images or labels that break the input contract.
         ConfigError: for an unknown suite or setting, or a suite that needs more classes.
         DataError: if the data cannot be read.
-        Interrupted: on SIGINT or SIGTERM, if `out` keeps what is done.
+        Interrupted: on SIGINT or SIGTERM, if results are saved in `out`.
     """
     if len(radii := read_radii(eps)) > 1:
         home = None if out is None else Path(out)
@@ -218,17 +217,17 @@ def evaluate_run(
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
 
-    Cells are saved one by one, and of a cell under way every 100 images; called again with the
-    same settings, the evaluation goes on.
+    Results are saved after each cell and every 100 images; the same call resumes an interrupted
+    evaluation.
 
-    Args (of those that `evaluate` does not have):
+    Args (beyond those of `evaluate`):
         replay: "auto" records the passes of members on a CUDA device and replays them in attacks,
-            to the same bits (`ensembles.replay`); "off" computes every pass anew.
-        say: takes lines about what is done, and how long it will take unless stderr is a terminal,
-            which shows a bar; without it nothing is told.
+            with bit-identical results (`ensembles.replay`); "off" computes every pass anew.
+        say: called with each log line; the remaining time is a log line unless stderr is a
+            terminal, which shows a bar. By default nothing is logged.
 
     Returns:
-        The report and the file it was written to.
+        The report and its file.
 
     Raises:
         ConfigError: if an evaluation with other settings is stored there.
@@ -275,7 +274,7 @@ def evaluate_run(
     subject = replace(
         subject_of(ensemble, dataset, images, _run_json(path, run), run if own else None, device),
         randomized=randomized(run),
-        # other data has no validation split that the run has kept its hands off
+        # the validation split of other data was not held out in training
         drift=drift_of(path, ensemble, dataset, run) if own else None,
     )
     measured, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
@@ -290,7 +289,7 @@ def evaluate_run(
         if team.first:
             claim(store, target, settings, here)
         team.wait()
-        # every process reads what the first one wrote, so that all see the same refusal
+        # every process reads what the first one wrote, so that all raise the same error
         started, places = claim(store, target, settings)
         subject = replace(subject, workers=team)
         voice = say if team.first else None
@@ -322,20 +321,20 @@ def evaluate_run(
 
 
 def _described(ensemble: Ensemble) -> dict[str, Any]:
-    """The whole hash of the weights, and the number of parameters: what a claim says of them."""
+    """The hash of the weights and the number of parameters, as claims state them."""
     parameters = sum(parameter.numel() for parameter in ensemble.parameters())
     return {"weights": weights_digest([ensemble], digits=64), "parameters": parameters}
 
 
 def _run_of(subject: Subject) -> Callable[..., Report]:
-    """What runs a suite on it: by draws of a network, or on members that can be listed."""
+    """The function that runs a suite: `run_drawn` for stochastic networks, else `run_suite`."""
     return run_drawn if isinstance(subject.ensemble, Stochastic) else run_suite
 
 
 def _over_radii(
     radii: Sequence[float], path: Path, *, suite: str, out: Path | None, **settings: Any
 ) -> tuple[Report, Path]:
-    """`evaluate_run` at each radius; the smaller ones lie in the folder of the largest."""
+    """`evaluate_run` at each radius; smaller radii are saved in the folder of the largest."""
     target = out or path / "evaluation" / f"{suite_named(suite).name}.json"
 
     def at(radius: float, name: str) -> Report:
@@ -361,7 +360,7 @@ def _override(threat: ThreatConfig, eps: float | str | None, norm: str | None) -
 
 
 def _words(suite: Suite, threat: ThreatConfig) -> str:
-    """The threats of the cells, each once."""
+    """The distinct threats of the cells."""
     threats = dict.fromkeys((t.norm, t.eps) for t in (c.threat or threat for c in suite.cells))
     return ", ".join(f"{'L-inf' if norm == 'inf' else 'L2'} eps {eps:g}" for norm, eps in threats)
 

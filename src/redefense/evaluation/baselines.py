@@ -1,11 +1,11 @@
 """Deterministic baselines of a randomized ensemble: single members and the average.
 
-Both are deterministic. Each is attacked for itself by the attacks that the suite names in `beside`,
-on the images where it still stands after everything else that was run. Its worst case is over all
-points, as that of the ensemble is, and these points count against the ensemble, too.
+Each is attacked by the suite's attacks in `beside`, on the images that it still classifies
+correctly after all other attacks. Its worst case is over all points, as that of the ensemble, and
+these points count for the ensemble, too.
 
-The single member that is compared with is chosen on validation images, whose luck can only make it
-too weak a rival: so every member is attacked on the evaluated images too.
+The best single member is chosen on validation images. Chance in this choice could only lower this
+baseline, so every member is attacked on the evaluated images too.
 """
 
 from collections.abc import Iterator
@@ -29,20 +29,20 @@ from redefense.results.accuracy import Bools
 from redefense.rng import stream
 
 SELECTION_IMAGES: Final = 200
-"""Validation images on which the best single member is chosen."""
+"""Number of validation images on which the best single member is chosen."""
 
 SELECTION: Final = Hinge(steps=20)
-"""The attack on each member there: it only has to tell a better one from a worse one."""
+"""The attack on each member for this choice; it only has to rank the members."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baselines:
-    """Their worst cases on the evaluated images.
+    """Worst cases of the baselines on the evaluated images.
 
     Attributes:
-        members: (M, n) whether every member alone is right on each point found.
-        averaged: (n,) whether the averaged ensemble is.
-        best: the single member that is compared with, chosen on `chosen_on`.
+        members: (M, n) whether each member is correct on all points found.
+        averaged: (n,) whether the averaged ensemble is correct on all points found.
+        best: the best single member, chosen on `chosen_on`.
     """
 
     members: Bools
@@ -52,11 +52,11 @@ class Baselines:
 
     @property
     def single(self) -> Bools:
-        """(n,) of the best member."""
+        """(n,) correctness of the best member."""
         return cast(Bools, self.members[self.best])
 
     def figures(self) -> dict[str, Any]:
-        """What the headline says of them."""
+        """Entries of the headline."""
         return {
             "best_single_member": float(self.single.mean()),
             "best_single_member_interval": interval(self.single.astype(np.float64)),
@@ -75,13 +75,13 @@ class Baselines:
 NOTHING: Final = dict.fromkeys(
     f"{key}{s}" for key in ("best_single_member", "averaged") for s in ("", "_interval")
 )
-"""What the headline says of them where a suite does not attack them."""
+"""Entries of the headline for a suite that does not attack the baselines."""
 
 
 def attack_baselines(runner: Runner) -> None:
-    """Attack every member and the average where each still stands.
+    """Attack every member and the average on the images that each still classifies correctly.
 
-    What a cell of the suite has tried already is not repeated: the same attack on the same view.
+    Images on which a cell of the suite ran the same attack on the same view are skipped.
     """
     job, worst = runner.job, runner.worst
     if worst is None:
@@ -95,7 +95,7 @@ def attack_baselines(runner: Runner) -> None:
 
 
 def _each(job: Job) -> Iterator[tuple[str, str, CellSpec]]:
-    """Name, view and attack of all that is run."""
+    """Name, view and attack of every baseline attack."""
     views = [f"{MEMBER}{m}" for m in range(job.subject.ensemble.num_members)]
     for view in (*views, "averaged"):
         for number, spec in enumerate(job.suite.beside):
@@ -103,7 +103,7 @@ def _each(job: Job) -> Iterator[tuple[str, str, CellSpec]]:
 
 
 def baselines(runner: Runner) -> Baselines | None:
-    """Their worst cases over everything that was run; None for a suite that does not ask for it."""
+    """Worst cases of the baselines over all attacks; None if the suite does not attack them."""
     job, worst = runner.job, runner.worst
     if worst is None or not job.suite.beside:
         return None
@@ -122,7 +122,7 @@ def baselines(runner: Runner) -> Baselines | None:
 
 
 def pieces(job: Job) -> Iterator[tuple[str, float]]:
-    """What will be done, for the progress: labels and passes, guessed."""
+    """Labels and estimated passes of the planned work, for the progress."""
     members, count = job.subject.ensemble.num_members, len(job.subject.x)
     for name, view, spec in _each(job):
         passes = rough_passes(attack_of(spec)) * (members if view == "averaged" else 1)
@@ -133,13 +133,13 @@ def pieces(job: Job) -> Iterator[tuple[str, float]]:
 
 
 STANDING: Final = 0.3
-"""Share of the images on which one of them may still stand, for the progress."""
+"""Assumed share of images that a baseline still classifies correctly, for the progress."""
 
 CHOICE: Final = "choosing a single member"
 
 
 def _on_validation(job: Job) -> Bools | None:
-    """(M, k) whether each member is right on validation images and under attack; None without."""
+    """(M, k) correctness of each member on attacked validation images; None without images."""
     if job.subject.validation is None:
         return None
     place = job.place("choice.npz")
@@ -156,7 +156,8 @@ def _on_validation(job: Job) -> Bools | None:
         xs, ys = x[images], y[images]
         right = judge(ensemble, xs, xs, ys)["correct"]
         for m in range(ensemble.num_members):
-            rng = stream(job.seed, "choice", images.start)  # equal members get equal attacks
+            # the same stream for every member, so that equal members get equal attacks
+            rng = stream(job.seed, "choice", images.start)
             x_adv = SELECTION(metered.member(m), xs, ys, as_threat(job.threat), rng=rng)
             right[m] &= judge(ensemble, x_adv, xs, ys)["correct"][m]
         return {"right": right, "forwards": meter.forwards}

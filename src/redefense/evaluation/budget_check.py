@@ -1,4 +1,4 @@
-"""S44: whether attackers with more time take more than the suite did, on the first images."""
+"""S44: whether attacks with a larger budget lower the accuracy on the first images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,18 +14,18 @@ from redefense.evaluation.plan import Planned
 from redefense.evaluation.suite import CellSpec
 
 IMAGES: Final = 100
-"""Images of which those that are not lost meet the stronger attacks."""
+"""Number of images for the stronger attacks, which skip images that are already fooled."""
 
 ALLOWED: Final = 0.01
-"""Expected accuracy on them that may fall."""
+"""Largest allowed loss of expected accuracy on them."""
 
 
 def stronger_budget(runner: Runner, plan: Sequence[Planned]) -> Check:
-    """S44: adaptive attacks of the suite with twice their steps, and four times as many subsets.
+    """S44: adaptive attacks of the suite with twice their steps and four times their subsets.
 
-    Twice the default where a suite has fewer. The attack on subsets is among them in any case; so
-    many are all subsets of up to six members that are equally probable. What is found counts for
-    the headline.
+    Steps are at least twice the default. The attack on subsets is always included; its number of
+    subsets covers all subsets of up to six equally probable members. Points found count for the
+    headline.
     """
     worst = runner.worst
     if worst is None:
@@ -39,17 +39,18 @@ def stronger_budget(runner: Runner, plan: Sequence[Planned]) -> Check:
             runner.further(f"stronger-{name}-{number}", spec, attack, "members", met)
             found.append(name)
     drop = float((before - worst.q[first]).mean())
-    # one image of few may fall by chance
+    # a single one of few images may be fooled by chance
     passed = drop <= max(ALLOWED, 1 / len(before)) + 1e-9
-    names = ", ".join(found) or "nothing, as no image is left,"
+    names = ", ".join(found) or "no attack (all images were fooled before)"
     told = (
-        f"{names} with twice the steps takes {100 * drop:.1f} points more of {len(before)} images"
+        f"{names} with twice the steps: accuracy {100 * drop:.1f} points lower "
+        f"on {len(before)} images"
     )
     return Check("S44", passed, told)
 
 
 def _stronger(plan: Sequence[Planned]) -> Iterator[tuple[str, Attack]]:
-    """Names and attacks."""
+    """Names and attacks of the larger budget."""
     attacks: dict[str, Any] = {"subset": Subset()}
     for planned in plan:
         if planned.attack.adaptive:

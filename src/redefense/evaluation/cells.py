@@ -31,27 +31,28 @@ from redefense.types import Images, Labels, Victim, check_images, correct
 BUDGET_SLACK = 1e-6
 
 Keep = Callable[[slice, NDArray[np.int64], Images, Bools], None]
-"""Is handed a chunk, the rows in it that were attacked, their perturbed images, and `correct`."""
+"""Called with a chunk, the attacked rows of it, their perturbed images, and `correct`."""
 
 COST: Final = ("forwards", "backwards", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one attack did to every image that it met.
+    """Per-image records of one attack.
 
     Attributes:
-        correct: (M, n) whether each member is right on the perturbed image; False for all members
-            where an image was lost before this attack and so was not attacked.
-        averaged: (n,) whether the averaged ensemble is.
-        linf: (n,) largest change of a channel; `l2` its length; `l0` pixels changed.
-        met: (n,) the images that were attacked; all unless given.
-        alone: (M, n) whether each member is right on all points of the image; `correct` unless
+        correct: (M, n) whether each member is correct on the perturbed image; False for all
+            members if the image was not attacked, since an earlier attack had fooled every member.
+        averaged: (n,) whether the averaged ensemble is correct.
+        linf: (n,) L-inf norm of the perturbation; `l2`, `l0` its L2 norm and changed pixels.
+        met: (n,) the images that were attacked; default: all.
+        alone: (M, n) whether each member is correct on all points of the image; `correct` unless
             several points were tried, of which `correct` is the worst.
-        reached: (n,) of attacks that were handed over, how far they moved an image in the threat's
-            norm before it was projected back into the ball; 0 of ours.
-        forwards: passes of one image through one member, per image met; `backwards` likewise.
-        seconds: wall-clock time of the attack alone.
+        reached: (n,) norm of the perturbation of a user's attack before it was projected onto the
+            ball, in the threat's norm; 0 for built-in attacks.
+        forwards: forward passes of one image through one member, per attacked image; `backwards`
+            likewise.
+        seconds: wall-clock time of the attack, without its verification.
     """
 
     correct: Bools
@@ -80,7 +81,7 @@ class Cell:
         return bool(self.met.all())
 
     def save(self, path: Path, index: NDArray[np.int64]) -> None:
-        """Write the records, and which images of the data set they are of."""
+        """Write the records, and the indices (n,) of their images in the data set."""
         arrays = {"index": index, **asdict(self)}
         if self.alone is self.correct:
             del arrays["alone"]
@@ -90,7 +91,7 @@ class Cell:
 
     @classmethod
     def read(cls, path: Path | None) -> "Cell | None":
-        """What was saved there; None where there is nothing whole."""
+        """Read saved records; None if they are missing or damaged."""
         stored = read_arrays(path)
         if stored is None:
             return None
@@ -100,7 +101,7 @@ class Cell:
 
 
 def image_digest(x: Images, y: Labels) -> str:
-    """SHA-256 of the evaluated images and labels: what makes two evaluations comparable."""
+    """SHA-256 of the evaluated images and labels; only equal digests can be compared."""
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
     for tensor in (x.float(), y.long()):
         digest.update(tensor.contiguous().cpu().numpy().data)
@@ -109,16 +110,16 @@ def image_digest(x: Images, y: Labels) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom and on what: the ensemble, its test images, and where they stand in the data set.
+    """The ensemble under evaluation, its test images, and their indices in the data set.
 
     Attributes:
-        validation: images and labels on which the best single member may be chosen; without them it
-            is chosen on the evaluated images, which flatters the single member, not the ensemble.
+        validation: images and labels on which the best single member is chosen; without them it is
+            chosen on the evaluated images, which favours the single member, not the ensemble.
         randomized: whether queries are answered by a member drawn at random; else by the average.
-        drift: clean accuracy on all validation images, now minus as the training logged it.
-        workers: the processes among which the chunks are spread.
-        passes: what attacks ask in the ensemble's place: the same, with recorded passes.
-        precision: in which arithmetic attacks that know the ensemble ask it.
+        drift: clean validation accuracy minus the one in the training log.
+        workers: the processes over which the chunks are distributed.
+        passes: the ensemble with recorded passes, queried by attacks in its place.
+        precision: floating-point precision in which aware attacks query the ensemble.
     """
 
     ensemble: Ensemble
@@ -137,7 +138,10 @@ class Subject:
 
     @property
     def attacked(self) -> Ensemble:
-        """What our attacks ask. Those of others may differentiate twice, which no recording can."""
+        """The ensemble that built-in attacks query.
+
+        Users' attacks may need second derivatives, which recorded passes do not have.
+        """
         return self.ensemble if self.passes is None else self.passes
 
 
@@ -147,7 +151,7 @@ def as_threat(config: ThreatConfig) -> Threat:
 
 
 def outside_ball(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None:
-    """How many images an attack that was handed over moved out of the ball, and how far."""
+    """Number of images that a user's attack moved out of the ball, and the largest distance."""
     left = cell.reached > threat.eps + slack_of(threat, x)
     return (
         {"images": int(left.sum()), "furthest": float(cell.reached.max())} if left.any() else None
@@ -156,15 +160,15 @@ def outside_ball(cell: Cell, threat: Threat, x: Images) -> dict[str, Any] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One attack on the images that it is to meet, in fixed chunks.
+    """One attack on given images, in fixed chunks.
 
     Attributes:
         view: "sampled", "averaged", "members", or "member 0" for the first member alone.
         name: of its random streams.
-        aware: whether its attacker knows the ensemble, and may ask it in another arithmetic.
-        met: (n,) the images to attack; the others count as lost.
-        starts: gives points (K, B, C, H, W) of a chunk from which the attack may begin.
-        keep: is told of each chunk that was attacked.
+        aware: whether the attack is aware of the draw, and may compute in another precision.
+        met: (n,) the images to attack; the others count as fooled.
+        starts: returns starting points (K, B, C, H, W) of a chunk.
+        keep: called after each attacked chunk.
     """
 
     subject: Subject
@@ -179,7 +183,7 @@ class Task:
     keep: Keep | None = None
 
     def chunk(self, images: slice, progress: Progress = SILENT) -> dict[str, Any]:
-        """Attack a chunk; verify the ball; ask every member about the result."""
+        """Attack a chunk, verify the ball, and record every member's correctness."""
         subject, met = self.subject, self.met[images]
         rows = met.nonzero()[0]
         empty = _unmet(subject.ensemble.num_members, met)
@@ -204,7 +208,7 @@ class Task:
         seconds = time.perf_counter() - begun
         reached = {}
         if foreign:
-            # its budget may be its own: what lies outside is judged at the nearest allowed point
+            # a user's attack may have another budget: points outside are projected onto the ball
             reached = {"reached": norms(x_adv - x, budget.norm).double().cpu().numpy()}
             x_adv = budget.project(x_adv, x)
         if self.attack.bounded:
@@ -229,7 +233,7 @@ class Task:
         return metered
 
     def run(self, kept: Path | None = None, progress: Progress = SILENT) -> Cell:
-        """All chunks. Finished ones are kept in the folder `kept`, as `in_chunks` does."""
+        """Attack all chunks. Finished chunks are saved in the folder `kept`, as by `in_chunks`."""
 
         def fits(images: slice, part: Mapping[str, NDArray[Any]]) -> bool:
             return "met" in part and np.array_equal(part["met"], self.met[images])
@@ -249,26 +253,26 @@ class Task:
 
 
 MEMBER: Final = "member "
-"""How the view of one member begins."""
+"""Prefix of the view of a single member."""
 
 
 def member_of(view: str) -> int:
-    """Which member a view of one is."""
+    """The member's number in the view of a single member."""
     return int(view.removeprefix(MEMBER))
 
 
 def _unmet(num_members: int, met: Bools) -> dict[str, Any]:
-    """The records of a chunk of which no image was attacked."""
+    """The records of a chunk without attacked images."""
     nothing = {key: np.zeros(len(met)) for key in ("linf", "l2", "l0", "reached")}
     correct, averaged = np.zeros((num_members, len(met)), bool), np.zeros(len(met), bool)
     return {"correct": correct, "averaged": averaged, **nothing, "met": met}
 
 
 def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
-    """Refuse points outside the box or the ball: a breach is an error, not something to clip.
+    """Check that points lie within the box and the ball; they are not clipped silently.
 
     Raises:
-        InputError: naming the attack and the largest distance.
+        InputError: if a point lies outside; it names the attack and the largest distance.
     """
     check_images(x_adv, f"images returned by {name}")
     furthest = float(norms(x_adv.double() - x.double(), threat.norm).max())
@@ -277,7 +281,7 @@ def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
 
 
 def slack_of(threat: Threat, x: Tensor) -> float:
-    """How far rounding alone may carry an image out of the ball."""
+    """Tolerance for rounding errors in the distance of an image from the ball's centre."""
     # float32 rounds each pixel by up to half a unit, which adds up in the L2 norm of a large image
     pixels = x[0].numel() if threat.norm == 2 else 1
     ulp = float(torch.finfo(torch.float32).eps)
@@ -285,7 +289,7 @@ def slack_of(threat: Threat, x: Tensor) -> float:
 
 
 def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """What every member and the averaged ensemble say to the images, and how far they moved."""
+    """Correctness of every member and of the averaged ensemble, and norms of the perturbations."""
     with torch.no_grad():
         logits = ensemble.member_logits(x_adv)
         averaged = mean_log_probs(logits, ensemble.mixture)
@@ -300,7 +304,7 @@ def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, 
 
 
 def clean_cell(subject: Subject) -> Cell:
-    """The images as they are, put to every member."""
+    """Records of the clean images."""
     pairs = zip(subject.x.split(CHUNK), subject.y.split(CHUNK), strict=True)
     return Cell(**_merge([judge(subject.ensemble, x, x, y) for x, y in pairs]))
 

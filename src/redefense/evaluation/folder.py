@@ -1,4 +1,4 @@
-"""The folder in which an evaluation is kept: one process owns it, under one set of settings."""
+"""The folder of an evaluation: used by one job at a time, with one set of settings."""
 
 import json
 import signal
@@ -26,7 +26,7 @@ from redefense.runtime.workers import ALONE, Workers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """Where an evaluation in Python is kept, and how it is shown."""
+    """Storage and progress of an evaluation in Python."""
 
     target: Path | None
     started: str
@@ -35,11 +35,11 @@ class Kept:
 
     @property
     def store(self) -> Path | None:
-        """The folder of the records, beside the report."""
+        """The folder of the records, next to the report's file."""
         return None if self.target is None else self.target.with_suffix("")
 
     def finish(self, report: Report) -> None:
-        """Write the report where it is wanted."""
+        """Write the report, if a folder was given."""
         if self.target is not None:
             report.data["provenance"]["date"] = self.started
             write_text(self.target, report.to_json())
@@ -47,16 +47,16 @@ class Kept:
 
 @contextmanager
 def alone(team: Workers, store: Path, target: Path) -> Iterator[None]:
-    """Refuse to work on an evaluation that other processes work on at the same moment.
+    """Lock an evaluation against other processes.
 
     Raises:
-        ConfigError: on every process of the team.
+        ConfigError: on every process of the team, if another process is working on it.
     """
     with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
         if not all(team.gather([free])):
             raise ConfigError(
-                f"another process is working on {target}: wait until it ends, or name another file "
-                "with --out"
+                f"another process is working on {target}: wait until it ends, or choose another "
+                "file with --out"
             )
         yield
 
@@ -70,11 +70,11 @@ def keeping(
     *,
     progress: bool,
 ) -> Iterator[Kept]:
-    """Keep an evaluation in a folder, if one is given, and show how far it is, if that is wanted.
+    """Save an evaluation in a folder, if one is given, and show its progress, if requested.
 
     Raises:
-        ConfigError: if an evaluation with other settings is kept there.
-        Interrupted: on SIGINT or SIGTERM, if the evaluation is kept.
+        ConfigError: if the folder has an evaluation with other settings.
+        Interrupted: on SIGINT or SIGTERM, if the evaluation is saved.
     """
     say = partial(print, file=sys.stderr, flush=True) if progress else silent
     target, started = None, ""
@@ -91,8 +91,8 @@ def keeping(
 
 @contextmanager
 def stoppable(store: Path) -> Iterator[None]:
-    """Ends on SIGTERM as on SIGINT: through the blocks under way, which give the terminal back."""
-    told = f"stopped; what is done is kept in {store}, and the same call goes on"
+    """Raise on SIGTERM as on SIGINT, so that context managers exit and restore the terminal."""
+    told = f"stopped; results so far are saved in {store}; repeat the same call to resume"
 
     def stop(number: int) -> None:
         raise Interrupted(told, number)
@@ -101,7 +101,7 @@ def stoppable(store: Path) -> Iterator[None]:
         with handled(stop, [signal.SIGTERM]) as ours:
             yield
     except KeyboardInterrupt:
-        if not ours:  # the interrupt of a process that handles its signals itself
+        if not ours:  # an interrupt of a process that handles signals itself
             raise
         raise Interrupted(told, signal.SIGINT) from None
 
@@ -113,13 +113,13 @@ def silent(line: str) -> None:
 def claim(
     store: Path, target: Path, settings: Mapping[str, Any], here: Sequence[dict[str, str]] = ()
 ) -> tuple[str, list[dict[str, str]]]:
-    """Refuse to mix settings: cells that lie there must come from this very plan.
+    """Check that saved cells have the settings of this plan.
 
-    With places it is written down that an unfinished evaluation is worked on there from now on.
+    With `places`, the machines are added to the plan of an unfinished evaluation.
 
     Returns:
-        When the evaluation was first started, so that one that was killed tells the same date; and
-        all the places that worked on it.
+        The start date of the evaluation, which is kept when it is resumed, and all machines that
+        worked on it.
     """
     plan = store / "plan.json"
     if plan.is_file():
@@ -131,20 +131,22 @@ def claim(
             keys = [k for k in settings if stored.get(k) != settings[k]]
             if keys == ["code"]:
                 raise ConfigError(
-                    f"{store} was begun by other code, and figures of both must not be mixed: go "
-                    f"on with that code, remove {store} and {target.name}, or name another file "
-                    "with --out"
+                    f"{store} was begun by another version of the code, and their figures must not "
+                    f"be mixed: resume with that version, remove {store} and {target.name}, or "
+                    "choose another file with --out"
                 )
             raise ConfigError(
                 f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
-                "name another file with --out"
+                "choose another file with --out"
             )
         places = known if target.exists() else _distinct([*known, *here])
         if places != known:
             _write_plan(plan, settings, started, places)
         return started, places
     if target.exists():
-        raise ConfigError(f"{target} exists and is not ours; name another file with --out")
+        raise ConfigError(
+            f"{target} exists and is not an evaluation; choose another file with --out"
+        )
     store.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     places = _distinct(here)

@@ -1,4 +1,4 @@
-"""Runs the S-checks that attack on their own, spread over processes."""
+"""Runs the S-checks that need further attacks, distributed over processes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,9 +24,9 @@ def full_checks(
     *,
     counts: bool,
 ) -> tuple[list[Check], Cell | None]:
-    """All of them, at the threat of the suite's first bounded cell, aware ones first.
+    """Run all full checks at the threat of the suite's first bounded cell, aware cells first.
 
-    They are spread over the subject's processes; all get all results.
+    They are distributed over the subject's processes; every process returns all results.
 
     Args:
         subject: the ensemble and its images.
@@ -36,7 +36,7 @@ def full_checks(
         counts: whether that threat is the headline's.
 
     Returns:
-        The checks, and what their points within the headline's threat left of the first images.
+        The checks, and the record of their points within the headline's threat on the first images.
     """
     ensemble, x, y = subject.ensemble, subject.x[:SAMPLE], subject.y[:SAMPLE]
     cells = sorted((p for p in plan if p.attack.bounded), key=lambda p: not p.aware)
@@ -67,7 +67,7 @@ def full_checks(
                 None if apart is None else apart.cell,
             )
         )
-    # added up in one order, on however many processes they were found
+    # summed in a fixed order, so that the result does not depend on the number of processes
     done = workers.gather(results)
     for _, cell in done:
         if tried is not None and cell is not None:

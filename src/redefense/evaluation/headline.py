@@ -11,7 +11,7 @@ from redefense.results.intervals import accuracy_interval, exact_expectation
 
 
 def interval(q: Floats) -> list[float]:
-    """95 % interval of the mean over images of what lies in [0, 1]."""
+    """95 % interval of the mean over images of values in [0, 1]."""
     estimate = accuracy_interval(q)
     assert estimate.low is not None
     assert estimate.high is not None
@@ -21,12 +21,12 @@ def interval(q: Floats) -> list[float]:
 def headline(
     plan: Sequence[Planned], records: Mapping[str, Cell], worst: WorstCase | None
 ) -> dict[str, Any]:
-    """Unaware and aware at one threat, that of the aware cells; None where the suite cannot know.
+    """Unaware and aware accuracy at the threat of the aware cells; None if not measured.
 
     Args:
         plan: the cells.
         records: of every cell.
-        worst: the worst case over everything that was run; None for a suite without aware cells.
+        worst: the worst case over all attacks; None for a suite without aware cells.
     """
     if worst is None:
         return dict.fromkeys(("unaware", "aware", "aware_interval"))

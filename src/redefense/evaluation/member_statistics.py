@@ -1,6 +1,6 @@
 """Statistics of the members: transfer, fooled members, retries, diversity, accuracy over eps.
 
-Each measurement says in the JSON on how many images and with which settings it was made.
+The JSON states the number of images and the settings of each measurement.
 """
 
 import math
@@ -37,17 +37,17 @@ from redefense.threat import Threat
 from redefense.types import Bool, Float, Images, Labels, correct
 
 MEASURED: Final = 200
-"""Images on which members are measured; the attacks of the suite see all."""
+"""Images on which members are measured; the attacks of the suite run on all images."""
 
 TRIES: Final = 10
 
 MEASURES: Final = "measures"
 ROUGH_PASSES: Final = 600
-"""Passes per image and member that `member_measures` takes, about."""
+"""Approximate number of passes per image and member in `member_measures`."""
 
 CAVEAT: Final = (
-    "chosen on the perturbations that were found against the present probabilities; attackers "
-    "would answer other ones, so evaluate again before believing it"
+    "chosen on perturbations that were found against the present probabilities; attacks adapt to "
+    "other probabilities, so evaluate again with them before reporting this figure"
 )
 
 
@@ -84,13 +84,13 @@ def best_mixture(corrects: Bools, present: Floats, steps: int = 300) -> tuple[Fl
 
     Args:
         corrects: (A, M, n) correctness of every member under every attack.
-        present: (M,) the probabilities in use; the result is never worse than them, than uniform
-            ones, or than a single member.
-        steps: of the climb.
+        present: (M,) the probabilities in use; the result is at least as good as these, as uniform
+            ones, and as any single member.
+        steps: number of ascent steps.
 
     Returns:
         (M,) probabilities and their accuracy. The objective is concave and piecewise linear;
-        exponentiated supergradients climb it (Kivinen & Warmuth, 1997).
+        it is maximised by exponentiated supergradients (Kivinen & Warmuth, 1997).
     """
     wins = corrects.astype(np.float64)
     num_members, images = wins.shape[1], np.arange(wins.shape[2])
@@ -116,9 +116,9 @@ def member_measures(
     seed: int,
     progress: Progress = SILENT,
 ) -> tuple[dict[str, Any], Cell]:
-    """Transfer, diversity and accuracy against eps, and what was tried for them at the threat.
+    """Transfer, diversity and accuracy over eps, and the points that were tried at the threat.
 
-    What takes long is spread over the subject's processes; all get all of it.
+    Expensive measurements are distributed over the subject's processes; each returns all results.
     """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
     tried, faced = Tried(ensemble, x, y, threat), asked_in(subject.precision, ensemble)
@@ -140,7 +140,7 @@ def member_measures(
         apart = tried.fork()
         results.append((job(apart), apart.cell))
         progress.advance(1, 0.0)
-    # added up in one order, on however many processes they were found
+    # summed in a fixed order, so that the result does not depend on the number of processes
     ((falling, cost), points), *others = subject.workers.gather(results)
     for cell in (points, *(cell for _, cell in others)):
         tried.add(cell)
@@ -166,7 +166,7 @@ def member_measures(
 def _costed_curve(
     ensemble: Ensemble, x: Images, *more: Any, seed: int
 ) -> tuple[list[list[float]], dict[str, Any]]:
-    """The `curve`, and on how many images and with how many passes of each it was made."""
+    """The `curve`, the number of its images and the number of passes per image."""
     meter = Meter()
     rows = curve(Metered(ensemble, meter), x, *more, seed=seed)
     count = max(1, len(x))
@@ -189,11 +189,11 @@ def curve(
     *,
     seed: int,
 ) -> list[list[float]]:
-    """Accuracy of the sampled ensemble against eps, from 0 until nothing stands.
+    """Accuracy of the sampled ensemble over eps, from 0 until the accuracy is 0.
 
-    Hinge-20 at each eps; an image once fooled stays fooled, as the larger ball holds the point, and
-    one that all members err on is not attacked again. At the threat's own eps and beyond, the
-    suite's worst case counts too. Points within the threat are offered to `tried`.
+    Hinge-20 at each eps. A fooled image stays fooled at larger eps, since the larger ball contains
+    the point. An image that fools all members is not attacked again. From the threat's own eps on,
+    the suite's worst case counts too. Points within the threat are added to `tried`.
 
     Returns:
         Rows (eps, accuracy, low, high).
@@ -235,7 +235,7 @@ class Convention:
     Attributes:
         steps, step_size: of PGD on one member; the step is a fraction of eps.
         starts: random starts; another member counts as fooled if any of them fools it.
-        only_correct: leave out images that some member answers wrongly as they are.
+        only_correct: skip images that some member misclassifies when clean.
     """
 
     steps: int
@@ -245,7 +245,7 @@ class Convention:
 
     @property
     def attack(self) -> PGD:
-        """On one member."""
+        """The attack on one member."""
         return PGD(
             steps=self.steps, step_size=self.step_size, keep_best=False, loss="cross_entropy"
         )
@@ -262,9 +262,10 @@ class Convention:
         *,
         seed: int,
     ) -> list[float]:
-        """Shares of images made on member `source` that fool each member, then the average.
+        """Shares of adversarial images of member `source` that fool each member and the average.
 
-        `common` says which images all members answer rightly. All points are offered to `tried`.
+        `common` marks the images that all members classify correctly. All points are added to
+        `tried`.
         """
         rows = common if self.only_correct else torch.ones_like(common)
         x, y = x[rows], y[rows]
@@ -272,7 +273,7 @@ class Convention:
             return []
         fooled = torch.zeros(ensemble.num_members + 1, len(x), dtype=torch.bool, device=x.device)
         for start in range(self.starts):
-            # equal members get equal attacks
+            # the same random stream for every member, so that equal members get equal attacks
             rng = stream(seed, "transfer", self.steps, start)
             x_adv = self.attack(ensemble.member(source), x, y, threat, rng=rng)
             found = tried.offer(x_adv, rows)
@@ -284,11 +285,11 @@ class Convention:
     def table(
         self, rows: Sequence[Sequence[float]], common: Bool[Tensor, " B"], threat: Threat
     ) -> dict[str, Any]:
-        """The rows of all sources as one record.
+        """The rows of all source members as one record.
 
         Returns:
-            "matrix" (M rows of M shares; None where no image is left), "ensemble" (M shares that
-            fool the averaged ensemble), "images" and "settings".
+            "matrix" (M rows of M shares; None without images), "ensemble" (M shares that fool the
+            averaged ensemble), "images" and "settings".
         """
         images = int(common.sum()) if self.only_correct else len(common)
         return {
@@ -304,13 +305,14 @@ CONVENTIONS: Final = {
     "dverge": Convention(steps=50, step_size=0.2, starts=5, only_correct=True),
     "trs": Convention(steps=5, step_size=0.1, starts=1, only_correct=False),
 }
-"""The two in use: fooling rates among images all members know, or plain errors."""
+"""The two published conventions: fooling rates among images that all members classify correctly,
+or error rates."""
 
 
 def pair_statistics(correct: Bools) -> dict[str, float | None]:
     """Means over member pairs, from correctness (M, n); None for a single member.
 
-    disagreement: share of images on which exactly one of two is right. double_fault: both wrong.
+    disagreement: share of images on which exactly one of two is correct. double_fault: both wrong.
     q_statistic: Yule's Q, from -1 (errors exclude each other) to 1 (same errors); None where it is
     0 / 0 for every pair. overlap: Jaccard index of the images each gets wrong.
     """
@@ -332,7 +334,7 @@ def pair_statistics(correct: Bools) -> dict[str, float | None]:
 
 
 def gradient_diversity(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, float | None]:
-    """How alike the members' gradients and wrong answers are on clean images.
+    """Similarity of the members' gradients and of their wrong predictions on clean images.
 
     cosine, abs_cosine: mean over pairs of the input gradients' (absolute) cosine. coherence: GAL's
     log of the sum over pairs of exp(cosine). gradient_norm: mean length. log_det: ADP's log
@@ -368,7 +370,7 @@ def gradient_diversity(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, fl
 def input_gradients(ensemble: Ensemble, x: Images, y: Labels) -> Float[Tensor, "M B D"]:
     """Each member's gradient of the summed cross-entropy w.r.t. each image; 0 where there is none.
 
-    The members' weights are left alone.
+    Gradients of the members' weights are not computed.
     """
     assert isinstance(ensemble, Ensemble)
     grads = []

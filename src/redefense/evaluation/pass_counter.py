@@ -14,7 +14,7 @@ class Meter:
     """Running counts, in single-member passes of single images.
 
     Args:
-        tell: is told of every forward pass.
+        tell: called with the number of images of every forward pass.
     """
 
     def __init__(self, tell: Callable[[int], None] | None = None) -> None:
@@ -30,7 +30,7 @@ class Meter:
 
 
 class _CountBackward(torch.autograd.Function):
-    """Identity that counts each time a gradient passes."""
+    """Identity that counts backward passes."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, meter: Meter) -> Tensor:
@@ -44,7 +44,7 @@ class _CountBackward(torch.autograd.Function):
 
 
 class Metered(Ensemble):
-    """An ensemble that counts; every view of it counts too."""
+    """An ensemble that counts passes, including those through its views."""
 
     def __init__(self, ensemble: Ensemble, meter: Meter) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
@@ -64,7 +64,7 @@ class Metered(Ensemble):
 
 
 class MemberOf(nn.Module):
-    """Member m of an ensemble that does something of its own when it is asked."""
+    """Member m of an ensemble that overrides `logits_of`."""
 
     def __init__(self, ensemble: Ensemble, m: int) -> None:
         super().__init__()

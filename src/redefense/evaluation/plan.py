@@ -22,17 +22,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is to be evaluated and how, and where it is kept and told.
+    """Settings of an evaluation: subject, suite, storage and logging.
 
     Attributes:
-        threat: of all cells that do not fix one.
+        threat: of all cells without a threat of their own.
         seed: of all draws.
-        seeds: how often each attack is run, each time from other streams.
-        store: folder of all that is saved on the way, if any.
+        seeds: number of runs of each attack, each with other random streams.
+        store: folder of intermediate results, if any.
         checks: "quick" or "full".
-        say: takes lines.
-        progress: is told how far it is.
-        keep_images: whether the attacked images of every attack are kept.
+        say: called with each log line.
+        progress: reports the progress.
+        keep_images: whether to keep the attacked images of every attack.
     """
 
     subject: Subject
@@ -47,15 +47,15 @@ class Job:
     keep_images: bool = False
 
     def place(self, name: str) -> Path | None:
-        """Where something of that name is saved."""
+        """The file or folder of that name in the store."""
         return None if self.store is None else self.store / name
 
     def save(self, place: Path | None) -> Path | None:
-        """The same place for the one process that writes, None for others."""
+        """The same place on the writing process, None on others."""
         return place if self.subject.workers.first else None
 
     def facts(self, made: Mapping[str, Any]) -> dict[str, Any]:
-        """What an evaluation is of: the suite, the run, `made` (its provenance) and the data."""
+        """The evaluation's suite, run, provenance (`made`) and data."""
         subject = self.subject
         return {
             "schema": 1,
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """A cell with everything resolved."""
+    """A cell with resolved threat, name and attack."""
 
     spec: CellSpec
     threat: ThreatConfig
@@ -82,13 +82,13 @@ class Planned:
 
     @property
     def aware(self) -> bool:
-        """Whether its attacker knows the ensemble."""
+        """Whether the attack is aware of the ensemble."""
         return self.attack.adaptive if self.spec.aware is None else self.spec.aware
 
     def described(
         self, cell: Cell, expected: Sequence[float], suite: str, x: Images
     ) -> dict[str, Any]:
-        """What is stored of a cell whoever is attacked; `expected` has each repeat's accuracy."""
+        """The cell's JSON entries common to all models; `expected` has each repeat's accuracy."""
         found: dict[str, Any] = {
             "id": self.identity,
             "attack": self.spec.attack,
@@ -112,11 +112,11 @@ class Planned:
 
 
 def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
-    """Refuse a suite or a subject that cannot be run, before anything is written.
+    """Validate a suite and a subject before anything is written.
 
     Raises:
         ConfigError: for an unknown attack, setting or view.
-        InputError: for images, labels or members that do not fit together.
+        InputError: for images, labels or members that do not match.
     """
     attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
     attacks += [attack_of(spec) for spec in suite.beside]
@@ -126,16 +126,16 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
         if attack.least_classes > classes:
             raise ConfigError(
                 f"suite {suite.name}: {attack!r} needs at least {attack.least_classes} classes, "
-                f"the model has {classes}; quick, aware or a suite of your own can do with 2"
+                f"the model has {classes}; use quick, aware or a suite without this attack"
             )
 
 
 def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planned]:
-    """The suite's cells, for a defence that answers at random or by its average.
+    """The suite's resolved cells, for a randomized or an averaged defence.
 
     Raises:
-        ConfigError: for an unknown attack or setting, an eps that is no threat, or a view that does
-            not go with the attack.
+        ConfigError: for an unknown attack or setting, an invalid eps, or a view that the attack
+            does not support.
     """
     plan: list[Planned] = []
     for listed in suite.cells:
@@ -157,7 +157,7 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
 
 
 def threat_of(plan: Sequence[Planned]) -> ThreatConfig | None:
-    """The one threat of all bounded aware cells, that of the headline; None if not just one."""
+    """The threat of the headline: that of all bounded aware cells, None if they differ."""
     threats = {
         (p.threat.norm, p.threat.eps): p.threat for p in plan if p.attack.bounded and p.aware
     }

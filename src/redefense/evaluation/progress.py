@@ -1,8 +1,8 @@
 """Progress of an evaluation, and an estimate of the time left.
 
-Within a chunk of images the passes through the members are counted against those that the chunks
-before it took (before there is one: against a guess from the attack's settings). What is still to
-come is guessed in passes too, at the speed of what is done.
+Within a chunk of images, progress is the number of passes relative to the mean of earlier chunks,
+or for the first chunk relative to an estimate from the attack's settings. Remaining work is
+estimated in passes, at the speed so far.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from rich.progress import Progress as RichProgress
 from redefense.attacks import Attack
 
 Show = Callable[[str, float, str], None]
-"""Shows a label, a share in [0, 1], and the words to them."""
+"""Shows a label, a fraction in [0, 1], and a description."""
 
 PLAIN_INTERVAL: Final = 15.0
 BAR_INTERVAL: Final = 0.2
@@ -27,12 +27,12 @@ BAR_INTERVAL: Final = 0.2
 _FACTORS: Final = frozenset(
     {"steps", "restarts", "draws", "num_targets", "competitors", "popsize", "iterations"}
 )
-# searches by scores alone stop at success, and have no backward passes
+# score-based searches stop at success and have no backward passes
 _QUERIES: Final = 0.1
 
 
 def rough_passes(attack: Attack) -> float:
-    """Forward passes per image and member that an attack may take, guessed from its settings."""
+    """Estimated forward passes of an attack per image and member, from its settings."""
     total, queries = 1.0, 0.0
     for field in dataclasses.fields(attack):
         value = getattr(attack, field.name)
@@ -40,18 +40,18 @@ def rough_passes(attack: Attack) -> float:
             total *= value
         elif field.name == "queries":
             queries = _QUERIES * value
-        elif isinstance(value, Attack):  # one that is run on each member
+        elif isinstance(value, Attack):  # an inner attack, run on each member
             total *= rough_passes(value)
     return total + queries
 
 
 class Progress:
-    """Adds up what is done; shows it now and then.
+    """Counts finished work and shows it at intervals.
 
     Args:
-        show: is given a label, the share of it that is done, and words; None shows nothing.
-        every: seconds between two showings, and before the first.
-        clock: seconds since whenever.
+        show: called with a label, the finished fraction and a description; None shows nothing.
+        every: seconds between two calls of `show`, and before the first.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Progress:
         self._show, self._every, self._clock = show, every, clock
         self._shown = clock()
         self._plan: list[tuple[str, float]] = []
-        self._spent = self._guessed = 0.0  # seconds of what is done, and its passes as guessed
+        self._spent = self._guessed = 0.0  # seconds and estimated passes of finished work
         self._piece: _Piece | None = None
 
     def plan(self, pieces: Sequence[tuple[str, float]]) -> None:
-        """Say what is to come: labels, and passes per image guessed times images."""
+        """Set the planned work: labels, and estimated passes (per image, times images)."""
         self._plan = list(pieces)
 
     def begin(self, label: str, total: int, *, share: int, unit: str = "images") -> None:
-        """Begin a piece of `total` units, of which this process does `share`."""
+        """Begin a task of `total` units, of which this process does `share`."""
         if self._show is None:
             return
         self._finish()
@@ -92,7 +92,7 @@ class Progress:
             self._tell()
 
     def advance(self, units: int, passes: float, *, found: bool = False) -> None:
-        """Count a chunk as done; one that was found in the store took no time here."""
+        """Count a chunk as finished; `found` chunks were read from the store and took no time."""
         piece = self._piece
         if piece is None:
             return
@@ -126,12 +126,12 @@ class Progress:
 
 @dataclasses.dataclass(kw_only=True)
 class _Piece:
-    """What is being worked on.
+    """The current task.
 
     Attributes:
-        share: units of this process; of them `done`, of them `found` in the store.
-        guess: passes of the whole piece, guessed; `later`, of all pieces to come.
-        passes: of the chunks that are done; `current`, of the one under way.
+        share: units of this process; `done` are finished, of them `found` in the store.
+        guess: estimated passes of the whole task; `later`, of all later tasks.
+        passes: of the finished chunks; `current`, of the current chunk.
     """
 
     label: str
@@ -147,9 +147,9 @@ class _Piece:
     current: int = 0
 
     def fraction(self) -> float:
-        """Share done, in [0, 1]."""
+        """Finished fraction, in [0, 1]."""
         each = self.passes / self.done if self.done else self.guess / max(self.total, 1)
-        # more than guessed: nearly done, for all we know
+        # more passes than estimated: the fraction stays below 1 until the chunk ends
         chunk = min(self.current / each, 0.95 * (self.share - self.done)) if each else 0.0
         return min((self.done + chunk) / self.share, 1.0)
 
@@ -166,7 +166,7 @@ def clock_time(seconds: float) -> str:
 
 @contextmanager
 def shown(say: Callable[[str], None]) -> Iterator[Progress]:
-    """Progress as a bar on a terminal, else as a line by `say` every quarter of a minute."""
+    """Show progress as a bar on a terminal, else as a line by `say` every 15 seconds."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Progress(lambda label, _, words: say(f"{label}: {words}"))

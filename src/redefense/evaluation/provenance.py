@@ -27,13 +27,13 @@ _MAKERS: Final = (
         "store", "suite",
     )),
 )  # fmt: skip
-"""The modules that decide what an evaluation keeps on its way."""
+"""The modules that determine the saved intermediate results of an evaluation."""
 
 
 def provenance(seed: int, device: torch.device = _CPU) -> dict[str, Any]:
-    """Where a number comes from: versions, commit, machine (its accelerator too), seed, date.
+    """Versions, commit, machine with its accelerator, seed and date.
 
-    To be asked before the work: while it is done others may commit.
+    Call it before the work: the commit may change during it.
     """
     return {
         "version": redefense.__version__,
@@ -45,7 +45,7 @@ def provenance(seed: int, device: torch.device = _CPU) -> dict[str, Any]:
 
 
 def place_of(device: torch.device) -> dict[str, str]:
-    """Where this process computes: its torch, and its machine."""
+    """The torch version and the machine of this process."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
     accelerator = "" if device.type == "cpu" else f", {name_of(device)}"
     return {
@@ -56,7 +56,7 @@ def place_of(device: torch.device) -> dict[str, str]:
 
 
 def joined(places: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Where something was computed that one place began and others went on with."""
+    """The machines of an evaluation that was begun on one and resumed on others."""
     if len(places) == 1:
         return dict(places[0])
     return {
@@ -66,13 +66,13 @@ def joined(places: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 UNKNOWN: Final = {"torch": "not recorded", "machine": "not recorded"}
-"""Where something was begun before places were written down."""
+"""The machine of evaluations begun before machines were recorded."""
 
 
 def code() -> str:
-    """SHA-256 of the code that decides what is kept of an attack; versions do not tell it apart.
+    """SHA-256 of the code that determines an attack's records; finer than the version.
 
-    What is read is on disk, so ask before the work: files may change while it is done.
+    The files are read from disk, so call it before the work: they may change during it.
     """
     digest = hashlib.sha256()
     for place in sorted(found for pattern in _MAKERS for found in _PACKAGE.glob(pattern)):
@@ -82,11 +82,11 @@ def code() -> str:
 
 
 def _commit() -> str:
-    """Commit of the checkout that this package is run from; empty for an installed one.
+    """Commit of the checkout that contains this package; empty for an installed package.
 
-    It ends in "-dirty" if the package, whatever is beside it, is not that of the commit.
+    It ends in "-dirty" if the package's files differ from the commit; other files do not count.
     """
-    # a package installed below somebody's checkout is none of its files
+    # a package installed inside another project's checkout is not part of it
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return ""
     commit = _git("rev-parse", "--verify", "HEAD")
@@ -95,7 +95,7 @@ def _commit() -> str:
 
 
 def _git(*words: str) -> str | None:
-    """What git says in the package's folder; None where it has nothing to say."""
+    """Output of git in the package's folder; None if git fails."""
     command = ["git", "--no-optional-locks", "-C", str(_PACKAGE), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -28,10 +28,10 @@ from redefense.threat import Threat
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """An accuracy in [0, 1] and its 95 % interval; None where the evaluation cannot know.
+    """An accuracy in [0, 1] and its 95 % interval; None if the evaluation did not measure it.
 
     Attributes:
-        value: the share of images answered right, in exact expectation over the draw.
+        value: the accuracy, in exact expectation over the draw of a member.
         low: lower end of the interval; `high`, the upper end.
     """
 
@@ -49,10 +49,10 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Alone(Figure):
-    """A deterministic classifier by itself, under the attacks that the suite names for it.
+    """A deterministic baseline under the attacks that the suite lists for it.
 
     Attributes:
-        clean: its accuracy on the images as they are.
+        clean: its accuracy on clean images.
     """
 
     clean: Figure = Figure(None)
@@ -64,12 +64,12 @@ class Report:
 
     Attributes:
         data: what `DIR/evaluation/SUITE.json` holds.
-        cells: per-image records by cell id, "clean" among them.
-        index: (n,) where the images stand in the test split, or among those given.
-        baselines: records of the single members and of the averaged ensemble; None where the suite
+        cells: per-image records by cell id, including "clean".
+        index: (n,) positions of the images in the test split, or in the given images.
+        baselines: records of the single members and of the averaged ensemble; None if the suite
             does not attack them.
-        images: (n, C, H, W) the attacked images by cell id, where they were kept.
-        examples: a few attacked images to look at.
+        images: (n, C, H, W) the attacked images by cell id, if they were saved.
+        examples: a few attacked images for display.
     """
 
     data: dict[str, Any]
@@ -81,13 +81,13 @@ class Report:
 
     @property
     def headline(self) -> dict[str, Any]:
-        """The pair unaware and aware, and what stands beside it; fractions, None where unknown."""
+        """Accuracy of unaware and aware attacks and of the baselines, in [0, 1] or None."""
         headline: dict[str, Any] = self.data["headline"]
         return headline
 
     @property
     def clean(self) -> Figure:
-        """Accuracy on the images as they are."""
+        """Accuracy on clean images."""
         return _figure(self.data["clean"]["expected"], self.data["clean"].get("interval"))
 
     @property
@@ -96,18 +96,18 @@ class Report:
         value = self.headline.get("unaware")
         rows = [c for c in self._bounded() if not c["aware"]]
         of = [c.get("interval") for c in rows if c["accuracy"]["expected"] == value]
-        if "unaware_interval" in self.headline:  # an estimate, with an interval of its own
+        if "unaware_interval" in self.headline:  # an estimate: its interval covers the draws
             of = [self.headline["unaware_interval"]]
         return _figure(value, of[0] if of else None)
 
     @property
     def aware(self) -> Figure:
-        """The worst case of each image over everything that was run, the clean image included."""
+        """Accuracy on each image's worst case over all attacks and the clean image."""
         return _figure(self.headline.get("aware"), self.headline.get("aware_interval"))
 
     @property
     def members(self) -> tuple[Alone, ...]:
-        """Every member alone, under attack and clean."""
+        """Every single member, under attack and clean."""
         per_member = self.data["clean"]["per_member"]
         robust: Sequence[Any] = self.headline.get("single_members") or [None] * len(per_member)
         attacked = None if self.baselines is None else self.baselines.members
@@ -123,7 +123,7 @@ class Report:
 
     @property
     def average(self) -> Alone:
-        """The averaged ensemble, which answers without a draw, under attack and clean."""
+        """The averaged ensemble, which is deterministic, under attack and clean."""
         clean = self.cells["clean"].averaged
         figure = _figure(self.headline.get("averaged"), self.headline.get("averaged_interval"))
         return Alone(
@@ -139,7 +139,7 @@ class Report:
 
     @property
     def threat(self) -> Threat | None:
-        """The threat of the headline; None if the cells have several and none is the headline's."""
+        """The threat of the headline; without a headline that of all cells, None if they differ."""
         known = {(c["threat"]["norm"], c["threat"]["eps"]) for c in self._bounded()}
         if len(known) != 1:
             return None
@@ -156,11 +156,11 @@ class Report:
 
     @property
     def _single(self) -> bool:
-        """Whether one network answers: then all figures under attack are one."""
+        """Whether the model is one network, for which all figures under attack are equal."""
         return len(self.data["clean"]["per_member"]) == 1
 
     def figures(self) -> dict[str, Figure]:
-        """What stands above the report; of a single network one figure under attack."""
+        """The figures of the headline; for a single network one figure under attack."""
         if self._single:
             return {"clean": self.clean, "under attack": self.aware}
         found = {"clean": self.clean, "unaware": self.unaware, "aware": self.aware}
@@ -184,7 +184,7 @@ class Report:
         lines = [f"Report({self._setting()})"]
         lines += [f"  {name:<18}  {figure}" for name, figure in self.figures().items()]
         if self.aware.value is None:
-            lines.append("  no headline: the suite has no attack that knows the ensemble")
+            lines.append("  no headline: the suite has no aware attack")
         red = ", ".join(self._red()) or "none"
         return "\n".join([*lines, f"  {'red checks':<18}  {red}"])
 
@@ -201,34 +201,35 @@ class Report:
         )
 
     def adversarial(self, attack: str) -> Tensor:
-        """The attacked images (n, C, H, W) in [0, 1], as float as the images that were given.
+        """The attacked images (n, C, H, W) in [0, 1], in the dtype of the given images.
 
-        Of an image that this attack left out, since another one had made every member err before,
-        it is the point of that other attack: the records of `attack` say what the members answer.
+        An image that this attack skipped because an earlier attack had fooled every member is the
+        point of that earlier attack. The records of `attack` have the correctness of the members.
 
         Args:
             attack: its name, its label or the id of its cell.
 
         Raises:
-            ConfigError: if no images were kept, or the name fits no attack or several.
+            ConfigError: if no images were saved, or the name matches no attack or several.
         """
         if not self.images:
             raise ConfigError(
-                "no attacked images were kept: evaluate with keep_images=True, or on the command "
+                "no attacked images were saved: evaluate with keep_images=True, or on the command "
                 "line with --save-images"
             )
         named = [c["id"] for c in self.data["cells"] if attack in (c["attack"], c["label"])]
         fits = [attack] if attack in self.images else [n for n in named if n in self.images]
         if not fits:
-            raise ConfigError(f"no attack {attack!r} here; there are {', '.join(self.images)}")
+            known = ", ".join(self.images)
+            raise ConfigError(f"no attack {attack!r} in this report; choose one of {known}")
         if len(fits) > 1:
-            raise ConfigError(f"{attack!r} is any of {', '.join(fits)}: name one of these")
+            raise ConfigError(f"{attack!r} matches several attacks; choose one: {', '.join(fits)}")
         return torch.from_numpy(self.images[fits[0]].copy())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for the clean images and each cell: who attacked, how, and what was left.
+        """One row for the clean images and for each cell: attack, view, threat and accuracy.
 
-        An attack that did not meet all images has no accuracy of its own; `met` says how many.
+        An attack that did not run on all images has no accuracy; `met` is the number of images.
         """
         count = self.data["data"]["num_images"]
         nothing = {
@@ -258,7 +259,7 @@ class Report:
         return found
 
     def to_frame(self) -> Any:
-        """The `rows` as a `pandas.DataFrame`; accuracies as fractions.
+        """The `rows` as a `pandas.DataFrame`; accuracies in [0, 1].
 
         Raises:
             ConfigError: if pandas is not installed.
@@ -266,7 +267,7 @@ class Report:
         return _library("pandas", "to_frame").DataFrame(self.rows())
 
     def to_latex(self) -> str:
-        """The headline and all cells as a table for LaTeX, with the rules of booktabs; percent."""
+        """The headline and all cells as a LaTeX table for booktabs, in percent."""
         lines = [
             f"% {escape_latex(self._setting())}; percent, with 95 % intervals.",
             "% Needs \\usepackage{booktabs}.",
@@ -282,10 +283,10 @@ class Report:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def plot(self, ax: Any = None) -> Any:
-        """Draw the figures with their intervals; of several radii, the curve over eps.
+        """Plot the figures with their intervals, or the curve over eps for several radii.
 
         Args:
-            ax: matplotlib axes to draw on; new ones unless given.
+            ax: matplotlib axes to draw on; default: new axes.
 
         Returns:
             The axes.
@@ -326,7 +327,7 @@ class Report:
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        """The headline at each radius that was asked for; empty if it was one."""
+        """The headline at each evaluated radius; empty for a single radius."""
         curve: list[dict[str, Any]] = self.data.get("eps_curve", [])
         return curve
 
@@ -336,17 +337,17 @@ class Report:
     def save(self, folder: str | Path) -> Path:
         """Write the evaluation with its per-image records, for `redefense report` and `audit`.
 
-        An earlier evaluation under the same suite that was saved there is replaced.
+        Replaces an earlier evaluation under the same suite that was saved there.
 
         Args:
-            folder: the evaluation goes to `FOLDER/evaluation/SUITE.json`, its records to the folder
-                `SUITE` beside that file.
+            folder: the evaluation is written to `FOLDER/evaluation/SUITE.json`, its records to
+                `FOLDER/evaluation/SUITE`.
 
         Returns:
             The JSON file.
 
         Raises:
-            ConfigError: if an evaluation made by `redefense evaluate` lies there.
+            ConfigError: if the folder has an evaluation by `redefense evaluate`.
             WriteError: if a file cannot be written.
         """
         home = Path(folder) / "evaluation"
@@ -355,9 +356,9 @@ class Report:
         if (records.parent / "plan.json").exists():
             raise ConfigError(
                 f"{target} was made by `redefense evaluate` and is not replaced; "
-                "name another folder"
+                "choose another folder"
             )
-        target.unlink(missing_ok=True)  # it must not stand beside the records of another
+        target.unlink(missing_ok=True)  # an old report must not remain with new records
         for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
             self.cells[cell["id"]].save(home / cell["per_image"], self.index)
         self.cells["clean"].save(records, self.index)
@@ -379,7 +380,7 @@ def _figure(value: float | None, ends: Sequence[float] | None) -> Figure:
 
 
 def _ends(right: Bools | None) -> tuple[float | None, float | None]:
-    """The interval of a share, from (n,) right or wrong."""
+    """The interval of an accuracy, from per-image correctness (n,)."""
     if right is None:
         return None, None
     low, high = interval(right.astype(np.float64))
@@ -391,7 +392,7 @@ def _values(figure: Figure) -> dict[str, float | None]:
 
 
 def _errors(figures: Sequence[Figure]) -> NDArray[np.float64]:
-    """Lengths of error bars in percent, (2, n); 0 where an end is unknown."""
+    """Lengths of error bars in percent, (2, n); 0 where an interval is unknown."""
     ends = [
         (f.value, f.value if f.low is None else f.low, f.value if f.high is None else f.high)
         for f in figures

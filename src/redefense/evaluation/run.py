@@ -62,22 +62,20 @@ def run_suite(
     progress: Progress = SILENT,
     keep_images: bool = False,
 ) -> Report:
-    """Run (or finish) a suite.
+    """Run or resume a suite.
 
     Args:
         subject: the ensemble in evaluation mode and its images.
-        suite: what to run.
-        threat: of all cells that do not fix one.
+        suite: the attacks to run.
+        threat: of all cells without a threat of their own.
         seed: of all draws.
-        seeds: how often each attack is run, each time from other streams; the cell's own figures
-            are those of the first run.
-        store: folder in which each cell is saved as soon as it is done, and found again; of a cell
-            under way, the chunks of images that are done.
-        checks: "quick", or "full" for the S-checks that need attacks of their own.
-        say: takes lines about what is done.
-        progress: is told how far it is.
-        keep_images: keep the attacked images of every attack: in the report, and where there is a
-            store beside the records of the attack.
+        seeds: number of runs of each attack, each with other random streams; the figures of the
+            cell are those of the first run.
+        store: folder in which finished cells and chunks of images are saved, to resume from.
+        checks: "quick", or "full" for the S-checks that run further attacks.
+        say: called with each log line.
+        progress: reports the progress.
+        keep_images: keep the attacked images of every attack in the report and in the store.
 
     Raises:
         InputError: for images or labels that break the contract.
@@ -90,10 +88,10 @@ def run_suite(
     check_plan(subject, suite, threat)
     subject = replace(subject, precision=attack_precision(suite.precision, ensemble, x))
     if subject.workers.count > 1 and store is None:
-        raise ConfigError("several processes need a store in which to meet")
+        raise ConfigError("an evaluation on several processes needs a store")
     mixture = ensemble.mixture.detach().double().cpu().numpy()
     plan = plan_of(suite, threat, subject.randomized)
-    # single members, the average and the measures stand beside the headline: at its threat
+    # the baselines and the measures are compared with the headline: at its threat
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
         store=store, checks=checks, say=say, progress=progress, keep_images=keep_images,
@@ -143,7 +141,7 @@ def run_suite(
 
 
 def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> dict[str, Any]:
-    """What an evaluation says before the first attack."""
+    """The evaluation's JSON entries known before the first attack."""
     subject, suite = job.subject, job.suite
     accuracy = accuracies(clean.correct, clean.averaged, mixture, seed=job.seed, name="clean")
     return {
@@ -162,7 +160,7 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
 
 
 def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
-    """What will be done, for the progress: labels and passes, guessed."""
+    """Labels and estimated passes of the planned work, for the progress."""
     members, count = job.subject.ensemble.num_members, len(job.subject.x)
     found = []
     for number, planned in enumerate(run_order(plan), 1):
@@ -176,7 +174,7 @@ def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
 
 
 def _clean(job: Job) -> Cell:
-    """The records of the images as they are."""
+    """The records of the clean images."""
     clean = clean_cell(job.subject)
     if (place := job.save(job.place("clean.npz"))) is not None:
         clean.save(place, job.subject.index)
@@ -218,14 +216,14 @@ def _median(values: Floats) -> float | None:
 
 
 def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) -> float:
-    """Expected accuracy if only changes of at most `limit` count; others leave the image clean."""
+    """Expected accuracy if perturbations larger than `limit` are replaced by the clean image."""
     allowed = getattr(cell, norm) <= limit + BUDGET_SLACK
     found = np.where(allowed, cell.correct, clean.correct)
     return float(exact_expectation(found, mixture).mean())
 
 
 def _further_json(it: Further, job: Job, mixture: Floats) -> dict[str, Any]:
-    """An attack that is no cell of the suite, but counts for the headline."""
+    """JSON of an attack that counts for the headline but is no cell of the suite."""
     return {
         "id": it.identity,
         "attack": it.attack,
@@ -244,7 +242,7 @@ def _further_json(it: Further, job: Job, mixture: Floats) -> dict[str, Any]:
 
 
 def _measured(job: Job, runner: Runner) -> dict[str, Any]:
-    """What is known of the members beyond the attacks, computed once and kept in the store."""
+    """Statistics of the members, computed once and saved in the store."""
     worst = runner.worst
     if worst is None:
         return {}
@@ -268,7 +266,7 @@ def _measured(job: Job, runner: Runner) -> dict[str, Any]:
 def _full_checks(
     job: Job, runner: Runner, plan: Sequence[Planned], records: Mapping[str, Cell]
 ) -> list[Check]:
-    """The S-checks that attack on their own; what they find within the threat counts."""
+    """The S-checks that run attacks; their points within the threat count for the headline."""
     stronger = stronger_budget(runner, plan)
     place, tried, worst = job.place("checks.json"), job.place("checks.npz"), runner.worst
     stored, cell = read_object(place), Cell.read(tried)

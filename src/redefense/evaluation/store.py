@@ -1,7 +1,7 @@
 """Files of an unfinished evaluation: written atomically, reused, and redone if damaged.
 
-Images are worked through in fixed chunks. Every chunk has random streams of its own, so that what
-is kept of a chunk is what working on it again would give, on however many processes.
+Images are processed in fixed chunks with separate random streams. A saved chunk therefore equals
+the chunk computed again, on any number of processes.
 """
 
 import io
@@ -25,7 +25,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def read_object(path: Path | None) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none that can be read."""
+    """The object in a JSON file; None if it is missing or damaged."""
     if path is None or not path.is_file():
         return None
     try:
@@ -36,18 +36,18 @@ def read_object(path: Path | None) -> dict[str, Any] | None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an npz file, whole or not at all."""
+    """Write an npz file atomically."""
     content = io.BytesIO()  # not into the file: numpy's archive writes again when it is closed
     np.savez_compressed(content, allow_pickle=False, **arrays)
     write_bytes(path, content.getvalue())
 
 
 def read_arrays(path: Path | None) -> Arrays | None:
-    """The arrays of an npz file; None where there is none that can be read."""
+    """The arrays of an npz file; None if it is missing or damaged."""
     if path is None or not path.is_file():
         return None
     try:
-        # opened here: numpy leaves a file that it cannot read to the garbage collector
+        # opened here: numpy does not close a file that it cannot read
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
@@ -63,16 +63,16 @@ def in_chunks(
     workers: Workers = ALONE,
     progress: Progress = SILENT,
 ) -> list[Arrays]:
-    """Work through `count` images, chunk by chunk.
+    """Process `count` images in chunks.
 
     Args:
-        count: of images.
-        work: makes the arrays of a chunk, "forwards" (passes that it took) among them.
-        fits: whether the arrays found for a chunk are those that `work` would make.
-        kept: folder in which finished chunks are kept, and found again after an interruption;
-            `forget` it once their union is saved.
-        workers: the processes among which the chunks are spread.
-        progress: is told of each chunk.
+        count: number of images.
+        work: computes the arrays of a chunk, including "forwards" (its number of passes).
+        fits: whether the arrays saved for a chunk can be those of `work`.
+        kept: folder of finished chunks, to resume from after an interruption; call `forget` once
+            their union is saved.
+        workers: the processes over which the chunks are distributed.
+        progress: advanced after each chunk.
 
     Returns:
         The arrays of all chunks, in their order, on every process.
@@ -81,7 +81,7 @@ def in_chunks(
     parts = []
     for start in workers.share(starts):
         images = slice(start, min(start + CHUNK, count))
-        # a single chunk is saved with what it is the whole of
+        # a single chunk is not saved separately from its union
         place = kept / f"{start}.npz" if kept is not None and len(starts) > 1 else None
         found = read_arrays(place)
         if found is not None and not fits(images, found):
@@ -97,11 +97,11 @@ def in_chunks(
 
 
 def own_images(count: int, workers: Workers) -> int:
-    """How many of `count` images fall to this process."""
+    """How many of `count` images this process computes."""
     return sum(min(CHUNK, count - start) for start in workers.share(range(0, count, CHUNK)))
 
 
 def forget(kept: Path | None) -> None:
-    """Remove the chunks kept there."""
+    """Remove the saved chunks."""
     if kept is not None and kept.is_dir():
         shutil.rmtree(kept)

@@ -14,7 +14,7 @@ from redefense.plugins import Registry
 View = Literal["sampled", "averaged", "members", "protocol"]
 
 AttackPrecision = Literal["auto", "fp32", "bf16"]
-"""In which arithmetic attacks that know the ensemble ask it; points are judged in its own."""
+"""Precision in which aware attacks query the ensemble; points are verified in its own."""
 
 
 class _Data(BaseModel):
@@ -26,14 +26,14 @@ class CellSpec(_Data):
 
     Attributes:
         attack: name in `ATTACKS`.
-        settings: of the attack; its strong defaults unless given.
-        view: what the attacker queries: "sampled" draws a fresh member per call, "averaged" is the
-            mean probability, "members" hands over all members (adaptive attacks), "protocol" is
-            the way the defence answers: "sampled" if it is randomized, else "averaged".
-        threat: fixes the threat; the run's own if None.
-        label: how tables name it.
-        aware: whether its attacker counts as one who knows the ensemble; those who are given all
-            members do unless said otherwise.
+        settings: of the attack; default: the attack's own defaults.
+        view: the victim model: "sampled" draws a new member per call, "averaged" is the mean
+            probability, "members" gives access to all members (adaptive attacks), "protocol" is
+            the defence's own inference: "sampled" if it is randomized, else "averaged".
+        threat: the threat of this cell; the run's own if None.
+        label: its name in tables.
+        aware: whether the attack counts as aware of the ensemble; default: True for the view
+            "members", else False.
     """
 
     attack: str
@@ -42,22 +42,22 @@ class CellSpec(_Data):
     threat: ThreatConfig | None = None
     label: str | None = None
     aware: bool | None = None
-    # the attack itself, where one was handed over in place of a name; not part of the record
+    # an attack object given in place of a name; not part of the record
     _made: Any = PrivateAttr(default=None)
 
     @property
     def made(self) -> Any:
-        """The attack object that was handed over; None where the name says which it is."""
+        """The attack object that was given; None if the attack is given by name."""
         return self._made
 
     def running(self, attack: Any) -> "CellSpec":
-        """The same cell with an attack object in place of the one its name stands for."""
+        """The same cell with an attack object in place of the named attack."""
         other = self.model_copy()
         other._made = attack
         return other
 
     def answered(self, randomized: bool) -> "CellSpec":
-        """With the view that "protocol" means for this defence."""
+        """The same cell with the view "protocol" resolved for this defence."""
         if self.view != "protocol":
             return self
         return self.model_copy(update={"view": "sampled" if randomized else "averaged"})
@@ -72,22 +72,21 @@ class CellSpec(_Data):
 
 
 class Suite(_Data):
-    """A list of cells, and the attacks by which single deterministic classifiers are measured.
+    """A list of cells, and the attacks on the deterministic baselines.
 
     Attributes:
         name: of its file in `DIR/evaluation`.
         summary: one line for `redefense list suites`.
-        cells: what is run.
-        beside: attacks on each single member and on the averaged ensemble, so that the worth of the
-            randomness can be read off.
-        cascade: whether attacks that know the ensemble leave out the images on which those before
-            made every member err; the headline needs each image's worst case only.
-        precision: in which arithmetic attacks that know the ensemble ask it: "fp32"; "bf16", in
-            which gradients are faster and no less useful, while answers near a decision boundary
-            and the points found are judged in single precision; "auto" takes "bf16" where it is
-            faster on this machine and agrees on the first images.
-        measures: whether the members are measured too: transfer, diversity, each alone under
-            attack, and accuracy against eps.
+        cells: the attacks, in order.
+        beside: attacks on the baselines: each single member and the averaged ensemble.
+        cascade: whether aware attacks skip images on which an earlier attack fooled every member;
+            the headline needs only each image's worst case.
+        precision: precision in which aware attacks query the ensemble: "fp32"; "bf16", in which
+            gradients are faster, while outputs near a decision boundary and the points found are
+            computed in single precision; "auto" uses "bf16" where it is faster on this machine and
+            agrees on the first images.
+        measures: whether to measure the members: transfer, diversity, accuracy of each single
+            member, and accuracy over eps.
     """
 
     name: str
@@ -99,11 +98,11 @@ class Suite(_Data):
     measures: bool = False
 
     def computing(self, precision: AttackPrecision | None) -> "Suite":
-        """The same suite with attacks in another arithmetic; None leaves it as it is."""
+        """The same suite with attacks in another precision; unchanged for None."""
         return self if precision is None else self.model_copy(update={"precision": precision})
 
     def cascading(self, cascade: bool | None) -> "Suite":
-        """The same suite with or without its cascade; None leaves it as it is."""
+        """The same suite with or without its cascade; unchanged for None."""
         return self if cascade is None else self.model_copy(update={"cascade": cascade})
 
 
@@ -111,8 +110,7 @@ _MEANPROB = CellSpec(
     attack="meanprob_pgd", view="members", settings={"steps": 20}, label="meanprob PGD-20"
 )
 _HINGE = CellSpec(attack="hinge", view="members", settings={"steps": 20}, label="hinge-20")
-# what an attacker who does not know of the draw runs: the last iterate, as he cannot compare
-# points that different members have judged
+# unaware attacks return the last iterate: losses of different members cannot be compared
 _PGD = CellSpec(
     attack="pgd", view="sampled", settings={"steps": 10, "keep_best": False}, label="PGD-10"
 )
@@ -131,7 +129,7 @@ _LABELS: Final = {
 }  # fmt: skip
 """The 14 attacks of the paper, in its order."""
 
-# the released evaluation has no settings of its own for these: it ran the library's defaults
+# the released evaluation has no settings for these: it used the library's defaults
 _LIBRARY_ONLY = frozenset({"onepixel", "pixle", "sparsefool"})
 
 
@@ -170,7 +168,7 @@ _AWARE_BUDGET = (
     ),
 )
 
-# who attacks the average knows all members, though the attack does not
+# an attacker of the average knows all members, though the attack is not adaptive
 _AUTOATTACK = CellSpec(
     attack="autoattack",
     view="averaged",
@@ -184,15 +182,15 @@ AWARE: Final = Suite(
     summary="attacks on all members: ARC, hinge, meanprob APGD, transfer, subset, AutoAttack",
     cells=(
         _PGD,
-        # the quickest first: those after them meet what is left
+        # fast attacks first: later ones run on the remaining images only
         *_AWARE_BUDGET,
         CellSpec(attack="arc", view="members", settings={"restarts": 2}, label="ARC"),
         CellSpec(attack="transfer", view="members", label="transfer"),
-        # goes on from the points of those before it
+        # starts from the best points of earlier attacks
         CellSpec(attack="subset", view="members", label="subset"),
         _AUTOATTACK,
     ),
-    # with APGD-T, FAB and Square in it: the strongest there is for a deterministic network
+    # includes APGD-T, FAB and Square: the standard attack on deterministic networks
     beside=(*_AWARE_BUDGET, _AUTOATTACK.model_copy(update={"label": "AutoAttack"})),
     cascade=True,
     measures=True,
@@ -210,7 +208,7 @@ FULL: Final = Suite(
 
 
 def _suite(name: str, value: Any) -> Suite:
-    """A suite of the user's: a `Suite`, or a list of attacks."""
+    """A user's suite: a `Suite`, or a list of attacks."""
     from redefense.evaluation.inputs.objects import suite_of  # needs torch
 
     return suite_of(value, name)
@@ -222,20 +220,20 @@ SUITES: Final[Registry[Suite]] = Registry(
 
 
 def suite_named(name: str | PathLike[str]) -> Suite:
-    """A suite by name, or one of the user's own from a `.json` file.
+    """A suite by name, or from a user's `.json` file.
 
     Raises:
-        ConfigError: if there is none of that name, or the file is not a suite.
+        ConfigError: if the name is unknown, or the file is not a suite.
     """
     if not isinstance(name, str | PathLike):
-        raise ConfigError(f"a suite is given by its name or a .json file, got {name!r}")
+        raise ConfigError(f"a suite must be a name or a .json file, got {name!r}")
     if name in SUITES:
         return SUITES[str(name)]
     path = Path(name)
     if path.suffix != ".json":
         raise ConfigError(
             f"unknown suite {name!r}{suggestion(str(name), list(SUITES))}; "
-            f"there are {', '.join(SUITES)}, or a .json file of your own"
+            f"choose one of {', '.join(SUITES)}, or give a .json file"
         )
     try:
         suite = Suite.model_validate({"name": path.stem, **json.loads(path.read_text())})
@@ -244,5 +242,5 @@ def suite_named(name: str | PathLike[str]) -> Suite:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"a suite of your own needs a plain name of its own, got {suite.name!r}")
+        raise ConfigError(f"a user's suite needs a plain, unused name, got {suite.name!r}")
     return suite

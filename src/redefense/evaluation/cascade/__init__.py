@@ -1,1 +1,1 @@
-"""Attacks in order, the points and records they leave, and the worst case of each image."""
+"""Runs attacks in order and stores their points, records and the worst case of each image."""

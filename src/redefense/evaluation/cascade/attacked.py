@@ -1,4 +1,4 @@
-"""Keeps attacked images: of a few images always, to be looked at, and of all on request."""
+"""Keeps attacked images: always of a few images, for display, and of all on request."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +17,19 @@ from redefense.rng import CHUNK
 from redefense.types import Images
 
 SUFFIX: Final = ".images.npz"
-"""How the file beside a cell's records ends that holds its attacked images."""
+"""Suffix of the file with a cell's attacked images, next to its records."""
 
 
 class Attacked:
     """The images that each attack returned.
 
     Args:
-        job: what is evaluated; if it keeps images, those of each attack are written beside its
-            records as soon as it is done, and found there again.
+        job: the evaluation; if it keeps images, those of each finished attack are saved next to its
+            records and read from there when resuming.
 
     Attributes:
-        images: (k, C, H, W) by the name of the attack: all images where the job keeps them, else
-            the first `CANDIDATES`.
+        images: (k, C, H, W) by the name of the attack: all images if the job keeps them, else the
+            first `CANDIDATES`.
     """
 
     def __init__(self, job: Job) -> None:
@@ -46,11 +46,11 @@ class Attacked:
         return self._job.keep_images
 
     def kept(self, task: Task) -> Task:
-        """The task, which from now on keeps its images."""
+        """The same task, with a callback that keeps its images."""
         return replace(task, keep=self.keeping(task.name, task.keep))
 
     def keeping(self, name: str, before: Keep | None = None) -> Keep:
-        """What keeps the images of an attack, after `before` was told of them."""
+        """A callback that keeps the images of an attack, after calling `before`."""
 
         def keep(
             images: slice, rows: NDArray[np.int64], x_adv: Images, correct: NDArray[np.bool_]
@@ -70,11 +70,11 @@ class Attacked:
         return keep
 
     def chunks_of(self, name: str) -> Path | None:
-        """The folder of an attack under way: chunks whose images were not kept are of no use."""
+        """The folder of an unfinished attack; without saved images its chunks cannot be reused."""
         return self._job.place(f"{name}{'.images' * self.all}.chunks")
 
     def stored(self, name: str) -> bool:
-        """Whether all images of a finished attack lie beside its records, if they are wanted."""
+        """Whether all images of a finished attack are saved, if they were requested."""
         if not self.all:
             return True
         found = read_arrays(self._job.place(name + SUFFIX))
@@ -84,10 +84,10 @@ class Attacked:
         return True
 
     def finish(self, name: str, cell: Cell, worst: WorstCase | None = None) -> None:
-        """Put the images of an attack together.
+        """Collect the images of an attack.
 
-        Those that it did not meet were lost before: of them the point at which they were lost is
-        taken, so that the records say what the members answer to the images.
+        Images that it skipped were fooled before: the point that fooled them is used, so that the
+        images match the records.
         """
         if name in self.images:
             return
@@ -96,7 +96,7 @@ class Attacked:
             if not cell.met[start : min(start + CHUNK, self._count)].any():
                 continue
             if (part := self._read(name, start)) is None:
-                return  # of an evaluation that was finished before
+                return  # the evaluation was finished without saved images
             images[part["rows"]] = part["points"]
         if worst is not None:
             for row in np.flatnonzero(~cell.met[: self._count]).tolist():
@@ -108,7 +108,7 @@ class Attacked:
             self._bytes += place.stat().st_size
 
     def forget(self) -> None:
-        """Remove what was kept chunk by chunk, and say how large the files of all images are."""
+        """Remove the saved chunks, and log the size of the files of all images."""
         self._memory.clear()
         if self._job.subject.workers.first:
             forget(self._folder)

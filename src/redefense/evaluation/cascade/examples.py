@@ -16,7 +16,7 @@ from redefense.results.examples import CANDIDATES, SHOWN, Examples
 from redefense.stochastic.ensemble import Stochastic
 
 FILE: Final = "examples.npz"
-"""Where they are stored, beside the records."""
+"""File name of the examples, in the folder of the records."""
 
 
 def known_examples(
@@ -27,20 +27,20 @@ def known_examples(
     others: Mapping[str, Cell],
     mixture: Floats | None,
 ) -> Examples | None:
-    """Of the first images that some member gets right untouched, the point that leaves the least.
+    """The worst point of each of the first images that some member classifies correctly when clean.
 
-    The first ones, and not those that look best: the images are in a published random order.
+    The images are in a published random order, so the first ones are not selected by their looks.
 
     Args:
-        job: what was evaluated.
-        plan: its cells, of which the bounded ones at the threat of the headline count.
+        job: the evaluation.
+        plan: its cells; the bounded ones at the threat of the headline count.
         attacked: the images that the attacks returned.
-        records: those of the cells, "clean" among them.
-        others: records of what was run besides them at the threat of the headline.
-        mixture: (M,) with what probability each member answers; None for draws.
+        records: of the cells, including "clean".
+        others: records of further attacks at the threat of the headline.
+        mixture: (M,) sampling probabilities; None for draws.
 
     Returns:
-        They are stored as well; None of an evaluation that was finished before they were kept.
+        The examples, which are saved as well; None for finished evaluations without saved images.
     """
     place = job.place(FILE)
     known = {p.identity for p in plan if p.attack.bounded and p.threat == job.threat}
@@ -56,7 +56,7 @@ def known_examples(
 
 
 def name_images(data: dict[str, Any], attacked: Attacked, examples: Examples | None) -> None:
-    """Say in an evaluation's JSON in which files its images are."""
+    """Add the names of the image files to an evaluation's JSON."""
     if examples is not None:
         data["examples"] = f"{data['suite']}/{FILE}"
     if attacked.all:
@@ -76,7 +76,7 @@ def _chosen(
     rows = np.flatnonzero(clean.correct[:, :count].any(0))[:SHOWN]
     names = ["clean", *cells]
     corrects = [cell.correct[:, rows] for cell in (clean, *cells.values())]
-    # the earliest of several that leave the same
+    # of several attacks with the same accuracy, the earliest
     worst = np.stack([np.average(c, axis=0, weights=mixture) for c in corrects]).argmin(0)
     x = job.subject.x[:count].cpu().numpy()
     points = [x[row] if names[w] == "clean" else images[names[w]][row]
@@ -97,9 +97,9 @@ def _chosen(
 
 
 def _predicted(job: Job, attacked: NDArray[np.floating]) -> NDArray[np.int64]:
-    """(M, k) what every member says."""
+    """(M, k) predicted classes."""
     ensemble = job.subject.ensemble
-    if isinstance(ensemble, Stochastic):  # a draw that is asked again is another one
+    if isinstance(ensemble, Stochastic):  # the scoring draws cannot be repeated
         return np.zeros((0, len(attacked)), dtype=np.int64)
     with torch.no_grad():
         logits = ensemble.member_logits(torch.from_numpy(attacked).to(job.subject.x))

@@ -18,18 +18,18 @@ from redefense.results.intervals import exact_expectation
 from redefense.types import Images
 
 LIMIT: Final = 2**30
-"""Bytes of the images whose points are kept; for those beyond, attacks begin without."""
+"""Limit in bytes of images whose points are kept; attacks on others have no starting points."""
 
 
 class Points:
-    """For each attack, its points on the images that it brought down further than those before.
+    """For each attack, its points on the images whose worst case it lowered.
 
-    They are kept until the evaluation ends, except of images that are lost, which nobody attacks
-    any more. Points that are missing when they are asked for are made again by the same attack.
+    They are kept until the evaluation ends, except for images that fool all members, which are not
+    attacked again. If points are missing, the same attack computes them again.
 
     Args:
         x: (n, C, H, W) the clean images.
-        folder: where points are kept, chunk by chunk; in memory if None.
+        folder: folder of the points, by chunk; in memory if None.
     """
 
     def __init__(self, x: Images, folder: Path | None) -> None:
@@ -39,7 +39,7 @@ class Points:
         self._count = LIMIT // max(1, x[0].numel() * x.element_size())
 
     def kept(self, task: Task, worst: WorstCase) -> Task:
-        """The task, which from now on keeps its points that are worse than any before."""
+        """The same task, with a callback that keeps points worse than all before."""
         mixture, q = worst.mixture, worst.q
 
         def keep(images: slice, rows: NDArray[np.int64], x_adv: Images, correct: Bools) -> None:
@@ -53,7 +53,7 @@ class Points:
         return self._tasks[task.name]
 
     def starts(self, worst: WorstCase) -> Callable[[slice], Tensor]:
-        """Gives the best points of a chunk as they are now, (1, B, C, H, W); else clean images."""
+        """Function from a chunk to its current best points (1, B, C, H, W), or clean images."""
         source = np.array(worst.source)
 
         def best(images: slice) -> Tensor:

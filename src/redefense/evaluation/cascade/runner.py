@@ -1,8 +1,8 @@
 """Runs attacks in order, reuses stored records, and accumulates the worst case.
 
-Where a suite cascades, attacks that count for the headline and know the ensemble leave out the
-images that are lost. Those that do not know it meet all images, since their own accuracy is half of
-the headline. Which images an attack meets follows from the records before it.
+In a suite with a cascade, aware attacks that count for the headline skip images on which every
+member is already fooled. Unaware attacks run on all images, since the headline reports their own
+accuracy. The images of an attack are determined by the records before it.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ from redefense.results.intervals import exact_expectation
 
 
 def run_order(plan: Sequence[Planned]) -> list[Planned]:
-    """The order in which cells are run: black boxes last, before them those that may cascade.
+    """The order of the cells: black-box attacks last, before them those that may cascade.
 
-    What only a black box finds is a warning (S17): it must not keep others from finding it.
+    An image that only a black-box attack fools causes a warning (S17), so all others run before.
     """
     return sorted(plan, key=lambda p: (p.spec.attack in BLACK_BOX, p.aware and p.attack.bounded))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Further:
-    """An attack at the headline's threat that is no cell of the suite: its points count as well."""
+    """An attack at the headline's threat that is no cell of the suite; its points count, too."""
 
     identity: str
     attack: str
@@ -45,17 +45,17 @@ class Further:
 
 
 class Runner:
-    """Runs attacks and adds their records up.
+    """Runs attacks and accumulates their records.
 
     Args:
-        job: what is evaluated.
+        job: the evaluation.
         plan: the cells.
         mixture: (M,) sampling probabilities.
-        clean: the records of the images as they are.
+        clean: the records of the clean images.
 
     Attributes:
         worst: the worst case so far; None for a suite without a headline.
-        others: what was run besides the suite's cells.
+        others: further attacks, besides the suite's cells.
         attacked: the images that the attacks returned.
     """
 
@@ -82,7 +82,7 @@ class Runner:
             if self.job.suite.cascade and planned.aware and self._counts(planned):
                 assert self.worst is not None
                 met = ~self.worst.lost
-            # repetitions meet the same images, so that they can be compared
+            # repetitions attack the same images, so that they can be compared
             for repeat in range(self.job.seeds):
                 name = planned.identity + (f".seed{repeat}" if repeat else "")
                 cell = self.attack(
@@ -111,7 +111,7 @@ class Runner:
         ))  # fmt: skip
 
     def count(self, name: str, what: str, cell: Cell) -> None:
-        """Count points that were found otherwise."""
+        """Count points that statistics or checks found."""
         assert self.worst is not None
         self.worst.add(name, cell)
         self.others.append(Further(
@@ -119,7 +119,7 @@ class Runner:
         ))  # fmt: skip
 
     def met_by(self, attack: Attack, view: str) -> Bools:
-        """(n,) the images that this very attack has met on this view."""
+        """(n,) the images that the same attack already attacked on this view."""
         found = ~self.everything
         for other, seen, met in self._met:
             if other == attack and self._same(view) == self._same(seen):
@@ -127,7 +127,7 @@ class Runner:
         return found
 
     def _same(self, view: str) -> str:
-        """With one member all views are that of the network."""
+        """The view that is equivalent for a single member."""
         return view if self.job.subject.ensemble.num_members > 1 else "members"
 
     def attack(
@@ -141,7 +141,7 @@ class Runner:
         label: str,
         aware: bool = True,
     ) -> Cell:
-        """The records of an attack on the images `met`, made now or found in the store."""
+        """The records of an attack on the images `met`, computed now or read from the store."""
         job, subject = self.job, self.job.subject
         task = Task(
             subject=subject, attack=attack, threat=threat, view=view, seed=job.seed, name=name,
@@ -166,7 +166,7 @@ class Runner:
                 forget(kept)
             self._say(label, cell)
         self.attacked.finish(name, cell, worst)
-        # nobody looks for the next cell before this one is written
+        # no process reads the next cell before this one is written
         subject.workers.wait()
         if worst is not None:
             worst.add(name, cell)
@@ -174,7 +174,7 @@ class Runner:
         return cell
 
     def forget_points(self) -> None:
-        """Remove the points that were kept for attacks to come."""
+        """Remove the points that were saved for later attacks."""
         self.job.subject.workers.wait()
         if self.job.subject.workers.first:
             self.points.forget()
@@ -185,11 +185,11 @@ class Runner:
             expected = float(exact_expectation(cell.correct, self._mixture).mean())
             found = f"{100 * expected:.1f} % expected accuracy"
         else:
-            found = f"met {int(cell.met.sum())} of {len(cell.met)} images"
+            found = f"attacked {int(cell.met.sum())} of {len(cell.met)} images"
         self.job.say(f"{label}: {found}, {cell.seconds:.1f} s")
 
 
 def cell_label(number: int, planned: Planned, plan: Sequence[Planned], repeat: int) -> str:
-    """How the progress names a cell."""
+    """The label of a cell in the progress."""
     again = f", run {repeat + 1}" if repeat else ""
     return f"cell {number}/{len(plan)} {planned.spec.label or planned.identity}{again}"

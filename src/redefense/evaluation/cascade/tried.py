@@ -1,4 +1,4 @@
-"""Adversarial points that statistics and checks found; they count as those of cells do."""
+"""Adversarial points found by statistics and checks, which count for the headline."""
 
 from copy import copy
 from dataclasses import asdict, replace
@@ -15,10 +15,10 @@ from redefense.types import Bool, Images, Labels
 
 
 class Tried:
-    """Keeps what the members say to the worst point of each image, and who errs at any point.
+    """Records the members' correctness on the worst point of each image and over all points.
 
     Args:
-        ensemble: who is asked.
+        ensemble: the ensemble that is queried.
         x: (k, C, H, W) the first images of the evaluation.
         y: their labels.
         threat: that of the headline.
@@ -31,27 +31,27 @@ class Tried:
 
     @property
     def cell(self) -> Cell:
-        """The record of the k images: each one's worst point, and `alone` over all points."""
+        """The record of the k images: correctness on the worst point, `alone` over all points."""
         worst = self._worst
         return replace(
             self._clean, correct=worst.correct, averaged=worst.averaged, alone=worst.alone
         )
 
     def fork(self) -> "Tried":
-        """Another one that starts from what is known here, for a part of the work."""
+        """A copy of the current records, for one process."""
         other = copy(self)
         other._worst = copy(self._worst)
         return other
 
     def offer(self, points: Images, rows: Bool[Tensor, " k"] | None = None) -> Cell:
-        """Put points within the threat to all members.
+        """Record the correctness of all members on points within the threat.
 
         Args:
             points: one for each image, or for those of `rows`.
             rows: the images that have a point.
 
         Returns:
-            The record of the k images, of which `rows` were met.
+            The record of the k images, of which `rows` have a point.
 
         Raises:
             InputError: if a point lies outside the box or the ball.
@@ -69,12 +69,12 @@ class Tried:
         return cell
 
     def add(self, cell: Cell) -> None:
-        """Count what was found on the same images elsewhere."""
+        """Add a record of the same images."""
         self._worst.add("tried", cell)
 
 
 def record_of(cell: Cell, worst: WorstCase) -> Cell:
-    """A record of the first images as one of all of them, of which it met the first."""
+    """A record of the first images, extended to all images; only the first count as attacked."""
     more = len(worst.q) - len(cell.met)
 
     whole: dict[str, Any] = {

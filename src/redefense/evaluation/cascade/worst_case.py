@@ -1,4 +1,4 @@
-"""The worst case of each image over everything that was run at the headline's threat."""
+"""The worst case of each image over all attacks at the headline's threat."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,24 +10,24 @@ from redefense.results.accuracy import Bools, Floats
 from redefense.results.intervals import exact_expectation
 
 EQUAL = 1e-9
-"""Expected correctness that differs by less is the same."""
+"""Values of expected correctness that differ by less are equal."""
 
 
 class WorstCase:
-    """What every point found so far, within one threat, leaves of each image.
+    """Per-image worst case over all points found so far within one threat.
 
-    It follows from the records alone, in the order in which they were added, so that an evaluation
-    that goes on after an interruption sees what an uninterrupted one saw.
+    It depends only on the records and the order in which they were added, so that a resumed
+    evaluation gives the same result as an uninterrupted one.
 
     Args:
         mixture: (M,) sampling probabilities.
-        clean: the records of the images as they are, "clean" among the sources.
+        clean: the records of the clean images, which become the source "clean".
 
     Attributes:
-        correct: (M, n) the members on each image's worst point.
-        q: (n,) exact expected correctness there.
-        source: (n,) name of the record that holds this point.
-        alone: (M, n) whether each member is right on every point: its own worst case.
+        correct: (M, n) correctness of the members on each image's worst point.
+        q: (n,) exact expected correctness on it.
+        source: (n,) name of the record of this point.
+        alone: (M, n) whether each member is correct on every point: its own worst case.
         averaged: (n,) the same of the averaged ensemble.
         corrects: (M, n) of every record.
     """
@@ -43,17 +43,17 @@ class WorstCase:
 
     @property
     def lost(self) -> Bools:
-        """(n,) the images on which every member of positive probability errs at one point."""
+        """(n,) the images with one point that fools every member of positive probability."""
         lost: Bools = self.q <= EQUAL
         return lost
 
     def better(self, correct: Bools, rows: Sequence[int] | slice = slice(None)) -> Bools:
-        """Which points leave less of their images than any before, from correctness (M, k)."""
+        """Whether points have lower expected correctness than all before, from (M, k)."""
         better: Bools = exact_expectation(correct, self.mixture) < self.q[rows] - EQUAL
         return better
 
     def filled(self, cell: Cell) -> Cell:
-        """The records, images that were not met as they stand now; all wrong where lost."""
+        """The records, with the current worst case for images that were not attacked."""
         met, before = cell.met, self.correct & ~self.lost
         correct = np.where(met, cell.correct, before)
         return replace(

@@ -1,1 +1,1 @@
-"""What callers hand to `evaluate`: arguments, objects, types and several radii."""
+"""Arguments of `evaluate`: validation, attack objects, dtypes and several radii."""

@@ -1,4 +1,4 @@
-"""The arguments of an evaluation, each one line where it is wrong, before any network is asked."""
+"""Validation of an evaluation's arguments, before any network is called."""
 
 import operator
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from redefense.train.api import TrainedRun
 
 
 def whole(value: Any, name: str, least: int) -> int:
-    """A whole number; numpy's are taken as well, but no fraction and no truth value.
+    """An integer, also of numpy; fractions and booleans are refused.
 
     Raises:
         ConfigError: for anything else, or a number below `least`.
@@ -31,20 +31,20 @@ def whole(value: Any, name: str, least: int) -> int:
 
 
 def check_checks(checks: object) -> None:
-    """Refuse all but the two extents of the self-checks.
+    """Check that `checks` is "quick" or "full".
 
     Raises:
-        ConfigError: naming what was given.
+        ConfigError: for any other value.
     """
     if checks not in ("quick", "full"):
         raise ConfigError(f"checks must be quick or full, got {checks!r}")
 
 
 def check_precision(precision: object) -> AttackPrecision | None:
-    """The arithmetic of attacks, if it is one that is known; None is the suite's choice.
+    """The precision of attacks, or None for the suite's setting.
 
     Raises:
-        ConfigError: naming what was given.
+        ConfigError: for any other value.
     """
     if precision is not None and precision not in get_args(AttackPrecision):
         raise ConfigError(f"precision must be auto, fp32 or bf16, got {precision!r}")
@@ -52,7 +52,7 @@ def check_precision(precision: object) -> AttackPrecision | None:
 
 
 def read_threat(threat: object) -> ThreatConfig:
-    """The configuration of a `Threat`, or of the default one for None.
+    """The configuration of a `Threat`; for None the default threat.
 
     Raises:
         ConfigError: for anything else.
@@ -69,16 +69,16 @@ def read_threat(threat: object) -> ThreatConfig:
 def read_ensemble(
     model: Any, mixture: Sequence[float] | None, outputs: object = "logits"
 ) -> Ensemble:
-    """The ensemble that a model, an ensemble or a list of models stands for.
+    """The ensemble of a model, an ensemble or a list of models.
 
     Args:
-        model: as `evaluate` takes it.
+        model: as in `evaluate`.
         mixture: probabilities of a list of networks.
         outputs: what the networks return.
 
     Raises:
-        InputError: for anything else, and for weights that have no values.
-        ConfigError: for a mixture that does not fit.
+        InputError: for anything else, and for weights on the meta device.
+        ConfigError: for a mixture that does not match the members.
     """
     if isinstance(model, TrainedRun):
         model = model.ensemble
@@ -89,11 +89,11 @@ def read_ensemble(
     if outputs not in ("logits", "probabilities"):
         raise ConfigError(f"outputs must be logits or probabilities, got {outputs!r}")
     if mixture is not None and not isinstance(model, Sequence | nn.ModuleList):
-        raise InputError("a mixture goes with a list of networks, one probability each")
+        raise InputError("mixture requires a list of networks, with one probability each")
     if outputs == "probabilities":
         if type(ensemble) is not Independent:
             raise ConfigError(
-                "outputs='probabilities' goes with a network or a list of networks, got a "
+                "outputs='probabilities' requires a network or a list of networks, got a "
                 f"{type(ensemble).__name__}"
             )
         ensemble = Independent([FromProbabilities(m) for m in ensemble.members], ensemble.mixture)

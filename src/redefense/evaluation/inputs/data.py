@@ -17,21 +17,21 @@ from redefense.types import Images, Labels, check_images, check_labels, first_li
 Index = npt.NDArray[np.int64]
 
 _CHANNELS = (1, 3, 4)
-"""How many channels a picture has; where they come last, an array is turned."""
+"""Numbers of channels of an image; arrays with channels last are permuted."""
 
 
 def read_data(data: Any, images: int | None = None) -> tuple[Images, Labels, Index]:
-    """Images, labels (int64) and their indices, without graphs, fit for gradients.
+    """Images, labels (int64) and their indices, detached and usable in autograd.
 
     Args:
         data: a pair (images, labels) of tensors or arrays; a data set of pairs (image, label), of
-            which only the images asked for are read; or a loader of batches in a fixed order.
-            Floating-point arrays (B, H, W, channels) are turned, with a warning.
-        images: the first N of one published permutation; all, in their own order, unless given.
+            which only the requested images are read; or a loader of batches in a fixed order.
+            Floating-point arrays (B, H, W, channels) are permuted, with a warning.
+        images: use the first N images of a fixed permutation; default: all, in the given order.
 
     Raises:
         InputError: for anything else.
-        ConfigError: if fewer images are there than asked for.
+        ConfigError: if there are fewer images than requested.
         DataError: if the data set or the loader fails.
     """
     if isinstance(data, DataLoader):
@@ -63,9 +63,9 @@ def _of_dataset(data: Dataset[Any], images: int | None) -> tuple[Images, Labels,
         rows = [data[int(i)] for i in index]
     except RedefenseError:
         raise
-    except Exception as error:  # a data set of somebody else's may raise anything
+    except Exception as error:  # a user's data set may raise anything
         raise DataError(f"the data set cannot be read: {first_line(error)}") from error
-    x, y = _stacked(rows, "the data set must give pairs (image, label) of equal sizes")
+    x, y = _stacked(rows, "the data set must return pairs (image, label) of equal sizes")
     return *_checked(x, y), index
 
 
@@ -73,20 +73,20 @@ def _length(data: Any) -> int:
     try:
         return len(data)
     except (TypeError, NotImplementedError) as error:
-        raise InputError(f"{type(data).__name__} has no length: give one that has") from error
+        raise InputError(f"{type(data).__name__} has no length: use one with a length") from error
 
 
 def _of_loader(loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
     if isinstance(loader.sampler, RandomSampler):
         raise InputError(
-            "the loader shuffles, so that its images have no fixed order: give one with "
-            "shuffle=False, or the data set itself"
+            "the loader shuffles, so that its images have no fixed order: use shuffle=False, or "
+            "pass the data set itself"
         )
     try:
         batches = list(loader)
-    except Exception as error:  # a data set of somebody else's may raise anything
+    except Exception as error:  # a user's data set may raise anything
         raise DataError(f"the loader cannot be read: {first_line(error)}") from error
-    rule = "the loader must give batches (images, labels) of equal sizes"
+    rule = "the loader must return batches (images, labels) of equal sizes"
     if not all(isinstance(b, tuple | list) and len(b) == 2 for b in batches):
         raise InputError(rule)
     return _joined(batches, rule, torch.cat)
@@ -112,12 +112,12 @@ def _joined(rows: Iterable[Any], rule: str, join: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(value: Any) -> Any:
-    """An array as a tensor of its own memory; anything else as it is."""
+    """An array as a tensor that shares its memory; anything else unchanged."""
     if not isinstance(value, np.ndarray):
         return value
     try:
         return torch.from_numpy(np.ascontiguousarray(value)).clone()
-    except TypeError:  # of text or objects: refused by type where it is checked
+    except TypeError:  # an array of text or objects: refused by the type check
         return value
 
 
@@ -127,7 +127,7 @@ def _channels_first(value: Any) -> Any:
         turned = x.shape[-1] in _CHANNELS and x.shape[1] not in _CHANNELS
         if turned:
             warnings.warn(
-                f"images of shape {tuple(x.shape)} are taken as (B, H, W, channels)", stacklevel=4
+                f"images of shape {tuple(x.shape)} are read as (B, H, W, channels)", stacklevel=4
             )
             return x.permute(0, 3, 1, 2).contiguous()
     return x
@@ -137,8 +137,7 @@ def _checked(x: Any, y: Any) -> tuple[Images, Labels]:
     check_images(x)
     check_labels(y, len(x))
     x, y = (
-        # tensors of inference mode cannot take part in gradients, and subclasses bring rules of
-        # their own
+        # inference tensors cannot be used in autograd, and subclasses may override operations
         (part.clone() if part.is_inference() else part).detach().as_subclass(Tensor)
         for part in (x, y)
     )

@@ -24,13 +24,13 @@ CUSTOM: Final = "custom"
 
 
 def suite_of(value: Any, name: str | None = None) -> Suite:
-    """A suite from whatever names or holds one.
+    """A suite from a name, a file, a `Suite` or attacks.
 
     Args:
         value: a name or a `.json` file; a `Suite`; an attack, a list of attacks, or a mapping from
             labels to attacks, each an `Attack`, a class of attacks or a callable
             (model, x, y) -> x_adv.
-        name: of the suite that a list makes; "custom" by default.
+        name: of a suite made from a list; default: "custom".
 
     Raises:
         ConfigError: for anything else.
@@ -61,10 +61,10 @@ def suite_of(value: Any, name: str | None = None) -> Suite:
 
 
 def cell_of(value: Any, label: str | None = None) -> CellSpec:
-    """The cell of an attack object: with all members if it is adaptive, else as queries are met."""
+    """The cell of an attack object: view "members" if it is adaptive, else "protocol"."""
     if isinstance(value, CellSpec):
         return value
-    if isinstance(value, str):  # one of a list may be given by its name
+    if isinstance(value, str):  # an attack in a list may be given by its name
         if value not in ATTACKS:
             raise ConfigError(f"unknown attack {value!r}; there are {', '.join(ATTACKS)}")
         value = ATTACKS[value]
@@ -72,7 +72,7 @@ def cell_of(value: Any, label: str | None = None) -> CellSpec:
     named = next((key for key in _known() if ATTACKS[key] is type(attack)), None)
     plain = named or "".join(c if c.isalnum() else "_" for c in type(attack).__name__)
     if named is None and plain in ATTACKS.own:
-        plain = f"own_{plain}"  # rules about our attack of that name must not be applied to it
+        plain = f"own_{plain}"  # rules about the built-in attack of that name must not apply to it
     return CellSpec(
         attack=plain,
         view="members" if attack.adaptive else "protocol",
@@ -82,7 +82,7 @@ def cell_of(value: Any, label: str | None = None) -> CellSpec:
 
 
 def known_to_all(suite: Suite) -> Suite:
-    """The suite for a single network: who attacks it knows all of it, so every cell is aware."""
+    """The suite for a single network, which has no draw: every cell is aware."""
     cells = tuple(
         spec.model_copy(update={"aware": True}) if spec.made is not None else spec
         for spec in suite.cells
@@ -91,10 +91,10 @@ def known_to_all(suite: Suite) -> Suite:
 
 
 def balls_left(cells: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each cell whose attack left the ball.
+    """A line for each cell whose attack returned points outside the ball.
 
     Args:
-        cells: as an evaluation's JSON has them.
+        cells: of an evaluation's JSON.
     """
     return [
         f"{cell['label'] or cell['attack']} left the ball on {cell['outside']['images']} images "
@@ -106,9 +106,9 @@ def balls_left(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def fingerprints(suite: Suite) -> dict[str, str]:
-    """SHA-256 of the source of the attacks that were handed over, by cell; of their text without.
+    """SHA-256 of the source of users' attacks, by cell; of their repr without a source.
 
-    What is kept of an attack must not be mixed with what other code finds.
+    Saved records of an attack must not be mixed with those of other code.
     """
     found = {}
     for number, spec in enumerate(suite.cells):
@@ -125,10 +125,10 @@ def fingerprints(suite: Suite) -> dict[str, str]:
 
 
 def answers_of(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
-    """SHA-256 of what plain functions answer to a few images; nothing for networks.
+    """SHA-256 of the outputs of plain functions on a few images; empty for networks.
 
-    The weights that a function uses cannot be seen, and what is kept of one must not be mixed with
-    what is found of another.
+    The weights of a function cannot be read, and saved records of one function must not be mixed
+    with those of another.
     """
     if not any(isinstance(part, Function) for part in ensemble.modules()):
         return {}
@@ -139,7 +139,7 @@ def answers_of(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
 
 
 def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:
-    """Where the suite, its attacks and the data set come from, as far as plug-ins bring them."""
+    """Origins of the suite, its attacks and the data set, if they come from plug-ins."""
     cells = (*suite.cells, *suite.beside)
     named = [("suites", suite.name), *(("attacks", spec.attack) for spec in cells)]
     found = origins(dict.fromkeys([*named, ("datasets", data)]))
@@ -151,7 +151,7 @@ def _known() -> list[str]:
 
 
 def _settings(attack: Attack) -> dict[str, Any]:
-    """The settings that differ from the defaults, as JSON data; in words where that fails."""
+    """The settings that differ from the defaults, as JSON data, or as text where that fails."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(attack):
         value = getattr(attack, field.name)

@@ -1,4 +1,4 @@
-"""In which arithmetic an evaluation computes, and what networks and attacks take instead."""
+"""Floating-point precision of an evaluation, of its networks and of its attacks."""
 
 from collections import Counter
 from contextlib import suppress
@@ -17,24 +17,24 @@ from redefense.threat import TINY
 from redefense.types import Float, Images, Logits
 
 NEAR: Final = 0.06
-"""Answers whose two largest logits are closer, in standard deviations of the image's logits, are
-computed again in full precision. On a robust ResNet-8 bfloat16 moved logits by half of this."""
+"""Outputs whose two largest logits are closer, in standard deviations of the image's logits, are
+recomputed in full precision. On a robust ResNet-8 bfloat16 changed logits by half of this."""
 
 PIXELS: Final = 1024
-"""Numbers in an image from which on bfloat16 is faster; smaller networks wait for its casts."""
+"""Smallest number of values in an image for which bfloat16 is faster despite its casts."""
 
 SAMPLE: Final = 32
-"""Images on which the two arithmetics are compared."""
+"""Number of images on which the two precisions are compared."""
 
 
 def computed_in(ensemble: Ensemble, x: Images) -> tuple[Ensemble, Images]:
-    """Networks and images as attacks meet them: in single precision, or double if that is given.
+    """Networks and images for attacks, in single precision, or in double if the images are double.
 
-    Steps of an attack are lost in half precision. Networks that take another type than the images
-    are given them in theirs, as a deployed network of half precision rounds its input.
+    Half precision would round the steps of an attack away. Networks of another dtype get images
+    cast to theirs, as a deployed half-precision network rounds its input.
 
     Returns:
-        The ensemble, with such networks wrapped, and the images.
+        The ensemble, with networks of another dtype wrapped, and the images.
     """
     at = x.to(torch.promote_types(x.dtype, torch.float32))
     if not isinstance(ensemble, Independent):
@@ -61,10 +61,10 @@ def _wrapped(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _taken(network: nn.Module, x: Images, given: torch.dtype) -> torch.dtype:
-    """The type in which a network takes images: theirs, else its weights', else the given one.
+    """The input dtype of a network: that of the images, else of its weights, else the given one.
 
-    Theirs, too, for a network that takes none: what it raises is told later. It is asked only where
-    its weights are of other types.
+    It is that of the images, too, for a network that fails on all; its error is reported later. The
+    network is called only if its weights have another dtype.
     """
     values = chain(network.parameters(), network.buffers())
     own = Counter(value.dtype for value in values if value.is_floating_point())
@@ -78,10 +78,10 @@ def _taken(network: nn.Module, x: Images, given: torch.dtype) -> torch.dtype:
 
 
 class InBfloat16(Ensemble):
-    """An ensemble as attacks may ask it: in bfloat16 wherever that cannot change who is right.
+    """A view for attacks in bfloat16, except where that could change a prediction.
 
-    Gradients are those of bfloat16. Answers near a decision boundary are computed again in full
-    precision, so that an attack keeps the points that it would be judged by.
+    Gradients are computed in bfloat16. Outputs near a decision boundary are recomputed in full
+    precision, so that an attack selects points by the predictions that are recorded later.
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
@@ -103,24 +103,24 @@ class InBfloat16(Ensemble):
 
 
 def gap(logits: Logits) -> Float[Tensor, " B"]:
-    """How far apart the two largest logits are, in standard deviations of an image's logits."""
+    """Difference of the two largest logits, in standard deviations of an image's logits."""
     top = logits.detach().topk(2, dim=1).values
     return (top[:, 0] - top[:, 1]) / logits.detach().std(1).clamp_min(TINY)
 
 
 def asked_in(precision: AttackPrecision, ensemble: Ensemble) -> Ensemble:
-    """The ensemble as attacks that know it ask it."""
+    """The ensemble that aware attacks query in this precision."""
     return InBfloat16(ensemble) if precision == "bf16" else ensemble
 
 
 def attack_precision(
     wanted: AttackPrecision, ensemble: Ensemble, x: Images
 ) -> Literal["fp32", "bf16"]:
-    """What is meant by "auto": bfloat16 where it is faster and agrees, else single precision.
+    """Resolve "auto": bfloat16 where it is faster and agrees, else single precision.
 
-    It is faster where the processor computes in it and images are not small. It agrees where, on
-    the first images, no logit moves by half of `NEAR` or more, and where the gradients of the
-    largest logit point the same way (cosine 0.9 on average, for every member).
+    It is faster if the processor supports it and images are not small. It agrees if, on the first
+    images, no logit changes by half of `NEAR` or more, and the gradients of the largest logit have
+    a mean cosine of at least 0.9 for every member.
     """
     if wanted != "auto":
         return wanted
@@ -139,7 +139,7 @@ def attack_precision(
 
 
 def _answer(ensemble: Ensemble, m: int, x: Images) -> tuple[Logits, Float[Tensor, "B D"]]:
-    """Logits, and the gradients of the largest of each image."""
+    """Logits, and the gradient of each image's largest logit."""
     x = x.detach().requires_grad_()
     with frozen_weights(ensemble), torch.enable_grad():
         logits = ensemble.logits_of(m, x)

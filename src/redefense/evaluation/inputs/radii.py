@@ -9,14 +9,14 @@ from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.report_object import Report
 
 FALL = 1e-9
-"""Figures that differ by less are the same."""
+"""Figures that differ by less are equal."""
 
 
 def read_radii(eps: Any, what: str = "eps") -> list[float]:
-    """Radii as people write them, in rising order: a number, text such as "2/255,8/255", a list.
+    """Radii in ascending order, from a number, text such as "2/255,8/255", or a list.
 
     Raises:
-        ConfigError: for anything else, or a radius that is named twice.
+        ConfigError: for anything else, or a repeated radius.
     """
     if eps is None:
         return []
@@ -28,26 +28,26 @@ def read_radii(eps: Any, what: str = "eps") -> list[float]:
     if not radii:
         raise ConfigError(f"{what} needs at least one radius, got {eps!r}")
     if len(set(radii)) < len(radii):
-        raise ConfigError(f"{what} names a radius twice: {', '.join(f'{r:g}' for r in radii)}")
+        raise ConfigError(f"{what} has a radius twice: {', '.join(f'{r:g}' for r in radii)}")
     return radii
 
 
 def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Report:
     """Evaluate at each radius.
 
-    Every point of a smaller ball lies in the larger ones, so that the curve takes the lowest figure
-    up to each radius; where a larger radius has left more, its attacks were too weak.
+    A smaller ball lies within the larger ones, so the curve has the lowest accuracy up to each
+    radius. If the accuracy at a larger radius is higher, its attacks have not converged.
 
     Args:
-        radii: in rising order.
-        evaluate: from a radius, and the name under which it is kept ("" for the largest), to its
+        radii: in ascending order.
+        evaluate: maps a radius and the name under which it is saved ("" for the largest) to its
             report.
 
     Returns:
         The report of the largest radius, whose `curve` has one entry for each.
 
     Warns:
-        RedCheckWarning: if a larger radius left more images right than a smaller one.
+        RedCheckWarning: if the accuracy at a larger radius is higher than at a smaller one.
     """
     reports = [evaluate(r, "" if r == radii[-1] else f"eps-{r:.6g}") for r in radii]
     last = reports[-1]
@@ -64,7 +64,7 @@ def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Re
             told = RedCheckWarning(
                 f"{name} accuracy is {100 * figure.value:.1f} % at eps {radius:g} and "
                 f"{100 * before:.1f} % at {curve[-1]['eps']:g}: the attacks at the larger radius "
-                "are too weak, and its curve shows the lower figure",
+                "have not converged, and the curve shows the lower figure",
                 last,
             )
             warnings.warn(told, stacklevel=4)

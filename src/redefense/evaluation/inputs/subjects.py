@@ -1,4 +1,4 @@
-"""What is evaluated of a data set: the images that attackers meet, and those that select."""
+"""Images of a data set for an evaluation: test images, and validation images for selection."""
 
 import json
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from redefense.train.session import accuracy
 
 
 def drift_of(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> float | None:
-    """Clean validation accuracy now minus as logged; None without a log."""
+    """Clean validation accuracy minus that of the training log; None without a log."""
     log = path / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
     try:
         logged = [json.loads(line).get("validation_accuracy") for line in lines]
-    except (ValueError, AttributeError):  # a damaged log is no log
+    except (ValueError, AttributeError):  # a damaged log counts as missing
         return None
     if not logged or logged[-1] is None:
         return None
@@ -46,7 +46,7 @@ def subject_of(
     device: str = "cpu",
 ) -> Subject:
     total = len(dataset.test)
-    # always in the published order: its beginnings, on which some measures look, are a fair sample
+    # always in the published random order, so that its first images are a fair sample
     index = test_indices(total, total if images is None else images)
     fraction = run.data.validation if run is not None else 0.1
     _, validation, _ = train_validation(dataset, fraction)
@@ -57,7 +57,7 @@ def subject_of(
         dataset.name,
         "test",
         run_json,
-        # a stranger's model may have been trained on these images
+        # a model that was not trained here may have been trained on these images
         _images(validation, torch.arange(min(SELECTION_IMAGES, len(validation))), device)
         if run is not None
         else None,
@@ -65,6 +65,6 @@ def subject_of(
 
 
 def _images(split: Split, index: Tensor, device: str) -> tuple[Tensor, Tensor]:
-    # loaded networks have their channels last, and would turn every batch of other images around
+    # loaded networks are channels-last and would convert every batch of another memory format
     x = split.float(index).to(device, memory_format=torch.channels_last)
     return x, split.labels[index].to(device)

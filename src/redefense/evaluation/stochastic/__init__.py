@@ -1,1 +1,1 @@
-"""Evaluation of networks that draw in their forward pass: estimates from fresh draws."""
+"""Evaluation of stochastic networks by estimates from fresh draws."""

@@ -1,7 +1,7 @@
-"""One attack on a network that draws: found on some seeds, chosen on others, scored on fresh ones.
+"""One attack on a stochastic network, with separate seeds to attack, to select and to score.
 
-Seeds come from (seed, purpose, draw, chunk): no draw by which an attack climbed, or by which one of
-its candidates was chosen, is among those that score it.
+Seeds are derived from (seed, purpose, draw, chunk). The draws that score a point are independent of
+those on which it was optimised or selected.
 """
 
 import math
@@ -34,22 +34,22 @@ from redefense.threat import norms
 from redefense.types import Images, Labels, Victim, correct
 
 FRESH: Final = (Hinge, MeanProbPGD, MeanProbAPGD)
-"""Attacks that also climb with fresh draws at each step, as fixed seeds can be overfitted."""
+"""Attacks that also run with fresh draws at each step, since fixed seeds can be overfitted."""
 COSTLY: Final = (ARC, AutoAttack, Subset, Transfer)
-"""Attacks whose cost grows faster than the number of members, or that ask very often."""
+"""Attacks whose cost grows faster than the number of members, or that use many queries."""
 ALPHA: Final = 0.001
-"""Level of the vote's test, as published."""
+"""Significance level of the test of the majority vote, as published."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draws:
-    """How many seeds serve which purpose.
+    """Numbers of seeds by purpose.
 
     Attributes:
-        score: fresh draws that every cell is scored by; even, since one half chooses for the other.
-        select: draws by which one of an attack's candidates is chosen.
-        attack: seeds that attackers see.
-        few: seeds that the costly attacks see.
+        score: fresh draws that score every cell; even, since one half selects for the other.
+        select: draws that select one of an attack's candidates.
+        attack: seeds that attacks use.
+        few: seeds that expensive attacks use.
     """
 
     score: int
@@ -58,7 +58,7 @@ class Draws:
     few: int = 4
 
     def of(self, attack: Attack) -> int:
-        """Seeds that this attack sees."""
+        """Number of seeds that this attack uses."""
         return min(self.few, self.attack) if isinstance(attack, COSTLY) else self.attack
 
 
@@ -67,7 +67,7 @@ class DrawnCell(Cell):
     """A cell whose members are the scoring draws.
 
     Attributes:
-        vote: (n,) the answer of the majority of the scoring draws: 1 right, 0 wrong, -1 abstained.
+        vote: (n,) the majority vote of the scoring draws: 1 correct, 0 wrong, -1 abstained.
     """
 
     vote: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
@@ -84,7 +84,7 @@ def candidates(
     name: str,
     chunk: int,
 ) -> Iterator[tuple[str, Victim]]:
-    """Whom one attack is run against: fixed seeds, fresh ones at each step, or both."""
+    """Victims of one attack: fixed seeds, fresh seeds at each step, or both."""
     rng = stream(seed, "draws", name, chunk)
     if view == "sampled":
         yield "sampled", network.sampled(rng=rng)
@@ -116,9 +116,9 @@ def attack_drawn(
     purpose: str = "score",
     keep: Keep | None = None,
 ) -> DrawnCell:
-    """Attack all images in fixed chunks; verify the ball; score the points by fresh draws.
+    """Attack all images in fixed chunks, verify the ball, and score the points by fresh draws.
 
-    `purpose` is that of the draws that score; `keep` is told of each chunk.
+    `purpose` names the random streams of the scoring draws; `keep` is called after each chunk.
     """
     budget = as_threat(threat)
 
@@ -142,7 +142,7 @@ def attack_drawn(
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
         reached = {}
         if isinstance(attack, Foreign):
-            # its budget may be its own: what lies outside is judged at the nearest allowed point
+            # a user's attack may have another budget: points outside are projected onto the ball
             reached = {"reached": _length(x_adv - x, budget.norm)}
             x_adv = budget.project(x_adv, x)
         numbers = seeds_of(seed, purpose, draws.score, chunk)
@@ -163,7 +163,7 @@ def attack_drawn(
 
 
 def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> Images:
-    """For each image the candidate that the draws get right least often, ties by their margins."""
+    """For each image the candidate with the fewest correct draws, ties by their margins."""
     best, lowest = found[0], torch.full((len(y), 2), torch.inf, dtype=torch.float64)
     for points in found:
         right = torch.zeros(len(y), dtype=torch.float64)
@@ -183,7 +183,7 @@ def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> 
 def scored(
     network: Stochastic, x_adv: Images, x: Images, y: Labels, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """What fresh draws say to the images, each draw one call, and how far the images moved."""
+    """Correctness under fresh draws, one call per draw, and norms of the perturbations."""
     right, log_mean, votes = [], None, None
     with torch.no_grad():
         for number in seeds:
@@ -210,7 +210,7 @@ def scored(
 
 
 def clean_drawn(subject: Subject, network: Stochastic, count: int, *, seed: int) -> DrawnCell:
-    """The images as they are, scored by the same draws as all attacks."""
+    """Records of the clean images, scored by the same draws as all attacks."""
     parts = []
     for start in range(0, len(subject.x), CHUNK):
         x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]

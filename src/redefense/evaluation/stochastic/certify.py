@@ -1,4 +1,4 @@
-"""`redefense certify`: what Gaussian noise before a trained run's networks certifies in L2."""
+"""`redefense certify`: certified L2 accuracy of a trained run under Gaussian noise."""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from redefense.types import Images, Labels, correct
 def right_answers(
     network: nn.Module, x: Images, y: Labels, draws: int, *, seed: int
 ) -> NDArray[np.int64]:
-    """(n,) how many of the draws of a network that draws are right, images in chunks."""
+    """(n,) number of correct draws of a stochastic network, computed in chunks of images."""
     noisy, found = Stochastic(network, draws=1), []
     with torch.no_grad():
         for start in range(0, len(x), CHUNK):
@@ -57,24 +57,24 @@ def certify_run(
     out: Path | None = None,
     say: Say = lambda _: None,
 ) -> tuple[dict[str, Any], Path]:
-    """Certify a trained run behind Gaussian noise on its test split, and write the figures.
+    """Certify a trained run with Gaussian input noise on its test split, and write the figures.
 
     Args:
         path: a run directory.
-        sigma: deviation of the noise, in units of the images, > 0; of a run that was trained with
-            noise on the image, that noise.
-        radii: in L2; 0, sigma / 2 and sigma unless given.
-        draws: of the noise for each image, >= 1.
-        alpha: the certificates may be wrong with this probability.
+        sigma: standard deviation of the noise, in units of the images, > 0; for a run trained with
+            noise on the images it must equal that noise.
+        radii: in L2; default: 0, sigma / 2 and sigma.
+        draws: number of noise samples per image, >= 1.
+        alpha: failure probability of the certificates, in (0, 1).
         data: another data set than the run's own.
-        images: the first N of one published permutation of the test split.
+        images: use the first N images of a fixed permutation of the test split.
         seed: of every draw.
         device: to compute on.
-        out: the file; `DIR/certificates/sigma-SIGMA.json` unless given.
-        say: takes lines.
+        out: the file; default: `DIR/certificates/sigma-SIGMA.json`.
+        say: called with each log line.
 
     Returns:
-        What was written, and where.
+        The written data, and its file.
 
     Raises:
         ConfigError: for settings outside their ranges, and other noise than the run's own.
@@ -83,7 +83,7 @@ def certify_run(
     if draws < 1:
         raise ConfigError(f"draws must be at least 1, got {draws}")
     levels = tuple(radii) or (0.0, sigma / 2, sigma)
-    # refused before anything is computed
+    # checked before anything is computed
     for radius in levels:
         certificate(np.ones(1, dtype=np.int64), draws, sigma=sigma, radius=radius, alpha=alpha)
     checkpoint = find_final(path)
@@ -131,7 +131,7 @@ def certify_run(
 
 
 def _answering(ensemble: Ensemble, defence: str) -> nn.Module:
-    """The run as it answers: by a member drawn at each call, or by the average."""
+    """The deployed view of the run: a member drawn at each call, or the average."""
     known = DEFENCES.get(defence)
     drawn = ensemble.num_members > 1 and (known is None or known.randomized)
     return Drawn(ensemble) if drawn else ensemble.averaged()

@@ -1,7 +1,7 @@
-"""Self-checks of a figure that rests on draws: those that still hold, and those that do not apply.
+"""Self-checks of figures estimated from draws, and the list of checks that do not apply to them.
 
-What holds exactly for enumerated members holds for draws within an interval only, and is red only
-beyond it. D1 to D3 are asked of networks that draw, and of nothing else.
+Relations that are exact for enumerated members hold for draws only within an interval; a check is
+red only outside it. D1 to D3 apply to stochastic networks only.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ from redefense.stochastic.certificates import Certificate
 from redefense.stochastic.ensemble import Stochastic
 
 SAMPLE: Final = 64
-"""Images on which the attackers' seeds are doubled."""
+"""Number of images on which the attacks' seeds are doubled."""
 OVERFIT: Final = 0.01
-"""What twice the seeds may take more."""
+"""Largest allowed loss of accuracy with twice the seeds."""
 EXACT: Final = (
     "S02", "S08", "S09", "S10", "S11", "S12", "S13", "S14", "S15", "S16", "S17", "S17b", "S18",
     "S19", "S21", "S28", "S29", "S30", "S31", "S32", "S33", "S35", "S37", "S38", "S39", "S40",
     "S42", "S43", "B1",
 )  # fmt: skip
-"""Checks of exact expectations, of members that can be listed, or of answers without draws."""
+"""Checks that need exact expectations, enumerable members or deterministic outputs."""
 
 
 def before(network: Stochastic, subject: Subject) -> list[Check]:
@@ -80,7 +80,7 @@ def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Che
 
 
 def _in_order(headline: Mapping[str, Any], clean: Bools) -> Check:
-    """S20: knowing more cannot help the defence; red only where the intervals do not meet."""
+    """S20: unaware accuracy is at least aware accuracy; red only for disjoint intervals."""
     aware, unaware = headline["aware"], headline["unaware"]
     if aware is None or unaware is None:
         return Check("S20", None, "needs attacks of both kinds")
@@ -104,12 +104,12 @@ def doubled_seeds(
     *,
     seed: int,
 ) -> tuple[Check, Bools]:
-    """D2: attackers who see twice the seeds take little more, on a sample of the images.
+    """D2: twice the attack seeds lower accuracy only little, on a sample of the images.
 
-    `corrects` holds (S, n) of every bounded attack and of the clean images.
+    `corrects` has (S, n) of every bounded attack and of the clean images.
 
     Returns:
-        The check, and (S, n) under the attack, as of the clean images where it met none.
+        The check, and (S, n) under the attack, that of the clean image where none was attacked.
     """
     rows = evenly_spread(subject.x, SAMPLE)
     some = replace(
@@ -126,12 +126,12 @@ def doubled_seeds(
     return Check(
         "D2",
         gain <= OVERFIT,
-        f"twice the attackers' seeds take {100 * gain:+.1f} points more on {len(rows)} images",
+        f"twice the attack seeds lower accuracy by {100 * gain:.1f} points on {len(rows)} images",
     ), whole
 
 
 def below_attack(proven: Certificate, headline: Mapping[str, Any]) -> Check:
-    """D3: no attack can leave less than what is proven of one draw."""
+    """D3: accuracy under attack is at least the certified accuracy of one draw."""
     ends, told = headline["aware_interval_draws"], f"one draw: proven {100 * proven.single:.1f} %"
     if ends is None:
         return Check("D3", None, f"{told}, no attacked figure to compare with")

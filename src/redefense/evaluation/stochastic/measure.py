@@ -1,4 +1,4 @@
-"""Runs a suite on a network that draws in its forward pass."""
+"""Runs a suite on a stochastic network."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ LEAST_DRAWS: Final = 32
 MOST_DRAWS: Final = 512
 PILOT_DRAWS: Final = 16
 HALF_WIDTH: Final = 0.005
-"""What the interval over the draws is to reach to either side, where `MOST_DRAWS` allow it."""
+"""Targeted half width of the interval over the draws, subject to `MOST_DRAWS`."""
 
 
 def run_drawn(
@@ -57,9 +57,9 @@ def run_drawn(
     keep_images: bool = False,
     draws: Draws | None = None,
 ) -> Report:
-    """Run (or finish) a suite on a `Stochastic`; arguments, files and errors as `run_suite`.
+    """Run or resume a suite on a `Stochastic`; arguments, files and errors as in `run_suite`.
 
-    `draws` says how many seeds serve which purpose; a pilot finds out unless it is given.
+    `draws` has the numbers of seeds by purpose; by default a pilot run determines them.
     """
     network, x, y = subject.ensemble, subject.x, subject.y
     assert isinstance(network, Stochastic)
@@ -68,7 +68,7 @@ def run_drawn(
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
     if suite.precision == "bf16":
-        raise ConfigError("networks that draw are attacked in fp32: leave out precision bf16")
+        raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")
     check_draws(network, x)
     plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
@@ -104,7 +104,7 @@ def run_drawn(
 
 
 def _for_draws(planned: Planned) -> Planned:
-    """Black boxes that query single draws do not trust an answer that they got once."""
+    """Adapt a black-box attack that queries single draws to noisy answers."""
     attack = planned.attack
     if isinstance(attack, Square) and attack.preset is None and planned.spec.view == "sampled":
         return replace(planned, attack=replace(attack, reevaluate=True, early_stop=False))
@@ -119,7 +119,7 @@ def _everything(
     network: Stochastic,
     draws: Draws,
 ) -> tuple[dict[str, Bools], list[Check]]:
-    """(S, n) of all that was run at the headline's threat, and what twice the seeds add to it."""
+    """(S, n) of all attacks at the headline's threat, and of the attack with twice the seeds."""
     threat = threat_of(plan)
     if threat is None:
         return {}, []
@@ -137,7 +137,7 @@ def _everything(
 
 
 DOUBLED: Final = "doubled-seeds"
-"""The record of the attackers who saw twice the seeds."""
+"""Name of the record of the attacks with twice the seeds."""
 
 
 def _further(
@@ -147,7 +147,7 @@ def _further(
     repeats: Mapping[str, Sequence[DrawnCell]],
     corrects: Mapping[str, Bools],
 ) -> list[dict[str, Any]]:
-    """What is part of the headline, and no cell of the suite; added to the records."""
+    """Attacks that count for the headline but are no cells of the suite; added to the records."""
     if not corrects:
         return []
     known = {p.identity for p in plan if p.identity in corrects}
@@ -160,7 +160,7 @@ def _further(
         {
             "id": name,
             "attack": name,
-            "repr": "attackers who see twice the seeds" if name == DOUBLED else name,
+            "repr": "attacks with twice the seeds" if name == DOUBLED else name,
             "view": "members",
             "label": None,
             "aware": True,
@@ -175,10 +175,10 @@ def _further(
 
 
 def _pilot(job: Job, network: Stochastic) -> Draws:
-    """The number of scoring draws, from the spread of a few draws that score nothing.
+    """The number of scoring draws, from the variance of a few pilot draws.
 
-    Fixed before the first scoring draw, and the same for all cells: draws that go on until a figure
-    looks settled would bias it.
+    It is fixed before the first scoring draw and equal for all cells, since optional stopping would
+    bias the figures. Pilot draws are not used for scoring.
     """
     place = job.place("pilot.json")
     found = read_object(place)
@@ -197,7 +197,7 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
         if (saved := job.save(place)) is not None:
             write_text(saved, json.dumps(found) + "\n")
         job.subject.workers.wait()
-    # two halves, counted as fully dependent
+    # the two halves are treated as fully dependent
     wanted = (1.96 * 2**0.5 * float(found["spread"]) / HALF_WIDTH) ** 2
     score = int(min(max(2 * np.ceil(wanted / 2), LEAST_DRAWS), MOST_DRAWS))
     return Draws(score=score, attack=network.num_members)
@@ -206,7 +206,7 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
 def _headline(
     job: Job, plan: Sequence[Planned], corrects: Mapping[str, Bools], draws: Draws
 ) -> dict[str, Any]:
-    """The figures of section 8, estimated; None where the suite cannot know."""
+    """The estimated figures of the headline; None where the suite does not measure them."""
     facts = {"exact": False, "draws": draws.score, "attack_draws": draws.attack}
     if not corrects:
         return NOTHING | dict.fromkeys(FIGURES) | facts
@@ -215,7 +215,7 @@ def _headline(
 
 
 def _certified(job: Job, network: Stochastic, clean: DrawnCell) -> Certificate | None:
-    """What Gaussian noise on the image proves at the headline's threat; None for other defences."""
+    """The certificate of Gaussian noise at the headline's threat; None for other defences."""
     noise = network.model
     if not isinstance(noise, GaussianNoise) or noise.sigma <= 0 or job.threat.norm != "2":
         return None
@@ -250,7 +250,7 @@ def _shares(cell: DrawnCell) -> dict[str, float]:
 
 
 def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, float]]:
-    """What will be done, for the progress: labels and passes, guessed."""
+    """Labels and estimated passes of the planned work, for the progress."""
     found, count = [], len(job.subject.x)
     seen = Draws(score=LEAST_DRAWS, attack=members)
     for number, planned in enumerate(plan, 1):
@@ -263,7 +263,7 @@ def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, 
 def _records(
     job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws, attacked: Attacked
 ) -> tuple[dict[str, DrawnCell], dict[str, list[DrawnCell]]]:
-    """Every cell's records, attacked now or found in the store, and its repeats."""
+    """Records of every cell and of its repeats, computed now or read from the store."""
     subject = job.subject
     records = {"clean": clean_drawn(subject, network, draws.score, seed=job.seed)}
     repeats: dict[str, list[DrawnCell]] = {}
@@ -291,7 +291,7 @@ def _records(
             attacked.finish(name, cell)
             again.append(cell)
         records[planned.identity], *repeats[planned.identity] = again
-        # nobody looks for the next cell before this one is written
+        # no process reads the next cell before this one is written
         subject.workers.wait()
     return records, repeats
 
@@ -311,7 +311,7 @@ def _cell_json(
         **planned.described(cell, every, suite.name, x),
         "distortion": {k: float(np.median(getattr(cell, k))) for k in ("l0", "l2", "linf")},
         "accuracy": {
-            # the attack once, then five of the fresh draws
+            # the attack once, then five figures of the fresh draws
             "protocol": float(each.mean()),
             "protocol_sd": float(each.std(ddof=1)),
             **_shares(cell),

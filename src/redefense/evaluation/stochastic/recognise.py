@@ -1,6 +1,6 @@
-"""Whether a model answers at random, asked before anything is attacked, and what governs its draws.
+"""Detects stochastic models before they are attacked, and whether seeds determine their draws.
 
-Asked in the modes in which it was given: dropout in training mode is part of what is measured.
+Models are queried in the modes in which they were given: active dropout is part of the model.
 """
 
 from typing import Final, Literal, cast
@@ -27,13 +27,13 @@ CHOICES: Final = ("auto", "on", "off")
 
 GIVEN = (
     "the model answers equal images differently ({what}), so it is measured as a stochastic "
-    "network: its figures are estimates from fresh draws; stochastic='on' says that this is meant, "
-    "stochastic='off' refuses such models"
+    "network: its figures are estimates from fresh draws; pass stochastic='on' to silence this "
+    "warning, stochastic='off' to refuse such models"
 )
 
 
 def check_choice(stochastic: str) -> None:
-    """Refuse what is no way to treat networks that draw.
+    """Check the argument `stochastic`.
 
     Raises:
         ConfigError: unless it is "auto", "on" or "off".
@@ -43,9 +43,9 @@ def check_choice(stochastic: str) -> None:
 
 
 def drawing(ensemble: Ensemble, x: Images) -> str:
-    """How equal questions to a member were answered differently, in words; empty if none was.
+    """Describe how a member's output differs for equal queries; empty if no output differs.
 
-    Networks, their modes, buffers and the global generators are left as they were.
+    Networks, their modes, buffers and the global generators are restored.
     """
     points = sample_points(x)
     for m in range(ensemble.num_members):
@@ -53,7 +53,7 @@ def drawing(ensemble: Ensemble, x: Images) -> str:
             try:
                 first, *again = (ask(ensemble, m, points) for _ in range(1 + REPEATS))
             except InputError:
-                return ""  # the checks that follow say what is wrong
+                return ""  # later checks report the error
         if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != len(points):
             return ""
         for other in again:
@@ -63,15 +63,16 @@ def drawing(ensemble: Ensemble, x: Images) -> str:
 
 
 def as_stochastic(ensemble: Ensemble, x: Images, stochastic: Choice) -> tuple[Ensemble, str]:
-    """The ensemble as it is, or as a stochastic network.
+    """The unchanged ensemble, or a stochastic network made of it.
 
     Args:
-        ensemble: as given, in the modes in which it was given.
+        ensemble: in the modes in which it was given.
         x: the images.
-        stochastic: "auto" finds out whether it draws, "on" takes it for granted, "off" leaves it.
+        stochastic: "auto" detects whether the model draws, "on" assumes that it does, "off" returns
+            it unchanged.
 
     Returns:
-        What is measured, and, where "auto" found that it draws, the line that says so.
+        The model to measure, and a warning if "auto" found that it draws, else "".
 
     Raises:
         ConfigError: if a `Stochastic` is given with "off".
@@ -80,24 +81,25 @@ def as_stochastic(ensemble: Ensemble, x: Images, stochastic: Choice) -> tuple[En
     if isinstance(ensemble, Stochastic):
         if stochastic == "off":
             raise ConfigError(
-                "a redefense.Stochastic is measured by draws: stochastic='off' cannot be kept"
+                "a redefense.Stochastic is measured by draws: stochastic must be 'auto' or 'on', "
+                "got 'off'"
             )
         return ensemble, ""
     if stochastic == "off" or (stochastic == "auto" and not (what := drawing(ensemble, x))):
         return ensemble, ""
-    # a bare network came as the one member of an ensemble
+    # a plain network is the only member of its ensemble
     alone = ensemble.num_members == 1
     network = Stochastic(ensemble.member(0) if alone else ensemble)
     return network, "" if stochastic == "on" else GIVEN.format(what=what)
 
 
 def check_draws(network: Stochastic, x: Images) -> None:
-    """Find out whether seeds govern the draws, and refuse answers that depend on other images.
+    """Detect whether seeds determine the draws, and refuse outputs that depend on other images.
 
     Sets `network.governed`.
 
     Raises:
-        InputError: if at one seed an image is answered otherwise in company of other images.
+        InputError: if at a fixed seed the output of an image depends on the rest of its batch.
     """
     points = sample_points(x)
     module = cast(nn.Module, network)
@@ -114,8 +116,8 @@ def check_draws(network: Stochastic, x: Images) -> None:
             first, mixed = ask(network, m, points), ask(network, m, others)
             if bool((differences(first, mixed)[:half] > GROSS).any()):
                 raise InputError(
-                    "at one seed the network answers an image otherwise when other images are in "
-                    f"its batch ({said(first[:half], mixed[:half])}), so no figure would hold for "
-                    "single queries: let each answer depend on its own image and noise alone"
+                    "at a fixed seed the network's output for an image depends on the other images "
+                    f"in its batch ({said(first[:half], mixed[:half])}), so no figure would hold "
+                    "for single queries: make each output depend on its own image and noise only"
                 )
     network.governed = True

@@ -1,7 +1,7 @@
-"""What attackers of a network that draws are given: seeds that stay, or fresh ones at every call.
+"""Views of a stochastic network for attacks: fixed seeds, or fresh seeds at every call.
 
-Fixed seeds can be judged exactly and compared, but a point that fools them need not fool others.
-Fresh seeds cannot be learnt by heart, but of two points the better one may have been lucky.
+With fixed seeds points can be compared exactly, but an attack can overfit these seeds. Fresh seeds
+cannot be overfitted, but comparisons between points are noisy.
 """
 
 from itertools import pairwise
@@ -17,15 +17,15 @@ from redefense.types import Images, Int, Logits
 
 
 class InPlace(Ensemble):
-    """Fixed seeds, each image asked in its own place of the batch.
+    """A view with fixed seeds that queries each image at its own position in the batch.
 
-    Attacks go on with those images only that still stand. The noise that a seed gives to an image
-    depends on its place, so a shorter batch would meet other noise. The missing places are filled
-    with the clean images; a query belongs to the clean image that it is nearest to.
+    Attacks drop images that are already fooled. The noise of a seed depends on the position of an
+    image in the batch, so a shorter batch would get other noise. The missing positions are filled
+    with clean images; a query is assigned to the nearest clean image.
 
     Args:
-        ensemble: whose members are seeds.
-        x: the clean images of the batch that is attacked.
+        ensemble: an ensemble whose members are seeds.
+        x: the clean images of the attacked batch.
     """
 
     def __init__(self, ensemble: Ensemble, x: Images) -> None:
@@ -43,12 +43,12 @@ class InPlace(Ensemble):
         return OneMember(self, m)
 
     def _places(self, x: Images) -> Int[Tensor, " K"]:
-        """Distinct places in rising order, since attacks keep the order of the images."""
+        """Distinct positions in ascending order, since attacks preserve the order of the images."""
         distances = torch.cdist(x.flatten(1), self.x.to(x.dtype).flatten(1))
         nearest = distances.argmin(1).tolist()
         if all(a < b for a, b in pairwise(nearest)):
             return torch.tensor(nearest, device=x.device)
-        # copies of one image, or points far from all: any distinct places will do
+        # copies of one image, or points far from all: any distinct positions are valid
         free = sorted(set(range(len(self.x))) - set(nearest), reverse=True)
         seen: set[int] = set()
         for row, place in enumerate(nearest):
@@ -58,12 +58,12 @@ class InPlace(Ensemble):
 
 
 class Fresh(Ensemble):
-    """Seeds that are drawn anew each time a member is asked.
+    """A view that draws a new seed for each query of a member.
 
     Args:
-        ensemble: whose network is asked.
-        draws: how many members there seem to be: the draws of one step.
-        rng: gives the seeds.
+        ensemble: an ensemble whose network is queried.
+        draws: number of members of this view: the draws of one step.
+        rng: generator of the seeds.
     """
 
     def __init__(self, ensemble: Ensemble, draws: int, rng: torch.Generator) -> None:
@@ -79,6 +79,6 @@ class Fresh(Ensemble):
 
 
 def counted(ensemble: Stochastic, meter: Meter) -> Stochastic:
-    """The same network and seeds; every pass of an image is counted, one for each draw."""
+    """The same network and seeds, with every pass of an image counted once per draw."""
     network = Metered(Independent([ensemble.model]), meter).member(0)
     return ensemble.on(network)
