@@ -176,5 +176,5 @@ def test_starts_that_are_no_points_of_the_ball_are_refused(change: Any, told: st
 def test_other_attacks_refuse_starts(name: str) -> None:
     x, y, starts = starting_points()
     threat = Threat(norm=ATTACKS[name].norms[0], eps=0.1)
-    with pytest.raises(ConfigError, match="takes no starts"):
+    with pytest.raises(ConfigError, match="does not accept starts"):
         ATTACKS[name]()(planes(1, 0)[0], x, y, threat, rng=stream(0, "a"), starts=starts)

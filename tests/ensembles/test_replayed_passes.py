@@ -226,7 +226,7 @@ MISTAKES: dict[str, tuple[Callable[[Tensor, int], Tensor], str]] = {
     "takes by a mask": (lambda z, n: z + z.detach()[z.detach() > 0].mean(), "reads numbers"),
     "draws": (lambda z, n: z + torch.rand((), generator=stream(3)), "draws random"),
     "makes a constant": (lambda z, n: z * torch.tensor(1.5), "undeclared"),
-    "changes with each call": (lambda z, n: z * (1 + n / 100), "did not give the bits"),
+    "changes with each call": (lambda z, n: z * (1 + n / 100), "was not bit-identical"),
     "has no gradient": (lambda z, n: z.detach(), "no gradient"),
 }
 

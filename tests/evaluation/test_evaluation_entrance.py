@@ -121,7 +121,7 @@ REFUSED = {
     "evaluate(net, 'npz:/nowhere.npz')": "/nowhere.npz: no such file",
     # networks
     "evaluate(None, (x, y))": "got NoneType",
-    "evaluate(Linear, (x, y))": "got the class Linear: make a network of it",
+    "evaluate(Linear, (x, y))": "got the class Linear: create an instance of it",
     "evaluate(lambda x: x, (x, y))": "members must give (B, C) logits",
     "evaluate([], (x, y))": "got an empty list",
     "evaluate([net, None], (x, y))": "got NoneType as element 1",
@@ -147,7 +147,7 @@ REFUSED = {
     "PGD(steps=1.5)": "steps must be a whole number, got 1.5",
     "PGD(restarts='2')": "restarts must be a whole number, got '2'",
     "Square(p_init='all')": "p_init must be a number, got 'all'",
-    "Independent(nn.Sequential(net, net))": "got Sequential where a list was asked for",
+    "Independent(nn.Sequential(net, net))": "got Sequential where a list was expected",
     "Independent(None)": "got NoneType",
     "Independent(['net'])": "got str as element 0",
     "Independent([])": "at least one member",

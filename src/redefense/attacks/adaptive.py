@@ -1,9 +1,9 @@
 """Attacks that are given every member and the mixture, though not the draw.
 
-They climb a smooth stand-in and judge every point exactly: the probability that the drawn member
-answers right is the mixture's weight on the members that do. For each image they keep the point
-where it is lowest, ties going to the stand-in; the clean image wins only where it is strictly
-better. Members of probability zero are never asked.
+They maximise a smooth surrogate and score every point exactly: the probability that the drawn
+member is correct is the mixture's weight on the correct members. For each image they return the
+point where it is lowest; ties are broken by the surrogate. The clean image is returned only where
+it is strictly better. Members of probability zero are never queried.
 """
 
 import math
@@ -27,7 +27,7 @@ from redefense.types import Float, Images, Labels, Logits, correct
 
 
 class Support:
-    """The members that can be drawn, with their probabilities: what an adaptive attack faces."""
+    """The members of positive probability, as attacked by adaptive attacks."""
 
     def __init__(self, victim: nn.Module) -> None:
         self.ensemble: Ensemble = as_ensemble(victim)
@@ -39,7 +39,7 @@ class Support:
         return [self.ensemble.logits_of(m, x) for m in self.indices]
 
     def correct(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:
-        """(B,) probability that the drawn member answers right, to nine decimals.
+        """(B,) probability that the drawn member is correct, to nine decimals.
 
         Rounded, so that equal sums over different members compare as equal.
         """
@@ -55,10 +55,10 @@ class Support:
         return others - logs.gather(1, y[:, None]).squeeze(1)
 
     def offer(self, best: Best, x: Images, y: Labels) -> Float[Tensor, " B"]:
-        """Judge points by one pass over all members and keep those that are better.
+        """Score points by one pass over all members and keep those that are better.
 
         Returns:
-            (B,) probability that the drawn member answers right.
+            (B,) probability that the drawn member is correct.
         """
         with torch.no_grad():
             logits = self.each(x)
@@ -67,14 +67,14 @@ class Support:
         return correct
 
     def offer_clean(self, best: Best, x: Images, y: Labels) -> None:
-        """Let the clean image win where it is strictly better."""
+        """Use the clean image where it is strictly better."""
         with torch.no_grad():
             correct = self.correct(self.each(x), y)
         best.offer(x, correct, torch.full_like(correct, -math.inf))
 
 
 def mean_oracle(support: Support, y: Labels) -> Oracle:
-    """Looks at the log odds of the mean probability, judged exactly."""
+    """Oracle for the log odds of the mean probability; expected accuracy is computed exactly."""
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
@@ -100,13 +100,13 @@ def climb_members(
     restarts: int,
     shrink: float = 1.0,
 ) -> Images:
-    """Best point of `restarts` climbs from random starts, the clean image included.
+    """Best point of `restarts` ascents from random starts, the clean image included.
 
-    Images for which a climb has found a point that all members err on are not climbed again.
+    Images for which a point that fools all members is known are not attacked again.
     """
     start, best = random_starts(x, y, threat, rng), Best.start(x)
     for _ in range(restarts):
-        points = start()  # for all, so that streams do not depend on who is left
+        points = start()  # for all images, so that streams do not depend on which remain
         rows = (best.correct > 0).nonzero().flatten()
         if len(rows) == 0:
             break
@@ -124,8 +124,8 @@ def climb_members(
 class MeanProbPGD(Attack):
     """PGD on the mixture-weighted mean probability of the true class.
 
-    Its gradient weighs members by their probability of the true class, that is, it works on those
-    that are not fooled yet. Keeps the point of lowest exact expected accuracy.
+    Its gradient weights members by their probability of the true class, so members that are not
+    fooled yet dominate. Returns the point of lowest exact expected accuracy.
     """
 
     steps: int = 20
@@ -150,7 +150,7 @@ class MeanProbPGD(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanProbAPGD(AutoAscent):
-    """Auto-PGD on the same objective, judged the same way."""
+    """Auto-PGD on the same objective, scored the same way."""
 
     adaptive: ClassVar[bool] = True
     summary: ClassVar[str] = "auto-PGD on the members' mean probability, scored exactly"
@@ -166,10 +166,10 @@ class MeanProbAPGD(AutoAscent):
 
 
 def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Oracle:
-    """Looks at what is left of the members' margins, one member's graph at a time.
+    """Oracle for the sum of the members' remaining margins, one member's graph at a time.
 
-    The gradient adds up unit slopes of the members not fooled yet, weighted by their shares. Where
-    these cancel, it is the slope of the nearest of them.
+    The gradient is the sum of the normalised margin gradients of the members not fooled yet,
+    weighted by their probabilities. Where these cancel, it is the gradient of the nearest member.
     """
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
@@ -182,7 +182,7 @@ def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Orac
                 z = support.ensemble.logits_of(m, x)
                 gap = -margin(z, y)
             logits.append(z.detach())
-            # at a tie the member may still answer right, so it still has to be pulled
+            # at a tie the member may still be correct, so its gradient still counts
             standing = gap.detach() + kappa >= 0
             left = (gap.detach() + kappa).relu().to(x.dtype)
             value -= share * left
@@ -207,16 +207,16 @@ def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Orac
 class Hinge(Attack):
     """PGD on the distances to the members not fooled yet.
 
-    Climbs -sum_m share_m relu(gap_m + kappa) / |grad gap_m|, where gap_m is the true logit minus
-    the best other one and the gradient's norm is dual to the threat's: to first order, what is
-    left to move until every member errs. The steps shrink, since the slopes do not as the goal
-    comes near.
+    Maximises -sum_m p_m relu(gap_m + kappa) / |grad gap_m|, where gap_m is the true logit minus the
+    best other one and the gradient's norm is dual to the threat's. To first order this is the
+    distance to a point on which every member errs. The steps shrink, since the gradients do not
+    shrink near the optimum.
 
     Attributes:
         steps: gradients per restart.
-        step_size: of the first step, as a fraction of eps.
-        shrink: share of it that the last steps come down to, in (0, 1].
-        restarts: independent starts.
+        step_size: length of the first step, as a fraction of eps.
+        shrink: ratio of the last step's length to the first one's, in (0, 1].
+        restarts: independent random starts.
         kappa: members count as fooled only beyond this logit gap, >= 0.
     """
 
@@ -263,8 +263,8 @@ class Transfer(Attack):
     """The best of an attack on each single member, all judged on all members.
 
     Attributes:
-        attack: the attack on single members; auto-PGD towards their nine likeliest wrong classes
-            unless given, which finds more than the attacks towards any wrong class.
+        attack: the attack on single members. The default is auto-PGD towards the nine likeliest
+            wrong classes, which finds more adversarial points than untargeted attacks.
     """
 
     attack: Attack = field(default_factory=partial(APGDT, steps=50, loss="targeted_margin"))

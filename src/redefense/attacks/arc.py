@@ -20,21 +20,21 @@ from redefense.types import Float, Images, Labels
 
 @dataclass(frozen=True, kw_only=True)
 class ARC(Attack):
-    """Bends one perturbation over the nearest boundary of one member after the other.
+    """Moves one perturbation across the nearest boundary of one member after the other.
 
     Each step starts a local perturbation at zero and, member by member in order of falling
-    probability, turns it towards that member's nearest decision boundary, by just as much as a
-    linear member needs; a turn counts only where it does not raise the exact expected accuracy.
-    Which of equally probable members comes first matters: each restart takes another order of
-    them, the second the first one's reverse, as the authors' code has it.
+    probability, moves it towards that member's nearest decision boundary, just as far as a linear
+    member needs. A move is accepted only where it does not raise the exact expected accuracy. The
+    order of equally probable members matters: each restart uses another order, the second the first
+    one's reverse, as in the authors' code.
 
     Attributes:
         steps: rounds over all members.
-        radius: of the local perturbation, as a fraction of eps.
-        competitors: nearest other classes whose boundaries are measured, by logit; all if fewer.
-        overshoot: added to the turn, as a fraction of eps.
-        restarts: the first from the image, further ones, for images that are still answered right
-            by somebody, from random points; the best is kept.
+        radius: norm of the local perturbation, as a fraction of eps.
+        competitors: number of wrong classes, by highest logit, whose boundaries are considered.
+        overshoot: added to each move, as a fraction of eps.
+        restarts: the first starts from the image; further ones start from random points, for images
+            on which some member is still correct. The best point is returned.
     """
 
     steps: int = 20
@@ -44,7 +44,7 @@ class ARC(Attack):
     restarts: int = 1
 
     adaptive: ClassVar[bool] = True
-    summary: ClassVar[str] = "over the nearest boundary of one member after the other"
+    summary: ClassVar[str] = "across the nearest boundary of one member after the other"
 
     def check(self) -> None:
         check_steps(self.steps, self.radius, self.restarts)
@@ -80,7 +80,7 @@ class ARC(Attack):
         y: Labels,
         threat: Threat,
     ) -> None:
-        """From one judged point per image, until all members err on it or the rounds are over."""
+        """Run rounds from one scored point per image, at most until all members err."""
         rows = torch.arange(len(x), device=x.device)
         for _ in range(self.steps):
             standing = (best.correct[rows] > 0).nonzero().flatten()
@@ -105,7 +105,7 @@ class ARC(Attack):
         y: Labels,
         threat: Threat,
     ) -> tuple[Images, Float[Tensor, " B"]]:
-        """One round: the local perturbation, and how often it is answered right."""
+        """One round: the local perturbation, and the expected accuracy on it."""
         radius, local = self.radius * threat.eps, correct
         turn = torch.zeros_like(x)
         for place, m in enumerate(order):
@@ -129,16 +129,16 @@ class ARC(Attack):
 
     @staticmethod
     def _along(slope: Images, turn: Images, threat: Threat) -> Float[Tensor, " B"]:
-        """How far the perturbation so far already goes towards the boundary."""
+        """Projection of the current perturbation on the direction to the boundary."""
         unit = -slope / per_image(norms(slope, dual(threat.norm)).clamp_min(TINY), slope)
         return (unit * turn).flatten(1).sum(1)
 
 
 def member_orders(shares: Sequence[float]) -> Iterator[list[int]]:
-    """Orders of the members by falling probability, without end.
+    """Infinite iterator of orders of the members by falling probability.
 
-    Equally probable ones are rotated, each rotation followed by its reverse: of up to three equal
-    members every order comes once in six.
+    Equally probable members are rotated, each rotation followed by its reverse: up to three such
+    members pass through every order in six.
     """
     for turn in count():
         ranks = [(k + turn // 2) % len(shares) for k in range(len(shares))]
@@ -151,8 +151,8 @@ def nearest_boundary(
     """A member's nearest decision boundary, to first order.
 
     Returns:
-        The distance to it in the threat's norm, and the gradient of the answer's logit minus that
-        of the class beyond it.
+        The distance to it in the threat's norm, and the gradient of the predicted class's logit
+        minus that of the class beyond it.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():

@@ -1,8 +1,8 @@
 """Base class of attacks: frozen settings, checked inputs, and `perturb` without side effects.
 
 An attack is a frozen, keyword-only dataclass derived from `Attack`; its fields are its settings,
-its class attributes say what it promises, and `perturb` does the work. Add one line to `ATTACKS`
-and the conformance table holds it to the contract.
+its class attributes declare its properties, and `perturb` implements it. Add one line to `ATTACKS`
+and the conformance tests check it against the contract.
 
 Presets, decided once for all attacks: a class that reproduces published settings has the field
 `preset: str | None = None` and the class attribute `presets`, a mapping from the preset's name to
@@ -52,23 +52,23 @@ RED_RELEASED: Final = "red-released"
 
 
 Distortion = tuple[Literal["l0", "l2", "linf"], float]
-"""A measure of how far an image was moved, and a limit: an L2 length, say, or a count of pixels."""
+"""A measure of distortion and its limit, such as an L2 distance or a number of pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
-    """Finds, for each image, a point on which the victim errs; called with a threat and a stream.
+    """Base class: searches, for each image, a point on which the victim errs.
 
-    Attacks run in the mode the victim is in and never change it. Nothing is left behind: parameter
-    gradients, `requires_grad` flags, running moments and the global generators are as before.
+    Attacks run in the victim's current mode and have no side effects: modes, parameter gradients,
+    `requires_grad` flags, running statistics and the global generators are unchanged.
 
     Attributes:
-        adaptive: is given the ensemble with all its members; a bare module counts as one member.
+        adaptive: takes the ensemble with all its members; a plain module counts as one member.
         bounded: the result stays inside the threat's ball.
-        stated: of an attack that nothing bounds, the distortion at which it is scored.
+        stated: for attacks that are not bounded, the distortion at which they are scored.
         norms: the threat norms it can attack in.
         randomized: draws from `rng`.
-        takes_starts: can go on from points that other attacks found; implements `perturb_from`.
+        takes_starts: accepts points found by other attacks as starts; implements `perturb_from`.
         summary: one line for `redefense list attacks`.
         presets: published settings by name, see the module's docstring.
     """
@@ -85,7 +85,7 @@ class Attack(ABC):
     def __init_subclass__(cls) -> None:
         if cls.bounded != (cls.stated is None):
             raise TypeError(
-                f"{cls.__name__}: `stated` goes with `bounded = False`, and only with it"
+                f"{cls.__name__}: `stated` must be set if `bounded = False`, and only then"
             )
 
     def __post_init__(self) -> None:
@@ -113,11 +113,11 @@ class Attack(ABC):
 
     @property
     def least_classes(self) -> int:
-        """Fewest classes that these very settings can do with; fewer raise ConfigError."""
+        """Smallest number of classes that these settings support; fewer raise ConfigError."""
         return LEAST_CLASSES.get(getattr(self, "loss", ""), 2)
 
     def check(self) -> None:  # noqa: B027 - not every attack has something to validate
-        """Refuse settings that make no sense.
+        """Validate the settings.
 
         Raises:
             ConfigError: naming the field, the rule and the value.
@@ -134,13 +134,13 @@ class Attack(ABC):
         rng: torch.Generator | None = None,
         starts: Tensor | None = None,
     ) -> Images:
-        """Check the input once, then perturb.
+        """Check the input, then perturb.
 
         Args:
             victim: images in [0, 1] to logits (B, C); adaptive attacks take an `Ensemble` too.
             x: clean images in [0, 1].
             y: their labels, in [0, C).
-            threat: what the adversary may do.
+            threat: norm and radius of the allowed perturbation.
             rng: the source of all randomness; the operating system's entropy unless given.
             starts: (K, B, ch, H, W), K >= 1 points of the ball for each image, e.g. the best that
                 other attacks found, to start from as well; only for attacks with `takes_starts`.
@@ -149,9 +149,9 @@ class Attack(ABC):
             Perturbed images in [0, 1], detached, same shape and type as `x`.
 
         Raises:
-            InputError: the images or labels break the contract, or the victim cannot take them.
-            ConfigError: the attack does not know the threat's norm or the victim's class count,
-                or takes no starts.
+            InputError: the images or labels are invalid, or the victim does not accept them.
+            ConfigError: the attack does not support the threat's norm, the victim's number of
+                classes, or starts.
         """
         check_images(x)
         check_labels(y, len(x))
@@ -186,7 +186,7 @@ class Attack(ABC):
             except RedefenseError:
                 raise
             except Exception:
-                # looked at only now: asking the victim first would cost every attack a query
+                # checked afterwards: checking before would cost every attack a query
                 logits = as_ensemble(target).logits_of(0, at[:1])
                 check_labels(y, len(x), logits.shape[-1])
                 raise
@@ -195,9 +195,10 @@ class Attack(ABC):
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        """The attack itself, unchecked: no host wait before the first step.
+        """The attack itself, without checks: no device synchronisation before the first step.
 
-        Training calls this directly, with weights' gradients off (`ensembles.frozen_weights`).
+        Training calls this directly, with gradients of the weights off
+        (`ensembles.frozen_weights`).
         """
 
     def perturb_from(
@@ -210,14 +211,16 @@ class Attack(ABC):
         *,
         rng: torch.Generator,
     ) -> Images:
-        """As `perturb`, but may start from given points of the ball as well."""
-        raise NotImplementedError(f"{type(self).__name__} has `takes_starts` without this method")
+        """Like `perturb`, with additional starting points inside the ball."""
+        raise NotImplementedError(
+            f"{type(self).__name__} declares `takes_starts` but does not implement `perturb_from`"
+        )
 
     def _check_starts(self, starts: Tensor, x: Images, threat: Threat) -> Tensor:
-        """The starts in the type of `x`, with rounding at the ball's edge removed."""
+        """The starts in the dtype of `x`, projected to the ball."""
         name = type(self).__name__
         if not self.takes_starts:
-            raise ConfigError(f"{name} takes no starts: its first points are its own choice")
+            raise ConfigError(f"{name} does not accept starts; omit `starts`")
         if starts.ndim != 5 or len(starts) == 0 or starts.shape[1:] != x.shape:
             raise InputError(
                 f"starts must be of shape (K, {', '.join(map(str, x.shape))}) with K >= 1, "
@@ -235,12 +238,12 @@ class Attack(ABC):
 
 
 class OracleResult(NamedTuple):
-    """What an attack learns from one visit to a batch of points.
+    """Result of an oracle's evaluation of a batch of points.
 
     Attributes:
         value: (B,) the objective, larger is better for the attacker.
-        correct: (B,) probability that the victim answers right (0 or 1 for a plain module).
-        grad: (B, ch, H, W) gradient of the summed objective, finite; None if it was not asked for.
+        correct: (B,) probability that the victim is correct (0 or 1 for a plain module).
+        grad: (B, ch, H, W) gradient of the summed objective, finite; None if not requested.
     """
 
     value: Float[Tensor, " B"]
@@ -249,7 +252,7 @@ class OracleResult(NamedTuple):
 
 
 Oracle = Callable[[Tensor, bool], OracleResult]
-"""Visits points (B, ch, H, W); the flag asks for the gradient."""
+"""Evaluates points (B, ch, H, W); the flag requests the gradient."""
 
 
 def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Images:
@@ -274,10 +277,10 @@ def dual(norm: float) -> float:
 
 @dataclass
 class Best:
-    """The best point seen so far for each image: least often answered right, then by objective.
+    """The best point so far for each image: lowest expected accuracy, then highest objective.
 
-    Starts from any points without an opinion about them, so the first offer is taken. An offer
-    replaces only if strictly better, so with `value=-inf` it wins on correctness alone.
+    The initial points have no score, so the first offer is taken. An offer replaces a point only if
+    it is strictly better, so with `value=-inf` only correctness counts.
     """
 
     x: Tensor
@@ -290,17 +293,17 @@ class Best:
         return cls(x, worst, -worst)
 
     def select(self, rows: Int[Tensor, " K"]) -> "Best":
-        """The records of some of the images, to be worked on and handed back to `update`."""
+        """A copy for some of the images; write it back with `update`."""
         return Best(self.x[rows], self.correct[rows], self.value[rows])
 
     def update(self, rows: Int[Tensor, " K"], part: "Best") -> None:
-        """Take back the records of some of the images."""
+        """Write back the records of some of the images."""
         self.x = self.x.index_copy(0, rows, part.x)
         self.correct = self.correct.index_copy(0, rows, part.correct)
         self.value = self.value.index_copy(0, rows, part.value)
 
     def judge(self, victim: nn.Module, rows: Int[Tensor, " K"], x: Images, y: Labels) -> None:
-        """Ask a victim about points for some of the images, and offer them by their margins."""
+        """Query a victim at points for some of the images, and offer them by their margins."""
         with torch.no_grad():
             logits = victim(x)
         part = self.select(rows)
@@ -310,7 +313,7 @@ class Best:
     def offer(
         self, x: Images, correct: Float[Tensor, " B"], value: Float[Tensor, " B"]
     ) -> Bool[Tensor, " B"]:
-        """Take over the points that are better; returns which were."""
+        """Replace points by better ones; return a mask of those replaced."""
         value = value.to(self.value.dtype)
         correct = correct.to(self.correct.dtype)
         better = (correct < self.correct) | ((correct == self.correct) & (value > self.value))
@@ -321,6 +324,6 @@ class Best:
 
 
 def batch_noise(x: Images, low: float, high: float, rng: torch.Generator) -> Images:
-    """Uniform numbers in [low, high), one tensor for the batch: the presets' way to draw."""
+    """Uniform numbers in [low, high), one tensor for the batch, as the presets draw."""
     noise = torch.empty(x.shape, dtype=x.dtype, device=rng.device)
     return noise.uniform_(low, high, generator=rng).to(x.device)

@@ -1,6 +1,6 @@
-"""Carlini and Wagner's attack, which looks for the smallest change in L2 by gradient descent.
+"""Carlini and Wagner's attack: minimises the L2 distance by gradient descent.
 
-Every image has its own trade-off, step sizes and end.
+Every image has its own trade-off constant, step sizes and stopping point.
 """
 
 import math
@@ -26,10 +26,10 @@ from redefense.networks import differentiating
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Labels, Victim, correct
 
-_INSET, _INSET_MOST = 1e-6, 1e-2  # CW: how far from the border of the box a descent starts
+_INSET, _INSET_MOST = 1e-6, 1e-2  # CW: distance from the border of the box at the start
 _BOLDER = 10.0  # CW: growth of the rate until an image is fooled, with c and the inset
 _CONVERGED = 0.9999  # CW: a loss above this share of the lowest one is not falling
-_HALVINGS = 8  # CW: looks at points on the way back to the image, at the very end
+_HALVINGS = 8  # CW: bisection steps towards the image, at the end
 
 
 def to_box(w: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def to_box(w: Tensor) -> Tensor:
 
 @dataclass
 class _Adam:
-    """Adam (Kingma & Ba, 2015) on a batch from which images can leave."""
+    """Adam (Kingma & Ba, 2015) on a batch from which images can be removed."""
 
     rate: Tensor
     mean: Tensor
@@ -47,7 +47,7 @@ class _Adam:
     count: int = 0
 
     def move(self, w: Tensor, grad: Tensor, share: float) -> Tensor:
-        """One step at a share of the rate."""
+        """One step at a fraction of the learning rate."""
         self.count += 1
         self.mean = 0.9 * self.mean + 0.1 * grad
         self.square = 0.999 * self.square + 0.001 * grad**2
@@ -62,9 +62,9 @@ class _Adam:
 
 @dataclass
 class _Smallest:
-    """Per image the smallest change that fooled, or else the point of the highest margin.
+    """Per image the smallest successful change, or else the point of the highest margin.
 
-    Margins are the wrong class's lead less the lead asked for; above zero they fool.
+    Margins are the wrong class's lead minus the required lead; positive ones are successes.
     """
 
     x: Tensor
@@ -72,7 +72,7 @@ class _Smallest:
     margin: Tensor
 
     def offer(self, rows: Tensor, point: Tensor, size: Tensor, margin: Tensor) -> Tensor:
-        """Take over what is better among the given rows; returns which points fooled."""
+        """Replace points of the given rows by better ones; return a mask of successes."""
         fooled = margin > 0
         closer = torch.isinf(self.size[rows]) & (margin > self.margin[rows])
         better = torch.where(fooled, size < self.size[rows], closer)
@@ -96,10 +96,10 @@ def cw_descent(
 ) -> Tensor:
     """One descent on |x' - x|^2 + c * max(margin of the true class + kappa, 0), from the image.
 
-    The rate falls linearly to zero. The start is short of the border of the box by a share
-    `inset`: on it the change of variables has no slope, and pixels could never move. An image
-    leaves when its loss has not fallen for half of the steps; the point after the last step
-    counts too.
+    The learning rate falls linearly to zero. The start keeps a relative distance `inset` from the
+    border of the box, where the change of variables has zero gradient and pixels could never move.
+    An image stops when its loss has not fallen for half of the steps. The point after the last step
+    is scored, too.
 
     Returns:
         (B,) which images were fooled with this c.
@@ -138,7 +138,7 @@ def carlini_wagner(
     victim: Victim, x: Images, y: Labels, *, searches: int, steps: int, rate: float, c: float,
     kappa: float,
 ) -> Images:  # fmt: skip
-    """Descents with a bisected trade-off c per image; see `CW`."""
+    """Repeated descents with a bisected trade-off c per image; see `CW`."""
     best = _Smallest(
         x.clone(),
         torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device),
@@ -147,7 +147,7 @@ def carlini_wagner(
     with torch.no_grad():
         gain = margin(victim(x), y).to(x.dtype) - kappa
     rows = torch.arange(len(x), device=x.device)
-    # what is wrong already has distance zero
+    # misclassified images have distance zero
     fooled = best.offer(rows, x, torch.zeros_like(gain), gain)
     rows = rows[~fooled]
     low, high = torch.zeros_like(gain), torch.full_like(gain, math.inf)
@@ -171,7 +171,7 @@ def carlini_wagner(
 
 
 def shorten(victim: Victim, x: Images, y: Labels, best: _Smallest, kappa: float) -> None:
-    """Go back towards the image as far as the victim stays fooled, by halving."""
+    """Move back towards the image while the victim stays fooled, by bisection."""
     rows = ((best.size > 0) & ~best.size.isinf()).nonzero().flatten()
     if not len(rows):
         return
@@ -190,10 +190,10 @@ def shorten(victim: Victim, x: Images, y: Labels, best: _Smallest, kappa: float)
 def carlini_wagner_published(
     victim: Victim, x: Images, y: Labels, *, steps: int, rate: float, c: float, kappa: float
 ) -> Images:
-    """CW as TorchAttacks 3.5.1 has it: one c, a margin blind to logits <= 0, one end.
+    """CW as in TorchAttacks 3.5.1: one c, a margin that ignores logits <= 0, one stopping point.
 
-    The descent of the whole batch ends when its summed loss has risen between two looks; images
-    that were not fooled by then come back clean.
+    The whole batch stops when its summed loss has risen between two checks; images that do not fool
+    the victim by then are returned unchanged.
     """
     scaled = (2 * x - 1).clamp(-1.0, 1.0)
     w = (0.5 * torch.log((1 + scaled) / (1 - scaled))).requires_grad_()
@@ -226,17 +226,17 @@ class CW(Attack):
     """Smallest L2 change by gradient descent (Carlini & Wagner, 2017).
 
     Minimises |x' - x|^2 + c * max(z_y - max_{k != y} z_k + kappa, 0) over tanh-transformed pixels
-    with Adam; c is bisected per image, the smallest success of all descents is kept and moved back
-    to the boundary. A failure gives the point of the highest margin. Right for logits of any sign,
-    log-probabilities too.
+    with Adam; c is bisected per image, the smallest success of all descents is moved back to the
+    boundary and returned. On failure the point of the highest margin is returned. Valid for logits
+    of any sign, including log-probabilities.
 
     Attributes:
-        searches: descents, each with a c of its own.
+        searches: number of descents, each with another c.
         steps: Adam steps of a descent; each costs a forward and a backward pass.
         rate: Adam's learning rate.
         c: first trade-off; times 10 until an image is fooled, then bisected on a log scale.
-        kappa: lead in logits that a wrong class must have before an image counts as fooled.
-        preset: published settings: a single descent, the library's margin and end of the batch.
+        kappa: lead in logits that a wrong class must have before an image counts as a success.
+        preset: published settings: a single descent, the library's margin and stopping rule.
     """
 
     searches: int = 6

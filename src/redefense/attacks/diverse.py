@@ -34,7 +34,7 @@ def shrink_and_pad(
         torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1
     )  # (B, H, W, 2), each in [-1, 1] over the source image
     inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    # clamping to the border, as a resize does; what lies outside the small image is black
+    # clamping to the border, as a resize does; pixels outside the resized image are black
     seen = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return seen * inside
 
@@ -42,14 +42,14 @@ def shrink_and_pad(
 def _source(
     size: Int[Tensor, " B"], offset: Int[Tensor, " B"], full: int, like: Tensor
 ) -> tuple[Tensor, Bool[Tensor, "B full"]]:
-    """Where each pixel of one axis comes from, and whether it lies in the small image."""
+    """Source coordinate of each pixel of one axis, and whether it lies in the resized image."""
     place = torch.arange(full, device=like.device) - offset[:, None]
     where = (2 * place + 1).to(like.dtype) / size[:, None].to(like.dtype) - 1
     return where, (place >= 0) & (place < size[:, None])
 
 
 def own_transforms(streams: ImageStreams, rate: float, prob: float) -> Transform:
-    """A fresh transform per image and call, the identity with probability 1 - prob."""
+    """A new transform per image and call, the identity with probability 1 - prob."""
 
     def transform(x: Images) -> Images:
         full = x.shape[3]
@@ -65,9 +65,9 @@ def own_transforms(streams: ImageStreams, rate: float, prob: float) -> Transform
 
 
 def batch_transforms(rng: torch.Generator, rate: float, prob: float) -> Transform:
-    """The published form: one transform for the batch, of the image's own proportions.
+    """The published form: one transform for the batch, which preserves the aspect ratio.
 
-    It was published for square images, whose draws are the same.
+    It was published for square images, for which the draws are the same.
     """
 
     def integer(low: int, high: int) -> int:
@@ -92,7 +92,7 @@ def batch_transforms(rng: torch.Generator, rate: float, prob: float) -> Transfor
 def transformed_oracle(
     transform: Transform, victim: Victim, y: Labels, objective: Objective, *, judge: bool
 ) -> Oracle:
-    """Takes gradients through a transform; judges the plain points at one more forward pass."""
+    """Computes gradients through a transform; one more forward pass scores the plain points."""
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
@@ -115,11 +115,11 @@ def transformed_oracle(
 class DI2FGSM(Ascent):
     """BIM through random resizing and padding (Xie et al., 2019), with momentum if `decay` > 0.
 
-    Points are judged untransformed, at one more forward pass per step; a preset, which judges
-    nothing, uses one transform for the whole batch.
+    Points are scored untransformed, with one more forward pass per step. A preset scores no points
+    and uses one transform for the whole batch.
 
     Attributes:
-        decay: of the momentum, >= 0.
+        decay: momentum factor, >= 0.
         resize_rate: smallest width of the resized image as a fraction of the full one, in (0, 1).
         diversity_prob: probability with which an image is transformed at a step, in [0, 1].
     """

@@ -26,9 +26,9 @@ class Foreign(Attack):
     """Base of the attacks that `foreign` makes.
 
     Attributes:
-        function: called as (model, x, y), with the keywords that it has out of `threat` (a
-            `Threat`) and `eps` (its radius).
-        keywords: which of the two it has.
+        function: called as (model, x, y), with the keywords `threat` (a `Threat`) and `eps` (its
+            radius) if its signature has them.
+        keywords: the accepted ones of these two.
     """
 
     function: ClassVar[Callable[..., Any]]
@@ -40,10 +40,10 @@ class Foreign(Attack):
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        """What the function returns; torch's and numpy's global generators are seeded for it.
+        """Call the function with torch's and numpy's global generators seeded.
 
         Raises:
-            InputError: unless it returns images of the shape of `x`.
+            InputError: if it does not return images of the shape of `x`.
         """
         offered = {"threat": threat, "eps": threat.eps}
         given = {key: offered[key] for key in self.keywords}
@@ -77,13 +77,13 @@ def foreign(
     For example, of TorchAttacks `foreign(lambda model, x, y, eps: torchattacks.PGD(model,
     eps=eps)(x, y), "torchattacks PGD")`. The model is a `torch.nn.Module` from images in [0, 1] to
     logits: the view of the ensemble that the suite names. A callable that takes a keyword `eps` or
-    `threat` is given the run's; of any other the budget is its own. The harness checks the ball
-    and decides who won.
+    `threat` is given that of the run; any other uses its own budget. The evaluation checks the
+    budget and scores the results.
 
     Args:
         function: the callable.
-        name: how records and tables call it; its own name by default.
-        summary: one line on it; the first line of its docstring by default.
+        name: its name in records and tables; the callable's own name by default.
+        summary: one-line description; the first line of its docstring by default.
         norms: the threat norms that it attacks in.
 
     Raises:
@@ -113,7 +113,7 @@ def foreign(
 
 
 def name_of(value: Any) -> str:
-    """How an object is called: by its own name, or that of its class."""
+    """The name of an object, or that of its class."""
     if isinstance(value, functools.partial):
         return name_of(value.func)
     name = getattr(value, "__name__", None)
@@ -125,10 +125,10 @@ def _identifier(name: str) -> str:
 
 
 def attack_class(name: str, value: Any) -> type[Attack]:
-    """An attack class of the user's: as it is, or around a callable.
+    """A user's attack class unchanged, or an attack class around a callable.
 
     Raises:
-        ConfigError: for what is neither.
+        ConfigError: if the value is neither.
     """
     if isinstance(value, type) and issubclass(value, Attack):
         if inspect.isabstract(value):
@@ -145,9 +145,9 @@ def attack_class(name: str, value: Any) -> type[Attack]:
 
 
 def as_attack(value: Any, name: str | None = None) -> Attack:
-    """An attack from an object: ours, one of our classes with its defaults, or a callable.
+    """An attack from an `Attack`, an `Attack` class (with its defaults), or a callable.
 
     Raises:
-        ConfigError: for what is none of them.
+        ConfigError: if the object is none of these.
     """
     return value if isinstance(value, Attack) else attack_class(name or name_of(value), value)()

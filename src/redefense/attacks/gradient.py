@@ -1,8 +1,7 @@
 """Gradient ascent on a victim's loss: the one loop that a dozen attacks configure.
 
-Steps are fractions of the budget. The loop climbs a *sum* over images, so that an image's path
-does not depend on its batch mates, and reuses the forward pass of each step to judge the point it
-was taken at.
+Steps are fractions of the budget. The loop maximises a *sum* over images, so that an image's result
+does not depend on the rest of the batch. The forward pass of each step also scores its point.
 """
 
 import math
@@ -31,7 +30,7 @@ from redefense.threat import Threat, per_image, steepest
 from redefense.types import Images, Labels, Victim, correct
 
 PUBLISHED: Final = (TORCHATTACKS, RED_RELEASED)
-"""Both publish the same settings; the budget (8/255, 0.03) is the threat's."""
+"""Settings published by both libraries; their budget (8/255, 0.03) is given by the threat."""
 
 TEN_STEPS: Final[Mapping[str, object]] = {
     "steps": 10,
@@ -42,7 +41,7 @@ TEN_STEPS: Final[Mapping[str, object]] = {
 
 
 def gradient_oracle(victim: Victim, y: Labels, objective: Objective, *, draws: int = 1) -> Oracle:
-    """Looks at a victim's logits, averaged over `draws` queries of the same points."""
+    """Oracle for a victim's logits, averaged over `draws` queries of the same points."""
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
         x = x.detach().requires_grad_(with_grad)
@@ -90,13 +89,13 @@ def climb(
         threat: the ball.
         steps: number of gradients.
         step_size: length of the first step in the threat's norm.
-        shrink: the steps fall geometrically towards this share of the first one; 1 keeps them.
-        decay: of the momentum over gradients of unit mean magnitude (Dong et al., 2018); None
-            climbs the plain gradient.
-        best: keeps the best of all points visited, the last one included at the cost of one more
-            forward pass; None costs nothing and leaves the caller with the last point.
-        guard: keep zero gradients out of the momentum; without, they become NaN there and the
-            image stands still from then on, as in published code.
+        shrink: ratio of the last step to the first; steps fall geometrically. 1: constant steps.
+        decay: momentum factor, over gradients of unit mean magnitude (Dong et al., 2018); None: no
+            momentum.
+        best: records the best point visited. The last point costs one more forward pass; None skips
+            it.
+        guard: exclude zero gradients from the momentum. Otherwise they become NaN and the image no
+            longer moves, as in published code.
 
     Returns:
         The last point.
@@ -119,7 +118,7 @@ def climb(
 
 
 def unit_mean(grad: Images, *, guard: bool = True) -> Images:
-    """Gradient divided by its mean magnitude, per image; guarded, zero stays zero."""
+    """Gradient divided by its mean magnitude, per image; with `guard`, zero stays zero."""
     size = grad.abs().flatten(1).mean(1)
     if guard:
         size = size.clamp_min(torch.finfo(grad.dtype).tiny)
@@ -138,7 +137,7 @@ def climb_from(
     decay: float | None = None,
     guard: bool = True,
 ) -> Images:
-    """Climb from each start, in steps of a fraction of eps; the best point of all, or the last."""
+    """Ascend from each start, in steps of a fraction of eps; return the best point, or the last."""
     best = Best.start(x) if keep_best else None
     last = x
     for start in starts:
@@ -152,9 +151,9 @@ def climb_from(
 def random_starts(
     x: Images, y: Labels, threat: Threat, rng: Generator | Seed, *, of_batch: bool = False
 ) -> Callable[[], Tensor]:
-    """Makes random points of the ball, each image from its own stream, or all from `rng`.
+    """Draws random points of the ball, each image from its own stream, or all from `rng`.
 
-    With a seed in place of a generator, parts of a batch get the same points as the whole.
+    With a seed in place of a generator, a part of a batch gets the same points as the whole batch.
     """
     flat = threat.norm == math.inf
     common = rng if of_batch and isinstance(rng, Generator) else None
@@ -176,7 +175,7 @@ def random_starts(
 
 
 def check_steps(steps: int, step_size: float, restarts: int = 1) -> None:
-    """Refuse counts below 1 and steps that are not positive.
+    """Validate counts (at least 1) and the step size (positive).
 
     Raises:
         ConfigError: naming the rule and the value.
@@ -190,20 +189,20 @@ def check_steps(steps: int, step_size: float, restarts: int = 1) -> None:
 
 
 def check_shrink(shrink: float) -> None:
-    """Refuse steps that grow or vanish.
+    """Validate the shrink factor.
 
     Raises:
-        ConfigError: unless it lies in (0, 1].
+        ConfigError: if it is not in (0, 1].
     """
     if not 0 < shrink <= 1:
         raise ConfigError(f"shrink must lie in (0, 1], got {shrink}")
 
 
 def check_decay(decay: float) -> None:
-    """Refuse a momentum that grows without reason or alternates.
+    """Validate the momentum factor.
 
     Raises:
-        ConfigError: unless it is finite and not negative.
+        ConfigError: if it is negative or not finite.
     """
     if not 0 <= decay < math.inf:
         raise ConfigError(f"decay must be finite and not negative, got {decay}")
@@ -232,15 +231,17 @@ class FGSM(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class Ascent(Attack):
-    """What the attacks made of `climb` share.
+    """Base class of the attacks that use `climb`.
 
     Attributes:
         steps: number of gradients, per restart where there are restarts.
         step_size: as a fraction of eps.
-        keep_best: return the best point visited (fooled first, then by loss) instead of the last;
-            costs one more forward pass. On a victim that draws a member per call "best" is one
-            draw's opinion, and the last point, to which all draws contributed, is as strong.
-        loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
+        keep_best: return the best point visited (misclassified first, then by loss) instead of the
+            last; costs one more forward pass. On a victim that draws a member per call, "best"
+            depends on a single draw, and the last point, to which all draws contributed, is as
+            strong.
+        loss: name in `OBJECTIVES`; the default orders points as cross-entropy does, and its
+            gradient never vanishes.
         preset: published settings; random numbers are then drawn for the batch, from `rng`.
     """
 
@@ -278,7 +279,7 @@ class MIM(Ascent):
     """BIM along a running sum of normalised gradients (MI-FGSM, Dong et al., 2018).
 
     Attributes:
-        decay: of the running sum, >= 0.
+        decay: momentum factor of the running sum, >= 0.
     """
 
     decay: float = 1.0
@@ -303,11 +304,11 @@ class MIM(Ascent):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomAscent(Ascent):
-    """PGD's share: ascent from random starts.
+    """Base class of the attacks that ascend from random starts.
 
     Attributes:
         random_start: start at a random point of the ball instead of the image.
-        restarts: independent starts; the best point of all is kept.
+        restarts: independent random starts; the best point of all is returned.
     """
 
     random_start: bool = True
@@ -350,8 +351,8 @@ class PGD(RandomAscent):
 class EOTPGD(RandomAscent):
     """PGD along the mean gradient of several queries of a random victim (Athalye et al., 2018).
 
-    On a deterministic victim it is PGD at a multiple of the cost; where the members are known,
-    `meanprob_pgd` has the exact expectation.
+    On a deterministic victim it equals PGD at a multiple of the cost. Where the members are known,
+    `meanprob_pgd` uses the exact expectation.
 
     Attributes:
         draws: queries per gradient.

@@ -1,8 +1,8 @@
 """DeepFool, which searches for the smallest change in L2, and functions shared with its kind.
 
-They are not bounded by the threat: report the distortion beside the accuracy. Every image has its
-own steps and end, and leaves the batch when it is done, so that a result does not
-depend on batch mates and no forward pass is spent on a finished image.
+They are not bounded by the threat: report the distortion together with the accuracy. Every image
+has its own steps and stopping point and is removed from the batch when it is done. A result does
+not depend on the rest of the batch, and no forward pass is spent on a finished image.
 """
 
 import math
@@ -26,8 +26,8 @@ from redefense.errors import ConfigError
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Int, Labels, Logits, Victim, correct
 
-_BLOCK = {"cpu": 64}  # images attacked at a time: larger batches leave a processor's cache
-_BLOCK_ELSEWHERE = 512  # fills an accelerator and bounds the memory of the jacobians
+_BLOCK = {"cpu": 64}  # images attacked at a time: larger batches exceed a processor's cache
+_BLOCK_ELSEWHERE = 512  # uses an accelerator fully and bounds the memory of the Jacobians
 _NUDGE = 1e-5  # added to DeepFool's distance, in pixel units: a point on the boundary must cross it
 
 
@@ -40,13 +40,13 @@ def in_blocks(x: Images, y: Labels, run: Callable[[Images, Labels], Images]) -> 
 def gaps_and_slopes(
     victim: Victim, x: Images, y: Labels, rivals: Int[Tensor, "B R"] | int
 ) -> tuple[Logits, Int[Tensor, "B R"], Float[Tensor, "B R"], Float[Tensor, "B R ch H W"]]:
-    """How far rivals are behind the true class, and how that changes with the input.
+    """Logit gaps of wrong classes to the true class, and their gradients.
 
     Args:
         victim: images to logits.
         x: points.
         y: labels.
-        rivals: wrong classes to look at, per image, or how many of the highest.
+        rivals: wrong classes per image, or the number of highest wrong classes.
 
     Returns:
         Logits; rivals; gaps z_r - z_y; the gradients of the gaps, finite.
@@ -66,7 +66,7 @@ def gaps_and_slopes(
 def to_nearest(
     gaps: Float[Tensor, "B R"], slopes: Float[Tensor, "B R ch H W"], nudge: float
 ) -> tuple[Tensor, Int[Tensor, " B"]]:
-    """The shortest step that closes a gap if gaps are linear; zero where no slope is.
+    """The shortest step that closes a gap if gaps are linear; zero where all gradients are zero.
 
     Returns:
         The step (B, ch, H, W) and the position (B,) of the gap it closes.
@@ -76,14 +76,14 @@ def to_nearest(
     pick = distance.argmin(1)
     rows = torch.arange(len(pick), device=pick.device)
     slope, size = slopes[rows, pick], size[rows, pick]
-    # in this order of operations the library's steps come out to the last bit but one
+    # this order of operations reproduces the library's steps up to the last bit but one
     length = gaps[rows, pick].abs() + nudge * size
     step = per_image(length, slope) * slope / per_image(size**2, slope)
     return torch.where(per_image(size > 0, step), step, torch.zeros_like(step)), pick
 
 
 def free_slopes(slopes: Float[Tensor, "B R ch H W"], x: Images) -> Tensor:
-    """Slopes without the pixels that stand at the border of the box and would be pushed out."""
+    """Gradients, zero at pixels on the border of the box that would leave it."""
     x = x[:, None]
     return slopes.masked_fill(((x <= 0) & (slopes < 0)) | ((x >= 1) & (slopes > 0)), 0.0)
 
@@ -93,9 +93,9 @@ def deepfool(
 ) -> Images:
     """Repeated steps to the nearest linearised boundary, within the box.
 
-    Each image stops where it is first misclassified; after the last step it is looked at once
-    more, and a failure gives the point that came closest in margin. Steps spare the pixels that
-    cannot move further, without which images with many black pixels are never fooled.
+    Each image stops where it is first misclassified. The point after the last step is checked, too;
+    on failure the point of the highest margin is returned. Steps skip the pixels that cannot move
+    further; otherwise images with many black pixels are never misclassified.
     """
     best, best_margin = x.clone(), torch.full_like(y, -math.inf, dtype=x.dtype)
     active, point = torch.arange(len(x), device=x.device), x
@@ -118,12 +118,12 @@ def deepfool(
 def deepfool_published(
     victim: Victim, x: Images, y: Labels, *, steps: int, overshoot: float
 ) -> tuple[Images, Labels]:
-    """DeepFool as TorchAttacks 3.5.1 has it: all classes, the last step goes unchecked.
+    """DeepFool as in TorchAttacks 3.5.1: all classes, the last step is not checked.
 
-    The one deviation: an image without a gradient stays where it is instead of becoming NaN.
+    The only deviation: an image with zero gradient is not changed instead of becoming NaN.
 
     Returns:
-        The points and the class each has reached or was last sent to.
+        The points, and the class that each has reached or was last moved towards.
     """
     point, target = x.clone(), y.clone()
     active = torch.arange(len(x), device=x.device)
@@ -160,14 +160,14 @@ def wrong_classes(y: Labels, num_classes: int) -> Int[Tensor, "B R"]:
 class DeepFool(Attack):
     """Smallest L2 change by repeated linearisation (Moosavi-Dezfooli et al., 2016).
 
-    Images that are misclassified already come back unchanged: nothing is smaller.
+    Misclassified images are returned unchanged.
 
     Attributes:
-        steps: linearisations at most; each costs one forward and `rivals` backward passes, and
-            one more forward pass to look at the result.
-        overshoot: by how much each step goes beyond the boundary, as a share of the step.
-        rivals: how many of the highest wrong classes are linearised, as in the paper.
-        preset: published settings: all classes, the last step unchecked.
+        steps: maximum number of linearisations; each costs one forward and `rivals` backward
+            passes, and one more forward pass to check the result.
+        overshoot: distance of each step beyond the boundary, as a fraction of the step.
+        rivals: number of highest wrong classes that are linearised, as in the paper.
+        preset: published settings: all classes, the last step not checked.
     """
 
     steps: int = 50

@@ -32,7 +32,7 @@ def log_odds(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
 
 
 def margin(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
-    """Best wrong logit minus the true one; positive means fooled. Right for any sign of logits."""
+    """Best wrong logit minus the true one, of any sign; positive if misclassified."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
@@ -48,7 +48,7 @@ def dlr(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
     need_classes(logits, "dlr")
     top = logits.topk(3, dim=1).values
     true = logits.gather(1, y[:, None]).squeeze(1)
-    # the runner-up is the second place only if the true class holds the first
+    # the best wrong class ranks second only if the true class ranks first
     other = torch.where(true == top[:, 0], top[:, 1], top[:, 0])
     return (other - true) / (top[:, 0] - top[:, 2] + _FLOOR)
 
@@ -72,11 +72,11 @@ def targeted_margin(logits: Logits, y: Labels, target: Labels) -> Float[Tensor, 
 
 
 LEAST_CLASSES: Final[Mapping[str, int]] = MappingProxyType({"dlr": 3, "targeted_dlr": 4})
-"""Objectives that compare more logits than any two classes have."""
+"""Minimum number of classes, for objectives that need more than two."""
 
 
 def need_classes(logits: Logits, name: str) -> None:
-    """Refuse a victim with too few classes for the objective of that name.
+    """Check that a victim has enough classes for the objective of that name.
 
     Raises:
         ConfigError: naming the objective and both numbers.

@@ -1,9 +1,9 @@
 """OnePixel, and functions shared by the black-box attacks that change few pixels.
 
-All images take their n-th step together, one forward pass for the candidates of all, and leave
-when they are fooled. Each image has its own random stream, so that its result does not depend on
-who else is in the batch. Nothing is bounded by the threat: OnePixel bounds the number of pixels,
-Pixle (in `pixle`) not even that.
+All images take each step together, with one forward pass for all candidates. An image is removed
+from the batch when it is misclassified. Each image has its own random stream, so that its result
+does not depend on the rest of the batch. The threat does not bound them: OnePixel bounds the number
+of pixels, Pixle (in `pixle`) bounds nothing.
 """
 
 import math
@@ -23,8 +23,8 @@ from redefense.rng import ImageStreams
 from redefense.threat import Threat
 from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim, correct
 
-_QUERIES = {"cpu": 64}  # candidates in one forward pass: larger ones leave a processor's cache
-_QUERIES_ELSEWHERE = 1024  # fills an accelerator and bounds the memory
+_QUERIES = {"cpu": 64}  # candidates in one forward pass: larger batches exceed a processor's cache
+_QUERIES_ELSEWHERE = 1024  # uses an accelerator fully and bounds the memory
 
 
 def logits_at(victim: Victim, x: Images) -> Logits:
@@ -35,7 +35,7 @@ def logits_at(victim: Victim, x: Images) -> Logits:
 
 
 def format_of(x: Images) -> torch.memory_format:
-    """The memory format the images came in: candidates keep it, convolutions run faster in one."""
+    """The memory format of the images; candidates use it, since convolutions are faster in one."""
     dense = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
     return torch.contiguous_format if dense else torch.channels_last
 
@@ -47,7 +47,7 @@ def numpy_states(rng: torch.Generator, x: Images, y: Labels) -> list[np.random.R
 
 
 def rechecks(recheck: bool | None, preset: str | None) -> bool:
-    """Whether success is asked for a second time."""
+    """Whether a success is verified by a second query."""
     return preset is not None if recheck is None else recheck
 
 
@@ -57,7 +57,7 @@ def true_probs(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
 
 
 def true_margins(logits: Logits, y: Labels) -> Float[Tensor, " B"]:
-    """(B,) true logit minus the best wrong one; negative means fooled."""
+    """(B,) true logit minus the best wrong one; negative if misclassified."""
     return -margin(logits, y)
 
 
@@ -67,7 +67,7 @@ def paint(
     columns: Int[Tensor, "B P k"],
     colours: Float[Tensor, "B P k ch"],
 ) -> Float[Tensor, "B*P ch H W"]:
-    """P copies of each image with k pixels set; where two coincide the later one wins."""
+    """P copies of each image with k pixels set; of coinciding pixels the later one is used."""
     count, copies, pixels = rows.shape
     out = x.repeat_interleave(copies, dim=0).contiguous(memory_format=format_of(x))
     each = torch.arange(count * copies, device=x.device)
@@ -90,14 +90,14 @@ def paint_genes(x: Images, genes: Float[Tensor, "B P V"]) -> Float[Tensor, "B*P 
 
 @runtime_checkable
 class Proposals(Protocol):
-    """Where an evolution's candidates come from."""
+    """Source of the candidates of a differential evolution."""
 
     def first(self) -> Float[Tensor, "B P V"]:
         """The first population."""
         ...
 
     def trials(self, population: Tensor, rows: Tensor) -> Float[Tensor, "A P V"]:
-        """Candidates for the images `rows`; the best of a population stands at place 0."""
+        """Candidates for the images `rows`; the best of a population has index 0."""
         ...
 
 
@@ -105,7 +105,7 @@ class Proposals(Protocol):
 class StreamProposals:
     """best + F (a - b) with F in [0.5, 1) drawn per image, from streams of the images.
 
-    Places outside the image are redrawn; colours outside [0, 1] become black or white, which are
+    Positions outside the image are redrawn; colours outside [0, 1] are clipped to black or white,
     the strongest ones.
     """
 
@@ -138,7 +138,7 @@ class StreamProposals:
 
 @dataclass
 class NumpyProposals:
-    """The same step as SciPy's solver in TorchAttacks draws it, number for number."""
+    """The same step with exactly the random numbers of SciPy's solver in TorchAttacks."""
 
     states: list[np.random.RandomState]
     size: int
@@ -186,10 +186,10 @@ def evolve(
     Args:
         proposals: candidates.
         score: their energies and successes.
-        recheck: asks again whether the best genes (A, V) of the images `rows` fool; None trusts
-            the answer given when they were scored.
-        generations: at most; an image stops after one in which its best candidate fools.
-        look_first: an image may stop before the first one, too.
+        recheck: queries again whether the best genes (A, V) of the images `rows` succeed; None uses
+            the result of their scoring.
+        generations: maximum number; an image stops after one in which its best candidate succeeds.
+        look_first: an image may also stop before the first generation.
 
     Returns:
         The best genes of each image.
@@ -208,7 +208,7 @@ def evolve(
             better = values < level
             mine = torch.where(better[..., None], trials, mine)
             level, wins = torch.where(better, values, level), torch.where(better, hits, wins)
-            # the first of the lowest accepted ones takes the lead, if it is below the leader
+            # the first of the lowest accepted ones becomes the best, if it is lower than the best
             value, lead = level.masked_fill(~better, math.inf).min(1)
             lead = torch.where(value < level[:, 0], lead, 0)
             each = torch.arange(len(rows), device=rows.device)
@@ -227,15 +227,15 @@ def evolve(
 class OnePixel(Attack):
     """Few pixels of any colour, found by differential evolution (Su et al., 2019).
 
-    The default asks at most popsize * (steps + 1) = 5,100 times, about Square's budget, and stops
-    at the first candidate that fools. It always returns the best candidate found.
+    The default makes at most popsize * (steps + 1) = 5,100 queries, about Square's budget, and
+    stops at the first success. It always returns the best candidate found.
 
     Attributes:
-        pixels: how many pixels may change.
+        pixels: number of pixels that may change.
         steps: generations.
         popsize: candidates per generation.
-        recheck: ask the victim once more whether the best candidate fools before an image stops,
-            as the library does; only a randomized victim can tell. None: in presets only.
+        recheck: query the victim again before an image stops, as the library does; this matters
+            only for a randomized victim. None: in presets only.
         preset: published settings: 120 queries, on probabilities, and a population of
             max(5, popsize rounded down to a multiple of the genes).
     """

@@ -31,7 +31,7 @@ def move_pixels(
 ) -> Images:
     """Copy pixels of `source` into `base`, at flat positions; -1 as a destination copies nothing.
 
-    Where two go to the same place the later one wins, on every device.
+    Of two with the same destination the later one is used, on every device.
     """
     area = source.shape[2] * source.shape[3]
     order = torch.arange(origins.shape[1], device=source.device).expand_as(origins)
@@ -79,7 +79,7 @@ class StreamPatches:
 
 @dataclass
 class NumpyPatches:
-    """Windows and destinations as TorchAttacks draws them: never the last row or column."""
+    """Windows and destinations as in TorchAttacks: never in the last row or column."""
 
     states: list[np.random.RandomState]
     height: int
@@ -114,20 +114,20 @@ class NumpyPatches:
 class Pixle(Attack):
     """Copies pixels of an image to random places of it (Pomponi et al., 2022).
 
-    A candidate copies a random window of the clean image, pixel by pixel, to random places of the
-    best image so far. The default asks once per candidate, keeps every improvement of the margin
-    at once, and draws over the whole image, which need not be square. It returns the first
-    candidate that fools, else the best one.
+    A candidate copies a random window of the clean image, pixel by pixel, to random positions of
+    the best image so far. The default makes one query per candidate, accepts every improvement of
+    the margin, and draws over the whole image, which need not be square. It returns the first
+    success, else the best candidate.
 
     Attributes:
         height: smallest and largest height of the window, in pixels.
         width: smallest and largest width.
         restarts: rounds.
         iterations: candidates per round.
-        recheck: ask the victim once more whether a candidate fools, as the library does; only a
-            randomized victim can tell. None: in presets only.
-        preset: published settings: judges by probability and copies into an image that only
-            changes between rounds, to a worse one if none was better.
+        recheck: query the victim again after a success, as the library does; this matters only for
+            a randomized victim. None: in presets only.
+        preset: published settings: scores by probability and copies into an image that only changes
+            between rounds, even to a worse one if none was better.
     """
 
     height: tuple[int, int] = (2, 10)
@@ -173,7 +173,7 @@ class Pixle(Attack):
         return energy, ~correct(logits, y)
 
     def _strong(self, victim: Victim, x: Images, y: Labels, patches: StreamPatches) -> Images:
-        # any candidate is worth more than the clean image
+        # any candidate is better than the clean image
         best, lowest = x.clone(), torch.full_like(y, math.inf, dtype=x.dtype)
         rows = torch.arange(len(x), device=x.device)
         for _ in range(self.restarts * self.iterations):

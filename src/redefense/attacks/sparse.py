@@ -14,21 +14,21 @@ from redefense.errors import ConfigError
 from redefense.threat import Threat, norms, per_image
 from redefense.types import Images, Labels, Victim, correct
 
-_BEYOND = 1e-3  # how far the solver goes beyond the hyperplane, along its unit normal
+_BEYOND = 1e-3  # distance beyond the hyperplane, along its unit normal
 _LEAST = 1e-4  # the smallest move of a coordinate
 
 
 def cross_hyperplane(x: Images, normal: Images, point: Images) -> Images:
     """Move as few coordinates as a greedy choice allows until a hyperplane is crossed.
 
-    The hyperplane goes through `point` with unit `normal` (zero: the image stays). Coordinates move
-    one after the other, largest share of the normal first, along the normal's sign and within
-    [0, 1]: each as far as the crossing needs, or as its room allows. Sorting by share and a running
-    sum of share times room give in one go what the published loop finds coordinate by coordinate.
+    The hyperplane goes through `point` with unit `normal` (zero: the image is not changed).
+    Coordinates move one after the other, largest component of the normal first, along the normal's
+    sign and within [0, 1]: each as far as the crossing needs, or to its bound. Sorting and a
+    cumulative sum compute at once what the published loop finds coordinate by coordinate.
 
     Returns:
-        The moved images; where `x` is beyond the hyperplane already, the loop's answer for that
-        odd case: it walks on until no coordinate is left.
+        The moved images. Where `x` is already beyond the hyperplane, the result of the published
+        loop: it moves every coordinate.
     """
     flat, n = x.flatten(1).double(), normal.flatten(1).double()
     start = (n * (flat - point.flatten(1).double())).sum(1)
@@ -82,9 +82,9 @@ def sparsefool(
     victim: Victim, x: Images, y: Labels, *, steps: int, lam: float, overshoot: float,
     inner_steps: int,
 ) -> Images:  # fmt: skip
-    """SparseFool as in the paper: each round goes on from where the last one ended.
+    """SparseFool as in the paper: each round continues from the result of the last one.
 
-    A failure gives the point that came closest in margin.
+    On failure the point of the highest margin is returned.
     """
     best, best_margin = x.clone(), torch.full_like(y, -math.inf, dtype=x.dtype)
     rows, point, shown = torch.arange(len(x), device=x.device), x, x
@@ -104,7 +104,7 @@ def sparsefool(
         runner_up = logits.scatter(1, own[:, None], -math.inf).argmax(1)
         away = fooling - point
         normal = boundary_normal(victim, fooling, own, runner_up)
-        # behind a fold of the boundary its normal points back: the way there is the better guide
+        # beyond a fold of the boundary its normal points back; the direction of the step is used
         back = (normal * away).flatten(1).sum(1) <= 0
         length = norms(away, 2.0).clamp_min(torch.finfo(away.dtype).tiny)
         normal = torch.where(per_image(back, x), away / per_image(length, away), normal)
@@ -117,12 +117,12 @@ def sparsefool_published(
     victim: Victim, x: Images, y: Labels, *, steps: int, lam: float, overshoot: float,
     inner_steps: int,
 ) -> Images:  # fmt: skip
-    """SparseFool as TorchAttacks 3.5.1 has it.
+    """SparseFool as in TorchAttacks 3.5.1.
 
-    The hyperplane is scaled from, and the solver restarted at, the clean image; the normal is
-    taken beyond the boundary; the last round goes unchecked; and while any image of the batch has
-    never been fooled, all of it is asked again, which matters on a randomized victim. The one
-    deviation: without a gradient an image stays where it is.
+    The hyperplane is scaled from, and the solver restarted at, the clean image. The normal is
+    computed beyond the boundary. The last round is not checked. While any image of the batch has
+    never been misclassified, the whole batch is queried again, which matters for a randomized
+    victim. The only deviation: an image with zero gradient is not changed.
     """
     point = x.clone()
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -150,14 +150,14 @@ class SparseFool(Attack):
     """Few changed coordinates, by linearised boundaries (Modas et al., 2019).
 
     Each round finds a boundary point with DeepFool and crosses the tangent there with a greedy
-    choice of coordinates. Images that are misclassified already come back unchanged.
+    choice of coordinates. Misclassified images are returned unchanged.
 
     Attributes:
         steps: rounds.
-        lam: how far beyond DeepFool's point the hyperplane is moved; larger fools in fewer rounds
-            with more coordinates. Between 3, the paper's, and 1.5 all images of a small CIFAR
-            ResNet are fooled, with 33 and 20 changed pixels on average.
-        overshoot: final stretch of the whole change, as a share of it.
+        lam: relative distance of the hyperplane beyond DeepFool's point; larger values need fewer
+            rounds and more coordinates. With 3 (the paper's value) and with 1.5 all images of a
+            small CIFAR ResNet are misclassified, with 33 and 20 changed pixels on average.
+        overshoot: final extension of the whole change, as a fraction of it.
         inner_steps: DeepFool's steps in each round.
         preset: published settings, see `sparsefool_published`.
     """

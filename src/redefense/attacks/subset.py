@@ -1,4 +1,4 @@
-"""The attack on subsets of members: which of them can be fooled by one and the same point?"""
+"""Attack on subsets of members: searches points that fool all members of a subset."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,19 +19,19 @@ from redefense.threat import TINY, Threat
 from redefense.types import Bool, Float, Images, Int, Labels, Logits, correct
 
 MOST_MEMBERS = 12
-"""All subsets of so many members are listed; of more members, those nearest to erring."""
+"""Up to this many members all subsets are listed; with more members, those of smallest margin."""
 
 ANY = -1
-"""In place of a class that a member is driven towards: any wrong one."""
+"""Marks an untargeted attack on a member."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a climb aims at, for each of its images.
+    """Goal of an ascent, for each of its images.
 
     Attributes:
-        subset: (B, M) the members to be fooled together.
-        target: (B, M) the class that each is driven towards, or `ANY`.
+        subset: (B, M) the members to be fooled by one point.
+        target: (B, M) target class of each member, or `ANY`.
         scale: (B, M) unit of each member's margin.
     """
 
@@ -45,11 +45,11 @@ class Goal:
 
 
 def subset_oracle(support: Support, y: Labels, goal: Goal, temperature: float) -> Oracle:
-    """Looks at the smooth minimum of the scaled margins of each image's subset of members.
+    """Oracle for the smooth minimum of the scaled margins of each image's subset of members.
 
-    Asks each member only about the images whose subset it belongs to. A member that errs in any
-    way counts as fooled, whatever class it was driven towards. What the look calls `correct` is
-    the share of the subset's members that answer right.
+    Queries each member only on the images whose subset contains it. A member that predicts any
+    wrong class counts as fooled, whatever its target. `correct` is the fraction of the subset's
+    members that are correct.
     """
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
@@ -79,7 +79,7 @@ def subset_oracle(support: Support, y: Labels, goal: Goal, temperature: float) -
 def over_subsets(
     values: Float[Tensor, "B F"], join: Callable[[Tensor, Tensor], Tensor], empty: float
 ) -> Float[Tensor, "B S"]:
-    """The values of each subset's members joined to one; subset k holds those of k + 1's bits."""
+    """Reduce the members' values per subset; subset k contains the members of k + 1's bits."""
     table = torch.full_like(values[:, :1], empty)
     for value in values.unbind(1):
         table = torch.cat([table, join(table, value[:, None])], dim=1)
@@ -90,34 +90,33 @@ def over_subsets(
 class Subset(AutoAscent):
     """Auto-PGD on subsets of members, each a little more probable than those fooled so far.
 
-    First each member alone, towards any wrong class and towards its own likeliest ones; a member
-    that no point fools is left out of what follows. Then subsets of the others whose probability
-    exceeds that of the members fooled by the best point so far, and would not without any one of
-    them. Each climbs the smooth minimum of its members' margins: towards any wrong class, from the
-    best point so far and then from a random one; towards one class for all, the likeliest wrong
-    ones on average; towards mixed ones, each member's likeliest or second. When a point lowers the
-    exact expected accuracy, the next larger subsets are attacked; an image on which all members
-    err is done. Points that are handed in are judged first: members that they fool are not attacked
-    alone.
+    First each member is attacked alone, untargeted and towards its likeliest wrong classes; members
+    that no point fools are excluded. Then come minimal subsets of the others whose probability
+    exceeds that of the members fooled by the best point so far. Each ascent maximises the smooth
+    minimum of the members' margins: untargeted, from the best point so far and from a random one;
+    towards one class for all, the likeliest wrong ones on average; towards mixed classes, each
+    member's likeliest or second. When a point lowers the exact expected accuracy, the next larger
+    subsets are attacked. An image on which all members err is done. Given starts are scored first;
+    members that they fool are not attacked alone.
 
-    At each probability reached at most `subsets` subsets are attacked, those that came nearest to
-    being fooled at one of the points judged, with `2 + num_targets + mixed` climbs each; so with
-    8 or 12 members most subsets are never tried.
+    At each probability reached at most `subsets` subsets are attacked, those of the highest
+    smallest margin at any point scored, with `2 + num_targets + mixed` ascents each. With 8 or 12
+    members most subsets are therefore never attacked.
 
     The nearest published relative is the Lattice Climber (Gnecco Heredia et al., "On the role of
     randomization in adversarially robust classification", 2023), which also goes from a fooled
-    subset to one with a member more. It adds members to one point in one order; this attack starts
-    anew for each subset, tries several at each probability, and drives members towards classes.
+    subset to one with one more member. It adds members to one point in one order. This attack
+    restarts for each subset, tries several at each probability, and is targeted, too.
 
     Attributes:
-        steps: gradients per climb; many short climbs find more than few long ones.
+        steps: gradients per ascent; many short ascents find more than few long ones.
         temperature: of the smooth minimum; a member's margins are measured in standard deviations
             of its logits on the clean image.
-        num_targets: wrong classes that all members are driven towards, one after the other.
-        mixed: climbs in which the first members of the subset go towards classes of their own.
-        subsets: most subsets that are attacked at each probability reached.
-        early_stop: end a climb that is far from its goal after three tenths of its steps.
-        restarts: how often each subset and target is tried, from another start.
+        num_targets: number of common target classes of all members.
+        mixed: ascents in which the first members of the subset have separate targets.
+        subsets: maximum number of subsets attacked at each probability reached.
+        early_stop: end an ascent that is far from its goal after three tenths of its steps.
+        restarts: attempts per subset and target, each from another start.
     """
 
     steps: int = 50
@@ -129,7 +128,7 @@ class Subset(AutoAscent):
 
     adaptive: ClassVar[bool] = True
     takes_starts: ClassVar[bool] = True
-    summary: ClassVar[str] = "auto-PGD on subsets of members that are to be fooled together"
+    summary: ClassVar[str] = "auto-PGD on subsets of members, to be fooled by one point"
 
     def check(self) -> None:
         AutoAscent.check(self)
@@ -160,7 +159,7 @@ class Subset(AutoAscent):
         for given in () if starts is None else starts:
             search.judge(everyone, given)
         while True:
-            points = start()  # for all, so that streams do not depend on who is left
+            points = start()  # for all images, so that streams do not depend on which remain
             rows, goal, onward = search.next_goals()
             if len(rows) == 0:
                 break
@@ -172,7 +171,7 @@ class Subset(AutoAscent):
     def _climb(
         self, search: "Search", rows: Int[Tensor, " K"], goal: Goal, points: Images, threat: Threat
     ) -> Images:
-        """The best point for each image's goal; an image settled is not climbed on."""
+        """The best point for each image's goal; images that are done are not attacked further."""
 
         def look_of(part: Int[Tensor, " K"]) -> Oracle:
             return subset_oracle(
@@ -180,7 +179,7 @@ class Subset(AutoAscent):
             )
 
         found = Best.start(points)
-        # the smooth minimum of equal values lies so much below them
+        # offset of the smooth minimum of equal values below them
         least = -self.temperature * goal.subset.sum(1).to(points.dtype).log()
         oracle = until_settled(
             look_of, len(rows), steps=self.steps if self.early_stop else None, goal=least
@@ -192,15 +191,15 @@ class Subset(AutoAscent):
 
 
 class Search:
-    """What is known about the images of a batch, and what to attack next.
+    """State of the search for a batch, and the choice of what to attack next.
 
     Attributes:
         best: the best point of each image.
         erred: (B, M) whether some point fooled the member.
-        members: (B, F) places of the members whose subsets are listed.
+        members: (B, F) indices of the members whose subsets are listed.
         height: (B, S) for each subset the largest, over the points, smallest margin of its members.
-        listed: (B, L) the subsets to attack now, and in `valid` which of these places count.
-        tries: (B, S) climbs made towards each subset; `alone`: (B, M) towards each member.
+        listed: (B, L) the subsets to attack now, `valid` masks the entries in use.
+        tries: (B, S) ascents made for each subset; `alone`: (B, M) for each member.
     """
 
     def __init__(self, attack: Subset, support: Support, x: Images, y: Labels) -> None:
@@ -230,12 +229,12 @@ class Search:
 
     def _margins(self, logits: Sequence[Logits], rows: Int[Tensor, " K"]) -> Float[Tensor, "K M"]:
         gaps = torch.stack([margin(z, self.y[rows]) for z in logits], 1) / self.scale[rows]
-        return gaps.nan_to_num(nan=math.inf)  # an answer of NaN is wrong
+        return gaps.nan_to_num(nan=math.inf)  # NaN logits are misclassified
 
     def _name_targets(self, clean: Float[Tensor, "B M C"], shares: Float[Tensor, " M"]) -> None:
         """Wrong classes, likeliest first: each member's own, and those of the average."""
         total, classes = clean.shape[1:]
-        # with two classes a target says nothing
+        # with two classes a targeted attack is the untargeted one
         self.targets = min(self.attack.num_targets, classes - 1) if classes > 2 else 0
         size = self.masks.sum(1)
         mixed = (2**size).clamp_max(self.attack.mixed) * (size > 1) * (classes > 2)
@@ -247,7 +246,7 @@ class Search:
         self.common = mean.topk(self.own.shape[2], 1).indices
 
     def judge(self, rows: Int[Tensor, " K"], points: Images) -> None:
-        """Ask all members about a point for each of some images, and list subsets anew."""
+        """Query all members at a point for each of some images, and update the listed subsets."""
         y = self.y[rows]
         part, erred = self.best.select(rows), self.erred[rows]
         with torch.no_grad():
@@ -263,7 +262,7 @@ class Search:
         self._list(rows[news])
 
     def _list(self, rows: Int[Tensor, " K"]) -> None:
-        """List the least subsets more probable than what the best point fools, nearest first."""
+        """List the minimal subsets more probable than those the best point fools, nearest first."""
         fooled = (1 - self.best.correct[rows].double().clamp(0, 1))[:, None]
         mass, least = self.mass[rows], self.least[rows]
         wanted = (mass > fooled + 1e-6) & (mass - least <= fooled + 1e-6)
@@ -273,9 +272,9 @@ class Search:
         self.listed[rows], self.valid[rows] = nearest.indices, nearest.values > -math.inf
 
     def next_goals(self) -> tuple[Int[Tensor, " K"], Goal, Bool[Tensor, " K"]]:
-        """The images that have anything left to attack, the goal of each, and where to start.
+        """The images that are not done, with the goal and the start of each.
 
-        A subset's first climb goes on from the best point; the others start anew.
+        A subset's first ascent continues from the best point; the others start from random points.
         """
         alone = ~self.erred & (self.alone < (1 + self.targets) * self.attack.restarts)
         tries = self.tries.gather(1, self.listed)
@@ -283,7 +282,7 @@ class Search:
         rows = ((self.best.correct > 0) & (alone.any(1) | joint.any(1))).nonzero().flatten()
         single = alone.any(1)[rows]
         member = alone[rows].to(torch.int8).argmax(1)
-        # least often tried first, nearest first among these
+        # fewest attempts first, then nearest
         place = torch.where(joint, tries, self.aims.max())[rows].argmin(1)
         code = self.listed[rows, place]
         aim = torch.where(single, self.alone[rows, member], self.tries[rows, code])
@@ -300,7 +299,7 @@ class Search:
     def _targets_of(
         self, rows: Int[Tensor, " K"], subset: Bool[Tensor, "K M"], aim: Int[Tensor, " K"]
     ) -> Int[Tensor, "K M"]:
-        """The classes that belong to the number of a climb: any, one for all, or mixed ones."""
+        """Target classes of an ascent by its number: any, one for all, or mixed."""
         own, rank = self.own[rows], (aim - 1).clamp(0, max(self.targets - 1, 0))
         common = self.common[rows].gather(1, rank[:, None])
         alone = own.gather(2, rank[:, None, None].expand(-1, own.shape[1], 1)).squeeze(2)

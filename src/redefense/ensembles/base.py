@@ -27,7 +27,7 @@ from redefense.types import (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What an ensemble was built and trained from, so that it can be stored elsewhere.
+    """Run and data that an ensemble was trained from, needed to export it.
 
     Attributes:
         run: the resolved run.
@@ -43,13 +43,13 @@ class Origin:
 class Ensemble(nn.Module):
     """M classifiers and the probabilities with which each answers a query.
 
-    A subclass says what member m is: it overrides `member`, or `logits_of` and `member`.
+    A subclass implements `member`, or `logits_of` and `member`.
 
     Attributes:
         num_members: M.
         mixture: (M,) float64 probabilities with which members answer.
-        origin: of a trained ensemble; None for one put together by hand.
-        spread: over which processes its training is spread at the moment.
+        origin: run and data of a trained ensemble; None for one built by hand.
+        spread: the processes over which its training is currently distributed.
     """
 
     mixture: Tensor
@@ -69,12 +69,12 @@ class Ensemble(nn.Module):
         self.mixture.copy_(check_mixture(mixture, self.num_members))
 
     def shares(self) -> list[float]:
-        """The mixture as Python numbers; within `mixture_known` no accelerator is waited for."""
+        """The mixture as Python numbers; within `mixture_known` without device synchronisation."""
         return self.mixture.tolist() if self._shares is None else self._shares
 
     @contextmanager
     def mixture_known(self) -> Iterator[None]:
-        """Within, `shares` reads nothing: the mixture, read at the beginning, must not change."""
+        """Context in which `shares` uses the mixture read on entry; it must not change."""
         self._shares = self.shares()
         try:
             yield
@@ -82,22 +82,22 @@ class Ensemble(nn.Module):
             self._shares = None
 
     def logits_of(self, m: int, x: Images) -> Logits:
-        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        """(B, C) logits of member m. Inputs are not checked: inner loops may leave [0, 1]."""
         return ask(self.member(m), x)
 
     def member(self, m: int) -> nn.Module:
         """Member m as a plain network."""
-        raise TypeError(f"{type(self).__name__} does not say what a member is")
+        raise TypeError(f"{type(self).__name__} must implement `member`")
 
     def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
-        """Logits of all members. Checks nothing."""
+        """Logits of all members. Inputs are not checked."""
         own = self.spread.own(self.num_members)
         copies = self.spread.copies(x, self.num_members)
         logits = [self.logits_of(m, at) for m, at in zip(own, copies, strict=True)]
         return self.spread.members(torch.stack(logits))
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
-        """What training member m alone would change."""
+        """The parameters that training member m alone would change."""
         return list(self.member(m).parameters())
 
     def train_members(self, members: Sequence[int]) -> None:
@@ -112,7 +112,7 @@ class Ensemble(nn.Module):
         return Averaged(self)
 
     def sampled(self, *, rng: torch.Generator | None = None, per: Per = "call") -> nn.Module:
-        """Random sampling inference: a fresh member per forward call, or per image.
+        """Random sampling inference: a new member is drawn per forward call, or per image.
 
         Without `rng` members are drawn from the operating system's entropy.
         """
@@ -121,8 +121,8 @@ class Ensemble(nn.Module):
         return Sampled(self, rng=rng, per=per)
 
     def save_pretrained(self, folder: str | Path, **settings: Any) -> Path:
-        """Write this ensemble as model hubs keep them; see `redefense.save_pretrained`."""
-        # what lies above is reached through the public names, when it is asked for
+        """Save this ensemble in the model hub layout; see `redefense.save_pretrained`."""
+        # imported on use: this package must not import higher layers
         return redefense.save_pretrained(self, folder, **settings)
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> str:
@@ -131,10 +131,10 @@ class Ensemble(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **settings: Any) -> "Ensemble":
-        """An ensemble of this kind as model hubs keep them; see `redefense.from_pretrained`.
+        """Load an ensemble of this class; see `redefense.from_pretrained`.
 
         Raises:
-            InputError: if it is of another kind.
+            InputError: if it is of another class.
         """
         found = redefense.from_pretrained(name_or_folder, **settings)
         if not isinstance(found, cls):
@@ -145,11 +145,11 @@ class Ensemble(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Logits:
-        """(B, C) logits, each image answered by a member of its own, drawn in secret.
+        """(B, C) logits; the member that answers is drawn separately for each image.
 
         Raises:
-            InputError: unless x is (B, ch, H, W), floating point, finite and in [0, 1], and of a
-                shape that members take: that of the training images, if they were trained here.
+            InputError: if x is not (B, ch, H, W), floating point, finite and in [0, 1], or its
+                shape is not that of the training images, where known.
         """
         check_images(x)
         trained = None if self.origin is None else tuple(self.origin.data["shape"])
@@ -159,7 +159,7 @@ class Ensemble(nn.Module):
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network's first parameter or buffer lies; the CPU for one without."""
+    """The device of a network's first parameter or buffer; the CPU if it has none."""
     value = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if value is None else value.device
 

@@ -29,7 +29,7 @@ class EnsembleConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class IndependentConfig:
-    """M separate networks that differ by their initialisation.
+    """M separate networks with different initialisations.
 
     Attributes:
         model: architecture of every member, a name in `MODELS`.
@@ -82,11 +82,11 @@ class HyperConfig:
         num_members: M.
         width: channels of the first stage; the architecture's own if None.
         activation: "relu", "leaky" (slope 0.1), which GAL needs, or the smooth "silu".
-        embedding: numbers from which a unit is written.
+        embedding: dimension of a unit's embedding.
         hidden: width of a hypernetwork between its two layers, per output channel of a unit.
             ResNet-18 keeps 10.66 % of its parameters with 128, 5.60 % with 64.
-        unit: channels of a unit, 16, 32 or 64; must divide those of all written kernels.
-        taps: how nine taps become a 1x1 kernel.
+        unit: channels of a unit, 16, 32 or 64; must divide those of all generated kernels.
+        taps: reduction of nine taps to a 1x1 kernel: "mean", "max" or "sum".
         shared: one hypernetwork for all members in place of one each.
     """
 
@@ -117,7 +117,7 @@ class HyperConfig:
         )
 
     def plain(self) -> IndependentConfig:
-        """The same networks with kernels of their own."""
+        """The same networks with separate kernels."""
         return IndependentConfig(
             model=self.model,
             num_members=self.num_members,

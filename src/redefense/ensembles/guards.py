@@ -12,7 +12,7 @@ from redefense.networks import mode_of, set_evaluation
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; every submodule then gets its own mode back."""
+    """Evaluation mode within the block; the mode of every submodule is restored on exit."""
     modes = [(child, mode_of(child)) for child in module.modules()]
     set_evaluation(module)
     try:
@@ -35,7 +35,7 @@ def kernels_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_weights(module: nn.Module) -> Iterator[None]:
-    """The weights are constants within the block: no gradient of theirs is computed or stored."""
+    """No gradients of the weights are computed or stored within the block."""
     flags = [(p, p.requires_grad) for p in module.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)
@@ -49,7 +49,7 @@ def frozen_weights(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norm in train mode uses the batch's moments but leaves its running ones alone."""
+    """Batch norm in train mode uses batch statistics without updating its running ones."""
     norms = [c for c in module.modules() if isinstance(c, _BatchNorm) and c.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False

@@ -21,26 +21,26 @@ class Hyper(Ensemble):
     """PS-RED: M networks whose convolutions, but the first, are written by hypernetworks.
 
     Parameters, and what is saved, are stem, batch norm, classifier, embeddings and hypernetworks.
-    Every forward pass writes the kernels of the member that it asks, so they follow any optimizer
-    and any edit. Where weights stay as they are for a while (a training step up to the optimizer's,
-    an attack, many answers in a row), `kernels_kept` writes them once.
+    Every forward pass generates the kernels of the queried member, so they are valid after any
+    optimizer step or edit. While the weights are constant (a training step before the optimizer's,
+    an attack, repeated inference), `kernels_kept` generates them once.
 
     Args:
-        members: plain networks of any architecture of convolutions; their kernels are given up.
+        members: plain convolutional networks; their kernels are discarded.
         mixture: M probabilities, uniform unless given.
-        unit: channels of a unit, 16, 32 or 64; must divide those of all written kernels.
-        embedding: numbers from which a unit is written.
+        unit: channels of a unit, 16, 32 or 64; must divide those of all generated kernels.
+        embedding: dimension of a unit's embedding.
         hidden: d, width of the hypernetworks between their two layers, per channel of a unit.
-        taps: how nine taps become a 1x1 kernel: "mean", "max" or "sum".
-        shared: one hypernetwork for all members in place of one each. Members that are trained one
-            after another then change those before them.
-        rng: embeddings and hypernetworks are drawn from it.
+        taps: reduction of nine taps to a 1x1 kernel: "mean", "max" or "sum".
+        shared: one hypernetwork for all members in place of one each. Training members one after
+            another then changes the earlier ones.
+        rng: generator of the initial embeddings and hypernetworks.
 
     Attributes:
-        grids: the written kernels of each member.
+        grids: the generated kernels of each member.
 
     Raises:
-        ConfigError: if units cannot tile a kernel, or an option does not exist.
+        ConfigError: if units cannot tile a kernel, or an option is unknown.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Hyper(Ensemble):
         self._kept: dict[int, hyper.Written] | None = None
 
     def logits_of(self, m: int, x: Images) -> Logits:
-        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        """(B, C) logits of member m. Inputs are not checked: inner loops may leave [0, 1]."""
         grids, sources = self.grids[m], self._sources(m)
         written = self._written(m)
         kernels = written.kernels
@@ -91,7 +91,7 @@ class Hyper(Ensemble):
 
     @contextmanager
     def kernels_kept(self) -> Iterator[None]:
-        """Within, each member's kernels are written once, when they are first needed.
+        """Context in which each member's kernels are generated once, on first use.
 
         In training all passes of a member up to its backward pass then share one graph through its
         hypernetwork. The weights must not change meanwhile. Blocks may be nested.
@@ -106,13 +106,13 @@ class Hyper(Ensemble):
             self._kept = None
 
     def written(self) -> list[Tensor]:
-        """The kernels that are kept at the moment, of all members."""
+        """The currently cached kernels of all members."""
         return [k for one in (self._kept or {}).values() for k in one.kernels]
 
     def member(self, m: int) -> nn.Module:
-        """Member m written out: a plain network of its own, a copy as of now.
+        """Member m as a separate plain network with the current weights.
 
-        Train the ensemble through `logits_of`; what is done to this copy does not reach it.
+        Train the ensemble through `logits_of`; changes to this copy do not affect it.
         """
         net = copied(self.members[m])
         hyper.own(net, self.grids[m], self._written(m).kernels)
@@ -129,12 +129,12 @@ class Hyper(Ensemble):
             net.train(m in members)
 
     def _sources(self, m: int) -> tuple[Tensor, ...]:
-        """What the kernels of member m are written from."""
+        """The embeddings and the hypernetwork of member m's kernels."""
         writer = cast(hyper.Hypernetwork, self.writers[0 if self.shared else m])
         return (self.embeddings[m], *writer.sources())
 
     def _written(self, m: int) -> hyper.Written:
-        """The kernels of member m: those kept, or written now."""
+        """The kernels of member m, cached or generated now."""
         kept = {} if self._kept is None else self._kept
         if m not in kept:
             # neither a graph nor inference tensors, which training could not use later
@@ -143,9 +143,9 @@ class Hyper(Ensemble):
         return kept[m]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Hyper":
-        if self._kept is not None:  # another device or type: kernels are written there
+        if self._kept is not None:  # another device or type: kernels are generated there
             self._kept.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]  # torch leaves it untyped
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}  # copies write their own kernels
+        return {**self.__dict__, "_kept": None}  # copies generate their own kernels

@@ -36,20 +36,20 @@ class Independent(Ensemble):
 
 
 def as_ensemble(model: object) -> Ensemble:
-    """An ensemble as it is; a bare network as an ensemble of one; a list as independent members.
+    """Convert to an ensemble: a network becomes one member, a list independent members.
 
-    A plain function from images to logits is taken as a network.
+    An ensemble is returned unchanged; a plain function from images to logits counts as a network.
 
     Raises:
-        InputError: for anything else, and for a network that has members without being an
-            `Ensemble`: taken for one network it would answer at random, and look better than it is.
+        InputError: for anything else, and for a network with members that is not an `Ensemble`: as
+            one network it would answer at random and its accuracy would be overestimated.
     """
     if isinstance(model, Ensemble):
         return model
     if isinstance(model, nn.ModuleList):
         model = list(model)
     if isinstance(model, nn.Module):
-        # one such name may be chance, as a network's own `mixture`
+        # a single such name may be a coincidence, as a network's own `mixture`
         found = [name for name in _OF_ENSEMBLES if hasattr(model, name)]
         if len(found) > 1:
             raise InputError(
@@ -74,9 +74,9 @@ def _is_function(model: object) -> TypeGuard[Callable[[Tensor], Any]]:
 def _no_networks(model: object) -> InputError:
     got = type(model).__name__
     if isinstance(model, type):
-        got = f"the class {model.__name__}: make a network of it"
+        got = f"the class {model.__name__}: create an instance of it"
     if isinstance(model, nn.Module):
-        got += " where a list was asked for: put it into one"
+        got += " where a list was expected: pass a list"
     if isinstance(model, list | tuple):
         odd = (i for i, member in enumerate(model) if not isinstance(member, nn.Module))
         at = next(odd, None)

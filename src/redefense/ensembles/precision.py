@@ -1,4 +1,4 @@
-"""Attacks on images of half precision: they compute in single precision, and round at the end."""
+"""Attacks on images in half precision: they compute in single precision and round at the end."""
 
 import math
 
@@ -12,7 +12,7 @@ from redefense.types import Images, Logits
 
 
 class _In(Ensemble):
-    """An ensemble whose members take images of a certain type, and give usable logits."""
+    """An ensemble whose members are queried with images of one dtype."""
 
     def __init__(self, ensemble: Ensemble, dtype: torch.dtype) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
@@ -26,26 +26,26 @@ class _In(Ensemble):
 
 
 def asked(victim: nn.Module, x: Images) -> nn.Module:
-    """The victim as an attack asks it: in the type of the images, whatever that computes in."""
+    """The victim, queried in the dtype of the images, whatever dtype the attack computes in."""
     if not isinstance(victim, Ensemble):
         return Asked(victim, x.dtype)
-    # our own ensembles ask their members so themselves
+    # these ensembles already query their members so
     if isinstance(victim, Ensemble) and x.dtype.itemsize >= 4:
         return victim
     return _In(victim, x.dtype)
 
 
 def rounded(points: Images, x: Images, threat: Threat | None) -> Images:
-    """Points of single precision in the type of `x`, and still inside the ball.
+    """Round points of single precision to the dtype of `x`, inside the ball.
 
     Args:
-        points: as the victim saw them, rounded to the type of `x`.
-        x: the images they are of.
-        threat: what bounds them; None for attacks that nothing bounds.
+        points: perturbed images in single precision.
+        x: the clean images.
+        threat: the bound; None for attacks that are not bounded.
 
     Returns:
-        The nearest numbers. Where these leave the ball, those next to them on the side of `x`: in
-        L-inf for single pixels, in L2 for whole images.
+        The nearest numbers. Where these leave the ball, the adjacent ones towards `x`: in L-inf for
+        single pixels, in L2 for whole images.
     """
     if points.dtype == x.dtype:
         return points
@@ -62,7 +62,7 @@ def rounded(points: Images, x: Images, threat: Threat | None) -> Images:
 
 
 def _towards(near: Tensor, x: Tensor) -> Tensor:
-    """The next numbers on the side of `x`. None is negative, so that their bits are in order."""
+    """The next numbers towards `x`. All are non-negative, so their bit patterns are ordered."""
     # of the two zeros one has the bits of a negative number
     bits, goal = ((part + 0.0).contiguous().view(torch.int16) for part in (near, x))
     return (bits + (goal - bits).sign()).view(near.dtype).view_as(near)

@@ -1,10 +1,10 @@
-"""Passes of members that are recorded once and replayed, with the bits of the passes themselves.
+"""Members' passes recorded once (as CUDA graphs are) and replayed with bit-identical results.
 
-Attacks ask for two things: a member's logits, and their gradient by the images. Both are recorded
-for each member and shape of a batch; the attacks themselves are not, and know nothing of it. A
-recording is used only after a **proof pass**, in which images that are not those of the recording
-are answered both ways: logits and gradient must agree in every bit. On any error or difference all
-members are asked as they are from then on, and one line says why.
+Attacks query a member's logits and their gradient with respect to the images. Both are recorded for
+each member and batch shape; the attacks themselves are not. A recording is used only after a
+**proof pass**: logits and gradient of other images are computed both ways and must be
+bit-identical. On any error or difference all members are called directly from then on, and one line
+reports why.
 """
 
 from collections import Counter, OrderedDict
@@ -25,13 +25,13 @@ from redefense.runtime.recording import Recorder, Recording, RecordingError, dig
 from redefense.types import Images, Logits
 
 SETTLING: Final = 10
-"""Passes of a kind that are taken as they are before one is recorded, which costs tens of them."""
+"""Direct passes of a kind before one is recorded; a recording costs tens of passes."""
 
 MOST: Final = 128
-"""Recordings that are kept; of more, the one that was not used for longest is given up."""
+"""Maximum number of recordings; beyond it the least recently used one is discarded."""
 
 ROOM: Final = 8 * 2**30
-"""Bytes that recordings may take; beyond, all are given up and begun anew."""
+"""Maximum bytes of recordings; beyond it all are discarded."""
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -42,10 +42,10 @@ class _Pass:
 
     Attributes:
         x: memory from which the recording reads the images.
-        forward: gives the logits; with their graph, which keeps the activations, for `backward`.
-        backward: gives the gradient by the images; None where none is asked for.
-        pull: memory from which it reads the gradient by the logits.
-        turn: forward passes that were replayed.
+        forward: computes the logits, with their graph (activations included) for `backward`.
+        backward: computes the gradient with respect to the images; None if not needed.
+        pull: memory from which it reads the cotangents of the logits.
+        turn: number of forward passes replayed.
         proven: whether a proof pass has agreed.
     """
 
@@ -69,7 +69,7 @@ class _Pass:
             return self.forward.outputs[0].detach().clone()
 
     def gradient(self, pull: Tensor) -> Tensor:
-        """Gradient by the images of the last `answer`, for a gradient by its logits."""
+        """Gradient with respect to the images of the last `answer`, for given cotangents."""
         assert self.backward is not None
         assert self.pull is not None
         with torch.no_grad():
@@ -79,7 +79,7 @@ class _Pass:
 
 
 class _Replayed(torch.autograd.Function):
-    """Replays a pass, and its gradient when that is asked for. First derivatives only."""
+    """Replays a pass, and its gradient on backward. First derivatives only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, recorded: _Pass, answer: Answer) -> Tensor:
@@ -95,14 +95,14 @@ class _Replayed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if not pull.is_contiguous():  # layouts may choose the algorithm, and so the bits
             return _gradient(ctx.answer, x, pull)[1], None, None
-        if recorded.turn != ctx.turn:  # other images were answered since
+        if recorded.turn != ctx.turn:  # other images were replayed since
             recorded.answer(x)
             ctx.turn = recorded.turn
         return recorded.gradient(pull), None, None
 
 
 def _gradient(answer: Answer, x: Tensor, pull: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, their gradient by the images, and the gradient by the logits that was taken."""
+    """Logits, their gradient with respect to the images, and the cotangents used."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits = answer(leaf)
@@ -112,15 +112,15 @@ def _gradient(answer: Answer, x: Tensor, pull: Tensor | None) -> tuple[Tensor, T
 
 
 class Recorded(Ensemble):
-    """An ensemble whose members' passes are replayed where the same kind of pass comes again.
+    """An ensemble whose members' passes are replayed where the same kind of pass recurs.
 
-    Made by `recorded`. Members must be in evaluation mode, and their weights must stay where they
-    are. The first passes of a kind are taken as they are, and so are all whose weights ask for a
-    gradient, under autocast, and on other images than those that lie on the recorder's device.
+    Created by `recorded`. Members must be in evaluation mode, and their weights must not move in
+    memory. Passes are run directly the first times, where weights require gradients, under
+    autocast, and for images on another device than the recorder's.
 
     Attributes:
         counts: passes that were `computed`, `proven` (both ways) and `replayed`.
-        why: what is said where nothing is replayed any more.
+        why: the reason why passes are no longer replayed.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Recorded(Ensemble):
         self._params = [ensemble.parameters_of(m) for m in range(ensemble.num_members)]
 
     def logits_of(self, m: int, x: Images) -> Logits:
-        """(B, C) logits of member m. Checks nothing: inner loops may step outside the box."""
+        """(B, C) logits of member m. Inputs are not checked: inner loops may leave [0, 1]."""
         with_grad = torch.is_grad_enabled() and x.requires_grad
         if not self._may_replay(m, x):
             return self._computed(m, x)
@@ -154,7 +154,7 @@ class Recorded(Ensemble):
         known = self._passes.get(key)
         if known is None:
             self._asked[key] += 1
-            # a recording that was given up must be worth it next time
+            # a discarded recording is recorded again only after as many direct passes
             if self._asked[key] > self.settling << self._dropped[key]:
                 self._record(key, m, x, with_grad=with_grad)
             return self._aside(m, x)
@@ -173,11 +173,11 @@ class Recorded(Ensemble):
         return _Member(self, m)
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
-        """Those of member m itself."""
+        """The parameters of member m."""
         return self.ensemble.parameters_of(m)
 
     def forget(self) -> None:
-        """Give all recordings up."""
+        """Discard all recordings."""
         self._dropped.update(self._passes.keys())
         self._asked.clear()
         self._passes.clear()
@@ -201,7 +201,7 @@ class Recorded(Ensemble):
         return self.ensemble.logits_of(m, x)
 
     def _aside(self, m: int, x: Tensor) -> Tensor:
-        """A pass as it is, where one may be recorded."""
+        """A direct pass, to be recorded if possible."""
         with self.recorder.aside():
             return self._computed(m, x)
 
@@ -242,14 +242,14 @@ class Recorded(Ensemble):
         pull = torch.zeros_like(logits, memory_format=torch.contiguous_format).detach()
 
         def backward() -> list[Tensor]:
-            # kept, since a gradient may be asked for again and again
+            # retained, since gradients may be computed repeatedly
             return list(torch.autograd.grad(logits, memory, pull, retain_graph=True))
 
         second = self.recorder.record(backward, [*reads, pull], after=first)
         return _Pass(memory, first, second, pull)
 
     def _prove(self, known: _Pass, m: int, x: Tensor) -> None:
-        """The proof pass: both ways, compared."""
+        """The proof pass: compare a direct and a replayed pass."""
         answer = self._answer(m)
         try:
             with self.recorder.aside():
@@ -267,7 +267,7 @@ class Recorded(Ensemble):
             self._refuse(f"they cannot be replayed ({reason(error)})")
             return
         if not alike:
-            self._refuse("a replayed pass did not give the bits of the pass itself")
+            self._refuse("a replayed pass was not bit-identical to the direct pass")
             return
         self.counts["proven"] += 1
         known.proven = True
@@ -288,7 +288,7 @@ class _Member(nn.Module):
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """All that passes read and that stays: weights, statistics, and kernels that are kept."""
+    """All constant tensors that passes read: weights, statistics and cached kernels."""
     written = (child.written() for child in module.modules() if isinstance(child, Hyper))
     return [*module.parameters(), *module.buffers(), *(t for found in written for t in found)]
 
@@ -301,15 +301,15 @@ def recorded(
     *,
     settling: int = SETTLING,
 ) -> Iterator[Ensemble]:
-    """The ensemble with recorded passes, within the block; as it is without a recorder.
+    """The ensemble with recorded passes, within the block; unchanged without a recorder.
 
     The weights must not change meanwhile.
 
     Args:
         ensemble: in evaluation mode.
-        recorder: makes the recordings, on the device on which the ensemble lies.
-        tell: takes the line that says why nothing is replayed.
-        settling: passes of a kind that are taken as they are before one is recorded.
+        recorder: makes the recordings, on the ensemble's device.
+        tell: called with the reason why passes are no longer replayed.
+        settling: direct passes of a kind before one is recorded.
     """
     if recorder is None:
         yield ensemble

@@ -47,16 +47,16 @@ class Sampled(nn.Module):
 def logits_of_drawn(
     ensemble: Ensemble, x: Images, drawn: Tensor, *, padded: bool | None = None
 ) -> Logits:
-    """(B, C) logits where member drawn[b] answers image b: the work of one member, not of M.
+    """(B, C) logits where member drawn[b] answers image b, at the cost of one member, not of M.
 
     Args:
         ensemble: whose members answer.
         x: images.
         drawn: (B,) members, on the CPU.
-        padded: fill each member's images up to one of a few sizes, by repeating the last. Libraries
-            of accelerators prepare for each size anew; there it is done unless a member is in
-            training mode, where images of a batch depend on each other. Answers are the same to
-            rounding: its bits may depend on the size of a batch.
+        padded: pad each member's images to one of a few sizes, by repeating the last. Accelerator
+            libraries initialise for each new size. The default pads there unless a member is in
+            training mode, where images of a batch depend on each other. Logits are equal up to
+            rounding, which may depend on the batch size.
     """
     if len(drawn) == 0:
         return ensemble.logits_of(0, x)
@@ -81,8 +81,8 @@ def _next_size(count: int) -> int:
 
 def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
     """Log of the mixture-weighted mean of the members' probabilities; usable as logits."""
-    # members that never answer count for nothing, whatever they say; masked, since leaving them out
-    # would ask the device who they are, and wait for it, at every step of an attack
+    # members of probability zero are masked, whatever their logits; selecting the others would
+    # synchronise with the device at every step of an attack
     logits = logits.where((mixture > 0)[:, None, None], 0.0)
     log_probs = F.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
     return torch.logsumexp(log_probs + mixture.log().to(log_probs)[:, None, None], dim=0)
