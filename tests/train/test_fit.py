@@ -133,7 +133,7 @@ def test_a_killed_process_loses_at_most_an_interval(
     if ended:
         assert "is finished" in told
     elif kept is not None:
-        assert f"going on from {kept.path.name}" in told
+        assert f"resuming from {kept.path.name}" in told
 
 
 def test_resuming_a_folder_without_a_checkpoint_starts_over(whole: Path, tmp_path: Path) -> None:

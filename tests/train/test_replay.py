@@ -140,8 +140,8 @@ def test_a_number_of_the_host_that_changes_is_found_by_the_proof_step() -> None:
             mine.step(k)
         states.append(mine.state())
     assert mine.said == [
-        "steps of stage 'joint' are not replayed: a replayed step did not give the bits of the "
-        "step itself"
+        "steps of stage 'joint' are not replayed: a replayed step was not bit-identical to "
+        "the direct step"
     ]
     assert_same_bits(states[1], states[0])
 

@@ -1,4 +1,4 @@
-"""Training methods by name: one file and one line each."""
+"""Training methods by name, one file each."""
 
 import inspect
 from typing import Any, Final

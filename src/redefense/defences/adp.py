@@ -10,14 +10,14 @@ paper's weights are 2 and 0.5; the released code's flags default to 1 and 0.5, i
 uses the paper's.
 
 With `adversarial_training` the loss is taken on clean and on adversarial images, made on the
-averaged ensemble by ten steps of eps / 10, with eps drawn anew for each batch.
+averaged ensemble by ten steps of eps / 10, with eps drawn for each batch.
 
 Departures from the released code: the determinant is computed in double precision by Cholesky, so
-nothing needs to be scaled down against nan; any number of classes; examples are crafted with batch
-norm in evaluation mode, from images whose mean is subtracted once (the released adversarial script
-does it twice and clips to a wrong range); nothing is selected on the test set. The regularizer is
-differentiated with respect to detached logits first, so only one member's activations are alive:
-that costs one more forward pass a member.
+nothing is scaled down to avoid NaN; any number of classes is supported; examples are crafted with
+batch norm in evaluation mode, from images whose mean is subtracted once (the released adversarial
+script does it twice and clips to a wrong range); nothing is selected on the test set. The
+regularizer is differentiated with respect to detached logits first, so only one member's
+activations are in memory, at the cost of one more forward pass per member.
 """
 
 from collections.abc import Iterator
@@ -45,11 +45,13 @@ class ADP(CrossEntropyDefence):
         entropy: weight of the entropy of the mean probability (the paper's alpha).
         log_det: weight of the log determinant (beta).
         adversarial_training: add the same loss on adversarial images.
-        adversary: who makes them; its eps is the largest.
+        adversary: attack that generates them; its eps is the upper limit.
         smallest_eps: eps is uniform between this and the adversary's.
     """
 
-    summary: ClassVar[str] = "adaptive diversity promoting: disagree about the wrong classes"
+    summary: ClassVar[str] = (
+        "adaptive diversity promoting: diverse predictions of the wrong classes"
+    )
 
     entropy: float = 2.0
     log_det: float = 0.5
@@ -72,7 +74,7 @@ class ADP(CrossEntropyDefence):
         return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
-        """The definition at given images, as one joint graph over all members.
+        """The loss at given images, as one joint graph over all members.
 
         Returns:
             `ce`, `entropy` and `log_det` without their weights, `total` with them.
@@ -96,7 +98,7 @@ class ADP(CrossEntropyDefence):
         with phase(PENALTY):
             with torch.no_grad(), frozen_statistics(cast(nn.Module, ensemble)):
                 logits = ensemble.member_logits(x)
-            # in bf16 training the pull on the logits is not rounded as well
+            # in bf16 training the cotangents of the logits are not rounded to bf16
             logits = (logits.float() if logits.dtype.itemsize < 4 else logits).requires_grad_()
             named = self._diversity(logits, y)
             bonus = named.pop("bonus")
@@ -105,7 +107,7 @@ class ADP(CrossEntropyDefence):
         for m in ensemble.spread.own(ensemble.num_members):
             z = ensemble.logits_of(m, x)
             ce = self.cross_entropy(z, y)
-            # the regularizer is logged once, not once a member: terms of parts add up
+            # logged for one member only: terms of parts are summed
             once = {**logged, "total": ce.detach() + bonus.detach()} if m == 0 else {}
             yield Loss(ce + (z * pull[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once})
 
@@ -114,7 +116,7 @@ class ADP(CrossEntropyDefence):
         if num_members >= num_classes:
             raise ConfigError(
                 f"adp needs fewer members than classes, got {num_members} members for "
-                f"{num_classes} classes: more directions than wrong classes cannot differ"
+                f"{num_classes} classes: reduce num_members"
             )
         entropy, log_det = ensemble_entropy(logits), log_det_diversity(logits, y)
         bonus = -self.entropy * entropy - self.log_det * log_det

@@ -18,10 +18,10 @@ class AdversarialTraining(CrossEntropyDefence):
     """Cross-entropy on adversarial examples only.
 
     Attributes:
-        variant: "shared": examples on the averaged ensemble, each member learns from them (the
-            baseline of DVERGE); "independent": each member makes its own (the comparison of BARRE);
-            "joint": examples on the averaged ensemble, which learns as one classifier (MRBoost).
-        adversary: who makes the examples.
+        variant: "shared": examples on the averaged ensemble, each member is trained on them (the
+            baseline of DVERGE); "independent": separate examples for each member (the comparison of
+            BARRE); "joint": examples on the averaged ensemble, trained as one classifier (MRBoost).
+        adversary: attack that generates the examples.
     """
 
     summary: ClassVar[str] = "adversarial training on PGD examples: shared, independent or joint"
@@ -38,7 +38,7 @@ class AdversarialTraining(CrossEntropyDefence):
         return self.variant != "joint"
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """One part a member, its own cross-entropy; one part in all for `joint`."""
+        """One part per member with its cross-entropy; a single part for `joint`."""
         x, y = batch.x, batch.y
         if self.variant != "independent":
             x = self.adversary.craft(ensemble.averaged(), x, y, rng)

@@ -1,21 +1,21 @@
-"""BARRE: boosting for a randomized ensemble, with the best probabilities to draw its members.
+"""BARRE: boosting for a randomized ensemble, with optimal sampling probabilities.
 
 Source: Dbouk & Shanbhag, "On the Robustness of Randomized Ensembles to Adversarial Perturbations",
 ICML 2023, and its released code, which builds on that of MRBoost. Stage m trains member m alone,
 starting from member m - 1: examples are made by PGD on the log of the members' mean probability
-under the sampling probabilities so far, climbing the margin cross-entropy MCE, and member m
-minimises its own MCE there. Optimal sampling (OSP) then minimises the ensemble's adversarial risk
+under the sampling probabilities so far, maximising the margin cross-entropy MCE, and member m
+minimises its own MCE on them. Optimal sampling (OSP) then minimises the ensemble's adversarial risk
 
     eta(alpha) = mean over images of sum_m alpha_m [member m errs at ARC's point for alpha]
 
-by projected sub-gradient on some training images, keeping the best alpha met. The mixture is part
-of the ensemble and travels with its checkpoints.
+by projected sub-gradient descent on some training images; the best alpha is used. The mixture is
+part of the ensemble and is saved in its checkpoints.
 
 Departures from the released code: the mixture is refitted at the end of each stage from the second
 member on (theirs from the fourth on, every ten epochs of a stage's second half), and the next stage
-keeps its proportions, the newcomer getting 1 / m (theirs goes back to uniform); a constant first
+preserves its proportions, the new member getting 1 / m (theirs resets to uniform); a constant first
 step of the sub-gradient (theirs follows the learning rate, 0.1 then 0.01); ARC visits members by
-falling probability and copes with probability zero; no epoch is selected on the test set.
+falling probability and supports probability zero; no epoch is selected on the test set.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ from redefense.threat import Threat
 from redefense.types import Batch, Float, Images, Int, Logits, Loss, correct
 
 Part = tuple[Float[Tensor, "_ ch H W"], Int[Tensor, " _"]]
-"""A batch of images and their labels, of a size of its own: the last may be smaller."""
+"""A batch of images and their labels; the last batch may be smaller."""
 
 ATTACK = ARC(steps=10, radius=1.0, competitors=2)
 """The published settings of the attack inside optimal sampling."""
@@ -55,13 +55,13 @@ class BARRE(CrossEntropyDefence):
 
     Attributes:
         other_weight: weight of the wrong classes in MCE; 0 is cross-entropy.
-        adversary: who makes the examples; its eps is that of optimal sampling too.
-        refit_images: training images that optimal sampling looks at.
-        refit_steps: of its sub-gradient descent; 0 leaves the mixture uniform.
-        refit_rate: its first step; step t is refit_rate / (t + 1).
+        adversary: attack that generates the examples; its eps also applies to optimal sampling.
+        refit_images: number of training images for optimal sampling.
+        refit_steps: steps of its sub-gradient descent; with 0 the mixture stays uniform.
+        refit_rate: length of its first step; step t is refit_rate / (t + 1).
     """
 
-    summary: ClassVar[str] = "boosting of a randomized ensemble, drawn with optimal probabilities"
+    summary: ClassVar[str] = "boosting of a randomized ensemble with optimal sampling probabilities"
     randomized: ClassVar[bool] = True
 
     other_weight: float = 1.0
@@ -79,7 +79,7 @@ class BARRE(CrossEntropyDefence):
             )
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
-        """One stage a member, the mixture refitted at the end of each but the first."""
+        """One stage per member; the mixture is refitted at the end of each but the first."""
 
         def after(m: int) -> After | None:
             return partial(self.refit, m + 1) if m > 0 and self.refit_steps else None
@@ -87,13 +87,13 @@ class BARRE(CrossEntropyDefence):
         return one_by_one(num_members, epochs, loss=self.newest, before=begin, after=after)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """The loss of the last stage, in which all members take part."""
+        """The loss of the last stage, which uses all members."""
         yield from self.newest(ensemble.num_members - 1, ensemble, batch, rng)
 
     def newest(
         self, m: int, ensemble: Ensemble, batch: Batch, rng: torch.Generator
     ) -> Iterator[Loss]:
-        """The loss of stage m, of member m alone; examples meet the mixture as it is."""
+        """The loss of stage m, which trains member m; examples attack the current mixture."""
         view = Answering(ensemble)
         x = boosted_examples(view, batch.x, batch.y, self.adversary, self.other_weight, rng)
         logits, y = ensemble.logits_of(m, x), batch.y
@@ -103,7 +103,7 @@ class BARRE(CrossEntropyDefence):
     def refit(
         self, count: int, ensemble: Ensemble, batches: Iterator[Batch], rng: torch.Generator
     ) -> None:
-        """Optimal sampling: set the mixture of the first `count` members, starting from its own."""
+        """Optimal sampling: optimise the current mixture of the first `count` members."""
         images = first_images(batches, self.refit_images)
         shares = ensemble.mixture[:count].clone()
         best, lowest = shares, float("inf")
@@ -123,7 +123,7 @@ class BARRE(CrossEntropyDefence):
         images: list[Part],
         rng: torch.Generator,
     ) -> Float[Tensor, " N"]:
-        """How often each of the first members errs where ARC, knowing the mixture, moves images.
+        """Error rate of each of the first members on ARC's examples against the mixture.
 
         It is a sub-gradient of the adversarial risk in the mixture.
         """
@@ -138,9 +138,9 @@ class BARRE(CrossEntropyDefence):
 
 
 class Answering(nn.Module):
-    """log of the mean probability of the members that can be drawn; the others are not asked.
+    """log of the mean probability; members of probability zero are not queried.
 
-    Who can be is looked up when it is made: an accelerator is waited for once, not at every query.
+    The mixture is read on construction, so the device is synchronised once, not per query.
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
@@ -154,13 +154,13 @@ class Answering(nn.Module):
 
 
 def drawable(ensemble: Ensemble) -> list[int]:
-    """The members that answer at all."""
+    """The members of positive probability."""
     shares = ensemble.shares() if isinstance(ensemble, Ensemble) else ensemble.mixture.tolist()
     return [m for m, share in enumerate(shares) if share > 0]
 
 
 def begin(m: int, ensemble: Ensemble) -> None:
-    """Member m starts from the one before it and answers 1 / (m + 1) of the queries."""
+    """Initialise member m from member m - 1 and set its probability to 1 / (m + 1)."""
     if m > 0:
         copy_member(ensemble, m - 1, m)
     elders = ensemble.mixture[:m] / ensemble.mixture[:m].sum() * m / (m + 1)
@@ -169,7 +169,7 @@ def begin(m: int, ensemble: Ensemble) -> None:
 
 
 def first_images(batches: Iterator[Batch], count: int) -> list[Part]:
-    """The first `count` images of the batches, or all if there are fewer."""
+    """The first `count` images of the batches, at most all of them."""
     found: list[Part] = []
     for batch in batches:
         found.append((batch.x[:count], batch.y[:count]))

@@ -26,12 +26,12 @@ Before = Callable[[Ensemble], None]
 After = Callable[[Ensemble, Iterator[Batch], torch.Generator], None]
 
 GRAPHS: Final = 3
-"""So many members' graphs of the crafted images take no more memory than one member's training."""
+"""Graphs of this many members for the attacked images need no more memory than training one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adversary:
-    """Who makes the training examples, on cross-entropy unless a method says otherwise.
+    """Attack that generates the training examples, on cross-entropy unless a method overrides it.
 
     Attributes:
         attack: "pgd" (Madry et al., 2018; with steps=1 and step_size=1.25 the one-step adversary of
@@ -73,11 +73,11 @@ class Adversary:
     ) -> Images:
         """Detached adversarial examples; batch norm in evaluation mode, weights' gradients off.
 
-        Against the average of many members few images are attacked at once, so that the graphs of
-        all members fit into the memory that training one member takes: `room` images' graphs
-        through one member, `GRAPHS` times those attacked unless said. `eps` is a radius that lies
-        on the device, in place of the adversary's own; `objective` is what is climbed in place of
-        cross-entropy; PGD's random starts lie in a ball of `start` times eps.
+        The average of many members is attacked in parts, so that the graphs of all members fit into
+        the memory that training one member needs: `room` images through one member (default:
+        `GRAPHS` times the images attacked). `eps` is a radius on the device that replaces the
+        adversary's; `objective` replaces cross-entropy; PGD's random starts lie in a ball of
+        `start` times eps.
         """
         if len(x) == 0:
             return x
@@ -88,7 +88,7 @@ class Adversary:
         threat, noise = _ball(radius, ball), _ball(radius, starts)
         room = GRAPHS * len(x) if room is None else room
         size = _images_at_once(victim, len(x), room)
-        seed = seed_from(rng)  # of streams that are the images' own: parts change nothing
+        seed = seed_from(rng)  # every image has its own stream: results do not depend on the parts
         crafted = []
         with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
             for images, labels in zip(x.split(size), y.split(size), strict=True):
@@ -107,20 +107,22 @@ class Adversary:
     def craft_own(
         self, ensemble: Ensemble, x: Images, y: Labels, rng: torch.Generator
     ) -> list[Images]:
-        """Each member's own examples; for members trained in another process, the images."""
+        """Examples for each member; for members trained in another process, the clean images."""
         own = ensemble.spread.own(ensemble.num_members)
         examples = []
         for m in range(ensemble.num_members):
             if m in own:
                 examples.append(self.craft(Asked(ensemble.member(m)), x, y, rng))
             else:
-                seed_from(rng)  # as the attack would: who crafts must not change what is crafted
+                seed_from(
+                    rng
+                )  # as the attack does: examples must not depend on the process that makes them
                 examples.append(x)
         return examples
 
 
 def _ball(radius: float | Tensor, times: float) -> Threat:
-    """A ball of `times` the radius; of one as wide as the images' range, nothing is missing."""
+    """A ball of `times` the radius, at most as wide as the images' range."""
     if isinstance(radius, Tensor):
         return Threat(eps=1.0).with_radius((times * radius).clamp_max(1.0))
     return Threat(eps=min(1.0, times * radius))
@@ -130,22 +132,23 @@ def _images_at_once(victim: nn.Module, count: int, room: int) -> int:
     if not isinstance(victim, Averaged):
         return count
     ensemble = victim.ensemble
-    # processes that have fewer members than others cut the batch as those do: they craft together
+    # all processes split the batch alike, since they attack together
     return max(1, min(count, room // ensemble.spread.most(ensemble.num_members)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A stretch of training: who learns, for how long, from which loss.
+    """A stage of training: members, number of epochs and loss.
 
     Attributes:
-        name: what errors and logs call it; unique within a run.
+        name: its name in errors and logs; unique within a run.
         epochs: passes over the training split.
-        members: whose parameters the optimizer owns.
+        members: indices of the members to be optimized.
         loss: yields parts whose gradients add up; each is backpropagated before the next is made.
-        before: prepares the ensemble at the stage's start; must give the same if done twice.
-        after: finishes it at the stage's end, given batches of training images.
-        schedule: which part of the learning rate's schedule it covers; stages begin it anew.
+        before: prepares the ensemble at the stage's start; must be idempotent.
+        after: called at the stage's end with batches of training images.
+        schedule: the part of the learning-rate schedule that it covers; by default each stage
+            restarts it.
     """
 
     name: str
@@ -159,7 +162,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Defence(ABC):
-    """A training method. Subclasses are final, hold settings only and are one file each.
+    """A training method. Subclasses are final and hold settings only.
 
     Attributes:
         summary: one line for `redefense list defences`.
@@ -171,13 +174,13 @@ class Defence(ABC):
     randomized: ClassVar[bool] = False
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
-        """One joint stage of all members, unless a method says otherwise."""
+        """The stages of training; by default one joint stage of all members."""
         everyone = tuple(range(num_members))
         return (Stage(name="joint", epochs=epochs, members=everyone, loss=self.loss),)
 
     @property
     def spreads(self) -> bool:
-        """Whether processes can share the members: the loss asks `ensemble.spread` for its own."""
+        """Whether members can be distributed; the loss then uses `ensemble.spread`."""
         return False
 
     @abstractmethod
@@ -187,18 +190,18 @@ class Defence(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyDefence(Defence):
-    """A method that trains on the cross-entropy with the labels, which may be smoothed.
+    """Base class of methods that train on the cross-entropy, optionally with smoothed labels.
 
-    Adversaries, and penalties on input gradients, look at the cross-entropy with the plain labels.
+    Adversaries and penalties on input gradients use the cross-entropy without smoothing.
 
     Attributes:
-        label_smoothing: the share of each label that is spread evenly over all classes.
+        label_smoothing: fraction of each label that is distributed evenly over all classes.
     """
 
     label_smoothing: Smoothing = 0.0
 
     def cross_entropy(self, logits: Logits, y: Labels) -> Float[Tensor, ""]:
-        """The mean over images, to be trained on."""
+        """The mean over images, for training."""
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
 
@@ -208,7 +211,7 @@ def terms(**values: Tensor) -> dict[str, Tensor]:
 
 
 def check_weights(**values: float) -> None:
-    """Refuse weights that are negative or not finite.
+    """Check that weights are finite and at least 0.
 
     Raises:
         ConfigError: naming the setting and its value.

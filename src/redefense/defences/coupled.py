@@ -1,7 +1,8 @@
-"""Losses that couple members through their input gradients (RED, GAL, TRS), two ways.
+"""Losses that couple members through their input gradients (RED, GAL, TRS).
 
-`joint` is the definition: one graph that holds all members. `parts` is the engine: the same
-gradient, one member's graph at a time. With R the regularizer, a function of the gradients g_m,
+`joint` is the definition, with all members in one graph. `parts` computes the same gradient with
+one member's graph at a time, as training does. With R the regularizer, a function of the gradients
+g_m,
 
     d/dtheta_m R(g_1, ..., g_M) = d/dtheta_m <g_m(theta_m), v_m>,    v_m = dR/dg_m held constant,
 
@@ -33,7 +34,8 @@ FINITE_STEP = 1.0
 """L2 length of the finite difference, in pixel units: about that of the training adversary's steps.
 
 Of 0.03, 0.1, 0.3, 1 and 2 it agreed best with the exact gradient on ReLU networks (digits: cosine
-0.87 to 0.93, against 0.48 to 0.61 at 0.03): a shorter step meets fewer kinks but weighs each more.
+0.87 to 0.93, against 0.48 to 0.61 at 0.03): a shorter step crosses fewer kinks but gives each more
+weight.
 """
 
 
@@ -49,10 +51,11 @@ class Coupled:
         y: labels (B,).
         ce_images: where the cross-entropy is taken.
         ce_weight: weight of each member's batch-mean cross-entropy (1 / M or 1).
-        label_smoothing: of that cross-entropy; input gradients are those of the plain one.
-        points: where input gradients are taken. A forward pass is shared where a point *is*
-            `ce_images`; only forward passes of the cross-entropy move batch norm's running moments.
-        penalty: from the gradients (M, B, D) at each point to named scalars, weights not included.
+        label_smoothing: for that cross-entropy; input gradients are those without smoothing.
+        points: images at which input gradients are computed. A point that *is* `ce_images` shares
+            its forward pass; only forward passes of the cross-entropy update batch norm's running
+            statistics.
+        penalty: maps the gradients (M, B, D) at each point to named scalars, without weights.
         weights: weight of each named scalar in the total.
     """
 
@@ -65,7 +68,7 @@ class Coupled:
     label_smoothing: float = 0.0
 
     def joint(self, ensemble: Ensemble) -> dict[str, Tensor]:
-        """All members in one graph: `ce`, the penalty's terms, and `total` with the weights."""
+        """The loss in one graph: `ce`, the penalty's terms, and `total` with the weights."""
         ces: list[Tensor] = []
         grads: list[list[Tensor]] = [[] for _ in self.points]
         for m in range(ensemble.num_members):
@@ -79,7 +82,7 @@ class Coupled:
         return {"ce": ce, **named, "total": total}
 
     def parts(self, ensemble: Ensemble, differentiate: str) -> Iterator[Loss]:
-        """One part a member; the sum of their gradients is that of `joint`'s total."""
+        """One part per member; the sum of their gradients is that of `joint`'s total."""
         pulls, logged = self._pulls(ensemble)
         for row, m in enumerate(ensemble.spread.own(ensemble.num_members)):
             if not pulls:
@@ -99,17 +102,17 @@ class Coupled:
                             for p, v in zip(self.points, pulls, strict=True)
                         ]
                     ).sum()
-            # the regularizer is logged once, not once a member: terms of parts add up
+            # logged for one member only: terms of parts are summed
             terms = {"ce": ce.detach(), "total": ce.detach()}
             if m == 0:
                 terms = {**logged, **terms, "total": logged["total"] + ce.detach()}
             yield Loss(ce + coupling, terms)
 
     def _pulls(self, ensemble: Ensemble) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The pulls v, one a point, none if the penalty is flat; and what the log shows.
+        """The cotangents v, one per point, empty if the penalty is constant; and terms for the log.
 
-        Of all that grows with M only v outlives this call, in the precision of the forward passes,
-        to which a member's first layer would round it anyway.
+        Only v is kept after this call, in the precision of the forward passes, to which a member's
+        first layer would round it anyway.
         """
         spread = ensemble.spread
         grads = [
@@ -154,7 +157,7 @@ class Coupled:
         return ce, grads
 
     def _detached(self, ensemble: Ensemble, point: PerMember) -> Float[Tensor, "O B D"]:
-        """Input gradients of the members at home here, with nothing kept for the weights."""
+        """Input gradients of the members on this process, without graphs for the weights."""
         module = cast(nn.Module, ensemble)
         grads = []
         with frozen_weights(module), frozen_statistics(module), phase(INPUT_GRADIENTS):
@@ -173,10 +176,10 @@ def _as_forward(v: Tensor) -> Tensor:
 
 
 def check_differentiate(value: str) -> None:
-    """Refuse all but the two ways to differentiate <g_m, v_m>.
+    """Check the name of the method that differentiates <g_m, v_m>.
 
     Raises:
-        ConfigError: naming the value.
+        ConfigError: if it is neither "exact" nor "finite".
     """
     if value not in ("exact", "finite"):
         raise ConfigError(f"differentiate must be exact or finite, got {value!r}")

@@ -1,15 +1,15 @@
-"""DVERGE: members that learn from images carrying the features that fool the other members.
+"""DVERGE: members trained on images with distilled features that fool the other members.
 
 Source: Yang et al., "DVERGE: Diversifying Vulnerabilities for Enhanced Robust Generation of
 Ensembles", NeurIPS 2020, and its released code. For member j, a layer l, an image x and another
-image t, the distilled image looks like x to us and like t to the layer:
+image t, the distilled image is close to x while the layer's features are those of t:
 
     x'_j = argmin over |z - x|_inf <= eps of |f_j^l(z) - f_j^l(t)|^2,
 
 by ten momentum sign steps from x. Member i then minimises the sum over j != i of CE(f_i(x'_j), y);
 clean images are not used. With `adversarial_training` it adds CE on its own PGD examples.
 
-The layer (before its activation; the last one is the logits) is drawn anew each epoch and is the
+The layer (before its activation; the last one is the logits) is drawn once per epoch and is the
 same for all members. Training starts from plain members, for `start` of the epochs (published: 200
 and 200 epochs).
 
@@ -46,17 +46,17 @@ class DVERGE(CrossEntropyDefence):
     """Diversified vulnerabilities by mutual distillation; needs at least two members.
 
     Attributes:
-        weight: of the loss on distilled images; matters with `adversarial_training` only.
+        weight: of the loss on distilled images; used with `adversarial_training` only.
         eps: radius of the distillation, in pixel units; published 0.07 for 3 members, 0.05 for 5
             and 8.
-        steps: of the distillation.
+        steps: steps of the distillation.
         step_size: length of its steps, as a fraction of eps (published: 0.007 of 0.07).
-        start: share of the epochs that train plain members first.
+        start: fraction of the epochs that train undefended members first.
         adversarial_training: add the cross-entropy on each member's own adversarial examples.
-        adversary: who makes these.
+        adversary: attack that generates these.
     """
 
-    summary: ClassVar[str] = "members learn from images that carry what fools the others"
+    summary: ClassVar[str] = "members learn from images with features that fool the others"
 
     weight: float = 1.0
     eps: Eps = 0.07
@@ -69,7 +69,7 @@ class DVERGE(CrossEntropyDefence):
     def __post_init__(self) -> None:
         check_weights(weight=self.weight)
         if self.weight == 0 and not self.adversarial_training:
-            raise ConfigError("weight 0 without adversarial_training leaves nothing to learn from")
+            raise ConfigError("weight must be positive without adversarial_training, got 0")
         if not 0 <= self.eps <= 1:
             raise ConfigError(f"eps must lie in [0, 1], got {self.eps}")
         if self.steps < 1 or not self.step_size > 0:
@@ -80,10 +80,10 @@ class DVERGE(CrossEntropyDefence):
             raise ConfigError(f"start must lie in [0, 1), got {self.start}")
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
-        """Plain members for the share `start` of the epochs, then the method.
+        """Undefended members for the fraction `start` of the epochs, then the method.
 
         Raises:
-            ConfigError: for a single member, which has no others to learn from.
+            ConfigError: for fewer than two members.
         """
         if num_members < 2:
             raise ConfigError(f"dverge needs at least 2 members, got {num_members}")
@@ -93,10 +93,10 @@ class DVERGE(CrossEntropyDefence):
         )  # fmt: skip
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """One part for each pair of a learning member and one whose features it learns from."""
+        """One part for each pair of a trained member and a member whose features it learns from."""
         num_members, y = ensemble.num_members, batch.y
         distilled = [] if self.weight == 0 else self.distil(ensemble, batch, rng)
-        # all examples first: the first backward pass must not come before the last crafting
+        # all examples are made before the first backward pass
         own = (
             self.adversary.craft_own(ensemble, batch.x, y, rng) if self.adversarial_training else []
         )
@@ -126,7 +126,7 @@ class DVERGE(CrossEntropyDefence):
         ]
 
     def _distil(self, net: nn.Module, x: Images, target: Images, layer: float) -> Images:
-        """Move x, within eps, to where the features at a place in [0, 1) are the target's."""
+        """Move x, within eps, towards the target's features at a relative depth in [0, 1)."""
         if not isinstance(net, Tapped):
             raise ConfigError(
                 f"dverge needs networks with feature taps, {type(net).__name__} has none"
@@ -149,7 +149,7 @@ class DVERGE(CrossEntropyDefence):
             ).detach()  # fmt: skip
 
 
-@lru_cache(maxsize=1)  # steps of an epoch share it, and a recorded one must not draw
+@lru_cache(maxsize=1)  # shared by the steps of an epoch; a recorded step must not draw
 def _layer(seed: int) -> float:
-    """Where in a network the features of an epoch are taken, in [0, 1)."""
+    """Relative depth, in [0, 1), of the layer whose features an epoch uses."""
     return torch.rand((), generator=stream(seed, "layer")).item()

@@ -1,18 +1,18 @@
-"""Fork: one network is trained for most of the epochs, then M copies of it that part.
+"""Fork: trains one network for most of the epochs, then M diverging copies of it.
 
 The first stage trains member 0 alone on adversarial examples. At its end every member becomes a
 copy of it, and the second stage trains all of them on the rest of the same learning-rate schedule.
-Copies that met the same examples would stay equal; `apart` says what parts them:
+Copies trained on the same examples would stay equal; `apart` selects how they diverge:
 
 | apart | each member learns from | and in addition |
 |---|---|---|
-| none | its own examples, from starts of its own | |
+| none | its own examples, from its own random starts | |
 | similarity | the same | RED's similarity of the input gradients at these examples |
-| subset | examples that fool a subset of members together, if it is in the subset | |
+| subset | examples that fool a subset of members, if it is in the subset | |
 
-For `subset` every image draws a subset of the members, all nonempty ones being equally likely, and
-the adversary climbs the smooth minimum of their margins, each in standard deviations of the
-member's logits: what `attacks.subset` climbs for an attacker who knows the ensemble.
+For `subset` every image draws a nonempty subset of the members uniformly. The adversary maximises
+the smooth minimum of their margins, each in standard deviations of the member's logits, as the
+attack `attacks.subset` does.
 """
 
 from collections.abc import Iterator
@@ -38,18 +38,18 @@ from redefense.types import Batch, Bool, Float, Images, Labels, Loss
 
 @dataclass(frozen=True, kw_only=True)
 class Fork(CrossEntropyDefence):
-    """One adversarially trained network, and copies of it that part.
+    """One adversarially trained network, and diverging copies of it.
 
     Attributes:
-        share: of the epochs that train one network, rounded; each stage keeps at least one.
+        share: fraction of the epochs that train one network, rounded; each stage has at least one.
         apart: "none", "similarity" or "subset", see the module's table.
         similarity: weight of the similarity, for apart="similarity".
         temperature: of the smooth minimum, for apart="subset".
-        adversary: who makes the examples.
+        adversary: attack that generates the examples.
         differentiate: "exact" double backward, or "finite" differences of losses.
     """
 
-    summary: ClassVar[str] = "one adversarially trained network, then copies of it that part"
+    summary: ClassVar[str] = "one adversarially trained network, then diverging copies of it"
     randomized: ClassVar[bool] = True
 
     share: float = 0.8
@@ -71,7 +71,7 @@ class Fork(CrossEntropyDefence):
         """One network, then all members on the rest of its learning-rate schedule.
 
         Raises:
-            ConfigError: if there are not two epochs, one for each stage.
+            ConfigError: for fewer than two epochs, one for each stage.
         """
         if epochs < 2:
             raise ConfigError(f"fork needs at least 2 epochs, got {epochs}")
@@ -94,7 +94,7 @@ class Fork(CrossEntropyDefence):
         yield Loss(ce, terms(ce=ce, total=ce))
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """The copies' losses, a part for each."""
+        """The copies' losses, one part each."""
         if self.apart == "subset":
             yield from self._subsets(ensemble, batch, rng)
             return
@@ -139,7 +139,7 @@ def smooth_margin(
 ) -> Float[Tensor, " B"]:
     """The smooth minimum over each image's subset of members of their scaled margins.
 
-    Positive only where every member of the subset errs, up to the softness; a member's margin (best
+    Up to smoothing, positive only where every member of the subset errs. A member's margin (best
     wrong logit minus the true one) is measured in standard deviations of its logits.
     """
     flat, labels = logits.flatten(0, 1), y.repeat_interleave(logits.shape[1])
@@ -149,7 +149,7 @@ def smooth_margin(
 
 
 class _Stacked(nn.Module):
-    """The logits of all members, one after another in a row."""
+    """The logits of all members, concatenated."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()

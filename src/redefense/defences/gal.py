@@ -1,4 +1,4 @@
-"""GAL: members whose input gradients point away from each other.
+"""GAL: members with dissimilar input gradients.
 
 Source: Kariyappa & Qureshi, "Improving Adversarial Robustness of Ensembles with Diversity
 Training", 2019, the gradient alignment loss. With c_ij[b] the signed cosine between the input
@@ -6,15 +6,15 @@ gradients of members i and j,
 
     loss = R_m CE_m + weight * mean_b log sum_{i<j} exp c_ij[b].
 
-No code of the authors is known, so presets are named by who wrote the version:
+No code of the authors is known, so presets are named after the reimplementations:
 
 | preset | R, cross-entropy over members | noise |
 |---|---|---|
 | dverge (the code of DVERGE) | mean | half of the images get N(0, 0.045^2) |
 | trs (the code of TRS and RED) | sum | none |
 
-It needs members with leaky ReLU (`ensemble.activation=leaky`, as the recipes set it): through ReLU
-the penalty trains active units alone. The trs version's authors left that out too.
+It needs members with leaky ReLU (`ensemble.activation=leaky`, as the recipes set it): with ReLU the
+penalty trains active units alone. The authors of the trs version omit it, too.
 
 Departures: one forward pass serves cross-entropy and gradients (DVERGE's code makes two, which also
 updates batch norm twice), and images with noise are clamped to [0, 1].
@@ -47,14 +47,14 @@ class GAL(CrossEntropyDefence):
     """Gradient alignment loss.
 
     Attributes:
-        preset: whose version, see the module's table.
-        weight: of the alignment; 0.5 in all published code.
-        noise: standard deviation of the noise that each image gets with probability 1/2; the
+        preset: dverge or trs, see the module's table.
+        weight: weight of the alignment; 0.5 in all published code.
+        noise: standard deviation of the noise added to each image with probability 1/2; the
             preset's unless given.
         differentiate: "exact" double backward, or "finite" differences of losses.
     """
 
-    summary: ClassVar[str] = "gradient alignment loss: input gradients that oppose each other"
+    summary: ClassVar[str] = "gradient alignment loss: dissimilar input gradients"
 
     preset: str = "dverge"
     weight: float = 0.5
@@ -74,7 +74,7 @@ class GAL(CrossEntropyDefence):
         return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
-        """The definition at given images: `ce`, `alignment` without its weight, `total` with it."""
+        """The loss at given images: `ce`, `alignment` without its weight, `total` with it."""
         return self._coupled(ensemble.num_members, x, y).joint(ensemble)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
@@ -98,7 +98,7 @@ class GAL(CrossEntropyDefence):
 def with_noise(x: Images, deviation: float, rng: torch.Generator, spread: Spread = ALONE) -> Images:
     """Images of which each gets Gaussian noise with probability 1/2, clamped to [0, 1].
 
-    The noise is drawn for the batch, of which `x` may be one process's share.
+    The noise is drawn for the whole batch, of which `x` may be one process's part.
     """
     if deviation == 0:
         return x

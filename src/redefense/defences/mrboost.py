@@ -1,9 +1,9 @@
-"""MRBoost: members added one by one, each to widen the margin of those before it.
+"""MRBoost: members trained one by one, each to increase the margin of the earlier ones.
 
 Source: Zhang et al., "Building Robust Ensembles via Margin Boosting", ICML 2022, and its released
 code. Stage m trains member m alone: examples are made by PGD on the mean **logits** of members 1 to
-m, climbing the margin cross-entropy MCE (`penalties`), and member m minimises its own MCE there.
-The variant `individual=False` minimises the MCE of the mean logits instead, through member m.
+m, maximising the margin cross-entropy MCE (`penalties`), and member m minimises its own MCE on
+them. The variant `individual=False` minimises the MCE of the mean logits instead, through member m.
 
 The epochs of a run are shared equally by the stages (published: 100 each).
 
@@ -41,11 +41,11 @@ class MRBoost(CrossEntropyDefence):
     Attributes:
         other_weight: weight of the wrong classes in MCE; 0 is cross-entropy.
         individual: the new member's own loss (the method), or that of the mean logits.
-        persistent: a new member starts from the one before it.
-        adversary: who makes the examples, from random points of half the ball.
+        persistent: initialise a new member from the one before it.
+        adversary: attack that generates the examples, from random points of half the ball.
     """
 
-    summary: ClassVar[str] = "margin boosting: each new member learns where all so far err"
+    summary: ClassVar[str] = "margin boosting: each new member learns where the earlier ones err"
 
     other_weight: float = 1.0
     individual: bool = True
@@ -56,7 +56,7 @@ class MRBoost(CrossEntropyDefence):
         check_weights(other_weight=self.other_weight)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
-        """One stage a member; until its stage a member answers nothing."""
+        """One stage per member; before its stage a member has probability zero."""
         return one_by_one(
             num_members,
             epochs,
@@ -65,13 +65,13 @@ class MRBoost(CrossEntropyDefence):
         )
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """The loss of the last stage, in which all members take part."""
+        """The loss of the last stage, which uses all members."""
         yield from self.newest(ensemble.num_members - 1, ensemble, batch, rng)
 
     def newest(
         self, m: int, ensemble: Ensemble, batch: Batch, rng: torch.Generator
     ) -> Iterator[Loss]:
-        """The loss of stage m, of member m alone."""
+        """The loss of stage m, which trains member m."""
         y, view = batch.y, MeanLogits(ensemble, range(m + 1))
         x = boosted_examples(view, batch.x, y, self.adversary, self.other_weight, rng)
         logits = ensemble.logits_of(m, x)
@@ -102,7 +102,7 @@ def boosted_examples(
     other_weight: float,
     rng: torch.Generator,
 ) -> Images:
-    """Examples that climb the margin cross-entropy, by PGD from random points of half the ball."""
+    """PGD examples on the margin cross-entropy, from random points of half the ball."""
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         return margin_cross_entropy(logits, labels, other_weight)
@@ -118,14 +118,14 @@ def one_by_one(
     before: Callable[..., None],
     after: Callable[[int], After | None] = lambda m: None,
 ) -> tuple[Stage, ...]:
-    """One stage a member, whose epochs are equal, up to one that earlier members get more.
+    """One stage per member, with equal epochs; earlier stages get the remaining ones.
 
     Args:
         num_members: M.
-        epochs: of all stages together.
-        loss: of the member that is its first argument.
-        before: prepares the ensemble for it.
-        after: what ends its stage.
+        epochs: total of all stages.
+        loss: loss of a member, its first argument.
+        before: called at the start of a member's stage.
+        after: called at its end.
 
     Raises:
         ConfigError: if a member would get no epoch.
@@ -150,7 +150,7 @@ def one_by_one(
 
 
 def begin_member(m: int, ensemble: Ensemble, *, copied: bool) -> None:
-    """Members up to m answer, equally often; m begins as the one before it if it is `copied`."""
+    """Members up to m are equally probable; m starts as a copy of the one before if `copied`."""
     if copied and m > 0:
         copy_member(ensemble, m - 1, m)
     uniform = torch.zeros_like(ensemble.mixture)
@@ -159,10 +159,10 @@ def begin_member(m: int, ensemble: Ensemble, *, copied: bool) -> None:
 
 
 def copy_member(ensemble: Ensemble, source: int, target: int) -> None:
-    """Give member `target` the parameters and buffers of member `source`.
+    """Copy the parameters and buffers of member `source` to member `target`.
 
     Raises:
-        ConfigError: if they are networks of different shapes.
+        ConfigError: if their shapes differ.
     """
     pairs = list(zip(ensemble.parameters_of(source), ensemble.parameters_of(target), strict=True))
     buffers = dict(ensemble.named_buffers())
@@ -171,7 +171,9 @@ def copy_member(ensemble: Ensemble, source: int, target: int) -> None:
         if name.startswith(prefix):
             pairs.append((buffer, buffers[f"members.{target}.{name.removeprefix(prefix)}"]))  # type: ignore[arg-type]  # both kinds of tensors are copied alike
     if any(a.shape != b.shape for a, b in pairs):
-        raise ConfigError(f"member {target + 1} cannot start from member {source + 1}: not alike")
+        raise ConfigError(
+            f"member {target + 1} cannot start from member {source + 1}: shapes differ"
+        )
     with torch.no_grad():
         for value, place in pairs:
             place.copy_(value)

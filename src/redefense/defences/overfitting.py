@@ -1,9 +1,8 @@
-"""Catastrophic overfitting: members that withstand their one-step adversary and no other.
+"""Catastrophic overfitting: members robust to their one-step adversary only.
 
-Training on examples of one step may end in networks whose loss along that one step is bent so that
-the step finds nothing, while ten shorter ones fool them on every image (Wong, Rice & Kolter, "Fast
-is better than free", ICLR 2020). It shows where the accuracy under PGD falls far below that under
-the training adversary.
+Training on one-step examples may end in networks on which that step finds no adversarial example,
+while PGD of ten steps fools them on every image (Wong, Rice & Kolter, "Fast is better than free",
+ICLR 2020). It is detected by an accuracy under PGD far below that under the training adversary.
 """
 
 from collections.abc import Mapping
@@ -18,11 +17,11 @@ from redefense.rng import stream
 from redefense.types import Images, Labels, correct
 
 WITHSTOOD = 0.5
-"""PGD that leaves less than this share of the accuracy under one step tells of overfitting."""
+"""Ratio of PGD accuracy to one-step accuracy below which overfitting is reported."""
 
 
 def one_step_adversary(defence: Defence) -> Adversary | None:
-    """The adversary of one step whose examples a method learns from, if it has one."""
+    """The one-step adversary of a method, if it has one."""
     adversary = getattr(defence, "adversary", None)
     learns = getattr(defence, "adversarial_training", True)
     found = isinstance(adversary, Adversary) and adversary.steps == 1 and learns
@@ -32,7 +31,7 @@ def one_step_adversary(defence: Defence) -> Adversary | None:
 def one_step_accuracy(
     ensemble: Ensemble, adversary: Adversary, x: Images, y: Labels, seed: int
 ) -> dict[str, float]:
-    """Accuracies, expected over the mixture, of members that are attacked one by one.
+    """Accuracies, expected over the mixture, of members attacked separately.
 
     Returns:
         `one_step_accuracy` under the adversary, `pgd_accuracy` under ten steps in the same ball.
@@ -52,7 +51,7 @@ def one_step_accuracy(
 
 
 def overfitted(found: Mapping[str, float]) -> str:
-    """A warning for what `one_step_accuracy` found; empty if there is nothing to warn of."""
+    """A warning for the result of `one_step_accuracy`; empty without overfitting."""
     one, pgd = found["one_step_accuracy"], found["pgd_accuracy"]
     if pgd >= WITHSTOOD * one:
         return ""

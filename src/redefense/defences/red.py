@@ -1,4 +1,4 @@
-"""RED: members with dissimilar, small input gradients, of which each query meets one at random.
+"""RED: members with dissimilar, small input gradients; a random one answers each query.
 
 Source: "RED: Efficiently Boosting Ensemble Robustness via Random Sampling Inference", Eqs. 2-4, 12,
 13, and the code released with it. With s the mean pairwise |cosine| and n the mean norm of the
@@ -13,8 +13,8 @@ averaged ensemble:
 
 Departures from the released code: the leading minus of Eq. 4 is read as a misprint (similarity is
 penalised); examples are crafted with batch norm in evaluation mode; only forward passes of the
-cross-entropy move its running moments. With weight 10 the printed Lipschitz term is about 45 times
-the cross-entropy and the released one about a thousandth of it; `calibrated` was chosen on a
+cross-entropy update its running statistics. With weight 10 the printed Lipschitz term is about 45
+times the cross-entropy and the released one about a thousandth of it; `calibrated` was chosen on a
 validation split.
 """
 
@@ -36,17 +36,19 @@ from redefense.types import Batch, Float, Images, Labels, Loss
 WEIGHTS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
     {"printed": (10.0, 10.0), "released": (10.0, 10.0), "calibrated": (0.1, 0.5)}
 )
-"""Published, or chosen by us: weights of similarity and Lipschitz of each preset."""
+"""Weights of similarity and Lipschitz of each preset; "calibrated" was chosen by this project."""
 
 WITH_ADVERSARIAL_TRAINING: Final = (0.03, 0.03)
-"""Those of `calibrated` with adversarial training. Its cross-entropy on adversarial examples falls
-slowly, and against the weights above it loses: on the digits two of three members fell silent, as
-one without a gradient costs nothing. Chosen on the digits' validation split."""
+"""Weights of `calibrated` with adversarial training. Its cross-entropy falls slowly; with the
+weights above, two of three members on the digits collapsed to zero gradients, which have no
+penalty. Chosen on the digits' validation split.
+"""
 
 
 ROOM: Final = 4
-"""So many members' graphs of a batch, with frozen weights, take no more memory than the second
-derivative of one member: counted for ResNet-8, 20 and 18 in both precisions."""
+"""Graphs of this many members for a batch, with frozen weights, need no more memory than the second
+derivative of one member: counted for ResNet-8, 20 and 18 in both precisions.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +56,12 @@ class RED(CrossEntropyDefence):
     """Random Ensemble Defence.
 
     Attributes:
-        preset: which reading of the paper, see the module's table.
-        similarity: weight of the similarity term; unless given, the preset's, for `calibrated` a
+        preset: version of the loss, see the module's table.
+        similarity: weight of the similarity term; the preset's by default, for `calibrated` a
             smaller one with adversarial training.
-        lipschitz: weight of the Lipschitz term; likewise.
-        adversary: who makes x^ on the averaged ensemble.
-        adversarial_training: cross-entropy and similarity meet each member's own adversarial
+        lipschitz: weight of the Lipschitz term; default as for `similarity`.
+        adversary: attack that generates x^ on the averaged ensemble.
+        adversarial_training: compute cross-entropy and similarity on each member's own adversarial
             examples instead of clean images (Table 3).
         differentiate: "exact" double backward, or "finite" differences of losses.
     """
@@ -102,10 +104,10 @@ class RED(CrossEntropyDefence):
         x_adv: Tensor,
         x_own: Float[Tensor, "M B ch H W"] | None = None,
     ) -> dict[str, Tensor]:
-        """The definition, as one joint graph over all members.
+        """The loss, as one joint graph over all members.
 
         Args:
-            ensemble: M members, used in the mode they are in.
+            ensemble: M members, used in their current mode.
             x: clean images.
             y: labels.
             x_adv: one example per image, as `x`; presets with a half batch use rows B // 2 onwards.

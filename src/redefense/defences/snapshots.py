@@ -1,9 +1,9 @@
-"""Snapshots: the members are one network at the ends of the cycles of its learning rate.
+"""Snapshots: the members are one network at the ends of its learning-rate cycles.
 
 Source of the idea: Huang et al., "Snapshot Ensembles: Train 1, get M for free", ICLR 2017, there
 for accuracy. The network trains on adversarial examples; the epochs are shared equally by M stages,
-each of which runs through the learning-rate schedule once (`optim.schedule=cosine` is theirs), and
-each member goes on from where the one before it ended.
+each of which covers the learning-rate schedule once (the paper uses `optim.schedule=cosine`), and
+each member is initialised from the one before it.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ from redefense.types import Batch, Loss
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshots(CrossEntropyDefence):
-    """Members that are one network at several moments of its adversarial training.
+    """Members that are one network at several times of its adversarial training.
 
     Attributes:
-        adversary: who makes the examples, on the member that learns.
+        adversary: attack that generates the examples, on the trained member.
     """
 
     summary: ClassVar[str] = "one adversarially trained network at the ends of M cycles"
@@ -34,7 +34,7 @@ class Snapshots(CrossEntropyDefence):
     adversary: Adversary = field(default_factory=Adversary)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
-        """One stage a member; until its stage a member answers nothing."""
+        """One stage per member; before its stage a member has probability zero."""
         before = partial(begin_member, copied=True)
         return one_by_one(num_members, epochs, loss=self.newest, before=before)
 

@@ -1,4 +1,4 @@
-"""TRS: members with dissimilar input gradients that are small in the worst place nearby.
+"""TRS: members with dissimilar input gradients that are small in the worst case nearby.
 
 Source: Yang et al., "TRS: Transferability Reduced Ensemble via Promoting Gradient Diversity and
 Model Smoothness", NeurIPS 2021, and the code released with it. With s the mean pairwise |cosine|
@@ -16,14 +16,15 @@ question about their code). In the released form the smoothness is then about a 
 cross-entropy or less, in the printed form many times as large: recipes say what they use.
 
 x' is shared by all members and found by six steps of a third of the radius from a random start,
-climbing the mean over members of |g|^2; that needs second derivatives at each step, in the
-precision of the run. With `warm_start` the first epochs train plain members (the released code's
-optional resume from them).
+maximising the mean over members of |g|^2. This needs second derivatives at each step, in the
+precision of the run. With `warm_start` the first epochs train undefended members (the released
+code's optional resume from them).
 
 Departures from the released code: any number of members (it has three, by index); gradients of the
-search do not pile up over its steps; no weight gradients inside it; it runs with batch norm in
-evaluation mode; the released form uses x' always (the released commands compute it and throw it
-away). The printed form's own maximum for each member is replaced by the shared x', as in the code.
+search do not accumulate over its steps; no weight gradients inside it; it runs with batch norm in
+evaluation mode; the released form always uses x' (the released commands compute and discard it).
+The separate maximum for each member in the printed form is replaced by the shared x', as in the
+code.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -57,17 +58,17 @@ class TRS(CrossEntropyDefence):
     Attributes:
         preset: printed or released, see the module's table.
         similarity: weight of the gradients' similarity.
-        smoothness: weight of their size at x'.
+        smoothness: weight of their norm at x'.
         first_eps: radius of the ball around an image in the first epoch, in pixel units.
-        last_eps: where its growth, an equal step each epoch, would be after the last one.
-        steps: of the search for x'.
+        last_eps: radius reached after the last epoch, by equal increments.
+        steps: steps of the search for x'.
         step_size: length of its steps, as a fraction of the radius.
-        warm_start: share of the epochs that train plain members first.
+        warm_start: fraction of the epochs that train undefended members first.
         differentiate: "exact" double backward, or "finite" differences of losses.
     """
 
     summary: ClassVar[str] = (
-        "transferability reduced smoothness: dissimilar gradients, small in the worst place nearby"
+        "transferability reduced smoothness: dissimilar gradients, small in the worst case nearby"
     )
 
     preset: str = "released"
@@ -97,7 +98,7 @@ class TRS(CrossEntropyDefence):
         check_differentiate(self.differentiate)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
-        """Plain members for the share `warm_start` of the epochs, then the method."""
+        """Undefended members for the fraction `warm_start` of the epochs, then the method."""
         return after_plain(
             "trs", self.loss, num_members=num_members, epochs=epochs, share=self.warm_start,
             label_smoothing=self.label_smoothing,
@@ -108,10 +109,10 @@ class TRS(CrossEntropyDefence):
         return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels, rough: Tensor) -> dict[str, Tensor]:
-        """The definition, as one joint graph over all members.
+        """The loss, as one joint graph over all members.
 
         Args:
-            ensemble: M members, used in the mode they are in.
+            ensemble: M members, used in their current mode.
             x: clean images.
             y: labels.
             rough: x', one point per image, as `x`; the released preset uses rows B // 2 onwards.
@@ -138,9 +139,9 @@ class TRS(CrossEntropyDefence):
     def search(
         self, ensemble: Ensemble, x: Images, y: Labels, eps: float, rng: torch.Generator
     ) -> Images:
-        """The points of the ball where the members' squared gradient norms add up to most."""
+        """The points of the ball that maximise the sum of the members' squared gradient norms."""
         threat, module = Threat(eps=eps), cast(nn.Module, ensemble)
-        unknown = torch.zeros(len(x), device=x.device)  # how far it got: nothing asks
+        unknown = torch.zeros(len(x), device=x.device)  # the objective is not used
 
         def oracle(point: Images, with_grad: bool) -> OracleResult:
             return OracleResult(unknown, unknown, roughness_gradient(ensemble, point, y))
@@ -171,7 +172,7 @@ class TRS(CrossEntropyDefence):
 def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
     """Gradient in x of the sum over members and images of |g|^2, one member's graph at a time.
 
-    Half precision serves: only its sign is used, and the search reaches the same roughness.
+    Half precision suffices: only its sign is used, and the search reaches the same objective.
     """
     spread, parts = ensemble.spread, []
     with torch.enable_grad():
@@ -181,7 +182,7 @@ def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
                 loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, point, create_graph=True)
                 part = torch.zeros_like(x)
-                if grad.requires_grad:  # it does not depend on the point where the loss is linear
+                if grad.requires_grad:  # constant where the loss is linear
                     part = torch.autograd.grad(grad.square().sum(), point)[0]
             parts.append(part)
     total = torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""The undefended ensemble: members that differ by their initialisation alone."""
+"""The undefended ensemble: members that differ only by their initialisation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from redefense.types import Batch, Loss
 class Vanilla(CrossEntropyDefence):
     """Each member minimises its own cross-entropy on clean images (the sum over members)."""
 
-    summary: ClassVar[str] = "no defence: members trained apart on clean images"
+    summary: ClassVar[str] = "no defence: members trained separately on clean images"
 
     @property
     def spreads(self) -> bool:
         return True
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
-        """One part a member; the log shows the mean over members."""
+        """One part per member; the log reports the mean over members."""
         for m in ensemble.spread.own(ensemble.num_members):
             ce = self.cross_entropy(ensemble.logits_of(m, batch.x), batch.y)
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))
@@ -38,18 +38,19 @@ def after_plain(
     share: float,
     label_smoothing: float,
 ) -> tuple[Stage, ...]:
-    """Stages of a method that starts from trained plain members.
+    """Stages of a method that starts from trained undefended members.
 
     Args:
-        name: of the method's own stage.
-        loss: of that stage.
+        name: name of the method's stage.
+        loss: loss of that stage.
         num_members: M; both stages train all.
-        epochs: of both stages together.
-        share: of the epochs that the plain stage takes, rounded; the method keeps at least one.
-        label_smoothing: of the plain stage.
+        epochs: total of both stages.
+        share: fraction of the epochs for the undefended stage, rounded; the method has at least
+            one.
+        label_smoothing: for the undefended stage.
 
     Raises:
-        ConfigError: unless the share lies in [0, 1).
+        ConfigError: if the share is not in [0, 1).
     """
     if not 0 <= share < 1:
         raise ConfigError(f"the share of plain epochs must lie in [0, 1), got {share}")

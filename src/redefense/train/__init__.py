@@ -1,6 +1,6 @@
 """Training. The package can be called: `redefense.train(...)` is `redefense.train.api.train`.
 
-The function and the folder share their name, and whichever was imported last would hide the other.
+The function and the package share their name; the one imported last would hide the other.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Machines on which a training's time is predicted, with the peaks of their public data sheets."""
+"""Devices for which training time is predicted, with the peak figures of their data sheets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,20 +12,21 @@ from redefense.runtime.device import name_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accelerator:
-    """What one device does in a second, at best and as a rule.
+    """Peak and typical performance of one device.
 
     Attributes:
         half: peak FLOP/s of dense products in bfloat16.
-        single: that of convolutions on single-precision tensors, as torch runs them by default.
+        single: peak FLOP/s of convolutions on single-precision tensors, as torch runs them by
+            default.
         bandwidth: peak bytes/s of its memory.
         memory: bytes.
-        link: bytes/s to a neighbour, one way.
-        reach: share of the peak FLOP/s that convolutions reach while they run.
-        stream: share of the bandwidth that element-wise operations reach.
-        launch: seconds that any operation takes at least, on the device or its host.
-        replayed: the same of an operation in a recording that is replayed; None where nothing is.
-        source: where the peaks are from.
-        called: what torch calls the device.
+        link: bytes/s to another device, one way.
+        reach: fraction of the peak FLOP/s that convolutions reach.
+        stream: fraction of the bandwidth that element-wise operations reach.
+        launch: minimum seconds of an operation, on the device or its host.
+        replayed: minimum seconds of an operation in a replayed recording; None without replay.
+        source: where the peak figures are from.
+        called: the device name that torch reports.
     """
 
     half: float
@@ -41,7 +42,7 @@ class Accelerator:
     replayed: float | None = None
 
     def seconds(self, *, half: bool, flops: float, moved: float, replayed: bool = False) -> float:
-        """Of one operation: what takes longest, its arithmetic, its traffic or its start."""
+        """Seconds of one operation: the maximum of its arithmetic, memory traffic and launch."""
         start = self.replayed if replayed and self.replayed is not None else self.launch
         peak = self.half if half else self.single
         arithmetic = flops / (peak * self.reach)
@@ -49,17 +50,17 @@ class Accelerator:
 
 
 LAUNCH: Final = 35e-6
-"""Seconds in which a host hands over an operation of a training step, whatever the GPU.
+"""Seconds in which a host launches an operation of a training step, whatever the GPU.
 
-Measured beside two H100 (virtual machines, one thread, torch 2.11): 28 to 44 us and 34 to 55 us an
-operation, steps of ResNet-8, 20 and 18 with three and eight members; see docs/gpus.md.
+Measured on the hosts of two H100 (virtual machines, one thread, torch 2.11): 28 to 44 us and 34 to
+55 us an operation, steps of ResNet-8, 20 and 18 with three and eight members; see docs/gpus.md.
 """
 
 REPLAYED: Final = 4e-6
-"""Seconds that an operation of a CUDA graph takes at least.
+"""Minimum seconds of an operation of a CUDA graph.
 
-Fitted to two timings beside an H100: ten sign-gradient steps against the average of ResNet-8, three
-and eight members, took 0.013 and 0.035 s as a graph; see docs/gpus.md. No whole step was timed.
+Fitted to two timings on an H100: ten sign-gradient steps against the average of ResNet-8, three and
+eight members, took 0.013 and 0.035 s as a graph; see docs/gpus.md. No whole step was timed.
 """
 
 ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
@@ -93,7 +94,7 @@ ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
 
 
 def cores(count: int) -> Accelerator:
-    """As many cores as there are threads, each half of the two in the table."""
+    """A CPU of as many cores as threads in use, each half of the two cores in the table."""
     two = ACCELERATORS["cpu-2-cores-avx512"]
     share = count / 2
     return replace(
@@ -102,7 +103,7 @@ def cores(count: int) -> Accelerator:
 
 
 def known(device: torch.device) -> Accelerator | None:
-    """What the table says of a device: of a CPU its share for the threads in use."""
+    """The entry of a device; for a CPU scaled to the threads in use."""
     if device.type == "cpu":
         return cores(torch.get_num_threads())
     return next((at for at in ACCELERATORS.values() if at.called == name_of(device)), None)

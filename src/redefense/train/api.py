@@ -26,11 +26,11 @@ from redefense.train.experiment import train as train_run
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """A trained run: `redefense.load` and `redefense.evaluate` take it as it is.
+    """A trained run; `redefense.load` and `redefense.evaluate` accept it.
 
     Attributes:
         ensemble: in evaluation mode.
-        config: what decided the training; `redefense train` can do it again.
+        config: all settings of the training; `redefense train` can repeat it.
         path: the run directory.
     """
 
@@ -71,15 +71,15 @@ def train(
         epochs: passes over the training images; 10 unless given.
         batch_size: images of a step; 128 unless given.
         optim: optimizer and schedule; those of `OptimConfig` unless given.
-        threat: what the adversary may do, against which the run is measured; of a defence with an
-            adversary of its own, `adversary.eps` is a setting of the defence.
-        seed: of every draw; 0 unless given.
-        device: where to compute.
-        resume: go on with a run that was stopped.
+        threat: norm and radius against which the run is evaluated; the radius of a defence's own
+            adversary is its setting `adversary.eps`.
+        seed: seed of all random numbers; 0 unless given.
+        device: torch device.
+        resume: continue an interrupted run.
         quiet: show no progress on stderr.
 
     Raises:
-        ConfigError: for a name, object or setting that cannot be used.
+        ConfigError: for an invalid name, object or setting.
         DataError: if the data cannot be read.
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
@@ -116,7 +116,7 @@ def _base(value: Any) -> Run | None:
 
 
 def _defaults(ensemble: Any) -> dict[str, Any]:
-    """The settings of a run that has no recipe."""
+    """The settings of a run without a recipe."""
     return {"ensemble": _members(ensemble), "epochs": 10, "batch_size": 128}
 
 
@@ -151,18 +151,18 @@ def _members(value: Any) -> dict[str, Any]:
 
 
 def weights_digest(nets: Sequence[nn.Module], digits: int = 12) -> str:
-    """Names networks by what they are: equal layers and weights, equal names of up to 64 digits."""
+    """Hash of networks, up to 64 digits: equal for equal layers and weights."""
     digest = hashlib.sha256()
     for net in nets:
         digest.update(repr(net).encode())
         for key, value in net.state_dict().items():
-            if not isinstance(value, torch.Tensor):  # what quantised layers keep of themselves
+            if not isinstance(value, torch.Tensor):  # metadata of quantised layers
                 digest.update(f"{key} {value!r}".encode())
                 continue
             raw = value.detach().cpu()
             digest.update(f"{key} {raw.dtype} {tuple(raw.shape)}".encode())
             raw = raw.int_repr() if raw.is_quantized else raw
-            # numpy does not know every type, but bytes
+            # numpy does not support every dtype, but it does bytes
             digest.update(raw.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:digits]
 
@@ -193,5 +193,5 @@ def _data(value: Any) -> str:
 
 
 def _adopt(names: Registry[Any], name: str, value: Any, of: type) -> None:
-    """Register an object that was handed over, so that the record of the run can name it."""
+    """Register a given object, so that the record of the run can name it."""
     names.add(name, names.accepted(name, value), {"module": of.__module__})

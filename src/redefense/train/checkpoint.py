@@ -1,7 +1,8 @@
 """Checkpoints: folders of safetensors and JSON with a manifest of SHA-256. No pickle anywhere.
 
-A checkpoint is written aside, flushed to disk and renamed, so a killed or full disk leaves the
-previous one; an altered or truncated one is refused by name and the one before it is used.
+A checkpoint is written to a temporary folder, flushed to disk and renamed, so a crash or a full
+disk does not damage the previous one. An altered or truncated one is reported and the one before it
+is used.
 """
 
 import hashlib
@@ -25,19 +26,19 @@ from redefense.runtime.files import reason
 FORMAT = 1
 KEEP = 2
 ASIDE, REPLACED = ".saving-", ".replaced-"
-"""How the names of folders begin that are being written, and that are being replaced."""
+"""Prefixes of folders being written and of folders being replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a folder holds, verified.
+    """The verified contents of a checkpoint folder.
 
     Attributes:
         path: the folder.
         run: the resolved run.
-        weights: the ensemble's state by name.
+        weights: the ensemble's state dict.
         optimizer: optimizer tensors as `KEY/PARAMETER`; empty in `final/`.
-        state: where training stood, and the shape of the data.
+        state: position of the training, and the shape of the data.
     """
 
     path: Path
@@ -55,11 +56,11 @@ def save(
     state: Mapping[str, Any],
     optimizer: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint folder at `target`, replacing one that is there.
+    """Write a checkpoint folder at `target`, replacing an existing one.
 
     Raises:
         TrainingError: if a number to be saved is not finite, before anything is written.
-        CheckpointError: if it cannot be written; `target` is then as it was.
+        CheckpointError: if it cannot be written; `target` is then unchanged.
     """
     if (name := _non_finite({**weights, **(optimizer or {})})) is not None:
         raise TrainingError(
@@ -82,7 +83,9 @@ def save(
             _flush(path)
         _flush(aside)
         if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # by a kill, in a process of this number
+            shutil.rmtree(
+                replaced, ignore_errors=True
+            )  # left by a killed process of the same number
             target.rename(replaced)
             aside.rename(target)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -100,7 +103,7 @@ def read(path: Path) -> Checkpoint:
     """Read and verify a checkpoint folder.
 
     Raises:
-        CheckpointError: if a file is missing, truncated, altered or not as the format says.
+        CheckpointError: if a file is missing, truncated, altered or of the wrong format.
     """
     try:
         state, data, weights, optimizer = _read(path)
@@ -115,12 +118,12 @@ def read(path: Path) -> Checkpoint:
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a number which is not finite."""
+    """The name of the first tensor with a non-finite number."""
     return next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None)
 
 
 def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
-    """State, run, weights and optimizer of a folder whose hashes hold."""
+    """State, run, weights and optimizer of a folder, with hashes verified."""
     manifest = json.loads((path / "manifest.json").read_text())["sha256"]
     if not {"weights.safetensors", "run.json", "state.json"} <= set(manifest):
         raise CheckpointError(f"checkpoint {path} is not complete: {sorted(manifest)}")
@@ -137,14 +140,14 @@ def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest sound checkpoint of a run's `checkpoints/`; damaged ones are named and skipped.
+    """The newest valid checkpoint of a run's `checkpoints/`; damaged ones are reported and skipped.
 
-    One that a kill caught between its two renames is put back first.
+    One whose replacement was interrupted between its two renames is restored first.
     """
     for path in folder.glob(f"{REPLACED}step-*"):
         target = folder / path.name.removeprefix(REPLACED).rpartition("-")[0]
         if not target.exists():
-            warn(f"checkpoint {target} was being replaced; its older version is put back")
+            warn(f"checkpoint {target} was being replaced; restored its older version")
             path.rename(target)
     for path in reversed(_stored(folder)):
         try:
@@ -160,7 +163,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path) -> None:
-    """Remove all but the last two checkpoints, and what killed saves have left."""
+    """Remove all but the last two checkpoints, and remains of interrupted saves."""
     left = [*folder.glob(f"{ASIDE}*"), *folder.glob(f"{REPLACED}*")]
     for path in [*_stored(folder)[:-KEEP], *left]:
         shutil.rmtree(path, ignore_errors=True)
@@ -183,15 +186,15 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     names: Mapping[torch.nn.Parameter, str],
 ) -> None:
-    """Put the tensors of the parameters named here back, on their devices, in their formats."""
+    """Load the optimizer's state of the given parameters, on their devices, in their formats."""
     by_name = {name: p for p, name in names.items()}
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
-        if (p := by_name.get(name)) is None:  # of a member that another process trains
+        if (p := by_name.get(name)) is None:  # trained by another process
             continue
         if tensor.ndim:
             value = torch.empty_like(p).copy_(tensor)
-        else:  # a count of steps: a fused optimizer wants it beside the parameter
+        else:  # a step count: a fused optimizer needs it on the parameter's device
             value = tensor.to(p.device if optimizer.defaults.get("fused") else "cpu", copy=True)
         optimizer.state[p][key] = value
 
@@ -204,7 +207,7 @@ def _tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     try:
         save_file(plain, path)
-    except SafetensorError as error:  # its own name for a failed write
+    except SafetensorError as error:  # safetensors raises it for a failed write
         raise OSError(str(error)) from None
 
 

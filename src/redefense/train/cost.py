@@ -1,12 +1,12 @@
-"""What a training costs before it is run: arithmetic, time and memory, from counting its steps.
+"""Prediction of the FLOPs, time and memory of a training, by counting its steps.
 
-A step of each stage is taken by the training loop itself, in its true size, under a dry
-`OpCounter`: what a method, a kind of ensemble or an optimizer does is counted, not assumed. Passes
-are in *forward-pass equivalents*: FLOPs over those of one forward pass of one member.
+The training loop takes a step of each stage at full size under a dry `OpCounter`, so that any method, ensemble and
+optimizer is counted. Passes are in *forward-pass equivalents*: FLOPs divided by those of one
+forward pass of one member.
 
-Time is predicted operation by operation: each takes as long as its arithmetic, its traffic or its
-launch, whichever is longest, on an `Accelerator`. Validation, loading of data, checkpoints and what
-a stage does at its end (the refit of BARRE's mixture) are not in it.
+Time is predicted per operation, as the maximum of its arithmetic, memory traffic and launch on an
+`Accelerator`. Validation, data loading, checkpoints and work at the end of a stage (the refit of
+BARRE's mixture) are not included.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ class StageCost:
     """The steps of one stage.
 
     Attributes:
-        name: of the stage.
+        name: name of the stage.
         steps: optimizer steps in all its epochs.
-        entries: what one step does, the mean over the epochs that were counted.
-        living: bytes above weights, gradients and optimizer state, at the worst moment of a step.
+        entries: operations of one step, the mean over the counted epochs.
+        living: peak bytes of a step beyond weights, gradients and optimizer state.
     """
 
     name: str
@@ -50,11 +50,11 @@ class StageCost:
     living: int
 
     def flops(self, phase: str | None = None) -> float:
-        """Of one step, or of one of its phases."""
+        """FLOPs of one step, or of one of its phases."""
         return math.fsum(e.flops * n for e, n in self.entries.items() if phase in (None, e.phase))
 
     def seconds(self, on: Accelerator, share: float = 1.0, *, replayed: bool = False) -> float:
-        """Of one step, or with a share of its images; replayed where it can be recorded."""
+        """Seconds of one step, or of a fraction of its images; replayed if possible."""
         return counted_seconds(self.entries, on, share, replayed=replayed)
 
 
@@ -65,9 +65,9 @@ def counted_seconds(
     *,
     replayed: bool = False,
 ) -> float:
-    """Of operations one after another, or of a share of the images in each.
+    """Seconds of consecutive operations, or of a fraction of the images in each.
 
-    With `replayed`, what a training step computes up to its gradients is replayed.
+    With `replayed`, a training step is replayed up to its gradients.
     """
     return math.fsum(
         n
@@ -81,19 +81,19 @@ def counted_seconds(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a run costs, wherever it runs.
+    """The cost of a run, independent of the device.
 
     Attributes:
         run: with every setting resolved.
         members: M.
         shape: channels, height and width of an image.
-        images: that are trained on in an epoch.
-        batch: images of a step.
+        images: training images per epoch.
+        batch: images per step.
         forward: FLOPs of a forward pass of one image through one member.
-        stages: their steps.
+        stages: cost of each stage.
         weights: bytes of parameters and buffers.
         gradients: bytes of gradients.
-        optimizer: bytes of its state.
+        optimizer: bytes of the optimizer state.
     """
 
     run: Run
@@ -112,21 +112,21 @@ class Cost:
         return sum(stage.steps for stage in self.stages)
 
     def flops(self, phase: str | None = None) -> float:
-        """Of the whole training, or of one phase of its steps."""
+        """FLOPs of the whole training, or of one phase of its steps."""
         return math.fsum(stage.steps * stage.flops(phase) for stage in self.stages)
 
     def passes(self, phase: str | None = None) -> float:
-        """Forward-pass equivalents per member and image seen."""
+        """Forward-pass equivalents per member and training image."""
         return self.flops(phase) / (self.forward * self.members * self.steps * self.batch)
 
     @property
     def parameters(self) -> int:
-        """Numbers that are trained, of all members together."""
+        """Number of trainable parameters of all members."""
         return self.gradients // 4
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on a device that trains all members, at the worst moment."""
+        """Peak bytes on a device that trains all members."""
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -137,10 +137,9 @@ class Cost:
 
 
 def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
-    """Count the steps of a run whose data have these classes and this shape.
+    """Count the steps of a run for data of given classes and shape.
 
-    Where epochs of a stage differ (DVERGE draws a layer for each), the mean of up to eight is
-    taken.
+    Where epochs of a stage differ (DVERGE draws a layer for each), the mean of up to eight is used.
 
     Raises:
         ConfigError: if the number of training images is not known.
@@ -198,7 +197,7 @@ def _images(run: Run) -> int:
 def _counted(
     ensemble: Ensemble, stages: Sequence[Stage], index: int, batch: Batch, run: Run
 ) -> list[OpCounter]:
-    """A step of an epoch that stands for all, or steps of several epochs if these differ."""
+    """A representative step of an epoch, or steps of several epochs if these differ."""
 
     def step(epoch: int) -> OpCounter:
         return booked_step(
@@ -225,7 +224,7 @@ ASSUMPTIONS: Final = (
 
 
 def passes_per_image(run: Run) -> float:
-    """Forward-pass equivalents that a recipe spends per member and image seen.
+    """Forward-pass equivalents of a recipe per member and training image.
 
     Raises:
         ConfigError: for data of unknown shape or size.
@@ -258,11 +257,11 @@ def _named(accelerator: str) -> Accelerator:
 
 
 def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
-    """JSON-ready: what a run costs in all, and how long it takes on a named accelerator.
+    """JSON-ready cost of a run, and its time on a named accelerator.
 
-    One device replays its steps where it can record them; beside it stands what it takes without.
-    With several devices, which do not, they either share each batch and average gradients, or share
-    the members and exchange input gradients once a step and once for each gradient of an adversary.
+    One device replays its steps where it can record them; the time without replay is reported, too.
+    Several devices do not replay. They either split each batch and average gradients, or split the
+    members and exchange input gradients once per step and once per gradient of an adversary.
 
     Raises:
         ConfigError: for an accelerator that is not in the table, or fewer than one device.
@@ -331,9 +330,9 @@ def _seconds(cost: Cost, step: Callable[[StageCost], float]) -> float:
 
 
 def _exchanged(cost: Cost, stage: StageCost) -> float:
-    """Bytes that processes that share the members hand round in a step: pictures of gradients."""
+    """Bytes of input gradients exchanged per step by processes that split the members."""
     image = 4 * math.prod(cost.shape)
-    # a gradient of an adversary costs two passes of every member, and each hands its own round
+    # an adversary's gradient is two passes of every member, each exchanged once
     climbed = stage.flops(EXAMPLES) / (2 * cost.members * cost.forward)
     return image * cost.members * (cost.batch + climbed)
 

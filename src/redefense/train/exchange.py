@@ -18,7 +18,7 @@ from redefense.runtime.mesh import Mesh
 
 @contextmanager
 def spread_over(mesh: Mesh, ensemble: Ensemble) -> Iterator[None]:
-    """Within, the steps of the ensemble's training are spread over the mesh.
+    """Context that distributes the training steps of the ensemble over the mesh.
 
     Raises:
         ConfigError: if FSDP2 has sharded weights, or members that share weights would be trained
@@ -38,7 +38,7 @@ def spread_over(mesh: Mesh, ensemble: Ensemble) -> Iterator[None]:
 
 
 def check_weights(mesh: Mesh, ensemble: Ensemble) -> None:
-    """Refuse weights that the mesh cannot be spread over.
+    """Check that the weights can be distributed over the mesh.
 
     Raises:
         ConfigError: if FSDP2 has sharded them, or members in different columns share them.
@@ -56,7 +56,7 @@ def check_weights(mesh: Mesh, ensemble: Ensemble) -> None:
 
 def _refuse_sharded(ensemble: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized()):
-        return  # it needs a process group
+        return  # FSDP2 needs a process group
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -65,7 +65,7 @@ def _refuse_sharded(ensemble: nn.Module) -> None:
     ):
         raise ConfigError(
             "FSDP2 (fully_shard) frees weights that the second derivative of these losses needs "
-            "and then trains nothing: hand over plain networks, redefense spreads them itself"
+            "and then trains nothing: pass plain networks, redefense distributes them itself"
         )
 
 
@@ -111,7 +111,7 @@ class Shared:
         return size * self.mesh.shape[0], slice(self.mesh.row, None, self.mesh.shape[0])
 
     def of_all(self, values: Tensor) -> Tensor:
-        """(M, ...) of all members from (O, ...) of the own ones."""
+        """(M, ...) of all members from (O, ...) of the local ones."""
         if self.mesh.shape[1] == 1:
             return values
         counts = [len(self.mesh.own(self.num_members, k)) for k in range(self.mesh.shape[1])]
@@ -126,7 +126,7 @@ def _apply(function: type[Function], *args: object) -> Any:
 
 
 class _Gather(Function):
-    """All members' values; the gradient of the own ones is theirs alone: all compute the same."""
+    """All-gather over members; backward returns the local part, since all compute the same loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, shared: Shared) -> Tensor:
@@ -139,7 +139,7 @@ class _Gather(Function):
 
 
 class _Copies(Function):
-    """One input for each own member; its gradient is the sum over the members of all processes."""
+    """One input for each local member; its gradient is the sum over all members."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, shared: Shared) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ class _Copies(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        # in the order in which one process's backward pass adds them: the bits are the same
+        # in the order of a single process's backward pass, for bit-identical results
         last, *rest = reversed(ctx.shared.of_all(torch.stack(grads)).unbind())
         total = last
         for grad in rest:
@@ -157,7 +157,7 @@ class _Copies(Function):
 
 
 class _Sum(Function):
-    """Sum over the processes that share the batch; so is its gradient, and that one's."""
+    """Sum over the processes that share the batch; differentiable any number of times."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, mesh: Mesh) -> Tensor:
@@ -170,9 +170,9 @@ class _Sum(Function):
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """Batch norm with the moments of the whole batch, to be differentiated any number of times.
+    """Batch norm with the statistics of the whole batch, differentiable any number of times.
 
-    Takes over parameters, statistics and settings of `norm`, which stays as it is.
+    Shares parameters, statistics and settings of `norm`, which is not changed.
     """
 
     def __init__(self, norm: _BatchNorm, mesh: Mesh) -> None:
@@ -180,10 +180,10 @@ class SyncedBatchNorm(_BatchNorm):
         self.affine, self.track_running_stats = norm.affine, norm.track_running_stats
         self._parameters, self._buffers = norm._parameters, norm._buffers
         self.training, self.mesh = norm.training, mesh
-        self.plain = (norm,)  # in a tuple, so that it is no part of the network
+        self.plain = (norm,)  # in a tuple, so that it is not registered as a submodule
 
     def _check_input_dim(self, input: Tensor) -> None:
-        pass  # the norm whose place this takes has the same network before it
+        pass  # the replaced norm has the same network before it
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -193,7 +193,7 @@ class SyncedBatchNorm(_BatchNorm):
         count = x.numel() // x.shape[1] * self.mesh.shape[0]
         mean = cast(Tensor, _apply(_Sum, x.sum(axes), self.mesh)) / count
         centred = x - mean.view(shape)
-        # from the centred values: a difference of squares would lose the digits that count
+        # from the centred values: a difference of squares would lose precision
         variance = cast(Tensor, _apply(_Sum, centred.square().sum(axes), self.mesh)) / count
         if self.track_running_stats:
             self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
@@ -214,7 +214,7 @@ class SyncedBatchNorm(_BatchNorm):
 
 @contextmanager
 def _synced_batch_norm(ensemble: nn.Module, mesh: Mesh) -> Iterator[None]:
-    """Within, every batch norm of the ensemble sees the whole batch."""
+    """Context in which every batch norm of the ensemble uses the whole batch."""
     places = [
         (parent, name, child)
         for parent in ensemble.modules()

@@ -1,4 +1,4 @@
-"""From a `Run` to a trained run directory; `loading` is the way back."""
+"""Trains a `Run` into a run directory; `loading` loads it."""
 
 import contextlib
 import json
@@ -55,21 +55,21 @@ def train(
 ) -> Ensemble:
     """Train `run` into the directory `out` and return the ensemble in evaluation mode.
 
-    The test split is never read. With `resume`, a run that was stopped goes on from its last sound
-    checkpoint to the same bits; a finished one is returned as it is. With `profile`, the seconds of
-    each phase are printed at the end and kept in `out/profile.json`.
+    The test split is never read. With `resume`, an interrupted run continues from its last valid
+    checkpoint with bit-identical results; a finished one is loaded. With `profile`, the seconds of
+    each phase are printed at the end and saved in `out/profile.json`.
 
-    In the processes of `torchrun`, or of a group that exists, all call this alike, and share each
-    batch; `mesh` "DATAxMEMBER" makes so many rows of processes that share batches, and so many
-    columns that share the members. How many there are is no part of the run: it changes rounding
-    alone, is kept with each checkpoint, and may be another when the run is resumed.
+    Under `torchrun`, or within an existing process group, all processes call this and share each
+    batch; `mesh` "DATAxMEMBER" arranges them in DATA rows that share batches and MEMBER columns
+    that share the members. The number of processes is no part of the run: it changes rounding only,
+    is saved with each checkpoint, and may differ when the run is resumed.
 
     With `replay` "auto" one process on a CUDA device records its steps as CUDA graphs and replays
-    them, to the same bits (`train.replay`); not while profiling. "off" computes every step anew.
+    them bit-identically (`train.replay`); not while profiling. "off" disables it.
 
     Raises:
-        ConfigError: for a wrong setting, an `out` that holds a run already (without `resume`), or
-            another run than the one to be resumed.
+        ConfigError: for an invalid setting, an `out` that already holds a run (without `resume`),
+            or a different run than the one to be resumed.
         DataError: if the data cannot be read.
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
@@ -123,8 +123,8 @@ def _train(
         )
         if team.shape[0] > 1 and loader.batch_size % (2 * team.shape[0]):
             raise ConfigError(
-                f"{team.shape[0]} processes cannot share a batch of {loader.batch_size} images in "
-                "even numbers, which methods that halve it need"
+                f"{team.shape[0]} processes cannot split a batch of {loader.batch_size} images "
+                "into even numbers, as methods that halve it need: change the batch size or --mesh"
             )
     ensemble = fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
@@ -161,7 +161,7 @@ def _train(
 
 
 def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> None:
-    """Refuse a mesh that the method, the members or the batch cannot be spread over."""
+    """Check that the method, the members and the batch can be distributed over the mesh."""
     columns = team.shape[1]
     if columns > num_members:
         raise ConfigError(f"{columns} columns of processes are too many for {num_members} members")
@@ -173,10 +173,10 @@ def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> Non
 
 
 def _finished(out: Path) -> Checkpoint | None:
-    """The end of the run; None if it is not reached, or damaged with a checkpoint to go on from.
+    """The final checkpoint; None if missing, or damaged with an earlier one to resume from.
 
     Raises:
-        CheckpointError: if the end is damaged and all before it, too.
+        CheckpointError: if it and all earlier ones are damaged.
     """
     if not (out / "final").is_dir():
         return None
@@ -198,14 +198,14 @@ def _loaded(final: Checkpoint, out: Path, device: str, team: Mesh) -> Ensemble:
 def _check_data(
     run: Run, out: Path, stored: str | None, checkpoint: Checkpoint | None, signature: Signature
 ) -> None:
-    """Refuse to go on with other data than before, wherever they lie today.
+    """Check that the data of a resumed run are those it was trained on, in any location.
 
-    A checkpoint knows the checksum of its data; without one the specification that the run began
-    with, `stored`, must be the same.
+    A checkpoint stores the checksum of its data; without one the data specification must equal
+    `stored`, that of the start of the run.
 
     Raises:
         ConfigError: if the run names other data.
-        DataError: if its data have changed where they lie.
+        DataError: if the data have changed.
     """
     if checkpoint is None:
         if stored != run.data.spec:
@@ -219,7 +219,7 @@ def _check_data(
 
 
 def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
-    """The data set; the first process reads it before all others, which find it fetched."""
+    """The data set; the first process reads (and downloads) it before all others."""
     found: list[Dataset] = []
     for turn in (True, False):
         with team.agreed():
@@ -231,17 +231,17 @@ def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
 def _say_resumed(checkpoint: Checkpoint, team: Mesh) -> None:
     if not team.first:
         return
-    note(f"going on from {checkpoint.path.name}")
+    note(f"resuming from {checkpoint.path.name}")
     rows, columns = checkpoint.state.get("mesh", (1, 1))
     if (rows, columns) != team.shape:
         note(
-            f"it was trained by {rows}x{columns} processes and goes on with "
+            f"it was trained by {rows}x{columns} processes and continues with "
             f"{team.shape[0]}x{team.shape[1]}: rounding will differ"
         )
 
 
 def _with_start(run: Run) -> Run:
-    """The run with the checksum of the weights it starts from, if it names any."""
+    """The run with the checksum of its initial weights, if it names any."""
     if run.start is None or run.start.sha256 is not None:
         return run
     return run.model_copy(update={"start": recorded(run.start, open_source(Path(run.start.path)))})
@@ -256,9 +256,9 @@ def _start(
     validation: Split,
     device: str,
 ) -> dict[str, Any] | None:
-    """Let a new run begin from the members it names; how near it comes to them.
+    """Initialise a new run from the members it names; return how well they are matched.
 
-    Every process does all of it, so that all begin alike.
+    Every process does all of it, so that all start from equal weights.
     """
     if run.start is None:
         return None
@@ -280,18 +280,17 @@ def _start(
 
 
 def _claim(run: Run, out: Path, resume: bool) -> str | None:
-    """The data specification of the beginning of this very run in `out`; None if there is none.
+    """The data specification with which this run in `out` was started; None for a new run.
 
     Raises:
-        ConfigError: for another run, for anything else that is there unless `resume`, or if `out`
-            is no folder.
+        ConfigError: for another run, for other contents without `resume`, or if `out` is no folder.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out must name a folder, and {out} is a file")
     if not out.exists() or all(path.name.startswith(UNFINISHED) for path in out.iterdir()):
         return None
     if not (out / "run.json").is_file():
-        if resume:  # killed before it began: whatever lies there is not of a run
+        if resume:  # killed before it started: the contents are not of a run
             return None
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
     if not resume:
@@ -300,12 +299,12 @@ def _claim(run: Run, out: Path, resume: bool) -> str | None:
         record = json.loads((out / "run.json").read_text())
     except ValueError:
         raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
-    # read as a run, an old record gets the defaults of settings that are younger than it
+    # parsed as a run, an old record gets the defaults of newer settings
     stored, wanted = (
         json.loads(to_json(it)) for it in (resolve(parse_run(record, f"{out}/run.json"))[0], run)
     )
     spec = str(stored["data"]["spec"])
-    # the same data, or members to start from, may lie elsewhere today: checksums are compared
+    # data and initial weights may have moved: checksums are compared
     for settings in (stored, wanted):
         with contextlib.suppress(KeyError, TypeError):
             del settings["data"]["spec"]
@@ -318,7 +317,7 @@ def _claim(run: Run, out: Path, resume: bool) -> str | None:
 
 
 def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
-    """Write what the run is, and where it started; `run.json` appears whole or not at all."""
+    """Write the run and its starting point; `run.json` is written atomically."""
     if started is not None:
         write_text(out / "start.json", json.dumps(started, indent=1) + "\n")
     write_text(out / "run.json", to_json(run))
@@ -331,5 +330,5 @@ def _finish(run: Run, out: Path, ensemble: Ensemble, signature: Signature) -> No
         weights=ensemble.state_dict(),
         state={"data": signature.as_dict()},
     )
-    for left in out.glob(f"{ASIDE}final-*"):  # by a kill
+    for left in out.glob(f"{ASIDE}final-*"):  # left by a killed process
         shutil.rmtree(left, ignore_errors=True)

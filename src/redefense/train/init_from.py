@@ -29,13 +29,13 @@ MOMENT_IMAGES = 2048
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a run starts from.
+    """The initial weights of a run.
 
     Attributes:
         path: as given.
-        sha256: of the weights.
-        networks: makes the networks, from the kind of the new ensemble and an untrained one; and
-            what did not fit: `fresh` and `unused` names, for a file.
+        sha256: checksum of the weights.
+        networks: builds the networks, from the configuration of the new ensemble and an untrained
+            one; also returns unmatched names of a file, `fresh` and `unused`.
     """
 
     path: Path
@@ -48,7 +48,7 @@ def open_source(path: Path, device: str = "cpu") -> Source:
 
     Raises:
         CheckpointError: if there is no finished run.
-        DataError: if the file cannot be read, or would run code.
+        DataError: if the file cannot be read, or would execute code.
     """
     if path.is_file():
         states = read_states(path)
@@ -88,10 +88,10 @@ def _from_file(
 
 
 def recorded(start: StartConfig, source: Source) -> StartConfig:
-    """`start` with the checksum of the weights that lie there.
+    """`start` with the checksum of its weights.
 
     Raises:
-        DataError: if it has another checksum already.
+        DataError: if it already names a different checksum.
     """
     if start.sha256 not in (None, source.sha256):
         raise DataError(
@@ -108,14 +108,14 @@ def check_alike(
     net_here: nn.Module,
     source: Path,
 ) -> None:
-    """Refuse to start from members of another network, images or classes.
+    """Check that network, images and classes of the initial members match the run.
 
     Raises:
         ConfigError: naming what differs.
     """
     theirs, ours = asdict(there), asdict(here)
     for settings in (theirs, ours):
-        del settings["width"]  # None may be the same width: shapes tell
+        del settings["width"]  # None may be the same width: shapes are compared
         del settings["num_members"]
     shapes = [
         {n: tuple(t.shape) for n, t in net.state_dict().items()} for net in (net_there, net_here)
@@ -131,7 +131,7 @@ def check_alike(
 
 
 def check_apart(kind: EnsembleConfig, stages: Sequence[Stage]) -> None:
-    """Refuse to train some members alone where all share what writes them.
+    """Check that no stage trains a part of the members if all share a hypernetwork.
 
     Raises:
         ConfigError: naming the stage.
@@ -153,11 +153,11 @@ def initialise_from(
     batches: Iterable[Batch],
     judge: Callable[[Ensemble], float],
 ) -> dict[str, Any]:
-    """Let an untrained ensemble begin from plain networks, taken in turn.
+    """Initialise an untrained ensemble from plain networks, used cyclically.
 
     Returns:
-        The source, the number of the network that each member starts `from`, each member's
-        `kernel_error` (see `adopt`), and what `judge` gives for the networks and for the ensemble:
+        The source, the index of the network that each member starts `from`, each member's
+        `kernel_error` (see `adopt`), and the results of `judge` for the networks and the ensemble:
         `validation_accuracy` of `source` and `start`.
     """
     chosen = [m % len(nets) for m in range(ensemble.num_members)]
@@ -173,7 +173,7 @@ def initialise_from(
 
 
 def told(started: Mapping[str, Any]) -> str:
-    """Lines for what `initialise_from` returns, and for what of a file did not fit."""
+    """Lines that report the result of `initialise_from` and unmatched names of a file."""
     errors = ", ".join(f"{error:.3f}" for error in started["kernel_error"])
     accuracy = {k: 100 * v for k, v in started["validation_accuracy"].items()}
     lines = [
@@ -197,13 +197,13 @@ def told(started: Mapping[str, Any]) -> str:
 def measure_moments(ensemble: Ensemble, batches: Iterable[Batch]) -> None:
     """Replace batch norm's running moments by those of some 2000 images, equally weighted.
 
-    Fitted kernels pass on other moments than those they were fitted to.
+    Activations of fitted kernels have other moments than those of the original ones.
     """
     norms = [c for c in ensemble.modules() if isinstance(c, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's way to ask for the plain average
+        norm.momentum = None  # torch then computes the plain average
     seen = 0
     with evaluating(ensemble), torch.no_grad():
         ensemble.train_members(range(ensemble.num_members))
@@ -217,13 +217,13 @@ def measure_moments(ensemble: Ensemble, batches: Iterable[Batch]) -> None:
 
 
 def adopt(ensemble: Ensemble, nets: Sequence[nn.Module]) -> tuple[float, ...]:
-    """Give the members of `ensemble` what the plain networks `nets` have learned.
+    """Copy the weights of the plain networks `nets` to the members of `ensemble`.
 
     Stem, batch norm and classifier are copied; kernels too, or, on a `Hyper`, the hypernetworks and
     embeddings are fitted to them.
 
     Returns:
-        For each member the root mean square over its kernels of |written - wanted| / |wanted|.
+        For each member the root mean square over its kernels of |generated - target| / |target|.
     """
     if not isinstance(ensemble, Hyper):
         for m, net in enumerate(nets):
@@ -240,7 +240,7 @@ def adopt(ensemble: Ensemble, nets: Sequence[nn.Module]) -> tuple[float, ...]:
 
 
 def _fit(ensemble: Hyper, group: Sequence[int], wanted: Sequence[Sequence[Tensor]]) -> None:
-    """Fit one hypernetwork, and the embeddings of the members it writes."""
+    """Fit one hypernetwork, and the embeddings of its members."""
     targets = [
         fitting.target_of(ensemble.grids[m], wanted[m], ensemble.unit, ensemble.taps) for m in group
     ]
@@ -250,7 +250,7 @@ def _fit(ensemble: Hyper, group: Sequence[int], wanted: Sequence[Sequence[Tensor
     )
     width, used = found.second.shape[1], found.z.shape[1]
     with torch.no_grad():
-        # what the kernels have no use for keeps its random beginning, times zero
+        # directions that the kernels do not use retain their random initialisation, times zero
         first = writer.first.weight.unflatten(0, (-1, writer.second.in_features))
         first.zero_()[:, :width, :used] = found.first
         writer.first.bias.view(first.shape[:2]).zero_()[:, :width] = found.first_bias

@@ -21,7 +21,7 @@ from redefense.train.checkpoint import Checkpoint, read, save
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a trained ensemble must know of its data: it is stored with the weights.
+    """Description of the training data, stored with the weights.
 
     Attributes:
         name: of the data set.
@@ -54,7 +54,7 @@ class Signature:
 
 
 def resolve(run: Run) -> tuple[Run, EnsembleConfig, Defence]:
-    """Look up all names and fill in every default.
+    """Resolve all names and fill in every default.
 
     Raises:
         ConfigError: for an unknown name or setting, or a value of the wrong type.
@@ -86,26 +86,26 @@ def load(path: str | Path, *, device: str = "cpu") -> Ensemble:
 
 
 def find_final(path: Path) -> Checkpoint:
-    """The finished checkpoint of a run directory, or the checkpoint that `path` itself is.
+    """The final checkpoint of a run directory, or the checkpoint at `path` itself.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
     """
     folder = path / "final" if (path / "final").is_dir() else path
-    if (folder / "config.json").is_file():  # a checkpoint has none
+    if (folder / "config.json").is_file():  # checkpoints have no such file
         raise CheckpointError(
             f"{path} is a bundle or a folder for a model hub, not a run: give the directory of the "
             "run that it was made from"
         )
     if not (folder / "manifest.json").is_file():
         if (path / "checkpoints").is_dir():
-            raise CheckpointError(f"{path} is not trained to its end; go on with train --resume")
+            raise CheckpointError(f"{path} is not fully trained; continue with train --resume")
         raise CheckpointError(f"no trained run at {path}")
     return read(folder)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Ensemble:
-    """The ensemble that a checkpoint holds, in evaluation mode."""
+    """The ensemble of a checkpoint, in evaluation mode."""
     _, kind, _ = resolve(checkpoint.run)
     ensemble = fresh(kind, Signature.stored(checkpoint.state), checkpoint.run.seed, device)
     load_weights(ensemble, checkpoint)
@@ -118,17 +118,17 @@ def fresh(kind: EnsembleConfig, signature: Signature, seed: int, device: str) ->
     """An untrained ensemble for such data.
 
     Raises:
-        ConfigError: if the device cannot be used, or the kind does not fit the data.
+        ConfigError: if the device is not available, or the ensemble does not fit the data.
     """
     ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
     return ensemble.to(check_device(device))
 
 
 def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
-    """Give the ensemble the weights of a checkpoint.
+    """Load the weights of a checkpoint into the ensemble.
 
     Raises:
-        CheckpointError: if they are another network's.
+        CheckpointError: if they do not fit.
     """
     try:
         ensemble.load_state_dict(dict(checkpoint.weights))
@@ -138,7 +138,7 @@ def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def input_check(ensemble: Ensemble, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Refuse data that the ensemble was not made for.
+    """Check that data fit the ensemble.
 
     Raises:
         InputError: naming what differs.
@@ -152,12 +152,12 @@ def input_check(ensemble: Ensemble, dataset: Dataset, checkpoint: Checkpoint) ->
 
 
 def materialise(path: Path, out: Path) -> None:
-    """Make `out` a finished run of independent members that compute what those of `path` do.
+    """Write a finished run `out` of independent members that compute the same as those of `path`.
 
-    Evaluations are not copied: they belong to the run they were made of.
+    Evaluations are not copied: they belong to the original run.
 
     Raises:
-        ConfigError: if the members of `path` are plain already, or `out` is not free.
+        ConfigError: if the members of `path` are plain already, or `out` exists.
         CheckpointError: if there is no trained run at `path`.
         WriteError: if `out` cannot be written.
     """

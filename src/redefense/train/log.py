@@ -28,12 +28,12 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         kept: list[str] = []
         if resume_step and self.path.exists():
-            # lines written after the checkpoint that we go on from will be written again
+            # lines after the resumed checkpoint will be written again
             for line in self.path.read_text().splitlines():
                 try:
                     if json.loads(line)["step"] <= resume_step:
                         kept.append(line)
-                except ValueError:  # cut off by a kill
+                except ValueError:  # truncated by a killed process
                     break
         write_text(self.path, "".join(line + "\n" for line in kept))
         self._board = None
@@ -56,7 +56,7 @@ class Metrics:
 
 
 class ProgressLine:
-    """A bar with the time left on a terminal, a plain line now and then elsewhere, or nothing."""
+    """Progress: a bar with the time left on a terminal, occasional lines elsewhere, or nothing."""
 
     def __init__(self, label: str, total: int, *, done: int = 0, quiet: bool = False) -> None:
         console = Console(stderr=True)
@@ -77,7 +77,7 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, done: int, text: str = "") -> None:
-        """Report `done` of the total; `text` is what is worth seeing right now."""
+        """Report `done` of the total; `text` is shown with it."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)

@@ -6,7 +6,7 @@
             case EpochEnded(): ...
             case SaveDue(): ...
 
-`fit` trains and yields what happens; whoever drives it saves, logs and stops.
+`fit` trains and yields events; the caller saves, logs and stops.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ from redefense.types import Batch, Progress
 
 @runtime_checkable
 class Loader(Protocol):
-    """What the loop asks of a loader: batches that depend on (epoch, step) alone."""
+    """Loader of batches that depend on (epoch, step) alone."""
 
     def __len__(self) -> int: ...
 
@@ -45,13 +45,13 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where training stands: the next step to take.
+    """Position of the training: the next step to take.
 
     Attributes:
         stage: index of the stage.
         epoch: epoch within the stage.
         step: step within the epoch.
-        total: optimizer steps taken in all.
+        total: optimizer steps taken so far.
     """
 
     stage: int = 0
@@ -65,12 +65,12 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where training goes on: all that a checkpoint holds beside the weights.
+    """State to resume from: the contents of a checkpoint except the weights.
 
     Attributes:
         position: the next step to take.
-        totals: running sums of the epoch that `position` is in the middle of.
-        tensors: of the stage's optimizer, see `StageOptimizer.tensors`.
+        totals: running sums of the epoch at `position`.
+        tensors: state of the stage's optimizer, see `StageOptimizer.tensors`.
     """
 
     position: Position = Position()
@@ -80,12 +80,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that has happened in training; the weights are those of this moment.
+    """Base class of events; the weights are those at the time of the event.
 
     Attributes:
         position: the next step to take.
         totals: running sums over the steps of the epoch, of each term of the loss.
-        optimizer: of the stage.
+        optimizer: the stage's optimizer.
     """
 
     position: Position
@@ -98,7 +98,7 @@ class StepDone(Event):
     """An optimizer step was taken.
 
     Attributes:
-        terms: of its loss, and its learning rate `lr`.
+        terms: terms of its loss, and its learning rate `lr`.
     """
 
     terms: Mapping[str, float]
@@ -106,10 +106,10 @@ class StepDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochEnded(Event):
-    """An epoch is over, and `totals` are its means; averaged weights are in place, if there are.
+    """An epoch has ended; `totals` are its means, and averaged weights, if any, are loaded.
 
     Attributes:
-        stage: that the epoch belongs to.
+        stage: the epoch's stage.
     """
 
     stage: Stage
@@ -117,10 +117,10 @@ class EpochEnded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveDue(Event):
-    """What was done since the last checkpoint would take long to do again.
+    """A checkpoint is due: long work was done since the last one, or follows.
 
     Attributes:
-        before: the long work that follows and saves nothing, for messages; empty if there is none.
+        before: description, for messages, of following long work without checkpoints; or empty.
     """
 
     before: str = ""
@@ -138,24 +138,24 @@ def fit(
     mesh: Mesh | None = None,
     recorder: Recorder | None = None,
 ) -> Generator[StepDone | EpochEnded | SaveDue, None, None]:
-    """Train through all stages from `start`, and yield what happens.
+    """Train through all stages from `start`, and yield events.
 
-    Every draw is named by (seed, total step), so a run resumed at any step gives the same bits.
+    Random streams are derived from (seed, total step), so a run resumed at any step is
+    bit-identical. The device is synchronised once per step, where the terms of the loss are read
+    and checked.
 
-    An accelerator is waited for once a step, where the terms of the loss are read and checked.
-    Reading them a step late would need every step guarded on the device against the one before, and
-    would gain about one percent: see docs/gpus.md.
-
-    The processes of `mesh` train together: the loader gives each its share of every batch, and all
-    yield alike; what they own of the weights is then newer than the rest.
+    Reading them one step later would gain about one percent but needs guards on the device: see
+    docs/gpus.md. The processes of `mesh` train together: the loader gives each its part of every
+    batch, and all yield the same events; weights of members on other processes are then out of
+    date.
 
     With a `recorder` steps are recorded and replayed, see `train.replay`. It is for one process.
 
     Raises:
         TrainingError: for a non-finite loss, before the optimizer step; or if, on the first step of
             a stage, a trainable parameter got no finite gradient.
-        Interrupted: on SIGINT or SIGTERM in what a stage does before its first and after its last
-            step; all other signals are the driver's.
+        Interrupted: on SIGINT or SIGTERM during a stage's work before its first or after its last
+            step; the caller handles signals at other times.
         ConfigError: if FSDP2 has sharded the weights.
     """
     start, mesh = start or Start(), mesh or Mesh()
@@ -201,7 +201,7 @@ def fit(
                         terms={**terms, "lr": lr},
                     )  # fmt: skip
                 if last and stage.after is not None:
-                    # it may take long: a process that is stopped in it comes back to this point
+                    # it may take long: an interrupted process resumes here
                     work = f"after stage {stage.name!r}"
                     yield SaveDue(
                         position=position, totals=totals, optimizer=optimizer, before=work
@@ -254,9 +254,9 @@ def take_step(
     tally: Tally | None = None,
     compute: Compute | None = None,
 ) -> dict[str, float]:
-    """One optimizer step; returns the summed terms of the loss, of all processes of the tally's.
+    """Take one optimizer step; return the terms of the loss, summed over processes.
 
-    `compute` leaves the gradients with the parameters, as `gradients` does.
+    `compute` accumulates the gradients in the parameters, as `gradients` does.
     """
     tally = tally or Tally(Mesh())
     mesh = tally.mesh
@@ -288,10 +288,9 @@ def gradients(
     batch: Batch,
     rng: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The first half of a step, on the device alone: gradients by the parameters.
+    """The first half of a step: gradients of the parameters, without device synchronisation.
 
-    Nothing in it reads a number back, so that it can be recorded; what it draws it draws by
-    `rng.drawn`.
+    It can be recorded, since it reads no value back and draws through `rng.drawn`.
 
     Returns:
         The summed terms of the loss, detached scalars.
@@ -300,7 +299,7 @@ def gradients(
     for parameter in params:
         parameter.grad = None
     summed: dict[str, Tensor] = {}
-    # no cache: weights cast while they ask for no gradient must not serve passes that need one
+    # no cache: weights cast without a graph must not be reused by passes that need gradients
     autocast = torch.autocast(batch.x.device.type, torch.bfloat16, cache_enabled=False)
     with (
         autocast if precision == "bf16" else nullcontext(),
@@ -316,7 +315,7 @@ def gradients(
 
 
 def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: str) -> None:
-    """Refuse to go on when a parameter that should learn got no gradient, or a non-finite one.
+    """Check that every trainable parameter got a finite gradient.
 
     Raises:
         TrainingError: naming the parameters.
@@ -331,20 +330,20 @@ def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: 
 
 
 def epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:
-    """Epochs are numbered through all stages, so that no stage repeats another's order."""
+    """Loader whose epochs are numbered over all stages, so that no order of images repeats."""
     return sum(stage.epochs for stage in stages[:index]) + epoch
 
 
 @contextmanager
 def interrupted_at_once(where: str, mesh: Mesh) -> Iterator[None]:
-    """Raise on SIGINT or SIGTERM: for long work with nothing to save, which a resume does again.
+    """Raise at once on SIGINT or SIGTERM, for long work that a resume repeats.
 
     Raises:
-        Interrupted: naming where.
+        Interrupted: with the stage.
     """
 
     def handle(number: int) -> None:
-        raise mesh.told(Interrupted(f"stopped {where}; go on with --resume", number))
+        raise mesh.told(Interrupted(f"stopped {where}; continue with --resume", number))
 
     with handled(handle):
         yield

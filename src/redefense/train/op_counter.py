@@ -1,15 +1,14 @@
 """Counts the operations of a computation: FLOPs, memory traffic and live memory by phase.
 
-A `OpCounter` is a torch dispatch mode: it sees every operation below autograd, second derivatives
-included, whatever method, network or kind of ensemble asked for it. With `dry` it computes nothing
-large: results of operations on many numbers have the right shape and no meaning: ones, or, where
-they are very many, zeros in memory that is never touched. A step of an ensemble that would take
-minutes and gigabytes is so booked in seconds, in its true size, since what a training step computes
-depends on shapes and not on values.
+A `OpCounter` is a torch dispatch mode: it intercepts every operation below autograd, second
+derivatives included. With `dry` large operations are not computed. Their results have the right
+shape and are ones, or, if very large, zeros in memory that is never touched. A step that would take
+minutes and gigabytes is thus counted in seconds at full size, since the operations of a training
+step depend on shapes and not on values.
 
 Convolutions and matrix products are counted by torch's own formulas (a multiplication and an
-addition are two); all other operations count by the bytes that they read and write. Workspace
-inside an operation is not seen.
+addition are two); for all other operations the bytes read and written are counted. Workspace inside
+an operation is not counted.
 """
 
 import mmap
@@ -27,9 +26,9 @@ from torch.utils.flop_counter import flop_registry
 from redefense.runtime.phases import OTHER
 
 LARGE: Final = 2048
-"""Numbers from which on a dry ledger computes nothing: fewer may decide what is done next."""
+"""Size in elements from which a dry run computes nothing; smaller tensors may control the flow."""
 FILLED: Final = 64 * LARGE
-"""Up to here its results are ones: what is computed from a part of them may be a logarithm."""
+"""Size up to which its results are ones, since later operations may take a logarithm."""
 
 
 class Entry(NamedTuple):
@@ -38,8 +37,8 @@ class Entry(NamedTuple):
     Attributes:
         phase: the innermost phase it belongs to.
         half: whether it computes in half precision.
-        flops: of convolutions and matrix products; 0 for all others.
-        moved: bytes that it reads and writes.
+        flops: FLOPs of convolutions and matrix products; 0 for all others.
+        moved: bytes read and written.
     """
 
     phase: str
@@ -49,20 +48,19 @@ class Entry(NamedTuple):
 
 
 class OpCounter(TorchDispatchMode):
-    """Books the operations within; also a `Watcher` of phases.
+    """Counts the operations within its context; also a `Watcher` of phases.
 
     Args:
         dry: compute nothing large (on the CPU).
-        staying: phases whose tensors are not counted as living, like those that are `disowned`.
+        staying: phases whose tensors are not counted in `live`, like those that are `disowned`.
 
     Attributes:
-        entries: how often each operation was met; views and their like are not.
-        met: how often each phase was.
-        recording: nothing is booked while this is false.
-        live: bytes of tensors that were made while recording and still exist, without those that
-            were `disowned`.
-        peak: the most that `live` has been.
-        worst: the phase in which it was.
+        entries: number of calls of each operation; views and the like are not counted.
+        met: number of entries of each phase.
+        recording: nothing is counted while this is false.
+        live: bytes of existing tensors created while recording, except those that were `disowned`.
+        peak: maximum of `live`.
+        worst: the phase of the maximum.
     """
 
     def __init__(self, *, dry: bool = False, staying: frozenset[str] = frozenset()) -> None:
@@ -77,27 +75,27 @@ class OpCounter(TorchDispatchMode):
         self._shapes: dict[Any, Any] = {}
 
     def enter(self, name: str) -> None:
-        """A phase begins."""
+        """Enter a phase."""
         self.met[name] += 1
         self._open.append(name)
 
     def leave(self) -> None:
-        """The innermost phase ends."""
+        """Leave the innermost phase."""
         self._open.pop()
 
     def flops(self, phase: str | None = None) -> int:
-        """All that was counted, or that of one phase."""
+        """Sum over all phases, or of one phase."""
         return sum(e.flops * n for e, n in self.entries.items() if phase in (None, e.phase))
 
     def forget_storage(self, tensor: Tensor) -> None:
-        """This tensor stays, as a gradient does: it is not counted as living from now on."""
+        """Exclude a persistent tensor, such as a gradient, from `live`."""
         size = self._owned.pop(tensor.untyped_storage()._cdata, 0)
         self.live -= size
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Do, or in a dry run pretend to do, one operation."""
+        """Execute one operation, or simulate it in a dry run."""
         given = kwargs or {}
         if func.is_view:
             return func(*args, **given)
@@ -137,7 +135,7 @@ class OpCounter(TorchDispatchMode):
         self.live -= self._owned.pop(key, 0)
 
     def _pretend(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Results of the right shapes; what is changed in place stays as it is."""
+        """Results of the right shapes; in-place arguments are not changed."""
         if not func._schema.returns:
             return None
         key = (func, *map(_shape, _flat((*args, *kwargs, *kwargs.values()))))
@@ -169,7 +167,7 @@ def _meta(value: Any) -> Any:
 
 
 def _place(argument: Any) -> str | None:
-    """The schema's letter for memory that is passed in or out."""
+    """The schema's alias annotation of an argument or result."""
     alias = argument.alias_info
     return None if alias is None else min(alias.before_set)
 
@@ -177,7 +175,7 @@ def _place(argument: Any) -> str | None:
 def _shape(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype)
-    return (type(value), value)  # 1, 1.0 and True are equal, and give results of other types
+    return (type(value), value)  # 1, 1.0 and True are equal, but give results of other dtypes
 
 
 def _meaningless(like: Any) -> Any:
@@ -189,6 +187,6 @@ def _meaningless(like: Any) -> Any:
     size = like.untyped_storage().nbytes()
     if size == 0 or (like.is_floating_point() and like.numel() <= FILLED):
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).fill_(1)
-    # pages of its own: what the allocator had in use before it would have to clear
+    # fresh pages: reused memory would have to be cleared
     plain = torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype)
     return plain.as_strided(like.shape, like.stride())

@@ -1,6 +1,6 @@
 """Optimizers, schedules as functions of the step, and moving averages of weights.
 
-A resume needs no state of a scheduler: the step says all.
+Schedules have no state to resume: the learning rate depends on the step only.
 """
 
 import math
@@ -17,19 +17,19 @@ from redefense.ensembles import Ensemble
 from redefense.train.checkpoint import optimizer_tensors, restore_optimizer
 
 AVERAGE: Final = "average/"
-"""How the names of averages begin among the tensors of a stage's optimizer."""
+"""Prefix of moving averages among the tensors of a stage's optimizer."""
 
 
 class StageOptimizer:
-    """The optimizer of a stage, and the moving average of what it trains, if there is one.
+    """The optimizer of a stage, and an optional moving average of its parameters.
 
     Args:
-        ensemble: what is trained, ready to begin the stage.
-        members: that learn; of these, the ones that are trained in this process count.
-        config: of the optimizer.
+        ensemble: the ensemble, prepared for the stage.
+        members: trained members; those of other processes are ignored.
+        config: settings of the optimizer.
 
     Attributes:
-        params: what the optimizer changes.
+        params: the optimized parameters.
     """
 
     def __init__(self, ensemble: Ensemble, members: Sequence[int], config: OptimConfig) -> None:
@@ -59,7 +59,7 @@ class StageOptimizer:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
-        """Go on from what `tensors` returned after so many steps of the stage."""
+        """Resume from the result of `tensors` after the given number of steps of the stage."""
         own = {name: t for name, t in tensors.items() if not name.startswith(AVERAGE)}
         restore_optimizer(self.optimizer, own, self._names)
         if self.average is not None:
@@ -74,7 +74,7 @@ class StageOptimizer:
 
     @contextmanager
     def averages_in_place(self) -> Iterator[None]:
-        """Within, the weights and statistics are their averages, if there are any."""
+        """Context in which weights and statistics are replaced by their averages, if any."""
         live = [] if self.average is None else [*self.average.live.values()]
         kept = [value.detach().clone() for value in live]
         self.put_averages()
@@ -87,15 +87,15 @@ class StageOptimizer:
 
 
 class WeightAverage:
-    """An exponential moving average of tensors, whose decay grows from a tenth.
+    """An exponential moving average of tensors, whose decay grows from 0.1.
 
     Args:
         live: the tensors, which change in place.
-        decay: of update t = 0, 1, ... is min(decay, (t + 1) / (t + 10)).
+        decay: upper limit; update t = 0, 1, ... uses min(decay, (t + 1) / (t + 10)).
 
     Attributes:
         values: the averages by name; the tensors themselves before the first update.
-        updates: how many there have been.
+        updates: number of updates so far.
     """
 
     def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:
@@ -104,7 +104,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, *_: Any) -> None:
-        """Move the averages towards the tensors; as a hook, after every step of an optimizer."""
+        """Update the averages; as a hook, after every step of an optimizer."""
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
         get_ema_multi_avg_fn(decay)([*self.values.values()], [*self.live.values()], 0)
         self.updates += 1
@@ -118,7 +118,7 @@ class WeightAverage:
 
 def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum or Adam over `params`; the learning rate is set before every step."""
-    # one pass over memory, and no copy of all gradients, which grow with the members
+    # fused: one pass over memory, and no copy of all gradients
     fused = {p.device.type for p in params} <= {"cpu", "cuda"}
     groups: list[dict[str, Any]] = [{"params": list(params)}]
     if not config.decay_norms_and_biases:

@@ -15,11 +15,11 @@ from redefense.train.log import note
 
 
 class Profile:
-    """Adds up the seconds of each phase, an inner phase's not counting for the outer one.
+    """Accumulates the seconds of each phase, excluding its inner phases.
 
     Args:
-        device: an accelerator's work is waited for where phases meet, so that it is counted where
-            it was asked for; a profiled training is therefore a little slower there.
+        device: an accelerator is synchronised where phases change, which makes a profiled training
+            slightly slower.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -28,17 +28,17 @@ class Profile:
         self._since = time.perf_counter()
 
     def enter(self, name: str) -> None:
-        """A phase begins."""
+        """Enter a phase."""
         self.charge()
         self._open.append(name)
 
     def leave(self) -> None:
-        """The innermost phase ends."""
+        """Leave the innermost phase."""
         self.charge()
         self._open.pop()
 
     def charge(self) -> None:
-        """Count the time up to now for the innermost phase."""
+        """Add the time since the last call to the innermost phase."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         now = time.perf_counter()
@@ -47,7 +47,7 @@ class Profile:
         self._since = now
 
     def as_dict(self) -> dict[str, Any]:
-        """`seconds` in all; for each phase its `seconds` and its `share` of them."""
+        """Total `seconds`; for each phase its `seconds` and its `share` of them."""
         total = sum(self.seconds.values())
         phases = {
             name: {"seconds": seconds, "share": seconds / total if total else 0.0}
@@ -67,9 +67,9 @@ class Profile:
 
 @contextmanager
 def profiled(folder: Path, device: str | torch.device) -> Iterator[None]:
-    """Profile the training within; then, even if it was stopped, write and print the result.
+    """Profile the training within; then, even if interrupted, write and print the result.
 
-    A training that is resumed is profiled from there on.
+    A resumed training is profiled from there on.
     """
     profile = Profile(device)
     try:

@@ -1,14 +1,12 @@
-"""Training steps that are recorded once and replayed, with the bits of the steps themselves.
+"""Training steps recorded once and replayed with bit-identical results.
 
-Recorded is what a step computes on its device between the batch and the gradients: the adversary,
-input gradients, the penalty, each member's forward and backward passes, and the terms of the log.
-The batch, the noise, the one reading of the terms, the check of them, clipping and the optimizer
-stay outside.
-
-A recording is used only after a **proof step**, in which a batch, noise and weights that are not
-those of the recording are taken both ways: terms, gradients and batch norm's statistics must agree
-in every bit. What cannot be recorded, or does not agree, is not replayed: the stage goes on
-without, and one line says why.
+A recording covers the computation between the batch and the gradients: the adversary, input
+gradients, the penalty, each member's forward and backward passes, and the terms of the log. The
+batch, the noise, reading and checking the terms, clipping and the optimizer are not recorded. A
+recording is used only after a **proof step**: with another batch, noise and weights, terms,
+gradients and batch norm's statistics are computed both ways and must be bit-identical. A step that
+cannot be recorded, or is not identical, is not replayed: the stage continues without replay, and
+one line reports why.
 """
 
 from collections import Counter
@@ -27,14 +25,15 @@ from redefense.train.log import note
 from redefense.types import Batch, Progress
 
 Compute = Callable[[Batch, torch.Generator], dict[str, Tensor]]
-"""Leaves the gradients of a step's loss with the parameters, and returns the terms of its log."""
+"""Accumulates the gradients of a step's loss in the parameters, and returns the terms of its log.
+"""
 
 SETTLING: Final = 2
-"""Steps of a stage that are taken as they are before one is recorded."""
+"""Direct steps of a stage before one is recorded."""
 
 
 class _Watched(Progress):
-    """A step's place in training that notes which of its numbers a loss looks at."""
+    """A step's position in training that records which of its fields a loss reads."""
 
     __slots__ = ("names",)
 
@@ -56,11 +55,11 @@ class RecordedSteps:
 
     Attributes:
         recorder: makes recordings.
-        ensemble: that is trained; its mixture must not change within the stage.
-        params: whose gradients are wanted.
+        ensemble: the trained ensemble; its mixture must not change within the stage.
+        params: parameters whose gradients are computed.
         compute: computes a step.
-        name: of the stage, for messages.
-        tell: takes the line that says why nothing is replayed.
+        name: name of the stage, for messages.
+        tell: called with the reason why steps are not replayed.
         counts: steps that were `computed`, `proven` (both ways) and `replayed`.
     """
 
@@ -82,12 +81,12 @@ class RecordedSteps:
     _names: list[str] = field(default_factory=list)
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """As `compute` does. `rng` is the step's own stream."""
+        """Compute or replay a step. `rng` is the step's random stream."""
         if self._refused:
             return self._computed(batch, rng)
         if self._recording is not None and self._key != self._key_of(batch):
             self._drop()
-            self._wait = 1  # the libraries are prepared; the noise is to be noted again
+            self._wait = 1  # libraries are initialised; the draws are to be recorded again
         if self._wait > 0:
             return self._noted(batch, rng)
         if self._recording is None:
@@ -96,7 +95,7 @@ class RecordedSteps:
 
     @property
     def recording(self) -> Recording | None:
-        """What is replayed; None before it is proven, and where nothing is."""
+        """The proven recording; None if there is none."""
         return self._recording if self._proven else None
 
     def _computed(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
@@ -104,7 +103,7 @@ class RecordedSteps:
         return self.compute(batch, rng)
 
     def _aside(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """A step as it is, where the next one may be recorded."""
+        """A direct step, after which the next one may be recorded."""
         with self.recorder.aside():
             return self._computed(self._watched(batch), rng)
 
@@ -112,12 +111,12 @@ class RecordedSteps:
         return replace(batch, progress=_Watched(batch.progress, self._read))
 
     def _key_of(self, batch: Batch) -> object:
-        """What a recording depends on beside the numbers in its memory."""
+        """What a recording depends on besides the values in its memory."""
         layout = tuple((t.shape, t.stride(), t.dtype) for t in (batch.x, batch.y, batch.index))
         return layout, tuple((n, getattr(batch.progress, n)) for n in sorted(self._read))
 
     def _noted(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """A step as it is; what it draws is noted."""
+        """A direct step whose draws are recorded."""
         self._wait -= 1
         self._draws = Draws(rng, batch.x.device)
         terms = self._aside(batch, self._draws)
@@ -126,7 +125,7 @@ class RecordedSteps:
         return terms
 
     def _recorded(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """Record a step, and take it as it is."""
+        """Record a step, and compute it directly."""
         assert self._draws is not None
         own = Draws(rng, batch.x.device)  # a copy of the stream
         device = batch.x.device
@@ -164,7 +163,7 @@ class RecordedSteps:
         return [p.grad for p in self.params if p.grad is not None]
 
     def _load(self, batch: Batch, rng: torch.Generator) -> Recording:
-        """Put a step's images and noise where the recording reads them."""
+        """Copy a step's images and noise to the memory that the recording reads."""
         assert self._batch is not None
         assert self._draws is not None
         assert self._recording is not None
@@ -185,7 +184,7 @@ class RecordedSteps:
         return dict(zip(self._names, recording.outputs, strict=False))
 
     def _compared(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-        """The proof step: replayed, undone, computed, and compared."""
+        """The proof step: replay, undo, compute directly, and compare."""
         own = Draws(rng, batch.x.device)  # a copy of the stream
         recording = self._load(batch, rng)
         statistics = list(self.ensemble.buffers())
@@ -200,7 +199,7 @@ class RecordedSteps:
             found, digest([*terms.values(), *self._gradients(), *statistics])
         )
         if not alike:
-            self._refuse("a replayed step did not give the bits of the step itself")
+            self._refuse("a replayed step was not bit-identical to the direct step")
             return terms
         self.counts["proven"] += 1
         self._proven = True

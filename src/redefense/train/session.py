@@ -34,13 +34,13 @@ ONE_STEP_IMAGES = 256
 
 @dataclass(slots=True)
 class Session:
-    """A run on its way to its end, in one process of a mesh.
+    """A training run in one process of a mesh.
 
     Attributes:
-        stages: of the defence.
-        validation: images that each epoch ends with.
-        signature: of the data, for checkpoints.
-        start: where the training goes on.
+        stages: stages of the defence.
+        validation: images for the validation after each epoch.
+        signature: signature of the data, for checkpoints.
+        start: position to resume from.
         members: (M,) clean accuracies after the last epoch; None before it.
     """
 
@@ -59,7 +59,7 @@ class Session:
     saved: float = 0.0
 
     def train(self, recorder: Recorder | None = None) -> None:
-        """Train to the end, saving at least every half minute and epoch.
+        """Train to the end, saving at least every 30 seconds and every epoch.
 
         Raises:
             Interrupted: on SIGINT or SIGTERM, after saving.
@@ -67,7 +67,7 @@ class Session:
         """
         place = self.start.position
         steps = len(self.loader) * sum(stage.epochs for stage in self.stages)
-        # within an epoch, even after its last step, that epoch's record is still to be written
+        # within an epoch, even after its last step, its record is not written yet
         done = place.total - bool(place.step)
         metrics = Metrics(self.out, resume_step=done) if self.team.first else None
         progress = ProgressLine(self.run.recipe, steps, done=place.total, quiet=self.quiet)
@@ -99,7 +99,7 @@ class Session:
             warn_degenerate(self.ensemble, self.members)
 
     def _save_or_stop(self, event: Event, signal: int) -> None:
-        """Save after a step if it is time to; stop on a signal that any process got, 0 for none."""
+        """Save after a step if due; stop on a signal of any process, 0 for none."""
         stop, due = self.team.agree(signal, time.monotonic() - self.saved > SAVE_INTERVAL)
         if stop or due:
             self._save(event)
@@ -107,10 +107,10 @@ class Session:
             raise self._stopped(f"after step {event.position.total}", stop)
 
     def _stopped(self, where: str, number: int) -> RedefenseError:
-        return self.team.told(Interrupted(f"stopped {where}; go on with --resume", number))
+        return self.team.told(Interrupted(f"stopped {where}; continue with --resume", number))
 
     def _save(self, event: Event) -> None:
-        """Bring together what the processes own, and write a checkpoint in the first one."""
+        """Gather the weights of all processes, and write a checkpoint in the first one."""
         self.team.refresh(self.ensemble.state_dict(), self.ensemble.num_members)
         tensors = self.team.collect(event.optimizer.tensors())
         self.team.first_does(lambda: self._write(event.position, tensors, event.totals))
@@ -119,7 +119,7 @@ class Session:
     def _write(
         self, position: Position, optimizer: Mapping[str, Tensor], sums: Mapping[str, float]
     ) -> None:
-        """Write a checkpoint, and remove what is older than the one before it."""
+        """Write a checkpoint, and remove all older than the previous one."""
         save(
             step_folder(self.out / "checkpoints", position.total),
             run=self.run,
@@ -157,7 +157,7 @@ class Session:
             )
 
     def _one_step(self) -> dict[str, float]:
-        """Accuracies that tell catastrophic overfitting, for methods that are prone to it."""
+        """Accuracies that detect catastrophic overfitting to a one-step adversary."""
         if (adversary := one_step_adversary(self.defence)) is None:
             return {}
         index = torch.arange(min(len(self.validation), ONE_STEP_IMAGES))
@@ -193,7 +193,7 @@ def _expected(ensemble: Ensemble, accuracies: Tensor) -> float:
 
 
 def warn_degenerate(ensemble: Ensemble, accuracies: Tensor) -> None:
-    """Say which members have learnt next to nothing."""
+    """Warn of members with very low clean accuracy."""
     each = accuracies.tolist()
     if weak := degenerate_members(each, ensemble.mixture.tolist()):
         figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in weak)

@@ -35,9 +35,9 @@ def take_steps(
     steps: int = 1,
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Steps in the middle of stage `index`, which must have begun, on one batch again and again.
+    """Steps in the middle of the started stage `index`, repeated on one batch.
 
-    The checks of a stage's first step are left out.
+    The checks of a stage's first step are omitted.
     """
     stage = stages[index]
     optimizer, tally = StageOptimizer(ensemble, stage.members, optim), Tally(Mesh())
@@ -65,9 +65,9 @@ def booked_step(
     epoch: int = 0,
     dry: bool = True,
 ) -> OpCounter:
-    """What the training loop does in one step; a fresh optimizer's state does not count as living.
+    """Count one step of the training loop; a new optimizer's state is excluded from `live`.
 
-    The ensemble is left without gradients.
+    Gradients of the ensemble are None afterwards.
     """
     ledger = OpCounter(dry=dry, staying=frozenset({OPTIMIZER}))
     with gradients_stay(ensemble, ledger), ledger, watched(ledger):
@@ -81,7 +81,7 @@ def booked_step(
 
 @contextmanager
 def gradients_stay(ensemble: nn.Module, ledger: OpCounter) -> Iterator[None]:
-    """Parameters' gradients do not count as living."""
+    """Exclude the parameters' gradients from `live`."""
 
     def stay(parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -96,7 +96,7 @@ def gradients_stay(ensemble: nn.Module, ledger: OpCounter) -> Iterator[None]:
 
 
 def forward_flops(ensemble: Ensemble, x: Tensor) -> int:
-    """FLOPs of a forward pass of one member, its weights being there."""
+    """FLOPs of a forward pass of one member, without generating its weights."""
     net, ledger = ensemble.member(0).eval(), OpCounter(dry=True)
     with torch.no_grad(), ledger:
         net(x)
