@@ -1,8 +1,8 @@
 """Prediction of the FLOPs, time and memory of a training, by counting its steps.
 
-The training loop takes a step of each stage at full size under a dry `OpCounter`, so that any method, ensemble and
-optimizer is counted. Passes are in *forward-pass equivalents*: FLOPs divided by those of one
-forward pass of one member.
+The training loop takes a step of each stage at full size under a dry `OpCounter`, so that any
+method, ensemble and optimizer is counted. Passes are in *forward-pass equivalents*: FLOPs divided
+by those of one forward pass of one member.
 
 Time is predicted per operation, as the maximum of its arithmetic, memory traffic and launch on an
 `Accelerator`. Validation, data loading, checkpoints and work at the end of a stage (the refit of
