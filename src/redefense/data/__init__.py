@@ -36,12 +36,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """What is known of a data set before it is read.
+    """Properties of a data set that are known before it is read.
 
     Attributes:
-        images: of its training split.
-        num_classes: that its labels name.
-        shape: of an image.
+        images: number of training images.
+        num_classes: number of classes.
+        shape: shape of an image.
     """
 
     images: int
@@ -51,16 +51,16 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reader:
-    """How one kind of data set is found.
+    """How one kind of data set is read.
 
     Attributes:
-        summary: a line for the user.
-        read: from a path, what to do with faults, and options, to what was found.
-        place: the data need a path.
-        options: that may follow the path.
-        origin: where to get them, if there is one place.
-        published: its size, of data that are the same everywhere.
-        cached: decoded copies are kept.
+        summary: one-line description.
+        read: maps a path, a handler of faults and options to a `Source`.
+        place: whether a path is needed.
+        options: names of options that may follow the path.
+        origin: where to download the data, if known.
+        published: sizes, for standard data sets.
+        cached: whether decoded copies are cached.
     """
 
     summary: str
@@ -73,7 +73,7 @@ class Reader:
 
 
 def _reader(name: str, value: Any) -> Reader:
-    """How a data set of the user's is found: a function, see `given.as_source`."""
+    """How a user's data set is read: a function, see `given.as_source`."""
     if isinstance(value, Reader):
         return value
     if not callable(value):
@@ -82,7 +82,7 @@ def _reader(name: str, value: Any) -> Reader:
         summary=summary_of(value),
         read=given.reader(name, value),
         place=given.needs_path(value),
-        cached=False,  # nobody sees when the function changes
+        cached=False,  # a change of the function cannot be detected
     )
 
 
@@ -132,26 +132,26 @@ DATASETS: Final[Registry[Reader]] = Registry(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """What a data set is asked for by, taken apart."""
+    """A parsed data specification."""
 
     kind: str
     path: Path
     options: Mapping[str, str]
 
     def copy_in(self, folder: Path) -> Path:
-        """Where the decoded copy lies in the cache."""
+        """Path of the decoded copy in the cache."""
         options = "\0" + urlencode(sorted(self.options.items())) if self.options else ""
         return disk.entry(folder, self.kind, self.path, options)
 
     def check_place(self) -> None:
-        """Refuse a path where nothing is.
+        """Check that the path exists.
 
         Raises:
-            DataError: saying where the data are found, if there is one place.
+            DataError: with the place to download the data, if known.
         """
         try:
             there = self.path.exists()
-        except OSError as error:  # a folder above is closed, or the name is too long
+        except OSError as error:  # no permission, or the name is too long
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
         if not there:
             origin = DATASETS[self.kind].origin
@@ -183,10 +183,10 @@ def parse(spec: str) -> Spec:
 
 
 def find(spec: str, refuse: Refuse = strict) -> Source:
-    """What a spec names, before images are decoded.
+    """The source that a specification names, before images are decoded.
 
     Raises:
-        DataError: one line that names the file and the rule, unless `refuse` takes it.
+        DataError: naming the file and the rule, unless `refuse` handles it.
     """
     parsed = parse(spec)
     parsed.check_place()
@@ -194,7 +194,7 @@ def find(spec: str, refuse: Refuse = strict) -> Source:
 
 
 def published(spec: str) -> Published | None:
-    """What is known of the data set that a specification names; None of the user's own data."""
+    """Known properties of the data set of a specification; None for users' data."""
     reader = DATASETS.get(spec.partition(":")[0])
     return None if reader is None else reader.published
 
@@ -202,13 +202,13 @@ def published(spec: str) -> Published | None:
 def load_dataset(
     spec: str, *, cache: Path | None = None, download: bool = False, progress: bool = False
 ) -> Dataset:
-    """Load a data set; the second time from its decoded, memory-mapped copy.
+    """Load a data set, from its decoded, memory-mapped copy if there is one.
 
     Args:
         spec: e.g. `digits`, `cifar10:PATH`, `folder:PATH`, `parquet:PATH?label=COLUMN`.
         cache: folder for decoded copies; `$REDEFENSE_CACHE` or the user's cache folder by default.
-        download: fetch the set from the hub into PATH if nothing is there.
-        progress: show on stderr how far decoding is.
+        download: download the set from the hub into PATH if it is missing.
+        progress: show a progress bar on stderr.
 
     Raises:
         DataError: one line that names the file and the rule.
@@ -229,7 +229,7 @@ def load_dataset(
             source = find(spec)
             with _ticking(source, progress=progress) as tick:
                 return disk.store(at, source, tick)
-    except OSError:  # a cache that cannot be written is no reason not to train
+    except OSError:  # training does not need a writable cache
         source = find(spec)
         with _ticking(source, progress=progress) as tick:
             return materialise(source, tick)
@@ -241,7 +241,7 @@ def _silent(count: int) -> None:
 
 @contextlib.contextmanager
 def _ticking(source: Source, *, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A function that moves a bar on stderr by the images decoded."""
+    """A function that advances a progress bar on stderr by decoded images."""
     if not progress:
         yield _silent
         return

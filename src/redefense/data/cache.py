@@ -1,8 +1,8 @@
-"""Decoded sets on disk, memory-mapped, so that a second start takes no time.
+"""Cache of decoded data sets on disk, memory-mapped.
 
-One folder a set: `meta.json` names the array files, with digests of their pieces, and the source
-files with size and times. It is replaced in one step after the arrays are complete; arrays are
-`.npy` and never pickled. What is stale or damaged is decoded again.
+One folder per set: `meta.json` names the array files, with digests of their pieces, and the source
+files with size and times. It is replaced atomically after the arrays are complete; arrays are
+`.npy` and never pickled. Stale or damaged entries are decoded again.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ import torch
 from redefense.data.dataset import Dataset, Digest, Split, content_digest
 from redefense.data.source import Part, Source, all_blocks
 
-FORMAT = 2  # raised whenever files, or what a source is decoded to, change
+FORMAT = 2  # increased whenever files or the decoding change
 PIECE = 2**24  # bytes under one digest
-WHOLE = 2**31  # bytes up to which every piece is verified at each load
-SAMPLE = 64  # pieces verified, evenly spread, of what is larger
+WHOLE = 2**31  # up to this many bytes every piece is verified at each load
+SAMPLE = 64  # pieces verified, evenly spaced, in larger files
 ABANDONED = 24 * 3600.0  # seconds after which an unfinished file is removed
 
 Meta = dict[str, Any]
@@ -43,7 +43,7 @@ def default_folder() -> Path:
 
 def entry(folder: Path, kind: str, path: Path, options: str = "") -> Path:
     """The folder of one set's cache."""
-    # surrogates stand for bytes of a path that are no UTF-8
+    # surrogates encode bytes of a path that are not UTF-8
     place = os.path.realpath(path) + options
     key = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:16]
     return folder / f"{kind}-{key}"
@@ -69,7 +69,7 @@ def load(at: Path, *, whole: bool = False) -> Dataset | None:
 
 
 def store(at: Path, source: Source, tick: Tick) -> Dataset:
-    """Decode `source` into `at`, block by block; never more than some blocks are in memory.
+    """Decode `source` into `at`, block by block, with a few blocks in memory.
 
     Raises:
         DataError: if the source is damaged.
@@ -112,8 +112,8 @@ def store(at: Path, source: Source, tick: Tick) -> Dataset:
 def stamps(files: "tuple[Path, ...] | list[Path]") -> list[list[Any]]:
     """Absolute path, size (0 for a folder) and times of each file.
 
-    The time of the content alone is not enough: copying tools set it, so a file may be exchanged
-    for another of equal size and time. That of the last change to the file cannot be set.
+    The modification time is not enough: copying tools set it, so a file may be replaced by another
+    of equal size and time. The change time cannot be set.
     """
     found: list[list[Any]] = []
     for file in files:
@@ -160,7 +160,7 @@ def _write_images(
     file: Path, source: Source, part: Part, what: str, content: Digest, tick: Tick
 ) -> list[str]:
     size = (len(part.labels), *source.shape)
-    # written, not mapped: a full disk is then an error and not a signal
+    # written, not mapped: a full disk then raises an error instead of a signal
     with file.open("wb") as handle:
         header = {"descr": "|u1", "fortran_order": False, "shape": size}
         np.lib.format.write_array_header_1_0(handle, header)
@@ -177,7 +177,7 @@ def _dataset(at: Path, meta: Meta) -> Dataset:
         names = [name for name in meta["arrays"] if name.startswith(what)]
         (images,) = (name for name in names if name.endswith("-images.npy"))
         (labels,) = (name for name in names if name.endswith("-labels.npy"))
-        # copy on write: torch wants memory it may write to, the file stays as it is
+        # copy on write: torch needs writable memory; the file is not changed
         mapped = np.load(at / images, mmap_mode="c", allow_pickle=False)
         splits[what] = Split(
             torch.from_numpy(mapped), torch.from_numpy(np.load(at / labels, allow_pickle=False))
@@ -201,7 +201,7 @@ def _names(at: Path) -> list[str]:
 
 def _clean(at: Path, previous: list[str]) -> None:
     for name in previous:
-        if Path(name).name == name:  # a damaged list must not reach beyond the folder
+        if Path(name).name == name:  # a damaged list must not name files outside the folder
             (at / name).unlink(missing_ok=True)
     current = _names(at)
     for file in at.glob("*.npy"):

@@ -17,12 +17,12 @@ from redefense.data.source import Block, Part, Refuse, Source, by_threads, decod
 from redefense.errors import DataError
 
 SHOWN = 50  # problems printed; `as_dict` has them all
-ALIKE = 3  # of these, that break one rule
+ALIKE = 3  # problems printed per rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """Images of one split, in all and for each class."""
+    """Number of images of one split, in total and per class."""
 
     num_images: int
     per_class: tuple[int, ...]
@@ -34,15 +34,15 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckReport:
-    """What `check_dataset` found.
+    """The result of `check_dataset`.
 
     Attributes:
-        spec: as asked.
-        found: in words, what was found where; empty if nothing was.
+        spec: the data specification.
+        found: description of what was found; empty if nothing was.
         shape: channels, height and width.
         checksum: SHA-256 of the content, None if there are problems.
         problems: for each, the file and the rule it breaks; the set is refused if there are any.
-        notes: what one should know but may be meant so.
+        notes: remarks on properties that may be intended.
     """
 
     spec: str
@@ -57,7 +57,7 @@ class CheckReport:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, fit for JSON."""
+        """The report as JSON-ready dictionary."""
         return {
             "spec": self.spec,
             "ok": not self.problems,
@@ -75,7 +75,7 @@ class CheckReport:
         }
 
     def lines(self) -> list[str]:
-        """All of it as text, without colours; of problems alike the first few, and their count."""
+        """The report as text; of similar problems the first few, and their number."""
         lines = [f"{self.spec}: {self.found or 'nothing usable found'}"]
         if self.classes:
             size = "x".join(map(str, self.shape))
@@ -95,7 +95,7 @@ class CheckReport:
 
 
 def _grouped(problems: Sequence[str]) -> list[str]:
-    """Lines about problems, those alike but for their file and numbers together."""
+    """Lines about problems, grouped if they differ only in file and numbers."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
         rule = problem.rpartition(": ")[2]
@@ -109,9 +109,9 @@ def _grouped(problems: Sequence[str]) -> list[str]:
 
 
 def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport:
-    """Read and decode everything, and go on where loading would stop.
+    """Read and decode everything, and continue where loading would fail.
 
-    Nothing is written. A decoded copy in the cache is verified whole, but not trusted.
+    Nothing is written. A decoded copy in the cache is verified completely, but not used.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -153,7 +153,7 @@ def _counts(source: Source | None, what: Literal["train", "test"]) -> Counts:
 
 
 def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
-    """Checksum of the content, as `Dataset.checksum`; copies and leaks are noted."""
+    """Checksum of the content, as `Dataset.checksum`; duplicates and leaks are noted."""
     content = content_digest(source.classes, source.shape)
     prints: list[NDArray[np.int64]] = []
     for what, part in (("train", source.train), ("test", source.test)):
@@ -184,7 +184,7 @@ def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
 
 
 def _readable(part: Part, shape: tuple[int, int, int], refuse: Refuse) -> Iterator[Block]:
-    """Blocks of a part without the images that cannot be decoded, which are refused by name."""
+    """Blocks of a part without images that cannot be decoded, which are reported by name."""
     if part.items is None:
         yield from part.blocks()
         return

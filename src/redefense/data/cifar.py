@@ -25,12 +25,12 @@ class Layout:
     """Files of one official form.
 
     Attributes:
-        form: what to call it.
+        form: its name.
         train: names of the training files.
         test: name of the test file.
         names: name of the file of class names.
-        read: from the bytes of a file and its name to its images and labels.
-        classes: from the bytes of `names` and its name to the names.
+        read: maps the bytes of a file and its name to its images and labels.
+        classes: maps the bytes of `names` and its name to the class names.
     """
 
     form: str
@@ -81,7 +81,7 @@ def _from_batches(
         tree = open_tree(place, refuse)
         present = set(tree.names)
         for layout in layouts:
-            # a folder counts once it holds any of the files, so that a missing one is named
+            # a folder matches if it holds any of the files, so that a missing one is reported
             holders = [
                 file.removesuffix(layout.names)
                 for file in tree.names

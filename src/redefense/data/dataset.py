@@ -15,20 +15,20 @@ from redefense.rng import stream
 from redefense.types import Float, Int, UInt8
 
 HASH_CHUNK = 64 * 2**20
-"""Bytes hashed or copied at a time, so that a memory-mapped set is never held whole."""
+"""Bytes hashed or copied at a time, so that a memory-mapped set is never loaded whole."""
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False, eq=False)
 class Split:
     """N labelled images.
 
-    A selection of another split shares its storage, so that a set larger than memory can be
-    divided without being copied.
+    A subset of another split shares its storage, so that a set larger than memory can be split
+    without a copy.
 
     Attributes:
-        store: the bytes that are shared with other splits, (R, ch, H, W).
+        store: bytes shared with other splits, (R, ch, H, W).
         labels: class of each of the N images.
-        rows: which rows of the store are meant, None for all.
+        rows: indices into the store, None for all.
     """
 
     store: UInt8[Tensor, "R ch H W"]
@@ -56,7 +56,7 @@ class Split:
 
     @property
     def images(self) -> UInt8[Tensor, "N ch H W"]:
-        """All images; a selection copies them, so prefer `take` on large sets."""
+        """All images; subsets are copied, so prefer `take` on large sets."""
         return self.store if self.rows is None else self.store.index_select(0, self.rows)
 
     def take(self, index: Int[Tensor, " B"]) -> UInt8[Tensor, "B ch H W"]:
@@ -65,7 +65,7 @@ class Split:
         return self.store.index_select(0, rows)  # copies whole images, unlike indexing
 
     def chunks(self, size: int) -> Iterator[UInt8[Tensor, "B ch H W"]]:
-        """All images in order, as bytes, `size` at a time; nothing is copied where it can be."""
+        """All images in order, as bytes, `size` at a time, without a copy where possible."""
         if self.rows is None:
             yield from self.store.split(size)
         else:
@@ -77,7 +77,7 @@ class Split:
         return raw.to(torch.float32).div_(255.0)
 
     def to(self, device: torch.device) -> "Split":
-        """A copy on a device, of these images alone; never all of them in the host's memory."""
+        """A copy of these images on a device, made in parts to limit host memory."""
         images = torch.empty((len(self), *self.shape), dtype=torch.uint8, device=device)
         per_chunk = max(1, HASH_CHUNK // max(1, self.store[:1].numel()))
         for first, some in zip(range(0, len(self), per_chunk), self.chunks(per_chunk), strict=True):
@@ -85,7 +85,7 @@ class Split:
         return Split(images, self.labels.to(device))
 
     def select(self, index: Int[Tensor, " B"]) -> "Split":
-        """Some images as a split of their own, without a copy."""
+        """Some images as a separate split, without a copy."""
         rows = index if self.rows is None else self.rows[index]
         return Split(self.store, self.labels[index], rows)
 
@@ -97,8 +97,8 @@ class Dataset:
     Attributes:
         name: the set's name, which also names its validation split.
         classes: name of each class, in the order of the labels.
-        found: in words, what was found where.
-        known_checksum: what `checksum` answers, where it was computed before.
+        found: description of what was found.
+        known_checksum: the checksum, if it was computed before.
     """
 
     name: str
@@ -142,16 +142,16 @@ class Digest(Protocol):
 
 
 def content_digest(classes: Sequence[str], shape: tuple[int, int, int]) -> Digest:
-    """What `Dataset.checksum` starts with; training images, their labels, and the test's follow."""
+    """The start of `Dataset.checksum`; training images and labels and those of the test follow."""
     return hashlib.sha256(json.dumps([list(classes), list(shape)]).encode())
 
 
 def stratified_order(labels: Int[Tensor, " N"], rng: torch.Generator) -> Int[Tensor, " N"]:
-    """A random order of which every beginning holds the classes in their overall proportions.
+    """A random order in which every prefix is stratified by class.
 
-    An image that is the r-th of the n of its class (in a random permutation) is placed at
-    (r + 1/2) / n. So any prefix takes within half an image of the same fraction of each class, and
-    within one image of the exact share where all C classes are of one size.
+    An image that is the r-th of the n of its class (in a random permutation) is placed at (r + 1/2)
+    / n. So any prefix takes within half an image of the same fraction of each class, and within one
+    image of the exact fraction where all C classes have equal size.
     """
     perm = torch.randperm(len(labels), generator=rng)
     by_class = labels[perm].argsort(stable=True)
@@ -159,7 +159,7 @@ def stratified_order(labels: Int[Tensor, " N"], rng: torch.Generator) -> Int[Ten
     starts = counts.cumsum(0) - counts
     of_class = labels[perm][by_class]
     place = (torch.arange(len(labels)) - starts[of_class] + 0.5) / counts[of_class]
-    # back to the order of the permutation first, so that ties between classes fall at random
+    # in the order of the permutation first, so that ties between classes are broken at random
     shuffled = torch.empty_like(place)
     shuffled[by_class] = place
     return perm[shuffled.argsort(stable=True)]
@@ -168,16 +168,16 @@ def stratified_order(labels: Int[Tensor, " N"], rng: torch.Generator) -> Int[Ten
 def train_validation(
     dataset: Dataset, fraction: float = 0.1
 ) -> tuple[Split, Split, Int[Tensor, " V"]]:
-    """Divide the training images into those to learn from and those to choose with.
+    """Split the training images into training and validation images.
 
-    The choice depends on the data set's name and labels alone, never on a run's seed, and keeps
-    the proportions of the classes.
+    The split depends on the data set's name and labels alone, never on a run's seed, and is
+    stratified by class.
 
     Returns:
         The training split, the validation split, and the latter's indices in `dataset.train`.
 
     Raises:
-        ConfigError: unless both parts get at least one image.
+        ConfigError: if a part would be empty.
     """
     total = len(dataset.train)
     size = round(fraction * total)
@@ -186,7 +186,7 @@ def train_validation(
             f"a validation fraction of {fraction:g} of {total} training images leaves a part empty"
         )
     order = stratified_order(dataset.train.labels, stream(0, "split", dataset.name))
-    # the held-out ones stay in this order, of which every beginning is stratified
+    # validation images stay in this order, in which every prefix is stratified
     held, kept = order[:size], order[size:].sort().values
     return dataset.train.select(kept), dataset.train.select(held), held
 
@@ -195,7 +195,7 @@ def test_indices(total: int, count: int) -> Int[Tensor, " n"]:
     """The first `count` of one published permutation of `total` test images.
 
     Raises:
-        ConfigError: unless 1 <= count <= total.
+        ConfigError: if count is not in [1, total].
     """
     if not 1 <= count <= total:
         raise ConfigError(f"the number of test images must lie in [1, {total}], got {count}")

@@ -17,9 +17,9 @@ def read(path: Path, refuse: Refuse) -> Source:
     """Images of one size in `train/CLASS/FILE` and `test/CLASS/FILE` (or `val/...`).
 
     Classes are the folders of the training split in sorted order. Hidden files and folders are
-    passed over. Images are read as viewers show them: turned as their EXIF orientation says, on
-    white where they are transparent. Grey images become RGB if one of 64 that are spread over the
-    set is in colour; otherwise all must be grey.
+    skipped. The EXIF orientation is applied, and transparent pixels become white. Grey images are
+    converted to RGB if one of 64 images, evenly spaced over the set, is in colour; otherwise all
+    must be grey.
 
     Raises:
         DataError: naming the file or folder that breaks a rule.

@@ -1,4 +1,4 @@
-"""Data sets of the user's own: functions that return images and labels, registered by name."""
+"""Users' data sets: functions that return images and labels, registered by name."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from redefense.errors import DataError
 
 
 def needs_path(function: Callable[..., Any]) -> bool:
-    """Whether the function has to be given a path."""
+    """Whether the function needs a path."""
     return any(
         p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         for p in inspect.signature(function).parameters.values()
@@ -24,7 +24,7 @@ def needs_path(function: Callable[..., Any]) -> bool:
 
 
 def reader(name: str, function: Callable[..., Any]) -> Callable[..., Source]:
-    """How `find` reads the data set: from a path and what to do with faults to what was found."""
+    """Read the data set from a path, with a handler of faults, as `find` does."""
     takes = needs_path(function)
 
     def read(path: Path, refuse: Refuse) -> Source:

@@ -1,4 +1,4 @@
-"""Fetch sets from the Hugging Face hub, at a pinned revision, and only when asked to.
+"""Downloads sets from the Hugging Face hub, at a pinned revision, on request only.
 
 The digests were published by several independent users of the same revisions.
 """
@@ -60,15 +60,15 @@ HUB: Final[Mapping[str, HubSet]] = MappingProxyType(
 
 
 def fetch(kind: str, path: Path) -> None:
-    """Fetch a set into the folder `path`, unless something else is there already.
+    """Download a set into the folder `path`, unless it already has other contents.
 
-    What was interrupted goes on where it stopped; a file with another digest is removed.
+    Interrupted downloads are resumed; a file with another digest is removed.
 
     Raises:
         DataError: if the set is not on our list, huggingface_hub is missing, the hub cannot be
             reached or sends something else.
     """
-    ours = path / ".cache" / "huggingface"  # where the hub's client keeps its marks
+    ours = path / ".cache" / "huggingface"  # metadata of the hub's client
     if path.exists() and not (path.is_dir() and (ours.is_dir() or not any(path.iterdir()))):
         return
     if kind not in HUB:

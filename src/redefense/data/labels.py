@@ -19,7 +19,7 @@ SPLITS = {
 def check_labels(
     labels: NDArray[np.int64], classes: Sequence[str], where: str, refuse: Refuse, *, full: bool
 ) -> None:
-    """Refuse no labels at all, labels outside the classes and, if `full`, classes without images.
+    """Check that there are labels, all within the classes, and, if `full`, none without images.
 
     Raises:
         DataError: through `refuse`, naming the place, label or class.
@@ -38,10 +38,10 @@ def check_labels(
 
 
 def check_classes(classes: Sequence[str], where: str, refuse: Refuse) -> None:
-    """Refuse fewer than two classes and names that occur twice.
+    """Check that there are at least two classes, with unique names.
 
-    Names that differ in case, spaces at their ends or Unicode form alone are the same: readers
-    cannot tell them apart, and some file systems do not.
+    Names that differ only in case, surrounding spaces or Unicode form count as equal: readers and
+    some file systems do not distinguish them.
 
     Raises:
         DataError: through `refuse`, naming the class.
@@ -52,7 +52,7 @@ def check_classes(classes: Sequence[str], where: str, refuse: Refuse) -> None:
 
 
 def refuse_twins(names: Sequence[str], where: str, refuse: Refuse) -> None:
-    """Refuse names of classes that are the same but for case, spaces or Unicode form."""
+    """Refuse class names that differ only in case, spaces or Unicode form."""
     seen: dict[str, str] = {}
     for name in names:
         key = one_form(one_form(name).casefold()).strip()
@@ -63,5 +63,5 @@ def refuse_twins(names: Sequence[str], where: str, refuse: Refuse) -> None:
 
 
 def one_form(name: str) -> str:
-    """A name in the composed Unicode form: macOS and Linux spell accents in two ways."""
+    """A name in the composed Unicode form: macOS and Linux encode accents differently."""
     return unicodedata.normalize("NFC", name)

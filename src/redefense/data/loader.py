@@ -1,8 +1,8 @@
 """Batches whose order and augmentation depend on (seed, epoch, image) alone.
 
 No worker processes and no state: an epoch can be entered at any step, and every rank computes its
-slice of the same global batch. Where the images fit on a GPU they lie there, and batches are put
-together there, of the same bytes.
+slice of the same global batch. Where the images fit on a GPU they are stored there, and batches are
+assembled there from the same bytes.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from redefense.rng import ImageStreams, draw_seed, mix64, stream
 from redefense.types import Batch, Int, UInt8
 
 RESIDENT_SHARE: Final = 0.25
-"""Of a GPU's free memory, what the images of a split may take to lie there."""
+"""Fraction of a GPU's free memory that a resident split may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Augment:
     """Random crops, flips and cutout.
 
     Attributes:
-        pad: pixels of zeros on each side, out of which a crop of the original size is taken.
-        flip: mirror half of the images left to right.
-        cutout: side of a black square around a pixel that is drawn evenly from all; what of it lies
-            outside the image is cut off.
+        pad: zero padding in pixels on each side, before a random crop of the original size.
+        flip: flip images horizontally with probability 1/2.
+        cutout: side of a black square around a uniformly drawn pixel; parts outside the image are
+            cut off.
     """
 
     pad: int = 4
@@ -75,11 +75,11 @@ class Loader:
     Args:
         split: the images; `Batch.index` counts within it.
         batch_size: images of the global batch, over all ranks.
-        seed: of the run; order and augmentation follow from it.
-        augment: `True` for a crop out of 4 pixels of zeros and a flip, or (pad, flip).
-        cutout: side of the square that is cut out of each image, none if 0.
-        device: where batches are put (as bytes) and augmented.
-        rank: of this process.
+        seed: seed of the run; determines order and augmentation.
+        augment: `True` for a crop with 4 pixels of zero padding and a flip, or (pad, flip).
+        cutout: side of the cutout square in pixels, none if 0.
+        device: device of the batches (as bytes), where they are augmented.
+        rank: rank of this process.
         world_size: number of processes that share each batch.
         limit: use only this many images, the same in all epochs and for all seeds.
         resident: keep the split's images on the device. By default on a GPU, if they take at most
@@ -117,7 +117,7 @@ class Loader:
         self.seed, self.device = seed, torch.device(device)
         self.resident = fits(split, self.device) if resident is None else resident
         self.split = split.to(self.device) if self.resident else split
-        # every n-th image: the first half of each share is a share of the batch's first half
+        # every n-th image: the first half of each rank's slice is part of the batch's first half
         self.share = slice(rank, None, world_size)
         self.augment = _as_augment(augment, cutout)
         subset = torch.randperm(len(split), generator=stream(0, "training subset"))
@@ -133,7 +133,7 @@ class Loader:
         return self.subset[perm]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's share of each batch of an epoch, from step `start_step` on."""
+        """This rank's slice of each batch of an epoch, from step `start_step` on."""
         order = self.order(epoch).to(self.split.labels.device)
         salt = draw_seed(stream(self.seed, "augment", epoch))
         for step in range(start_step, len(self)):
@@ -149,7 +149,7 @@ class Loader:
 
 
 def fits(split: Split, device: torch.device) -> bool:
-    """Whether a split's images may lie on a GPU, beside all else that training needs there."""
+    """Whether a split's images may be stored on a GPU, besides the training's memory."""
     if device.type != "cuda":
         return False
     wanted = len(split) * split.store[:1].nbytes

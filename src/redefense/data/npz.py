@@ -82,7 +82,7 @@ def from_arrays(
 
 
 class _Arrays:
-    """The arrays of a file that is not trusted."""
+    """The arrays of an untrusted file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,7 +90,7 @@ class _Arrays:
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.infolist():
                     size, packed = entry.file_size, entry.compress_size
-                    # labels in the order of classes shrink a thousandfold
+                    # sorted labels compress a thousandfold
                     if fault := method_fault(entry) or size_fault(size, packed, size, free=2**26):
                         raise DataError(f"{path}: {entry.filename}: {fault}")
             with np.load(path, allow_pickle=False) as stored:

@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LABELS = ("label", "labels", "fine_label", "class", "target")
-"""Names of the label column, in order of preference; of other names only a `ClassLabel` is one."""
+"""Names of the label column, in order of preference; columns of other names must be a `ClassLabel`.
+"""
 
 SHARD = re.compile(r"(?P<what>.*?)(?P<number>\d{1,9})(-of-(?P<total>\d{1,9})(?!\d).*)?")
-"""Names of the parts of one table, such as 0000, train-3 or train-00000-of-00002-ab12."""
+"""Pattern of the names of a table's parts, such as 0000, train-3 or train-00000-of-00002-ab12."""
 
 SHOWN = 3  # names in a message
 
 MAX_UNNAMED = 10_000
 
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
-"""Bases of all errors of pyarrow."""
+"""Base classes of pyarrow's errors."""
 
 
 def read(
@@ -49,14 +50,14 @@ def read(
 
     Args:
         path: a folder, e.g. a clone from the hub.
-        refuse: what to do with faults.
-        name: of the set.
-        config: folder of the configuration, where there are several.
-        label: name of the label column, where it has another than the usual ones.
-        image: name of the image column, where there are several.
+        refuse: handler of faults.
+        name: name of the set.
+        config: folder of the configuration, if there are several.
+        label: name of the label column, if it is not a usual one.
+        image: name of the image column, if there are several.
 
     Raises:
-        DataError: if pyarrow is missing, or files, splits, columns or labels are not as needed.
+        DataError: if pyarrow is missing, or files, splits, columns or labels are invalid.
     """
     files = split_files(path, config)
     pq = _pyarrow_parquet()
@@ -90,7 +91,7 @@ def split_files(path: Path, config: str | None = None) -> dict[str, list[Path]]:
 
     Raises:
         DataError: if there is no training or no test file, parts of a table are missing, there are
-            several configurations and none is chosen, or a link leads elsewhere.
+            several configurations and none is chosen, or a link points outside the folder.
     """
     if not path.is_dir():
         raise DataError(f"{path}: not a folder of parquet files")
@@ -139,13 +140,13 @@ def _chosen(
 
 
 def _some(names: Sequence[str], count: int = 0) -> str:
-    """The first of some names, and how many more of `count` there are."""
+    """The first of some names, and the number of the remaining ones of `count`."""
     more = max(count, len(names)) - SHOWN
     return ", ".join(names[:SHOWN]) + f" and {more} more" * (more > 0)
 
 
 def _check_shards(files: Sequence[Path], where: str) -> None:
-    """Refuse the files of one split unless they are all the parts of one table, each once."""
+    """Check that the files of one split are all the parts of one table, each once."""
     shards = [match for file in files if (match := SHARD.fullmatch(file.stem))]
     several = len(shards) < len(files) or len({(s["what"], s["total"]) for s in shards}) > 1
     if several and len(files) > 1:
@@ -272,7 +273,7 @@ class _Table:
         try:
             feature = json.loads(raw).get("info", {}).get("features", {}).get(column, {})
             names = feature.get("names") or ()
-            if isinstance(names, dict):  # number to name, as some cards have it
+            if isinstance(names, dict):  # number to name, as in some dataset cards
                 names = [names[str(number)] for number in range(len(names))]
             return tuple(str(name) for name in names)
         except (ValueError, AttributeError, TypeError, KeyError) as error:

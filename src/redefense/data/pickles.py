@@ -13,7 +13,7 @@ from redefense.errors import DataError
 
 
 class Dtype:
-    """Stands for numpy's dtype in a pickle: its code, nothing else."""
+    """Replacement of numpy's dtype in a pickle: holds its code only."""
 
     def __init__(self, code: Any = "", *_: Any) -> None:
         self.code = code
@@ -23,7 +23,7 @@ class Dtype:
 
 
 class Bytes:
-    """Stands for a numpy array in a pickle; only arrays of unsigned bytes become one."""
+    """Replacement of a numpy array in a pickle; accepts arrays of unsigned bytes only."""
 
     def __init__(self, *_: Any) -> None:
         self.state: Any = None
@@ -54,26 +54,26 @@ ALLOWED = {
     ("numpy", "dtype"): Dtype,
     ("_codecs", "encode"): _encode,
 }
-"""The only names a batch may ask for, and what it gets: stand-ins, never the real thing."""
+"""The only names that a batch may import, with their harmless replacements."""
 
 
 REFUSED = (
     "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4",
     "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX",
 )  # fmt: skip
-"""Steps that no batch needs."""
+"""Opcodes that no batch needs."""
 
 
 def _check_steps(raw: bytes) -> None:
-    """Look through a pickle without following it.
+    """Check the opcodes of a pickle without executing it.
 
     Raises:
-        pickle.UnpicklingError: for steps that no batch needs or that only fill the memory.
+        pickle.UnpicklingError: for opcodes that no batch needs or that exhaust the memory.
     """
     for step, argument, _ in pickletools.genops(raw):
         if step.name in REFUSED:
             raise pickle.UnpicklingError(f"has the step {step.name}")
-        # the reader makes a table as long as the largest number it is to remember
+        # the unpickler's memo table is as long as its largest index
         if step.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
             raise pickle.UnpicklingError("is made to fill the memory")
 
@@ -89,7 +89,7 @@ def load(raw: bytes, where: str) -> dict[str, Any]:
     """A pickled dictionary of strings, numbers, bytes, lists and arrays of bytes.
 
     Raises:
-        DataError: naming the file, if it is damaged or wants to import anything.
+        DataError: naming the file, if it is damaged or imports anything.
     """
     try:
         _check_steps(raw)

@@ -28,30 +28,30 @@ Shape = tuple[int, int, int]
 """Channels, height and width."""
 
 Refuse = Callable[[str], None]
-"""What a reader does with a fault it finds: `strict` raises; a check notes it and goes on."""
+"""Handler of faults: `strict` raises; a check records them and continues."""
 
 Items = Callable[[], Iterator[tuple[str, bytes]]]
-"""A way to go through pairs (name, encoded image) once, in order."""
+"""Iterates over pairs (name, encoded image) once, in order."""
 
 T = TypeVar("T")
 
 BLOCK = 1024  # images decoded at a time, and
 BLOCK_BYTES = 2**28  # at most so many bytes, where the images are large
-MAX_PIXELS = 2**24  # of one image; a photograph of 16 megapixels is no input for a classifier
-SAMPLED = 64  # images looked at to find the common shape
+MAX_PIXELS = 2**24  # limit of one image: 16 megapixels
+SAMPLED = 64  # images read to find the common shape
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
-"""No others are even tried: some call external programs."""
+"""Only these formats are tried: others may call external programs."""
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One split as found: the labels, and a way to go through the images once, in order.
+    """One split: the labels, and an iterator over the images, once, in order.
 
     Attributes:
         labels: (N,) class of each image.
         blocks: the decoded images.
-        items: the encoded images, where there is one file for each.
+        items: the encoded images, if each has a file.
     """
 
     labels: NDArray[np.int64]
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A data set as found: everything but the decoded images, and the files it depends on."""
+    """A data set before decoding, and the files it depends on."""
 
     name: str
     classes: tuple[str, ...]
@@ -82,12 +82,12 @@ def strict(message: str) -> NoReturn:
 
 
 def one_line(error: Exception) -> str:
-    """What another library says of an error, fit to stand inside our one line."""
+    """Another library's error message as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text of strangers, such as file names: nothing in it may reach a terminal as a command."""
+    """Untrusted text, such as file names, without control characters for terminals."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -99,7 +99,7 @@ def encoded(labels: Sequence[int] | NDArray[np.int64], items: Items, shape: Shap
 
 
 def decode(raw: bytes, name: str, shape: Shape) -> Block:
-    """One encoded image as bytes (ch, H, W); grey becomes RGB where three channels are asked for.
+    """One encoded image as bytes (ch, H, W); grey becomes RGB if `shape` has three channels.
 
     Raises:
         DataError: naming the image, if it is damaged, too large or of another kind than `shape`.
@@ -128,7 +128,7 @@ def measure(raw: bytes, name: str) -> Shape:
 
 
 def _shown(raw: bytes, name: str) -> Image.Image:
-    """One encoded image as viewers show it, grey (L) or RGB."""
+    """One encoded image with its EXIF orientation applied, grey (L) or RGB."""
     if not raw:
         raise DataError(f"{name}: empty file")
     try:
@@ -152,7 +152,7 @@ def _shown(raw: bytes, name: str) -> Image.Image:
 
 
 def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) -> Shape:
-    """The shape of most of some images; three channels if any of them is in colour.
+    """The most common shape of some images; three channels if any of them is in colour.
 
     Raises:
         DataError: if none is readable.
@@ -172,7 +172,7 @@ def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) 
 
 
 def spread(names: Sequence[T]) -> list[T]:
-    """At most 64 of some names, evenly spread."""
+    """At most 64 of some names, evenly spaced."""
     places = np.linspace(0, len(names) - 1, min(len(names), SAMPLED)).round().astype(int)
     return [names[place] for place in places]
 
@@ -185,7 +185,7 @@ def decoded(items: Iterable[tuple[str, bytes]], shape: Shape) -> Iterator[Block]
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Pillow's warnings: a bomb is an error, and EXIF that is damaged is read as far as it goes."""
+    """Pillow's warnings: a bomb is an error; damaged EXIF data are read as far as possible."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -195,12 +195,12 @@ def _decoding() -> Iterator[None]:
 def by_threads(
     items: Iterable[tuple[str, bytes]], work: Callable[[str, bytes], T], shape: Shape
 ) -> Iterator[list[T]]:
-    """Results of `work` on each pair, in order, a block at a time, by threads on all cores."""
+    """Results of `work` on each pair, in order, in blocks, by threads on all cores."""
     cores = os.cpu_count() or 1
     size = max(1, min(BLOCK, BLOCK_BYTES // math.prod(shape)))
     with _decoding(), ThreadPoolExecutor(cores) as pool:
         for some in batched(items, size):
-            # a task per run of images: one per image costs as much as decoding a small one
+            # one task for several images: a task costs as much as decoding a small image
             runs = batched(some, max(1, len(some) // (4 * cores)))
             done = pool.map(lambda run: [work(name, raw) for name, raw in run], runs)
             yield [result for run in done for result in run]
@@ -214,7 +214,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def all_blocks(part: Part, what: str, tick: Callable[[int], None]) -> Iterator[Block]:
-    """The decoded images of a part, block by block; `tick` hears of each.
+    """The decoded images of a part, block by block; `tick` is called for each.
 
     Raises:
         DataError: if there are more or fewer images than labels.

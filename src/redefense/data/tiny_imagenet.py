@@ -31,8 +31,8 @@ class _Listing:
 def read(path: Path, refuse: Refuse) -> Source:
     """200 classes of 64x64 images; the official validation images serve as test.
 
-    Classes are numbered in the order of their sorted WordNet ids and named by the first of their
-    words. Grey images become RGB.
+    Classes are numbered in the order of their sorted WordNet ids and named by their first word.
+    Grey images become RGB.
 
     Raises:
         DataError: naming the file, if anything is missing, unknown, empty or there twice.
@@ -149,7 +149,7 @@ def _annotated(tree: Tree, annotations: str, ids: Mapping[str, int], refuse: Ref
 
 
 def _names(tree: Tree, name: str, ids: Sequence[str]) -> tuple[str, ...]:
-    """The first word for each id; with the id where it is not the only one, or alone."""
+    """The first word for each id; with the id where it is not unique, the id if it has none."""
     if name not in tree.names:
         return tuple(ids)
     wanted, words = set(ids), {}

@@ -15,21 +15,21 @@ from redefense.errors import DataError
 
 MAX_FILE = 2**28  # bytes of one file in an archive; CIFAR-100's largest has 155 MB
 MAX_FILES = 4_000_000
-RATIO = 200  # how far a file in an archive may expand, once it is larger than a mebibyte
+RATIO = 200  # maximum compression ratio of a file in an archive that is larger than a mebibyte
 MAX_HEADER = 2**20  # bytes of a name in a tar archive
 MAX_TAR = 2**30  # bytes held at once from a tar archive, which cannot be read out of order
 BROKEN = (
     OSError, EOFError, ValueError, LookupError, ArithmeticError, NotImplementedError,
     struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError,
 )  # fmt: skip
-"""What the standard library raises on archives that are damaged or made to confuse it."""
+"""Exceptions of the standard library for damaged or malicious archives."""
 LITTER = frozenset(
     {
         "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
         "system volume information", "lost+found",
     }
 )  # fmt: skip
-"""Files and folders that operating systems leave, in lower case."""
+"""Files and folders created by operating systems, in lower case."""
 
 
 @runtime_checkable
@@ -40,33 +40,33 @@ class Tree(Protocol):
     kind: str
     names: Sequence[str]
     empty: Sequence[str]
-    """Folders that hold no such file, neither themselves nor below."""
+    """Folders without any such file, at any depth."""
 
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Each file's name (as to be told to the user) and bytes, in the given order."""
+        """Each file's name (for messages) and bytes, in the given order."""
         ...
 
     def files(self, names: Sequence[str]) -> tuple[Path, ...]:
-        """What on disk the content of these files depends on."""
+        """Paths on disk that the content of these files depends on."""
         ...
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name, or a folder in it, starts with a dot or is left by an operating system.
+    """Whether a name, or a folder in it, starts with a dot or is created by an operating system.
 
-    Such files are passed over: version control, notebooks and file managers keep copies of images
-    in them, which are no part of a data set.
+    Such files are skipped: version control, notebooks and file managers keep copies of images in
+    them, which are no part of a data set.
     """
     parts = PurePosixPath(name).parts
     return any((part[0] == "." and part != "..") or part.lower() in LITTER for part in parts)
 
 
 def open_tree(path: Path, refuse: Refuse) -> Tree:
-    """Look what `path` is, list its files and refuse what is unsafe.
+    """Detect the kind of `path`, list its files and refuse unsafe ones.
 
     Raises:
         DataError: for anything but a folder, a zip or a tar archive, and for damaged archives;
-            through `refuse` for names or links that lead out of the root and decompression bombs.
+            through `refuse` for names or links that point outside the root and decompression bombs.
     """
     if path.is_dir():
         return FolderTree(path, refuse)
@@ -81,7 +81,7 @@ def open_tree(path: Path, refuse: Refuse) -> Tree:
 
 
 def folders_above(files: Iterable[Path], root: Path) -> Sequence[Path]:
-    """All folders between `root` and some files: their times tell what was added or taken away."""
+    """All folders between `root` and some files; their times reveal added or removed files."""
     above = {parent for file in files for parent in file.parents}
     return sorted(folder for folder in above if folder.is_relative_to(root))
 
@@ -93,12 +93,12 @@ def read_one(tree: Tree, name: str) -> bytes:
 
 
 def allowed_root(path: Path) -> Path:
-    """The folder that links below `path` must not leave.
+    """The folder that links below `path` must point into.
 
     That is `path`, or the repository's folder in a cache of the Hugging Face hub, whose snapshots
     consist of links to `blobs`.
     """
-    real = Path(os.path.realpath(path))  # unlike resolve() it takes links that lead in a circle
+    real = Path(os.path.realpath(path))  # unlike resolve() it accepts circular links
     for parent in real.parents:
         if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
             return parent.parent
@@ -261,7 +261,7 @@ class TarTree:
                     refuse(f"{root}: {printable(member.name)}: {fault}")
                 else:
                     (folders if member.isdir() else files).add(_plain(member.name))
-                total += member.size  # to reach the next one, what is passed over is unpacked, too
+                total += member.size  # skipped members are unpacked, too
                 if total > MAX_TAR:
                     raise DataError(f"{root}: more than {MAX_TAR} bytes; extract it first")
         self.names: Sequence[str] = sorted(files)
@@ -274,7 +274,7 @@ class TarTree:
             return "neither file nor folder, refused"
         if _plain(member.name) in known:
             return "there twice"
-        # how far one member of a compressed tar archive expands is not known, only its size
+        # the compressed size of a tar member is unknown
         return _name_fault(member.name) or size_fault(member.size, member.size, MAX_FILE)
 
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
@@ -295,7 +295,7 @@ class TarTree:
 
 
 def _empty(folders: Iterable[str], names: Sequence[str]) -> Sequence[str]:
-    """Those of some folders, and of the folders above them, that hold none of the files."""
+    """Those of some folders, and of their parents, that contain none of the files."""
     plain = {_plain(folder) for folder in folders}
     plain |= {str(parent) for folder in plain for parent in PurePosixPath(folder).parents}
     holders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
@@ -303,7 +303,7 @@ def _empty(folders: Iterable[str], names: Sequence[str]) -> Sequence[str]:
 
 
 def _plain(name: str) -> str:
-    """One spelling for each file: archives also have ./a/b and a//b."""
+    """The normalised name of a file: archives also use ./a/b and a//b."""
     return str(PurePosixPath(name))
 
 
@@ -315,9 +315,9 @@ def _name_fault(name: str) -> str:
 
 
 def method_fault(entry: zipfile.ZipInfo) -> str:
-    """What is wrong with how a file in a zip archive is packed.
+    """Error message for unsupported compression in a zip archive; empty if supported.
 
-    The others are unpacked whole by `zipfile`, however much comes out, before it looks at the size.
+    With other methods `zipfile` unpacks the whole file before it checks the size.
     """
     known = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     return "" if known else "packed by another method than deflate, refused"
@@ -326,7 +326,7 @@ def method_fault(entry: zipfile.ZipInfo) -> str:
 def size_fault(size: int, packed: int, most: int, free: int = 2**20) -> str:
     """What is wrong with a file in an archive that expands from `packed` to `size` bytes.
 
-    Up to `free` bytes it may expand as far as it likes.
+    Files of up to `free` bytes may have any ratio.
     """
     if size > most:
         return f"{size} bytes, more than {most}, refused"

@@ -20,12 +20,12 @@ __all__ = ["ACTIVATIONS", "MODELS", "Model", "Tapped", "build"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """How one network is made.
+    """How one network is built.
 
     Attributes:
-        summary: a line for the user.
-        make: from (num_classes, shape, width, activation) to a network without values.
-        width: channels of the first stage unless asked otherwise.
+        summary: one-line description.
+        make: maps (num_classes, shape, width, activation) to an uninitialised network.
+        width: default number of channels of the first stage.
     """
 
     summary: str
@@ -35,11 +35,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Own:
-    """How a network of the user's is made; its width and activations are its own affair.
+    """How a user's network is built; `width` and `activation` do not apply.
 
     Attributes:
-        summary: a line for the user.
-        make: from (num_classes, shape, member) to a network with values.
+        summary: one-line description.
+        make: maps (num_classes, shape, member) to an initialised network.
     """
 
     summary: str
@@ -47,7 +47,7 @@ class Own:
 
 
 def _own(name: str, value: Any) -> Model | Own:
-    """A model of the user's: a function (num_classes, shape) -> module, or a list of modules."""
+    """A user's model: a function (num_classes, shape) -> module, or a list of modules."""
     if isinstance(value, Model | Own):
         return value
     if isinstance(value, nn.Module):
@@ -55,7 +55,7 @@ def _own(name: str, value: Any) -> Model | Own:
     if isinstance(value, list | tuple) and value and all(isinstance(n, nn.Module) for n in value):
         nets = tuple(copy.deepcopy(net) for net in value)
         return Own(
-            summary=f"{type(nets[0]).__name__}, as it was handed over",
+            summary=f"{type(nets[0]).__name__}, as given",
             make=lambda classes, shape, member: copy.deepcopy(nets[member % len(nets)]),
         )
     if not callable(value):
@@ -133,13 +133,13 @@ def build(
     activation: str = "relu",
     member: int = 0,
 ) -> nn.Module:
-    """A freshly initialised network on the CPU; equal generators give equal weights.
+    """A newly initialised network on the CPU; equal generators give equal weights.
 
     Args:
         name: a key of `MODELS`, or `timm:NAME` if timm is installed.
         num_classes: number of logits.
         shape: channels, height and width of the images.
-        generator: all initial weights are drawn from it; torch's global one stays as it is.
+        generator: source of all initial weights; torch's global generator is not used.
         width: channels of the first stage (hidden units of `mlp`); the model's own by default.
         mean: of each channel, subtracted by the first layer; 0.5 by default.
         std: of each channel, divided by in the first layer; 0.25 by default.
@@ -164,7 +164,7 @@ def build(
             if width is not None or activation != "relu":
                 raise ConfigError(f"{name} has its own width and activation")
             return _made(name, model, num_classes, shape, member, generator)
-        with torch.device("meta"):  # no values yet, so torch's global generator is not touched
+        with torch.device("meta"):  # no values yet, so torch's global generator is not used
             net = model.make(num_classes, shape, width or model.width, activation)
         net.to_empty(device="cpu")
         initialise(net, generator)
@@ -178,7 +178,7 @@ def _made(
     name: str, model: Own, num_classes: int, shape: tuple[int, int, int], member: int,
     rng: torch.Generator,
 ) -> nn.Module:  # fmt: skip
-    """A network of the user's; what it draws from torch's global generator, `rng` decides."""
+    """A user's network; torch's global generator is seeded from `rng` for it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(rng))
         net = model.make(num_classes, shape, member)
@@ -203,7 +203,7 @@ def _timm(name: str, num_classes: int, channels: int, rng: torch.Generator) -> n
         import timm
     except ImportError as error:
         raise ConfigError(f"timm:{name} needs timm: pip install timm") from error
-    # timm draws from the global generator, which is put back as it was
+    # timm draws from the global generator, whose state is restored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(rng))
         try:

@@ -1,8 +1,8 @@
-"""Convolution and batch norm that are quick to differentiate twice.
+"""Convolution and batch norm with a fast double backward.
 
 Penalties on input gradients differentiate the backward pass once more. Torch composes that second
 derivative from dozens of passes over memory, more than all convolutions cost together; here each
-layer states it in closed form. Values and gradients are torch's, up to rounding.
+layer has a closed form. Values and gradients are torch's, up to rounding.
 
 With x^ = (x - mu) r the normalised input, m(.) the mean over images and pixels of a channel, gy the
 gradient of the output and w the scale, batch norm's backward pass is
@@ -16,9 +16,9 @@ C = m(a gy) - m(a) m(gy), the derivatives of <a, gx> are
     by w:   N r (C - A G)
     by x:   -w r^2 ((a - m(a)) G + (gy - m(gy)) A + x^ (C - 3 A G)).
 
-These layers keep the names and the state of torch's, and step aside for torch's own where no
-gradient is wanted and for the options that they do not know, batch norm in evaluation mode too
-unless its weights are frozen, where it is a scale and a shift.
+These layers have the names and the state of torch's. They call torch's where no gradient is needed
+and for unsupported options, and for batch norm in evaluation mode unless its weights are frozen,
+where it is a scale and a shift.
 """
 
 from collections.abc import Iterator
@@ -32,17 +32,17 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 _aten = torch.ops.aten
 ROW: Final = 1024
-"""Numbers a row when channels come last: long enough for vector instructions, whatever C is."""
+"""Row length in channels-last layout: long enough for vector instructions for any C."""
 
 _inputs_only = False
 
 
 @contextmanager
 def input_gradients() -> Iterator[None]:
-    """Within, a backward pass computes no gradient of kernels: the caller wants the images' alone.
+    """Context in which backward passes compute gradients of images only, not of kernels.
 
-    Torch knows from `autograd.grad(loss, images)` what not to compute, a `Function` does not. One
-    flag for all threads, since the backward pass of an accelerator runs in a thread of its own.
+    `autograd.grad(loss, images)` skips unneeded gradients, but a `Function` is not told. One flag
+    for all threads, since the backward pass of an accelerator runs in another thread.
     """
     global _inputs_only
     before, _inputs_only = _inputs_only, True
@@ -71,8 +71,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` with the second derivative of the module's text, in two fused passes.
 
     Attributes:
-        zero: (C,) zeros, the mean and shift of the backward pass with frozen weights. Making them
-            there would take a tenth of the operations of an attack.
+        zero: (C,) zeros, the mean and shift of the backward pass with frozen weights. Creating them
+            there would be a tenth of the operations of an attack.
     """
 
     zero: Tensor
@@ -84,7 +84,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         if "zero" in self._buffers:  # not yet when torch's constructor calls this
-            self.zero.zero_()  # a layer made on the meta device gets its memory uninitialised
+            self.zero.zero_()  # a layer created on the meta device has uninitialised memory
 
     def forward(self, input: Tensor) -> Tensor:
         known = self.affine and self.momentum is not None and input.numel() > input.shape[1]
@@ -102,7 +102,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return cast(Tensor, y)
 
     def _is_frozen(self) -> bool:
-        """Whether scale, shift and moments are constants: the images' gradient alone is wanted."""
+        """Whether scale, shift and moments are constants, and only images need a gradient."""
         constant = self.affine and not (self.weight.requires_grad or self.bias.requires_grad)
         return constant and self.running_mean is not None
 
@@ -242,7 +242,7 @@ class _BatchNormBackward(Function):
             constant = -(k * (mean_a * big_g + mean_g * big_a) + of_x * mu)
             by_x = _combine(((a, k * big_g), (gy, k * big_a), (x, of_x)), constant)
         if b is not None:
-            # gw = sum of gy x^, whose derivative by x is batch norm's own, with b for the scale
+            # gw = sum of gy x^, its derivative in x is batch norm's, with b as the scale
             x_part = _pull(gy, x, b.to(weight.dtype), mu, r, ctx.eps)[0]
             by_x = x_part if by_x is None else by_x + x_part
             gy_part = _combine(((x, b * r),), -b * r * mu)
@@ -295,10 +295,10 @@ class _SiLUBackward(Function):
 
 
 def _combine(parts: tuple[tuple[Tensor, Tensor], ...], constant: Tensor) -> Tensor:
-    """Sum of (B, C, H, W) tensors times a number a channel, plus a number a channel.
+    """Sum of (B, C, H, W) tensors times per-channel factors, plus a per-channel offset.
 
-    A few channels that come last are too short a row for vector instructions (15 times slower):
-    rows then hold several pixels, and the numbers are repeated.
+    In channels-last layout rows of few channels are too short for vector instructions (15 times
+    slower): rows then hold several pixels, and the factors are repeated.
     """
     first = parts[0][0]
     channels = first.shape[1]

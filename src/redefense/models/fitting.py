@@ -1,7 +1,7 @@
-"""Hypernetworks fitted by least squares to kernels that exist already.
+"""Hypernetworks fitted by least squares to existing kernels.
 
-Slice s of unit u is K_us = W_out (W_s z_u + b_s) + b_out: two linear layers with nothing between
-them. With the units as a tensor (units, slices, taps) that is
+Slice s of unit u is K_us = W_out (W_s z_u + b_s) + b_out: two linear layers without an activation.
+With the units as a tensor (units, slices, taps) that is
 
     K = 1 b_out + (1, Z) x G x W_out,
 
@@ -13,8 +13,8 @@ the sum of what each truncation alone costs, while no fit is below the larger of
 factor of sqrt(2) of the best error from the first turn on, and the best itself where one of the two
 truncations cuts nothing off.
 
-Every kernel counts the same, whatever its size: batch norm undoes the scale of a kernel, so what
-matters is its error relative to its own norm.
+Every kernel has the same weight: batch norm removes the scale of a kernel, so its error relative to
+its norm is minimised.
 """
 
 import math
@@ -29,12 +29,12 @@ from redefense.types import Bool, Float
 
 ROUNDS = 50
 ENOUGH = 1e-4
-"""Turns end when the squared error falls by less than this share of itself."""
+"""Iterations stop when the squared error falls by less than this fraction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What a hypernetwork should write.
+    """Target kernels of a hypernetwork.
 
     Attributes:
         units: (U, n, 9 n) slices in float64; nine equal taps where the kernel has one.
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """Sources from which units are written; e' and d' are what the kernels can make use of.
+    """Embeddings and hypernetwork of units; e' and d' are the ranks that the kernels can use.
 
     Attributes:
         z: (U, e') embeddings, e' at most U - 1; columns of mean square 1.
@@ -67,7 +67,7 @@ class Fit:
 
 
 def target_of(grids: Sequence[Grid], kernels: Sequence[Tensor], unit: int, taps: str) -> Target:
-    """The units that these kernels consist of."""
+    """The units of these kernels."""
     units, weight, free = [], [], []
     for grid, kernel in zip(grids, kernels, strict=True):
         own = untile(kernel.detach().double(), grid.rows, grid.columns) / gain(grid, unit, taps)
@@ -91,10 +91,10 @@ def joined(targets: Sequence[Target]) -> Target:
 
 
 def fit(target: Target, embedding: int, hidden: int, rounds: int = ROUNDS) -> Fit:
-    """The hypernetwork and embeddings that write `target` best, in at most `rounds` turns.
+    """Fit hypernetwork and embeddings to `target`, in at most `rounds` iterations.
 
     Rows are scaled by the target's weights, so a constant over the units becomes `one`. Taps that
-    do not count take the values that the fit gives them, turn by turn.
+    do not count are set to the fitted values in each iteration.
     """
     x = target.units * target.weight[:, None, None]
     one = target.weight / target.weight.norm()
@@ -123,7 +123,7 @@ def fit(target: Target, embedding: int, hidden: int, rounds: int = ROUNDS) -> Fi
 
 
 def _turn(x: Tensor, one: Tensor, v: Tensor, cut: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The best directions (U, e') along the units given those along the taps, then these anew."""
+    """Update the directions (U, e') along the units, then those along the taps."""
     y = (x @ v).flatten(1)
     centred = y - torch.outer(one, one @ y)
     gram = _gram(centred.T)
@@ -137,7 +137,7 @@ def _turn(x: Tensor, one: Tensor, v: Tensor, cut: tuple[int, int]) -> tuple[Tens
 def _sources(
     weight: Tensor, q: Tensor, v: Tensor, core: Tensor, slices: Tensor, constant: Tensor
 ) -> Fit:
-    """Undo the scaling of the rows and share the sizes out as in a hypernetwork at its start."""
+    """Undo the scaling of the rows and balance norms as in an initialised hypernetwork."""
     z = q / weight[:, None]
     size = z.square().mean(0).sqrt()
     stretch = math.sqrt(v.shape[0] / max(v.shape[1], 1))

@@ -19,7 +19,7 @@ Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: Final[Mapping[str, Activation]] = MappingProxyType(
     {
         "relu": F.relu,
-        # the slope GAL asks for: a penalty on input gradients trains only active units
+        # GAL's slope: a penalty on input gradients trains only active units
         "leaky": partial(F.leaky_relu, negative_slope=0.1),
         "silu": silu,
     }
@@ -30,7 +30,7 @@ def activation_named(name: str) -> Activation:
     """The activation of that name.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if the name is unknown.
     """
     if name not in ACTIVATIONS:
         raise ConfigError(f"unknown activation {name!r}; choose from {', '.join(ACTIVATIONS)}")
@@ -39,12 +39,12 @@ def activation_named(name: str) -> Activation:
 
 @runtime_checkable
 class Tapped(Protocol):
-    """A network whose inner features can be asked for by name."""
+    """A network with access to intermediate features by name."""
 
     tap_names: tuple[str, ...]
 
     def tap(self, x: Tensor, name: str) -> Tensor:
-        """Features of the layer `name`, computing nothing beyond it."""
+        """Features of the layer `name`; later layers are not computed."""
         ...
 
 
@@ -70,7 +70,7 @@ def initialise(net: nn.Module, rng: torch.Generator) -> None:
     1 and 0.
 
     Raises:
-        TypeError: for a kind of layer it does not know, which would stay unset.
+        TypeError: for unsupported layers, which would stay uninitialised.
     """
     with torch.no_grad():
         for module in net.modules():

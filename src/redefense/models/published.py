@@ -1,10 +1,10 @@
-"""Weights published elsewhere: files of tensors, never of code, and the names that they use.
+"""Weights published elsewhere: reads files of tensors without executing code, and maps names.
 
-A file is read by safetensors, or by `torch.load(weights_only=True)`, which runs nothing. Tensors
-find their place by name: as ours, or as in the residual networks that most repositories share:
-torchvision's (`conv1`, `layer1.0.conv2`, `layer2.0.downsample.0`, `fc`) and the ResNet-20s of the
-repositories of ADP, GAL, DVERGE and TRS (`shortcut`, `linear`). What differs in shape, or is
-missing, stays as it is.
+A file is read by safetensors, or by `torch.load(weights_only=True)`. Tensors are matched by name:
+this package's names, or those of the residual networks of most repositories: torchvision's
+(`conv1`, `layer1.0.conv2`, `layer2.0.downsample.0`, `fc`) and the ResNet-20s of the repositories of
+ADP, GAL, DVERGE and TRS (`shortcut`, `linear`). Tensors of other shapes, and missing ones, are not
+changed.
 """
 
 import pickle
@@ -24,13 +24,13 @@ from redefense.errors import DataError
 State = Mapping[str, Tensor]
 
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "net", "weights")
-"""Under which name a file holds the state beside epochs, optimizers and the like."""
+"""Keys of the state dict in checkpoints that also hold epochs, optimizers and the like."""
 
 _MEMBER: Final = re.compile(
     r"^(?:module\.)?(?:(?:models|members|ensemble)\.|models?_)(\d+)(?:\.|$)"
 )
 _PREFIX: Final = re.compile(r"^(?:module|model|net|1)\.")
-"""Of one network's names: by DataParallel, by a wrapper, by a normalisation before the network."""
+"""Prefixes of a network's names: DataParallel, wrappers, a preceding normalisation."""
 
 _NAMES: Final = (
     (re.compile(r"^conv1\.(.+)"), r"stem.\1"),
@@ -44,12 +44,12 @@ _BLOCK: Final = re.compile(r"^blocks\.(\d+),(\d+)\.(.+)")
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What became of a published state.
+    """Result of loading a published state.
 
     Attributes:
-        taken: tensors of the network that it has.
-        fresh: tensors of the network that it has nothing for, or nothing of their shape.
-        unused: tensors of the state that found no place.
+        taken: tensors of the network that were loaded.
+        fresh: tensors of the network without a match of equal shape.
+        unused: tensors of the state without a match.
     """
 
     taken: tuple[str, ...]
@@ -61,7 +61,7 @@ def read_states(path: Path) -> list[State]:
     """The networks that a file holds, one or the members of an ensemble in their order.
 
     Raises:
-        DataError: if it cannot be read, would run code, or holds no network.
+        DataError: if it cannot be read, would execute code, or holds no network.
     """
     members = _members(_unwrapped(_tensors_of(path)))
     if not members:
@@ -70,12 +70,12 @@ def read_states(path: Path) -> list[State]:
 
 
 def fit(net: nn.Module, state: State) -> Fitted:
-    """Give a network the tensors of a state that fit it."""
+    """Load the matching tensors of a state into a network."""
     own = net.state_dict()
     found = {ours: theirs for theirs, ours in _renamed(state).items()}
     taken = {n: found[n] for n, t in own.items() if n in found and state[found[n]].shape == t.shape}
     net.load_state_dict({name: state[theirs] for name, theirs in taken.items()}, strict=False)
-    ours_alone = ("normalise.mean", "normalise.std")  # settings, which nobody else stores
+    ours_alone = ("normalise.mean", "normalise.std")  # settings, which other packages do not store
     counts = "num_batches_tracked"
     used = set(taken.values())
     return Fitted(
@@ -110,7 +110,7 @@ def _unwrapped(data: Any) -> Any:
 
 
 def _members(data: Any) -> list[State]:
-    """States by member; one if the names speak of none."""
+    """States by member; a single one if the names contain no members."""
     if not isinstance(data, Mapping):
         return []
     flat: dict[str, Tensor] = {}
@@ -130,7 +130,7 @@ def _members(data: Any) -> list[State]:
 
 
 def _plain(state: State) -> State:
-    """Without what all names, but for those of a normalisation before the network, begin with."""
+    """Remove the common prefix of all names except those of a preceding normalisation."""
     while True:
         names = [name for name in state if not name.startswith("0.")]
         if not names or not all(_PREFIX.match(name) for name in names):
@@ -139,7 +139,7 @@ def _plain(state: State) -> State:
 
 
 def _renamed(state: State) -> dict[str, str]:
-    """Our name of each tensor."""
+    """This package's name of each tensor."""
     found = {}
     for name in state:
         found[name] = next((p.sub(to, name) for p, to in _NAMES if p.match(name)), name)

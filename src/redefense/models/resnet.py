@@ -1,7 +1,7 @@
 """Residual networks of basic blocks: the CIFAR ones of He et al. (2015), and ResNet-18.
 
 Shortcuts that change the shape are 1x1 convolutions with batch norm everywhere (He's option B),
-also in the CIFAR networks: PS-RED writes their kernels like all others. ResNet-20 has so 272,474
+also in the CIFAR networks: PS-RED writes their kernels like all others. ResNet-20 thus has 272,474
 parameters instead of 269,722 at 10 classes.
 """
 
@@ -15,7 +15,7 @@ from redefense.types import Images, Logits
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> Conv2d:
-    """A convolution without bias that keeps the size at stride 1."""
+    """A convolution without bias, with "same" padding at stride 1."""
     return Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
@@ -51,16 +51,16 @@ class ResNet(nn.Module):
 
     Args:
         num_classes: number of logits.
-        channels: of the images.
+        channels: number of image channels.
         widths: channels of each stage.
-        depths: blocks of each stage.
+        depths: number of blocks of each stage.
         large_stem: a 7x7 convolution of stride 2 and max-pooling, for images of 64 pixels and
             more, in place of one 3x3 convolution.
-        activation: name of the activation, kept as `activation_name`.
+        activation: name of the activation, stored as `activation_name`.
 
     Attributes:
-        tap_names: the layers `tap` knows: the stem, each block's first convolution and sum (all
-            after batch norm and before the activation), the logits.
+        tap_names: the layers that `tap` supports: the stem, each block's first convolution and sum
+            (all after batch norm and before the activation), the logits.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class ResNet(nn.Module):
         return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]  # as above
 
     def tap(self, x: Images, name: str) -> Tensor:
-        """Features of the layer `name`, computing nothing beyond it.
+        """Features of the layer `name`; later layers are not computed.
 
         Raises:
-            ValueError: unless `name` is one of `tap_names`.
+            ValueError: if `name` is not one of `tap_names`.
         """
         place = self.tap_names.index(name)
         x = self.stem_bn(self.stem(self.normalise(x)))

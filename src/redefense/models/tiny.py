@@ -13,7 +13,7 @@ class Chain(nn.Module):
     """Layers with an activation between each two; the last one gives the logits.
 
     Attributes:
-        tap_names: the layers `tap` knows, each before its activation.
+        tap_names: the layers that `tap` supports, each before its activation.
     """
 
     def __init__(self, channels: int, layers: Sequence[nn.Module], activation: str) -> None:
@@ -27,10 +27,10 @@ class Chain(nn.Module):
         return self.tap(x, "logits")
 
     def tap(self, x: Images, name: str) -> Tensor:
-        """Features of the layer `name`, computing nothing beyond it.
+        """Features of the layer `name`; later layers are not computed.
 
         Raises:
-            ValueError: unless `name` is one of `tap_names`.
+            ValueError: if `name` is not one of `tap_names`.
         """
         place = self.tap_names.index(name)
         x = self.layers[0](self.normalise(x))
@@ -57,7 +57,7 @@ def mlp(*, num_classes: int, shape: tuple[int, int, int], width: int, activation
 def digits_cnn(
     *, num_classes: int, shape: tuple[int, int, int], width: int, activation: str
 ) -> Chain:
-    """Three 3x3 convolutions with batch norm; size halves before the last, then a mean is taken."""
+    """Three 3x3 convolutions with batch norm, pooling before the last and a mean after it."""
     channels = shape[0]
 
     def layer(inputs: int, outputs: int, *before: nn.Module) -> nn.Module:

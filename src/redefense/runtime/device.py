@@ -1,4 +1,4 @@
-"""Devices: their names, whether they are there, and settings for computing on them."""
+"""Devices: their names, availability and settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,25 +9,24 @@ from redefense.errors import ConfigError
 
 
 def name_of(device: torch.device) -> str:
-    """What the accelerator is called; the kind of device where torch does not say."""
+    """Name of the accelerator; the device type where torch reports none."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Flushes denormal numbers, and lets cuDNN give the same bits each time.
+    """Flushes denormal numbers, and makes cuDNN deterministic.
 
-    On a CPU denormal numbers cost tens of times the time of others. On a GPU, left alone, cuDNN may
-    add up weights' gradients in any order: two trainings of one seed differed, and a resumed one
-    would differ from one that was never stopped. That setting is the whole process's, not the
-    thread's.
+    On a CPU denormal numbers are tens of times slower than others. On a GPU cuDNN by default may
+    sum weight gradients in any order: two trainings with one seed differ, and a resumed one differs
+    from an uninterrupted one. That setting applies to the whole process, not the thread.
     """
     cudnn = torch.backends.cudnn
     before = not bool(torch.tensor(1e-40) * 1.0), cudnn.deterministic
     torch.set_flush_denormal(True)
     cudnn.deterministic = True
     try:
-        # test loops of other libraries run in inference mode, where nothing has a gradient
+        # test loops of other libraries run in inference mode, which has no gradients
         with torch.inference_mode(False):
             yield
     finally:
@@ -36,7 +35,7 @@ def computing() -> Iterator[None]:
 
 
 def check_device(device: str) -> torch.device:
-    """The device of that name; refused if it is unknown or not there, before anything is done.
+    """The device of that name, checked to be available.
 
     Raises:
         ConfigError: naming the device.

@@ -1,7 +1,7 @@
-"""Files written whole or not at all, and a lock between processes.
+"""Atomically written files, and a lock between processes.
 
-A file is written under another name in the same folder and renamed, so that a full disk, a kill or
-a reader at the same moment meets the previous version or the new one, and nothing in between.
+A file is written under another name in the same folder and renamed. After a full disk or a kill,
+and for concurrent readers, it is the previous or the new version.
 """
 
 import errno
@@ -15,14 +15,14 @@ from typing import Final
 from redefense.errors import WriteError
 
 UNFINISHED: Final = ".writing-"
-"""How the names of files begin that are not whole yet."""
+"""Prefix of the names of incomplete files."""
 
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Give an error of writing within the block the name of the file or folder it was about.
+    """Add the name of the file or folder to write errors within the block.
 
     Raises:
         WriteError: naming `path`, the reason and what to do.
@@ -36,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """Why a file could not be written, and what to do about it."""
+    """Reason for a failed write, and what to do."""
     text = error.strerror or str(error)
     if is_full(error):
         return f"{text}; free some space on its disk and run the same command again"
@@ -44,8 +44,8 @@ def reason(error: OSError) -> str:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the error says that no room is left, on the disk or within a quota."""
-    # safetensors raises its own error, which holds the number in its text alone
+    """Whether the error is a full disk or an exceeded quota."""
+    # safetensors raises its own error, with the number only in its text
     return error.errno in _NO_ROOM or "os error 28" in str(error)
 
 
@@ -53,13 +53,13 @@ def is_full(error: OSError) -> bool:
 def written_aside(path: Path) -> Iterator[Path]:
     """A path in the same folder to write a file to; it becomes `path` if the block succeeds.
 
-    The folder is made if need be. After an error nothing is left of it, and a previous `path` is
-    kept.
+    The folder is created if needed. After an error the new file is removed, and a previous `path`
+    is unchanged.
 
     Raises:
         WriteError: if the file cannot be written.
     """
-    # a short name of its own: that of `path` may be as long as the file system allows
+    # a short name: that of `path` may be as long as the file system allows
     aside = path.with_name(f"{UNFINISHED}{os.getpid()}-{threading.get_native_id()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,18 +72,18 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock that a file stands for: one process has it at a time, and loses it if killed.
+    """Hold an exclusive lock on a file; it is released if the process is killed.
 
     Yields:
-        Whether it is held. With `wait` it always is, and the file stays; otherwise it is not where
-        another process holds it, and the holder removes the file, and the folder if left empty.
+        Whether the lock is held. With `wait` it always is, and the file remains. Otherwise it is
+        not if another process holds it, and the holder removes the file, and the folder if empty.
 
     Raises:
-        WriteError: if the file cannot be made.
+        WriteError: if the file cannot be created.
     """
     try:
         import fcntl
-    except ImportError:  # not a POSIX system: the last one's files count
+    except ImportError:  # not a POSIX system: the last writer wins
         yield True
         return
     with writing(path):
@@ -99,7 +99,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
             yield True
             return
         if not path.exists() or not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-            yield False  # its holder has removed it in this moment
+            yield False  # its holder has just removed it
             return
         try:
             yield True
@@ -110,7 +110,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Raises:
         WriteError: if it cannot be written.
@@ -120,24 +120,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
+    """Write a text file in UTF-8 atomically.
 
     Raises:
         WriteError: if it cannot be written.
     """
-    # a path that was no text in the locale's encoding holds its bytes as surrogates
+    # a path that cannot be decoded in the locale's encoding contains surrogates
     content = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     write_bytes(path, content.encode())
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file, whole or not at all.
+    """Append a line to a text file atomically.
 
     Raises:
         WriteError: if it cannot be written.
     """
     content = f"{line}\n".encode()
-    # unbuffered, so that closing the file does not try to write again what had no room
+    # unbuffered, so that closing the file does not repeat a failed write
     with writing(path), path.open("ab", buffering=0) as file:
         length = file.tell()
         try:

@@ -1,12 +1,12 @@
 """The process mesh of a training, (data, member), and its collectives.
 
-Processes in one row of the mesh share the members: each owns a contiguous range of them, trains it
-and gives the others its members' input gradients and logits, never weights. Processes in one column
-have the same members and share each batch: they average weight gradients and batch norm's moments.
-Rank r of D x K processes is in row r // K and column r % K. Weights cross the mesh only where they
-are written down: for checkpoints, and at the end. `exchange` has what a step itself passes round.
+Processes in one row of the mesh share the members: each trains a contiguous range of them and sends
+the others its members' input gradients and logits, never weights. Processes in one column have the
+same members and share each batch: they average weight gradients and batch norm's statistics. Rank r
+of D x K processes is in row r // K and column r % K. Weights are communicated only for checkpoints
+and at the end. `exchange` has the communication within a step.
 
-A group that exists already (Accelerate, Fabric, Ray, Slurm) is used; else that of `torchrun`.
+An existing process group (Accelerate, Fabric, Ray, Slurm) is used; else that of `torchrun`.
 """
 
 import re
@@ -27,21 +27,21 @@ from redefense.types import Batch
 
 T = TypeVar("T")
 BUCKET: Final = 2**24
-"""Numbers that are averaged in one go: enough to be fast, little enough not to show in memory."""
+"""Elements averaged in one collective: large enough to be fast, small in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Mesh:
-    """This process's place among all; alone by default.
+    """Position of this process in the mesh; a single process by default.
 
     Attributes:
         shape: rows (that share each batch) and columns (that share the members).
-        rank: of this process.
-        device: where it computes.
+        rank: rank of this process.
+        device: device of this process.
         batch_group: the processes of this column, None if there is one row.
         member_group: the processes of this row, None if there is one column.
-        traffic: bytes of the tensors that this process has handed over, by what they were; the few
-            bytes by which processes agree are not counted.
+        traffic: bytes of the tensors sent by this process, by kind; small control messages are not
+            counted.
     """
 
     shape: tuple[int, int] = (1, 1)
@@ -52,26 +52,26 @@ class Mesh:
     traffic: Counter[str] = field(default_factory=Counter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
-        return self  # process groups cannot be copied, and networks that hold this are
+        return self  # process groups cannot be copied, but networks that refer to them are
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
         return self.shape[0] * self.shape[1]
 
     @property
     def row(self) -> int:
-        """Which share of each batch is seen here."""
+        """Index of this process's part of each batch."""
         return self.rank // self.shape[1]
 
     @property
     def column(self) -> int:
-        """Which share of the members is trained here."""
+        """Index of this process's part of the members."""
         return self.rank % self.shape[1]
 
     def own(self, num_members: int, column: int | None = None) -> range:
@@ -79,7 +79,7 @@ class Mesh:
         k, columns = self.column if column is None else column, self.shape[1]
         return range(num_members * k // columns, num_members * (k + 1) // columns)
 
-    # what the loop asks
+    # used by the training loop
 
     def average(self, params: Sequence[nn.Parameter]) -> None:
         """Replace gradients by their mean over the processes that share the batch."""
@@ -101,7 +101,7 @@ class Mesh:
         nn.utils.clip_grads_with_norm_(params, limit, total)
 
     def agree(self, stop: int, due: bool) -> tuple[int, bool]:
-        """A signal that any process got, 0 for none; whether the first finds a save to be due."""
+        """A signal of any process, 0 for none; and whether the first process has a save due."""
         if self.size == 1:
             return stop, due
         asked = torch.tensor([stop, int(due and self.first)], device=self.device)
@@ -112,9 +112,9 @@ class Mesh:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What any process raises within, all raise; the first one tells it.
+        """Context that raises an exception of any process in all; the first one reports it.
 
-        Work inside must not wait for other processes.
+        The block must not wait for other processes.
         """
         if self.size == 1:
             yield
@@ -130,12 +130,12 @@ class Mesh:
             raise self.told(kind(message))
 
     def told(self, error: RedefenseError) -> RedefenseError:
-        """An error that all processes raise: the first one's is printed."""
+        """An error that all processes raise; only the first one prints it."""
         error.told = not self.first
         return error
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the first process, which alone does it."""
+        """The result of `work`, which only the first process runs."""
         box: list[Any] = [None]
         with self.agreed():
             if self.first:
@@ -147,7 +147,7 @@ class Mesh:
         return found
 
     def gathered(self, value: T) -> list[T]:
-        """Every process's small value, by rank."""
+        """A small value of every process, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -156,7 +156,7 @@ class Mesh:
         return values
 
     def joined(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Whole batches, in the order of one process, from the shares of each."""
+        """Whole batches, in the order of a single process, from the parts of each."""
         if self.shape[0] == 1:
             yield from batches
             return
@@ -168,7 +168,7 @@ class Mesh:
             yield replace(batch, x=x, y=y, index=index)
 
     def refresh(self, state: Mapping[str, Tensor], num_members: int) -> None:
-        """Bring here all members' weights and statistics from the processes that train them.
+        """Gather all members' weights and statistics from the processes that train them.
 
         Args:
             state: tensors of the ensemble's `state_dict`, changed in place.
@@ -182,7 +182,7 @@ class Mesh:
                 self.broadcast(value, self._owner(member, num_members), self.member_group)
 
     def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the first row, the tensors of all its columns, whose names differ."""
+        """In the first row, gather the tensors of all its columns, whose names differ."""
         found = dict(tensors)
         if self.row > 0:
             return found
@@ -204,10 +204,10 @@ class Mesh:
         column = next(k for k in columns if member in self.own(num_members, k))
         return self.row * self.shape[1] + column
 
-    # collectives; each counts what this process hands over
+    # collectives; each counts the bytes sent by this process
 
     def sum(self, values: Tensor, what: str, group: Any) -> Tensor:
-        """Add up over a group, in place; None is everybody."""
+        """Sum over a group, in place; None is all processes."""
         self.traffic[what] += values.nbytes
         with _together(self):
             dist.all_reduce(values, group=group)
@@ -223,7 +223,7 @@ class Mesh:
         return parts
 
     def broadcast(self, values: Tensor, source: int, group: Any = None) -> None:
-        """Give a group the values of the process of rank `source`, in place."""
+        """Broadcast values of the process of rank `source` to a group, in place."""
         if self.size == 1:
             return
         plain = values.detach().clone(memory_format=torch.contiguous_format)
@@ -235,18 +235,18 @@ class Mesh:
 
 @contextmanager
 def _together(mesh: Mesh) -> Iterator[None]:
-    """Within, a process that is gone ends this one in one line."""
+    """Context that turns the loss of another process into a one-line error."""
     try:
         yield
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["?"])[0]
         raise mesh.told(
-            TrainingError(f"another process ended; go on with --resume ({reason})")
+            TrainingError(f"another process ended; continue with --resume ({reason})")
         ) from error
 
 
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients of one type that hold at most `BUCKET` numbers, or a single larger one."""
+    """Groups of gradients of one dtype of at most `BUCKET` elements, or a single larger one."""
     run: list[Tensor] = []
     for grad in grads:
         full = sum(g.numel() for g in run) + grad.numel() > BUCKET
@@ -259,7 +259,7 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _member_of(name: str) -> int | None:
-    """Whose a tensor of an ensemble's state is: its name begins `members.3.` or `writers.3.`."""
+    """The member of a tensor of an ensemble's state, by its prefix `members.3.` or `writers.3.`."""
     found = re.match(r"\w+\.(\d+)(\.|$)", name)
     return int(found[1]) if found else None
 
@@ -268,7 +268,7 @@ def parse_mesh(text: str | None, size: int) -> tuple[int, int]:
     """Rows and columns from `DATAxMEMBER`; all processes share the batch by default.
 
     Raises:
-        ConfigError: if it is not that, or is not for `size` processes.
+        ConfigError: if the format is wrong, or the product is not `size`.
     """
     if text is None:
         return size, 1
@@ -283,14 +283,14 @@ def parse_mesh(text: str | None, size: int) -> tuple[int, int]:
 
 @contextmanager
 def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
-    """The mesh of all processes, joined within the block if they are not yet.
+    """The mesh of all processes, initialised within the block if needed.
 
     Args:
         mesh: `DATAxMEMBER`, or None for all processes sharing the batch.
-        device: "cuda" becomes this process's own device of its machine.
+        device: "cuda" becomes this process's local device.
 
     Raises:
-        ConfigError: if the mesh does not fit, or the device is not there.
+        ConfigError: if the mesh does not fit, or the device is not available.
     """
     own = own_device(device)
     place = check_device(own)
@@ -303,7 +303,7 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
 
 
 def arranged(mesh: str | None, device: torch.device) -> Mesh:
-    """The mesh of the processes that have been joined."""
+    """The mesh of the initialised processes."""
     rank, size = dist.get_rank(), dist.get_world_size()
     try:
         rows, columns = parse_mesh(mesh, size)
@@ -311,7 +311,7 @@ def arranged(mesh: str | None, device: torch.device) -> Mesh:
         error.told = rank != 0
         raise
     batch_group = member_group = None
-    # every process must make every group
+    # every process must create every group
     for column in range(columns if rows > 1 else 0):
         group = dist.new_group([row * columns + column for row in range(rows)])
         batch_group = group if rank % columns == column else batch_group
@@ -328,10 +328,10 @@ def arranged(mesh: str | None, device: torch.device) -> Mesh:
 
 
 class Tally:
-    """Adds the terms of a loss up over members and averages them over shares of the batch.
+    """Sums the terms of a loss over members and averages them over parts of the batch.
 
-    One for each stage: which terms there are is agreed on once. They are read from the device in
-    one go, the only time in a step that it is waited for.
+    One per stage: the names of the terms are exchanged once. They are read from the device
+    together, the only synchronisation of a step.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -339,7 +339,7 @@ class Tally:
         self.names: list[str] | None = None
 
     def __call__(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """The terms of the whole step, the same in all processes."""
+        """The terms of the whole step, equal in all processes."""
         if self.mesh.size == 1:
             alone = torch.stack([*terms.values()]).tolist() if terms else []
             return dict(zip(terms, alone, strict=True))

@@ -1,7 +1,7 @@
 """Named phases of a training step, for the profiler and the cost model.
 
-Code of any layer says `with phase("penalty"):` around a piece of work. Phases nest; what is inside
-an inner one does not count for the outer one. While nobody watches this costs nothing.
+Code of any layer says `with phase("penalty"):` around a piece of work. Phases nest; an inner phase
+is excluded from the outer one. Without a watcher the cost is negligible.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,18 @@ MEMBER_STEPS: Final = "member steps"
 OPTIMIZER: Final = "optimizer"
 OTHER: Final = "other"
 PHASES: Final = (DATA, EXAMPLES, INPUT_GRADIENTS, PENALTY, MEMBER_STEPS, OPTIMIZER, OTHER)
-"""In the order in which tables show them, but for `REPLAYED`. Member steps are forward and backward
-passes that reach the weights, second derivatives included; what is in no phase is `other`."""
+"""In the order of tables, without `REPLAYED`. Member steps are forward and backward passes that
+reach the weights, second derivatives included; work outside all phases is `other`.
+"""
 RECORDED: Final = (EXAMPLES, INPUT_GRADIENTS, PENALTY, MEMBER_STEPS)
-"""The phases of what a training step computes up to its gradients, which can be recorded."""
+"""The phases of a training step up to its gradients, which can be recorded."""
 REPLAYED: Final = "replayed"
-"""All of them, where they are replayed: in no table, since profiled steps are not."""
+"""Stands for all of them in a replayed step; in no table, since profiled steps are not replayed."""
 
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Told when a phase begins, and when the innermost one ends."""
+    """Notified when a phase begins, and when the innermost one ends."""
 
     def enter(self, name: str) -> None: ...
 
@@ -40,12 +41,12 @@ _UNWATCHED: Final = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """The work within belongs to this phase."""
+    """Context that assigns its work to this phase."""
     return _UNWATCHED if _watcher is None else _phase(_watcher, name)
 
 
 def each(name: str, items: Iterator[T]) -> Iterator[T]:
-    """The same items; making them belongs to this phase."""
+    """The same items; their computation is assigned to this phase."""
     end = object()
     while True:
         with phase(name):
@@ -57,7 +58,7 @@ def each(name: str, items: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def watched(by: Watcher) -> Iterator[None]:
-    """Within, `by` is told of all phases, and nobody else is."""
+    """Context in which `by` is the only watcher of phases."""
     global _watcher
     before, _watcher = _watcher, by
     try:

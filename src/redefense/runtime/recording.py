@@ -1,9 +1,9 @@
 """Records work on a GPU once and replays it: CUDA graphs.
 
-A GPU waits for its host where work consists of many small operations. A CUDA graph hands all of
-them over in one launch. What was recorded is fixed: the memory that it reads and writes, and every
-number that came from Python. So inputs are copied into memory of their own before each replay, and
-whoever replays compares a replay with the work itself, bit by bit, before relying on it.
+A GPU waits for its host where work consists of many small operations. A CUDA graph launches all of
+them at once. A recording fixes the memory that it reads and writes, and every Python number. So
+inputs are copied into static memory before each replay, and callers compare a replay with the
+direct work, bit by bit, before using it.
 """
 
 import time
@@ -25,7 +25,7 @@ _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.in
 
 
 class RecordingError(RuntimeError):
-    """The work does something that cannot be recorded."""
+    """Raised for work that cannot be recorded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -33,11 +33,11 @@ class Recording:
     """Recorded work.
 
     Attributes:
-        outputs: what the work returned; each replay fills this memory. Empty until the first.
+        outputs: results of the work, in memory that each replay fills. Empty until the first.
         replay: runs the work again.
-        reads: tensors that the work reads or changes and that must stay where they are.
-        seconds: that recording took.
-        nbytes: of memory that it holds, as far as the recorder knows.
+        reads: tensors that the work reads or changes, which must not move in memory.
+        seconds: time of the recording.
+        nbytes: memory of the recording, as far as known.
     """
 
     outputs: list[Tensor]
@@ -52,7 +52,7 @@ class Recorder(Protocol):
     """Makes recordings."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """Where work must have been run before it is recorded: libraries prepare there."""
+        """Stream on which work must run once before it is recorded, to initialise libraries."""
         ...
 
     def record(
@@ -62,8 +62,8 @@ class Recorder(Protocol):
 
         Args:
             work: returns its outputs.
-            reads: all that it reads or changes and that lives on: inputs, weights, statistics.
-            after: a recording whose results it reads, too.
+            reads: persistent tensors that it reads or changes: inputs, weights, statistics.
+            after: a recording whose results it also reads.
 
         Raises:
             RuntimeError: if it cannot be recorded.
@@ -91,7 +91,7 @@ class CudaGraphs:
     def record(
         self, work: Work, reads: Sequence[Tensor], *, after: Recording | None = None
     ) -> Recording:
-        if not len(self._graphs):  # torch refuses a pool again that no graph uses any more
+        if not len(self._graphs):  # torch does not accept a pool again after its last graph is gone
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
         begun, held = time.perf_counter(), torch.cuda.memory_reserved(self.device)
@@ -113,7 +113,7 @@ class CudaGraphs:
 
 
 def check_replay(replay: str) -> None:
-    """Refuse what is not auto or off.
+    """Check that the option is auto or off.
 
     Raises:
         ConfigError: naming the option.
@@ -123,12 +123,12 @@ def check_replay(replay: str) -> None:
 
 
 def recorder_for(device: torch.device) -> CudaGraphs | None:
-    """What records work on a device; None where nothing does."""
+    """The recorder of a device; None where recording is not supported."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
 def digest(tensors: Sequence[Tensor]) -> Int[Tensor, " N"]:
-    """Two sums over the bits of each tensor: equal for equal bits, and hardly ever for others."""
+    """Two checksums over the bits of each tensor."""
     sums = []
     with torch.no_grad():
         for tensor in tensors:

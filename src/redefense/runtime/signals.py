@@ -1,6 +1,6 @@
-"""What SIGINT and SIGTERM do while work is under way that may be stopped.
+"""Handling of SIGINT and SIGTERM during interruptible work.
 
-Outside the main thread nothing is changed: whoever owns the process handles its signals.
+Outside the main thread nothing is changed: the owner of the process handles its signals.
 """
 
 import signal
@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, Final
 
 ECHO: Final = 1.0
-"""Seconds in which another signal is the same one again: torchrun repeats the terminal's."""
+"""Seconds in which a repeated signal is ignored: torchrun repeats the terminal's."""
 
 STOPPING: Final = (int(signal.SIGINT), int(signal.SIGTERM))
 
@@ -44,7 +44,7 @@ def handled(
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect signals instead of dying; a second one, a while later, acts at once."""
+    """Collect signals instead of exiting; a second one, later, acts at once."""
     received: list[int] = []
     first = 0.0
 

@@ -1,8 +1,8 @@
 """Which members and images of a training step are local to this process.
 
-Methods, penalties and views are written for all members and all images of a step, and ask the
-ensemble's `Spread` where it matters that some of them are elsewhere. `train.distributed` has the
-one for many processes.
+Methods, penalties and views are written for all members and all images of a step, and use the
+ensemble's `Spread` where some of them are on other processes. `train.exchange` implements it for
+many processes.
 """
 
 from collections.abc import Sequence
@@ -15,47 +15,48 @@ from redefense.types import Float
 
 @runtime_checkable
 class Spread(Protocol):
-    """Which members and images of a training step are at home in this process.
+    """The members and images of a training step on this process.
 
-    Of M members O are its own; of a batch of B images it sees b. The loop averages gradients over
-    the processes that share a batch, and adds nothing up over those that share the members: each
-    trains its own.
+    O of M members and b of the B images of a batch are local. The loop averages gradients over the
+    processes that share a batch. It does not sum over those that share the members: each trains its
+    local ones.
     """
 
     def own(self, num_members: int) -> range:
-        """The members that are trained here."""
+        """The members on this process."""
         ...
 
     def most(self, num_members: int) -> int:
-        """As many members as the process trains that trains most: the same in all."""
+        """Maximum number of local members over all processes."""
         ...
 
     def copies(self, x: Tensor, num_members: int) -> Sequence[Tensor]:
-        """`x` once for each own member; its gradient is the sum over all members."""
+        """`x` once for each local member; its gradient is the sum over all members."""
         ...
 
     def members(self, values: Float[Tensor, "O ..."]) -> Float[Tensor, "M ..."]:
-        """What every member has, from what the own ones have; differentiable once."""
+        """Values of all members from those of the local ones; differentiable once."""
         ...
 
     def whole(self, values: Float[Tensor, "O b ..."]) -> Float[Tensor, "M B ..."]:
-        """Detached values of all members at all images, from the own ones at the images here."""
+        """Detached values of all members at all images, from the local ones."""
         ...
 
     def pull(self, values: Float[Tensor, "M B ..."]) -> Float[Tensor, "O b ..."]:
-        """The share of a gradient by `whole`'s result that falls on the own members and images.
+        """The part of a gradient of `whole`'s result that belongs to local members and images.
 
-        Times the number of processes that share the batch: the loop averages over these.
+        It is multiplied by the number of processes that share the batch, over which the loop
+        averages.
         """
         ...
 
     def rows(self, size: int) -> tuple[int, slice]:
-        """B, and which of these the `size` = b images here are."""
+        """B, and the indices of the `size` = b local images."""
         ...
 
 
 class Alone:
-    """One process that has all members and all images."""
+    """A single process with all members and all images."""
 
     def own(self, num_members: int) -> range:
         return range(num_members)

@@ -1,7 +1,7 @@
 """Distributes the chunks of an evaluation over the processes of `torchrun`.
 
-Every chunk has random streams of its own, so who attacks it does not change a bit of the result;
-all processes then hold all results, and the first one writes them.
+Every chunk has its own random streams, so results do not depend on the process that attacks it. All
+processes then have all results, and the first one writes them.
 """
 
 import os
@@ -22,14 +22,14 @@ PATIENCE: Final = timedelta(days=7)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """This process among `count`; alone by default."""
+    """This process among `count`; a single one by default."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def share(self, chunks: Sequence[T]) -> Sequence[T]:
@@ -37,7 +37,7 @@ class Workers:
         return chunks[self.rank :: self.count]
 
     def gather(self, results: Sequence[T]) -> list[T]:
-        """The results of all chunks in their order, from each process's own."""
+        """The results of all chunks in order, gathered from all processes."""
         if self.count == 1:
             return list(results)
         shares: list[Any] = [None] * self.count
@@ -46,7 +46,7 @@ class Workers:
         return [share[i] for i in range(rounds) for share in shares if i < len(share)]
 
     def wait(self) -> None:
-        """Return when all processes have come this far."""
+        """Barrier: return when all processes have reached this point."""
         if self.count > 1:
             dist.barrier()
 
@@ -55,7 +55,7 @@ ALONE: Final = Workers()
 
 
 def own_device(device: str) -> str:
-    """Of `cuda` this process's own on its machine, where `torchrun` started several."""
+    """The device; `cuda` becomes this process's local one under `torchrun`."""
     exists = dist.is_available() and dist.is_initialized()
     several = exists or int(os.environ.get("WORLD_SIZE", "1")) > 1
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and several else device
@@ -66,10 +66,10 @@ def joined(backend: str = "gloo", timeout: timedelta | None = None) -> Iterator[
     """The processes of `torchrun` in one group within the block; an existing group is used.
 
     Yields:
-        Whether there is a group: not where a process is alone.
+        Whether there is a group; False for a single process.
 
     Raises:
-        ConfigError: if they cannot be joined.
+        ConfigError: if they cannot be initialised.
     """
     exists = dist.is_available() and dist.is_initialized()
     ours = dist.is_available() and not exists and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -89,6 +89,6 @@ def joined(backend: str = "gloo", timeout: timedelta | None = None) -> Iterator[
 @contextmanager
 def workers() -> Iterator[Workers]:
     """The processes of `torchrun`, joined by gloo within the block; an existing group is used."""
-    # a chunk may take hours, and the others wait for it
+    # the others may wait hours for a chunk
     with joined(timeout=PATIENCE) as several:
         yield Workers(rank=dist.get_rank(), count=dist.get_world_size()) if several else ALONE

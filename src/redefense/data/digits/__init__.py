@@ -9,7 +9,7 @@ from redefense.data.source import Part, Refuse, Source
 
 
 def read(path: Path, refuse: Refuse) -> Source:
-    """1x8x8 digits in 10 classes; the 360 test images are fixed and keep the class proportions."""
+    """1x8x8 digits in 10 classes; the 360 test images are fixed and stratified by class."""
     file = resources.files("redefense.data.digits") / "digits.npz"
     with file.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
         images, labels, test = stored["images"], stored["labels"], stored["test"]
