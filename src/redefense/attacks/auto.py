@@ -10,7 +10,8 @@ from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Best, Presets
 from redefense.attacks.fab import FAB
 from redefense.attacks.gradient import check_steps
-from redefense.attacks.square import Square
+from redefense.attacks.square import OwnDraws, Square
+from redefense.rng import ImageStreams
 from redefense.threat import Threat
 from redefense.types import Images, Labels, Victim, correct
 
@@ -25,8 +26,8 @@ class AutoAttack(Attack):
     Attributes:
         steps: gradients per run of APGD, APGD-T and FAB.
         queries: of Square.
-        early_stop: of all four; saves most of the time, since images that withstand the first ones
-            are seldom near to being fooled.
+        early_stop: leave images that are far from being fooled, which most are that withstand the
+            first attacks; Square leaves only those where gradients gained about as much as it did.
         preset: published settings.
     """
 
@@ -67,12 +68,18 @@ class AutoAttack(Attack):
                 early_stop=early,
             ),
             FAB(steps=self.steps, early_stop=early),
-            Square(queries=self.queries, early_stop=early),
+            Square(queries=self.queries),
         ):
             rows = (best.correct > 0).nonzero().flatten()
             if len(rows) == 0:
                 break
-            point = attack.perturb(victim, x[rows], y[rows], threat, rng=rng)
+            if early and isinstance(attack, Square):
+                draws = OwnDraws(ImageStreams.of(rng, x[rows], y[rows]))
+                point = attack.search(
+                    victim, x[rows], y[rows], threat, draws, by_gradients=best.value[rows]
+                )
+            else:
+                point = attack.perturb(victim, x[rows], y[rows], threat, rng=rng)
             best.judge(victim, rows, point, y[rows])
         return best.x
 

@@ -19,6 +19,11 @@ SEARCH_CHECK: Final = 0.1
 """A random search is looked at after each such share of all queries, and its gain since this share
 of the queries so far: it gains about as much with every tenfold number of queries, or less."""
 
+GRADIENT_SHARE: Final = 0.9
+"""A random search leaves an image only where gradients gained at least this share of its own gain.
+Where they gained less they may be masked, and the gains of a search can begin late: on a network of
+high frequencies with rounded inputs and softmax as its logits, 2 of 39 images were left wrongly."""
+
 BOUNDARY_STEPS: Final = 0.2
 BOUNDARY_FACTOR: Final = 1.25
 """A walk along a boundary goes on after a fifth of its steps only where it came as near as 1.25

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from redefense.attacks.apgd import filtered
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Presets
-from redefense.attacks.early_stop import SEARCH_CHECK, hopeless
+from redefense.attacks.early_stop import GRADIENT_SHARE, SEARCH_CHECK, hopeless
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
@@ -201,7 +201,6 @@ class Square(Attack):
         rescale: stretch the schedule of patch sizes, made for 10,000 queries, to `queries`.
         reevaluate: compare each patch with a fresh answer to the point so far, and go on where an
             answer was wrong: on a victim that draws, the best answer was the luckiest.
-        early_stop: every tenth of the queries, leave images that are far from being fooled.
         preset: published settings.
     """
 
@@ -209,12 +208,11 @@ class Square(Attack):
     p_init: float = 0.8
     rescale: bool = True
     reevaluate: bool = False
-    early_stop: bool = False
     preset: str | None = None
 
     summary: ClassVar[str] = "random search with square patches, from scores alone"
     presets: ClassVar[Presets] = {
-        name: {"queries": 5000, "p_init": 0.8, "rescale": name != OFFICIAL, "early_stop": False}
+        name: {"queries": 5000, "p_init": 0.8, "rescale": name != OFFICIAL}
         for name in (TORCHATTACKS, OFFICIAL, RED_RELEASED)
     }
 
@@ -223,8 +221,6 @@ class Square(Attack):
             raise ConfigError(f"queries must be at least 1, got {self.queries}")
         if not 0 < self.p_init <= 1:
             raise ConfigError(f"p_init must lie in (0, 1], got {self.p_init}")
-        if self.early_stop and self.reevaluate:
-            raise ConfigError("early_stop compares answers over time, which reevaluate renews")
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
@@ -254,8 +250,21 @@ class Square(Attack):
         draws: Draws,
         *,
         ties_fool: bool = False,
+        by_gradients: Float[Tensor, " B"] | None = None,
     ) -> Images:
-        """The best point found; `ties_fool` counts equal logits as a success, as published."""
+        """The best point found.
+
+        Args:
+            victim: asked for scores.
+            x: clean images.
+            y: their labels.
+            threat: the ball.
+            draws: the source of all randomness.
+            ties_fool: count equal logits as a success, as published.
+            by_gradients: the margin that attacks by gradients reached. Every tenth of the queries,
+                images far from being fooled are left, but only where gradients gained about as
+                much as this search: see `GRADIENT_SHARE`. None leaves no image.
+        """
         linf = threat.norm == math.inf
         propose = partial(patch_linf if linf else patch_l2, eps=threat.eps)
 
@@ -268,9 +277,12 @@ class Square(Attack):
         point = (stripes if linf else tiles)(draws, x, threat.eps)
         value, fooled = judge(point, y)
         given_up = torch.zeros_like(fooled)
+        clean = value if by_gradients is None else judge(x, y)[0]
         seen: dict[int, Float[Tensor, " B"]] = {}
         for query in range(self.queries):
-            given_up |= self._far(query, value, seen)
+            if by_gradients is not None:
+                useful = by_gradients - clean >= GRADIENT_SHARE * (value - clean)
+                given_up |= self._far(query, value, seen) & useful
             rows = (~fooled & ~given_up).nonzero().flatten()
             if self.reevaluate:
                 rows = torch.arange(len(x), device=x.device)
@@ -290,15 +302,16 @@ class Square(Attack):
 
     def _far(
         self, query: int, value: Float[Tensor, " B"], seen: dict[int, Float[Tensor, " B"]]
-    ) -> Bool[Tensor, " B"] | bool:
-        """The images to be left at this query; `seen` keeps earlier values."""
+    ) -> Bool[Tensor, " B"]:
+        """The images far from being fooled, at some queries; `seen` keeps earlier values."""
+        nobody = torch.zeros_like(value, dtype=torch.bool)
         tenth = int(SEARCH_CHECK * self.queries)
         period = max(int(SEARCH_CHECK * tenth), 1)
-        if not self.early_stop or tenth < 10 or query == 0 or query % period:
-            return False
+        if tenth < 10 or query == 0 or query % period:
+            return nobody
         seen[query] = value.clone()
         if query % tenth:
-            return False
+            return nobody
         return hopeless(value, seen[period * (query // (10 * period))], 0.0)
 
     def _side(self, query: int, x: Images, *, odd: bool) -> int:

@@ -107,7 +107,7 @@ def _for_draws(planned: Planned) -> Planned:
     """Adapt a black-box attack that queries single draws to noisy answers."""
     attack = planned.attack
     if isinstance(attack, Square) and attack.preset is None and planned.spec.view == "sampled":
-        return replace(planned, attack=replace(attack, reevaluate=True, early_stop=False))
+        return replace(planned, attack=replace(attack, reevaluate=True))
     return planned
 
 
