@@ -103,7 +103,7 @@ def test_gradients_that_are_zero_are_not_compared() -> None:
 
 def test_answers_that_depend_on_the_batch_are_refused() -> None:
     for change in (lambda z: z - z.mean(0), lambda z: z * len(z), lambda z: z.flip(0)):
-        with pytest.raises(InputError, match="other images are in its batch"):
+        with pytest.raises(InputError, match="depends on the other images in its batch"):
             check_outputs(Independent([Net(after=change)]), X, Y)
     unnormed = nn.Sequential(Net(), nn.BatchNorm1d(3, track_running_stats=False)).eval()
     with pytest.raises(InputError, match="value per channel"):

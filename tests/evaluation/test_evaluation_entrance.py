@@ -62,7 +62,7 @@ def test_a_draw_inside_a_forward_pass_is_refused() -> None:
     rng = np.random.default_rng(0)
     noisy = Linear(3, change=lambda z: z + 0.1 * torch.from_numpy(rng.normal(size=z.shape)))
     for model in (Secret([Linear(3, 0), Linear(3, 1)]), noisy, [Linear(3), noisy]):
-        with pytest.raises(InputError, match=r"in different ways.*as a list"):
+        with pytest.raises(InputError, match=r"different outputs.*as a list"):
             evaluate(model, stochastic="off")
     # rounding that differs from call to call, as on accelerators, is no draw
     evaluate(Linear(3, change=lambda z: z * (1 + 1e-6 * rng.random())))
@@ -75,14 +75,14 @@ def test_a_draw_inside_a_forward_pass_is_refused() -> None:
             [z + 0.1 * torch.from_numpy(rng.normal(size=z.shape)), z * -torch.inf], 1
         ),
     ):
-        with pytest.raises(InputError, match="in different ways"):
+        with pytest.raises(InputError, match="different outputs"):
             check_outputs(Independent([Linear(3, change=change)]), IMAGES, LABELS)
 
 
 def test_outputs_that_are_no_logits_of_equal_classes_are_one_line() -> None:
     for model, said in (
         (Linear(1), r"two classes or more, got \(\d+, 1\)"),
-        ([Linear(3), Linear(5)], r"the same classes, got \[3, 5\]"),
+        ([Linear(3), Linear(5)], r"equal numbers of classes, got \[3, 5\]"),
         (Linear(2), r"labels must lie in \[0, 2\)"),
     ):
         with pytest.raises(InputError, match=said):
@@ -127,7 +127,7 @@ REFUSED = {
     "evaluate([net, None], (x, y))": "got NoneType as element 1",
     "evaluate(net.state_dict(), (x, y))": "got OrderedDict",
     "evaluate(nn.ModuleDict({'a': net}), (x, y))": 'missing the required "forward" function',
-    "evaluate([net, Linear(classes=4)], (x, y))": "the same classes, got [3, 4] of them",
+    "evaluate([net, Linear(classes=4)], (x, y))": "equal numbers of classes, got [3, 4]",
     "evaluate(Linear(classes=1), (x, y))": "two classes or more, got (",
     "evaluate(Linear(classes=0), (x, y))": "two classes or more, got (",
     "evaluate(Linear(lambda z: {'logits': z}), (x, y))": "got a dict for B = ",

@@ -131,7 +131,7 @@ def test_a_network_that_draws_is_recognised_and_told() -> None:
 
 def test_off_refuses_and_other_words_are_refused() -> None:
     noisy = GaussianNoise(Plane(), sigma=0.1)
-    with pytest.raises(InputError, match="in different ways"):
+    with pytest.raises(InputError, match="different outputs"):
         evaluate(noisy, stochastic="off")
     with pytest.raises(ConfigError, match="off"):
         evaluate(Stochastic(noisy), stochastic="off")

@@ -1,7 +1,8 @@
-"""Whether a member's answer is a function of the image alone, asked before the first attack.
+"""Checks before the first attack that a member's output is a function of the image alone.
 
-A member that draws in its forward pass, depends on the other images of its batch, or answers
-otherwise in the mode in which it was given is refused; smaller differences turn S42 or S43 red.
+A member is refused if its forward pass is random, if its output depends on the other images of the
+batch, or if it differs in the mode in which the member was given. Smaller differences make S42 or
+S43 fail.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,39 +25,40 @@ from redefense.threat import Threat
 from redefense.types import Float, Images, Labels, Logits, check_labels
 
 REPEATS: Final = 8
-"""How often the same is asked again: a draw among two escapes once in 256, for each image."""
+"""Repetitions of equal queries: a draw among two outcomes is missed with probability 1/256 per
+image."""
 ROUNDING: Final = 1e-3
-"""What rounding may change between equal calls, as a share of the range of the logits."""
+"""Allowed difference between equal calls, as a share of the range of the logits."""
 KERNELS: Final = 1e-2
-"""The same between batches and memory layouts, for which other kernels are chosen (TF32, int8)."""
+"""The same between batches and memory layouts, which may use other kernels (TF32, int8)."""
 GROSS: Final = 5e-2
-"""Larger differences between batches are refused; those down to `KERNELS` are warned of."""
+"""Larger differences between batches are refused; those above `KERNELS` cause a warning."""
 ULPS: Final = 8
-"""Units of rounding of the logits' size that are allowed in addition (bfloat16, large offsets)."""
+"""Additional allowed difference, in rounding units of the logits (bfloat16, large offsets)."""
 REASKED: Final = 256
-"""Images at most that are asked again in other batches and after the attacks."""
+"""Largest number of images queried again in other batches and after the attacks."""
 
 
 def check_outputs(ensemble: Ensemble, x: Images, y: Labels, *, drawn: bool = False) -> int:
-    """Ask a few images of every member, so that a misfit is one line and not a wrong figure later.
+    """Query every member with a few images and validate the outputs.
 
     Args:
-        ensemble: whom to ask.
+        ensemble: the ensemble to query.
         x: the images.
         y: their labels.
-        drawn: the members are seeds of a network that draws: their answers need not be equal.
+        drawn: the members are seeds of a stochastic network, whose outputs may differ.
 
     Returns:
         The number of classes.
 
     Raises:
-        InputError: if a member cannot take the images, does not give (B, C) logits of as many
-            classes as the others, draws something in its forward pass, answers an image otherwise
-            when other images are in its batch, or if a label lies outside [0, C).
+        InputError: if a member fails on the images, does not return (B, C) logits of as many
+            classes as the others, has a random forward pass, if its output for an image depends on
+            the other images in its batch, or if a label lies outside [0, C).
     """
     counts = [classes_of(ensemble, m, x[:1]) for m in range(ensemble.num_members)]
     if len(set(counts)) > 1:
-        raise InputError(f"members must know the same classes, got {counts} of them")
+        raise InputError(f"members must have equal numbers of classes, got {counts}")
     check_labels(y, len(x), counts[0])
     points = sample_points(x)
     for m in () if drawn else range(ensemble.num_members):
@@ -65,12 +67,12 @@ def check_outputs(ensemble: Ensemble, x: Images, y: Labels, *, drawn: bool = Fal
 
 
 def check_modes(ensemble: Ensemble, x: Images) -> None:
-    """Compare the mode in which the networks were given with evaluation mode, which is measured.
+    """Compare outputs in the mode in which networks were given with those in evaluation mode.
 
-    Networks, their buffers and the global generators are left as they were.
+    Networks, their buffers and the global generators are restored.
 
     Raises:
-        InputError: if a member answers otherwise, as with active dropout or batch norm.
+        InputError: if a member's outputs differ, as with active dropout or batch norm.
     """
     module = cast(nn.Module, ensemble)
     if not any(mode_of(child) for child in module.modules()):
@@ -85,21 +87,21 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
             except InputError as error:
                 raise _other_mode(module, m, str(error)) from None
         if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
-            continue  # it draws in evaluation mode too, which `check_outputs` refuses
+            continue  # random in evaluation mode too, which `check_outputs` refuses
         if bool((differences(evaluated, given) > ROUNDING).any()):
             raise _other_mode(module, m, f"there {said(evaluated, given)}")
 
 
 def laid_out(ensemble: Ensemble, x: Images) -> Images:
-    """The images with channels last, as convolutions are fastest, if that changes no answer.
+    """The images in channels-last format, which is fastest for convolutions, if outputs agree.
 
-    Otherwise they keep the memory layout in which they were given, or get their channels first if
-    a member cannot take that one, as networks that call `view` on their features.
+    Otherwise the memory format is unchanged, or contiguous if a member fails on the given one, as
+    networks that call `view` on their features.
     """
     last = x.contiguous(memory_format=torch.channels_last)
-    # a clone, since images of one channel count as both layouts and keep their strides
+    # a clone, since images of one channel have both formats and keep their strides
     first = x.clone(memory_format=torch.contiguous_format)
-    # slices keep the strides, by which networks that call `view` are served or not
+    # slices keep the strides, on which `view` in networks depends
     with_last = _answers(ensemble, last[:SAMPLE])
     if with_last is None:
         return first
@@ -120,7 +122,7 @@ def ask(ensemble: Ensemble, m: int, x: Images) -> Logits:
 
 
 def sample_points(x: Images) -> Float[Tensor, "K ch H W"]:
-    """A few images, the same with noise of 8/255, as attacks make them, and one of noise alone."""
+    """A few images, the same images with noise of 8/255, and one image of noise."""
     images = x[evenly_spread(x)]
     uniform = torch.rand(images.shape, generator=stream(0, "points"), dtype=torch.float64).to(x)
     noisy = (images + Threat(eps=8 / 255).noise(uniform)).clamp(0, 1)
@@ -130,15 +132,15 @@ def sample_points(x: Images) -> Float[Tensor, "K ch H W"]:
 def differences(first: Tensor, other: Tensor) -> Tensor:
     """(B,) largest difference of an image's logits, as a share of their range over all images.
 
-    Rounding by `ULPS` units of the size of a class's logits is taken off. The range is the largest
-    of any class: offsets, and classes that are masked by a large negative number, have none.
+    Rounding errors of `ULPS` units of a class's logits are subtracted. The range is the largest
+    over classes, so that offsets and masked classes (large negative constants) do not count.
     """
     eps = rounding_of(first)
     a, b = first.double(), other.double()
-    # masked classes say nothing of the size of the others, if they are masked for some images alone
+    # classes that are masked for some images only do not show the size of the other logits
     given = a.isfinite() & (a != MASKED)
     finite = given & b.isfinite() & (b != MASKED)
-    # other entries are equal or entirely different
+    # entries that are not finite are either equal or entirely different
     gap = torch.where(
         finite, (a - b).abs(), torch.where(a.eq(b) | a.isnan() & b.isnan(), 0.0, torch.inf)
     )
@@ -149,27 +151,27 @@ def differences(first: Tensor, other: Tensor) -> Tensor:
 
 
 def classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
-    """The number of classes that member m knows."""
+    """The number of classes of member m."""
     return ask(ensemble, m, x).shape[1]
 
 
 def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
-    """Refuse member m if it draws, or if other batches give it other answers."""
+    """Refuse member m if its outputs are random or depend on the batch."""
     answers = ask(ensemble, m, points)
     for _ in range(REPEATS):
         if bool((differences(answers, again := ask(ensemble, m, points)) > ROUNDING).any()):
             raise InputError(
-                f"member {m} answers the same image in different ways ({said(answers, again)}): "
-                "what is drawn inside a forward pass cannot be enumerated; give the networks it "
-                "draws from as a list"
+                f"member {m} returns different outputs for one image ({said(answers, again)}): "
+                "draws inside a forward pass cannot be enumerated; pass the networks it draws from "
+                "as a list"
             )
     for size in (1, 3):
         other = _in_batches(ensemble, m, points.flip(0), size).flip(0)
         if bool((differences(answers, other) > GROSS).any()):
             raise InputError(
-                f"member {m} answers an image otherwise when other images are in its batch "
+                f"the output of member {m} for an image depends on the other images in its batch "
                 f"(batches of {len(points)} and of {size}: {said(answers, other)}), so no figure "
-                "would hold for single queries: let it use the image alone, as batch norm does "
+                "would hold for single queries: make it depend on the image alone, as batch norm "
                 "with running statistics in evaluation mode"
             )
 
@@ -179,7 +181,7 @@ def _in_batches(ensemble: Ensemble, m: int, x: Images, size: int) -> Logits:
 
 
 def said(first: Tensor, other: Tensor) -> str:
-    """How much two answers to the same images differ, in words."""
+    """Describe the difference of two outputs for the same images."""
     share = float(differences(first, other).amax())
     labels = int((first.argmax(1) != other.argmax(1)).sum())
     far = f"{100 * share:.2g} % of their range" if share < 10 else "more than their range"
@@ -194,15 +196,15 @@ def _other_mode(module: nn.Module, m: int, what: str) -> InputError:
     }
     layers = f" (active layers: {', '.join(sorted(active))})" if active else ""
     return InputError(
-        f"member {m} was given in training mode{layers} and answers otherwise in evaluation mode: "
-        f"{what}; call .eval() on it if it is deployed so, since an answer that training mode "
-        "draws or takes from the batch cannot be measured"
+        f"member {m} was given in training mode{layers} and its outputs differ in evaluation mode: "
+        f"{what}; call .eval() on it if it is deployed in evaluation mode, since outputs that are "
+        "random or depend on the batch cannot be measured"
     )
 
 
 @contextmanager
 def kept_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Gives buffers and the global generators back as they were."""
+    """Restore buffers and the global generators on exit."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = {b.device.index for b, _ in before if b.device.type == "cuda"}
     with generators_kept(), torch.random.fork_rng(devices=sorted(devices)):
@@ -213,24 +215,24 @@ def kept_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def _is_first(x: Tensor) -> bool:
-    """Whether images lie in memory with their channels first."""
+    """Whether images are contiguous, with channels first."""
     return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _answers(ensemble: Ensemble, x: Images) -> list[Tensor] | None:
-    """Every member's logits, or None if one cannot take these images, in this layout."""
+    """Every member's logits, or None if one fails on images in this memory format."""
     try:
         answers = [ask(ensemble, m, x) for m in range(ensemble.num_members)]
         # other kinds of output are refused by `check_outputs`
         fit = (isinstance(z, Tensor) and z.ndim == 2 and len(z) == len(x) for z in answers)
         return answers if all(fit) else None
-    except (InputError, TypeError):  # `check_outputs` reports what is wrong
+    except (InputError, TypeError):  # `check_outputs` reports the error
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What every member answered to some of the images before the first attack."""
+    """Outputs of every member for some of the images, before the first attack."""
 
     ensemble: Ensemble
     x: Images
@@ -238,7 +240,7 @@ class Answers:
 
     @classmethod
     def to(cls, ensemble: Ensemble, x: Images) -> "Answers":
-        """Ask every member about at most `REASKED` of the images, in batches as attacks use."""
+        """Query every member with at most `REASKED` images, in batches as attacks use."""
         some = x[evenly_spread(x, REASKED)]
         members = range(ensemble.num_members)
         return cls(ensemble, some, [_in_batches(ensemble, m, some, CHUNK) for m in members])
@@ -251,20 +253,20 @@ class Answers:
         for m, first in enumerate(self.logits):
             shuffled = _in_batches(self.ensemble, m, self.x[order], 7)[order.argsort()]
             others = {"in other batches": shuffled}
-            with suppress(InputError):  # attacks keep to the layout that it takes
+            with suppress(InputError):  # attacks use only the format that it supports
                 turned = self.x.clone(memory_format=to)
                 others["in the other memory layout"] = _in_batches(self.ensemble, m, turned, CHUNK)
             for where, answers in others.items():
                 gap = float(differences(first, answers).amax())
                 largest = max(largest, gap)
                 if gap > KERNELS:
-                    bad.append(f"{where} member {m} answers otherwise ({said(first, answers)})")
+                    bad.append(f"{where} outputs of member {m} differ ({said(first, answers)})")
         return Check("S42", not bad, "; ".join(bad) if bad else
-                     "answers depend on the image alone, not on batch or memory layout "
+                     "outputs depend on the image alone, not on batch or memory format "
                      f"(up to {100 * largest:.1g} % of their range)")  # fmt: skip
 
     def later(self) -> Check:
-        """S43: the same questions after the attacks."""
+        """S43: equal outputs before and after the attacks."""
         bad = [
             f"member {m} ({said(first, again)})"
             for m, first in enumerate(self.logits)
@@ -272,4 +274,4 @@ class Answers:
             if bool((differences(first, again) > ROUNDING).any())
         ]
         return Check("S43", not bad, f"changed while the attacks ran: {'; '.join(bad)}" if bad
-                     else "the same answers before and after the attacks")  # fmt: skip
+                     else "equal outputs before and after the attacks")  # fmt: skip

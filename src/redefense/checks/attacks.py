@@ -1,6 +1,6 @@
-"""The S-checks that need attacks of their own, on a sample of the images (`--checks full`).
+"""The S-checks that run further attacks on a sample of the images (`--checks full`).
 
-Here are those of the pipeline and of the attacks' strength, and the list of all.
+This module has the checks of the pipeline and of the attacks' strength, and the list of all.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def batch_mates(sample: Sample) -> Check:
     single = torch.cat([run(row) for row in everyone[:4].split(1)])
     sample.count(whole.to(sample.x.dtype))
     gap = max(float((whole - turned).abs().max()), float((whole[:4] - single).abs().max()))
-    return Check("S08", gap < 1e-6, f"another batch moves an attacked pixel by {gap:.1g} at most")
+    return Check("S08", gap < 1e-6, f"another batch changes an attacked pixel by at most {gap:.1g}")
 
 
 def repeats(sample: Sample) -> Check:
@@ -64,7 +64,7 @@ def repeats(sample: Sample) -> Check:
 
 
 def precision(sample: Sample) -> Check:
-    """S10: attacked images judged in this precision and in double."""
+    """S10: accuracy on attacked images in the evaluation's precision and in double."""
     x_adv = sample.run(ATTACKS["hinge"](), "S10")
     exact = cast(Ensemble, copied(cast(nn.Module, sample.ensemble)).double())
     gap = float((sample.q(x_adv) - sample.q(x_adv.double(), exact)).mean())
@@ -78,21 +78,22 @@ def grey(sample: Sample) -> Check:
     with torch.no_grad():
         classes = sample.ensemble.logits_of(0, sample.x[:1]).shape[1]
     allowed = 1 / classes + 2 * 0.5 / len(sample.x) ** 0.5
-    return Check("S12", accuracy <= allowed, f"eps 0.5 leaves {100 * accuracy:.1f} %")
+    return Check("S12", accuracy <= allowed, f"accuracy at eps 0.5 is {100 * accuracy:.1f} %")
 
 
 def unbounded(sample: Sample) -> Check:
     accuracy = float(sample.q(sample.at(1.0, math.inf).run(ATTACKS["hinge"](), "S13")).mean())
-    return Check("S13", accuracy == 0, f"eps 1 leaves {100 * accuracy:.1f} %")
+    return Check("S13", accuracy == 0, f"accuracy at eps 1 is {100 * accuracy:.1f} %")
 
 
 def _gain(sample: Sample, less: Attack, more: Attack, name: str, allowed: float) -> Check:
-    """What more work finds beyond less of it."""
+    """Check that a larger attack budget lowers the accuracy by at most `allowed`."""
     short, long = sample.q(sample.run(less, name)), sample.q(sample.run(more, name))
     drop = float((short - torch.minimum(short, long)).mean())
-    # one image of the sample may fall by chance
+    # one image of the sample may be fooled by chance
     passed = drop <= max(allowed, 1 / len(sample.x))
-    return Check(name, passed, f"{100 * drop:.1f} points more fall to {more!r} than to {less!r}")
+    told = f"accuracy is {100 * drop:.1f} points lower under {more!r} than under {less!r}"
+    return Check(name, passed, told)
 
 
 def more_steps(sample: Sample) -> Check:
@@ -116,11 +117,11 @@ def noise(sample: Sample) -> Check:
         sample.count(point)
         lowest = torch.minimum(lowest, sample.q(point))
     only = int((lowest < sample.found - 1e-9).sum())
-    return Check("S19", only == 0, f"{only} images broken more often by {CORNERS} random corners")
+    return Check("S19", only == 0, f"{only} images fooled more often by {CORNERS} random corners")
 
 
 def black_box(sample: Sample) -> Check:
-    """S17 by a short Square of our own, for suites that have none."""
+    """S17b: S17 with a short Square attack, for suites without one."""
     if sample.found is None:
         return Check("S17b", None, "no white-box attack to compare with")
     x_adv = sample.run(Square(queries=200), "S17", sample.ensemble.averaged())
@@ -134,13 +135,13 @@ def rounding(sample: Sample) -> Check:
     x_adv = whole.run(ATTACKS["hinge"](), "S40")
     rounded = (x_adv * ROUNDING).round() / ROUNDING
     gap = float((sample.q(rounded) - sample.q(x_adv)).mean())
-    # one image of the sample is more than a point
+    # a single image of the sample is more than one percentage point
     passed = abs(gap) <= max(0.01, 1 / len(sample.x))
     return Check("S40", passed, f"rounding to 8 bits changes {100 * gap:+.1f} points")
 
 
 def another_implementation(sample: Sample) -> Check:
-    """S39: our APGD in the published form against TorchAttacks', on member 0."""
+    """S39: the published preset of APGD compared with TorchAttacks' APGD, on member 0."""
     if importlib.util.find_spec("torchattacks") is None or sample.threat.norm != math.inf:
         return Check("S39", None, "torchattacks is not installed, or the norm is not linf")
     import torchattacks
@@ -148,7 +149,7 @@ def another_implementation(sample: Sample) -> Check:
     member = copied(sample.ensemble.member(0))
     alone = Independent([member])
     ours = sample.run(APGD(preset="torchattacks-3.5.1"), "S39", member)
-    # it prints, and what we print may be read by a machine
+    # torchattacks prints to stdout, which is reserved for machine-readable output
     silence = contextlib.redirect_stdout(io.StringIO())
     with generators_kept(), silence, torch.enable_grad():
         theirs = torchattacks.APGD(member, eps=sample.threat.eps)(sample.x, sample.y)

@@ -14,40 +14,42 @@ from redefense.rng import stream
 from redefense.types import Float, Images, Labels
 
 STEPS: Final = (0.0005, 0.002, 0.01, 0.05)
-"""Root mean square changes of a pixel: small ones for kinks, large ones for coarse arithmetic."""
+"""Step sizes (root mean square per pixel): small ones for kinks, large ones for low precision."""
 FACTOR: Final = 2.0
-"""By how much the measured slope may differ from the gradient's length."""
+"""Allowed difference between the measured slope and the gradient's norm."""
 ROUNDING: Final = 256
-"""Differences below so many units of rounding of the logits do not contradict a gradient."""
+"""Differences below this multiple of the logits' rounding error do not contradict a gradient."""
 NOISE: Final = 4
-"""Differences below so many units do not confirm one, either."""
+"""Differences below this multiple of the rounding error do not confirm a gradient."""
 ENOUGH: Final = 0.75
-"""Share of the images, of those that can be measured, on which the two must agree."""
+"""Share of the measurable images on which difference and gradient must agree."""
 
 SIZES: Final = (0.001, 0.005, 0.05)
-"""Changes of each pixel along random directions."""
+"""Change of each pixel along a random direction."""
 DIRECTIONS: Final = 4
-"""Random directions at each image."""
+"""Random directions per image."""
 MISSING: Final = 0.3
-"""Squared length of what a gradient may lack, beside its own; `CERTAIN` standard errors above 0."""
+"""Allowed squared norm of the missing part of a gradient, relative to that of the gradient; it must
+exceed 0 by `CERTAIN` standard errors."""
 CERTAIN: Final = 4.0
 ALIKE: Final = 0.5
-"""Correlation of the errors at two nearby points above which they are no matter of rounding."""
+"""Correlation of the errors at two nearby points above which they are not due to rounding."""
 
 
 def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
-    """S41: along its gradient each member's loss rises as fast as the gradient says.
+    """S41: the gradient of each member's loss agrees with finite differences of the loss.
 
     The loss is the log odds of the true class, computed from the logits in double precision, so
     that large logits do not saturate it. Its central difference along the gradient is compared with
-    the gradient's length, at several step sizes, of which one must agree. A gradient that is
-    reversed, random or constant agrees on few images. Images whose gradient is zero are S22's.
+    the gradient's norm at several step sizes, one of which must agree. A reversed, random or
+    constant gradient agrees on few images. Images with a zero gradient are left to S22.
 
-    Along random directions differences then show what the gradient lacks, such as the pixels that
-    it is zero on. Kinks, steps and rounding show there, too, but not alike at two nearby points.
+    Differences along random directions then reveal missing parts of the gradient, such as pixels on
+    which it is zero. Kinks, steps and rounding cause errors, too, but these are uncorrelated
+    between two nearby points.
     """
     rows = evenly_spread(x)
-    # away from the ends of the box, where networks that clip their input have a kink
+    # away from the box's boundary, where networks that clip their input have a kink
     x, y = 0.9 * x[rows] + 0.05, y[rows]
     shares = [_share(ensemble, m, x, y) for m in range(ensemble.num_members)]
     known = [share for share in shares if share is not None]
@@ -79,7 +81,7 @@ def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
 
 
 def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
-    """Share of the images on which one step size agrees; None if none can be measured."""
+    """Share of the images on which some step size agrees; None if none can be measured."""
     with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         logits = ensemble.logits_of(m, point.clone())
@@ -87,7 +89,7 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
     length = grad.double().flatten(1).norm(dim=1)
     unit = grad.double() / length.clamp_min(1e-300).view(-1, 1, 1, 1)
     finite = logits.detach().double().nan_to_num(0.0, 0.0, 0.0)
-    finite = finite.masked_fill(finite <= MASKED, 0.0)  # masked classes are large and say nothing
+    finite = finite.masked_fill(finite <= MASKED, 0.0)  # masked classes have large constants
     rounding = rounding_of(logits.detach()) * finite.abs().amax(1)
     measured = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     agrees = measured.clone()
@@ -105,12 +107,12 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
 
 
 def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
-    """Squared length of what the gradients lack, beside their own; 0 if it may be chance.
+    """Squared norm of the gradients' missing part, relative to theirs; 0 if not significant.
 
-    What differences and gradient say of a random direction is compared at two points nearby. The
-    product of both errors is, on average over directions of independent signs, the scalar product
-    of what the two gradients lack: errors that differ from point to point average out. Images
-    whose gradient is zero do not count.
+    The errors of the directional derivative along a random direction are computed at two nearby
+    points. The product of both errors, averaged over directions of independent signs, is the scalar
+    product of the missing parts; errors that are independent between the points average out. Images
+    with a zero gradient are skipped.
     """
     rng, found = stream(0, "S41", m), []
     for size in SIZES:
@@ -130,7 +132,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
                     for s in (size, -size)
                 )
             errors.append((ahead - behind) / (2 * size) - said)
-        # the gradient's length is the unit, so that images count alike
+        # in units of the gradient's norm, so that images have equal weight
         first, second = (
             (error / length).nan_to_num(0.0, 0.0, 0.0).clamp(-4, 4).flatten()
             for error, length in zip(errors, lengths, strict=True)
@@ -143,7 +145,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
 
 
 def _noise(x: Images, rng: torch.Generator) -> Tensor:
-    """Numbers uniform in [-1, 1], of the shape of the images."""
+    """Uniform noise in [-1, 1], of the shape of the images."""
     drawn = torch.rand(x.shape, generator=rng, dtype=torch.float32) * 2 - 1
     return drawn.to(x)
 

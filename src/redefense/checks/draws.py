@@ -16,7 +16,7 @@ from redefense.threat import Threat
 
 
 def copies(sample: Sample) -> Check:
-    """S28: copies of one member leave no randomness, so nothing may change."""
+    """S28: an ensemble of copies of one member is deterministic and equals that member."""
     member = sample.ensemble.member(0)
     one, many = Independent([member]), Independent([member] * 3)
     gap = 0
@@ -27,7 +27,7 @@ def copies(sample: Sample) -> Check:
 
 
 def pinned(sample: Sample) -> Check:
-    """S29: with the draw fixed to one member, the attack is the attack on it alone."""
+    """S29: with the draw fixed to one member, the attack equals the attack on that member."""
     mixture = [0.0] * sample.ensemble.num_members
     mixture[-1] = 1.0
     members = [sample.ensemble.member(m) for m in range(sample.ensemble.num_members)]
@@ -48,7 +48,7 @@ class _Plane(nn.Module):
 
 
 def planes(sample: Sample) -> Check:
-    """S30: two linear members, fooled in opposite directions, then in a common one."""
+    """S30: two linear members that are fooled in opposite directions, then in a common one."""
     x, y = torch.full((4, 1, 1, 1), 0.5), torch.zeros(4, dtype=torch.long)
     left = []
     for second, name in ((-1.0, "opposite"), (1.0, "common")):
@@ -61,7 +61,7 @@ def planes(sample: Sample) -> Check:
 
 
 def expectation(sample: Sample) -> Check:
-    """S35: the mean gradient of many draws points where the exact one does."""
+    """S35: the mean gradient over many draws has the direction of the exact expectation."""
     ensemble, rng = sample.ensemble, stream(sample.seed, "S35")
 
     def gradient(loss_of: "partial[Tensor]") -> Tensor:

@@ -22,7 +22,7 @@ TRACKED_STEPS: Final = 50
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Track:
-    """A climb watched from outside: per visit and image the objective and expected correctness."""
+    """Trace of an attack: the objective and expected correctness per query and image."""
 
     value: Tensor
     correct: Tensor
@@ -30,7 +30,7 @@ class Track:
 
 
 def track(sample: Sample) -> Track:
-    """Watch PGD on the mean probability for 50 steps."""
+    """Trace PGD on the mean probability for 50 steps."""
     support = Support(cast(nn.Module, sample.ensemble))
     oracle, seen = mean_oracle(support, sample.y), list[OracleResult]()
 
@@ -51,11 +51,11 @@ def track(sample: Sample) -> Track:
 
 
 def incomplete(tracked: Track) -> Check:
-    """S23: what the running best still gains in the last 10 steps, of all it gained."""
+    """S23: share of the objective's total gain in the last 10 steps."""
     best = tracked.value.cummax(0).values
     span = (best[-1] - best[0]).clamp_min(1e-12)
     late = float(((best[-1] - best[-11]) / span).median())
-    return Check("S23", late <= 0.05, f"the last 10 of {TRACKED_STEPS} steps bring {late:.3f} "
+    return Check("S23", late <= 0.05, f"the last 10 of {TRACKED_STEPS} steps have {late:.3f} "
                  "of the gain (flag above 0.05)")  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def stability(sample: Sample) -> Check:
 
 
 class Planted(nn.Module):
-    """A two-class head per image that a point inside the ball is known to cross.
+    """A two-class head per image with a known adversarial point inside the ball.
 
     The head separates the members' mean logits at the image from those at the planted point.
     """
@@ -105,7 +105,7 @@ class Planted(nn.Module):
 
 
 def active(sample: Sample) -> Check:
-    """S27: a sound attack finds what was planted (after Zimmermann et al., 2022)."""
+    """S27: the attack finds planted adversarial points (after Zimmermann et al., 2022)."""
     rng = stream(sample.seed, "S27")
     sign = torch.randint(0, 2, sample.x.shape, generator=rng).to(sample.x) * 2 - 1
     planted = sample.threat.project(sample.x + 0.5 * sample.threat.eps * sign, sample.x)
@@ -114,15 +114,15 @@ def active(sample: Sample) -> Check:
     x_adv = ATTACKS["pgd"]()(head, sample.x, y, sample.threat, rng=stream(sample.seed, "S27 pgd"))
     sample.count(x_adv)
     with torch.no_grad():
-        # where the members answer alike at both points nothing was planted
+        # no point is planted where the outputs at both points are equal
         there, hit = (head(at).argmax(1) == 1 for at in (planted, x_adv))
     if not bool(there.any()):
-        return Check("S27", False, "the members answer alike within the whole ball")
+        return Check("S27", False, "the members' outputs are constant within the ball")
     found = float(hit[there].double().mean())
-    return Check("S27", found >= 0.95, f"{100 * found:.0f} % of planted weaknesses found")
+    return Check("S27", found >= 0.95, f"{100 * found:.0f} % of planted adversarial points found")
 
 
 def climbed(sample: Sample) -> list[Check]:
-    """S23, S24 and S26 of one climb."""
+    """S23, S24 and S26 from one trace."""
     tracked = track(sample)
     return [incomplete(tracked), silent(tracked), ascent(tracked)]

@@ -1,6 +1,6 @@
-"""Sanity checks of an evaluation (S-numbers): each a pass or a fail with its figure.
+"""Sanity checks of an evaluation's records, each with a pass or a fail and its figure.
 
-A failed check says that a number of this evaluation may be too kind to the defence, or wrong.
+A failed check means that a figure of this evaluation may be wrong or may favour the defence.
 """
 
 import itertools
@@ -37,12 +37,12 @@ class Records(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the list.
+    """Result of one check.
 
     Attributes:
         id: S01 to S44.
-        passed: green or red; None if there was nothing to check.
-        detail: the figure it rests on.
+        passed: None if the check does not apply.
+        detail: the figure behind the result.
     """
 
     id: str
@@ -64,15 +64,15 @@ def after_run(
 ) -> list[Check]:
     """Checks of the records.
 
-    Where two attacks are compared, it is on the images that both have met.
+    Two attacks are compared on the images that both attacked.
 
     Args:
         data: the evaluation so far.
-        records: of every cell, of everything else that was run, and "clean".
+        records: of every cell, of all further attacks, and "clean".
         mixture: (M,) sampling probabilities.
-        worst: (n,) expected correctness in each image's worst case, where there is a headline.
-        single: (n,) whether the chosen single member is right in its own worst case.
-        log: clean accuracy on validation images, now minus as the training logged it.
+        worst: (n,) expected correctness in each image's worst case; None without a headline.
+        single: (n,) correctness of the chosen single member in its own worst case.
+        log: clean validation accuracy minus the one in the training log.
     """
     cells: Sequence[Mapping[str, Any]] = data["cells"]
     q = {name: exact_expectation(record.correct, mixture) for name, record in records.items()}
@@ -120,7 +120,7 @@ BLACK_BOX = frozenset({"square"})
 def _pairs(
     cells: Sequence[Mapping[str, Any]], weak: Collection[str]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Each bounded cell of a weak kind, and the other bounded cells at its threat."""
+    """Each bounded cell of one kind of attack, and the other bounded cells at its threat."""
     bounded = [c for c in cells if c["bounded"]]
     for cell in bounded:
         others = [
@@ -135,11 +135,11 @@ def _black_box_is_weaker(
     records: Mapping[str, Records],
     q: Mapping[str, NDArray[np.float64]],
 ) -> Check:
-    """S17: also image by image: what only the black box fools points at masked gradients."""
+    """S17, per image: images that only a black-box attack fools indicate masked gradients."""
     pairs = list(_pairs(cells, BLACK_BOX))
     if not pairs:
         return Check("S17", None, "no black-box attack at the threat of a white-box one")
-    # black boxes run last, so that what the others did not meet, the others have brought down
+    # black-box attacks run last: images that the others skipped were fooled by the others
     only = sum(
         int(((q[n] < worst_case([q[o] for o in others]) - 1e-9) & records[n].met).sum())
         for n, others in pairs
@@ -162,7 +162,7 @@ def _transfer_is_weaker(
         if met.any():
             white, transfer = worst_case([q[o][met] for o in others]), q[name][met]
             gaps.append(float(white.mean() - transfer.mean()) - _tolerance(white, transfer))
-        # what those before it had left is hard to take: a larger share of it is more than chance
+        # images that earlier attacks left correct are hard: compare only beyond chance
         before = [o for o in others if records[o].met[own].all()]
         if before and own.any() and not own.all():
             lost = worst_case([q[o] for o in before])[q["clean"] > 0] == 0
@@ -170,22 +170,22 @@ def _transfer_is_weaker(
             error = 2 * (taken.std() / len(taken) ** 0.5 + lost.std() / len(lost) ** 0.5)
             gaps.append(float(taken.mean() - lost.mean() - error))
     if not gaps:
-        return Check("S18", None, "no image that transfer and white-box attacks have both met")
+        return Check("S18", None, "no image was attacked by both transfer and white-box attacks")
     return Check("S18", max(gaps) <= 0, f"transfer is {100 * max(gaps):+.1f} points stronger than "
                  "white-box attacks, beyond chance" if max(gaps) > 0 else
                  "white-box attacks are at least as strong as transfer")  # fmt: skip
 
 
 def inert(cells: Sequence[Mapping[str, Any]]) -> Check:
-    """S07's second half: the published CW margin is blind on outputs that are all <= 0."""
+    """S07b: the published CW margin is constant on outputs that are all <= 0."""
     bad = [
         cell["id"]
         for cell in cells
         if (cell["attack"], cell["view"]) == ("cw", "averaged")
         and "preset=None" not in cell["repr"]
     ]
-    detail = "published CW sees only zeros on log-probabilities: " + ", ".join(bad)
-    return Check("S07b", not bad, detail if bad else "no margin is taken where it must vanish")
+    detail = "the published CW margin is always 0 on log-probabilities: " + ", ".join(bad)
+    return Check("S07b", not bad, detail if bad else "no CW margin is always 0")
 
 
 def _draws_repeat(
@@ -193,13 +193,13 @@ def _draws_repeat(
     records: Mapping[str, Records],
     mixture: NDArray[np.float64],
 ) -> Check:
-    """S32: the draws of two seeds differ by no more than independent draws of a member do."""
+    """S32: draws of two seeds differ by no more than independent draws of a member."""
     bad = []
     for cell in cells:
         correct = records[cell["id"]].correct
         q = exact_expectation(correct, mixture)
         one, other = (protocol(correct, mixture, seed, f"S32 {cell['id']}")[0] for seed in (0, 1))
-        # means of five draws each; one image more, as few images are not normally distributed
+        # means of five draws each; plus one image, since the normal approximation needs many
         bound = 3 * float((q * (1 - q)).sum() * 2 / PROTOCOL_DRAWS) ** 0.5 / len(q) + 1 / len(q)
         if abs(one - other) > bound + 1e-9:
             bad.append(f"{cell['id']} {100 * abs(one - other):.2f} points")
@@ -215,15 +215,15 @@ def _no_better_than_clean(
         if c["aware"] and c["bounded"] and c["view"] == "members"
     }
     if not bad:
-        return Check("S37", None, "no attack that keeps its best point")
+        return Check("S37", None, "no attack that returns its best point")
     return Check(
         "S37", not any(bad.values()),
-        f"{sum(bad.values())} images answered better after an aware attack than before",
+        f"{sum(bad.values())} images are more often correct after an aware attack than before",
     )  # fmt: skip
 
 
 SEARCH_LUCK = 0.01
-"""Share of images by which equal searches from other starts differed: copies, trained on digits."""
+"""Share of images by which equal attacks from other starts differed (copies, trained on digits)."""
 
 
 def _bounds(
@@ -232,15 +232,15 @@ def _bounds(
     q: Mapping[str, NDArray[np.float64]],
     mixture: NDArray[np.float64],
 ) -> Check:
-    """B1, what single members allow: sum_m p_m A_m <= aware <= 1 - max_m p_m (1 - A_m).
+    """B1, bounds by single members: sum_m p_m A_m <= aware <= 1 - max_m p_m (1 - A_m).
 
-    A_m is what member m keeps alone, in its own worst case. Every point counts for the ensemble and
-    for each member, so this holds exactly. The suite's cells by themselves may miss the upper bound
-    by chance only: further above it, an attack on one member does better than those on all.
+    A_m is the accuracy of member m in its own worst case. Every point counts for the ensemble and
+    for each member, so this holds exactly. The suite's cells alone may exceed the upper bound by
+    chance; if they exceed it by more, an attack on one member is stronger than those on all.
     """
     alone, aware = headline.get("single_members"), headline["aware"]
     if aware is None or alone is None or len(mixture) == 1:
-        why = "nothing is drawn" if len(mixture) == 1 else "this suite attacks no member alone"
+        why = "nothing is drawn" if len(mixture) == 1 else "this suite attacks no single member"
         return Check("B1", None, why if aware is not None else "no headline")
     low = float(mixture @ np.array(alone))
     high = 1 - float((mixture * (1 - np.array(alone))).max())
@@ -248,8 +248,8 @@ def _bounds(
     own = float(worst_case([q["clean"], *(q[name] for name in _of_headline(cells))]).mean())
     slack = max(1 / len(q["clean"]), SEARCH_LUCK)
     if own > high + slack:
-        told += f"; the suite's own cells leave {100 * own:.1f} %: an attack on one member "
-        told += "does better than those on all"
+        told += f"; the suite's own cells give {100 * own:.1f} %: an attack on one member "
+        told += "is stronger than those on all"
     return Check("B1", low - 1e-9 <= aware <= high + 1e-9 and own <= high + slack, told)
 
 
@@ -276,7 +276,7 @@ def _fgsm_is_weaker(
         if a["threat"] == b["threat"] and a["view"] == b["view"]
     ]
     if not pairs:
-        return Check("S16", None, "no single step to compare with")
+        return Check("S16", None, "no single-step attack to compare with")
     bad = []
     for a, b in pairs:
         met = records[a].met & records[b].met
@@ -317,9 +317,9 @@ def _of_headline(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _worst_is_lowest(data: Mapping[str, Any], q: Mapping[str, NDArray[np.float64]]) -> Check:
-    """The stated worst case against the records: the minimum per image, not of means.
+    """S21: the stated worst case equals the mean of per-image minima in the records.
 
-    Images that an attack did not meet are lost in its records, or as they were before it.
+    Images that an attack skipped count in its records as fooled, or with their earlier worst case.
     """
     stated, cells = data["headline"]["aware"], data["cells"]
     if stated is None:
@@ -334,7 +334,7 @@ def _worst_is_lowest(data: Mapping[str, Any], q: Mapping[str, NDArray[np.float64
 
 
 def inside_ball(cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records]) -> Check:
-    """The stored distances against the stated budget; box and ball were checked at each attack."""
+    """S01: stored norms lie within the budget; box and ball were verified after each attack."""
     bounded = [c for c in cells if c["bounded"]]
     outside = [
         c["id"]
@@ -346,11 +346,11 @@ def inside_ball(cells: Sequence[Mapping[str, Any]], records: Mapping[str, Record
 
 
 def _draws_agree(cells: Sequence[Mapping[str, Any]], count: int) -> Check:
-    """S31: five protocol draws of n images against the exact expectation, three standard errors."""
+    """S31: five protocol draws of n images agree with the expectation to three standard errors."""
     bad = []
     for cell in cells:
         accuracy = cell["accuracy"]
-        # a draw is right with probability q_i: its variance is at most that of a fair coin
+        # a draw is correct with probability q_i: its variance is at most 1/4
         bound = 3 * 0.5 / (5 * count) ** 0.5
         if abs(accuracy["protocol"] - accuracy["expected"]) > bound:
             bad.append(cell["id"])
@@ -389,8 +389,8 @@ def gap_of_headlines(headline: Mapping[str, Any], num_members: int) -> Check:
     return Check(
         "S36",
         gap <= GAP_POINTS,
-        f"the attacks that know of the draw, together, take {gap:.1f} points more than the "
-        f"strongest that does not (flag above {GAP_POINTS:g})",
+        f"accuracy under all aware attacks is {gap:.1f} points below that under the strongest "
+        f"unaware attack (flag above {GAP_POINTS:g})",
     )
 
 
@@ -400,7 +400,7 @@ def _helps(
     mixture: NDArray[np.float64],
     members: Sequence[float] | None,
 ) -> Check:
-    """S38: each in its own worst case, paired over images, and above every other member, too."""
+    """S38: sampled ensemble above each single member, each in its own worst case, paired."""
     if worst is None or single is None or len(mixture) == 1:
         why = "nothing is drawn" if len(mixture) == 1 else "no single member to compare with"
         return Check("S38", None, why)
@@ -412,8 +412,8 @@ def _helps(
     return Check(
         "S38",
         gain.low > 0 and lowest > strongest,
-        f"each under the strongest attacks on it: sampled {100 * lowest:.1f} %, chosen single "
-        f"member {100 * single.mean():.1f} %; gain {100 * gain.value:+.1f} points, 95 % in "
-        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]; the best member of all alone "
+        f"each in its own worst case: sampled {100 * lowest:.1f} %, chosen single member "
+        f"{100 * single.mean():.1f} %; gain {100 * gain.value:+.1f} points, 95 % interval "
+        f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]; best single member "
         f"{100 * strongest:.1f} %",
     )

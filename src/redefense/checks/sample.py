@@ -15,21 +15,21 @@ from redefense.threat import Threat
 from redefense.types import Images, Labels, correct
 
 SAMPLE: Final = 32
-"""Images looked at."""
+"""Number of images in the sample."""
 PIXELS: Final = 100_000
-"""Checks of each member look at so many numbers at most, but at four images at least."""
+"""Largest number of values that checks of each member use, but at least four images."""
 
 
 def evenly_spread(x: Images, most: int = SAMPLE // 2) -> Tensor:
-    """Indices of at most so many images, from the first to the last; of large images fewer."""
+    """Indices of at most `most` evenly spaced images; fewer for large images."""
     count = min(len(x), most, max(4, most * PIXELS // (SAMPLE * x[0].numel())))
     return torch.linspace(0, len(x) - 1, count).round().long().to(x.device)
 
 
 def rounding_of(logits: Tensor) -> float:
-    """The unit of rounding of the arithmetic that logits were computed in, as far as they show it.
+    """The machine epsilon of the precision in which logits were computed, inferred from values.
 
-    Logits of half precision are handed over in single precision, whose unit says nothing of them.
+    Half-precision logits arrive as float32, so their dtype does not show it.
     """
     known = logits[logits.isfinite() & (logits > MASKED)]
     for coarse in (torch.bfloat16, torch.float16):
@@ -40,12 +40,12 @@ def rounding_of(logits: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """The ensemble, a few of its images, the threat, and what the suite's white boxes achieved.
+    """The ensemble, some of its images, the threat, and the results of the suite's white boxes.
 
     Attributes:
         found: (n,) lowest expected correctness over the suite's bounded white-box cells; None
-            where the suite has none.
-        keep: takes all points within the headline's threat; None at other threats.
+            if the suite has none.
+        keep: called with all points within the headline's threat; None at other threats.
     """
 
     ensemble: Ensemble
@@ -57,14 +57,14 @@ class Sample:
     keep: Callable[[Images], object] | None = None
 
     def run(self, attack: Attack, name: str, victim: nn.Module | None = None) -> Tensor:
-        """Points that an attack finds on the ensemble, or on another victim."""
+        """Points (n, C, H, W) of an attack on the ensemble, or on another victim."""
         subject = cast(nn.Module, self.ensemble) if victim is None else victim
         x_adv = attack(subject, self.x, self.y, self.threat, rng=stream(self.seed, name))
         self.count(x_adv)
         return x_adv
 
     def count(self, x: Tensor) -> None:
-        """Let points within the threat count for the headline, as those of attacks do."""
+        """Count points within the threat for the headline, as those of attacks."""
         if self.keep is not None:
             self.keep(x)
 
@@ -76,6 +76,6 @@ class Sample:
         return judge.mixture.to(hits) @ hits
 
     def at(self, eps: float, norm: float | None = None) -> "Sample":
-        """The same at another budget, without the suite's results."""
+        """The same sample at another budget, without the suite's results."""
         threat = Threat(norm=self.threat.norm if norm is None else norm, eps=eps)
         return replace(self, threat=threat, found=None, keep=None)

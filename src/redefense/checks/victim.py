@@ -1,4 +1,4 @@
-"""S-checks of the victim itself, made before every evaluation."""
+"""S-checks of the victim model, run before every evaluation."""
 
 import itertools
 import random
@@ -23,7 +23,7 @@ from redefense.threat import Threat
 
 
 def before_run(ensemble: Ensemble, x: Tensor, y: Tensor) -> list[Check]:
-    """Checks of the victim itself and of the units of its images."""
+    """Checks of the victim model and of the scale of its images."""
     x, y = x[:SAMPLE], y[:SAMPLE]
     return [
         derivatives_agree(ensemble, x, y),
@@ -36,13 +36,13 @@ def before_run(ensemble: Ensemble, x: Tensor, y: Tensor) -> list[Check]:
 
 
 def _units(x: Tensor) -> Check:
-    """S04: images that were scaled twice would make every eps huge."""
+    """S04: images use the range [0, 1]; if they were scaled twice, every eps would be huge."""
     span = 255 * float(x.max() - x.min())
     return Check("S04", span > 8, f"the images span {span:.0f} of 255 levels")
 
 
 def _isolation(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
-    """S06: which members answer does not depend on the attack's seed or the global generator."""
+    """S06: the drawn members do not depend on the attack's seed or the global generator."""
     logs = []
     for seed in (0, 1):
         meter = Asked(ensemble)
@@ -57,7 +57,7 @@ def _isolation(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
 
 
 class Asked(Ensemble):
-    """An ensemble that writes down which member was asked."""
+    """An ensemble that records which member was queried."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
@@ -76,12 +76,12 @@ def _side_effects(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     module = cast(nn.Module, ensemble)
     with unchanged_state(module) as changes:
         ATTACKS["pgd"]()(module, x, y, Threat(eps=0.1), rng=stream(0, "S05"))
-    return Check("S05", not changes(), ", ".join(changes()) or "an attack left no trace")
+    return Check("S05", not changes(), ", ".join(changes()) or "an attack changed no state")
 
 
 @contextmanager
 def unchanged_state(module: nn.Module) -> Iterator[Callable[[], list[str]]]:
-    """Yields a function that names what has changed since the block began."""
+    """Yield a function that returns the names of all state changed since the block began."""
 
     def snapshot() -> dict[str, Any]:
         return {
@@ -134,12 +134,12 @@ def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
 
 
 def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
-    """S22: at the images and at a random start, per member, in the precision that attacks use."""
+    """S22: gradients at the images and at a random start, per member, in the attacks' precision."""
     lost, starts = 0, (x + Threat(eps=8 / 255).noise(_uniform(x, "S22"))).clamp(0, 1)
     with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
         for m, at in itertools.product(range(ensemble.num_members), (x, starts)):
             point = at.detach().clone().requires_grad_()
-            # of the log odds, which attacks climb: that of cross-entropy vanishes for large logits
+            # of the log odds: the gradient of cross-entropy vanishes for large logits
             loss = log_odds(ensemble.logits_of(m, point.clone()), y).sum()
             grad = None
             if loss.requires_grad:
