@@ -238,7 +238,7 @@ def test_attacks_are_known_by_their_usual_names(written: str, key: str) -> None:
     ("text", "rule"),
     [
         ("", "lacks the columns table"),
-        (HEADER, "states no figure"),
+        (HEADER, "has no figures"),
         (f"{HEADER}\n1,d,m,PGD,many,inf,0.03,10,1,false", "line 2: accuracy .* 'many'"),
         (f"{HEADER}\n1,d,m,PGD,120,inf,0.03,10,1,false", "from 0 to 100"),
         (f"{HEADER}\n1,d,m,PGD,12,inf,8/0,10,1,false", "eps"),
@@ -265,7 +265,7 @@ def test_a_name_no_rule_knows_and_members_without_a_draw_are_noted(tmp_path: Pat
     path.write_text(path.read_text().replace(",1,no", ",8,no"))
     (finding,) = audit(path)
     assert (finding.id, finding.severity) == ("draw-denied", "note")
-    assert finding.why.startswith("8 members are said to answer without a draw")
+    assert finding.why.startswith("The 8 members are stated to answer without a draw")
 
 
 def test_every_attack_of_ours_is_known_to_the_rules() -> None:

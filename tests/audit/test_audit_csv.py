@@ -100,7 +100,7 @@ def test_tabs_and_headers_in_other_letters_are_read_and_semicolons_refused(tmp_p
     tabs = write(tmp_path, [row.replace(",", "\t") for row in rows], HEADER.replace(",", "\t"))
     assert read_csv(tabs) == claims
     marks = write(tmp_path, [row.replace(",", ";") for row in rows], HEADER.replace(",", ";"))
-    with pytest.raises(DataError, match="separates its columns by semicolons"):
+    with pytest.raises(DataError, match="separates columns by semicolons"):
         read_csv(marks)
     with pytest.raises(DataError, match=r"line 2: accuracy .* '87,8' \(write 87.8\)"):
         read_csv(write(tmp_path, ['1,C,ours,clean,"87,8",,,1000,1,false']))

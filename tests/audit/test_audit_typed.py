@@ -191,7 +191,7 @@ def test_a_claim_file_is_told_from_an_evaluation() -> None:
     files = sorted((ROOT / "claims").glob("*.json"))
     assert files
     for file in files:
-        advice = f"is a claim file, not an evaluation: check it by `redefense claim check {file}`"
+        advice = f"is a claim file, not an evaluation: check it with `redefense claim check {file}`"
         with pytest.raises(DataError, match=advice):
             audit(file)
 

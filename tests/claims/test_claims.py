@@ -71,7 +71,7 @@ def test_a_stored_claim_holds_and_says_where_it_comes_from(path: Path) -> None:
     assert not re.search(r'"/|\\\\|:/', text), "a path of somebody's machine"
     for plan in (plan for found in claim.evaluations for plan in found.suites):
         assert plan.provenance.keys() >= {"commit", "torch", "machine", "seed", "date"}
-        assert re.fullmatch(r"[0-9a-f]{40}", plan.provenance["commit"]), "code of no commit"
+        assert re.fullmatch(r"[0-9a-f]{40}", plan.provenance["commit"]), "code without a commit"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_table_of_one_number_of_images_leaves_others_out(runs: Path, tmp_pat
         (("--images", "31"), "no claim was measured on --images 31"),
         (("--against", "tiny-2"), "tiny-2 is none of the claims shown"),
         (("--draw", "--against", "tiny-0"), "takes no --against"),
-        (("--draw", "--attacks"), "ask for one"),
+        (("--draw", "--attacks"), "use one of them"),
     ):
         refused = table(*options)
         assert (refused.code, refused.out) == (2, "")

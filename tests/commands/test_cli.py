@@ -142,7 +142,7 @@ def test_an_evaluation_with_other_settings_needs_another_file() -> None:
         (["report", "nowhere"], 3, "nowhere"),
         (["list", "colours"], 2, "cannot list 'colours'"),
         (["show", "digits-rde"], 2, "digits-red"),
-        (["show", "digits-red", "--cost", "--parameters"], 2, "ask for one"),
+        (["show", "digits-red", "--cost", "--parameters"], 2, "use one of them"),
         (["show", "x" * 300], 2, "xxx"),
         (["show", "digits-red", "--set", "defence.name=[1]"], 2, "unknown defence [1]"),
         (["train", "digits-red", "--set", "optim.lr=Infinity"], 2, "finite"),

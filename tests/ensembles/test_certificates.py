@@ -145,7 +145,7 @@ def test_commands_certify_and_measure_by_draws(
 
     printed = run("certify", str(home), "--sigma", "0.1", "--eps", "0.05", "--draws", "9",
                   "--images", "10")  # fmt: skip
-    assert printed.startswith("l2 0.05: one draw is right on")
+    assert printed.startswith("l2 0.05: certified accuracy of one draw")
     plan = home / "fgsm.json"
     plan.write_text('{"cells": [{"attack": "fgsm", "view": "sampled"}]}')
     out = home / "evaluation" / "drawn.json"

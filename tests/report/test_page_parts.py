@@ -86,7 +86,7 @@ def test_pictures_stay_small_and_magnification_fills_the_range() -> None:
 def test_damaged_examples_are_refused(tmp_path: Path) -> None:
     with_examples(tmp_path / "red")
     np.savez(tmp_path / "red" / "evaluation" / "quick" / "examples.npz", index=np.arange(2))
-    with pytest.raises(DataError, match=r"examples\.npz is damaged: it lacks label"):
+    with pytest.raises(DataError, match=r"examples\.npz is damaged: missing label"):
         summary_table([tmp_path / "red"])
 
 

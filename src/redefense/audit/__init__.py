@@ -1,1 +1,1 @@
-"""Rules over a table of claims: which figures cannot be believed, and why."""
+"""Audit of tables of claims: which figures cannot be right, and why."""

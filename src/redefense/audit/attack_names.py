@@ -1,4 +1,4 @@
-"""Names of attacks in tables: their family, and whether the attacker knows of the draw.
+"""Names of attacks in tables: their family, and whether they are aware of the draw.
 
 Names are compared as keys: lower case, without punctuation, steps, norms and synonyms.
 """
@@ -15,7 +15,7 @@ MINIMAL = frozenset({"cw", "deepfool", "sparsefool", "ddn", "fmn", "ead"})
 UNBOUNDED = frozenset(
     {"cw", "ddn", "deepfool", "ead", "fmn", "jsma", "onepixel", "pixle", "sparsefool"}
 )
-"""Attacks that no eps bounds, unless one is stated with them."""
+"""Attacks that are unbounded, unless an eps is stated."""
 
 UNRANKED = frozenset(
     {
@@ -23,9 +23,10 @@ UNRANKED = frozenset(
         "jitter", "boundary", "hopskipjump", "zoo",
     }
 )  # fmt: skip
-"""Attacks of the libraries that no order is expected of, and that know of no draw.
+"""Unaware attacks of the libraries for which no order is expected.
 
-`transfer` is what papers call an attack on a surrogate; ours of that name is stored with its flag.
+In papers `transfer` is an attack on a surrogate; this package's attack of that name is stored with
+its flag `aware`.
 """
 
 AWARE = frozenset(
@@ -34,13 +35,13 @@ AWARE = frozenset(
         "autoattackrand", "eotexact",
     }
 )  # fmt: skip
-"""Attacks made for random answers: they use every member, or are known to average over many draws.
+"""Attacks on randomized defences: they use every member, or average over many draws.
 
-AutoAttack's version "rand" is here because its name fixes the draws: 20 for each gradient.
+AutoAttack's version "rand" is included, since its name fixes the number of draws: 20 per gradient.
 """
 
 HEADLINES = frozenset({"headline", "headlineaware", "headlineunaware", "worstcase", "robust"})
-"""Rows that sum up others."""
+"""Rows that summarise other rows."""
 
 KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | UNBOUNDED | UNRANKED | AWARE
 
@@ -58,45 +59,45 @@ ALIASES = {
 
 
 def ordinary(text: str) -> str:
-    """Text in lower case, in one Unicode form, with plain hyphens and without invisible letters."""
+    """Text in lower case, Unicode-normalised, with plain hyphens and no invisible characters."""
     letters = unicodedata.normalize("NFKC", text.casefold())
     hyphens = ("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in letters)
     return "".join(c for c in hyphens if unicodedata.category(c) != "Cf").strip()
 
 
 def squeezed(name: str) -> str:
-    """A name without what people write in several ways: case, spaces, hyphens, Unicode form."""
+    """A name without variations of case, spaces, hyphens and Unicode form."""
     return re.sub(r"[-_\s]", "", ordinary(name))
 
 
 def attack_key(name: str) -> str:
-    """`EOT-PGD` -> `eotpgd`, `C&W` -> `cw`, `PGD-20` -> `pgd`: what the rules go by.
+    """The key of an attack in rules: `EOT-PGD` -> `eotpgd`, `C&W` -> `cw`, `PGD-20` -> `pgd`.
 
-    Of what stands in brackets only that counts which makes another attacker of it.
+    Text in brackets counts only if it denotes another attack.
     """
     telling = r"\((?:[^)]*?(?<![-\w])(rand|eot|adaptive)(?!-?[a-z]))?[^)]*\)"
     plain = re.sub(telling, r" \1", ordinary(name)).replace("c&w", "cw")
     plain = re.sub(r"[-_ ](\d+|l[-_]?(inf|[012]))$", "", plain.strip())
     plain = re.sub(r"[^a-z0-9]", "", plain)
-    # a random start is no random answer: of the brackets only AutoAttack's tells
+    # "random" may mean a random start: brackets count for AutoAttack only
     first = plain.removesuffix("rand")
     plain = first if ALIASES.get(first, first) in KNOWN - {"autoattack"} else plain
     plain = re.sub(r"^(pgd|apgd|bim|mim|eotpgd|pgdeot|cw)\d+$", r"\1", plain)
-    # "natural accuracy", "clean data": what is measured is no part of the name
+    # "natural accuracy", "clean data": the measured quantity is not part of the name
     measured = re.sub(r"(accuracy|acc|data|images|examples|samples|test)+$", "", plain)
     return ALIASES.get(plain) or ALIASES.get(measured, measured or plain)
 
 
 def averages(key: str) -> bool:
-    """Whether it is an attack that averages over draws (EoT), of however few."""
+    """Whether it is an attack that averages over any number of draws (EoT)."""
     return "eot" in key
 
 
 def knows_the_draw(key: str) -> bool | None:
-    """Whether an attack of this name knows that answers are drawn; None if its name is unknown.
+    """Whether an attack of this name is aware of the draw; None if its name is unknown.
 
-    An average over draws (EoT) does not count: those make it who know of the draw, but two draws,
-    the default of TorchAttacks, are not all members, and the name does not say how many they were.
+    An average over draws (EoT) does not count: it may use only two draws, the default of
+    TorchAttacks, and the name does not state their number.
     """
     if key in AWARE:
         return True
@@ -106,13 +107,13 @@ def knows_the_draw(key: str) -> bool | None:
 def steps_of(name: str) -> int | None:
     """Steps or queries that the name of an attack states: `PGD-20`, `PGD (20 steps)` -> 20.
 
-    None if it states none, or something besides.
+    None if it states no number, or anything else.
     """
     found = re.fullmatch(
         r"([a-z][a-z&\d -]*?)[-_ ^{(\[]*(\d+)[-_ ]*(steps?|iter(?:ation)?s?|queries)?[}\])]*",
         ordinary(name),
     )
-    # the number after EoT is one of draws
+    # the number after EoT is a number of draws
     if found is None or ("eot" in found[1] and found[3] is None) or found[1].endswith("-l"):
         return None
     return int(found[2])

@@ -1,17 +1,17 @@
 """The audit: checks a table of claims and reports which figures cannot be right, and why.
 
-It reads an evaluation of ours or a small CSV typed in from a paper (columns in `claims_csv.COLUMNS`
-and, where the source says whose attacker knows of the draw, `aware`; one row a figure, accuracy in
-percent, empty where the source is silent; a method that was trained in two ways needs two names).
-The rules are those that need no model, only the figures.
+It reads a stored evaluation or a CSV table typed from a paper, with the columns
+`csv_table.COLUMNS` and optionally `aware`: one row per figure, accuracy in percent, empty cells
+where the source states nothing. A method that was trained in two ways needs two names. The rules
+need only figures, no model.
 
-Shipped in `examples/`: `red_table1.csv`, `red_table2.csv` and `red_table3.csv` are Tables 1 to 3 of
-the RED paper (accuracies of eight ResNet-18 on CIFAR-10, three on TinyImageNet; the paper states
-neither eps nor the number of images), and do not hold. `sound_table.csv` holds: it was measured on
-a linear classifier fitted to the digits' training split, on the 360 test images at eps 0.1, with
-this package's gradient attacks and with Square and AutoAttack of TorchAttacks 3.5.1; in whole
-percent, because one image is worth 0.28 points. `sound_randomized_table.csv` shows what a table of
-a randomized defence must state, and holds: its figures are invented.
+Examples in `examples/`: `red_table1.csv`, `red_table2.csv` and `red_table3.csv` are Tables 1 to 3
+of the RED paper (accuracies of eight ResNet-18 on CIFAR-10, three on TinyImageNet; the paper states
+neither eps nor the number of images); the audit reports errors in them. `sound_table.csv` has no
+errors: it was measured on a linear classifier fitted to the digits' training split, on the 360 test
+images at eps 0.1, with this package's gradient attacks and with Square and AutoAttack of
+TorchAttacks 3.5.1; in whole percent, since one image is 0.28 points. `sound_randomized_table.csv`
+shows what a table of a randomized defence must state; its figures are invented.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,10 +34,10 @@ _AGREE = 1e-3  # figures of one file, fractions, differ by rounding only
 
 
 def audit(path: Path) -> list[Finding]:
-    """All findings about a CSV of claims, an evaluation, or a run directory; errors first.
+    """All findings about a CSV table of claims, an evaluation, or a run directory; errors first.
 
     Raises:
-        DataError: if the file is missing or cannot be read as one of these.
+        DataError: if the file is missing or is none of these.
     """
     if path.is_dir():
         documents = evaluations_of(path)
@@ -50,7 +50,7 @@ def audit(path: Path) -> list[Finding]:
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """1 if a claim does not hold, else 0: notes alone do not fail."""
+    """1 if there is an error, else 0; notes do not count."""
     return int(any(finding.severity == "error" for finding in findings))
 
 
@@ -67,7 +67,7 @@ def _of_document(document: object, path: Path) -> list[Finding]:
 
 
 def findings_about(evaluation: Evaluation) -> list[Finding]:
-    """What the figures of an evaluation say against each other, without its records."""
+    """Contradictions between the figures of an evaluation, without its records."""
     findings = [f for group in grouped(of_evaluation(evaluation)) for f in findings_of(group)]
     findings += [*_headline(evaluation), *_silent(evaluation)]
     for cell in evaluation.cells:
@@ -95,7 +95,7 @@ def _about(
 
 
 def _headline(evaluation: Evaluation) -> Iterator[Finding]:
-    """The pair against the cells that it sums up."""
+    """Compare the headline with the cells that it summarises."""
     headline = evaluation.headline
     expected = [
         (cell, cell.accuracy.expected)
@@ -108,21 +108,21 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
     lowest, floor = min(bounded, key=lambda pair: pair[1])
     unaware, aware = headline.unaware, headline.aware
     if aware is not None and aware > floor + _AGREE:
-        why = "The aware headline lies above a bounded attack that it must include."
+        why = "The aware headline is above a bounded attack that it must include."
         yield _about(
             evaluation, "headline-above-attack", why, rows=[lowest.id], aware=aware, attack=floor
         )
     if aware is not None and not any(cell.aware for cell, _ in bounded):
-        why = "An aware headline is stated, but no attack that knows the ensemble was run."
+        why = "An aware headline is stated, but no aware attack was run."
         yield _about(evaluation, "aware-without-attack", why, aware=aware)
     if aware is not None and unaware is not None and aware > unaware + _AGREE:
-        why = "Knowing the ensemble cannot help the defender: the aware figure exceeds the unaware."
+        why = "The aware figure is above the unaware one, although aware attackers know more."
         yield _about(evaluation, "headlines-swapped", why, aware=aware, unaware=unaware)
     ignorant = [value for cell, value in bounded if not cell.aware]
     if unaware is not None and ignorant and abs(unaware - min(ignorant)) > _AGREE:
         free = [value for cell, value in expected if not cell.bounded]
         if any(abs(unaware - value) <= _AGREE for value in free):
-            why = "The unaware headline is the figure of an attack that nothing bounds."
+            why = "The unaware headline is the figure of an unbounded attack."
             yield _about(evaluation, "unbounded-in-headline", why, unaware=unaware)
         else:
             why = "The unaware headline is not the lowest of the bounded unaware attacks."
@@ -141,8 +141,8 @@ def _cell(evaluation: Evaluation, cell: Cell) -> Iterator[Finding]:
         yield _about(evaluation, "impossible-order", why, rows=[cell.id], **dict(ladder))
     if cell.bounded and cell.unchanged is not None and cell.unchanged > 0.01:
         why = (
-            f"{100 * cell.unchanged:.1f} % of the images came back unchanged: the attack gave them "
-            "up, or its successes were filtered by random answers."
+            f"{100 * cell.unchanged:.1f} % of the images were returned unchanged: the attack found "
+            "no better point, or random outputs hid its successes."
         )
         yield _about(
             evaluation, "images-unchanged", why, rows=[cell.id], severity="note",
@@ -154,8 +154,8 @@ def _silent(evaluation: Evaluation) -> Iterator[Finding]:
     each = evaluation.clean.per_member
     for m in degenerate_members(each, evaluation.mixture):
         why = (
-            f"Member {m} answers few clean images, and so do queries that meet it: it has learnt "
-            "next to nothing, as one may that pleases a penalty by answering alike everywhere."
+            f"Member {m} has low clean accuracy, so queries answered by it are mostly wrong: a "
+            "gradient penalty may have made its outputs nearly constant."
         )
         yield _about(
             evaluation, "silent-member", why, rows=["clean"], severity="note", member=each[m],
@@ -166,9 +166,9 @@ def _silent(evaluation: Evaluation) -> Iterator[Finding]:
 def _records_missing(evaluation: Evaluation, files: Sequence[str]) -> Iterator[Finding]:
     if files:
         why = (
-            "The per-image records are not beside this file, so nothing shows that its figures are "
-            "those of its images: copy the folder of the records along, or in Python write the "
-            "evaluation by `report.save(DIR)`."
+            "The per-image records are missing, so the figures cannot be verified: copy the folder "
+            "of the records next to this file, or in Python write the evaluation with "
+            "`report.save(DIR)`."
         )
         yield _about(evaluation, "records-missing", why, rows=files, severity="note")
 
@@ -177,5 +177,5 @@ def _red_checks(evaluation: Evaluation) -> Iterator[Finding]:
     for check in evaluation.checks:
         if check.passed is False:
             detail = check.detail.rstrip(".") or "failed"
-            why = f"The evaluation's own check is red: {detail}."
+            why = f"A check of the evaluation failed: {detail}."
             yield _about(evaluation, "red-check", why, rows=[check.id], severity="note")

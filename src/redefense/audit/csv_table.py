@@ -1,4 +1,4 @@
-"""Tables of claims as people type them: one row a figure, separated by commas or tabs."""
+"""Reads typed tables of claims: one row per figure, separated by commas or tabs."""
 
 import csv
 import re
@@ -18,7 +18,7 @@ COLUMNS: Final = (
 )  # fmt: skip
 
 OPTIONAL: Final = ("aware",)
-"""Columns that a table may have besides."""
+"""Optional columns of a table."""
 
 NORMS: Final = ("inf", "2", "1", "0")
 
@@ -29,10 +29,10 @@ _SPREAD = re.compile(r"\s*(?:\u00b1|\+\s*/?\s*[-\u2212]|\\pm)\s*")
 def read_csv(path: Path) -> list[Claim]:
     """Claims of a table with the columns `COLUMNS`; accuracies in percent, empty where unstated.
 
-    A column `aware` may say whose attacker knows of the draw, whatever the attack's name.
+    A column `aware` may state whether the attack is aware of the draw, whatever its name.
 
     Raises:
-        DataError: naming every line that cannot be read, with its column and value.
+        DataError: if lines cannot be read; it names each line with its column and value.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -48,7 +48,7 @@ def read_csv(path: Path) -> list[Claim]:
         raise DataError(f"{path} line {reader.line_num}: {error}") from None
     missing = [column for column in COLUMNS if column not in names]
     if missing:
-        raise DataError(f"{path} lacks the columns {', '.join(missing)}")
+        raise DataError(f"{path} has no columns {', '.join(missing)}")
     twice = [column for column in (*COLUMNS, *OPTIONAL) if names.count(column) > 1]
     if twice:
         raise DataError(f"{path} has more than one column {', '.join(twice)}")
@@ -65,22 +65,21 @@ def read_csv(path: Path) -> list[Claim]:
     if refused:
         raise DataError(f"{path} {refused[0]}")
     if not claims:
-        raise DataError(f"{path} states no figure")
+        raise DataError(f"{path} has no figures")
     return claims
 
 
 def _delimiter(path: Path, lines: list[str]) -> str:
-    """The separator of the columns, as found in the header.
+    """The separator of the columns, from the header.
 
     Raises:
-        DataError: for semicolons: such files have decimal commas, which may be thousands as well.
+        DataError: for semicolons: such files may use decimal commas, which are ambiguous.
     """
     counts = {mark: lines[0].count(mark) if lines else 0 for mark in (",", "\t", ";")}
     mark = max(counts, key=lambda key: counts[key])
     if mark == ";":
         raise DataError(
-            f"{path} separates its columns by semicolons: separate them by commas or tabs, and "
-            "write decimal points"
+            f"{path} separates columns by semicolons: use commas or tabs, and write decimal points"
         )
     return mark
 
@@ -116,7 +115,7 @@ class _Row:
         return value
 
     def accuracy(self) -> tuple[float, int | None, float | None, int | None]:
-        """Percent, digits after the point, spread, and the number of images of a count."""
+        """Percent, number of decimals, spread, and the number of images if it is a count."""
         written = self.cells["accuracy"]
         text, *spread = [_bare(part) for part in _SPREAD.split(written)]
         count = re.fullmatch(r"(\d+)\s*/\s*(\d+)", text)
@@ -132,7 +131,7 @@ class _Row:
         return value, len(text.partition(".")[2]), beyond, None
 
     def eps(self) -> float | None:
-        """The radius; `8/255` is how people write it."""
+        """The radius, also as a fraction such as `8/255`."""
         text = self.cells["eps"]
         if not text:
             return None
@@ -146,7 +145,7 @@ class _Row:
             return None
         value = self.number(text, column, 1.0, 1e12)
         if value != int(value):
-            raise ConfigError(f"{column} must be whole, got {text!r}")
+            raise ConfigError(f"{column} must be a whole number, got {text!r}")
         return int(value)
 
     def truth(self, column: str) -> bool | None:
@@ -167,7 +166,7 @@ class _Row:
 
     def claim(self, line: int) -> Claim:
         if not all(self.cells[key] for key in ("accuracy", "attack", "method")):
-            raise ConfigError("method, attack and accuracy must be given")
+            raise ConfigError("method, attack and accuracy must not be empty")
         accuracy, decimals, spread, counted = self.accuracy()
         key, norm, eps = attack_key(self.cells["attack"]), self.norm(), self.eps()
         if norm == "inf" and eps is not None:
@@ -195,5 +194,5 @@ class _Row:
 
 
 def _bare(text: str) -> str:
-    """A figure without its percent sign, signs of TeX and spaces."""
+    """A figure without percent sign, TeX commands and spaces."""
     return re.sub(r"\\?%", "", text).replace("$", "").strip()

@@ -9,15 +9,15 @@ from redefense.audit.table import Claim, Group
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One reason for doubt.
+    """One violation of a rule.
 
     Attributes:
-        id: of the rule, a key of `RULES`, or one of those that need more than figures.
-        severity: `error` if the claim cannot hold as stated, `note` if the reader must know it.
-        subject: the data set and method it is about.
-        rows: the figures concerned and where they stand.
-        figures: the numbers the rule compared, accuracies in percent.
-        why: one sentence.
+        id: of the rule: a key of `RULES`, or a rule that needs more than figures.
+        severity: `error` if the claim cannot hold as stated, `note` for a remark.
+        subject: the data set and method.
+        rows: the figures and their positions.
+        figures: the numbers that the rule compared, accuracies in percent.
+        why: the reason, one sentence.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Finding:
 def finding_about(
     group: Group, rows: Sequence[Claim], why: str, severity: Literal["error", "note"] = "error"
 ) -> Finding:
-    """A finding of the rule that yields it, which `findings_of` names."""
+    """A finding without the id of its rule, which `findings_of` adds."""
     unique = len({claim.attack for claim in rows}) == len(rows)
     return Finding(
         id="",

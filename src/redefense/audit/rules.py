@@ -1,7 +1,7 @@
 """Audit rules about figures: contradictions within a table of robust accuracies.
 
-Each rule takes all that is claimed of one method and yields its findings. Slack is left for chance:
-a few tenths of a point for random starts, two images, one unit of the last stated digit.
+Each rule takes all claims about one method and yields its findings. Tolerances allow for chance: a
+few tenths of a point for random starts, two images, one unit of the last stated digit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ from redefense.audit.table import Claim, Group
 
 
 def _contained(group: Group) -> bool:
-    """Whether an aware attack stands at or below every other bounded one of a random method."""
+    """Whether an aware attack is at or below every other bounded one of a randomized method."""
     bounded = [c for c in group.attacks if c.bounded]
     aware = [c for c in bounded if c.aware]
 
     def contains(a: Claim, c: Claim) -> bool:
-        """Whether it left no more, with no larger a budget."""
+        """Whether `a` has at most the accuracy of `c`, with at most its budget."""
         smaller = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) <= (c.eps or 0)
         return (a.same_budget(c) or smaller) and a.accuracy <= c.accuracy + 0.5
 
@@ -42,10 +42,10 @@ def _contained(group: Group) -> bool:
 
 
 def _slack(claims: Sequence[Claim], points: float) -> float:
-    """What chance may explain: `points`, two images, or one unit of the last stated digit.
+    """Tolerance for chance: `points`, two images, or one unit of the last stated digit.
 
-    The spreads of means are added, and so is what a slightly smaller budget may explain: twice the
-    share by which it is smaller, of the images that are wrong within the larger one.
+    The spreads of means are added, and a tolerance for a slightly smaller budget: twice the
+    relative difference, times the error within the larger budget.
     """
     sizes = [c.num_images for c in claims if c.num_images is not None]
     last = [10.0**-c.decimals for c in claims if c.decimals is not None]
@@ -68,7 +68,7 @@ def _same_view(a: Claim, b: Claim) -> bool:
 def _above(
     group: Group, highs: Iterable[str], lows: Iterable[str], points: float
 ) -> Iterator[tuple[Claim, list[Claim]]]:
-    """Each figure of `highs` with those of `lows` that it exceeds by more than the slack."""
+    """Each figure of `highs` with those of `lows` that it exceeds by more than the tolerance."""
     for high in group.named(highs):
         below = [
             low
@@ -82,8 +82,8 @@ def _above(
 def autoattack_above_apgd(group: Group) -> Iterator[Finding]:
     for high, below in _above(group, {"autoattack"}, {"apgd", "apgdt"}, 0.5):
         why = (
-            "AutoAttack runs APGD first and keeps every success, so it cannot leave more images "
-            "right; it does when a random answer makes it give up an image that still stands."
+            "AutoAttack runs APGD first and keeps every success, so its accuracy cannot be higher; "
+            "it is if a random output makes it skip an image that is still correct."
         )
         yield finding_about(group, [high, *below], why)
 
@@ -91,8 +91,8 @@ def autoattack_above_apgd(group: Group) -> Iterator[Finding]:
 def autoattack_above_pgd(group: Group) -> Iterator[Finding]:
     for high, below in _above(group, {"autoattack"}, GRADIENT, 0.5):
         why = (
-            "AutoAttack is stronger than any single gradient attack at the same budget; above one "
-            "it failed, as it does when one random answer makes it give up an image."
+            "AutoAttack is stronger than any single gradient attack at the same budget; if its "
+            "accuracy is higher it failed, as when a random output makes it skip an image."
         )
         yield finding_about(group, [high, *below], why)
 
@@ -100,15 +100,15 @@ def autoattack_above_pgd(group: Group) -> Iterator[Finding]:
 def apgd_above_pgd(group: Group) -> Iterator[Finding]:
     for high, below in _above(group, {"apgd"}, ITERATIVE, 1.0):
         why = (
-            "APGD is PGD with a better schedule and must not leave more images right; it returns "
-            "the clean image wherever a random answer hid its success."
+            "APGD is PGD with a better schedule, so its accuracy must not be higher; it returns "
+            "the clean image if a random output hid its success."
         )
         yield finding_about(group, [high, *below], why)
 
 
 def iterative_above_single_step(group: Group) -> Iterator[Finding]:
     for high, below in _above(group, ITERATIVE - {"eotpgd"}, {"fgsm"}, 0.5):
-        why = "Many steps leave more images right than one: gradients are masked or steps wrong."
+        why = "Accuracy is higher with many steps than with one: masked gradients or wrong steps."
         yield finding_about(group, [high, *below], why)
 
 
@@ -123,14 +123,14 @@ def rises_with_steps(group: Group) -> Iterator[Finding]:
         ]  # fmt: skip
         if below:
             why = (
-                "More steps leave more images right: gradients are masked, steps too long, or the "
-                "figures are not those of one model."
+                "Accuracy is higher with more steps: gradients are masked, steps are too large, or "
+                "the figures are not of one model."
             )
             yield finding_about(group, [high, *below], why)
 
 
 def duplicates_differ(group: Group) -> Iterator[Finding]:
-    """The same attack, or none, stated twice with other figures; an error beyond chance."""
+    """The same attack or clean accuracy with two figures; an error beyond chance."""
     chance = 0.5 if group.randomized is False else 2.0
     for first, second in combinations(group.claims, 2):
         if not _same_measurement(first, second):
@@ -141,18 +141,18 @@ def duplicates_differ(group: Group) -> Iterator[Finding]:
             continue
         beyond = gap > _slack((first, second), chance)
         why = (
-            "One measurement has two figures: one of them is wrong, or they are of two models, "
-            "which need two names."
+            "One measurement has two figures: one of them is wrong, or they are of two models "
+            "that need different names."
             if beyond
-            else "One measurement has two figures, as near to each other as chance brings them."
+            else "One measurement has two figures that differ within chance."
         )
         yield finding_about(group, [first, second], why, "error" if beyond else "note")
 
 
 def _same_measurement(a: Claim, b: Claim) -> bool:
-    """Whether two typed claims say that they are of one attack, budget, and set of images."""
+    """Whether two typed claims state the same attack, budget, and set of images."""
     stated = ((getattr(a, key), getattr(b, key)) for key in ("num_images", "members", "randomized"))
-    clean = a.key == b.key == "clean"  # whose budget says nothing
+    clean = a.key == b.key == "clean"  # clean accuracy has no budget
     attack = squeezed(a.attack) == squeezed(b.attack) and (
         (a.norm, a.eps, a.aware, a.bounded) == (b.norm, b.eps, b.aware, b.bounded)
     )
@@ -170,8 +170,8 @@ def black_box_below_white_box(group: Group) -> Iterator[Finding]:
         best = min(white, key=lambda c: c.accuracy, default=None)
         if best is not None and low.accuracy < best.accuracy - _slack((low, best), 0.5):
             why = (
-                "An attack that sees only scores beats every one that sees gradients: the "
-                "gradients mislead, and the white-box figures overstate the robustness."
+                "A score-based attack is stronger than every gradient attack: the gradients are "
+                "masked, and the white-box figures overstate the robustness."
             )
             yield finding_about(group, [low, best], why)
 
@@ -186,12 +186,12 @@ def eot_against_pgd(group: Group) -> Iterator[Finding]:
             )
             yield replace(finding_about(group, [high, *below], why), id="eot-below-pgd")
         elif group.randomized is None:
-            why = "EoT-PGD below PGD cannot be if this method is deterministic, which is not said."
+            why = "EoT-PGD below PGD is impossible for a deterministic method; it is not stated."
             yield replace(finding_about(group, [high, *below], why, "note"), id="eot-below-pgd")
         else:
             why = (
-                f"A little averaging already takes {gap:.1f} points off PGD's figure: that much "
-                "rests on the attacker's ignorance of the draw."
+                f"Averaging over few draws already lowers PGD's accuracy by {gap:.1f} points: that "
+                "much holds only for attackers unaware of the draw."
             )
             yield replace(finding_about(group, [high, *below], why, "note"), id="averaging-helps")
 
@@ -203,8 +203,8 @@ def inert_attack(group: Group) -> Iterator[Finding]:
             continue
         if claim.accuracy >= clean.accuracy - _slack((claim, clean), 0.5):
             why = (
-                "An attack free to move as far as it likes that changes nothing did not run: on a "
-                "model with outputs below 0 (log-probabilities), for one, CW has no gradient."
+                "An unbounded attack that does not lower the accuracy failed: for example, CW has "
+                "no gradient on a model with outputs below 0 (log-probabilities)."
             )
             yield finding_about(group, [claim, clean], why)
 
@@ -215,7 +215,7 @@ def above_clean(group: Group) -> Iterator[Finding]:
         return
     for claim in group.attacks:
         if claim.accuracy > clean.accuracy + _slack((claim, clean), 0.1):
-            why = "More images are right under attack than without one."
+            why = "Accuracy is higher under attack than on clean images."
             yield finding_about(group, [claim, clean], why)
 
 
@@ -231,47 +231,45 @@ def rises_with_eps(group: Group) -> Iterator[Finding]:
         ]
         alike = [low for low in below if low.attack.lower() == high.attack.lower()]
         if alike:
-            why = "A larger budget leaves more images right: the attack fails where it may do more."
+            why = "Accuracy is higher at a larger budget: the attack fails there."
             yield finding_about(group, [high, *alike], why)
         elif below:
-            why = (
-                "A larger budget leaves more images right, if these are one attack as often tried."
-            )
+            why = "Accuracy is higher at a larger budget, if the attack and its restarts are equal."
             yield finding_about(group, [high, *below], why, "note")
 
 
 def unaware_only(group: Group) -> Iterator[Finding]:
     bounded = [c for c in group.attacks if c.bounded]
-    # an aware attack speaks of its own budget and of smaller ones, where attackers may do less
+    # an aware attack covers its own budget and smaller ones
     attacks = [c for c in bounded if not any(a.aware and _covers(a, c) for a in bounded)]
     if not group.randomized or not attacks:
         return
-    # a row without an eps, where others state one, is no attack that could have known
+    # a row without an eps, where others state one, does not count as an aware attack
     stated = any(c.eps is not None for c in attacks)
     unknown = [c for c in attacks if c.aware is None and (c.eps is not None or not stated)]
     strongest = min(attacks, key=lambda c: c.accuracy)
     if unknown:
         why = (
-            "Whether anybody who knows of the draw attacked this defence, which answers at random, "
-            "cannot be told: no rule knows these names, and no column `aware` says it."
+            "It is unknown whether an aware attack was run on this randomized defence: the names "
+            "of its attacks are unknown, and there is no column `aware`."
         )
         yield finding_about(group, unknown, why, "note")
     elif any(averages(c.key) for c in attacks):
         why = (
-            "A defence that answers at random was attacked by nobody who uses all members: an "
-            "average over draws (EoT), which may be two, counts only where `aware` says so."
+            "No attack on this randomized defence uses all members: an average over draws (EoT), "
+            "which may be two, counts only if the column `aware` states it."
         )
         yield finding_about(group, [strongest], why)
     else:
         why = (
-            "A defence that answers at random was attacked only by attacks that ignore the draw: "
-            "nothing is known about an attacker who uses all members."
+            "This randomized defence was attacked only by attacks unaware of the draw: nothing is "
+            "known about attacks that use all members."
         )
         yield finding_about(group, [strongest], why)
 
 
 def _covers(a: Claim, c: Claim) -> bool:
-    """Whether `a` may do at least what `c` may; an unstated budget is taken for the same."""
+    """Whether the budget of `a` includes that of `c`; an unstated budget counts as equal."""
     if a.eps is None or c.eps is None:
         return True
     return a.norm == c.norm and (a.eps or 0.0) >= (c.eps or 0.0)
@@ -285,7 +283,7 @@ def aware_above_unaware(group: Group) -> Iterator[Finding]:
             continue
         best = min(same, key=lambda c: c.accuracy)
         if low.accuracy < best.accuracy - _slack((low, best), 1.0):
-            why = "An attack not made for the draw beats those that are, which were too weak."
+            why = "An unaware attack is stronger than the aware ones, which have not converged."
             yield finding_about(group, [low, best], why, "note")
 
 
@@ -296,19 +294,19 @@ def headline_above_attack(group: Group) -> Iterator[Finding]:
         summed = [
             c
             for c in attacks
-            # a headline without a budget is that of all attacks only where these have one budget
+            # a headline without a budget is that of all attacks only if these have one budget
             if c.same_budget(headline) or (headline.eps is None and one_budget)
-            # and one of attackers who do not know may lie above those who do
+            # and the unaware headline may be above aware attacks
             if headline.key != "headlineunaware" or c.aware is False
         ]
         lower = [c for c in summed if c.accuracy < headline.accuracy - _slack((c, headline), 0.0)]
         if lower:
-            why = "A worst case cannot lie above one of the attacks that it sums up."
+            why = "A worst case cannot be above one of the attacks that it includes."
             yield finding_about(group, [headline, *lower], why)
         free = [c for c in group.attacks if not c.bounded]
         lowest = min([*attacks, *free], key=lambda c: c.accuracy, default=None)
         if lowest in free and abs(lowest.accuracy - headline.accuracy) < 0.05:
-            why = "The headline is the figure of an attack that nothing bounds."
+            why = "The headline is the figure of an unbounded attack."
             finding = finding_about(group, [headline, lowest], why)
             yield replace(finding, id="unbounded-in-headline")
 
@@ -317,8 +315,8 @@ def unbounded_attack(group: Group) -> Iterator[Finding]:
     free = [c for c in group.attacks if not c.bounded]
     if free:
         why = (
-            "No eps bounds these attacks: their accuracies mean nothing without the size of the "
-            "change, and must not be ranked beside bounded ones."
+            "These attacks are unbounded: their accuracies mean nothing without the norm of the "
+            "perturbation, and must not be compared with bounded ones."
         )
         yield finding_about(group, free, why, "note")
 
@@ -355,7 +353,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "impossible-share": stated.impossible_share,
     }
 )
-"""Every rule about figures alone, by the id of its findings."""
+"""Every rule that needs only figures, by the id of its findings."""
 
 _STRENGTH = frozenset(
     {
@@ -372,6 +370,6 @@ def findings_of(group: Group) -> Iterator[Finding]:
         for finding in rule(group):
             named = replace(finding, id=finding.id or name)
             if contained and name in _STRENGTH:
-                # the figure is still wrong, but a harsher one stands beside it and is what counts
+                # the figure is wrong, but a lower one is also stated and is what counts
                 named = replace(named, severity="note")
             yield named

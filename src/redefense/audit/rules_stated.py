@@ -17,21 +17,21 @@ def eps_unstated(group: Group) -> Iterator[Finding]:
 def norm_unstated(group: Group) -> Iterator[Finding]:
     silent = [c for c in group.attacks if c.bounded and c.eps is not None and c.norm is None]
     if silent:
-        yield finding_about(group, silent, "The norm that eps is meant in is not stated.", "note")
+        yield finding_about(group, silent, "The norm of eps is not stated.", "note")
 
 
 def other_norm(group: Group) -> Iterator[Finding]:
     other = [c for c in group.attacks if c.norm not in (None, "inf", "2")]
     if other:
         why = (
-            "`redefense evaluate` measures under L-inf and L2 alone: budgets in another norm are "
-            "compared with each other, but cannot be tried here."
+            "`redefense evaluate` supports L-inf and L2 only: budgets in another norm are compared "
+            "with each other, but cannot be evaluated."
         )
         yield finding_about(group, other, why, "note")
 
 
 def fractions(group: Group) -> Iterator[Finding]:
-    """Typed figures that are all at most 1: an error if even the clean images are among them."""
+    """Typed figures that are all at most 1: an error if clean accuracies are included."""
     claims = [c for c in group.claims if c.decimals is not None]
     if claims and max(c.accuracy for c in claims) <= 1 and any(c.accuracy % 1 for c in claims):
         why = "Accuracies are percent, and all of these are at most 1: are they fractions?"
@@ -43,22 +43,22 @@ def spelling(group: Group) -> Iterator[Finding]:
         first = {getattr(c, what): c for c in reversed(group.claims)}
         if len(first) > 1:
             names = ", ".join(map(repr, reversed(first)))
-            why = f"Taken for one {what}: {names}. If they are several, give them other names."
+            why = f"Treated as one {what}: {names}. If they differ, rename them."
             yield finding_about(group, list(reversed(first.values())), why, "note")
 
 
 def unknown_attack(group: Group) -> Iterator[Finding]:
     unknown = [c for c in group.attacks if c.key not in KNOWN]
     if unknown:
-        why = "No rule knows these attacks by name: only what holds of every attack was looked at."
+        why = "These attacks are unknown: only rules for all attacks were applied."
         yield finding_about(group, unknown, why, "note")
 
 
 def draw_denied(group: Group) -> Iterator[Finding]:
     if group.randomized is False and group.num_members > 1:
         why = (
-            f"{group.num_members} members are said to answer without a draw: what must hold of "
-            "random answers, such as an attack that knows the draw, was not asked for."
+            f"The {group.num_members} members are stated to answer without a draw: rules for "
+            "randomized defences, such as the need for an aware attack, were not applied."
         )
         yield finding_about(group, group.claims[:1], why, "note")
 
@@ -69,8 +69,8 @@ def draw_unstated(group: Group) -> Iterator[Finding]:
         return
     if attacks:
         why = (
-            f"Whether one of the {group.num_members} members is drawn to answer is not stated: if "
-            "so, an attack that knows the draw is missing."
+            f"It is not stated whether a query is answered by one of the {group.num_members} "
+            "members at random: if so, an aware attack is missing."
         )
         yield finding_about(group, group.claims[:1], why, "note")
 
@@ -83,11 +83,11 @@ def images_unstated(group: Group) -> Iterator[Finding]:
 
 
 def too_few_images(group: Group) -> Iterator[Finding]:
-    """Digits finer than one image; an error from ten times finer on."""
+    """More decimals than the number of images supports; an error from a factor of ten on."""
     for claim in group.claims:
         n, decimals = claim.num_images, claim.decimals
         if n is None or decimals is None or claim.spread is not None:
-            continue  # means of several runs may have finer digits
+            continue  # means of several runs may have more decimals
         if 100 / n <= 10.0**-decimals * (1 + 1e-9):
             continue
         coarse = 100 / n > 10.0 ** (1 - decimals) * (1 + 1e-9)
@@ -109,7 +109,7 @@ def impossible_share(group: Group) -> Iterator[Finding]:
         nearest = 100 * round(claim.accuracy * n / 100) / n
         if abs(nearest - claim.accuracy) > 0.5 * 10.0**-decimals + 1e-9:
             why = (
-                f"A deterministic model is right on a whole number of images: no share of {n} "
-                f"rounds to this figure, unless it is a mean of several models, which is not said."
+                f"A deterministic model is correct on a whole number of images: no share of {n} "
+                f"rounds to this figure, and it is not stated to be a mean over several models."
             )
             yield finding_about(group, [claim], why)

@@ -1,4 +1,4 @@
-"""Claims of robustness as rows: typed in from a paper, or taken from an evaluation of ours."""
+"""Claims of robustness as rows, typed from a paper or read from a stored evaluation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -7,27 +7,27 @@ from redefense.audit.attack_names import HEADLINES, attack_key, squeezed
 from redefense.results.schema import Evaluation
 
 SAME_EPS = 0.05
-"""Share by which radii may differ that mean the same, as 0.03, 0.031 and 8/255 do."""
+"""Relative difference of radii that count as equal, as 0.03, 0.031 and 8/255."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """One figure somebody states.
+    """One stated figure.
 
     Attributes:
-        where: how to find it, e.g. `line 5`.
+        where: its position, e.g. `line 5`.
         key: the attack's name in lower case without punctuation, steps and synonyms.
         accuracy: in percent.
-        decimals: digits stated after the point; None for a figure that was not typed, and for a
-            count of images.
-        spread: what is stated after +-, in points; such a figure is a mean of several.
-        norm, eps: the budget; None where unstated.
-        view: what the attacker queried; empty where unstated.
-        aware: whether the attacker knows that answers are drawn; None where neither the table
-            nor the attack's name tells.
-        bounded: whether an eps bounds the attack.
-        whole: whether the attack met all images; where it did not, its accuracy is what it and
-            those before it leave, and is not compared with that of other attacks.
+        decimals: number of stated decimals; None for figures that were not typed and for counts of
+            images.
+        spread: the value after +-, in points; such a figure is a mean of several.
+        norm, eps: the budget; None if unstated.
+        view: the victim model of the attack; empty if unstated.
+        aware: whether the attack is aware of the draw; None if neither the table nor the attack's
+            name states it.
+        bounded: whether the attack is bounded by eps.
+        whole: whether the attack ran on all images; if not, its accuracy is that of the cascade up
+            to it and is not compared with other attacks.
     """
 
     where: str
@@ -53,7 +53,7 @@ class Claim:
         return self.key != "clean" and self.key not in HEADLINES
 
     def same_budget(self, other: "Claim") -> bool:
-        """Whether both budgets are meant to be one: equal norms, radii within `SAME_EPS`."""
+        """Whether both budgets are the same: equal norms, radii within `SAME_EPS`."""
         if self.norm != other.norm or self.eps is None or other.eps is None:
             return (self.norm, self.eps) == (other.norm, other.eps)
         return abs(self.eps - other.eps) <= SAME_EPS * max(self.eps, other.eps)
@@ -66,7 +66,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """All that is claimed of one method on one data set: the claims that must agree."""
+    """All claims about one method on one data set, which must be consistent."""
 
     subject: str
     claims: tuple[Claim, ...]
@@ -86,20 +86,20 @@ class Group:
 
     @property
     def num_members(self) -> int:
-        """The most that is stated; 1 if nothing is."""
+        """The largest stated number of members; 1 if none is stated."""
         return max((c.members or 1 for c in self.claims), default=1)
 
     def named(self, keys: Iterable[str]) -> tuple[Claim, ...]:
-        """Attacks of these names, to be compared: those that met all images."""
+        """Attacks of these names that ran on all images, for comparison."""
         wanted = frozenset(keys)
         return tuple(c for c in self.claims if c.key in wanted and c.whole)
 
 
 def grouped(claims: Sequence[Claim]) -> list[Group]:
-    """Claims about the same method and data set, in the order of their first row.
+    """Claims grouped by method and data set, in the order of their first row.
 
-    The table does not separate them: what one paper says of one model in two tables must agree.
-    Names that differ by case, spaces, hyphens or Unicode form alone are taken for one.
+    Claims of several tables in one file are grouped together, since they must be consistent. Names
+    that differ only by case, spaces, hyphens or Unicode form count as equal.
     """
     groups: dict[tuple[str, str], list[Claim]] = {}
     for claim in claims:
@@ -114,7 +114,7 @@ def grouped(claims: Sequence[Claim]) -> list[Group]:
 
 
 def of_evaluation(evaluation: Evaluation) -> list[Claim]:
-    """What a stored evaluation claims: its clean accuracy and every cell's expected accuracy."""
+    """Claims of a stored evaluation: its clean accuracy and every cell's expected accuracy."""
     clean = evaluation.clean
     num_members = len(clean.per_member) or len(evaluation.mixture or ()) or None
     method = str(evaluation.run.get("name") or f"suite {evaluation.suite}")

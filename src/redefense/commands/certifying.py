@@ -1,4 +1,4 @@
-"""What can be proven about a run: certify."""
+"""Certification: certify."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ def certify(
     ] = 0.25,
     eps: Annotated[
         str | None,
-        typer.Option(help="L2 radii, e.g. 0.25 or 0.1,0.5; 0, sigma/2 and sigma unless given."),
+        typer.Option(help="L2 radii, e.g. 0.25 or 0.1,0.5; by default 0, sigma/2 and sigma."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Number of noise draws for each image.")] = 1000,
+    draws: Annotated[int, typer.Option(min=1, help="Number of noise draws per image.")] = 1000,
     alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 0.001,
     data: DataSpec = None,
     images: Annotated[
@@ -31,7 +31,7 @@ def certify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Certify a run behind Gaussian noise in L2, for one draw and for the vote."""
+    """Certify the L2 accuracy of a run with Gaussian noise, for one draw and for the vote."""
     from redefense.config import read_eps
     from redefense.evaluation.stochastic.certify import certify_run
 
@@ -45,7 +45,7 @@ def certify(
         return
     for one in () if quiet else document["certificates"]:
         typer.echo(
-            f"l2 {one['radius']:g}: one draw is right on {100 * one['single']:.1f} % at least, "
-            f"the vote on {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"
+            f"l2 {one['radius']:g}: certified accuracy of one draw {100 * one['single']:.1f} %, "
+            f"of the vote {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"
         )
     say(f"wrote {target}", quiet)

@@ -12,7 +12,7 @@ from redefense.commands.options import Device, Json, Quiet, say
 
 ClaimFiles = Annotated[list[Path], typer.Argument(metavar="CLAIM...", help="Files of claims.")]
 Images = Annotated[
-    int | None, typer.Option(min=1, help="Only what was measured on so many images.")
+    int | None, typer.Option(min=1, help="Use only results on this number of images.")
 ]
 
 
@@ -21,7 +21,7 @@ def make(
         list[Path],
         typer.Argument(
             metavar="RUN|REPORT.json...",
-            help="An evaluated run; or evaluations of one set of weights, records beside them.",
+            help="An evaluated run; or evaluations of one set of weights, with their records.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")],
@@ -38,10 +38,10 @@ def make(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the claim of a run, or of what `evaluate` measured of weights of your own.
+    """Write the claim of a run, or of your own weights as measured by `evaluate`.
 
     Weights that `redefense train` did not make need --name, --link, --authors and --licence.
-    A claim that is made again of the same weights keeps what it held about other images.
+    An existing claim of the same weights keeps its results on other images.
     """
     from redefense.claims.format import read, write
     from redefense.claims.make import claim
@@ -52,7 +52,7 @@ def make(
     for plan in (plan for each in made.evaluations for plan in each.suites):
         commit = str(plan.provenance.get("commit", ""))
         if not commit or commit.endswith("-dirty"):
-            say(f"{plan.file} was made by code of no commit ({commit or 'unknown'})", quiet)
+            say(f"{plan.file} was made by code without a commit ({commit or 'unknown'})", quiet)
     write(made, out)
     if as_json:
         typer.echo(json.dumps({"file": str(out)}))
@@ -60,7 +60,7 @@ def make(
 
 
 def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Check the schema, hashes, sums and attacks of claims, and the audit's rules.
+    """Check the schema, hashes, figures and attacks of claims, and the audit's rules.
 
     Exit 1 if a claim does not hold, 3 if a file is missing or unreadable.
     """
@@ -109,18 +109,18 @@ def recompute(
             "--weights",
             "--run",
             metavar="DIR",
-            help="A run, or a folder for a model hub, to evaluate in place of a training.",
+            help="A run, or a folder for a model hub, to evaluate instead of training.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep the run here, so that a second call continues it."),
+        typer.Option(metavar="DIR", help="Save the run here, so that a second call resumes it."),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train (or take the named weights), evaluate, and compare with a claim; exit 1 if outside."""
+    """Train (or load given weights), evaluate, and compare with a claim; exit 1 if they differ."""
     from redefense.claims.format import read
     from redefense.claims.recompute import recompute as differences_of
 
@@ -154,7 +154,7 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare methods over all their seeds, under the attacks that all have met."""
+    """Compare methods over all their seeds, under matched attacks."""
     from redefense.claims.compare import seeds_of, table
 
     told = table({name: seeds_of(name, claims, images) for name in methods}, against)
@@ -182,14 +182,14 @@ def table(
     from redefense.errors import ConfigError
 
     if attacks and draw:
-        raise ConfigError("--attacks and --draw are two tables: ask for one")
+        raise ConfigError("--attacks and --draw print different tables: use one of them")
     kind = "draw" if draw else "attacks" if attacks else "methods"
     told = chosen([read(path) for path in paths], kind, images, against)
     _tell(told, as_json=as_json, quiet=quiet)
 
 
 def _tell(markdown: str, *, as_json: bool, quiet: bool) -> None:
-    """Print a table, or its rows as JSON; with --quiet alone only whether it can be made."""
+    """Print a table, or its rows as JSON; with --quiet and without --json print nothing."""
     if as_json:
         lines = [line.strip("| ") for line in markdown.splitlines() if line.startswith("|")]
         head, _, *rows = [[cell.strip() for cell in line.split(" | ")] for line in lines]
@@ -207,7 +207,7 @@ def leaderboard(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the leaderboard over a folder of claims: pages that a browser opens from the disk."""
+    """Write the leaderboard of a folder of claims as static pages."""
     from redefense.claims.site import write_site
 
     written = write_site(folder, out)

@@ -57,7 +57,8 @@ def export(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by export.")],
     against: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run that the bundle must agree with.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A run whose outputs the bundle must reproduce."),
     ] = None,
     signer: Annotated[
         Path | None,

@@ -32,31 +32,29 @@ def evaluate(
     device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="The JSON file to write.")] = None,
     checks: Annotated[
-        str, typer.Option(help="quick, or full for further checks that run attacks of their own.")
+        str, typer.Option(help="quick, or full for checks that run further attacks.")
     ] = "quick",
     no_cascade: Annotated[
         bool,
         typer.Option(
-            "--no-cascade", help="Attack all images, also those on which all members err already."
+            "--no-cascade", help="Attack all images, also those that already fool all members."
         ),
     ] = False,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Arithmetic in which attacks that know the ensemble ask it: fp32, bf16 or auto."
+            help="Precision in which aware attacks query the ensemble: fp32, bf16 or auto."
         ),
     ] = None,
     stochastic: Annotated[
         str,
-        typer.Option(
-            help="auto, on or off: whether to measure a network that draws by fresh draws."
-        ),
+        typer.Option(help="Measure stochastic networks by fresh draws: auto, on or off."),
     ] = "auto",
     save_images: Annotated[
         bool,
         typer.Option(
             "--save-images",
-            help="Also keep the attacked images, in ATTACK.images.npz beside the records.",
+            help="Save the attacked images as ATTACK.images.npz in the folder of the records.",
         ),
     ] = False,
     replay: Replay = "auto",
@@ -65,7 +63,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Attack a trained run and write DIR/evaluation/SUITE.json."""
-    # of the processes that torchrun starts, one speaks
+    # only one of the processes that torchrun starts prints
     first = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not first
     from redefense.checks.catalogue import explained
@@ -116,7 +114,7 @@ def report(
     out: Annotated[
         Path,
         typer.Option(
-            help="A .html page, with .md, .csv and .json beside it; or one of these alone; or .tex."
+            help="An .html page, with .md, .csv and .json; or a .md, .csv, .json or .tex file."
         ),
     ] = Path("report.html"),
     as_json: Json = False,
@@ -135,7 +133,7 @@ def report(
         files = {"files": [str(path) for path in written]}
         typer.echo(json.dumps(files | json.loads(to_json(results)), indent=1))
     elif not quiet:
-        # a pipe has no width of its own, and a wrapped table cannot be read
+        # a pipe has no width, and a wrapped table is unreadable
         width = None if sys.stdout.isatty() else 160
         Console(width=width).print(format_table(summary_rows(results)))
         typer.echo(f"report: {written[0]}")
@@ -172,14 +170,12 @@ def landscape(
     out: Annotated[Path, typer.Option(help="An .svg or .png file.")] = Path("landscape.svg"),
     image: Annotated[
         int | None,
-        typer.Option(
-            help="Index in the validation split; by default the first that both members get right."
-        ),
+        typer.Option(help="Validation image; by default the first that both classify correctly."),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw the loss surfaces of two members over the plane of their gradients."""
+    """Plot the loss surfaces of two members over the plane spanned by their gradients."""
     from redefense.report.landscape import write_landscape
 
     written = write_landscape(paths, out, image=image)

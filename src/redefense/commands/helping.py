@@ -1,4 +1,4 @@
-"""What `--help` says of a command: its options under headings, and examples."""
+"""Help texts of commands: options under headings, and examples."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -22,7 +22,7 @@ HEADINGS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         "Output": ("out", "save_images", "profile", "strict", "as_json", "quiet"),
     }
 )  # fmt: skip
-"""Headings and the parameters below them; all others stand under "Options", the first."""
+"""Headings and their parameters; all other parameters are listed under "Options"."""
 
 EXAMPLES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {
@@ -69,11 +69,11 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
         "bench scaling": ("redefense bench scaling digits-red --processes 2",),
     }
 )
-"""Examples by the command's name."""
+"""Examples, by name of the command."""
 
 
 class HelpfulCommand(TyperCommand):
-    """A command whose help has headings and examples, without rich, which takes long to import."""
+    """A command whose help has headings and examples, without rich, which is slow to import."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -100,7 +100,7 @@ def _heading(name: str) -> str:
 
 
 def command_of(ctx: Any) -> str:
-    """Its name below the program's, e.g. "bench train"."""
+    """The command's name without the program's, e.g. "bench train"."""
     names = []
     while ctx.parent is not None:
         names.append(str(ctx.info_name))

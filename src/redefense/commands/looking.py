@@ -19,7 +19,7 @@ def list_names(
         str, typer.Argument(metavar="KIND", help="attacks|defences|models|data|recipes|suites")
     ],
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the names alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print names only.")] = False,
 ) -> None:
     """List attacks, defences, models, data sets, recipes or suites."""
     entries = _entries(kind)
@@ -52,7 +52,7 @@ def show(
 ) -> None:
     """Show a recipe or a run with every setting resolved."""
     if cost and parameters:
-        raise ConfigError("--parameters and --cost are two tables: ask for one of them")
+        raise ConfigError("--parameters and --cost print different tables: use one of them")
     run = resolve_run(what, changes, data, None)
     from redefense.train.loading import resolve
 
@@ -80,7 +80,7 @@ def show(
 
 
 def _tell(text: str, as_json: bool, quiet: bool) -> None:
-    """Print a result; with --quiet alone the exit status is all that is told."""
+    """Print a result; with --quiet and without --json print nothing."""
     if as_json or not quiet:
         typer.echo(text)
 
@@ -90,7 +90,7 @@ def data_check(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Count, hash and judge a data set; exit 3 if it cannot be used."""
+    """Count, hash and check a data set; exit 3 if it cannot be used."""
     from redefense.data.check import check_dataset
 
     found = check_dataset(spec)
@@ -116,7 +116,7 @@ def check_plugin(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hold what a plug-in registers to the contract of its kind; exit 1 if it breaks one."""
+    """Check what a plug-in registers against the contract of its kind; exit 1 if a check fails."""
     from redefense.conformance import check_file
 
     found = check_file(path)
@@ -130,7 +130,7 @@ def check_plugin(
             mark = "ok  " if check.passed else "FAIL"
             typer.echo(f"{mark}  {check.name:<24}  {check.detail}")
     if failed:
-        say(f"{path} does not hold: {failed[0].name}: {failed[0].detail}", quiet=False)
+        say(f"{path} failed: {failed[0].name}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)
 
 
@@ -140,7 +140,7 @@ def _entries(kind: str) -> list[tuple[str, str]]:
     plural = "datasets" if kind == "data" else kind
     if plural not in HOMES:
         raise ConfigError(
-            f"cannot list {kind!r}; there are attacks, defences, models, data, recipes, suites"
+            f"cannot list {kind!r}; choose attacks, defences, models, data, recipes or suites"
         )
     names, rows = registry(plural), []
     for name in names:
@@ -153,7 +153,7 @@ def _entries(kind: str) -> list[tuple[str, str]]:
                 summary = summary_of(names[name])
             if (origin := names.origin(name)) is not None:
                 summary = f"{summary} (from {words(origin)})".lstrip()
-        except ConfigError as error:  # of a plug-in that cannot be loaded; the others can
+        except ConfigError as error:  # one plug-in cannot be loaded; list the others
             summary = str(error)
         rows.append((name, summary))
     return rows

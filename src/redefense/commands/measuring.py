@@ -20,7 +20,7 @@ from redefense.errors import ConfigError
 def bench_attacks(
     images: Annotated[int, typer.Option(min=1, help="Number of held-out images.")] = 256,
     model: Annotated[
-        str, typer.Option(help="Name of a network; by default one that fits the data.")
+        str, typer.Option(help="Name of a network; by default one for the data.")
     ] = "auto",
     data: DataSpec = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
@@ -31,12 +31,12 @@ def bench_attacks(
         int | None, typer.Option(min=1, help="Training images per epoch; all by default.")
     ] = None,
     single: Annotated[
-        bool, typer.Option("--single", help="Leave out the table of a random ensemble.")
+        bool, typer.Option("--single", help="Skip the table of a randomized ensemble.")
     ] = False,
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Compare attacks with TorchAttacks: accuracy, passes, seconds; also on a random ensemble."""
+    """Compare attacks with TorchAttacks: accuracy, passes and seconds."""
     from redefense.bench.attacks import run, tables
 
     say(f"attacking {images} images with each attack, here and with TorchAttacks: minutes", quiet)
@@ -59,12 +59,12 @@ def bench_inference(
     ensemble: Annotated[
         str, typer.Option(help="Kind of ensemble: independent or hyper.")
     ] = "independent",
-    rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timings per measurement.")] = 5,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Latency of the drawn member and of the average, over that of one plain member."""
+    """Latency of the drawn member and of the average, relative to a single member."""
     from redefense.bench.inference import run, table
 
     say(f"timing {members} members of {model}, {rounds} rounds", quiet)
@@ -81,7 +81,7 @@ def bench_train(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=2, help="Batch size.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training adversary.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of timings of each.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timings per measurement.")] = 2,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Results = False,
@@ -119,7 +119,7 @@ def bench_memory(
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Peak memory of a RED step by number of members, beside that of the joint graph."""
+    """Peak memory of a RED step by number of members, compared with the joint graph."""
     if precision not in ("bf16", "fp32"):
         raise ConfigError(f"--precision must be bf16 or fp32, got {precision}")
     from redefense.bench.memory import MEMBERS, run, table

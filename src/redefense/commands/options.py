@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:  # what a command needs it imports itself, so that --help answers at once
+if TYPE_CHECKING:  # commands import these when they run, so that --help is fast
     from redefense.config import Run
 
 Set = Annotated[
@@ -20,15 +20,13 @@ DataSpec = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on, e.g. cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-Results = Annotated[
-    bool, typer.Option("--quiet", help="Print the results alone, without progress.")
-]
+Results = Annotated[bool, typer.Option("--quiet", help="Print only results, without progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Replay = Annotated[
     str,
     typer.Option(
         metavar="auto|off",
-        help="Record the work on a CUDA device and replay it, to the same bits.",
+        help="Record the work on a CUDA device and replay it, with bit-identical results.",
     ),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
@@ -38,13 +36,13 @@ Plugins = Annotated[
     typer.Option(
         "--plugin",
         metavar="FILE.py",
-        help="Run a file of yours that registers names; may be repeated.",
+        help="Run a Python file that registers names; may be repeated.",
     ),
 ]
 
 
 def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the option --plugin, whose files are run before anything else."""
+    """Add the option --plugin to a command; its files are run before the command."""
 
     @functools.wraps(command)
     def run(*args: Any, plugin: list[Path] | None = None, **options: Any) -> None:

@@ -26,7 +26,7 @@ def serve(
     bundle: Bundle,
     host: Annotated[str | None, typer.Option(help=f"Address to listen on; {HOST}.")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help=f"{PORT}; 0 takes a free one.")
+        int | None, typer.Option(min=0, max=65535, help=f"{PORT}; 0 selects a free port.")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Model name in the routes; by default the folder's.")
@@ -56,7 +56,7 @@ def serve(
     ] = None,
     mode: Annotated[
         Mode,
-        typer.Option(help="How to answer; averaged and member (the first) are for comparison."),
+        typer.Option(help="How to predict; averaged and member (the first) are for comparison."),
     ] = "sampled",
     scores: Annotated[
         bool, typer.Option("--scores", help="Return the scores of all classes.")
@@ -79,7 +79,7 @@ def serve(
     ] = False,
     max_batch: Annotated[int, typer.Option(help="Maximum number of images in a batch.")] = 64,
     max_delay: Annotated[
-        float, typer.Option(help="Seconds that a batch waits for further images.")
+        float, typer.Option(help="Longest time in seconds that a batch waits for further images.")
     ] = 0.0,
     max_queue: Annotated[
         int, typer.Option(help="Maximum number of waiting images; further requests get 429.")
@@ -117,7 +117,7 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP (Open Inference Protocol v2), with a secret draw per image.
 
-    SIGHUP reads BUNDLE anew and goes on with what lies there now; SIGTERM drains and ends.
+    SIGHUP reloads BUNDLE; SIGTERM finishes pending requests and exits.
     """
     for package in PACKAGES:
         if find_spec(package) is None:
@@ -151,14 +151,14 @@ def serve(
     if audit:
         own = {"host": host, "port": port, "name": name, "key": key}
         if given := ", ".join(f"--{option}" for option, value in own.items() if value is not None):
-            raise ConfigError(f"--audit starts servers of its own here: leave {given} out")
+            raise ConfigError(f"--audit starts its own servers on this machine: remove {given}")
         _audit(bundle, settings, signer, as_json=as_json, quiet=quiet)
         return
     if as_json:
-        raise ConfigError("--json is for --audit; what a server logs is JSON anyway")
+        raise ConfigError("--json requires --audit; the log of a server is always JSON")
     if key is not None and policy == "fresh":
         raise ConfigError(
-            "--key is for the policies per-input and per-client: fresh draws need none"
+            "--key requires the policy per-input or per-client: fresh draws need no key"
         )
     address = HOST if host is None else host
     check_address(settings, address)
@@ -188,7 +188,10 @@ def _audit(
     model = Model(bundle, threads=settings.threads, trust=_trust(signer))
     model.check_grouped(settings.grouped)
     more = () if signer is None else ("--signer", str(signer))
-    say(f"auditing {bundle}, policy {settings.policy}: servers come and go for a minute", quiet)
+    say(
+        f"auditing {bundle}, policy {settings.policy}: takes about a minute",
+        quiet,
+    )
     findings = run_audit(model, settings, lambda: child(bundle, settings, *more))
     passed = all(finding.passed for finding in findings)
     if as_json:

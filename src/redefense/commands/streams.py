@@ -36,15 +36,15 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def accept_every_letter() -> None:
-    """Replace what the encoding of a standard stream lacks, in place of raising.
+    """Replace characters that the encoding of a standard stream lacks, instead of raising.
 
-    Signs get their ASCII form and other letters a question mark. A closed stream becomes one that
-    writes nothing.
+    Symbols are replaced by their ASCII form and other characters by a question mark. A closed
+    stream is replaced by one that writes nothing.
     """
     codecs.register_error("redefense", _plain)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="redefense")

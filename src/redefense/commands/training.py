@@ -25,20 +25,16 @@ def train(
     what: Annotated[str, typer.Argument(metavar="RECIPE|RUN.json", help="What to train.")],
     changes: Set = None,
     data: DataSpec = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory; runs/RECIPE unless given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/RECIPE.")] = None,
     start: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR|FILE", help="A run, or a file of weights, that initialises the members."
+            metavar="DIR|FILE", help="A run or a file of weights to initialise the members from."
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of the training.")] = None,
     device: Device = "cpu",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was interrupted.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     download: Annotated[
         bool, typer.Option("--download", help="Download the data if it is missing.")
     ] = False,
@@ -46,11 +42,11 @@ def train(
         str | None,
         typer.Option(
             metavar="DATAxMEMBER",
-            help="How torchrun's processes share batches and members; by default, batches alone.",
+            help="How torchrun's processes share batches and members; by default only batches.",
         ),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print the time of each phase, and store it.")
+        bool, typer.Option("--profile", help="Print and store the time of each phase.")
     ] = False,
     replay: Replay = "auto",
     as_json: Json = False,
@@ -59,7 +55,7 @@ def train(
     """Train a recipe, or a run from its JSON record."""
     from redefense.config import StartConfig
 
-    # of the processes that torchrun starts, one speaks
+    # only one of the processes that torchrun starts prints
     first = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not first
     as_json = as_json and first

@@ -1,7 +1,7 @@
 """Accuracies of a randomized ensemble from the (M, n) matrix of its members' correctness.
 
-c[j, i] is whether member j is right on image i and p the sampling probabilities; the exact expected
-correctness of image i is q_i = sum_j p_j c[j, i]: enumerated, never sampled.
+c[j, i] is the correctness of member j on image i and p are the sampling probabilities. The exact
+expected correctness of image i is q_i = sum_j p_j c[j, i], which is enumerated, not sampled.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from redefense.results.records import Stored, read_json
 
 
 class Level(BaseModel):
-    """What is certified at one L2 radius; shares of images in [0, 1]."""
+    """Certified accuracies at one L2 radius, in [0, 1]."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -31,7 +31,7 @@ class _Document(BaseModel):
 
 
 def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
-    """(what it was made on, level) of all certificates of the runs that the suites are of.
+    """(images, level) of all certificates of the suites' runs.
 
     Raises:
         DataError: if a file is damaged.
@@ -43,7 +43,7 @@ def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
             document = _Document.model_validate(read_json(path))
         except ValidationError as error:
             key = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise DataError(f"{path} is no valid certificate: {key}") from None
+            raise DataError(f"{path} is not a valid certificate: {key}") from None
         data = document.data
         told = f"{data.get('num_images')} {data.get('split')} images of {data.get('name')}"
         found += [(told, level) for level in document.certificates]

@@ -1,9 +1,9 @@
-"""Figures of a network that answers at random, from the correctness of its fresh draws.
+"""Figures of a stochastic network, from the correctness of its fresh draws.
 
-`correct` (S, n) says whether draw s is right on image i. All attacks are scored by equally many
-draws. The worst attack is chosen on one half of the draws and scored on the other, the halves are
-swapped and the two averaged: chosen and scored on the same draws it would look worse than it is,
-and chosen once for all on some of them it would depend on which. Needs neither torch nor a model.
+`correct` (S, n) is the correctness of draw s on image i. All attacks are scored by equally many
+draws. The worst attack is selected on one half of the draws and scored on the other, then the
+halves are swapped and both results averaged. Selection and scoring on the same draws would bias the
+accuracy down. Needs neither torch nor a model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ FIGURES = (
     "unaware", "unaware_interval", "unaware_interval_draws",
     "aware", "aware_interval", "aware_interval_draws", "success_within",
 )  # fmt: skip
-"""What `pair` gives."""
+"""Keys of the result of `pair`."""
 LEVEL = 0.95
 RESAMPLES = 2000
 
 
 def worst_per_image(corrects: Bools) -> Bools:
-    """(S, n) correctness on each image's worst attack, chosen on the other half of the draws.
+    """(S, n) correctness under each image's worst attack, selected on the other half of the draws.
 
-    Of attacks that leave an image equally often right the first is taken.
+    Ties are resolved in favour of the first attack.
 
     Args:
         corrects: (A, S, n) of every attack, S even.
@@ -44,7 +44,7 @@ def worst_per_image(corrects: Bools) -> Bools:
 
 
 def lowest_cell(corrects: Bools) -> Bools:
-    """(S, n) correctness under the attack of lowest accuracy, chosen on the other half."""
+    """(S, n) correctness under the attack of lowest accuracy, selected on the other half."""
     found = np.empty(corrects.shape[1:], dtype=bool)
     for scored, chosen_on in _halves(corrects.shape[1]):
         found[scored] = corrects[corrects[:, chosen_on].mean((1, 2)).argmin(), scored]
@@ -57,15 +57,15 @@ def _halves(draws: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
 
 
 def draws_interval(correct: Bools, *, folded: bool = False) -> list[float]:
-    """95 % interval of the accuracy over the draws, the images being these.
+    """95 % interval of the accuracy over the draws, for fixed images.
 
-    Student's interval of the draws' accuracies. Where the attack was chosen on the other half, the
-    halves are counted as fully dependent, which can only widen it. Draws that all agree on every
-    image exclude no answer that one draw in S / 3.7 would give.
+    Student's interval of the draws' accuracies. If the attack was selected on the other half, the
+    halves are treated as fully dependent, which can only widen it. If all draws agree on every
+    image, outcomes with a probability up to 3.7 / S are not excluded.
 
     Args:
         correct: (S, n).
-        folded: an attack was chosen on each half of the draws and scored on the other.
+        folded: an attack was selected on each half of the draws and scored on the other.
     """
     each = correct.mean(1)
     value, draws = float(each.mean()), len(each)
@@ -81,13 +81,13 @@ def draws_interval(correct: Bools, *, folded: bool = False) -> list[float]:
 def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[float]:
     """95 % interval of the accuracy over images and draws, both resampled.
 
-    Each resample draws images and draws with replacement (Owen, 2007), an image keeping its row in
-    all draws. Halves of the draws that chose for each other are counted as fully dependent. Never
-    surer than n images that are all wrong, or all right, would allow.
+    Images and draws are resampled with replacement (Owen, 2007), each image together with all its
+    draws. Halves that select for each other are treated as fully dependent. The interval is at
+    least as wide as that of n images that are all wrong or all correct.
 
     Args:
         correct: (S, n).
-        folded: as for `draws_interval`.
+        folded: as in `draws_interval`.
         seed: of the resamples.
     """
     rng = np.random.default_rng(seed)
@@ -113,15 +113,15 @@ def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[flo
 
 
 def success_within(correct: Bools, tries: int) -> Floats:
-    """(tries,) chance that an attacker wins within K = 1, ..., `tries` sendings of one image.
+    """(tries,) probability that an attack succeeds within K = 1, ..., `tries` queries of one image.
 
-    Of an image with k right answers among S draws, C(k, K) / C(S, K) is the unbiased estimate that
-    K draws are all right; the K-th power of k / S would be too large. NaN for more tries than
-    draws.
+    For an image with k correct answers among S draws, C(k, K) / C(S, K) is the unbiased estimate of
+    the probability that K draws are all correct; (k / S)^K would be biased upwards. NaN for more
+    tries than draws.
 
     Args:
         correct: (S, n) correctness.
-        tries: K goes up to so many.
+        tries: the largest K.
     """
     right = correct.sum(0).astype(np.float64)
     draws = len(correct)
@@ -138,7 +138,7 @@ def success_within(correct: Bools, tries: int) -> Floats:
 
 
 def folded_success_within(correct: Bools, tries: int) -> Floats:
-    """`success_within` where an attack was chosen on each half and scored on the other."""
+    """`success_within` for attacks selected on each half and scored on the other."""
     halves = [success_within(correct[scored], tries) for scored, _ in _halves(len(correct))]
     found: Floats = np.mean(halves, axis=0)
     return found
@@ -147,12 +147,12 @@ def folded_success_within(correct: Bools, tries: int) -> Floats:
 def pair(
     corrects: Mapping[str, Bools], unaware: Sequence[str], tries: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Both figures at one threat with their intervals, and the attacker's success within K tries.
+    """Unaware and aware accuracy at one threat with intervals, and attack success within K tries.
 
     Args:
         corrects: (S, n) of every bounded attack and of the clean images, in a fixed order.
-        unaware: those of attackers who do not know of the draw.
-        tries: K goes up to so many.
+        unaware: names of the unaware attacks.
+        tries: the largest K.
         seed: of the resamples.
     """
     worst = worst_per_image(np.stack(list(corrects.values())))

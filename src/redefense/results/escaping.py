@@ -9,5 +9,5 @@ _ESCAPED = str.maketrans(
 
 
 def escape_latex(text: str) -> str:
-    """Text on one line that LaTeX shows as it is."""
+    """Escape text for LaTeX, on one line."""
     return " ".join(text.split()).translate(_ESCAPED)

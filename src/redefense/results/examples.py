@@ -1,4 +1,4 @@
-"""A few attacked images to look at, stored with every evaluation. Needs no torch."""
+"""A few attacked images for display, stored with every evaluation. Needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,23 +10,24 @@ from numpy.typing import NDArray
 from redefense.errors import DataError
 
 SHOWN: Final = 8
-"""Images that are shown."""
+"""Number of images that are shown."""
 
 CANDIDATES: Final = 16
-"""The first images of the evaluation, from which those are taken that are right untouched."""
+"""Number of first images from which examples are selected: those that are correct when clean."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Examples:
-    """Of the first images that some member gets right untouched, the point that leaves the least.
+    """The worst point of each of the first images that some member classifies correctly when clean.
 
     Attributes:
-        index: (k,) which image of the evaluation each is, from 0.
+        index: (k,) index of each image in the evaluation, from 0.
         label: (k,) the true class.
-        attack: (k,) as text, the name of the attack that found the point; "clean" where none hurt.
-        clean: (k, C, H, W) the image as it is; `attacked`, the point.
-        correct: (M, k) whether each member (of a network that draws, each draw) is right on it.
-        predicted: (M, k) what each member says; of a network that draws, (0, k).
+        attack: (k,) name of the attack that found the point; "clean" if no attack lowered the
+            accuracy.
+        clean: (k, C, H, W) the clean images; `attacked`, the points.
+        correct: (M, k) correctness of each member (of a stochastic network, each draw) on them.
+        predicted: (M, k) class predicted by each member; (0, k) for a stochastic network.
     """
 
     index: NDArray[np.int64]
@@ -38,21 +39,21 @@ class Examples:
     predicted: NDArray[np.int64]
 
     def arrays(self) -> dict[str, Any]:
-        """What is stored."""
+        """The arrays to store."""
         return asdict(self)
 
     @classmethod
     def read(cls, arrays: Mapping[str, NDArray[Any]], where: str) -> "Examples | None":
-        """The examples that a file holds; None where there is none.
+        """The examples in a file's arrays; None if there are none.
 
         Raises:
-            DataError: if arrays are missing or their shapes do not fit.
+            DataError: if arrays are missing or their shapes do not match.
         """
         if not arrays:
             return None
         names = cls.__dataclass_fields__
         if missing := [name for name in names if name not in arrays]:
-            raise DataError(f"{where} is damaged: it lacks {', '.join(missing)}")
+            raise DataError(f"{where} is damaged: missing {', '.join(missing)}")
         found = cls(**{name: arrays[name] for name in names})
         k = len(found.index)
         fits = (
@@ -63,5 +64,5 @@ class Examples:
             and {found.correct.shape[1], found.predicted.shape[1]} == {k}
         )
         if not fits:
-            raise DataError(f"{where} is damaged: its arrays are not of the same {k} images")
+            raise DataError(f"{where} is damaged: not all its arrays have {k} images")
         return found

@@ -17,7 +17,7 @@ _MAX_DRAWS = 2_000_000  # multinomial counts held in memory at once
 
 
 class Estimate(NamedTuple):
-    """A figure and its interval; `low` and `high` are None where the interval is unknown."""
+    """A figure and its interval; `low` and `high` are None if the interval is unknown."""
 
     value: float
     low: float | None = None
@@ -85,8 +85,8 @@ def bootstrap_mean(
 def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> Estimate:
     """Mean of per-image correctness (n,) in [0, 1] and its interval over images.
 
-    Wilson where every value is 0 or 1 (a bootstrap of all zeros would claim certainty), otherwise
-    the bootstrap, widened to what n images can exclude at all.
+    Wilson if every value is 0 or 1 (a bootstrap of all zeros would have width 0), otherwise the
+    bootstrap, widened to at least the interval of n all-wrong or all-correct images.
     """
     array = _vector(values, "correctness")
     if array.min() < 0 or array.max() > 1:
@@ -95,7 +95,7 @@ def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> 
         interval = wilson(int(array.sum()), len(array), level)
     else:
         low, high = bootstrap_mean(array, seed, level)
-        # never surer than n images that are all wrong, or all right, would allow
+        # at least as wide as the interval of n images that are all wrong or all correct
         n = len(array)
         interval = min(low, wilson(n, n, level)[0]), max(high, wilson(0, n, level)[1])
     return Estimate(float(array.mean()), *interval)
@@ -104,7 +104,7 @@ def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
     """Mean of a - b over the same images and its interval; a and b (n,) lie in [0, 1].
 
-    One pseudo-image won and one lost are added before the normal interval is taken: for 0/1 values
+    One pseudo-image in favour of each is added before the normal interval is taken: for 0/1 values
     this is the interval of Bonett and Price (2012) for paired proportions, which keeps its coverage
     when few images differ and never has width zero.
     """
@@ -124,8 +124,8 @@ def over_seeds(values: ArrayLike, level: float = 0.95) -> Estimate:
 
     Seeds and images are crossed random effects. Student's interval over seeds (of their means over
     images, S - 1 degrees of freedom) and the one over images are added in quadrature, which is at
-    least as wide as the approximation of Cochran and Cox (1957). Two seeds that differ much so give
-    a wide interval: they say little about a third. Never narrower than over images alone.
+    least as wide as the approximation of Cochran and Cox (1957). Two seeds of different accuracy
+    therefore give a wide interval. It is never narrower than over images alone.
 
     Args:
         values: (S, n), each in [0, 1]; with one seed the interval is `accuracy_interval`.
@@ -143,8 +143,8 @@ def over_seeds(values: ArrayLike, level: float = 0.95) -> Estimate:
 def difference_over_seeds(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
     """Mean of a - b, both (seeds, n) over the same images, and its interval over images and seeds.
 
-    The seeds of both are independent, the images are paired; as `over_seeds`, and never narrower
-    than `paired_difference` of the means over seeds.
+    The seeds of both are independent, the images are paired. Computed as in `over_seeds`, and never
+    narrower than `paired_difference` of the means over seeds.
     """
     one, other = (np.atleast_2d(np.asarray(it, dtype=np.float64)) for it in (a, b))
     images = paired_difference(one.mean(0), other.mean(0), level)
@@ -159,8 +159,8 @@ def difference_over_seeds(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Es
 def _crossed(
     images: NDArray[np.float64], seeds: Sequence[NDArray[np.float64]], level: float
 ) -> float:
-    """Half of a mean's interval, from (n,) means over seeds and (S,) means over images."""
-    from scipy.special import stdtrit  # here, so that reports start without scipy
+    """Half width of a mean's interval, from (n,) means over seeds and (S,) means over images."""
+    from scipy.special import stdtrit  # imported here, since scipy is slow to load
 
     squares = [
         float(stdtrit(len(it) - 1, 0.5 + level / 2)) ** 2 * float(it.var(ddof=1)) / len(it)
@@ -172,9 +172,9 @@ def _crossed(
 def exact_expectation(
     correct: NDArray[np.bool_], mixture: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(n,) probability that an image is answered right, from (M, n) and (M,)."""
+    """(n,) probability of a correct prediction, from correctness (M, n) and the mixture (M,)."""
     q: NDArray[np.float64] = mixture @ correct.astype(np.float64)
-    # probabilities whose sum is 1 up to an ulp must not make a certain answer more than certain
+    # rounding of the mixture's sum must not give probabilities above 1
     return np.where(q > 1 - 1e-12, 1.0, q)
 
 
@@ -185,9 +185,9 @@ def fooled_histogram(correct: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def success_within(q: NDArray[np.float64], tries: int) -> NDArray[np.float64]:
-    """(tries,) chance that an attacker wins within K = 1 ... `tries` independent draws.
+    """(tries,) probability that an attack succeeds within K = 1, ..., `tries` independent draws.
 
-    1 - mean_i q_i^K for expected correctness q (n,): he sends the same image K times.
+    1 - mean_i q_i^K for expected correctness q (n,): the same image is queried K times.
     """
     exponents = np.arange(1, tries + 1)
     success: NDArray[np.float64] = 1 - (q[None, :] ** exponents[:, None]).mean(1)

@@ -27,7 +27,7 @@ Budget = tuple[str, float | None]
 
 
 def eps_text(eps: float) -> str:
-    """The shortest exact name of a budget: as a decimal, or as a fraction of 255 levels."""
+    """The shortest exact text of a budget: as a decimal, or as a fraction of 255."""
     levels = round(eps * 255)
     long = len(f"{eps:g}") > 5
     return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
@@ -38,19 +38,19 @@ class Result:
     """One run at one threat on one set of images. Accuracies are fractions; None is unknown.
 
     Attributes:
-        further: what was run besides the cells of the suites, and counts for the headline.
+        further: attacks that count for the headline, besides the cells of the suites.
         unaware: lowest exact expected accuracy over the bounded unaware cells.
-        aware: mean over images of the lowest expected correctness over everything that was run and
-            the clean image; both headlines are None without a bounded aware cell.
+        aware: mean over images of the lowest expected correctness over all attacks and the clean
+            image; both headlines are None without a bounded aware cell.
         single, averaged: the chosen single member and the averaged ensemble, each in its own worst
             case.
-        alone: every member in its own; the best of them here may beat the one that was chosen.
-        over_single, over_averaged, over_alone: `aware` minus each, paired over images; the last one
-            minus the best of `alone`.
+        alone: every single member in its own worst case; the best of them may differ from `single`.
+        over_single, over_averaged, over_alone: `aware` minus each, paired over images; `over_alone`
+            is relative to the best of `alone`.
         q_aware: (n,) expected correctness in each image's worst case.
-        fooled: (M + 1,) images by the number of members fooled at the worst case.
-        tries_aware, tries_unaware: (TRIES,) attacker's success within K draws.
-        notes: what the reader must know about how the figures came about.
+        fooled: (M + 1,) number of images by the number of members fooled in the worst case.
+        tries_aware, tries_unaware: (TRIES,) attack success within K draws.
+        notes: remarks on how the figures were obtained.
     """
 
     name: str
@@ -94,24 +94,24 @@ class Result:
 
     @property
     def stochastic(self) -> Headline | None:
-        """The stored headline of a network that draws in its forward pass; None for others."""
+        """The stored headline of a stochastic network; None for other models."""
         return _estimated(self.suites)
 
     @property
     def num_members(self) -> int | None:
         if self.stochastic is not None:
-            return None  # its draws cannot be counted
+            return None  # draws are not enumerable
         counts = [len(c.correct) for c in self.cells if c.correct is not None]
         return (counts or [len(self.clean_members) or len(self.alone)])[0] or None
 
     @property
     def best_alone(self) -> Estimate | None:
-        """The member that keeps most of these images; the chosen one where only that is known."""
+        """Accuracy of the best single member, or of the chosen one if only that is known."""
         return max(self.alone, key=lambda estimate: estimate.value, default=self.single)
 
     @property
     def best_index(self) -> int | None:
-        """Which member that is, from 0."""
+        """Index of this member, from 0."""
         best = self.best_alone
         return self.alone.index(best) if self.alone and best is not None else self.single_index
 
@@ -134,7 +134,7 @@ class Result:
 
     @property
     def members(self) -> tuple[tuple[str, str], ...]:
-        """What is known of the members' likeness, and of better probabilities, as (name, text)."""
+        """Similarity of the members and better sampling probabilities, as (name, text)."""
         diversity = next((e.diversity for e in self.evaluations if e.diversity), {})
         best = next((e.best_mixture for e in self.evaluations if e.best_mixture), None)
         facts: list[tuple[str, str]] = []
@@ -148,7 +148,7 @@ class Result:
         if best is not None:
             shares = ", ".join(f"{100 * p:.0f}" for p in best["mixture"])
             gain = f"{100 * best['accuracy']:.1f} % against {100 * best['present']:.1f} %"
-            text = f"{shares} % of the draws would leave {gain} now; {best['caveat']}"
+            text = f"{shares} % of the draws would give {gain} now; {best['caveat']}"
             facts.append(("best sampling probabilities", text))
         return tuple(facts)
 
@@ -163,7 +163,7 @@ def join(sources: Iterable[Source]) -> list[Result]:
 
 
 def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
-    """A bounded cell's own threat; an unbounded one belongs to what its suite is about."""
+    """The threat of a bounded cell; for an unbounded cell that of its suite."""
     threat = scored.cell.threat
     if not scored.cell.bounded or threat is None or threat.eps is None:
         return stored.budget
@@ -248,11 +248,11 @@ def _estimated(suites: Sequence[Stored]) -> Headline | None:
 def _drawn_headline(
     suites: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
 ) -> _Pair | None:
-    """The estimates that a suite stored, or those of several suites joined.
+    """The stored estimates of a suite, or joined estimates of several suites.
 
-    The worst attack is chosen on one half of the draws and scored on the other: the minimum over
-    attacks on the draws that score them would lie below the defence. Suites that cannot be joined
-    give the lowest of their figures.
+    The worst attack is selected on one half of the draws and scored on the other, since a minimum
+    over attacks on the scoring draws would be biased down. For suites that cannot be joined the
+    lowest figures are returned.
     """
     headline = _estimated(suites)
     if headline is None:
@@ -274,8 +274,8 @@ def _joined_draws(
 ) -> dict[str, Any] | None:
     """Both figures over the attacks of all suites; None unless all were scored by the same draws.
 
-    These come from the seed of the evaluation. What an older version ran besides the cells was not
-    stored, and would be missing.
+    The draws are derived from the seed of the evaluation. Older versions did not store attacks
+    besides the cells, so their evaluations cannot be joined.
     """
     bounded = [c for c in cells if c.cell.bounded]
     every = [*bounded, *further]
@@ -295,10 +295,10 @@ def _joined_draws(
 def _joined_headline(
     suites: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
 ) -> _Pair | None:
-    """Both headlines image by image; None unless everything bounded that was run has its records.
+    """Both headlines from per-image records; None if records of a bounded attack are missing.
 
-    Images that an attack did not meet are recorded as they were before it, so that the minimum over
-    all records is the worst case.
+    Images that an attack skipped have their earlier worst case in its records, so that the minimum
+    over all records is the worst case.
     """
     bounded = [c for c in cells if c.cell.bounded]
     if not bounded or any(c.q is None for c in (*bounded, *further)):
@@ -309,7 +309,7 @@ def _joined_headline(
     scored = [(c, c.q, c.correct) for c in [*bounded, *further, *clean]]
     qs = np.stack([q for _, q, _ in scored if q is not None])
     worst = qs.argmin(0)
-    # (M, n): the members' correctness on the image of the attack that hurts it most
+    # (M, n): the members' correctness under each image's worst attack
     correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
     unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
     pair = _Pair(
@@ -337,12 +337,12 @@ def _estimate(value: float | None, interval: tuple[float, float] | None) -> Esti
 def _stored_headline(
     suites: Sequence[Stored], home: Sequence[Stored], cells: Sequence[Scored]
 ) -> _Pair:
-    """What a single suite says of itself: all there is without per-image records."""
+    """The stored headline of a single suite, used without per-image records."""
     headline = home[0].evaluation.headline if len(suites) == len(home) == 1 else None
     if headline is None:
         return _Pair()
     unaware = headline.unaware
-    # it is the figure of one cell, and has the interval of that
+    # it is the accuracy of one cell and has that cell's interval
     found = [
         (c.expected, c.label)
         for c in cells
@@ -360,7 +360,7 @@ def _stored_headline(
 def _beside(
     home: Sequence[Stored], which: str
 ) -> tuple[Estimate | None, NDArray[np.float64] | None, Evaluation | None]:
-    """The lowest accuracy any suite found for the best single member or the averaged ensemble."""
+    """The lowest accuracy of the best single member or the averaged ensemble in any suite."""
     found: list[tuple[Estimate, NDArray[np.float64] | None, Evaluation]] = []
     key = {"single": "best_single_member", "averaged": "averaged"}[which]
     for stored in home:
@@ -375,13 +375,13 @@ def _beside(
 
 
 def _alone(home: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
-    """(n,) of every member, standing where it stands in all suites that attacked all members."""
+    """(n,) correctness of every single member over all suites that attacked all members."""
     found = [stored.alone for stored in home if stored.alone is not None]
     return list(np.stack(found).min(0)) if found else []
 
 
 def _members(home: Sequence[Stored], alone: Sequence[NDArray[np.float64]]) -> tuple[Estimate, ...]:
-    """Every member alone, from its records, else from what the suites say of it."""
+    """Accuracy of every single member, from its records or else as stored."""
     if alone:
         return tuple(map(accuracy_interval, alone))
     headlines = [stored.evaluation.headline or Headline() for stored in home]
@@ -396,7 +396,7 @@ def _over(q: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> E
 
 
 def _merged_checks(suites: Sequence[Stored]) -> tuple[Check, ...]:
-    """One line for each check: red if it is red in any suite."""
+    """One entry per check, which fails if it fails in any suite."""
     rank = {False: 0, True: 1, None: 2}
     checks: dict[str, Check] = {}
     for stored in suites:
@@ -408,21 +408,21 @@ def _merged_checks(suites: Sequence[Stored]) -> tuple[Check, ...]:
 
 
 _KEEP: Final = (
-    "They lie in a folder beside the evaluation's JSON file, which does not hold them: copy both, "
-    "and in Python write both by `report.save(DIR)`."
+    "They are in a folder next to the evaluation's JSON file: copy both, or in Python write both "
+    "with `report.save(DIR)`."
 )
 
 
 def _drawn_note(headline: Headline) -> str:
     ends = headline.aware_interval_draws
     known = "" if ends is None else (
-        f"On these very images the draws leave {100 * ends[0]:.1f} to {100 * ends[1]:.1f} % "
-        "of the aware figure open. "
+        f"On these images the 95 % interval of the aware figure over the draws is "
+        f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %. "
     )  # fmt: skip
     return (
-        "The network draws in its forward pass, and its draws cannot be listed: all figures are "
-        f"estimates from {headline.draws} fresh draws, which no attacker had seen. {known}They are "
-        "upper bounds of the defence: of the points that the attacks found."
+        "The network draws in its forward pass, and its draws cannot be enumerated: all figures "
+        f"are estimates from {headline.draws} fresh draws, which no attack used. {known}They are "
+        "upper bounds of the robust accuracy, on the points that the attacks found."
     )
 
 
@@ -443,8 +443,8 @@ def _notes(
         notes.append(_drawn_note(drawn))
     if not any(c.cell.aware for c in bounded):
         notes.append(
-            "No attack that knows the ensemble was run at this threat, so there is no headline: "
-            "what the others say about a randomized defence is not a claim of robustness."
+            "No aware attack was run at this threat, so there is no headline: accuracy under "
+            "unaware attacks alone is no claim of robustness for a randomized defence."
         )
     elif drawn is not None:
         pass
@@ -456,8 +456,8 @@ def _notes(
         )
     if any(not c.whole for c in bounded):
         notes.append(
-            "Attacks without a figure of their own were run only on images that some member still "
-            "answered correctly; what they found is part of the worst case."
+            "Attacks without an accuracy ran only on images that some member still classified "
+            "correctly; their points are part of the worst case."
         )
     if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
         stored = home[0].evaluation.headline

@@ -1,7 +1,7 @@
 """Stored evaluations: read, checked and joined image by image. Needs neither torch nor a model.
 
 One *result* is a run at one threat on one set of images. The suites of a run that share all three
-are joined, so that the worst case is taken per image over every attack that was ever run.
+are joined, so that the worst case is per image over all attacks.
 """
 
 import hashlib
@@ -31,13 +31,13 @@ AGREE = 1e-4  # a stored mean differs from that of its per-image records by roun
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Scored:
-    """A cell with its per-image records, where they were found.
+    """A cell with its per-image records, if they exist.
 
     Attributes:
-        correct: (M, n) correctness of every member; None where only the summary is known.
+        correct: (M, n) correctness of every member; None without records.
         q: (n,) exact expected correctness, the mixture-weighted mean of `correct`.
-        met: (n,) the images that were attacked; None for all, or where that is not known. The
-            others were lost before, or are recorded as they were then.
+        met: (n,) the images that were attacked; None for all, or if unknown. The others have their
+            earlier worst case.
     """
 
     cell: Cell
@@ -49,14 +49,14 @@ class Scored:
 
     @property
     def whole(self) -> bool:
-        """Whether the attack met all images, so that its accuracy is its own."""
+        """Whether the attack ran on all images, so that its accuracy does not depend on others."""
         if self.met is not None:
             return bool(self.met.all())
         return self.cell.met is None or self.cell.met == self.num_images
 
     @property
     def expected(self) -> Estimate | None:
-        """Its accuracy; None where it is not known, or not one of all images."""
+        """Its accuracy; None if it is unknown or not over all images."""
         if not self.whole:
             return None
         value = self.cell.accuracy.expected
@@ -73,14 +73,14 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stored:
-    """One suite of one run as found on disk, or handed over as JSON (then without records).
+    """One suite of one run, read from disk or given as JSON (then without records).
 
     Attributes:
-        source: the run or the file that the user named; None for JSON.
-        file: where the evaluation lies, from `source`.
-        plan: how it was made; None where that is not stored.
-        further: what was run besides the cells of the suite, and counts for the headline.
-        examples: a few attacked images to look at, where they are stored.
+        source: the run or the file given by the user; None for JSON.
+        file: path of the evaluation, relative to `source`.
+        plan: its settings; None if they are not stored.
+        further: attacks that count for the headline, besides the cells of the suite.
+        examples: a few attacked images for display, if they are stored.
     """
 
     name: str
@@ -99,24 +99,24 @@ class Stored:
 
     @property
     def folder(self) -> Path | None:
-        """Where its records are."""
+        """The folder of its records."""
         return None if self.file is None else self.file.parent
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Files of per-image records that the evaluation names and that were not found."""
+        """Missing files of the per-image records that the evaluation lists."""
         return tuple(s.cell.per_image for s in self.cells if s.q is None and s.cell.per_image)
 
     @property
     def budget(self) -> tuple[str, float | None]:
-        """The threat the suite is about: that of its bounded cells, aware ones first."""
+        """The threat of the suite: that of its bounded cells, aware ones first."""
         bounded = [c.cell for c in self.cells if c.cell.bounded and c.cell.threat is not None]
         first = min(bounded, key=lambda cell: not cell.aware, default=None)
         return _budget(first.threat) if first is not None else ("inf", None)
 
     @property
     def images(self) -> tuple[str, str, int, str]:
-        """What makes two suites be about the same images."""
+        """Identifies the images: suites with equal values can be joined."""
         data = self.evaluation.data
         digest = "" if self.index is None else hashlib.sha256(self.index.tobytes()).hexdigest()
         return data.name, data.split, data.num_images, f"{digest} {data.sha256}"
@@ -132,7 +132,7 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
     """One stored evaluation from decoded JSON.
 
     Raises:
-        DataError: naming the file and the first key that is missing or has a wrong value.
+        DataError: for a missing key or a wrong value; it names the file and the first such key.
     """
     if not isinstance(document, Mapping):
         raise DataError(f"{where} is not an evaluation: expected an object")
@@ -140,8 +140,8 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
         raise DataError(f"{where} has schema {document.get('schema')!r}, this version reads 1")
     if "evaluations" in document and "suite" not in document:
         raise DataError(
-            f"{where} is a claim file, not an evaluation: check it by `redefense claim check "
-            f"{where}`, or give the directory of the run that it sums up"
+            f"{where} is a claim file, not an evaluation: check it with `redefense claim "
+            f"check {where}`, or give the directory of its run"
         )
     return _valid(Evaluation, dict(document), f"{where} is not a valid evaluation")
 
@@ -168,7 +168,7 @@ def read_json(path: Path) -> object:
 
 
 def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]]:
-    """Arrays of one npz below `folder`; empty where there is none."""
+    """Arrays of one npz below `folder`; empty if there is no such file."""
     if folder is None or relative is None:
         return {}
     path = (folder / relative).resolve()
@@ -184,7 +184,7 @@ def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]
 
 
 def mixture_of(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
-    """(M,) sampling probabilities: those stored, else uniform."""
+    """(M,) stored sampling probabilities, or uniform ones."""
     stored = evaluation.mixture
     if stored is None:
         ensemble = evaluation.run.get("ensemble")
@@ -193,7 +193,7 @@ def mixture_of(evaluation: Evaluation, num_members: int) -> NDArray[np.float64]:
         return np.full(num_members, 1 / num_members)
     weights = np.asarray(stored, dtype=np.float64)
     if weights.shape != (num_members,) or weights.min() < 0 or abs(weights.sum() - 1) > 1e-6:
-        raise DataError(f"mixture {list(stored)} is no distribution over {num_members} members")
+        raise DataError(f"mixture {list(stored)} is not a distribution over {num_members} members")
     return weights
 
 
@@ -218,7 +218,7 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
 
 
 def _plan(file: Path | None) -> Plan | None:
-    """The plan stored with an evaluation; None where there is none."""
+    """The plan stored with an evaluation; None if there is none."""
     if file is None or not (path := file.with_suffix("") / "plan.json").is_file():
         return None
     return _valid(Plan, read_json(path), f"{path} is not a valid plan")
@@ -240,7 +240,7 @@ def _stored(
     arrays = [_arrays(folder, cell.per_image) for cell in every]
     plan = evaluation.plan or _plan(file)
     clean = _arrays(folder, clean_file)
-    # an evaluation written under another name keeps its records under that name
+    # the folder of the records has the name of the evaluation's file
     beside_file = str(PurePosixPath(clean_file).with_name("beside.npz"))
     beside = _arrays(folder, beside_file)
     indices = [a["index"] for a in [clean, *arrays] if "index" in a]
@@ -283,8 +283,8 @@ def load(source: Source, position: int = 1) -> list[Stored]:
     """All suites stored for one run, in the order of their file names.
 
     Raises:
-        DataError: if there is no run, no evaluation of it, or one is damaged or contradicts its
-            per-image records.
+        DataError: if there is no run or no evaluation, or an evaluation is damaged or contradicts
+            its per-image records.
     """
     if isinstance(source, Mapping):
         evaluation = parse(source)
@@ -295,7 +295,7 @@ def load(source: Source, position: int = 1) -> list[Stored]:
         return [_stored(run.resolve().stem, evaluation, source, source)]
     if not source.exists():
         raise DataError(
-            f"there is no run at {source}: `redefense train RECIPE --out {source}` first"
+            f"there is no run at {source}: run `redefense train RECIPE --out {source}` first"
         )
     return [
         _stored(source.resolve().name, parse(document, str(path)), source, path)
@@ -317,9 +317,9 @@ def evaluations_of(run: Path) -> dict[Path, object]:
 
 
 def runs_in(source: Source) -> list[Source]:
-    """The evaluated runs of a folder of runs, by their path; any other source as it is.
+    """The evaluated runs of a folder of runs, sorted by path; any other source unchanged.
 
-    A folder that is a run itself, or holds nothing that was evaluated, stays as it is.
+    A folder that is a run itself, or contains no evaluated run, is returned unchanged.
     """
     if not isinstance(source, Path) or not source.is_dir():
         return [source]
@@ -330,9 +330,9 @@ def runs_in(source: Source) -> list[Source]:
 
 
 def load_all(sources: Iterable[Source]) -> list[Sequence[Stored]]:
-    """The suites of every run; runs of the same name are told apart by their position.
+    """The suites of every run; runs of the same name are distinguished by their position.
 
-    A folder of runs stands for all of them that were evaluated.
+    A folder of runs is replaced by its evaluated runs.
     """
     each = [run for source in sources for run in runs_in(source)]
     runs = [load(source, position) for position, source in enumerate(each, 1)]

@@ -1,4 +1,4 @@
-"""What a stored evaluation holds: `DIR/evaluation/SUITE.json`, schema 1. Needs no torch."""
+"""Schema 1 of a stored evaluation, `DIR/evaluation/SUITE.json`. Needs no torch."""
 
 from typing import Any, Final, Literal
 
@@ -10,7 +10,7 @@ class _Record(BaseModel):
 
 
 class Budget(_Record):
-    """The threat of a cell as stored; eps is None where the attack has none."""
+    """The stored threat of a cell; eps is None for unbounded attacks."""
 
     norm: str = "inf"
     eps: float | None = None
@@ -35,7 +35,7 @@ class Accuracy(_Record):
 
 
 class Cell(_Record):
-    """One attack at one threat on one view; `met` is of how many images, None of all."""
+    """One attack at one threat on one view; `met` counts attacked images, None is all."""
 
     id: str
     attack: str
@@ -94,9 +94,9 @@ class Plan(_Record):
     """The settings of an evaluation, in it or `plan.json` beside its records.
 
     Attributes:
-        images: how many; None for all.
-        weights: SHA-256 of what was evaluated.
-        objects: attacks that were handed over, and have no name.
+        images: number of images; None for all.
+        weights: SHA-256 of the evaluated weights.
+        objects: attacks given as objects, without a name.
     """
 
     suite: dict[str, Any]
@@ -112,7 +112,7 @@ class Plan(_Record):
 
 
 OF_DEFENCE: Final = ("S36", "S38")
-"""Checks that say something of the defence, and nothing of how well it was measured."""
+"""Checks about the defence, not about the quality of the measurement."""
 
 
 class Check(_Record):
@@ -122,7 +122,7 @@ class Check(_Record):
 
 
 class Evaluation(_Record):
-    """`DIR/evaluation/SUITE.json`, schema 1. Keys this version does not know are ignored."""
+    """`DIR/evaluation/SUITE.json`, schema 1. Unknown keys are ignored."""
 
     version: Literal[1] = Field(alias="schema")
     suite: str

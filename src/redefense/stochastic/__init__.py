@@ -1,4 +1,4 @@
-"""Networks that draw random numbers in their forward pass, as ensembles whose members are seeds."""
+"""Stochastic networks as ensembles whose members are seeds."""
 
 from redefense.models.randomized import (
     ActivationPruning,

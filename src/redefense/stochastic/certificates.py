@@ -1,9 +1,9 @@
-"""What Gaussian noise on the image certifies in L2, for one draw and for the vote.
+"""Certified L2 accuracy of Gaussian noise on the image, for one draw and for the majority vote.
 
-Both rest on one fact (Cohen et al., 2019; Salman et al., 2019): for any classifier, the probability
-p(x) of an answer under Gaussian noise of deviation sigma changes so slowly with x that
-Phi^-1(p(x)) moves by at most ||d|| / sigma when x moves by d. They are certificates of two
-different defences: one answers with a draw, the other with the likeliest label of all draws.
+Both use one theorem (Cohen et al., 2019; Salman et al., 2019): for any classifier with Gaussian
+input noise of standard deviation sigma, Phi^-1 of the probability p(x) of a label is Lipschitz in x
+with constant 1 / sigma. They certify two different defences: one answers with a single draw, the
+other with the most probable label.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,14 +21,14 @@ class Certificate:
     """Certified accuracies of one set of images at one L2 radius, as fractions.
 
     Attributes:
-        sigma: deviation of the noise, in units of the images.
-        radius: how far an image may be moved in L2, in the same units.
-        draws: on which it rests, for each image.
-        single: lower bound on the mean probability that one draw is right, whatever the attacker
-            does to each image within the radius.
-        vote: lower bound on the share of images on which the likeliest label is the right one, and
-            stays it within the radius.
-        confidence: with which each of the two holds, for all images at once.
+        sigma: standard deviation of the noise, in units of the images.
+        radius: largest L2 norm of a perturbation, in the same units.
+        draws: number of noise samples per image.
+        single: lower bound on the mean probability that one draw is correct, under any attack
+            within the radius.
+        vote: lower bound on the share of images whose most probable label is correct under any
+            attack within the radius.
+        confidence: of each bound, simultaneously for all images.
     """
 
     sigma: float
@@ -43,13 +43,13 @@ class Certificate:
 
 
 def least_chance(right: NDArray[np.int64], draws: int, alpha: float) -> NDArray[np.float64]:
-    """(n,) lower bounds of probabilities from counts, each wrong with probability `alpha` at most.
+    """(n,) lower confidence bounds of probabilities from counts, at level 1 - `alpha`.
 
-    One-sided Clopper and Pearson (1934).
+    One-sided bounds of Clopper and Pearson (1934).
 
     Args:
-        right: (n,) successes.
-        draws: trials of each.
+        right: (n,) numbers of successes.
+        draws: number of trials.
         alpha: in (0, 1).
     """
     low: NDArray[np.float64] = betaincinv(np.maximum(right, 1), draws - right + 1, alpha)
@@ -59,17 +59,17 @@ def least_chance(right: NDArray[np.int64], draws: int, alpha: float) -> NDArray[
 def certificate(
     right: NDArray[np.int64], draws: int, *, sigma: float, radius: float, alpha: float = 0.001
 ) -> Certificate:
-    """Both certificates from how many draws were right on each untouched image.
+    """Both certificates, from the number of correct draws on each clean image.
 
     Args:
-        right: (n,) right answers.
-        draws: on each image.
-        sigma: deviation of the noise, > 0.
+        right: (n,) numbers of correct draws.
+        draws: number of draws per image.
+        sigma: standard deviation of the noise, > 0.
         radius: in L2, >= 0.
-        alpha: the certificates may be wrong with this probability; each image gets its share of it.
+        alpha: failure probability of the certificates, in (0, 1), divided among the images.
 
     Raises:
-        ConfigError: for a deviation, radius or alpha outside its range.
+        ConfigError: for sigma, radius or alpha outside its range.
     """
     if not sigma > 0:
         raise ConfigError(f"a certificate needs noise: sigma must be positive, got {sigma}")
@@ -78,7 +78,7 @@ def certificate(
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must lie in (0, 1), got {alpha}")
     low = least_chance(right, draws, alpha / len(right))
-    # ndtri(0) is -inf, and what lies below every radius stays at probability 0
+    # ndtri(0) is -inf, so that a probability of 0 stays 0 at every radius
     shifted = ndtri(low) - radius / sigma
     return Certificate(
         sigma=sigma,

@@ -1,8 +1,7 @@
-"""A network that draws in its forward pass, as an ensemble: each member is the network at a seed.
+"""A stochastic network as an ensemble whose members are the network at fixed seeds.
 
-A draw that is repeated by its seed makes every attack that asks members one by one applicable. It
-is no exact account of the network: there are more seeds than anybody can enumerate, so what an
-attack found on some seeds is to be scored on others.
+Seeded draws make attacks that query single members applicable. The members are only a sample of
+the network's draws, so points found on some seeds must be scored on others.
 """
 
 from collections.abc import Sequence
@@ -19,13 +18,13 @@ from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
 from redefense.types import Float, Images, Logits, Per
 
 DRAWS = 16
-"""Seeds that attackers see, unless more or fewer are asked for."""
+"""Default number of seeds that attacks use."""
 
 
 def seeds_of(seed: int, purpose: str, draws: int, chunk: int = 0) -> tuple[int, ...]:
     """Seeds of the draws 0, 1, ..., each from the stream named by (seed, purpose, draw, chunk).
 
-    Streams of different purposes share no seed but by a chance of 2**-63 for each pair.
+    Seeds of different purposes are equal with probability 2**-63 per pair.
     """
     names = ((seed, "stochastic", purpose, draw, chunk) for draw in range(draws))
     return tuple(draw_seed(stream(*name)) for name in names)
@@ -34,7 +33,7 @@ def seeds_of(seed: int, purpose: str, draws: int, chunk: int = 0) -> tuple[int, 
 class Drawn(nn.Module):
     """An ensemble as one network: a member drawn anew in each forward pass, for the whole batch.
 
-    The draw is made by torch's global generator, so that a seed governs it like any other draw.
+    The draw uses torch's global generator, so that `torch.manual_seed` determines it.
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
@@ -47,30 +46,30 @@ class Drawn(nn.Module):
 
 
 class Stochastic(Ensemble):
-    """A network that answers at random, as an ensemble whose members are seeds.
+    """A stochastic network as an ensemble whose members are seeds.
 
-    Member s is the network with the global generators of torch (CPU, and CUDA where the network
-    lies there), numpy and Python set to seed s around the call, and restored after it. Which noise
-    an image meets depends on its place in the batch; a seed repeats an answer only in that place.
+    Member s is the network with the global generators of torch (CPU, and CUDA for a network on
+    CUDA), numpy and Python set to seed s during the call and restored after it. The noise of an
+    image depends on its position in the batch, so a seed repeats an output only at that position.
 
-    The modes of the network's layers are part of the defence: they stay as they were given, and
-    `train` and `eval` do not change them. So dropout in training mode stays active.
+    The modes of the network's layers are part of the defence: `train` and `eval` do not change
+    them. Dropout in training mode stays active.
 
     Args:
-        model: a network from images in [0, 1] to logits; of an ensemble or a list of networks each
-            call draws a member, then that member draws.
-        draws: number of members, that is, of seeds that attackers see, >= 1.
+        model: a network from images in [0, 1] to logits; for an ensemble or a list of networks each
+            call draws a member, which may draw further random numbers.
+        draws: number of members, i.e. of seeds that attacks use, >= 1.
         seed: the seeds are derived from it.
 
     Attributes:
         seeds: of the members.
-        governed: whether an equal seed repeats an answer; False for a network with a generator of
-            its own. `evaluate` finds out and sets it.
+        governed: whether equal seeds give equal outputs; False for a network with a separate
+            generator. Set by `evaluate`.
 
     Raises:
         ConfigError: for fewer than one draw.
-        InputError: if `model` is no network, or has batch norm in training mode, with which an
-            answer depends on the other images of its batch.
+        InputError: if `model` is not a network, or has batch norm in training mode, whose output
+            depends on the other images in the batch.
     """
 
     def __init__(
@@ -88,19 +87,19 @@ class Stochastic(Ensemble):
         self.mixture = self.mixture.to(device_of(network))
 
     def at(self, seeds: Sequence[int]) -> "Stochastic":
-        """The same network, not a copy, with other seeds as members."""
+        """A view of the same network (not copied) with other seeds as members."""
         other = Stochastic(self.model, draws=len(seeds), seed=self.seed)
         other.seeds, other.governed = tuple(seeds), self.governed
         return other
 
     def on(self, model: nn.Module) -> "Stochastic":
-        """Another network, that of this one with something around it, at the same seeds."""
+        """Another network, such as a wrapper of this one's, at the same seeds."""
         other = Stochastic(model, draws=self.num_members, seed=self.seed)
         other.seeds, other.governed = self.seeds, self.governed
         return other
 
     def logits_of(self, m: int, x: Images) -> Logits:
-        """(B, C) logits at seed m. Checks nothing: inner loops may step outside the box."""
+        """(B, C) logits at seed m. Inputs are not checked: attacks may step outside the box."""
         return self.draw(self.seeds[m], x)
 
     def draw(self, seed: int, x: Images) -> Logits:
@@ -113,36 +112,36 @@ class Stochastic(Ensemble):
         return OneMember(self, m)
 
     def sampled(self, *, rng: torch.Generator | None = None, per: Per = "call") -> nn.Module:
-        """A fresh draw each call, from all seeds there are; `per="image"` calls for each image.
+        """A view with a fresh seed for each call; with `per="image"` for each image.
 
-        Without `rng` the seeds come from the operating system's entropy.
+        Without `rng` the seeds are drawn from the operating system's entropy.
         """
         if per not in ("call", "image"):
-            raise ConfigError(f'a draw is made per "call" or per "image", got {per!r}')
+            raise ConfigError(f'per must be "call" or "image", got {per!r}')
         return FreshDraw(self, rng=rng, per=per)
 
     def vote(self, *, alpha: float = 0.001) -> "Vote":
-        """The majority of the members' labels, abstaining where it is not clear enough."""
+        """The majority vote over the members, which abstains if it is not significant."""
         return Vote(self, alpha=alpha)
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
-        """The network's own: its draws share all weights."""
+        """The network's parameters, which all draws share."""
         return list(self.model.parameters())
 
     def train_members(self, members: Sequence[int]) -> None:
-        """Nothing: the modes of the network stay as they were given."""
+        """Do nothing: the modes of the network are fixed."""
 
     def train(self, mode: bool = True) -> "Stochastic":
-        """Sets this object's own flag; the network's layers keep the modes they were given in."""
+        """Set the `training` flag of this object; the modes of the network's layers are fixed."""
         self.training = mode
         return self
 
 
 def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
-    """The network that draws: itself, that of a `Stochastic`, or a member drawn at each call."""
+    """The stochastic network: the model, that of a `Stochastic`, or a member drawn at each call."""
     if isinstance(model, Stochastic):
         return model.model
-    ensemble = as_ensemble(model)  # refuses what is neither
+    ensemble = as_ensemble(model)  # raises for other types
     if (
         isinstance(model, nn.Module)
         and not isinstance(model, nn.ModuleList)
@@ -153,7 +152,7 @@ def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
 
 
 class OneMember(nn.Module):
-    """A member of an ensemble as a network, by asking the ensemble."""
+    """A member of an ensemble as a network, which queries the ensemble."""
 
     def __init__(self, ensemble: Ensemble, m: int) -> None:
         super().__init__()
@@ -164,7 +163,7 @@ class OneMember(nn.Module):
 
 
 class FreshDraw(nn.Module):
-    """Answers each call, or each image, with a draw that was never seen before."""
+    """A view that answers each call, or each image, with a fresh draw."""
 
     def __init__(self, ensemble: Stochastic, *, rng: torch.Generator | None, per: Per) -> None:
         super().__init__()
@@ -177,14 +176,13 @@ class FreshDraw(nn.Module):
 
 
 class Vote(nn.Module):
-    """What randomized smoothing answers: the label that most draws give (Cohen et al., 2019).
+    """The prediction of randomized smoothing: the most frequent label (Cohen et al., 2019).
 
     It abstains unless the two-sided binomial test rejects, at level `alpha`, that the two most
     frequent labels are equally likely. The members of the ensemble are the draws.
 
     Args:
-        alpha: probability with which an answer may be wrong about the network's likeliest label,
-            in (0, 1).
+        alpha: probability that the prediction is not the network's most probable label, in (0, 1).
     """
 
     def __init__(self, ensemble: Ensemble, *, alpha: float = 0.001) -> None:
@@ -203,23 +201,23 @@ class Vote(nn.Module):
 
 
 def votes_as_logits(votes: Float[Tensor, "B C"], alpha: float) -> Logits:
-    """Logarithms of the shares of votes; rows of -inf where the vote is not clear at `alpha`."""
+    """Logarithms of the shares of votes; rows of -inf where the vote is not significant."""
     top = votes.topk(2, dim=1).values.cpu().numpy()
-    # twice the smaller tail, as the two-sided test of equal chances has it
+    # twice the smaller tail: the two-sided test of equal probabilities
     unclear = 2 * betainc(top[:, 0], top[:, 1] + 1, 0.5) > alpha
     log_shares = (votes / votes.sum(1, keepdim=True)).log()
     return log_shares.masked_fill(torch.from_numpy(unclear).to(votes.device)[:, None], -torch.inf)
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuse batch norm that takes its moments from the batch.
+    """Refuse batch norm that uses statistics of the batch.
 
     Raises:
-        InputError: naming what to do.
+        InputError: if a batch norm layer is in training mode.
     """
     if any(isinstance(child, _NormBase) and child.training for child in model.modules()):
         raise InputError(
-            "the network was given with batch norm in training mode, with which an answer depends "
-            "on the other images of its batch: call .eval() on it, then .train() on those layers "
-            "only that draw at test time, such as dropout"
+            "the network was given with batch norm in training mode, whose output depends on the "
+            "other images in the batch: call .eval() on it, then .train() only on the layers that "
+            "draw at test time, such as dropout"
         )
