@@ -237,13 +237,13 @@ def test_attacks_are_known_by_their_usual_names(written: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("", "lacks the columns table"),
+        ("", "has no columns table"),
         (HEADER, "has no figures"),
         (f"{HEADER}\n1,d,m,PGD,many,inf,0.03,10,1,false", "line 2: accuracy .* 'many'"),
         (f"{HEADER}\n1,d,m,PGD,120,inf,0.03,10,1,false", "from 0 to 100"),
         (f"{HEADER}\n1,d,m,PGD,12,inf,8/0,10,1,false", "eps"),
         (f"{HEADER}\n1,d,m,PGD,12,inf,1e99999,10,1,false", "eps"),
-        (f"{HEADER}\n1,d,m,PGD,12,inf,0.03,1.5,1,false", "num_images must be whole"),
+        (f"{HEADER}\n1,d,m,PGD,12,inf,0.03,1.5,1,false", "num_images must be a whole number"),
         (f"{HEADER}\n1,d,m,PGD,12,inf,0.03,10,1,maybe", "randomized"),
         (f"{HEADER}\n1,d,m,,12,inf,0.03,10,1,", "method, attack and accuracy"),
         (f"{HEADER}\n1,d,m,PGD,12,inf,0.03,10,1,,,", "more cells"),
@@ -328,7 +328,7 @@ def test_members_that_learnt_next_to_nothing_are_a_note(tmp_path: Path) -> None:
     (finding,) = silent()
     assert finding.severity == "note"
     assert finding.figures == {"member": 10.0, "best": 90.0}
-    assert "Member 1 answers few clean images" in finding.why
+    assert "Member 1 has low clean accuracy" in finding.why
     assert silent(mixture=[0.5, 0.0, 0.5]) == []  # nobody meets it
 
 

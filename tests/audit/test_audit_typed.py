@@ -116,7 +116,7 @@ def test_members_of_whom_it_is_not_said_whether_one_is_drawn_are_noted(tmp_path:
     assert found("8", "true") == [("unaware-only", "error")]
     assert found("8", "false") == [("draw-denied", "note")]
     (finding,) = typed(tmp_path, clean.format(8, ""), pgd.format(8, ""))
-    assert "one of the 8 members is drawn" in finding.why
+    assert "one of the 8 members at random" in finding.why
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_other_weights_are_refused_and_the_same_ones_agree(folder: Path, tmp_pat
     assert recompute(it, "digits", tmp_path / "same", weights=network(0)) == []
     with pytest.raises(DataError, match="the claim is of"):
         recompute(it, "digits", tmp_path / "other", weights=network(1))
-    with pytest.raises(ConfigError, match="name their folder with --weights"):
+    with pytest.raises(ConfigError, match="pass their folder with --weights"):
         recompute(it, "digits", tmp_path / "none")
 
 

@@ -249,8 +249,8 @@ def test_the_table_of_one_number_of_images_leaves_others_out(runs: Path, tmp_pat
     assert (shown.code, shown.out) == (0, tables.table(both, against="tiny-0") + "\n")
     for options, message in (
         (("--images", "31"), "no claim was measured on --images 31"),
-        (("--against", "tiny-2"), "tiny-2 is none of the claims shown"),
-        (("--draw", "--against", "tiny-0"), "takes no --against"),
+        (("--against", "tiny-2"), "must be the name of a claim in the table, got tiny-2"),
+        (("--draw", "--against", "tiny-0"), "remove --against"),
         (("--draw", "--attacks"), "use one of them"),
     ):
         refused = table(*options)

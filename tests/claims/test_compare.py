@@ -82,7 +82,7 @@ def test_figures_are_means_over_seeds_and_differences_are_paired(
     assert gain.value == pytest.approx(1 - each.mean())
     assert f"| {100 * gain.value:+.1f} [{100 * (gain.low or 0):+.1f}," in second
     over = "intervals over images and seeds"
-    assert note == f"2 attacks that all have met, {N} images; {over}"
+    assert note == f"2 matched attacks, {N} images; {over}"
 
 
 def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
@@ -139,11 +139,11 @@ def test_what_cannot_be_compared_is_refused(at: list[format.Claim]) -> None:
 
     refused(claim("red-0", np.ones(N), both, eps=0.05), "different images or threats")
     refused(claim("red-0", np.ones(9), {k: np.ones(9) for k in both}), "different images")
-    refused(claim("red-0", np.ones(N), {"fgsm": both["fgsm"]}), "share no attack")
-    refused(claim("red-0", np.ones(N), {"hinge": both["hinge"]}), "share no attack")
+    refused(claim("red-0", np.ones(N), {"fgsm": both["fgsm"]}), "must share at least one")
+    refused(claim("red-0", np.ones(N), {"hinge": both["hinge"]}), "must share at least one")
     (found,) = claim("red-0", np.ones(N), both).evaluations
     unkept = found.model_copy(update={"untouched": None})
-    refused(at[0].model_copy(update={"evaluations": (unkept,)}), "does not keep")
+    refused(at[0].model_copy(update={"evaluations": (unkept,)}), "no per-image correctness")
 
 
 def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
@@ -163,4 +163,4 @@ def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
     assert (shown.code, shown.out) == (0, compare.table({"at": at}) + "\n")
     other = call("claim", "compare", "at", "--against", "red", "--claims", tmp_path)
     assert other.code == 2
-    assert "none of the methods" in other.err
+    assert "must be one of" in other.err

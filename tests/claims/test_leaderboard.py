@@ -161,11 +161,11 @@ def test_nothing_is_written_over_the_claims_or_without_any(tmp_path: Path) -> No
     (tmp_path / "claims").mkdir()
     none = call("leaderboard", tmp_path / "claims", "--out", tmp_path / "site")
     assert none.code == 3
-    assert "holds no claim" in none.err
+    assert "has no claims" in none.err
     format.write(claim("x", 0.4), tmp_path / "claims" / "x.json")
     over = call("leaderboard", tmp_path / "claims", "--out", tmp_path)
     assert over.code == 2
-    assert "would write over the claims" in over.err
+    assert "would overwrite the claims" in over.err
     assert [path.name for path in (tmp_path / "claims").iterdir()] == ["x.json"]
 
 

@@ -1,1 +1,1 @@
-"""Claims: the figures of a defence as one small file that others can check, recompute and rank."""
+"""Claims: files with the figures of a defence, which others can check, recompute and rank."""

@@ -1,7 +1,7 @@
-"""Checks a claim without training: its schema, hashes, sums, attacks, and the audit's rules.
+"""Checks a claim without training: its schema, hashes, figures, attacks, and the audit's rules.
 
-What a claim says of itself is held against the correctness of each image that it keeps. A claim
-whose records were invented consistently passes: only `recompute` finds that.
+The figures of a claim are compared with its per-image correctness. Consistently invented records
+pass; only `recompute` detects them.
 """
 
 import re
@@ -45,9 +45,9 @@ from redefense.results.schema import (
 from redefense.train.loading import resolve
 
 TOLERANCE: Final = 3e-5
-"""By which a figure and the mean of its records differ: both are rounded."""
+"""Tolerance between a figure and the mean of its records, which are rounded."""
 INTERVAL_TOLERANCE: Final = 3e-3
-"""By which an interval and that of the records differ: these are rounded, and resampled."""
+"""Tolerance between an interval and that of the records, which are rounded and resampled."""
 
 
 def check(path: Path) -> list[Finding]:
@@ -65,7 +65,7 @@ def check(path: Path) -> list[Finding]:
     for each in it.evaluations:
         try:
             found += [_finding(_subject(it, each), *told) for told in _sums(each)]
-        except ValueError as error:  # records that are not what was packed
+        except ValueError as error:  # records that cannot be unpacked
             found.append(_finding(_subject(it, each), "records-damaged", f"{error}."))
             continue
         found += _attacks(it, each)
@@ -74,7 +74,7 @@ def check(path: Path) -> list[Finding]:
 
 
 def _audited(it: Claim, found: Evaluated) -> Iterator[Finding]:
-    """The audit's findings; where the headline is another evaluation's, what is odd is a note."""
+    """The audit's findings; errors become notes if another evaluation has the headline."""
     beside = found.aware is None and it.headline.aware is not None
     for finding in findings_about(as_evaluation(it, found)):
         yield replace(finding, severity="note") if beside else finding
@@ -91,18 +91,18 @@ def _finding(
 
 
 def _identity(it: Claim, document: Any) -> Iterator[Finding]:
-    """Hashes, settings, commits and who made it."""
+    """Check hashes, settings, commits and authors."""
     stated = document.get("sha256")
     if stated is None:
         earlier = all(plan.version is None for e in it.evaluations for plan in e.suites)
-        made = "it was made by an earlier version" if earlier else "it was taken away"
+        made = "it was made by an earlier version" if earlier else "it was removed"
         why = f"The claim has no hash of its content: {made}."
         yield _finding(it.name, "no-hash", why, severity="note" if earlier else "error")
     elif stated != digest({key: value for key, value in document.items() if key != "sha256"}):
-        why = "The content is not that of the stated hash: the file was changed after it was made."
+        why = "The hash does not match the content: the file was changed after it was made."
         yield _finding(it.name, "hash", why)
     if not re.fullmatch(r"[0-9a-f]{64}", it.training.weights):
-        yield _finding(it.name, "weights", "The hash of the weights is no SHA-256.")
+        yield _finding(it.name, "weights", "The hash of the weights is not a SHA-256.")
     if it.trained:
         try:
             resolve(parse_run(it.run, it.name))
@@ -114,12 +114,12 @@ def _identity(it: Claim, document: Any) -> Iterator[Finding]:
     for plan in (plan for each in it.evaluations for plan in each.suites):
         commit = str(plan.provenance.get("commit", ""))
         if commit.endswith("-dirty"):
-            why = f"{plan.file} was made by changed code ({commit}), which nobody else has."
+            why = f"{plan.file} was made by code with uncommitted changes ({commit})."
             yield _finding(it.name, "changed-code", why, severity="note")
 
 
 def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
-    """Every figure against the records that it sums up, as (rule, why)."""
+    """Compare every figure with its records, as (rule, why)."""
     n = found.data["num_images"]
     clean = _images(found.untouched, n, "clean")
     yield from _mean("clean", found.clean, clean, found.exact)
@@ -131,16 +131,16 @@ def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
             yield from _mean(cell.id, cell.expected, q, found.exact)
             left.append(q)
         elif cell.bounded:
-            yield "records-missing", f"What {cell.id} left of each image is not kept."
+            yield "records-missing", f"The claim has no per-image correctness of {cell.id}."
     lowest = found.per_image()
     if lowest is not None and lowest.shape != (n,):
         raise ValueError(f"lowest has {len(lowest)} images, expected {n}")
     yield from _mean("aware", found.aware, lowest, found.exact)
     if found.aware is not None and lowest is None and found.exact:
-        yield "records-missing", "What the worst attack left of each image is not kept."
+        yield "records-missing", "The claim has no per-image correctness of the worst case."
     if clean is not None and lowest is not None:
         worst = np.min([clean, *left], axis=0)
-        # older claims do not list all that counted
+        # older claims do not list all attacks that counted
         above = lowest > worst + TOLERANCE
         below = (lowest < worst - TOLERANCE) & (found.further is not None)
         if wrong := int((above | below).sum()):
@@ -164,7 +164,7 @@ def _images(text: str | None, n: int, what: str) -> NDArray[np.float64] | None:
 def _mean(
     what: str, stated: Figure | None, q: NDArray[np.float64] | None, exact: bool
 ) -> Iterator[tuple[str, str]]:
-    """A figure against the mean of its records, and its interval against theirs."""
+    """Compare a figure and its interval with the mean and the interval of its records."""
     if stated is None or q is None:
         return
     if abs(stated.value - q.mean()) > TOLERANCE:
@@ -173,7 +173,7 @@ def _mean(
         )
         yield "records-contradict", f"{told}."
         return
-    if not exact:  # its interval is over draws, too
+    if not exact:  # the interval covers the draws, too
         return
     _, low, high = accuracy_interval(q)
     for end, mine, other in (("low", stated.low, low), ("high", stated.high, high)):
@@ -188,19 +188,19 @@ def _percent(value: float) -> str:
 
 
 def _unaware(found: Evaluated) -> Iterator[tuple[str, str]]:
-    """The headline of attackers who do not know the draw, unless it is estimated from draws."""
+    """Check the unaware headline, unless it is estimated from draws."""
     each = [unpacked(c.each) for c in found.cells if c.bounded and not c.aware and c.each]
     if not each or found.unaware is None or found.aware is None or not found.exact:
         return
     lowest = min(float(q.mean()) for q in each)
     if abs(found.unaware.value - lowest) > TOLERANCE:
-        told = f"{_percent(found.unaware.value)}, the lowest of its attacks left {_percent(lowest)}"
+        told = f"{_percent(found.unaware.value)}, the lowest of its attacks is {_percent(lowest)}"
         yield "unaware-records", f"unaware is stated as {told}."
 
 
 def _differences(found: Evaluated) -> Iterator[tuple[str, str]]:
-    """What drawing is worth must be the difference of two figures."""
-    if found.aware is None or found.further is None:  # older claims compared under other attacks
+    """Check that each gain of the draw is the difference of two figures."""
+    if found.aware is None or found.further is None:  # in older claims the attacks were not matched
         return
     best = max(found.alone, key=lambda figure: figure.value, default=None)
     for what, stated, other in (
@@ -211,11 +211,11 @@ def _differences(found: Evaluated) -> Iterator[tuple[str, str]]:
         if stated is None or other is None:
             continue
         if abs(stated.value - (found.aware.value - other.value)) > TOLERANCE:
-            yield "difference", f"{what} is not the aware figure minus what it is compared with."
+            yield "difference", f"{what} is not the aware figure minus its baseline."
 
 
 def _definition(plan: Plan) -> dict[str, Any] | None:
-    """The suite that was run; None if it is a version of one of ours that is no longer known."""
+    """The definition of the suite; None for an unknown version of a built-in suite."""
     if not isinstance(plan.suite, str):
         return plan.suite
     known = SUITES.get(plan.suite)
@@ -224,18 +224,18 @@ def _definition(plan: Plan) -> dict[str, Any] | None:
 
 
 def current(plan: Plan) -> bool:
-    """Whether it ran what a suite of that name runs today; one of the user's own always does."""
+    """Whether the suite's version is the present one; always true for a user's suite."""
     return _definition(plan) is not None
 
 
 def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
-    """Every attack of a suite must have left its records, and have had the suite's settings."""
+    """Check that every attack of a suite has records and the suite's settings."""
     left = list(found.cells)
     demanded: list[tuple[str, str, dict[str, Any], str]] = []
     for plan in found.suites:
         if (suite := _definition(plan)) is None:
             told = "an earlier version" if plan.version is None else f"version {plan.version}"
-            why = f"Suite {plan.name} was {told}: nobody knows whether all its attacks are there."
+            why = f"Suite {plan.name} was {told}, so its list of attacks cannot be checked."
             yield _finding(_subject(it, found), "suite-version", why, severity="note")
             continue
         for spec in suite["cells"]:
@@ -245,7 +245,7 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
                 if view == "protocol":
                     view = "sampled" if it.num_members > 1 or not found.exact else "averaged"
                 demanded.append((spec["attack"], view, spec.get("settings", {}), plan.name))
-    # who demands most chooses first
+    # entries with the most settings are matched first
     for attack, view, settings, name in sorted(demanded, key=lambda it: -len(it[2])):
         fits = [c for c in left if (c.attack, c.view) == (attack, view) and _ran(c.repr, settings)]
         if fits:
@@ -259,7 +259,7 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
 
 
 def _ran(call: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the call that rebuilds an attack has these settings."""
+    """Whether the repr of an attack has these settings."""
     return all(
         re.search(rf"\b{key}={re.escape(repr(value))}(?=[,)])", call)
         for key, value in settings.items()
@@ -267,7 +267,7 @@ def _ran(call: str, settings: Mapping[str, Any]) -> bool:
 
 
 def as_evaluation(it: Claim, found: Evaluated) -> Evaluation:
-    """What a claim says of some images, in the form that `evaluate` stores."""
+    """Results of a claim in the format of a stored evaluation."""
 
     def cell(attacked: Attacked) -> Cell:
         value = None if attacked.expected is None else attacked.expected.value

@@ -1,9 +1,8 @@
-"""Methods side by side under equal attacks, each over all of its seeds.
+"""Comparison of methods under matched attacks, each over all of its seeds.
 
-Claims are about the same images, yet not always under the same attacks. Here each figure is over
-the attacks that all of them have met, so that rows may be read against each other; with fewer
-attacks in common `aware` is higher than what a claim says by itself. Intervals are 95 %, over
-images, and over seeds too where a method has several.
+Claims on the same images may have different attacks. Here each figure is over the attacks that all
+claims share, so that rows are comparable. With fewer attacks `aware` is higher than in the claims
+themselves. Intervals are 95 %, over images, and over seeds too for methods with several.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -25,11 +24,11 @@ COLUMNS: Final = ("method", "seeds", "clean", "unaware", "aware", "of each seed"
 
 
 class Row(NamedTuple):
-    """What each seed of a method left of each image, (seeds, n) expected correctness.
+    """Per-image expected correctness (seeds, n) of a method.
 
     Attributes:
-        clean: without an attack.
-        unaware: under the seed's strongest common attack that does not know of the draw.
+        clean: on clean images.
+        unaware: under the seed's strongest common unaware attack.
         aware: the lowest over the clean image and all common attacks.
     """
 
@@ -44,10 +43,10 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
     Args:
         name: of the method.
         folder: of the claims.
-        images: only what was measured on so many; a seed without is left out.
+        images: use only results on this number of images; seeds without such results are skipped.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no claim.
     """
     seeds = [path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.json")]
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
@@ -62,14 +61,14 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
 
 
 def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row], int]:
-    """Each method's row, and under how many attacks: those that every claim has met.
+    """Each method's row under the attacks that all claims share, and the number of attacks.
 
-    Of several sets of images that all were attacked on, that with the most attacks that all have
-    met, and of these the largest.
+    Among several common sets of images, the one with the most common attacks is used, then the
+    largest.
 
     Raises:
-        DataError: if the claims speak of different images or threats, keep no single images, or
-            share no attack of either kind.
+        DataError: if the claims have different images or threats, no per-image correctness, or no
+            common attack of either kind.
     """
     found = {
         name: [{e.subject: e for e in it.evaluations} for it in seeds]
@@ -87,18 +86,18 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
     attacks = common[chosen]
     aware = {c.key for sets in every for c in sets[chosen].cells if c.aware} & attacks
     if not aware or aware == attacks:
-        raise DataError("the claims share no attack that knows of the draw, or none that does not")
+        raise DataError("the claims must share at least one aware and one unaware attack")
     rows = {
         name: _row([sets[chosen] for sets in seeds], attacks, attacks - aware)
         for name, seeds in found.items()
     }
-    # what only other attacks have taken was not met by all of the common ones
+    # images that only other attacks fooled were not attacked by all common ones
     known = ~np.isnan(np.concatenate([row.aware for row in rows.values()])).any(0)
     return {name: Row(*(v[:, known] for v in row)) for name, row in rows.items()}, len(attacks)
 
 
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
-    # refuses those that keep no single images
+    # raises for claims without per-image correctness
     aware = [_worst(e, common) for e in seeds]
     kept = [{a: unpacked(c.each) for a, c in e.attacks().items() if c.each} for e in seeds]
     return Row(
@@ -109,24 +108,24 @@ def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) 
 
 
 def _worst(found: Evaluated, common: Set[Attack]) -> Values:
-    """The lowest that the common attacks leave; where there are no others, of all that was run."""
+    """Worst case over the common attacks; over all attacks if there are no others."""
     whole = found.per_image() if common == found.attacks().keys() else None
     return least(found, common) if whole is None else whole
 
 
 def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) -> str:
-    """A Markdown table in percent, one row a method, its figures means over seeds.
+    """A Markdown table in percent, one row per method, with means over seeds.
 
     Args:
         methods: claims by method, in this order.
-        against: the method from which paired differences of the aware figure are taken.
+        against: the reference method of paired differences of the aware figure.
 
     Raises:
-        ConfigError: if `against` is none of the methods.
-        DataError: as `under_common`.
+        ConfigError: if `against` is not one of the methods.
+        DataError: as in `under_common`.
     """
     if against not in (None, *methods):
-        raise ConfigError(f"--against {against} is none of the methods {', '.join(methods)}")
+        raise ConfigError(f"--against must be one of {', '.join(methods)}, got {against}")
     found, attacks = under_common(methods)
     lines = []
     for name, row in found.items():
@@ -142,4 +141,4 @@ def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) ->
     images = next(iter(found.values())).aware.shape[1]
     several = any(len(row.aware) > 1 for row in found.values())
     over = "images and seeds" if several else "images"
-    return f"{text}\n\n{attacks} attacks that all have met, {images} images; intervals over {over}"
+    return f"{text}\n\n{attacks} matched attacks, {images} images; intervals over {over}"

@@ -1,10 +1,10 @@
-"""The file of a claim: what it holds, and how it is read and written. Needs no torch.
+"""The format of a claim: schema, reading and writing. Needs no torch.
 
-A claim holds the settings of a run without paths, the hash of its weights, what its training cost,
-and for each threat and set of images the suites that were run, where and by which commit, both
-headlines with intervals, every attack, and the self-checks. The correctness of each image under
-each bounded attack is kept too, so that claims on the same images can be compared by paired
-differences, over the attacks that both have met, and that every figure can be checked.
+A claim has the settings of a run without paths, the hash of its weights, the cost of its training,
+and for each threat and set of images the suites with their machine and commit, both headlines with
+intervals, every attack, and the self-checks. It also has the per-image correctness under each
+bounded attack, so that every figure can be checked and claims on the same images can be compared by
+paired differences under matched attacks.
 """
 
 import base64
@@ -27,10 +27,10 @@ from redefense.results.schema import Budget, Check, Data
 from redefense.runtime.files import write_text
 
 STEPS: Final = 65535
-"""Levels in which the correctness of an image is kept."""
+"""Number of quantisation levels of an image's correctness."""
 
 Attack = tuple[str, str, str]
-"""Name, view and the call that rebuilds it."""
+"""Name, view and repr of an attack."""
 
 
 class _Data(BaseModel):
@@ -38,7 +38,7 @@ class _Data(BaseModel):
 
 
 class Figure(_Data):
-    """A fraction, or a difference of two, with its 95 % interval where one is known."""
+    """A fraction, or a difference of two, with its 95 % interval if known."""
 
     value: float = Field(ge=-1, le=1)
     low: float | None = Field(default=None, ge=-1, le=1)
@@ -50,7 +50,7 @@ class Figure(_Data):
 
 
 class _Named(BaseModel):
-    """What a claim's run must say, whatever else it holds."""
+    """The required keys of a claim's run."""
 
     class Data(BaseModel):
         spec: str
@@ -69,7 +69,7 @@ class _Named(BaseModel):
 
 
 class _Suite(BaseModel):
-    """What the definition of a suite must say."""
+    """The required keys of the definition of a suite."""
 
     class Cell(BaseModel):
         attack: str
@@ -82,7 +82,7 @@ class _Suite(BaseModel):
 
 
 def _holding(kind: type[BaseModel], value: Any) -> Any:
-    """The value as it is, if it holds what such data must hold."""
+    """The unchanged value, after validating its required keys."""
     try:
         kind.model_validate(value)
     except ValidationError as error:
@@ -91,14 +91,14 @@ def _holding(kind: type[BaseModel], value: Any) -> Any:
 
 
 class Attacked(_Data):
-    """One cell: the call that rebuilds the attack, and the exact expected accuracy it left.
+    """One cell: the repr of the attack, and the exact expected accuracy under it.
 
     Attributes:
-        expected: None where it did not meet all images.
-        faced: in older claims, whether it was also run on the single members and on the average.
-        each: packed correctness per image, of bounded attacks.
-        met: which images it met, packed as correctness is; None for all. Where an attack did not
-            meet an image, that was lost before it.
+        expected: None if the attack did not run on all images.
+        faced: in older claims, whether the attack was also run on the baselines.
+        each: packed per-image correctness, of bounded attacks.
+        met: the attacked images, packed in the same way; None for all. The others were fooled
+            before.
     """
 
     id: str
@@ -114,17 +114,17 @@ class Attacked(_Data):
 
     @property
     def key(self) -> Attack:
-        """What makes two cells the same attack, whoever met it."""
+        """Key that is equal for equal attacks on different models."""
         return self.attack, self.view, self.repr
 
 
 class Plan(_Data):
-    """How a suite was run.
+    """Settings with which a suite was run.
 
     Attributes:
         file: name of the evaluation in the run's folder.
-        suite: its name, or its whole definition if it is not one of ours.
-        cascade: whether images that are lost were left out, where that is not the suite's choice.
+        suite: its name, or its whole definition if it is not a built-in suite.
+        cascade: whether fooled images were skipped, if that differs from the suite's setting.
         version: hash of the suite's definition; None in claims made before suites had one.
     """
 
@@ -148,7 +148,7 @@ class Plan(_Data):
 
     @property
     def name(self) -> str:
-        """Of the suite."""
+        """The suite's name."""
         return self.suite if isinstance(self.suite, str) else str(self.suite["name"])
 
 
@@ -156,12 +156,12 @@ class Evaluated(_Data):
     """All suites of the run at one threat on one set of images, joined.
 
     Attributes:
-        exact: whether expectations are over all members; False for a network that draws by itself,
-            whose figures are estimates from `draws` fresh draws.
-        aware_draws: the aware figure with the interval that other draws on these images would give.
-        further: attacks that are no cell of a suite, but count for the headline; None where that
-            was not stored, or no other attacks counted yet.
-        checks: the self-checks; older claims name the red ones only.
+        exact: whether expectations are over all members; False for a stochastic network, whose
+            figures are estimates from `draws` fresh draws.
+        aware_draws: the aware figure with its interval over the draws, for fixed images.
+        further: attacks that count for the headline but are no cells of a suite; None if they were
+            not stored.
+        checks: the self-checks; older claims have the failed ones only.
     """
 
     data: dict[str, Any]
@@ -195,32 +195,32 @@ class Evaluated(_Data):
 
     @property
     def subject(self) -> tuple[int, str, str, float]:
-        """Number of images, which ones, and the threat: what makes two of them comparable."""
+        """Number and hash of the images, and the threat; equal for comparable evaluations."""
         return self.data["num_images"], str(self.data), self.norm, self.eps
 
     @property
     def best_alone(self) -> Figure | None:
-        """The member that keeps most of these images; the chosen one where only that is known."""
+        """Accuracy of the best single member, or of the chosen one if only that is known."""
         return max(self.alone, key=lambda it: it.value, default=self.best_single_member)
 
     def per_image(self) -> NDArray[np.float64] | None:
-        """(n,) the lowest expected correctness that any bounded attack left."""
+        """(n,) lowest expected correctness under any bounded attack."""
         return None if self.lowest is None else _of_levels(base64.urlsafe_b64decode(self.lowest))
 
     def attacks(self) -> dict[Attack, Attacked]:
-        """The bounded attacks, to find those that two runs met."""
+        """The bounded attacks by key, to find the common ones of two runs."""
         return {c.key: c for c in self.cells if c.bounded}
 
 
 class Training(_Data):
-    """What the training took.
+    """Cost of the training.
 
     Attributes:
-        images: seen, over all epochs.
-        passes: forward-pass equivalents per member and image seen, counted.
-        minutes: on the machine of the study, None where they were not logged.
-        parameters: of all members together, as they are stored.
-        weights: SHA-256 of the weights file, or of the weights where they were not trained by us.
+        images: number of training images, over all epochs.
+        passes: forward-pass equivalents per member and image, counted.
+        minutes: on the machine of the study; None if they were not logged.
+        parameters: number of stored parameters of all members.
+        weights: SHA-256 of the weights file, or of weights not trained by redefense.
     """
 
     epochs: int | None
@@ -232,13 +232,13 @@ class Training(_Data):
 
 
 class Claim(_Data):
-    """One run, or weights of anybody's training, and everything that was measured of it.
+    """One run, or weights from elsewhere, with all its evaluations.
 
     Attributes:
-        run: its settings; of weights that were not trained by us the name of the defence, the
-            number of members, the data and the threat.
-        authors, link, licence: who made the weights, where they are described, and on what terms.
-        sha256: of all the rest; None in older claims.
+        run: its settings; for weights not trained by redefense the name of the defence, the number
+            of members, the data and the threat.
+        authors, link, licence: of the weights; the link points to their description.
+        sha256: of all other entries; None in older claims.
     """
 
     version: Literal[1] = Field(default=1, alias="schema")
@@ -269,12 +269,12 @@ class Claim(_Data):
 
     @property
     def trained(self) -> bool:
-        """Whether `run` is all that it takes to train it again."""
+        """Whether it can be trained again from `run`."""
         return self.training.epochs is not None
 
     @property
     def passes(self) -> float | None:
-        """Forward-pass equivalents of one member that the whole training took."""
+        """Forward-pass equivalents of one member, of the whole training."""
         took = self.training
         if took.images is None or took.passes is None:
             return None
@@ -282,17 +282,17 @@ class Claim(_Data):
 
     @property
     def headline(self) -> Evaluated:
-        """The evaluation with an aware figure under most attacks, that on most images first."""
+        """The evaluation with an aware figure and the most attacks, then the most images."""
         known = [e for e in self.evaluations if e.aware is not None] or list(self.evaluations)
         return max(known, key=lambda e: (len(e.cells), e.data["num_images"]))
 
     def on(self, images: int) -> "Claim | None":
-        """The claim with nothing but what was measured on so many images; None if nothing was."""
+        """The claim with only its results on this number of images; None if there are none."""
         found = tuple(e for e in self.evaluations if e.data["num_images"] == images)
         return self.model_copy(update={"evaluations": found}) if found else None
 
     def keeping(self, older: "Claim") -> "Claim":
-        """With what an older claim says of the same weights on other images or at other threats."""
+        """The claim with an older claim's results on other images or at other threats added."""
         if older.training.weights != self.training.weights:
             return self
         mine = {e.subject for e in self.evaluations}
@@ -320,13 +320,13 @@ def packed(
 
 
 def unpacked(text: str) -> NDArray[np.float64]:
-    """What `packed` was given, to half a level."""
+    """Inverse of `packed`, up to half a level."""
     raw = base64.urlsafe_b64decode(text)
     return _of_levels(zlib.decompressobj().decompress(raw, _MOST_BYTES))
 
 
 _MOST_BYTES: Final = 2**26
-"""Of the records of one attack: what others wrote must not fill the memory."""
+"""Limit of the unpacked records of one attack, since claims may come from untrusted sources."""
 
 
 def _of_levels(raw: bytes) -> NDArray[np.float64]:
@@ -335,19 +335,19 @@ def _of_levels(raw: bytes) -> NDArray[np.float64]:
 
 
 def digest(value: object) -> str:
-    """SHA-256 of data as JSON, whatever the order of its keys."""
+    """SHA-256 of data as JSON, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def suite_version(suite: Mapping[str, Any]) -> str:
-    """Names the attacks of a suite with their settings: 12 hexadecimal digits."""
+    """Version of a suite: 12 hexadecimal digits of the hash of its attacks and their settings."""
     parts = {key: suite[key] for key in ("cells", "beside", "measures") if key in suite}
     return digest(parts)[:12]
 
 
 def dumped(it: Claim) -> dict[str, Any]:
-    """The claim as JSON, with the hash of all the rest."""
+    """The claim as JSON, with the hash of its content."""
     found = it.model_dump(mode="json", by_alias=True, exclude={"sha256"})
     return {**found, "sha256": digest(found)}
 
@@ -356,13 +356,13 @@ def read(path: Path) -> Claim:
     """A stored claim.
 
     Raises:
-        DataError: naming the file and the first key that is wrong.
+        DataError: for invalid files; it names the file and the first wrong key.
     """
     return parse(read_json(path), path)
 
 
 def parse(document: object, path: Path) -> Claim:
-    """The same from decoded JSON."""
+    """A claim from decoded JSON; raises as `read`."""
     try:
         return Claim.model_validate(document)
     except ValidationError as error:
@@ -379,11 +379,11 @@ def write(it: Claim, path: Path) -> Path:
 def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
     """Per image, the lowest correctness over the clean image and these attacks.
 
-    NaN where that is not known: where one of them did not meet an image that none of the others
-    took, because an attack that is not among them had.
+    NaN if it is unknown: one of the attacks skipped the image, since an attack that is not among
+    them had fooled it.
 
     Raises:
-        DataError: if there is no attack, or the claim does not keep what they left of each image.
+        DataError: if there is no attack, or the claim has no per-image correctness of them.
     """
     if not attacks or found.untouched is None:
         raise DataError(_ANEW)
@@ -397,4 +397,4 @@ def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
     return np.where(known | (lowest == 0), lowest, np.nan)
 
 
-_ANEW: Final = "a claim does not keep what each attack left of each image: make it anew"
+_ANEW: Final = "a claim has no per-image correctness of its attacks: make it again"

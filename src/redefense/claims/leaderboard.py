@@ -1,8 +1,8 @@
-"""Claims side by side: what may be ranked together, and over how many seeds.
+"""Groups claims that may be ranked together, and averages over seeds.
 
-One row is a method: all claims whose runs differ by the seed alone. One group holds the rows that
-met the same attacks on the same images at the same threat, under the same versions of their suites;
-figures of different groups are never ranked together.
+One row is a method: all claims whose runs differ only by the seed. A group has rows with matched
+attacks: the same attacks on the same images at the same threat, with the same versions of their
+suites. Figures of different groups are never ranked together.
 """
 
 import json
@@ -30,7 +30,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """The file of a claim, what it says, and what the check says of it."""
+    """A claim, its file, and the findings of its check."""
 
     path: Path
     claim: Claim
@@ -38,7 +38,7 @@ class Entry:
 
     @property
     def page(self) -> str:
-        """Where the site tells all of it."""
+        """The claim's page in the site."""
         return f"claims/{self.path.stem}.html"
 
     @property
@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A method in one group: one claim a seed, and what each says about the group's images."""
+    """A method in one group: one claim per seed, with its results on the group's images."""
 
     entries: tuple[Entry, ...]
     found: tuple[Evaluated, ...]
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the claim, without its seed."""
+        """The claim's name without its seed."""
         return self.claim.name.removesuffix(f"-{self.claim.run.get('seed')}")
 
     @property
@@ -85,7 +85,7 @@ class Row:
     def _over(
         self, figures: Sequence[Figure | None], each: Callable[[Evaluated], Values | None]
     ) -> Estimate | None:
-        """One claim's figure as it is; of several the mean, over images and seeds."""
+        """The figure of one claim, or the mean over the images and seeds of several."""
         known = [figure for figure in figures if figure is not None]
         if len(known) < len(figures):
             return None
@@ -101,19 +101,19 @@ class Row:
 
     @property
     def gap(self) -> float | None:
-        """What attackers gain by knowing of the draw."""
+        """Unaware minus aware accuracy."""
         if self.unaware is None or self.aware is None:
             return None
         return self.unaware.value - self.aware.value
 
     @property
     def over_best(self) -> Estimate | None:
-        """The draw minus the best member alone; of several seeds the mean, without an interval."""
+        """Gain of the draw over the best member; the mean without interval for several seeds."""
         return self._mean([e.over_alone or e.over_single for e in self.found])
 
     @property
     def over_average(self) -> Estimate | None:
-        """The draw minus the averaged ensemble; of several seeds the mean."""
+        """Gain of the draw over the averaged ensemble; the mean for several seeds."""
         return self._mean([e.over_averaged for e in self.found])
 
     def _mean(self, figures: Sequence[Figure | None]) -> Estimate | None:
@@ -135,7 +135,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Rows that met the same attacks on the same images; ordered by the aware figure."""
+    """Rows with matched attacks on the same images, ordered by the aware figure."""
 
     rows: tuple[Row, ...]
 
@@ -161,17 +161,17 @@ class Group:
 
     @property
     def earlier(self) -> bool:
-        """Whether a suite was of another version than today's of that name."""
+        """Whether the version of a suite is not the present one."""
         return any(plan.version is None or not current(plan) for plan in self.first.suites)
 
     @property
     def whole(self) -> bool:
-        """Whether all the attackers of the suite `aware` were there."""
+        """Whether all attacks of the suite `aware` were run."""
         return not {"aware", "full"}.isdisjoint(self.suites)
 
     @property
     def ranked(self) -> bool:
-        """Whether there is a headline: somebody attacked who knows of the draw."""
+        """Whether there is a headline, i.e. an aware attack was run."""
         return self.first.aware is not None
 
     @property
@@ -184,12 +184,12 @@ class Group:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """What to run to stand in this group; with suites of an earlier version, in a new one."""
+        """The commands for a result in this group, or in a new one if its suites are outdated."""
         return tuple(evaluate_command(plan) for plan in self.first.suites)
 
 
 def evaluate_command(plan: Plan) -> str:
-    """The command that runs a suite so on a run."""
+    """The command that evaluates a run with these settings of a suite."""
     suite = plan.suite if isinstance(plan.suite, str) else f"{plan.name}.json"
     words = ["redefense", "evaluate", "DIR", "--suite", suite]
     words += [] if plan.images is None else ["--images", str(plan.images)]
@@ -204,18 +204,18 @@ def read_all(folder: Path) -> list[Entry]:
     """The claims of a folder, in the order of their names.
 
     Raises:
-        DataError: if there is none, or a file is no claim.
+        DataError: if there is none, or a file is not a claim.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise DataError(f"{folder} holds no claim: make some by `redefense claim make`")
+        raise DataError(f"{folder} has no claims: make one with `redefense claim make`")
     return [Entry(path=path, claim=read(path), findings=tuple(check(path))) for path in paths]
 
 
 def groups_of(entries: Iterable[Entry]) -> list[Group]:
-    """The groups of the claims that hold: today's suites first, of these `aware`, then the largest.
+    """The groups of valid claims: present suites first, among them `aware`, then the largest.
 
-    A claim stands in a group for each of its evaluations.
+    A claim is in one group for each of its evaluations.
     """
     places: dict[str, dict[str, list[tuple[Entry, Evaluated]]]] = {}
     for entry in entries:
@@ -230,7 +230,7 @@ def groups_of(entries: Iterable[Entry]) -> list[Group]:
 
 
 def _met(found: Evaluated) -> str:
-    """Names images, threat, suites and attacks: rows with equal names may be ranked together."""
+    """Key of images, threat, suites and attacks: rows with equal keys may be ranked together."""
     suites = sorted(
         (plan.name, plan.version or digest(plan.suite), plan.seeds, plan.checks)
         for plan in found.suites
@@ -241,7 +241,7 @@ def _met(found: Evaluated) -> str:
 
 
 def _method(it: Claim) -> str:
-    """Equal for claims whose runs differ by the seed alone."""
+    """Key that is equal for claims whose runs differ only by the seed."""
     settings = {key: value for key, value in it.run.items() if key != "seed"}
     return digest([settings, it.authors, None if it.trained else it.training.weights])
 
@@ -269,7 +269,7 @@ _SIZES: dict[str, int | None] = {}
 
 
 def parameters_of(it: Claim) -> int | None:
-    """As stated; in older claims, of the networks that the run describes."""
+    """The stated number of parameters; for older claims that of the run's networks."""
     if it.training.parameters is not None or not it.trained:
         return it.training.parameters
     key = json.dumps([it.run["ensemble"], it.run["data"]["spec"]], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Makes a claim: of an evaluated run, or of what `evaluate` measured of anybody's weights."""
+"""Makes a claim from an evaluated run, or from evaluations of other weights."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,13 +31,13 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
     """The claim of an evaluated run, or of evaluations of one set of weights.
 
     Args:
-        sources: one run directory; or files of evaluations, with their records beside them.
-        name: of the claim; that of the run unless given.
-        about: authors, link and licence; all needed, with the name, unless the weights are those of
-            a run.
+        sources: one run directory; or files of evaluations, next to the folders of their records.
+        name: of the claim; default: that of the run.
+        about: authors, link and licence; required, with the name, for weights that are not of a
+            run.
 
     Raises:
-        ConfigError: if something is not stated that must be.
+        ConfigError: if a required statement is missing.
         DataError: if a source is not trained, not evaluated, damaged or of other weights.
     """
     stored = [it for source in sources for it in load(source)]
@@ -49,7 +49,7 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
 
 
 def _home(source: Path) -> Path:
-    """The run that a source belongs to, if it belongs to one."""
+    """The run of a source, if it has one."""
     source = source.resolve()
     return source if source.is_dir() else source.parent.parent
 
@@ -57,7 +57,7 @@ def _home(source: Path) -> Path:
 def of_run(
     checkpoint: Checkpoint, stored: Sequence[Stored], name: str, about: Mapping[str, str | None]
 ) -> Claim:
-    """The claim of a trained run; arguments and errors as `claim`."""
+    """The claim of a trained run; arguments and errors as in `claim`."""
     data = checkpoint.state["data"]
     run = without_paths(checkpoint.run)
     cost = count(run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
@@ -86,7 +86,7 @@ def of_run(
 def of_weights(
     stored: Sequence[Stored], name: str | None, about: Mapping[str, str | None]
 ) -> Claim:
-    """The claim of weights that were not trained by us; arguments and errors as `claim`."""
+    """The claim of weights not trained by redefense; arguments and errors as in `claim`."""
     stated = {"name": name, **about}
     if missing := [
         f"--{key}" for key in ("name", "link", "authors", "licence") if not stated.get(key)
@@ -98,7 +98,7 @@ def of_weights(
     plan = _plan_of(stored[0])
     if plan.weights is None or plan.parameters is None:
         raise DataError(
-            f"{stored[0].file} does not say of which weights it is: evaluate them again by "
+            f"{stored[0].file} has no hash of its weights: evaluate them again with "
             "redefense.evaluate of this version"
         )
     _same_weights(stored, plan.weights)
@@ -127,14 +127,14 @@ def of_weights(
 
 
 def _plan_of(stored: Stored) -> Any:
-    """How a stored suite was run.
+    """The stored plan of a suite.
 
     Raises:
-        DataError: if that is missing.
+        DataError: if it is missing.
     """
     if stored.plan is None or stored.file is None or stored.plan.threat.eps is None:
         raise DataError(
-            f"{stored.name}: {stored.file} does not say how it was made, so it cannot be recomputed"
+            f"{stored.name}: {stored.file} has no plan, so it cannot be recomputed: evaluate again"
         )
     return stored.plan
 
@@ -150,8 +150,8 @@ def _evaluations(stored: Sequence[Stored]) -> tuple[Evaluated, ...]:
     for it in stored:
         if it.missing:
             raise DataError(
-                f"{it.file}: the per-image records are not beside it ({', '.join(it.missing)}), so "
-                "nobody could check its figures: copy the folder of the records along"
+                f"{it.file}: its per-image records are missing ({', '.join(it.missing)}), so its "
+                "figures cannot be checked: copy the folder of the records next to the file"
             )
     return tuple(sorted(map(evaluated, results_of(stored)), key=lambda e: e.subject))
 
@@ -206,17 +206,17 @@ def _attacked(scored: Scored) -> Attacked:
 
 
 def planned(stored: Stored) -> Plan:
-    """How a stored suite was run.
+    """The settings with which a stored suite was run.
 
     Raises:
-        DataError: if that is missing, or nobody else can run it.
+        DataError: if they are missing, or contain attacks that others cannot run.
     """
     plan, file = _plan_of(stored), stored.file
     assert file is not None
     if plan.objects:
         raise DataError(
-            f"{file} was attacked by objects that only this machine has ({', '.join(plan.objects)})"
-            ": register them under names in a plug-in, and evaluate again"
+            f"{file} has attacks that were given as objects ({', '.join(plan.objects)}), which "
+            "others cannot run: register them under names in a plug-in, and evaluate again"
         )
     name = plan.suite["name"]
     whole = {**plan.suite, "cascade": name in SUITES and SUITES[name].cascade}

@@ -1,4 +1,4 @@
-"""Makes the figures of a claim again, from its settings or from named weights, and compares."""
+"""Recomputes the figures of a claim, from its settings or from given weights, and compares."""
 
 import json
 from collections.abc import Callable
@@ -33,22 +33,22 @@ def recompute(
     device: str = "cpu",
     say: Say | None = None,
 ) -> list[str]:
-    """Train and evaluate anew in `folder`; every headline that does not agree, in words.
+    """Train and evaluate again in `folder`; return a line for every headline that differs.
 
-    Other machines give other bits, and other bits other weights. Figures agree if each lies in the
-    95 % interval of the other. Called again with the same folder, it goes on.
+    Training on another machine gives different weights. Figures agree if each is within the 95 %
+    interval of the other. The same call with the same folder resumes an interrupted computation.
 
     Args:
         it: the claim.
-        data: where its data lie here.
+        data: specification of its data on this machine.
         folder: for the run and its evaluations.
-        weights: a run, a folder for a model hub, or a network in memory: evaluated in place of a
+        weights: a run, a folder for a model hub, or a network in memory: evaluated instead of
             training, if these are the weights of the claim.
         device: to compute on.
-        say: takes lines about what is done.
+        say: called with each log line.
 
     Raises:
-        ConfigError: if the weights of the claim were not trained by us and none are named.
+        ConfigError: if the claim's weights were not trained by redefense and none are given.
         DataError: if the weights are not those of the claim, or suites are of another version.
     """
     for plan in (plan for e in it.evaluations for plan in e.suites):
@@ -63,11 +63,11 @@ def recompute(
     if weights is None and not it.trained:
         raise ConfigError(
             f"the weights of {it.name} were not trained by redefense: get them from {it.link} and "
-            "name their folder with --weights"
+            "pass their folder with --weights"
         )
     if it.trained and isinstance(weights, nn.Module):
         raise ConfigError(
-            f"{it.name} is the claim of a run, whose hash is that of the run's file: name the "
+            f"{it.name} is the claim of a run, whose hash is that of the run's file: pass the "
             "run's directory, or no weights, to train it"
         )
     if it.trained:
@@ -86,7 +86,7 @@ def _plans(it: Claim) -> list[Plan]:
 def _of_run(
     it: Claim, data: str, folder: Path, trained: Path | None, device: str, say: Say | None
 ) -> Claim:
-    """The claim again: trained here, or of the run that is named."""
+    """The recomputed claim: of a new training, or of the given run."""
     path = trained or folder / it.name
     if trained is None:
         run = parse_run(it.run, it.name)
@@ -121,11 +121,11 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _require(it: Claim, found: str, where: object) -> None:
     if found != it.training.weights:
-        raise DataError(f"{where} holds weights {found}, the claim is of {it.training.weights}")
+        raise DataError(f"{where} has weights {found}, the claim is of {it.training.weights}")
 
 
 def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, say: Say | None) -> Claim:
-    """The claim again, of a network in memory."""
+    """The recomputed claim of a network in memory."""
     stored = []
     for plan in _plans(it):
         suite = plan.suite
@@ -145,14 +145,14 @@ def _attributed(it: Claim) -> dict[str, str | None]:
 
 
 def differences(one: Claim, other: Claim) -> list[str]:
-    """Headlines of two claims about the same run that lie outside each other's intervals."""
+    """Headlines of two claims of one run that are outside each other's intervals."""
     found = []
     again = {_about(e): e for e in other.evaluations}
     for mine in one.evaluations:
         theirs = again.get(_about(mine))
         if theirs is None:
             told = f"{mine.data['num_images']} {mine.data['split']} images of {mine.data['name']}"
-            found.append(f"{one.name}: the claim is not about these {told}")
+            found.append(f"{one.name}: the claim has no results on these {told}")
             continue
         for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
             a, b = getattr(mine, key), getattr(theirs, key)
@@ -164,7 +164,7 @@ def differences(one: Claim, other: Claim) -> list[str]:
 
 
 def _about(found: Evaluated) -> tuple[object, ...]:
-    """The images, by their content where it is known, and the threat."""
+    """The images, by their hash if it is known, and the threat."""
     data = found.data
     which = data.get("sha256") or str(data)
     return data["num_images"], which, found.norm, found.eps

@@ -1,7 +1,7 @@
 """The leaderboard as a static site: one page over all claims, and a page for each.
 
-A browser opens it from the disk. Pages make no request: styles, script and drawings are inside, and
-their content policy forbids anything else.
+It opens from the disk in a browser. Pages make no requests: styles, scripts and charts are inline,
+and the content security policy forbids everything else.
 """
 
 import math
@@ -29,23 +29,22 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 14, 12, 44
 def write_site(folder: Path, out: Path) -> list[Path]:
     """Write `OUT/index.html`, and a page and the file of each claim in `OUT/claims/`.
 
-    Claims that do not hold are listed with the reasons, and not ranked.
+    Claims that fail the check are listed with the reasons, but not ranked.
 
     Args:
         folder: of the claims.
-        out: made if it is not there; pages of the same names are replaced.
+        out: created if missing; pages of the same names are replaced.
 
     Returns:
         The pages, the index first.
 
     Raises:
-        ConfigError: if the site would be written over the claims, or the extra `report` is not
-            installed.
-        DataError: if there is no claim, or a file is none; nothing is written then.
+        ConfigError: if the site would overwrite the claims, or the extra `report` is not installed.
+        DataError: if there is no claim, or a file is not a claim; then nothing is written.
     """
     if (out / "claims").resolve() == folder.resolve():
         raise ConfigError(
-            f"--out {out} would write over the claims in {folder}: name another place"
+            f"--out {out} would overwrite the claims in {folder}: choose another folder"
         )
     entries = read_all(folder)
     held = [entry for entry in entries if entry.holds]
@@ -115,7 +114,7 @@ def _millions(count: int | float | None) -> str:
 
 
 def recompute_command(entry: Entry) -> str:
-    """What makes the figures of a claim again."""
+    """The command that recomputes the figures of a claim."""
     it: Claim = entry.claim
     weights = "" if it.trained else " --weights DIR"
     return f"redefense claim recompute {entry.path.name} --data {it.run['data']['spec']}{weights}"
@@ -132,11 +131,11 @@ def _decades(low: float, high: float) -> list[float]:
 def scatter(
     group: Group, across: Callable[[Row], float | None], label: str, *, log: bool = False
 ) -> str:
-    """The aware figures with their intervals, against another figure; as SVG, "" for under two.
+    """Scatter plot (SVG) of aware accuracy over another figure; "" for fewer than two points.
 
     Args:
         group: its rows are numbered as in the table.
-        across: what stands on the horizontal axis.
+        across: the figure on the horizontal axis.
         label: of that axis.
         log: whether its scale is logarithmic; else it is that of a share.
     """

@@ -1,4 +1,4 @@
-"""Claims as Markdown tables: of methods, of what drawing is worth, and of attacks."""
+"""Claims as Markdown tables: of methods, of the gain of the draw, and of attacks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
@@ -15,13 +15,13 @@ from redefense.results.intervals import Estimate, accuracy_interval, paired_diff
 def chosen(
     claims: Sequence[Claim], kind: str, images: int | None = None, against: str | None = None
 ) -> str:
-    """The table that was asked for.
+    """The table of the given kind.
 
     Args:
-        claims: one row each, or one column each of the table of attacks.
+        claims: one row each, or one column each in the table of attacks.
         kind: "methods", "draw" or "attacks".
-        images: only what was measured on so many.
-        against: name of a claim, to add paired differences from it.
+        images: use only results on this number of images.
+        against: name of the reference claim of paired differences.
 
     Raises:
         ConfigError: if no such claim is shown, or the kind has no differences.
@@ -30,18 +30,18 @@ def chosen(
     if not shown:
         raise ConfigError(f"no claim was measured on --images {images}")
     if against not in (None, *(it.name for it in shown)):
-        raise ConfigError(f"--against {against} is none of the claims shown")
+        raise ConfigError(f"--against must be the name of a claim in the table, got {against}")
     if kind == "draw" and against is not None:
-        raise ConfigError("--draw compares each claim with its own members: it takes no --against")
+        raise ConfigError("--draw compares each claim with its own members: remove --against")
     if kind == "draw":
         return draw_table(shown)
     return attacks_table(claims, images, against) if kind == "attacks" else table(shown, against)
 
 
 def drawn(found: Evaluated) -> Estimate | None:
-    """The draw, to be compared with its members and their average: each in its own worst case.
+    """Accuracy of the sampled ensemble in its own worst case, for comparison with the baselines.
 
-    In older claims all three were compared under the attacks that were run on all of them.
+    In older claims it is the accuracy under the attacks that were also run on the baselines.
     """
     attacked = [unpacked(c.each) for c in found.cells if c.faced and c.each is not None]
     if attacked and found.untouched is not None:
@@ -58,7 +58,7 @@ def on_images(it: Claim, images: int | None) -> Claim | None:
 
 
 def with_brackets(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose intervals keep their brackets: in these pages they are no links."""
+    """A Markdown table with unescaped brackets of intervals, which are not links here."""
     return markdown_table(heading, rows).replace("\\[", "[").replace("\\]", "]")
 
 
@@ -71,13 +71,13 @@ COLUMNS: Final = (
 def table(claims: Sequence[Claim], against: str | None = None) -> str:
     """A Markdown table, percent with 95 % intervals, cost in millions of a member's forward passes.
 
-    The best member is the one that is best on these images, where all were attacked. Under "same
-    attacks" is what the ensemble keeps under those that this member and the average met, too; that
-    is its aware figure, unless the claim is an older one.
+    The best member is the best on these images, if all members were attacked. The column "same
+    attacks" is the ensemble's accuracy under the attacks that were also run on the baselines; it
+    equals the aware figure except in older claims.
 
     Args:
         claims: one row each, in this order.
-        against: name of the claim from which paired differences of the aware figure are taken.
+        against: name of the reference claim of paired differences of the aware figure.
     """
     base = None if against is None else next(c for c in claims if c.name == against).headline
     rows = []
@@ -104,10 +104,10 @@ DRAW_COLUMNS: Final = (
 
 
 def draw_table(claims: Sequence[Claim]) -> str:
-    """A Markdown table of what drawing is worth, percent and points with 95 % intervals.
+    """A Markdown table of the gain of the draw, percent and points with 95 % intervals.
 
-    The draw, the member that is best on these images and the average, each in its own worst case
-    (in older claims, under the attacks that all three have met); single networks are left out.
+    It compares the draw, the best member on these images and the average, each in its own worst
+    case (in older claims, under matched attacks). Single networks are skipped.
 
     Args:
         claims: one row each, in this order.
@@ -129,7 +129,7 @@ def draw_table(claims: Sequence[Claim]) -> str:
 
 
 def _over(gained: Figure | None, drawn: Estimate | None, rival: Estimate | None) -> str:
-    """The paired gain; in a claim that kept no such pairs the bare difference."""
+    """The paired gain; the plain difference for claims without paired results."""
     if gained is None and drawn is not None and rival is not None:
         gained = Figure(value=drawn.value - rival.value)
     return percent(None) if gained is None else points(gained.estimate)
@@ -144,17 +144,17 @@ def points(found: Estimate) -> str:
 def attacks_table(
     claims: Sequence[Claim], images: int | None = None, against: str | None = None
 ) -> str:
-    """A Markdown table, percent: one row an attack, one column a claim, and how sure they are.
+    """A Markdown table in percent: one row per attack, one column per claim.
 
-    Attackers who do not know of the draw, each by the settings and view that left least. Then the
-    least that one bounded attack left, as it would be quoted; what is left by the worst of them for
-    each image; and the same once attackers who know the ensemble are counted as well.
-    Unbounded attacks come last, under their own words, for they are no part of a headline.
+    The first rows are unaware attacks, each with its strongest settings and view. Then follow the
+    lowest accuracy of one bounded unaware attack, the per-image worst case over them, and the worst
+    case including aware attacks. Unbounded attacks come last, since they are not part of a
+    headline.
 
     Args:
         claims: one column each, in this order.
-        images: only what was measured on so many; claims without are left out.
-        against: name of the claim from which paired differences are shown, where a row has them.
+        images: use only results on this number of images; claims without such results are skipped.
+        against: name of the reference claim of paired differences, in rows that have them.
     """
     shown = {it.name: part.headline for it in claims if (part := on_images(it, images)) is not None}
     cells = {name: _least_of_each(e) for name, e in shown.items()}
@@ -191,7 +191,7 @@ def attacks_table(
 
 
 class _Shown(NamedTuple):
-    """A figure of a table, and the packed correctness of each image behind it if that is kept."""
+    """A figure of a table, with its packed per-image correctness if known."""
 
     estimate: Estimate | None
     each: str | None = None
@@ -202,13 +202,13 @@ class _Shown(NamedTuple):
 
     @property
     def reach(self) -> float:
-        """How far its interval goes from it, to the farther side."""
+        """The larger distance of the figure from an end of its interval."""
         value, low, high = self.estimate or (0.0, None, None)
         return 0.0 if low is None or high is None else max(value - low, high - value)
 
 
 def _least_of_each(found: Evaluated) -> dict[tuple[bool, str], Attacked]:
-    """By (unbounded, attack), the cell that left least, of attackers who do not know of a draw."""
+    """By (unbounded, attack), the unaware cell of lowest accuracy."""
     cells = sorted(found.cells, key=lambda cell: -cell.expected.value if cell.expected else -1.0)
     return {(not c.bounded, c.attack): c for c in cells if not c.aware}
 
@@ -235,7 +235,7 @@ def _summed(left: Mapping[str, NDArray[np.float64] | None]) -> dict[str, _Shown]
 
 
 def _worst(found: Evaluated, *, unaware: bool = False) -> NDArray[np.float64] | None:
-    """Per image what the worst bounded attack leaves; None without such, or without records."""
+    """Per-image worst case over bounded attacks; None without such attacks or without records."""
     if not unaware and found.lowest is not None:
         return found.per_image()
     knowing = {c.key for c in found.cells if c.aware and unaware}
@@ -252,10 +252,10 @@ def _beside(it: _Shown | None, base: _Shown | None) -> str:
 
 
 def _knowing(it: Claim, found: Evaluated) -> NDArray[np.float64] | None:
-    """What the worst attack for each of these images leaves, those of larger evaluations too.
+    """Per-image worst case, including aware attacks and evaluations on more images.
 
-    None if no attacker who knows the ensemble met these images. Numbers of images are the first so
-    many of one permutation.
+    None if no aware attack was run on these images. Sets of images are the first ones of one
+    permutation, so that larger sets contain smaller ones.
     """
     n = found.data["num_images"]
     others = [
@@ -277,7 +277,7 @@ def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
 
 
 def _paired(found: Evaluated, base: Evaluated) -> str:
-    """Points gained over the base on the same images, over the attacks that both met."""
+    """Points gained over the base on the same images, under the common attacks."""
     one, other = found.per_image(), base.per_image()
     if found is base or one is None or other is None or found.data != base.data:
         return ""
