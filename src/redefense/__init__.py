@@ -1,6 +1,6 @@
 """Train, attack, measure and deploy robust classifier ensembles, above all randomized ones.
 
-Public names load on first use, so that `import redefense` and the command line stay quick.
+Public names are imported on first use, so that `import redefense` and the command line are fast.
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ _HOMES = {
     "save_pretrained": "redefense.hub",
 }
 
-# `train` can be called as well; none is imported before it is asked for
+# `train` is also callable; none is imported before its first use
 _PACKAGES = {
     "attacks",
     "data",
@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    """The version that was installed; a clone that is only on the path has none."""
+    """The installed version; a clone that is only on the path has none."""
     metadata = import_module("importlib.metadata")
     try:
         return str(metadata.version("redefense"))

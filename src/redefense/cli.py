@@ -91,7 +91,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: errors of the user's are one line, errors of ours keep their traceback."""
+    """Entry point: user errors are one line, internal errors show a traceback."""
     accept_every_letter()
     try:
         code = app(standalone_mode=False)
@@ -110,14 +110,14 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # the reader has gone; what it did not read is not our failure
+        # the reader closed the pipe, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
-        if is_full(error):  # files are named where they are written: this is a stream
+        if is_full(error):  # errors of files name them: this is a stream
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"cannot write standard output: {reason(error)}", 1)
-        # a place that cannot be read or written is the user's to mend
+        # unreadable or unwritable paths are user errors
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     except Exception:  # noqa: BLE001 - the last line of defence: say whose fault it is
         traceback.print_exc()

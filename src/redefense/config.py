@@ -39,15 +39,15 @@ class _Frozen(BaseModel):
 
 
 class DataConfig(_Frozen):
-    """Which images, and how they are fed.
+    """Data and augmentation.
 
     Attributes:
         spec: data specification, e.g. `digits` or `cifar10:PATH`.
         images: train on the first N of a fixed permutation of the training split; all if None.
         augment: random crop with 4 pixels of padding, and horizontal flip.
-        cutout: side in pixels of a black square at a random place of each image (DeVries & Taylor,
-            2017); none if 0.
-        validation: share of the training images held out, always.
+        cutout: side in pixels of a black square at a random position of each image (DeVries &
+            Taylor, 2017); none if 0.
+        validation: fraction of the training images that is held out.
     """
 
     spec: str
@@ -61,7 +61,7 @@ Norm = Literal["inf", "2"]
 
 
 def read_norm(value: object, what: str = "norm") -> Norm:
-    """A threat's norm as people write it: inf, 2, "inf", "Linf", "l2" and the like.
+    """Parse a threat's norm: inf, 2, "inf", "Linf", "l2" and the like.
 
     Raises:
         ConfigError: for any other norm.
@@ -69,17 +69,17 @@ def read_norm(value: object, what: str = "norm") -> Norm:
     plain = str(value).lower().replace("\u221e", "inf").replace("\u2113", "l")
     plain = "".join(c for c in plain if c not in "-_ ").removeprefix("l").removesuffix(".0")
     found = {"2": "2", "inf": "inf", "infty": "inf", "infinity": "inf"}.get(plain)
-    # text and numbers only: True, or a tensor that happens to print so, was meant otherwise
+    # text and numbers only, not True or tensors that print alike
     if found is None or not isinstance(value, str | Real):
         raise ConfigError(f"{what} must be 'inf' or '2' (or 'linf', 'l2'), got {value!r}")
     return cast(Norm, found)
 
 
 def read_eps(value: object, what: str = "eps") -> float:
-    """A radius as people write it: a number, or text such as "0.03" or "8/255".
+    """Parse a radius: a number, or text such as "0.03" or "8/255".
 
     Raises:
-        ConfigError: for anything else, and for what is not finite.
+        ConfigError: for anything else, and for non-finite numbers.
     """
     try:
         if isinstance(value, bool):
@@ -99,17 +99,17 @@ def read_eps(value: object, what: str = "eps") -> float:
 
 
 Eps = Annotated[float, BeforeValidator(read_eps)]
-"""A radius in a stored or typed setting: fractions such as "8/255" are read as well."""
+"""A radius in a setting; fractions such as "8/255" are accepted."""
 
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
-"""The share of a label's probability that is spread evenly over all classes."""
+"""Fraction of a label's probability that is distributed evenly over all classes."""
 
 
 def check_linf(eps: float, what: str = "L-inf eps") -> None:
-    """Refuse an L-inf radius that reaches out of the images' range: it was meant in levels.
+    """Check that an L-inf radius lies in the images' range; larger ones are meant in levels.
 
     Raises:
-        ConfigError: unless eps lies in [0, 1].
+        ConfigError: if eps is not in [0, 1].
     """
     if not 0 <= eps <= 1:
         meant = f" (did you mean {eps:g}/255?)" if 1 < eps <= 255 else ""
@@ -117,14 +117,14 @@ def check_linf(eps: float, what: str = "L-inf eps") -> None:
 
 
 class ThreatConfig(_Frozen):
-    """The adversary that the run is measured against; `check` holds where it is used."""
+    """The threat that the run is evaluated against; `check` is called where it is used."""
 
     norm: Annotated[Norm, BeforeValidator(read_norm)] = "inf"
     eps: Annotated[Eps, Field(ge=0, le=100)] = 0.03
 
     @classmethod
     def of(cls, norm: object, eps: object) -> "ThreatConfig":
-        """From any way to write both.
+        """Parse norm and eps.
 
         Raises:
             ConfigError: for an unknown norm, or an eps outside [0, 100] or, for L-inf, [0, 1].
@@ -148,20 +148,19 @@ class OptimConfig(_Frozen):
     Attributes:
         name: "sgd" (momentum) or "adam".
         lr: peak learning rate.
-        momentum: of SGD.
-        nesterov: Nesterov's form of it, as in torch; of SGD, with a momentum.
-        weight_decay: L2 on all parameters.
-        decay_norms_and_biases: whether on the scales of norm layers and on biases too.
-        eps: Adam's.
+        momentum: momentum of SGD.
+        nesterov: Nesterov momentum as in torch, for SGD.
+        weight_decay: L2 penalty on all parameters.
+        decay_norms_and_biases: whether it includes scales of norm layers and biases.
+        eps: Adam's eps.
         schedule: "constant"; "one-cycle" (linear up over `warmup`, linear down to 0); "cosine";
             "steps" (times `gamma` at each share of the stage in `milestones`).
         warmup: share of the stage, for one-cycle.
         milestones: shares of the stage in (0, 1), for steps.
         gamma: factor at each milestone.
-        ema: decay of the moving average of weights and batch-norm statistics, of which every stage
-            ends with the averaged ones; of step t it is min(ema, (t + 1) / (t + 10)). None for the
-            weights themselves.
-        clip: largest norm of the gradient over all parameters; no clipping if None.
+        ema: decay of the moving average of weights and batch-norm statistics, which replaces them
+            at the end of every stage; min(ema, (t + 1) / (t + 10)) at step t. None: no average.
+        clip: maximum norm of the gradient over all parameters; no clipping if None.
     """
 
     name: Literal["sgd", "adam"] = "sgd"
@@ -186,13 +185,13 @@ class OptimConfig(_Frozen):
 
 
 class StartConfig(_Frozen):
-    """Whose members training starts from.
+    """Weights that training starts from.
 
     Attributes:
         path: a finished run of plain or written members, alike in network and images; or a file of
-            weights, see `models.published`. If it holds fewer networks than there are members,
-            they are taken in turn.
-        sha256: of its weights; filled in when the run begins, and must hold from then on.
+            weights, see `models.published`. If it holds fewer networks than there are members, they
+            are used cyclically.
+        sha256: checksum of its weights; filled in when the run starts, and verified from then on.
     """
 
     path: str
@@ -203,14 +202,14 @@ class Run(_Frozen):
     """One training run.
 
     Attributes:
-        recipe: the name it came from, for reports.
+        recipe: name of the recipe, for reports.
         ensemble: `{"name": kind, ...}` with the settings of that kind of ensemble.
         defence: `{"name": method, ...}` with the settings of that method.
         precision: "bf16" computes forward passes under autocast; weights stay in single precision.
-        epochs: passes over the training images in all, whatever the number of stages.
-        start: members to start from in place of random ones; kernels that hypernetworks write are
-            fitted to theirs.
-        plugins: what brought the names that are not redefense's own, by "KIND.NAME"; filled in.
+        epochs: total passes over the training images of all stages.
+        start: members to start from in place of random ones; hypernetworks are fitted to their
+            kernels.
+        plugins: plug-ins that registered names used here, by "KIND.NAME"; filled in.
     """
 
     recipe: str = "custom"
@@ -228,7 +227,7 @@ class Run(_Frozen):
 
 
 def to_json(run: Run) -> str:
-    """The record that is written beside every checkpoint, and can be trained again."""
+    """The record that is stored with every checkpoint, and can be trained again."""
     return json.dumps(run.model_dump(mode="json"), indent=1) + "\n"
 
 
@@ -289,7 +288,7 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
                     f"--set {path}: {where} is a value and has no settings of its own"
                 )
         if keys[1:] == ["name"] and keys[0] in _NAMED and here.get("name") != value:
-            # another method or kind has other settings: only what all share is kept
+            # another method or kind has other settings: only common ones are kept
             for setting in set(here) - _NAMED[keys[0]]:
                 del here[setting]
         here[keys[-1]] = value
@@ -357,7 +356,7 @@ def settings_of(mapping: Mapping[str, type[Any]], value: Any) -> Settings:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """A question naming the nearest known word, for a near miss; else nothing."""
+    """A "did you mean" with the nearest known word; empty if none is near."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -368,7 +367,7 @@ def _init_fields(cls: type[Any]) -> dict[str, Any]:
 
 
 def _check_keys(data: Mapping[str, Any], model: type[BaseModel], source: str) -> None:
-    """Unknown keys are named with the nearest known one, which pydantic's own message lacks."""
+    """Unknown keys are reported with the nearest known one, which pydantic's message lacks."""
     for key, value in data.items():
         known = list(model.model_fields)
         if key not in known:
@@ -384,7 +383,7 @@ def _check_keys(data: Mapping[str, Any], model: type[BaseModel], source: str) ->
 
 
 def _places(data: Mapping[str, Any], key: str, at: str = "") -> list[str]:
-    """Where groups within `data` hold a setting of this name, e.g. `defence.adversary.steps`."""
+    """Paths of settings of this name within `data`, e.g. `defence.adversary.steps`."""
     groups = [(f"{at}{name}.", group) for name, group in data.items() if isinstance(group, Mapping)]
     return [
         place
@@ -394,7 +393,7 @@ def _places(data: Mapping[str, Any], key: str, at: str = "") -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """The first fault that pydantic found: place, rule and value; of other errors, their text."""
+    """The first error of pydantic: place, rule and value; the text of other errors."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""Whether what a plug-in registers keeps the contract of its kind, tried on small examples."""
+"""Conformance tests of plug-ins: tries registered objects on small examples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ EPS = 0.1
 
 
 class Broken(Exception):  # noqa: N818 - a rule is broken, which is what is asked
-    """A rule of the contract does not hold; the text says which."""
+    """A rule of the contract is violated; the text names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """One name, and whether it keeps its contract.
+    """Result of the conformance test of one name.
 
     Attributes:
         name: "KIND.NAME".
         passed: whether all rules hold.
-        detail: the rules that were tried, or the first that is broken.
+        detail: the rules tested, or the first violation.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Found:
 
 
 def check_file(path: Path) -> list[Found]:
-    """Run a plug-in's file, and try everything that it registers.
+    """Run a plug-in's file, and test everything that it registers.
 
     Raises:
         ConfigError: if the file cannot be run or registers nothing.
@@ -58,7 +58,7 @@ def check_file(path: Path) -> list[Found]:
 
 
 def found(kind: str, name: str) -> Found:
-    """One registered name, tried."""
+    """Test one registered name."""
     try:
         told = _CHECKS[kind](name)
     except Exception as error:  # noqa: BLE001 - whatever the code under test raises
@@ -88,7 +88,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def check_attack(name: str) -> str:
-    """Shape, box, ball, equal streams, batch mates, traces left in the victim."""
+    """Test shape, range, ball, equal streams, independence of the batch, and side effects."""
     attack = ATTACKS[name]()
     x, y = batch()
     told = []
@@ -123,7 +123,7 @@ def check_attack(name: str) -> str:
 
 
 def check_defence(name: str) -> str:
-    """Settings that survive a record, stages, a finite loss and a gradient for every parameter."""
+    """Test a round trip of settings, stages, a finite loss and a gradient for every parameter."""
     defence = choose(DEFENCES, {"name": name}, "defence")
     again = choose(DEFENCES, settings_of(DEFENCES, defence), "defence")
     if again != defence:
@@ -148,7 +148,7 @@ def check_defence(name: str) -> str:
 
 
 def check_model(name: str) -> str:
-    """A network from images to logits, whose start follows the generator."""
+    """Test that a network maps images to logits and is initialised from the generator."""
     x, _ = batch()
     given = {"num_classes": CLASSES, "shape": SHAPE}
     state = torch.get_rng_state()
@@ -165,7 +165,7 @@ def check_model(name: str) -> str:
 
 
 def check_data(name: str) -> str:
-    """The data set can be read; one that needs a path cannot be tried."""
+    """Test that the data set can be read; one that needs a path cannot be tested."""
     try:
         parse(name)
     except RedefenseError as error:
@@ -177,13 +177,13 @@ def check_data(name: str) -> str:
 
 
 def check_recipe(name: str) -> str:
-    """All its names and settings are known."""
+    """Test that all its names and settings are known."""
     run, kind, _ = resolve(recipe(name))
     return f"{run.defence['name']}, {kind.num_members} members, {run.data.spec}"
 
 
 def check_suite(name: str) -> str:
-    """All its attacks and settings are known."""
+    """Test that all its attacks and settings are known."""
     suite = SUITES[name]
     attacks = [attack_of(spec) for spec in (*suite.cells, *suite.beside)]
     return f"{len(suite.cells)} cells: {', '.join(dict.fromkeys(map(repr, attacks)))}"

@@ -16,8 +16,8 @@ from typing import Any
 
 
 def lacking(what: str, package: str, extra: str) -> str:
-    """The line for a package that is not installed: who needs it, and the extra that brings it."""
-    # of a clone, since the package is on no index: a stranger's could answer to its name
+    """Message for a package that is not installed, with the extra that installs it."""
+    # from a clone, since redefense is on no package index and the name could be another's
     return f"{what} needs {package}; in the clone: pip install -c constraints.txt -e '.[{extra}]'"
 
 
@@ -25,7 +25,7 @@ class RedCheckWarning(UserWarning):
     """A self-check of an evaluation failed: read it before you quote a figure.
 
     Attributes:
-        report: the `Report` of the whole measurement, for who has warnings raised as errors.
+        report: the complete `Report`, for use where warnings are raised as errors.
     """
 
     def __init__(self, told: str, report: Any = None) -> None:
@@ -34,11 +34,11 @@ class RedCheckWarning(UserWarning):
 
 
 class RedefenseError(Exception):
-    """Base of all errors a caller may want to catch; `str()` is one plain line.
+    """Base class of all errors; `str()` is one line.
 
     Attributes:
-        code: what the command line exits with.
-        told: another process of the same command prints it.
+        code: exit code of the command line.
+        told: whether another process of the same command prints it.
     """
 
     code = 2
@@ -78,19 +78,19 @@ class WriteError(RedefenseError, OSError):
 
 
 class ResourceError(RedefenseError):
-    """Memory does not suffice for what was asked."""
+    """Not enough memory."""
 
     code = 1
 
 
 class TrainingError(RedefenseError):
-    """Training cannot go on: the message names stage and step."""
+    """Training cannot continue: the message names stage and step."""
 
     code = 1
 
 
 class Interrupted(RedefenseError):  # noqa: N818 - an interruption is not an error
-    """A signal arrived; everything was saved first."""
+    """Stopped by a signal, after saving."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""Networks as people have them: called, switched to evaluation, copied and unwrapped.
+"""Functions for arbitrary networks: calling, evaluation mode, copying and unwrapping.
 
-A network of somebody else's may raise anything, write into its input, keep computed tensors, refuse
-to change its mode, or stand inside a wrapper. Every call of one goes through `ask`.
+A user's network may raise any exception, modify its input, store computed tensors, refuse to change
+its mode, or be wrapped. Every call goes through `ask`.
 """
 
 import copy
@@ -19,19 +19,20 @@ from redefense.types import cannot_differentiate, cannot_take, first_line, has_n
 
 
 def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, C) logits of a network, as `as_logits`; whatever it raises becomes one line.
+    """(B, C) logits of a network, as `as_logits`; its exceptions become one-line errors.
 
-    It is given a copy: layers that work in place would change the caller's images, and torch
-    refuses them where the images ask for a gradient.
+    It is called with a copy: in-place layers would change the caller's images, and torch refuses
+    them where the images require a gradient.
 
     Args:
-        network: is called once.
+        network: called once.
         x: images.
-        dtype: in which the network takes them; their own unless given.
+        dtype: dtype of the network's input; that of `x` by default.
 
     Raises:
-        ModelError: the network cannot take the images, or gives no logits of two classes or more.
-        ResourceError: memory does not suffice.
+        ModelError: the network does not accept the images, or its output is not logits of two
+            classes or more.
+        ResourceError: not enough memory.
     """
     given = x.clone() if dtype in (None, x.dtype) else x.to(dtype)
     try:
@@ -44,21 +45,21 @@ def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 MASKED: Final = -1e4
-"""What stands for a logit of -inf, by which networks mask classes; lower where others are."""
+"""Replacement of logits of -inf, by which networks mask classes; lower where others are lower."""
 OFFSET: Final = 1024
-"""Double logits beyond it lose their offset before they are rounded, which changes no answer."""
+"""Double logits beyond it are shifted before they are rounded, which does not change predictions.
+"""
 
 
 def as_logits(answer: object, x: Tensor) -> Tensor:
-    """Logits in the type of their images, single precision at least, finite for masked classes.
+    """Logits in the dtype of their images, single precision at least, finite for masked classes.
 
-    Differences and gradients of -inf are not numbers, and values of another type would spread to
-    the points of an attack. Under autocast logits keep their type. Rows without any finite entry
-    and integers stay as they are. Of an object with an attribute `logits`, as the networks of
-    transformers return, that attribute is taken.
+    Differences and gradients of -inf are NaN, and another dtype would propagate to the points of an
+    attack. Under autocast logits keep their dtype. Rows without any finite entry and integers are
+    not changed. If the output has an attribute `logits`, as in transformers, that is used.
 
     Raises:
-        ModelError: for what is not (B, C) logits of two classes or more.
+        ModelError: if the output is not (B, C) logits of two classes or more.
     """
     if not isinstance(answer, Tensor):
         answer = getattr(answer, "logits", answer)
@@ -79,7 +80,7 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
         answer = answer.to(dtype)
     if answer.is_meta:
         return answer
-    # whether any class is masked is not asked: that would wait for an accelerator
+    # no test whether any class is masked: that would synchronise with the device
     known = answer.detach()
     masked = (known == -torch.inf) & (known.amax(1, keepdim=True) > -torch.inf)
     lowest = known.masked_fill(masked, torch.inf).amin(1, keepdim=True)
@@ -91,8 +92,8 @@ class Asked(nn.Module):
     """A network that is only called through `ask`.
 
     Args:
-        network: from images to logits.
-        dtype: in which it takes images; theirs unless given.
+        network: maps images to logits.
+        dtype: dtype of its input; that of the images by default.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -104,10 +105,10 @@ class Asked(nn.Module):
 
 
 class Function(nn.Module):
-    """A plain function from images to logits as a network, without weights and modes of its own.
+    """A plain function from images to logits as a network, without weights and modes.
 
     Args:
-        function: called with images; weights that it reaches by other ways are not seen here.
+        function: called with images; weights that it uses are not registered.
     """
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
@@ -118,7 +119,7 @@ class Function(nn.Module):
         return self.function(x)
 
     def extra_repr(self) -> str:
-        """The function's name, which the report shows."""
+        """The function's name, for the report."""
         return getattr(self.function, "__qualname__", type(self.function).__name__)
 
 
@@ -126,7 +127,7 @@ class FromProbabilities(nn.Module):
     """The logits of a network that returns probabilities: their logarithms.
 
     Args:
-        network: from images to (B, C) probabilities.
+        network: maps images to (B, C) probabilities.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -141,11 +142,11 @@ class FromProbabilities(nn.Module):
 
 @contextmanager
 def differentiating() -> Iterator[None]:
-    """What goes wrong in a network's backward pass within the block becomes one line.
+    """Context that turns exceptions of a network's backward pass into one-line errors.
 
     Raises:
         ModelError: the network, or an operation in it, has no such derivative.
-        ResourceError: memory does not suffice.
+        ResourceError: not enough memory.
     """
     try:
         yield
@@ -157,13 +158,13 @@ def differentiating() -> Iterator[None]:
 
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Attention called within the block has second derivatives, which its fused kernels lack."""
+    """Use attention kernels with second derivatives, which fused kernels lack."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 def set_evaluation(network: nn.Module) -> None:
-    """Evaluation mode, for all parts that are in another and can change it.
+    """Set evaluation mode, where submodules can change their mode.
 
     Exported programs cannot: they stay in the mode in which they were exported.
     """
@@ -178,20 +179,20 @@ def set_evaluation(network: nn.Module) -> None:
 
 
 def mode_of(network: nn.Module) -> bool | None:
-    """Whether a network trains; None for one that has no mode, as frozen scripts."""
+    """Whether a network is in training mode; None if it has no mode, as frozen scripts."""
     return getattr(network, "training", None)
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """A deep copy, also of a network that keeps computed tensors, as after `weight_norm`.
+    """A deep copy, also of a network that stores computed tensors, as after `weight_norm`.
 
     Raises:
-        ModelError: if it keeps what cannot be copied, as an open file or a lock.
+        ModelError: if it stores an object that cannot be copied, such as an open file.
     """
     memo: dict[int, Any] = {}
     for module in network.modules():
         for value in _held(list(vars(module).values())):
-            if not value.is_leaf:  # torch copies no others
+            if not value.is_leaf:  # torch cannot copy non-leaf tensors
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(network, memo)
@@ -212,9 +213,9 @@ def _held(values: list[Any]) -> Iterator[Tensor]:
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """A network, and all its parts, without the wrappers that spread or compile them.
+    """A network and its submodules without wrappers for distribution or compilation.
 
-    Parts are replaced in place: give a copy.
+    Submodules are replaced in place: pass a copy.
     """
     while (inner := _inner(network)) is not None:
         network = inner
@@ -233,7 +234,7 @@ def _inner(network: nn.Module) -> nn.Module | None:
 
 
 def check_values(network: nn.Module) -> None:
-    """Refuse weights without values: on the meta device, or initialised by the first call.
+    """Check that all weights have values: not on the meta device, not uninitialised.
 
     Raises:
         ModelError: naming the first.

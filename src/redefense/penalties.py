@@ -103,7 +103,7 @@ def ensemble_entropy(logits: Float[Tensor, "M B C"]) -> Float[Tensor, ""]:
         Scalar in [0, log C], in float64.
     """
     mean = logits.double().softmax(-1).mean(0)
-    # the source's 1e-20 keeps the slope finite where a probability is 0
+    # the source's 1e-20 keeps the gradient finite where a probability is 0
     return -(mean * (mean + 1e-20).log()).sum(-1).mean()
 
 
@@ -112,7 +112,7 @@ def log_det_diversity(logits: Float[Tensor, "M B C"], y: Labels) -> Float[Tensor
 
     Each member's probabilities without the true class, at unit L2 length, are a column of Mt; the
     value is log det(Mt^T Mt + 1e-6 I) by Cholesky in float64. Only the ratio of the wrong classes'
-    probabilities counts, so a softmax over these is as good, and never vanishes.
+    probabilities matters, so a softmax over these is equivalent and never vanishes.
 
     Returns:
         Scalar <= M * 1e-6: about 0 for orthogonal columns, (M - 1) log 1e-6 + log M for equal ones.
@@ -123,7 +123,7 @@ def log_det_diversity(logits: Float[Tensor, "M B C"], y: Labels) -> Float[Tensor
     columns = F.normalize(wrong, dim=-1).transpose(0, 1)
     gram = columns @ columns.mT
     jitter = 1e-6 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # unchecked: the check waits for the device; what is not finite shows in the loss
+    # unchecked: the check would synchronise with the device; the loss is checked anyway
     factor: Tensor = torch.linalg.cholesky_ex(gram + jitter).L
     return 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
 
@@ -133,7 +133,7 @@ def margin_cross_entropy(
 ) -> Float[Tensor, " B"]:
     """MRBoost's MCE per image: CE(z) + w / (C - 1) * sum over wrong k of -log softmax(-z)_k.
 
-    The second part wants every wrong class's logit low; with w = 0 it is the cross-entropy, the
+    The second term lowers every wrong class's logit; with w = 0 it is the cross-entropy, the
     only part in which labels are smoothed.
     """
     ce = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)

@@ -41,13 +41,12 @@ _loaded: set[tuple[str, str]] = set()
 
 
 class Registry(Mapping[str, T]):
-    """A mapping from names to objects: the package's own, and those registered later.
+    """A mapping from names to objects: built-in ones, and those registered later.
 
     Args:
         kind: a key of `HOMES`.
-        own: the package's own objects, which cannot be replaced.
-        accept: from (name, object) to what the mapping holds; raises ConfigError for an object
-            that cannot be used.
+        own: built-in objects, which cannot be replaced.
+        accept: maps (name, object) to the stored object; raises ConfigError for an invalid object.
     """
 
     def __init__(self, kind: str, own: Mapping[str, T], accept: Callable[[str, Any], T]) -> None:
@@ -69,10 +68,10 @@ class Registry(Mapping[str, T]):
         return name in self.own or name in self._added or name in _installed(self.kind)
 
     def accepted(self, name: str, value: Any) -> T:
-        """What would be held for the object under that name.
+        """The object to store under that name.
 
         Raises:
-            ConfigError: for a name that is taken or not plain, or an object that cannot be used.
+            ConfigError: for a built-in or malformed name, or an invalid object.
         """
         if not _PLAIN.fullmatch(name):
             raise ConfigError(
@@ -84,15 +83,15 @@ class Registry(Mapping[str, T]):
         return self._accept(name, value)
 
     def add(self, name: str, value: T, origin: Origin) -> None:
-        """Hold an accepted object; a later one of the same name replaces it."""
+        """Store an accepted object; a later one of the same name replaces it."""
         self._added[name] = (value, origin)
 
     def added(self) -> dict[str, T]:
-        """What was registered, without the installed plug-ins that nobody has asked for yet."""
+        """The registered objects, without installed plug-ins that are not loaded yet."""
         return {name: value for name, (value, _) in self._added.items()}
 
     def origin(self, name: str) -> Origin | None:
-        """Where a name comes from; None of the package's own, and of unknown ones."""
+        """Origin of a name; None for built-in and unknown ones."""
         if name in self.own or name not in self:
             return None
         return dict(self._added_or_installed(name)[1])
@@ -128,10 +127,10 @@ def register(
     recipes: Mapping[str, Any] | None = None,
     suites: Mapping[str, Any] | None = None,
 ) -> None:
-    """Give names to objects of your own, wherever redefense takes a name.
+    """Register objects by name, to be used wherever redefense accepts a name.
 
-    All are checked before any is registered. A name that was registered before is replaced, a name
-    of redefense's own never.
+    All are checked before any is registered. Registered names can be replaced, built-in ones
+    cannot.
 
     Args:
         attacks: `Attack` classes, or callables (model, x, y) -> x_adv; see
@@ -145,7 +144,7 @@ def register(
         suites: `Suite` objects, or lists of attacks.
 
     Raises:
-        ConfigError: naming what cannot be used, and why.
+        ConfigError: naming the invalid object and the reason.
     """
     given = {
         "attacks": attacks, "defences": defences, "models": models,
@@ -162,10 +161,10 @@ def register(
 
 
 def load_file(path: Path) -> dict[str, list[str]]:
-    """Run a Python file of the user's, which calls `redefense.register`.
+    """Run a user's Python file, which calls `redefense.register`.
 
     Returns:
-        The names that it registers, by kind. A file that is loaded already is not run again.
+        The names that it registers, by kind. A loaded file is not run again.
 
     Raises:
         ConfigError: if it cannot be read, raises an error, or registers nothing.
@@ -220,7 +219,7 @@ def _frames(error: BaseException) -> list[Any]:
 
 
 def origins(named: Iterable[tuple[str, str]]) -> dict[str, Origin]:
-    """Where those of some names (kind, name) come from that are not redefense's own.
+    """Origins of those of some names (kind, name) that are not built in.
 
     Returns:
         Origins by "KIND.NAME".
@@ -230,13 +229,13 @@ def origins(named: Iterable[tuple[str, str]]) -> dict[str, Origin]:
 
 
 def check_known(recorded: Mapping[str, Origin]) -> None:
-    """Refuse a record that needs plug-ins which are not here.
+    """Check that the plug-ins of a record are available.
 
     Args:
-        recorded: what `origins` gave when the record was made.
+        recorded: the result of `origins` when the record was made.
 
     Raises:
-        ConfigError: naming the plug-in, and how to bring it.
+        ConfigError: naming the plug-in, and how to load it.
     """
     for key, origin in recorded.items():
         kind, _, name = key.partition(".")
@@ -248,7 +247,7 @@ def check_known(recorded: Mapping[str, Origin]) -> None:
 
 
 def words(origin: Mapping[str, str]) -> str:
-    """Where something comes from, in words."""
+    """An origin as text."""
     if "distribution" in origin:
         return f"the distribution {origin['distribution']} {origin.get('version', '')}".strip()
     if "file" in origin:
@@ -257,7 +256,7 @@ def words(origin: Mapping[str, str]) -> str:
 
 
 def summary_of(value: Any) -> str:
-    """One line on an object: its own `summary`, or the first line of its docstring."""
+    """One-line description of an object: its `summary`, or the first line of its docstring."""
     own = getattr(value, "summary", None)
     if isinstance(own, str) and own:
         return own

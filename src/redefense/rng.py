@@ -1,7 +1,7 @@
 """Named random streams, streams of single images, and the operating system's entropy.
 
-Nothing in this package leaves torch's, numpy's or Python's global generators otherwise than it
-found them. Only networks that draw by themselves are given them, at a seed, by `seeded`.
+This package does not change the state of torch's, numpy's or Python's global generators. Only for
+networks that draw random numbers are they seeded, temporarily, by `seeded`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _MIX_1 = -4658895280553007687  # the two multipliers of the splitmix64 finaliser
 _MIX_2 = -7723592293110705685
 
 CHUNK: Final = 100
-"""Images that an evaluation works on at a time. Its streams are named by chunk: part of results."""
+"""Images per chunk of an evaluation. Streams are named by chunk, so results depend on it."""
 
 
 def stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -36,20 +36,20 @@ def stream(seed: int, *path: str | int, device: str | torch.device = "cpu") -> t
 
 
 Seed = int | Tensor
-"""A seed drawn already: a number, or one that lies on the device."""
+"""A seed: a number, or a tensor on the device."""
 
 Draw = Callable[[torch.Generator], Tensor]
 
 
 class Draws(torch.Generator):
-    """A generator that keeps what `drawn` draws, each in memory of its own on the device.
+    """A generator that stores the results of `drawn` in static memory on the device.
 
-    A recorded training step draws nothing when it is replayed: `renew` draws for it before, in the
-    same order and from the step's own stream, into the memory that the recording reads.
+    A replayed training step draws nothing: `renew` draws before it, in the same order and from the
+    step's stream, into the memory that the recording reads.
 
     Args:
-        rng: the stream of the first step. It is not moved.
-        device: where the numbers are wanted.
+        rng: the stream of the first step. It is not advanced.
+        device: device of the numbers.
     """
 
     def __new__(cls, rng: torch.Generator, device: torch.device) -> "Draws":
@@ -62,10 +62,10 @@ class Draws(torch.Generator):
         self.set_state(rng.get_state())
 
     def take(self, draw: Draw) -> Tensor:
-        """What `draw` gives: drawn now, or after `renew` what was drawn then, in that order.
+        """The result of `draw`: drawn now, or after `renew` that of the same call then.
 
         Raises:
-            RuntimeError: if more is asked for than was drawn.
+            RuntimeError: if there are more calls than stored results.
         """
         if self.place is None:
             self.made.append((draw, draw(self).to(self.device_of_values, copy=True)))
@@ -76,7 +76,7 @@ class Draws(torch.Generator):
         return self.made[self.place - 1][1]
 
     def repeats(self, rng: torch.Generator) -> bool:
-        """Whether all that was drawn from a copy of the stream `rng` was drawn by `drawn`."""
+        """Whether all draws from a copy of the stream `rng` were made by `drawn`."""
         again = torch.Generator(rng.device)
         again.set_state(rng.get_state())
         for draw, _ in self.made:
@@ -91,15 +91,15 @@ class Draws(torch.Generator):
 
 
 def drawn(rng: torch.Generator, draw: Draw, device: torch.device) -> Tensor:
-    """What `draw` draws from a generator, on the device.
+    """The result of `draw` with a generator, on the device.
 
-    Whatever a training loss draws it draws by this, so that its steps can be recorded.
+    All draws of a training loss must use this, so that its steps can be recorded.
     """
     return rng.take(draw) if isinstance(rng, Draws) else draw(rng).to(device)
 
 
 def draw_seed(rng: torch.Generator) -> int:
-    """One 63-bit seed drawn from `rng`: what an attack takes from its generator."""
+    """One 63-bit seed drawn from `rng`: the only draw of an attack from its generator."""
     return int(_draw_seed(rng))
 
 
@@ -108,7 +108,7 @@ def _draw_seed(rng: torch.Generator) -> Tensor:
 
 
 def seed_from(rng: torch.Generator | Seed) -> Seed:
-    """A seed as it is; one drawn from a generator, on the device where that keeps its draws."""
+    """A given seed, or one drawn from a generator (on the device for `Draws`)."""
     if isinstance(rng, Draws):
         return rng.take(_draw_seed)
     return draw_seed(rng) if isinstance(rng, torch.Generator) else rng
@@ -128,14 +128,14 @@ def mix64(z: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class ImageStreams:
-    """One random stream per image, so that a result does not depend on batch mates.
+    """One random stream per image, so that a result does not depend on the rest of the batch.
 
     Counter-based: the n-th number of an image's stream is a hash of (its key, n); all images are
     served in one vectorised call, with the same bits on every device.
 
     Attributes:
         keys: (B,) int64, one per image.
-        counter: how many numbers each image has consumed; common to all.
+        counter: number of values consumed, common to all images.
     """
 
     keys: Tensor
@@ -165,7 +165,7 @@ class ImageStreams:
         return (self.uniform(*shape) * span).long().minimum(span.long() - 1) + low
 
     def select(self, rows: Tensor) -> "ImageStreams":
-        """The same streams, at the same place, for some of the images (mask or indices)."""
+        """The same streams, at the same position, for some of the images (mask or indices)."""
         return ImageStreams(self.keys[rows], self.counter)
 
 
@@ -176,10 +176,10 @@ def system_stream() -> torch.Generator:
 
 @contextmanager
 def generators_kept(device: str | torch.device = "cpu") -> Iterator[None]:
-    """Gives the global generators of torch, numpy and Python back as they were before the block.
+    """Restore the global generators of torch, numpy and Python after the block.
 
     Args:
-        device: of torch's CUDA generators, the one whose state is kept; none for the CPU.
+        device: CUDA device whose generator is restored, too; none for the CPU.
     """
     place = torch.device(device)
     cuda = [] if place.type != "cuda" else [place]
@@ -194,11 +194,11 @@ def generators_kept(device: str | torch.device = "cpu") -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
-    """The global generators at a seed within the block, and as they were after it.
+    """Seed the global generators within the block, and restore them after it.
 
     Args:
         seed: in [0, 2**63); numpy takes its lowest 32 bits.
-        device: whose generator is seeded beside that of the CPU.
+        device: device whose generator is seeded besides that of the CPU.
     """
     with generators_kept(device):
         torch.default_generator.manual_seed(seed)
@@ -220,7 +220,7 @@ def system_integers(bound: int, count: int) -> Tensor:
     """(count,) int64 in [0, bound) from the operating system's entropy, by rejection: no bias.
 
     Raises:
-        ValueError: unless 1 <= bound <= 2**32.
+        ValueError: if bound is not in [1, 2**32].
     """
     if not 1 <= bound <= 2**32:
         raise ValueError(f"bound must lie in [1, 2**32], got {bound}")
@@ -237,9 +237,9 @@ def system_integers(bound: int, count: int) -> Tensor:
 def draw_members(mixture: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
     """(count,) int64 indices of members drawn with probabilities `mixture` (M,), on the CPU.
 
-    The only place in torch code that draws members: what runs without torch, a bundle and the
-    server, does so itself. With `rng` the draw is reproducible; without, it comes from
-    the operating system's entropy (by rejection where the mixture is uniform).
+    All torch code draws members here; the bundle's runner and the server, without torch, draw their
+    own. With `rng` the draw is reproducible; without, it comes from the operating system's entropy
+    (by rejection where the mixture is uniform).
     """
     probs = mixture.detach().double().cpu()
     if rng is None and bool((probs == probs[0]).all()):

@@ -46,10 +46,10 @@ class Threat:
 
     Attributes:
         norm: inf or 2.0.
-        eps: as a number.
+        eps: the radius as a number.
 
     Raises:
-        ConfigError: unless norm is inf or 2 and eps is finite and not negative; L-inf, at most 1.
+        ConfigError: if norm is not inf or 2, or eps is negative, not finite or, for L-inf, above 1.
     """
 
     norm: float
@@ -64,13 +64,13 @@ class Threat:
             check_linf(self.eps)
 
     def with_radius(self, eps: Float[Tensor, ""]) -> "Threat":
-        """The same ball with a radius that lies on the device. Reads and checks nothing."""
+        """The same ball with a radius on the device. The radius is not checked."""
         ball = copy.copy(self)
         object.__setattr__(ball, "eps", eps)
         return ball
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """Nearest point of the ball, then of the box; allowed points stay where they are."""
+        """Nearest point of the ball, then of [0, 1]; allowed points are not changed."""
         delta = x_adv - x
         if self.norm == math.inf:
             delta = delta.clamp(-self.eps, self.eps)
@@ -84,8 +84,8 @@ class Threat:
 
         Args:
             uniform: (B, ch, H, W) numbers in [0, 1).
-            share: (B,) numbers in [0, 1), of the radius that an L2 start goes out; all of it
-                without. They must be other numbers, else they would say where the start points.
+            share: (B,) fractions in [0, 1) of the radius for L2 starts; 1 by default. They must be
+                independent of `uniform`.
         """
         cube = 2 * uniform - 1
         if self.norm == math.inf:

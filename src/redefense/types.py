@@ -1,8 +1,7 @@
 """Types shared by all modules, and the names of tensor axes.
 
-Axes: M members, B batch, C classes, D flattened pixels, S random samples; images are
-`B ch H W`. Images are floats in [0, 1], outputs are logits, normalisation is a member's own
-first layer.
+Axes: M members, B batch, C classes, D flattened pixels, S random samples; images are `B ch H W`.
+Images are floats in [0, 1], outputs are logits, normalisation is the first layer of each member.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 else:
     try:
         from jaxtyping import Bool, Float, Int, UInt8
-    except ImportError:  # shapes are checked in test runs; users need not install the checker
+    except ImportError:  # shapes are checked only in tests; the checker is optional
 
         class _Unchecked:
             def __class_getitem__(cls, item: tuple[type, str]) -> type:
@@ -34,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
-"""How often a member is drawn."""
+"""Whether a member is drawn per call or per image."""
 
 Images = Float[Tensor, "B ch H W"]
 Labels = Int[Tensor, " B"]
@@ -46,11 +45,11 @@ Victim = nn.Module
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where in its stage a training step stands; for losses that change as training goes on.
+    """Position of a training step in its stage, for losses that change during training.
 
     Attributes:
-        epoch: of the stage, from 0.
-        epochs: of the stage, at least 1.
+        epoch: epoch of the stage, from 0.
+        epochs: number of epochs of the stage, at least 1.
         seed: the same in all steps of one epoch, another in the next.
     """
 
@@ -77,8 +76,8 @@ class Loss:
     """One addend of a training loss.
 
     A defence yields its loss as parts whose gradients add up; the loop backpropagates each before
-    it asks for the next, so that only one member's graph is alive. `terms` are detached scalars for
-    the log and add up over the parts as well.
+    it requests the next, so that only one member's graph is in memory. `terms` are detached scalars
+    for the log, which are summed over the parts, too.
     """
 
     total: Float[Tensor, ""]
@@ -89,7 +88,7 @@ def correct(logits: Float[Tensor, "*M B C"], y: Labels) -> Bool[Tensor, "*M B"]:
     """Whether each row of logits has its highest entry at the label.
 
     A row without a highest entry is wrong for every label: one with NaN, one that masks every class
-    with -inf, or one with several entries of +inf. `argmax` would name a class all the same.
+    with -inf, or one with several entries of +inf. `argmax` would return a class for them.
     """
     top = logits.amax(-1, keepdim=True)
     answers = top.isfinite().squeeze(-1) | ((logits == top) & (top > -torch.inf)).sum(-1).eq(1)
@@ -97,12 +96,12 @@ def correct(logits: Float[Tensor, "*M B C"], y: Labels) -> Bool[Tensor, "*M B"]:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether a tensor lies on the meta device; a class of its own may hold values elsewhere."""
+    """Whether a tensor is on the meta device; subclasses may have values elsewhere."""
     return x.is_meta and type(x) in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def check_images(x: object, what: str = "images") -> None:
-    """Refuse anything but a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
+    """Check for a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
 
     Raises:
         InputError: naming the rule and the offending shape, type or value.
@@ -125,7 +124,7 @@ def check_images(x: object, what: str = "images") -> None:
 
 
 def cannot_take(x: Tensor, error: Exception) -> RedefenseError:
-    """What to raise when a network refuses images that keep the contract, usually their shape."""
+    """The error to raise when a network fails on valid images, usually due to their shape."""
     shape = tuple(x.shape[1:])
     turned = len(shape) == 3 and shape[0] > 4 and shape[2] in (1, 3, 4)
     hint = " (images are (channels, H, W): permute them)" if turned else ""
@@ -134,7 +133,7 @@ def cannot_take(x: Tensor, error: Exception) -> RedefenseError:
 
 
 def cannot_differentiate(error: Exception) -> RedefenseError:
-    """What to raise when the backward pass of a network fails."""
+    """The error to raise when the backward pass of a network fails."""
     twice = any(part in text_of(error) for part in _NO_SECOND_DERIVATIVE)
     hint = (
         " twice, which the penalties of red, gal and trs need: train red or gal with "
@@ -151,7 +150,7 @@ _NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memor
 
 
 def text_of(error: Exception) -> str:
-    """What an error says; empty if even that raises."""
+    """The text of an error; empty if it cannot be computed."""
     try:
         return str(error)
     except Exception:  # noqa: BLE001 - an error of somebody else's
@@ -159,14 +158,14 @@ def text_of(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The line of an error's text that says what was wrong; empty if it has no text."""
+    """The relevant line of an error's text; empty if it has none."""
     lines = text_of(error).strip().splitlines() or [""]
-    # scripted networks say so in the last line only
+    # scripted networks have it in the last line
     return lines[-1 if "TorchScript" in lines[0] else 0].strip()
 
 
 def _refusal(error: Exception, what: str) -> RedefenseError:
-    """One line on what a network raised: the first line of its text, and of what kind it was."""
+    """One line on a network's exception: the first line of its text, and its type."""
     if isinstance(error, RedefenseError):
         return error
     first = first_line(error)
@@ -187,7 +186,7 @@ def _integers(y: Tensor) -> bool:
 
 
 def check_labels(y: object, num_images: int, num_classes: int | None = None) -> None:
-    """Refuse anything but integer labels (B,), one per image, in [0, num_classes).
+    """Check for integer labels (B,), one per image, in [0, num_classes).
 
     Raises:
         InputError: naming the rule and the offending shape, type or value.
@@ -199,7 +198,7 @@ def check_labels(y: object, num_images: int, num_classes: int | None = None) -> 
         raise InputError(f"need one label per image, got {len(y)} labels for {num_images} images")
     if has_no_values(y) or y.layout is not torch.strided:
         raise InputError(f"labels must be dense and hold values, got {y.layout} on {y.device}")
-    low, high = (int(v) for v in y.long().aminmax())  # some types have no minimum of their own
+    low, high = (int(v) for v in y.long().aminmax())  # some dtypes have no minimum
     if low < 0 or (num_classes is not None and high >= num_classes):
         bound = f"[0, {num_classes})" if num_classes is not None else "[0, ...)"
         raise InputError(f"labels must lie in {bound}, found {low if low < 0 else high}")

@@ -1,1 +1,1 @@
-"""Measurements that users can repeat: tables of ours beside others, in one process."""
+"""Benchmarks that users can repeat, with other libraries compared in one process."""

@@ -1,9 +1,9 @@
-"""How strong, how costly and how fast our attacks are, beside TorchAttacks in the same process.
+"""Strength, cost and speed of the attacks, compared with TorchAttacks in one process.
 
-Two tables. The first attacks one network with our default, our preset and the library: accuracy
-left, passes per image, seconds. The second attacks a random ensemble, with the presets on the view
-that draws a member per call and with the attacks that are given all members: the gap between the
-two is what a naive evaluation flatters such an ensemble by.
+Two tables. The first attacks one network with the default, the preset and the library: robust
+accuracy, passes per image, seconds. The second attacks a random ensemble, with the presets on the
+view that draws a member per call and with adaptive attacks. The difference is the overestimate of a
+naive evaluation.
 """
 
 import importlib
@@ -40,14 +40,14 @@ from redefense.types import Images, Labels, correct
 
 MEMBERS: Final = 4
 HELD_OUT: Final = 0.2
-"""Share of the training images that no member sees and that are attacked."""
+"""Fraction of the training images held out from training and attacked."""
 LIBRARY: Final = "torchattacks==3.5.1"
 HOW_TO_INSTALL: Final = (
     f"without {LIBRARY} the columns of the library stay empty: "
     f"pip install --no-deps {LIBRARY}; pip install scipy tqdm"
 )
 
-# undefended networks are all at zero for larger budgets, where nothing can be compared
+# with larger budgets the accuracy of undefended networks is zero under all attacks
 EPS: Final[Mapping[str, float]] = MappingProxyType({"digits": 0.1, "cifar10": 2 / 255})
 OPTIM: Final = OptimConfig(name="sgd", lr=0.15, weight_decay=5e-4, schedule="one-cycle")
 EPOCHS: Final[Mapping[str, int]] = MappingProxyType({"digits": 12, "cifar10": 1})
@@ -78,13 +78,13 @@ THEIRS: Final[Mapping[str, Theirs]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """What one attack did.
+    """Result of one attack.
 
     Attributes:
-        accuracy: left after the attack, in [0, 1]; exact expectation for a random ensemble.
-        unchanged: share of images that came back as they were, to 1e-6.
-        forwards: passes per image through one member.
-        backwards: likewise.
+        accuracy: robust accuracy in [0, 1]; exact expectation for a random ensemble.
+        unchanged: fraction of images returned unchanged, to 1e-6.
+        forwards: forward passes per image through one member.
+        backwards: backward passes per image through one member.
         seconds: for all images.
     """
 
@@ -97,7 +97,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """Who is attacked, and on what."""
+    """The victim and its images."""
 
     members: Independent
     x: Images
@@ -107,14 +107,14 @@ class Scene:
     seed: int
 
     def expected(self, x: Images) -> Tensor:
-        """(B,) probability that a random member is right."""
+        """(B,) probability that a random member is correct."""
         with torch.no_grad():
             parts = [self.members.member_logits(part) for part in x.split(64)]
         right = correct(torch.cat(parts, dim=1), self.y)
         return self.members.mixture @ right.to(self.members.mixture.dtype)
 
     def figures(self, attack: Callable[[Metered], Tensor]) -> tuple[Figures, Tensor]:
-        """Run an attack on the counted members; also each image's expected correctness."""
+        """Run an attack on the counted members; also return each image's expected correctness."""
         meter = Meter()
         victim = Metered(self.members, meter).eval()
         start = time.perf_counter()
@@ -146,13 +146,13 @@ def run(
     """Train the victims briefly, attack them, and gather both tables.
 
     Args:
-        images: how many of the training images that are held out; the test split is not for this.
+        images: number of held-out training images; the test split is not used.
         model: name in `MODELS`; "auto" takes a small one that fits the data.
-        data: a spec, e.g. `cifar10:PATH`; None takes the shipped digits.
-        seed: of the trainings and of every attack.
-        train_images: that an epoch of the victims' training draws; None takes all.
+        data: a data specification, e.g. `cifar10:PATH`; None: the included digits.
+        seed: seed of the trainings and of every attack.
+        train_images: images per epoch of the victims' training; None: all.
         single: only the first table, so that one network is trained.
-        json: keeps quiet; else each finished line goes to stderr.
+        json: print no progress; else each finished line goes to stderr.
         names: attacks to run; None runs all.
 
     Returns:
@@ -239,7 +239,7 @@ def train_members(
     train_images: int | None,
     tell: Callable[[str], None],
 ) -> Independent:
-    """Undefended networks, trained just long enough to be worth attacking."""
+    """Undefended networks, trained briefly."""
     nets = [
         build(
             model, num_classes=dataset.num_classes, shape=dataset.shape,
@@ -259,7 +259,7 @@ def train_members(
 def single_row(
     scene: Scene, name: str, library: ModuleType | None, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """One attack on one network: our default, our preset, the library."""
+    """One attack on one network: the default, the preset, the library."""
     row: dict[str, Any] = {"attack": name}
     default, left = scene.figures(_ours(scene, ATTACKS[name](), name))
     row["default"] = asdict(default)
@@ -280,7 +280,7 @@ def _preset(name: str) -> Attack | None:
     kind = ATTACKS[name]
     if TORCHATTACKS not in kind.presets:
         return None
-    # one network answers a question the same way twice, so nothing is asked twice
+    # one network is deterministic, so successes are not verified by a second query
     return _with_preset(kind, **({"recheck": False} if kind in (OnePixel, Pixle) else {}))
 
 
@@ -301,7 +301,7 @@ def _ours(scene: Scene, attack: Attack, name: str) -> Callable[[Metered], Tensor
 def _theirs(scene: Scene, name: str, library: ModuleType) -> Callable[[Metered], Tensor]:
     def go(victim: Metered) -> Tensor:
         net = victim.member(0).eval()
-        # the library draws from the global streams, which are put back as they were
+        # the library draws from the global generators, whose states are restored
         numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(scene.seed)
@@ -319,7 +319,7 @@ def _in_second(name: str) -> bool:
 
 
 def random_row(scene: Scene, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The preset on a random member per call, or an attack that knows all members."""
+    """The preset on a random member per call, or an adaptive attack."""
     kind = ATTACKS[name]
     attack = kind() if kind.adaptive else _with_preset(kind)
     threat = Threat(eps=scene.eps)
@@ -375,7 +375,7 @@ def random_line(row: Mapping[str, Any]) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """Both tables as plain text, with what they were measured on."""
+    """Both tables as plain text, with the settings of the measurement."""
     it = result["settings"]
     where = (
         f"{it['model']} on {it['data']}, {it['images']} images, L-inf eps {it['eps']:.4g}, "

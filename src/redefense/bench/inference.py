@@ -1,9 +1,9 @@
 """Latency of random sampling inference, of a single member and of the averaged ensemble.
 
-Ratios within one run: in every round all answer the same batch in turn, and each ratio is taken
-within its round, so that a drift of the machine's speed cancels. Where hypernetworks write the
-kernels, one plain member is a member written out; beside it stand a written member whose kernels
-are kept, and its first answer, for which they are written.
+In every round all views classify the same batch in turn, and each ratio is computed within its
+round, so that a drift of the machine's speed cancels. For hypernetworks the plain member is a
+materialised one. It is compared with a member with cached kernels and with a first answer, which
+generates them.
 """
 
 import copy
@@ -26,11 +26,12 @@ from redefense.train.loading import resolve
 
 BATCHES = (1, 256)
 HYPER: Final = ("cifar10-ps-red", "cifar10-mini-ps-red")
-"""Whose hypernetworks write the members: the first whose units tile the network."""
+"""Hypernetworks of the members: the first whose units tile the network."""
 
 WARM_UP: Final = 64
-"""Answers before an accelerator is timed: its libraries make a plan for each new number of images
-that one member answers, and draws make many."""
+"""Warm-up calls of an accelerator: its libraries initialise for each new number of images per
+member, of which random draws make many.
+"""
 
 View = Callable[[Tensor], Tensor]
 
@@ -54,10 +55,10 @@ def run(
         model: a name in `MODELS`.
         num_members: M.
         ensemble: "independent", or "hyper" with the hypernetworks of a PS-RED recipe.
-        batches: sizes.
-        rounds: how often each is timed.
-        device: where.
-        seed: of weights and images.
+        batches: batch sizes.
+        rounds: number of timings of each.
+        device: torch device.
+        seed: seed of weights and images.
 
     Returns:
         `sampled_over_member` and `averaged_over_member`, and for "hyper" `cached_over_member` and
@@ -85,7 +86,7 @@ def run(
     with kernels_kept(built):
         for batch in batches:
             x = torch.rand(batch, 3, 32, 32, generator=stream(seed, "bench", batch)).to(place)
-            # one image takes milliseconds: as many as make a round worth timing
+            # one image takes milliseconds: repeated until a round is long enough to time
             repeats = max(1, 64 // batch)
             for view in views.values():
                 _seconds(view, x, 1 if place.type == "cpu" else WARM_UP)
@@ -123,14 +124,14 @@ def named_kind(ensemble: str, model: str, num_members: int) -> EnsembleConfig:
 
 
 def _views(ensemble: Ensemble) -> dict[str, View]:
-    """What is timed; a hypernetwork writes the kernels of member 0 for each first answer."""
+    """The timed views; each first answer generates the kernels of member 0."""
     views: dict[str, View] = {
         "member": ensemble.member(0),
         "sampled": ensemble.sampled(per="image"),
         "averaged": ensemble.averaged(),
     }
     if isinstance(ensemble, Hyper):
-        another = copy.deepcopy(ensemble)  # which keeps no kernels
+        another = copy.deepcopy(ensemble)  # without cached kernels
         views |= {
             "cached": lambda x: ensemble.logits_of(0, x),
             "first": lambda x: another.logits_of(0, x),
@@ -139,7 +140,7 @@ def _views(ensemble: Ensemble) -> dict[str, View]:
 
 
 def _seconds(view: View, x: Tensor, repeats: int) -> float:
-    """Seconds of one answer, the mean over `repeats`."""
+    """Seconds of one call, the mean over `repeats`."""
     with torch.inference_mode():
         return seconds(lambda: view(x), x.device, repeats)
 

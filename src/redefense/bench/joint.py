@@ -17,11 +17,11 @@ from redefense.train.steps import gradients_stay
 from redefense.types import Batch, Images, Labels
 
 MARGIN = 0.7
-"""Share of the free memory that a joint graph may take: the allocator wants its own."""
+"""Fraction of the free memory that a joint graph may use; the allocator needs the rest."""
 
 
 def torch_layers(ensemble: Ensemble) -> Ensemble:
-    """The same ensemble with layers as torch makes them, whatever ours have learnt since."""
+    """The same ensemble with torch's layers."""
     for module in ensemble.modules():
         for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
             if isinstance(module, kind):
@@ -37,7 +37,7 @@ def joint_step(
     optimizer: torch.optim.Optimizer,
     rng: torch.Generator,
 ) -> None:
-    """One step as the released code is organised: all members in one graph, single precision."""
+    """One step organised as in the released code: all members in one graph, single precision."""
     ensemble.train()
     half = len(x) // 2
     x_adv = x.clone()
@@ -50,7 +50,7 @@ def joint_step(
 def _pgd(
     victim: nn.Module, x: Images, y: Labels, adversary: Adversary, rng: torch.Generator
 ) -> Images:
-    """PGD as the released code has it: each step asks for the images' gradient alone."""
+    """PGD as in the released code: each step computes the images' gradient only."""
     threat = Threat(eps=adversary.eps)
     noise = torch.rand(x.shape, generator=rng).to(x)
     point = threat.project(x + threat.eps * (2 * noise - 1), x)
@@ -68,9 +68,9 @@ def joint_living(ensemble: Ensemble, batch: Batch, steps: int = 1) -> int:
 
 
 def joint_counted(ensemble: Ensemble, batch: Batch, steps: int = 1) -> OpCounter:
-    """The operations of a joint step: counted, not run.
+    """The operations of a joint step, counted without running them.
 
-    The ensemble is on the CPU; it does not change.
+    The ensemble must be on the CPU; it is not changed.
     """
     theirs, ledger = torch_layers(copy.deepcopy(ensemble)), OpCounter(dry=True)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0)
@@ -81,7 +81,7 @@ def joint_counted(ensemble: Ensemble, batch: Batch, steps: int = 1) -> OpCounter
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be taken on the device now; None if that cannot be known."""
+    """Free bytes on the device; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,14 +1,14 @@
 """Peak memory of a RED step above weights, gradients and optimizer state, by number of members.
 
-Living tensors are counted byte by byte as they come and go (`train.ledger`), in the second of two
-steps of the training loop, so that the optimizer's state exists. The parameters' new gradients do
-not count, nor do kernels that hypernetworks write: they are the members' weights, and stand beside
-the count. Workspace inside an operation is not seen; on an accelerator the allocator's own peak is
-given, too, and what a recording of the step holds where steps are replayed. The joint graph of all
-members, as the authors write it, is counted and not run, since it may not fit.
+Live tensors are counted (`train.op_counter`) in the second of two steps of the training loop, so
+that the optimizer's state exists. The parameters' new gradients are excluded. Kernels that
+hypernetworks generate are excluded and reported separately, as members' weights. Workspace inside
+an operation is not counted. On an accelerator the allocator's peak is reported, too, and the memory
+of a recording of the step where steps are replayed. The joint graph of all members, as the authors
+write it, is counted and not run, since it may not fit.
 
-What still grows with the members is the regularizer's pull on their input gradients: for each, as
-large as the batch of images.
+What still grows with the members is the cotangent of each member's input gradient, as large as the
+batch of images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ from redefense.types import Batch
 
 MEMBERS: Final = (1, 2, 3, 4, 6, 8, 10, 12)
 SINGLE: Final = 4
-"""Bytes of a number in single precision."""
+"""Bytes of a single-precision number."""
 OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 
 
@@ -58,12 +58,12 @@ def run(
         model: a name in `MODELS`.
         members: numbers of members.
         ensemble: "independent", or "hyper" with the hypernetworks of a PS-RED recipe.
-        batch: images of a step.
+        batch: images per step.
         differentiate: "exact" or "finite".
-        precision: of the engine's step; the joint graph is in single precision.
-        device: where.
-        seed: of weights and images.
-        tell: told each finished case.
+        precision: precision of the engine's step; the joint graph is in single precision.
+        device: torch device.
+        seed: seed of weights and images.
+        tell: called with each finished case.
 
     Returns:
         `cases`, one for each number of members: bytes of `engine` and `joint`, of the kernels that
@@ -95,7 +95,7 @@ def run(
             )
             recording = step.prepared()
             case["recorded"] = None if recording is None else recording.nbytes
-        case["engine"] -= written  # there from the first crafting on, so at the peak
+        case["engine"] -= written  # allocated from the first attack on, so included in the peak
         tell(line(case))
         cases.append(case)
     several = [case["engine"] for case in cases if case["members"] > 1]
@@ -151,7 +151,7 @@ def line(case: Mapping[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """All cases as plain text, with what they were measured on."""
+    """All cases as plain text, with the settings of the measurement."""
     it, spread = result["settings"], result["spread"]
     head = (
         f"Peak memory of a step of RED (calibrated) above weights, gradients and optimizer state: "

@@ -1,4 +1,4 @@
-"""A training step that is replayed, for benchmarks: and the operations that are handed over."""
+"""A replayed training step for benchmarks, and the number of launched operations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,19 +18,19 @@ from redefense.types import Batch
 
 
 class ReplayedStep:
-    """Steps of a method's first stage on one batch; called, it takes the next.
+    """Steps of a method's first stage on one batch; a call takes the next step.
 
     Args:
-        ensemble: that is trained.
+        ensemble: the trained ensemble.
         defence: the method.
-        batch: of all steps.
-        optim: the optimizer.
-        precision: of the forward passes.
+        batch: batch of all steps.
+        optim: settings of the optimizer.
+        precision: precision of the forward passes.
         recorder: makes recordings.
-        seed: of the steps' streams.
+        seed: seed of the steps' streams.
 
     Attributes:
-        why: what was said where steps are not replayed.
+        why: the reason why steps are not replayed.
     """
 
     def __init__(
@@ -69,17 +69,16 @@ class ReplayedStep:
         self._take()
 
     def prepared(self) -> Recording | None:
-        """Take steps until they are replayed; what is replayed then, None where nothing can be."""
-        for _ in range(SETTLING + 2):  # one is recorded, one is taken both ways
+        """Take steps until they are replayed; return the recording, None if not possible."""
+        for _ in range(SETTLING + 2):  # one is recorded, one is the proof step
             self()
         return self.steps.recording
 
 
 def handed_over(take: Callable[[], object]) -> int:
-    """Operations that the host hands over in a step, a replayed recording counting as one.
+    """Operations that the host launches in a step; a replayed recording counts as one.
 
-    It is counted while the step is taken; views and their like, which do nothing on the device,
-    are not counted.
+    Views and the like, which do nothing on the device, are not counted.
     """
     counter = OpCounter()
     with counter, watched(counter):

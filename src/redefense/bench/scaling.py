@@ -1,7 +1,7 @@
-"""Many processes beside one: the same run on every mesh that 1, 2 and 4 processes can form.
+"""Compares many processes with one: the same run on every mesh of 1, 2 and 4 processes.
 
-All processes are on this machine and joined by gloo, so what is measured is whether they agree and
-what they exchange; seconds say something only where every process has a core of its own.
+All processes run on this machine and communicate by gloo. Agreement and traffic are measured;
+seconds are meaningful only if every process has its own core.
 """
 
 import json
@@ -40,11 +40,11 @@ from redefense.train.session import accuracy
 from redefense.types import correct
 
 IMAGES = 256
-"""How many validation images the robust accuracies are taken on."""
+"""Number of validation images for the robust accuracies."""
 
 
 def launch(count: int, work: Callable[..., None], *args: Any, timeout: float = 3600.0) -> list[int]:
-    """Call `work(*args)` in `count` processes that find each other as `torchrun`'s do.
+    """Call `work(*args)` in `count` processes with the environment of `torchrun`.
 
     Each is forked from one that has imported torch and computed nothing; returns the exit codes.
     """
@@ -101,10 +101,10 @@ def run(
     """Train on every mesh and compare with one process.
 
     Args:
-        settings: of the run.
-        counts: of processes; 1 is always measured, and first.
-        steps: whose seconds and bytes are measured.
-        tell: progress.
+        settings: settings of the run.
+        counts: numbers of processes; 1 is always measured first.
+        steps: number of timed steps.
+        tell: called with progress.
 
     Returns:
         `meshes`: for each mesh its `gradient` difference (largest of one step in single precision
@@ -113,7 +113,7 @@ def run(
         one process hands over in a step (largest of all, by what they are), `seconds` a step.
 
     Raises:
-        ConfigError: if a mesh could not be trained; what its processes said is on stderr.
+        ConfigError: if a mesh could not be trained; messages of its processes are on stderr.
     """
     num_members = resolve(settings)[1].num_members
     wanted = ["1x1", *(m for m in meshes(counts, num_members) if m != "1x1")]
@@ -139,7 +139,7 @@ def run(
 
 
 def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
-    """What each process does: one step to compare, a few to time, and the whole run."""
+    """Work of each process: one step to compare, a few to time, and the whole run."""
     run, kind, defence = resolve(settings)
     dataset = load_dataset(run.data.spec)
     split = train_validation(dataset, run.data.validation)[0]
@@ -155,7 +155,7 @@ def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
         own = team.own(kind.num_members)
         names = {p: n for n, p in ensemble.named_parameters()}
         params = [p for m in own for p in ensemble.parameters_of(m)]
-        # examples that are given: the images themselves
+        # given examples: the images themselves
         still = ["defence.adversary.eps=0.0"] if "adversary" in run.defence else []
         given = resolve(override(run, still))[2]
         with spread_over(team, ensemble):
@@ -191,7 +191,7 @@ def _steps(
     params: list[torch.nn.Parameter],
     count: int,
 ) -> float:
-    """Median seconds of steps that leave the weights where they are."""
+    """Median seconds of steps that do not change the weights."""
     optimizer, tally, seconds = make_optimizer(params, run.optim), Tally(team), []
     for step, batch in zip(range(count), loader.epoch(0), strict=False):
         begun = time.perf_counter()
@@ -226,7 +226,7 @@ def _apart(a: Tensor, b: Tensor, *, relative: bool = False) -> float:
 
 
 def _robust(ensemble: Ensemble, split: Split, settings: Run) -> float:
-    """Accuracy of the averaged ensemble under PGD with 10 steps, at the run's own threat."""
+    """Accuracy of the averaged ensemble under PGD with 10 steps, at the run's threat."""
     index = torch.arange(min(len(split), IMAGES))
     x, y = split.float(index), split.labels[index].long()
     norm = float("inf") if settings.threat.norm == "inf" else float(settings.threat.norm)

@@ -20,7 +20,7 @@ def seconds(take: Callable[[], object], device: torch.device, repeats: int = 1) 
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What figures of one run must be read with."""
+    """Machine and versions that figures depend on."""
     place = torch.device(device)
     named = {} if place.type == "cpu" else {"accelerator": name_of(place)}
     threads = {"threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -9,13 +9,13 @@ Four ways to take the same `calibrated` step, half of the batch clean and half a
 | exact bf16 | the same with forward passes in half precision |
 | finite bf16 | the engine with differences of losses in place of double backward |
 
-On a CUDA device each way of the engine is timed once more with its steps recorded and replayed
-(`train.replay`), with the seconds of the recording alone and the share of a step that is not the
-recording: what the host takes for the batch, the optimizer and the reading of the terms.
+On a CUDA device each way of the engine is also timed with its steps recorded and replayed
+(`train.replay`), with the seconds of the recording alone and the share of a step outside the
+recording: the host's work for the batch, the optimizer and reading the terms.
 
-In every round each way takes one step in turn, and ratios are taken within their round, so that a
-drift of the machine's speed cancels. The floor is 24 forward passes a member, one forward pass
-being measured in the same rounds and the same precision.
+In every round each way takes one step in turn, and ratios are computed within their round, so that
+a drift of the machine's speed cancels. The lower bound ("floor") is 24 forward passes per member,
+measured in the same rounds and the same precision.
 """
 
 import copy
@@ -53,10 +53,10 @@ from redefense.train.steps import Precision, booked_step, take_steps
 from redefense.types import Batch, Images
 
 FLOOR_PASSES = 24
-"""Forward passes a member that a step needs at least, by counting products of its layers."""
+"""Minimum forward passes per member of a step, by counting products of its layers."""
 
 BATCH: Final[Mapping[str, int]] = MappingProxyType({"resnet18": 16, "resnet32": 64, "resnet56": 32})
-"""Images of a step where 128 of them would take two cores more than minutes."""
+"""Images per step for networks on which 128 take minutes on two cores."""
 
 ENGINE: Final[Mapping[str, tuple[str, Precision]]] = MappingProxyType(
     {
@@ -66,7 +66,7 @@ ENGINE: Final[Mapping[str, tuple[str, Precision]]] = MappingProxyType(
     }
 )
 REPLAYED: Final = ", replayed"
-"""How the name of a way ends whose steps are replayed."""
+"""Suffix of the names of replayed ways."""
 
 OPTIM = OptimConfig(lr=0.01, weight_decay=5e-4)
 Step = Callable[[], None]
@@ -89,12 +89,12 @@ def run(
     Args:
         models: names in `MODELS`.
         members: numbers of members.
-        batch: images of a step; 128, or fewer for networks that are slow on a CPU.
-        steps: of the training adversary.
-        rounds: how often each way is timed, after one step that is not.
-        device: where.
-        seed: of weights and images.
-        tell: told each finished case.
+        batch: images per step; 128, or fewer for networks that are slow on a CPU.
+        steps: steps of the training adversary.
+        rounds: number of timings of each way, after one warm-up step.
+        device: torch device.
+        seed: seed of weights and images.
+        tell: called with each finished case.
 
     Returns:
         `settings` and `cases`, one for each model and number of members: median seconds of one
@@ -202,7 +202,7 @@ def _case(
 
 
 def _too_large(ensemble: Ensemble, batch: Batch, device: torch.device) -> str | None:
-    """Why the joint graph is not timed, if it does not fit into the memory that is free."""
+    """Reason to skip the joint graph if it exceeds the free memory."""
     free = free_memory(device)
     if free is None:
         return None
@@ -227,7 +227,7 @@ def _joint(ensemble: Ensemble, batch: Batch, adversary: Adversary, seed: int) ->
 def _engine(
     ensemble: Ensemble, batch: Batch, way: tuple[str, Precision], adversary: Adversary, seed: int
 ) -> None:
-    """All ways of the engine train the same ensemble: time does not depend on weights."""
+    """All ways of the engine train the same ensemble, since time does not depend on weights."""
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
     take_steps(ensemble, stages, batch, optim=OPTIM, precision=way[1], seed=seed)
 
@@ -235,7 +235,7 @@ def _engine(
 def _counted(
     ensemble: Ensemble, batch: Batch, way: tuple[str, Precision], adversary: Adversary
 ) -> OpCounter:
-    """The operations of a step: counted on the CPU, not run."""
+    """The operations of a step, counted on the CPU without running them."""
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
     theirs = channels_last(copy.deepcopy(ensemble))
     return booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
@@ -283,7 +283,7 @@ def lines(case: Mapping[str, Any]) -> list[str]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """All cases as plain text, with what they were measured on."""
+    """All cases as plain text, with the settings of the measurement."""
     it = result["settings"]
     head = (
         f"A step of RED (calibrated, PGD-{it['steps']} on half the batch), {it['device']}, "

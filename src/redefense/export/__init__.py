@@ -1,6 +1,6 @@
 """Deployment: bundles of ONNX files that answer without torch, and their verification.
 
-`export` and `load_bundle` need torch; `runner` needs numpy and onnxruntime alone.
+`export` and `load_bundle` need torch; `runner` needs only numpy and onnxruntime.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ __all__ = ["About", "export", "export_run"]
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: what serves a bundle must not import torch
+    # imported on first use: serving a bundle must not import torch
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'redefense.export' has no attribute {name!r}")

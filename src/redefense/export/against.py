@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from redefense.export.verify import Opened
 
 ROUNDING = 1e-5
-"""Largest difference between stored weights, as a share of the largest of its tensor: kernels that
-a hypernetwork writes are rounded differently by numpy and torch."""
+"""Tolerance of stored weights, relative to the largest of the tensor: numpy and torch round
+generated kernels differently.
+"""
 
 
 def compare(path: Path) -> Callable[["Opened"], str]:
-    """What `verify --against` looks at: the members of the checkpoint at `path`.
+    """Compare a bundle with the checkpoint at `path`, for `verify --against`.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
@@ -72,19 +73,19 @@ def compare(path: Path) -> Callable[["Opened"], str]:
 
 
 def _same_work(graph: bytes, wanted: bytes, m: int, weights: Collection[str] | None) -> None:
-    """Refuse a file that does anything else with its weights than the network exported anew.
+    """Check that a file's graph equals that of the network exported again.
 
-    Equal weights and equal answers to the probes do not tell: a node that waits for one image does
-    not show in them.
+    Equal weights and equal logits of the probes are not sufficient: they do not reveal a node that
+    is triggered by one image.
 
     Args:
         graph: the file.
-        wanted: the network exported anew.
+        wanted: the network exported again.
         m: the member, for the message.
         weights: names of the initializers whose values are compared elsewhere; None for all.
 
     Raises:
-        BundleError: if it does.
+        BundleError: if they differ.
     """
 
     def free(tensor: Any) -> bool:
@@ -98,7 +99,7 @@ def _same_work(graph: bytes, wanted: bytes, m: int, weights: Collection[str] | N
 
 
 def _same_integers(graph: bytes, wanted: bytes, m: int) -> None:
-    """The same of an 8-bit file; the ranges of its activations depend on images that are not here.
+    """Check an 8-bit file, except ranges of activations, which depend on calibration images.
 
     Raises:
         BundleError: if it computes something else, or with other weights.
@@ -119,7 +120,7 @@ def _same_integers(graph: bytes, wanted: bytes, m: int) -> None:
 
 
 def _same_weights(graph: bytes, state: dict[str, Floats], m: int) -> bool:
-    """Whether the weights in a file are those of the network to the bit.
+    """Whether the weights in a file are bit-identical to those of the network.
 
     Raises:
         BundleError: if one is missing or differs by more than rounding.

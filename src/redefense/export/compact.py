@@ -18,10 +18,10 @@ TEMPLATE, WEIGHTS = "template.onnx", "weights.npz"
 def write_compact(
     ensemble: Hyper, first: nn.Module, folder: Path, shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Write template and weights into `folder`; returns what `runner.written` must know of them.
+    """Write template and weights into `folder`; return their description for `runner.written`.
 
-    The template is member 0 (`first`, written out) without its weights: the device adds those of
-    the member it wants, kernels written from embeddings.
+    The template is member 0 (`first`, materialised) without its weights. The device adds those of
+    the drawn member, with kernels generated from embeddings.
 
     Raises:
         ConfigError: if members differ in architecture.
@@ -43,7 +43,7 @@ def write_compact(
 
 
 def stored(ensemble: Hyper) -> dict[str, NDArray[np.float32]]:
-    """What a compact ensemble is stored as: all its numbers by name, less counts and mixture."""
+    """The stored tensors of a compact ensemble by name, without counts and mixture."""
     return {
         name: value.detach().float().cpu().numpy()
         for name, value in ensemble.state_dict().items()
@@ -52,7 +52,7 @@ def stored(ensemble: Hyper) -> dict[str, NDArray[np.float32]]:
 
 
 def layout(ensemble: Hyper) -> dict[str, Any]:
-    """How kernels are put together from what is stored."""
+    """Description of how kernels are generated from the stored tensors."""
     return {
         "unit": ensemble.unit,
         "taps": ensemble.taps,
@@ -65,7 +65,7 @@ def layout(ensemble: Hyper) -> dict[str, Any]:
 
 
 def _outline(ensemble: Hyper, m: int) -> tuple[Any, ...]:
-    """What two members of one architecture have in common."""
+    """Names and shapes that are equal for members of one architecture."""
     net = ensemble.members[m]
     shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     return str(net), shapes, ensemble.grids[m]

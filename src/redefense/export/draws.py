@@ -11,11 +11,11 @@ from scipy.special import chdtrc
 
 NUM_DRAWS = 20_000
 ALARM = 1e-6
-"""Chance that a sound draw is called unsound, for each of the two counts."""
+"""False positive rate of each of the two tests."""
 
 Draw = Callable[[NDArray[np.float64], int], NDArray[np.int64]]
 
-# seeds all that a program can seed, then draws 64 of 2**16 members with the file that is named
+# seeds all global generators, then draws 64 of 2**16 members with the given file
 _SEEDED = """
 import importlib.util, random, sys
 import numpy
@@ -29,9 +29,9 @@ print(module.draw_members(numpy.full(2**16, 2.0**-16), 64).tolist())
 
 
 def chi_square_p(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> float:
-    """Chance of counts at least this far (by Pearson's statistic) from `probs`, if they hold.
+    """P-value of Pearson's chi-square test of counts against `probs`.
 
-    Cells that expect fewer than ten are taken together; a count where the probability is 0 gives 0.
+    Cells with expectation below ten are merged; a count where the probability is 0 gives 0.
     """
     if (counts[probs == 0] > 0).any():
         return 0.0
@@ -47,9 +47,9 @@ def chi_square_p(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> float
 
 
 def draw_faults(draw: Draw, mixture: NDArray[np.float64]) -> list[str]:
-    """How `draw` departs from independent draws with the probabilities `mixture`; empty if not.
+    """Deviations of `draw` from independent draws with the probabilities `mixture`.
 
-    Two counts: of members, and of pairs of neighbouring draws (members of one batch).
+    Two tests: of members, and of pairs of neighbouring draws (members of one batch).
     """
     drawn = draw(mixture, NUM_DRAWS)
     size = len(mixture)
@@ -66,9 +66,9 @@ def draw_faults(draw: Draw, mixture: NDArray[np.float64]) -> list[str]:
 
 
 def seed_faults(program: Path) -> list[str]:
-    """Whether two processes that seed all global generators alike draw alike.
+    """Fault if two processes with equal seeds of all global generators draw equally.
 
-    Only for a file that is known to be ours: it is run.
+    The file is executed: call this only for a verified runner.
     """
     command = [sys.executable, "-I", "-c", _SEEDED, str(program)]
     first, second = (

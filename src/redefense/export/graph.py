@@ -1,8 +1,8 @@
-"""One network as one ONNX file: dynamic batch, weights inside, nothing else of this machine.
+"""Exports one network as one ONNX file: dynamic batch, weights inside, no local paths.
 
-The weights of a network keep their names and their bits, batch norm included (the runtime folds it
-when it loads a file), so that a bundle can be compared with a checkpoint bit by bit and loaded back
-into torch. What the exporter notes about the source, paths of this machine among it, is removed.
+The weights of a network keep their names and values, batch norm included (the runtime folds it when
+it loads a file), so that a bundle can be compared with a checkpoint bit by bit and loaded back into
+torch. The exporter's metadata about the source, including local paths, are removed.
 """
 
 import contextlib
@@ -26,10 +26,11 @@ OPSET: Final = 18
 
 
 def portable(net: nn.Module) -> nn.Module:
-    """A copy of a network as it is deployed: unwrapped, evaluation mode, float32, on the CPU.
+    """A copy of a network for deployment: unwrapped, evaluation mode, float32, on the CPU.
 
     Raises:
-        ConfigError: if it, or a part of it, is scripted or traced: the exporter takes none.
+        ConfigError: if it, or a part of it, is scripted or traced: the exporter does not support
+            it.
         InputError: if it cannot be copied.
     """
     if any(isinstance(part, torch.jit.ScriptModule) for part in net.modules()):
@@ -43,12 +44,12 @@ def portable(net: nn.Module) -> nn.Module:
 
 
 def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
-    """The ONNX file of a network in evaluation mode, float32; `net` itself is left alone.
+    """The ONNX file of a network in evaluation mode, float32; `net` is not changed.
 
     Equal networks give equal bytes.
 
     Raises:
-        ConfigError: if torch cannot export the network; the reason is named.
+        ConfigError: if torch cannot export the network, with the reason.
     """
     optimizer = need("onnxscript.optimizer")
     plain, example = portable(net), torch.full((2, *shape), 0.5)
@@ -69,8 +70,8 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
             )
             assert program is not None
             state = set(plain.state_dict())
-            # not the exporter's own optimizer: it merges weights that happen to be equal and scales
-            # them by batch norms, so that they are those of the checkpoint no more
+            # without the exporter's optimizer, which merges equal weights and folds batch norms, so
+            # that they would differ from the checkpoint
             optimizer.fold_constants(
                 program.model,
                 should_fold=lambda node: (
@@ -87,9 +88,9 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
 
 
 def _make_traceable(net: nn.Module, example: Images) -> None:
-    """Give a network the forward pass that the exporter asks for, in place.
+    """Adapt a network's forward pass to the exporter, in place.
 
-    It needs one named argument, and what is written into that would be lost.
+    It needs one named argument, and in-place changes of that would be lost.
     """
     forward, given = net.forward, example.clone()
     with torch.no_grad():
@@ -105,7 +106,7 @@ def _make_traceable(net: nn.Module, example: Images) -> None:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits that are infinite or no number, which runtimes treat in different ways.
+    """Check that logits are finite; runtimes treat others in different ways.
 
     Raises:
         ModelError: in one line.
@@ -118,7 +119,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 def tidied(model: Any) -> bytes:
-    """A model's bytes less its makers' notes, shapes of inner values and unused operator sets."""
+    """A model's bytes without producer metadata, inner shapes and unused operator sets."""
     graph = model.graph
     for noted in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         noted.ClearField("metadata_props")
@@ -132,11 +133,11 @@ def tidied(model: Any) -> bytes:
 
 
 def skeleton(graph: bytes, free: Callable[[Any], bool]) -> bytes:
-    """What a model computes with its weights: its bytes less the values of some initializers.
+    """A model's computation: its bytes without the values of some initializers.
 
     Args:
         graph: an ONNX file.
-        free: of an initializer, whether its value is left out; names, types and shapes stay.
+        free: whether an initializer's value is excluded; names, types and shapes are kept.
     """
     model = need("onnx").load_from_string(graph)
     for tensor in model.graph.initializer:
@@ -146,7 +147,7 @@ def skeleton(graph: bytes, free: Callable[[Any], bool]) -> bytes:
     ordered = sorted(model.graph.initializer, key=lambda tensor: str(tensor.name))
     model.graph.ClearField("initializer")
     model.graph.initializer.extend(ordered)
-    # whose tool wrote the file is no part of what it computes
+    # the producer of the file is no part of the computation
     for field in ("producer_name", "producer_version", "ir_version"):
         model.ClearField(field)
     model.graph.ClearField("name")
@@ -160,11 +161,15 @@ def _table_of(kind: Any) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _operators_read_once() -> Iterator[None]:
-    """Keep the exporter's table of operators, which takes it as long as a small network does."""
+    """Cache the exporter's table of operators, which takes as long as exporting a small network."""
     try:
         kind = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
         before, table = vars(kind)["from_torchlib"], _table_of(kind)
-    except (ImportError, AttributeError, KeyError):  # another torch, which makes it each time
+    except (
+        ImportError,
+        AttributeError,
+        KeyError,
+    ):  # another version of torch, which builds it each time
         yield
         return
     kind.from_torchlib = staticmethod(table)
@@ -176,7 +181,7 @@ def _operators_read_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that we do not use and on torch's own future."""
+    """Suppress the exporter's warnings on unused packages and deprecations in torch."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -184,7 +189,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            # of weights that are computed in each call, which the exported graph does as well
+            # for weights computed in each call, as the exported graph does, too
             warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
             yield
     finally:

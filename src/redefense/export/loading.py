@@ -23,14 +23,13 @@ from redefense.types import Images, Logits
 def load(path: str | PathLike[str], *, device: str = "cpu") -> Ensemble:
     """The ensemble of a run directory, of a checkpoint folder, or of a bundle; in evaluation mode.
 
-    The weights that travel in an fp32 bundle of a run are those of the run, bit for bit, so it can
-    be trained, attacked and evaluated like the run. The members of an 8-bit bundle, and of networks
-    that redefense did not build, answer through onnxruntime: what is measured is what is deployed,
-    but they have no gradients.
+    The weights in an fp32 bundle of a run are bit-identical to the run's, so it can be trained,
+    attacked and evaluated like the run. The members of an 8-bit bundle, and of networks that
+    redefense did not build, run in onnxruntime, as deployed; they have no gradients.
 
     Raises:
         CheckpointError: if there is no trained run, or it is damaged.
-        DataError: if a bundle is damaged, or not what it says.
+        DataError: if a bundle is damaged or inconsistent.
         ConfigError: if a bundle needs a package that is not installed.
     """
     folder = Path(path)
@@ -55,10 +54,10 @@ def load_bundle(path: Path, *, device: str = "cpu") -> Ensemble:
 
 
 class Deployed(nn.Module):
-    """A member that answers through onnxruntime, on the CPU. It has no weights and no gradients.
+    """A member that runs in onnxruntime, on the CPU. It has no weights and no gradients.
 
     Args:
-        session: of `runner.open_session`.
+        session: a result of `runner.open_session`.
     """
 
     def __init__(self, session: Any) -> None:
@@ -69,7 +68,7 @@ class Deployed(nn.Module):
         """(B, classes) logits.
 
         Raises:
-            InputError: if a gradient is asked for.
+            InputError: if a gradient is required.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise InputError(
@@ -81,9 +80,9 @@ class Deployed(nn.Module):
 
 
 def _rebuilt(bundle: Bundle) -> Ensemble:
-    """The ensemble that the config names, with the weights of the bundle."""
+    """The ensemble of the config, with the weights of the bundle."""
     settings = bundle.config["ensemble"]
-    # before anything of that size is built
+    # checked before memory is allocated
     if not isinstance(settings, dict) or settings.get("num_members") != bundle.num_members:
         raise BundleError(f"config.json: ensemble must have {bundle.num_members} members")
     try:
@@ -112,7 +111,7 @@ def _weights(model: bytes) -> dict[str, Tensor]:
 
 
 def _fill(ensemble: Ensemble, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by name; counts of batches, which no answer depends on, start anew.
+    """Copy weights by name; batch norm's counts of batches, which do not affect logits, are reset.
 
     Raises:
         BundleError: naming a weight that is missing, of another shape, or not finite.

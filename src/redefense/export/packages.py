@@ -7,7 +7,7 @@ from redefense.errors import ConfigError, lacking
 
 
 def need(name: str, *, extra: str = "onnx") -> Any:
-    """The module of that name, which an extra of redefense brings.
+    """The module of that name, which an extra of redefense installs.
 
     Raises:
         ConfigError: if its package is not installed.

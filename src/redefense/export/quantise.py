@@ -20,11 +20,11 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Int8:
-    """How members become 8-bit, and on which images the cost is measured.
+    """Settings of quantisation.
 
     Attributes:
-        calibration: training images from which the ranges of activations are learnt (static);
-            without them ranges are found anew for every batch (dynamic).
+        calibration: training images for the ranges of activations (static); without them ranges are
+            computed per batch (dynamic).
         validation: held-out images and labels on which accuracy is measured before and after.
     """
 
@@ -32,7 +32,7 @@ class Int8:
     validation: Split | None = None
 
     def record(self, before: Sequence[bytes], after: Sequence[bytes]) -> dict[str, Any]:
-        """What the bundle says of its quantisation; accuracies are fractions, one per member."""
+        """The bundle's record of its quantisation; accuracies are fractions, one per member."""
         images = 0 if self.calibration is None else len(self.calibration)
         record: dict[str, Any] = {
             "method": "static" if images else "dynamic",
@@ -64,7 +64,7 @@ def quantised(model: bytes, calibration: Images | None) -> bytes:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
-        """Hands out the calibration images in batches."""
+        """Yields the calibration images in batches."""
 
         def __init__(self, images: Images) -> None:
             self.batches: Iterator[Images] = iter(images.float().cpu().split(BATCH))

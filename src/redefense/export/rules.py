@@ -2,7 +2,7 @@
 
 Known operators are those of the ONNX standard, less those that it calls non-deterministic (every
 source of random numbers, and dropout) and those that hold graphs of their own (branches, loops).
-Operators of other domains, functions a file brings along and weights outside it are refused too.
+Operators of other domains, functions defined in the file and external weights are refused, too.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _GRAPHS = (5, 10)  # AttributeProto.GRAPH, GRAPHS
 
 
 def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) -> list[str]:
-    """Every rule that an ONNX file breaks, in words; empty if it is fit to be a member.
+    """Violations of the rules by an ONNX file; empty if it is valid as a member.
 
     Raises:
         ConfigError: if the package onnx is missing.

@@ -1,7 +1,7 @@
 """Signatures of bundles: Ed25519 (RFC 8032) over the bytes of the manifest.
 
 The manifest holds the hash of every other file, so one signature covers the whole bundle. It is the
-bare 64 bytes, so that openssl can check it where redefense is not installed.
+raw 64 bytes, so that openssl can verify it without redefense.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from redefense.export.packages import need
 from redefense.export.runner import SIGNATURE, BundleError, Trust
 
 Sign = Callable[[bytes], bytes]
-"""From a manifest to its signature."""
+"""Maps a manifest to its signature."""
 
 _SIZE: Final = 64
 
 
 class SignatureError(BundleError):
-    """A manifest is not signed, or not by the key that was named, or not as it is now."""
+    """A manifest is not signed, or its signature does not match the given key."""
 
 
 def sign_with(private: Path) -> Sign:
-    """What signs with the Ed25519 key in a PEM file.
+    """A function that signs with the Ed25519 key in a PEM file.
 
     Raises:
-        ConfigError: the file holds another thing, or a passphrase locks it, or others may read it,
-            or the package cryptography is missing.
-        DataError: there is no such file.
+        ConfigError: the file has no such key, is encrypted, or is readable by others, or the
+            package cryptography is missing.
+        DataError: the file does not exist.
     """
     content = _read(private)
     serialization = need("cryptography.hazmat.primitives.serialization", extra="sign")
@@ -41,7 +41,7 @@ def sign_with(private: Path) -> Sign:
         raise ConfigError(f"{private} holds no private key in PEM form") from None
     if not isinstance(key, kinds.Ed25519PrivateKey):
         raise ConfigError(f"{private} holds another kind of key than Ed25519")
-    # asked last: of a public key, given by mistake, it would be the wrong advice
+    # checked last: for a public key, given by mistake, it would be the wrong advice
     if (mode := private.stat().st_mode) & 0o077:
         raise ConfigError(f"{private} may be read by others (mode {mode & 0o777:o}): chmod 600")
     sign: Sign = key.sign
@@ -49,14 +49,14 @@ def sign_with(private: Path) -> Sign:
 
 
 def trust_in(public: Path) -> Trust:
-    """What refuses every manifest that is not signed by the private half of this key.
+    """A function that refuses every manifest not signed with the private key of this public key.
 
     Args:
         public: a PEM file with an Ed25519 public key.
 
     Raises:
-        ConfigError: the file holds another thing, or the package cryptography is missing.
-        DataError: there is no such file.
+        ConfigError: the file has no such key, or the package cryptography is missing.
+        DataError: the file does not exist.
     """
     content = _read(public)
     serialization = need("cryptography.hazmat.primitives.serialization", extra="sign")

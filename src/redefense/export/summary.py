@@ -10,16 +10,16 @@ from redefense.export import runner
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A bundle in figures.
+    """Sizes and accuracies of a bundle.
 
     Attributes:
         bundle: its folder.
         kind: "plain" or "compact".
         precision: "fp32" or "int8".
         num_members: M.
-        member_bytes: what the members take on disk, all together.
-        total_bytes: what the bundle takes.
-        quantisation: what 8 bits cost, as `config.json` has it; None for fp32.
+        member_bytes: bytes of all members on disk.
+        total_bytes: bytes of the bundle.
+        quantisation: the record of `config.json`; None for fp32.
     """
 
     bundle: str
@@ -52,10 +52,10 @@ class Summary:
 
 
 def summary(path: Path) -> Summary:
-    """The figures of a bundle.
+    """The summary of a bundle.
 
     Raises:
-        DataError: if there is none at `path`, or its records are damaged.
+        DataError: if there is no bundle at `path`, or its records are damaged.
     """
     try:
         bundle = runner.open_bundle(path)

@@ -41,26 +41,25 @@ def export_run(
 ) -> Path:
     """Write the bundle of the run (or checkpoint) at `path` to `out`.
 
-    Probes are images of the validation split. Where the run's data are not at hand an fp32 bundle
+    Probes are images of the validation split. If the run's data are not available an fp32 bundle
     gets synthetic ones; an 8-bit bundle is refused. The test split is never used.
 
     Args:
         path: a run directory.
         out: a folder that does not exist, or is empty.
-        data: where the run's data lie; as the run says by default.
+        data: data specification; the run's by default.
         precision: "fp32" or "int8".
-        calibration: for "int8", how many images of the training split the ranges of activations
-            are learnt from, 512 by default; with 0 ranges are those of each batch, so that the
-            answer to an image depends on its batch mates.
-        license_name: of the weights, as an SPDX identifier.
+        calibration: for "int8", number of training images for the ranges of activations, 512 by
+            default; with 0 ranges are computed per batch, so that logits depend on the rest of the
+            batch.
+        license_name: licence of the weights, as an SPDX identifier.
         sign: a PEM file with the Ed25519 private key that signs the bundle.
-        say: is told what was measured.
+        say: called with lines on what was measured.
 
     Raises:
         CheckpointError: if `path` is not trained, or damaged.
         ConfigError: if a setting, the key or `out` does not fit, or members cannot be exported.
-        DataError: if the data are needed and cannot be read, or are not those of the run; if there
-            is no key.
+        DataError: if needed data cannot be read or are not those of the run; if there is no key.
     """
     if precision not in ("fp32", "int8"):
         raise ConfigError(f"--precision must be fp32 or int8, got {precision!r}")
@@ -79,7 +78,7 @@ def export_run(
         count = min(CALIBRATION, len(train)) if calibration is None else calibration
         if count > len(train):
             raise ConfigError(f"--calibration must be at most {len(train)}, got {count}")
-        # a beginning of this order holds all classes alike
+        # every prefix of this order is stratified
         order = stratified_order(train.labels, stream(0, "calibration"))[:count]
         chosen = train.float(order) if count else None
         int8 = Int8(calibration=chosen, validation=validation) if precision == "int8" else None
@@ -97,7 +96,7 @@ def export_run(
 def _dataset(
     checkpoint: Checkpoint, data: str | None, *, needed: bool, say: Callable[[str], None]
 ) -> Dataset | None:
-    """The run's data, or None where they are not needed and not at hand."""
+    """The run's data, or None where they are not needed and not available."""
     spec = data or checkpoint.run.data.spec
     try:
         dataset = load_dataset(spec)
@@ -112,7 +111,7 @@ def _dataset(
 
 
 def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, precision: str) -> str:
-    """The card of the run's evaluations; one that claims nothing where none is of these members."""
+    """The card with the run's evaluations; without figures if none is of these members."""
     run = checkpoint.run
     if precision == "fp32" and any((path / "evaluation").glob("[!.]*.json")):
         text = card(path, license_name=license_name, name=name)

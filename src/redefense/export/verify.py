@@ -1,7 +1,7 @@
 """Verifies a bundle: every member present and unchanged, drawn at random, hashes intact.
 
-Nothing of a bundle is run before its hash is checked, and its `run.py` only if it is ours to the
-byte: a bundle cannot make its own verification succeed.
+Nothing of a bundle is executed before its hash is checked, and its `run.py` only if it is
+byte-identical to this version's: a bundle cannot make its own verification succeed.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        id: its name.
-        passed: whether it holds.
-        detail: what was found.
+        id: name of the check.
+        passed: whether it passed.
+        detail: the findings.
     """
 
     id: str
@@ -40,7 +40,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Opened:
-    """A bundle whose members were asked once."""
+    """A bundle with its members' logits of the probes."""
 
     bundle: Bundle
 
@@ -74,7 +74,7 @@ class Opened:
 def verify(
     path: str | Path, *, against: str | Path | None = None, signer: str | Path | None = None
 ) -> list[Check]:
-    """Look at everything a bundle promises; it holds if all checks passed.
+    """Run all checks of a bundle; it is valid if all pass.
 
     Args:
         path: the bundle.
@@ -83,7 +83,7 @@ def verify(
 
     Raises:
         DataError: if there is no bundle at `path`, or no file at `signer`.
-        ConfigError: if `signer` is no such key.
+        ConfigError: if `signer` is no Ed25519 public key.
         CheckpointError: if `against` is no trained run.
     """
     folder = Path(path)
@@ -99,7 +99,7 @@ def verify(
     signed = [] if trust is None else [Check("signature", True, f"signed by the key {signer}")]
     checks = signed + [_check(name, look, opened) for name, look in LOOKS.items()]
     if against is not None:
-        from redefense.export.against import compare  # the one part that needs torch
+        from redefense.export.against import compare  # only this part needs torch
 
         checks.append(_check("checkpoint", compare(Path(against)), opened))
     return checks
@@ -113,7 +113,7 @@ def _check(name: str, look: Callable[[Opened], str], opened: Opened) -> Check:
 
 
 def _records(opened: Opened) -> str:
-    """Every file is there with its size and hash, and no other."""
+    """Every file exists with its size and hash, and no other."""
     bundle = opened.bundle
     known = {*bundle.files, runner.MANIFEST, runner.SIGNATURE}
     for place in sorted(bundle.path.rglob("*")):
@@ -136,7 +136,7 @@ def _graphs(opened: Opened) -> str:
 
 
 def _members(opened: Opened) -> str:
-    """Every member computes what it did in torch, and is nearest to its own logits."""
+    """Every member reproduces its logits in torch, and is nearest to its own."""
     precision, (images, stored) = opened.bundle.config["precision"], opened.probes
     worst = 0.0
     for m, answer in enumerate(opened.answers):
@@ -159,7 +159,7 @@ def _distance(answer: Floats, stored: Floats) -> float:
 
 
 def _distinct(opened: Opened) -> str:
-    """No two members are the same by mistake, and those that answer are not all one."""
+    """No two members are equal by mistake, and those of positive probability are not all equal."""
     _, stored = opened.probes
     answering = np.flatnonzero(opened.bundle.mixture > 0)
     if len(answering) > 1 and all(
@@ -183,7 +183,7 @@ def _listed(pairs: list[tuple[int, int]]) -> str:
 
 
 def _runner(opened: Opened) -> str:
-    """`run.py` is ours to the byte."""
+    """`run.py` is byte-identical to this version's runner."""
     ours = Path(runner.__file__).read_bytes()
     if opened.bundle.read("run.py") != ours:
         version = opened.bundle.config.get("version")
@@ -195,7 +195,7 @@ def _runner(opened: Opened) -> str:
 
 
 def _draws(opened: Opened) -> str:
-    """Members are drawn as the mixture says, by the operating system's entropy."""
+    """Members are drawn with the mixture's probabilities, from the operating system's entropy."""
     _runner(opened)
     bundle = opened.bundle
     answering = int((bundle.mixture > 0).sum())

@@ -1,7 +1,7 @@
-"""From an ensemble to a bundle: one ONNX file per member, probes, records, runner and card.
+"""Writes the bundle of an ensemble: one ONNX file per member, probes, records, runner, card.
 
-A bundle is written aside, every member of it is compared with torch, and only then is it renamed:
-what is at `out` was whole and right when it was written.
+A bundle is written to a temporary folder, every member is compared with torch, and then the folder
+is renamed to `out`.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,15 +36,15 @@ PROBES = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class About:
-    """What a bundle tells of its ensemble beside the members.
+    """Description of the ensemble, stored in the bundle.
 
     Attributes:
         shape: channels, height and width of an image.
         classes: their names, in the order of the logits.
         data: name of the data set; empty if unknown.
-        threat: that the ensemble was trained against, if any.
-        settings: of the kind of ensemble, as a run stores them, where redefense can build it.
-        card: from the bundle's name to its README; one that claims nothing by default.
+        threat: the threat that the ensemble was trained against, if any.
+        settings: settings of the ensemble, as stored by a run, if redefense can build it.
+        card: maps the bundle's name to its README; by default one without figures.
     """
 
     shape: tuple[int, int, int]
@@ -71,24 +71,24 @@ def export(
     int8: Int8 | None = None,
     sign: Sign | None = None,
 ) -> Path:
-    """Write the bundle `out` of an ensemble, whose members are any networks that torch can export.
+    """Write the bundle `out` of an ensemble of any networks that torch can export.
 
     Args:
-        ensemble: `Independent` members become one file each; `Hyper` ones stay compact. It is left
-            as it is.
+        ensemble: `Independent` members become one file each; `Hyper` ones stay compact. It is not
+            changed.
         out: a folder that does not exist, or is empty.
-        about: what the bundle says beside.
-        probes: images whose logits travel along, for verification; synthetic ones by default.
-        int8: how weights and activations become 8-bit integers; they stay fp32 without.
-        sign: makes the signature that is written beside the manifest; none by default.
+        about: description of the ensemble.
+        probes: images whose logits are stored for verification; synthetic ones by default.
+        int8: settings of quantisation; fp32 by default.
+        sign: computes the signature of the manifest; none by default.
 
     Returns:
         The bundle's folder.
 
     Raises:
-        ConfigError: if `out` is not free, or a member cannot be exported, or does not compute what
-            it does in torch; nothing is left then.
-        InputError: if probes are no images in [0, 1], or a member cannot take or be given them.
+        ConfigError: if `out` is not empty, or a member cannot be exported, or differs from torch;
+            nothing is written then.
+        InputError: if probes are no images in [0, 1], or a member does not accept them.
     """
     if not isinstance(ensemble, Ensemble):
         got = type(ensemble).__name__
@@ -124,7 +124,7 @@ def export(
 
 
 def _check(bundle: runner.Bundle) -> None:
-    """Refuse what `verify` would refuse of the members.
+    """Apply the checks of `verify` to the members.
 
     Raises:
         ConfigError: naming member and fault.
@@ -137,7 +137,7 @@ def _check(bundle: runner.Bundle) -> None:
 
 
 def synthetic(shape: tuple[int, int, int], count: int = PROBES) -> Images:
-    """(count, C, H, W) smooth random patterns in [0, 1], always the same: nobody's photographs."""
+    """(count, C, H, W) fixed smooth random patterns in [0, 1]."""
     rng = stream(0, "probes")
     coarse = torch.rand(count, shape[0], 4, 4, generator=rng)
     fine = torch.rand(count, *shape, generator=rng)

@@ -20,18 +20,18 @@ NOT_ELIGIBLE = (
 )
 
 
-CALLS = 5  # as often as AutoAttack asks before it calls a classifier randomized
+CALLS = 5  # number of queries by which AutoAttack detects a randomized classifier
 
 
 def to_foolbox(model: nn.Module, *, device: Any = None) -> Any:
     """A `foolbox.PyTorchModel` with bounds (0, 1).
 
-    An ensemble stands for its sampled view: members are drawn afresh for every image of every call,
-    so wrap it in foolbox's expectation over transformations, or attack `averaged()` or `member(i)`.
+    An ensemble is used as its sampled view: a member is drawn for every image of every call, so
+    wrap it in foolbox's expectation over transformations, or attack `averaged()` or `member(i)`.
 
     Args:
         model: an ensemble, a view of one, or any network from images in [0, 1] to logits.
-        device: where foolbox computes; where the weights lie unless given.
+        device: foolbox's device; that of the weights by default.
 
     Raises:
         ConfigError: if foolbox is not installed.
@@ -46,12 +46,12 @@ def to_foolbox(model: nn.Module, *, device: Any = None) -> Any:
 def to_art(model: nn.Module, *, shape: Sequence[int], num_classes: int) -> Any:
     """An `art.estimators.classification.PyTorchClassifier` on numpy arrays in [0, 1].
 
-    An ensemble stands for its sampled view: members are drawn afresh for every image of every call.
+    An ensemble is used as its sampled view: a member is drawn for every image of every call.
 
     Args:
         model: an ensemble, a view of one, or any network from images in [0, 1] to logits.
         shape: (channels, H, W) of an image.
-        num_classes: of the answer.
+        num_classes: number of logits.
 
     Raises:
         ConfigError: if adversarial-robustness-toolbox is not installed.
@@ -70,15 +70,15 @@ def to_art(model: nn.Module, *, shape: Sequence[int], num_classes: int) -> Any:
 
 
 def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model in evaluation mode, once it is shown to keep RobustBench's contract.
+    """Check RobustBench's contract and return the model in evaluation mode.
 
-    The contract: images (B, ch, H, W) in [0, 1] to logits (B, C), normalisation inside, nothing
-    random in the forward pass, gradients that do not vanish. Members and the averaged ensemble keep
-    it; the sampled ensemble cannot.
+    The contract: images (B, ch, H, W) in [0, 1] to logits (B, C), normalisation inside, a
+    deterministic forward pass, gradients that do not vanish. Members and the averaged ensemble
+    satisfy it; the sampled ensemble does not.
 
     Args:
         model: `ensemble.member(i)`, `ensemble.averaged()`, or any network.
-        images: (B, ch, H, W), a few on which the contract is tried.
+        images: (B, ch, H, W), a few images for the check.
 
     Raises:
         InputError: naming the rule that is broken.
@@ -107,7 +107,7 @@ def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _has_gradient(model: nn.Module, images: Tensor) -> bool:
-    """Whether every image moves the logits."""
+    """Whether the logits depend on every image."""
     x = images.detach().clone().requires_grad_()
     with torch.enable_grad(), frozen_weights(model):
         total = ask(model, x).square().sum()

@@ -1,8 +1,8 @@
-"""Ensembles as model hubs keep them: `config.json`, `model.safetensors` and a card, no pickle.
+"""Ensembles in the model hub layout: `config.json`, `model.safetensors` and a card, no pickle.
 
-A folder works with or without huggingface_hub, which is needed only to reach a hub. What is read is
-data: names in `config.json` resolve through our own mappings, weights are safetensors, and every
-tensor must fit the ensemble that the configuration describes.
+huggingface_hub is needed only to access a hub. No code is executed on loading: names in
+`config.json` resolve through this package's mappings, weights are safetensors, and every tensor
+must fit the ensemble that the configuration describes.
 """
 
 import json
@@ -35,14 +35,14 @@ def save_pretrained(
 ) -> Path:
     """Write `config.json`, `model.safetensors` and the model card `README.md` into a folder.
 
-    The card quotes the evaluations of the run that the ensemble was loaded from, if its weights are
-    still those; else it claims nothing. Paths of this machine are left out.
+    The card quotes the evaluations of the run that the ensemble was loaded from if its weights are
+    unchanged; else it has no figures. Local paths are omitted.
 
     Args:
-        ensemble: what `load`, `from_pretrained` or `train` gave.
-        folder: made if it is not there; files of the same names are replaced.
-        license_name: of the weights, as an SPDX identifier.
-        name: by which the card calls it; the folder's unless given.
+        ensemble: a result of `load`, `from_pretrained` or `train`.
+        folder: created if missing; files of the same names are replaced.
+        license_name: licence of the weights, as an SPDX identifier.
+        name: name in the card; the folder's by default.
 
     Returns:
         The folder.
@@ -79,9 +79,9 @@ def from_pretrained(
     """The ensemble of a local folder, or of a hub's repository `owner/name`, in evaluation mode.
 
     Args:
-        name_or_folder: a folder that is there wins over a repository of the same name.
-        revision: commit, tag or branch of a repository; pin a commit to get the same bits again.
-        device: to compute on.
+        name_or_folder: an existing folder takes precedence over a repository of the same name.
+        revision: commit, tag or branch of a repository; pin a commit for reproducibility.
+        device: torch device.
 
     Raises:
         CheckpointError: if a file is missing, damaged, of another format or does not fit.
@@ -97,7 +97,7 @@ def from_pretrained(
     weights = _read_weights(folder / WEIGHTS)
     try:
         if run.ensemble.get("num_members", 0) > len(weights):
-            # before anything of that size is built
+            # checked before memory is allocated
             raise CheckpointError(f"{folder / CONFIG} asks for more members than there are tensors")
         checkpoint = Checkpoint(folder, run, weights, {}, {"data": data})
         return load_checkpoint(checkpoint, device=device)
@@ -115,23 +115,23 @@ def push_to_hub(
     message: str = "Upload an ensemble of redefense",
     license_name: str = "mit",
 ) -> str:
-    """Save the ensemble and upload it to a hub's repository, which is made if it is not there.
+    """Save the ensemble and upload it to a hub's repository, which is created if missing.
 
     Args:
         ensemble: as for `save_pretrained`.
         repo_id: `owner/name`.
-        private: whether a repository made now is private.
+        private: whether a new repository is private.
         revision: branch to upload to; the default one unless given.
-        token: of the hub's client; the one it has stored unless given.
-        message: of the commit.
-        license_name: of the weights, as an SPDX identifier.
+        token: access token; the one stored by the hub's client by default.
+        message: commit message.
+        license_name: licence of the weights, as an SPDX identifier.
 
     Returns:
-        Where it is to be seen.
+        The URL of the upload.
 
     Raises:
         ConfigError: if huggingface_hub is not installed.
-        DataError: if the hub refuses or cannot be reached.
+        DataError: if the hub rejects the upload or cannot be reached.
         InputError: for an ensemble of networks that redefense did not build.
     """
     hub = _client()
@@ -146,7 +146,7 @@ def push_to_hub(
             done = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
             )
-        except (OSError, ValueError) as error:  # the client's own errors are kinds of these
+        except (OSError, ValueError) as error:  # base classes of the client's errors
             raise DataError(f"cannot upload to {repo_id}: {_short(error)}") from None
     return str(getattr(done, "commit_url", done))
 
@@ -161,7 +161,7 @@ def _origin(ensemble: Ensemble) -> Origin:
 
 
 def without_paths(run: Run) -> Run:
-    """What others may read: the kind of data, not where it lies here."""
+    """The public part of the data specification, without local paths."""
     spec = run.data.spec.partition(":")[0]
     update: dict[str, Any] = {"data": run.data.model_copy(update={"spec": spec})}
     if run.start is not None:
@@ -176,7 +176,7 @@ def _card(origin: Origin, weights: Mapping[str, Tensor], name: str, license_name
     if all((folder / file).is_file() for file in (CARD, WEIGHTS)) and _same(
         weights, _read_weights(folder / WEIGHTS)
     ):
-        # what was fetched is handed on with what is known of it
+        # a downloaded ensemble is saved with its known origin
         return (folder / CARD).read_text(encoding="utf-8")
     return unmeasured_card(
         name,
@@ -244,7 +244,7 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
 
 
 def _short(error: Exception) -> str:
-    """An error of others' on one line."""
+    """Another library's error message on one line."""
     return " ".join(str(error).split())[:200]
 
 
