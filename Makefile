@@ -37,7 +37,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: setup
 	@for method in vanilla red; do \
-	  echo "demo: training digits-$$method, about a minute"; \
+	  echo "demo: training digits-$$method, about a minute without output"; \
 	  $(BIN)/redefense train digits-$$method --out $(RUNS)/digits-$$method --resume --quiet && \
 	  echo "demo: attacking digits-$$method" && \
 	  $(BIN)/redefense evaluate $(RUNS)/digits-$$method --suite quick || exit 1; \

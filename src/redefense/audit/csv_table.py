@@ -37,7 +37,8 @@ def read_csv(path: Path) -> list[Claim]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}") from None
     lines = text.splitlines()
     reader = csv.DictReader(lines, delimiter=_delimiter(path, lines), strict=True)
     try:

@@ -92,7 +92,7 @@ def evaluate(
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
-        word = "of the defence" if check["id"] in OF_DEFENCE else "check failed"
+        word = "about the defence" if check["id"] in OF_DEFENCE else "check failed"
         say(f"{word}, {explained(check['id'], check['detail'])}", quiet)
     if weak := members_weak(report.data["clean"]["per_member"], report.data["mixture"]):
         say(weak.replace(PERCENT, " %"), quiet)

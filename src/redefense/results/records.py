@@ -164,7 +164,8 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path}: {reason}") from None
 
 
 def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]]:
