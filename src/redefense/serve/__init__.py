@@ -1,1 +1,1 @@
-"""Serve a bundle over HTTP with a secret draw per image. Nothing here imports torch."""
+"""Serves a bundle over HTTP with a secret draw per image. Nothing here imports torch."""

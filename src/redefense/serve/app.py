@@ -37,7 +37,7 @@ from redefense.serve.observe import Metrics
 from redefense.serve.protocol import BINARY_HEADER, Question, read_question, write_answers
 from redefense.serve.settings import Settings
 
-_HELD_BODIES = 16  # largest bodies that are held at a time
+_HELD_BODIES = 16  # maximum-size bodies held at a time
 _DECODERS = 4  # a small file may hold a picture of `max_pixels`, at thirteen bytes each
 _PAGE: Final = {
     "/": ("page.html", "text/html"),
@@ -50,9 +50,9 @@ class Service:
     """A model behind HTTP. Its methods are the routes' handlers.
 
     Attributes:
-        model: that answers now.
-        leaving: set when the server is about to stop: readiness turns false, and connections end
-            with their next answer; whoever still asks is answered.
+        model: the current model.
+        leaving: set before the server stops: readiness turns false, and connections close after
+            their next response; further requests are still answered.
     """
 
     def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
@@ -62,7 +62,7 @@ class Service:
         self._engine = Engine(model, settings, draw)
         self._batcher = Batcher(self._engine, settings, self.metrics.batch)
         self.metrics.waiting.set_function(lambda: self._batcher.waiting)
-        # threads of its own: one that was given up at its deadline still counts
+        # a separate pool: a request past its deadline still occupies its thread
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="pictures")
         limit = settings.body_limit(model.pixels)
         self._bodies = Bodies(limit=limit, total=_HELD_BODIES * limit, seconds=settings.deadline)
@@ -72,10 +72,10 @@ class Service:
         return self._engine.model
 
     def use(self, model: Model, draw: Draw) -> None:
-        """Answer by another version of the model from the next batch on.
+        """Use another version of the model from the next batch on.
 
         Raises:
-            ConfigError: if clients would have to ask it otherwise, or would read other classes.
+            ConfigError: if its inputs or classes differ.
         """
         for what in ("name", "shape", "classes"):
             was, now = getattr(self.model, what), getattr(model, what)
@@ -154,7 +154,7 @@ class Service:
         return JSONResponse(self._in_words(answers))
 
     async def members(self, request: Request) -> Response:
-        """What every member says to a picture; a research server's only."""
+        """The outputs of every member for a picture; on research servers only."""
         images = await self._picture(request)
         scores = (await run_in_threadpool(self._engine.all_members, images))[:, 0]
         label, word = label_and_word(scores)
@@ -171,7 +171,7 @@ class Service:
         return Response(content, media_type=media_type)
 
     async def about(self, request: Request) -> Response:
-        """What the page needs to know."""
+        """The data of the page."""
         return JSONResponse(
             {
                 "name": self.model.name,
@@ -216,7 +216,7 @@ class Service:
     def _client(self, request: Request) -> str:
         name = self.settings.client_header
         values = [] if name is None else request.headers.getlist(name)
-        if len(values) > 1:  # one may be the client's own, beside that of the proxy
+        if len(values) > 1:  # one may be set by the client in addition to that of the proxy
             raise HTTPException(400, f"{name} may come once, got {len(values)}")
         if values:
             return f"header {values[0]}"
@@ -237,10 +237,10 @@ class Service:
 
 
 def _known(answers: Answers) -> Answers:
-    """Answers, all of which name a class.
+    """Answers, all with a class.
 
     Raises:
-        HTTPException: where the model's answer to one of the images is not a number.
+        HTTPException: if logits of one of the images are NaN.
     """
     if (answers.label < 0).any():
         raise HTTPException(500, "the model has no answer to these images: it is not a number")
@@ -252,7 +252,7 @@ def _media_type(request: Request) -> str:
 
 
 async def _explain(request: Request, error: Exception) -> Response:
-    # starlette hands over what it was registered for: HTTP errors alone
+    # starlette calls it for HTTP errors only
     status = error.status_code if isinstance(error, HTTPException) else 500
     detail = error.detail if isinstance(error, HTTPException) else "internal error"
     headers = error.headers if isinstance(error, HTTPException) else None

@@ -17,7 +17,7 @@ from redefense.serve.settings import Settings
 
 
 class Overloaded(Exception):  # noqa: N818 - a state of the server, answered with 429
-    """The queue is full; `retry_after` whole seconds are a fair guess of when it is not."""
+    """The queue is full; `retry_after` is the estimated time in whole seconds until it is not."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"too many images are waiting; retry after {retry_after} s")
@@ -25,7 +25,7 @@ class Overloaded(Exception):  # noqa: N818 - a state of the server, answered wit
 
 
 class Late(Exception):  # noqa: N818 - a state of the request, answered with 504
-    """A request was not answered before its deadline, `seconds` after it came."""
+    """A request was not answered before its deadline, `seconds` after its arrival."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no answer within {seconds:g} s")
@@ -42,8 +42,8 @@ class _Job:
 class Batcher:
     """Queues requests and classifies them in batches.
 
-    A thread of its own takes batches: under overload the event loop is busy refusing requests, and
-    the members must not wait for it. A request's images stay together, in one batch.
+    A separate thread runs batches: under overload the event loop is busy refusing requests, and
+    inference must not wait for it. A request's images are processed in one batch.
 
     Args:
         on_batch: called on the event loop with the number of images of every batch.
@@ -65,13 +65,13 @@ class Batcher:
         return sum(len(job.images) for job in list(self._jobs))
 
     def start(self) -> None:
-        """Answer from now on what is submitted on the running event loop."""
+        """Start answering requests submitted on the running event loop."""
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, args=(loop,), name="members")
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; what still waits is not answered."""
+        """Stop the thread; waiting requests are not answered."""
         with self._change:
             self._closed = True
             self._change.notify()
@@ -113,7 +113,7 @@ class Batcher:
                 outcome = error
             spent = (time.monotonic() - started) / len(images)
             self._seconds_per_image += 0.1 * (spent - self._seconds_per_image)
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop has ended: no request is waiting
                 loop.call_soon_threadsafe(self._deliver, jobs, outcome)
 
     def _next_batch(self) -> list[_Job]:

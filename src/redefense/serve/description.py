@@ -1,6 +1,6 @@
-"""What the server tells of its model: Open Inference Protocol v2, and Triton's extensions of it.
+"""Descriptions of the model in Open Inference Protocol v2 and Triton's extensions.
 
-Nothing here knows how many members there are, or which of them answered.
+They contain neither the number of members nor which of them answered.
 """
 
 import json
@@ -53,7 +53,7 @@ def configuration(model: Model, settings: Settings) -> dict[str, Any]:
         "max_batch_size": settings.max_batch,
         "input": [{"name": INPUT, "data_type": "TYPE_FP32", "dims": list(model.shape)}],
         "output": [
-            # a number for each image has no dimension of its own, which a configuration must have
+            # a scalar per image has no dimension, but a configuration needs one
             {"name": output, "data_type": typed[datatype], "dims": shape[1:]}
             if shape[1:]
             else {
@@ -69,10 +69,10 @@ def configuration(model: Model, settings: Settings) -> dict[str, Any]:
 
 
 def statistics(model: Model, metrics: Metrics) -> dict[str, Any]:
-    """How much was asked, as Triton counts it: requests, images and batches, of all members.
+    """Counts of requests, images and batches, over all members, as in Triton.
 
-    Durations are left out: sums of them tell how long a single batch took, more exactly than
-    whoever waits for its answer can measure it.
+    Durations are omitted: their sums would reveal the time of a single batch more precisely than a
+    client can measure it.
     """
     done, failed = metrics.inferences()
     images, batches = metrics.classified()
@@ -97,7 +97,7 @@ def index(model: Model, *, leaving: bool) -> list[dict[str, str]]:
 
 
 def read_index_filter(body: bytes) -> bool:
-    """Whether the index is asked for ready models alone.
+    """Whether only ready models are requested.
 
     Raises:
         HTTPException: 400 if the body is not empty and no object with a boolean `ready`.

@@ -1,7 +1,7 @@
 """Draws the member that answers each image, after the batch is formed.
 
-Every policy is a function from a batch's images and clients to member indices. Fresh draws are the
-bundle's own (`redefense.export.runner`), so that what is verified is what serves.
+Every policy is a function from a batch's images and clients to member indices. Fresh draws use the
+bundle's runner (`redefense.export.runner`), which `verify` tests.
 """
 
 import hmac
@@ -30,7 +30,7 @@ _STEPS = 2**64
 
 
 def pick(numbers: Sequence[int], mixture: Mixture) -> Ensemble:
-    """Members by numbers uniform in [0, 2**64); the bias is below 2**-52, that of the mixture."""
+    """Members from uniform numbers in [0, 2**64); the bias is below 2**-52, that of the mixture."""
     edges = np.cumsum(mixture)
     # thresholds as integers: a float cannot hold 64 bits
     thresholds = [int(edge / edges[-1] * 2**53) * 2**11 for edge in edges[:-1]]
@@ -48,23 +48,23 @@ def fresh(mixture: Mixture) -> Draw:
 
 
 def canonical(image: Floats) -> bytes:
-    """What `per-input` knows an image by: its 8-bit pixels and shape.
+    """The identity of an image for `per-input`: its 8-bit pixels and shape.
 
-    The same picture as PNG, as JSON and as binary tensor is one image. So are two that differ by
-    less than a rounding step; a pixel that moves by a whole level makes another image.
+    The same picture as PNG, as JSON and as binary tensor is one image, as are two that differ by
+    less than a rounding step. A pixel that changes by a whole level makes another image.
     """
     levels = np.rint(image * 255).astype(np.uint8)
     return repr(levels.shape).encode() + levels.tobytes()
 
 
 def keyed(key: bytes, *parts: bytes) -> int:
-    """A number uniform in [0, 2**64) to whoever lacks the key (HMAC-SHA-256)."""
+    """A pseudorandom number in [0, 2**64) (HMAC-SHA-256), uniform without the key."""
     framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     return int.from_bytes(hmac.digest(key, framed, "sha256")[:8], "big")
 
 
 def per_input(mixture: Mixture, key: bytes) -> Draw:
-    """An image meets the same member every time, whoever asks and in whatever encoding."""
+    """An image is always answered by the same member, for any client and encoding."""
 
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return pick([keyed(key, b"input", canonical(image)) for image in images], mixture)
@@ -79,7 +79,7 @@ def per_client(
     epoch: float,
     clock: Callable[[], float] = time.time,
 ) -> Draw:
-    """A client meets one member for an epoch; where its epochs begin is secret, too."""
+    """A client is answered by one member for an epoch; the start of its epochs is secret, too."""
 
     def number(client: str, now: float) -> int:
         name = client.encode()
@@ -95,7 +95,7 @@ def per_client(
 
 
 def network_of(address: str) -> str:
-    """What names a client: its address, of IPv6 the first 64 bits, as it may choose the rest."""
+    """The identity of a client: its address, for IPv6 only the first 64 bits."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -122,8 +122,8 @@ def read_key(path: Path | None) -> bytes:
     """The secret of the keyed policies: a file's bytes, or new ones.
 
     Raises:
-        ConfigError: the file is too short, or others may read it.
-        DataError: there is no such file.
+        ConfigError: the file is too short, or readable by others.
+        DataError: the file does not exist.
     """
     if path is None:
         return os.urandom(_KEY_BYTES)
@@ -139,7 +139,7 @@ def read_key(path: Path | None) -> bytes:
 
 
 def draw_by(settings: Settings, mixture: Mixture, key: bytes) -> Draw:
-    """The draw that the settings ask for."""
+    """The draw policy of the settings."""
     if settings.seed is not None:
         return seeded(mixture, settings.seed)
     if settings.policy == "per-input":

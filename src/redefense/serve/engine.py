@@ -19,13 +19,13 @@ EDGES: Final = (0.5, 0.9)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """What may be said about N images.
+    """Answers for N images.
 
     Attributes:
-        label: (N,) class indices; -1 where the model's answer is not a number.
+        label: (N,) class indices; -1 where logits are NaN.
         confidence: (N,) indices into `CONFIDENCE`.
-        scores: (N, classes) probabilities, where the operator shows them.
-        member: (N,) who answered, on a research server alone.
+        scores: (N, classes) probabilities, if enabled.
+        member: (N,) members that answered, on research servers only.
     """
 
     label: NDArray[np.int64]
@@ -44,7 +44,7 @@ class Answers:
 
 
 def probabilities(logits: Floats) -> Floats:
-    """Softmax over the last axis; not numbers where logits are not."""
+    """Softmax over the last axis; NaN where logits are."""
     with np.errstate(invalid="ignore"):
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
     result: Floats = (shifted / shifted.sum(-1, keepdims=True)).astype(np.float32)
@@ -54,7 +54,7 @@ def probabilities(logits: Floats) -> Floats:
 def label_and_word(scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Label (...) and confidence word (...) from probabilities (..., classes).
 
-    The label is -1 where these are not numbers: `argmax` would name a class all the same.
+    The label is -1 where these are NaN: `argmax` would return a class.
     """
     words = np.digitize(scores.max(-1), EDGES).astype(np.int64)
     known = np.isfinite(scores).all(-1)
@@ -64,9 +64,9 @@ def label_and_word(scores: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]
 class Engine:
     """Classifies a batch whose images may belong to several requests.
 
-    Nothing about one image depends on its batch mates but rounding, and all answers of a batch are
-    ready at the same time: who shares a member with whom cannot be read off the order, nor, unless
-    images are grouped, off the number of runs.
+    Answers do not depend on the rest of the batch except for rounding, and all answers of a batch
+    are ready at the same time. Neither the order nor, unless images are grouped, the number of runs
+    reveals which images share a member.
     """
 
     def __init__(self, model: Model, settings: Settings, draw: Draw) -> None:
@@ -74,8 +74,11 @@ class Engine:
         self.use(model, draw)
 
     def use(self, model: Model, draw: Draw) -> None:
-        """Answer by this model from the next batch on; one that has begun keeps its own."""
-        self._serving = (model, draw)  # one assignment: no batch meets the draw of another model
+        """Use this model from the next batch on; a running batch is not affected."""
+        self._serving = (
+            model,
+            draw,
+        )  # one assignment: a batch never combines a model with another one's draw
 
     @property
     def model(self) -> Model:

@@ -17,7 +17,7 @@ from redefense.serve.observe import LOG, Metrics
 from redefense.serve.settings import is_loopback
 
 HEADERS: Final = {
-    "Cache-Control": "no-store",  # a cache would freeze one member per image
+    "Cache-Control": "no-store",  # a cache would fix one member per image
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
         "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -25,7 +25,7 @@ HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-_GONE = 499  # what a log says where the client left before its answer
+_GONE = 499  # status in the log if the client disconnected before its answer
 _PLAIN: Final = {"Accept-Encoding": "identity"}
 _UNREAD: Final = {"Connection": "close"}  # the rest of the body will not be read
 
@@ -34,7 +34,7 @@ class Guard:
     """ASGI middleware around all routes.
 
     Args:
-        leaving: whether the server wants connections to end with their next answer.
+        leaving: whether connections are to close after their next response.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
@@ -70,7 +70,7 @@ class Guard:
             self._note(scope, status, time.perf_counter() - started)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        # the handler's name, not the path: a path is the client's to choose
+        # the handler's name, not the path, which the client chooses
         route = getattr(scope.get("endpoint"), "__name__", "other")
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.seconds.labels(route).observe(seconds)
@@ -80,10 +80,10 @@ class Guard:
 
 
 class OwnNames:
-    """ASGI middleware that answers to loopback names alone.
+    """ASGI middleware that accepts loopback host names only.
 
-    A web page elsewhere can have its own name lead to this machine (DNS rebinding), so that the
-    browser of a visitor reads what is served here; the name it asks for gives it away.
+    A web page elsewhere can resolve its name to this machine (DNS rebinding), so that a visitor's
+    browser reads responses of this server. The host name of the request reveals it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -105,12 +105,12 @@ def _name(host: str) -> str:
 
 
 class Bodies:
-    """Reads request bodies: each of bounded size and time, and all together of bounded size.
+    """Reads request bodies of bounded size and time, and of bounded total size.
 
     Args:
         limit: bytes of one body.
         total: bytes of all bodies that are being read or decoded.
-        seconds: in which a body must have come.
+        seconds: timeout of reading a body.
     """
 
     def __init__(self, *, limit: int, total: int, seconds: float) -> None:
@@ -118,15 +118,15 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a request; it counts against the total while the context lasts.
+        """The body of a request; it counts towards the total within the context.
 
         Raises:
-            HTTPException: 413 too large, 408 too slow, 415 compressed, 429 too much is held.
+            HTTPException: 413 too large, 408 too slow, 415 compressed, 429 total exceeded.
         """
         content = bytearray()
         coding = ", ".join(request.headers.getlist("content-encoding")).strip()
         if coding.lower() not in ("", "identity"):
-            # a few bytes may unpack to more than there is memory; binary tensors are small enough
+            # a few bytes may decompress to more than the memory; binary tensors are small enough
             plain = "a body must come as it is, not compressed"
             raise HTTPException(
                 415, f"{plain} (Content-Encoding: {coding[:40]})", {**_UNREAD, **_PLAIN}

@@ -14,15 +14,15 @@ FORMATS: Final = {"image/png": "PNG", "image/jpeg": "JPEG"}
 
 
 def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> Floats:
-    """Decode a PNG or JPEG, (1, C, H, W), resized where its size is another.
+    """Decode a PNG or JPEG to (1, C, H, W), resized if its size differs.
 
-    It is read as shown (`redefense.pictures.as_shown`), like the pictures of data sets.
+    It is read by `redefense.pictures.as_shown`, like the pictures of data sets.
 
     Raises:
-        HTTPException: 400 for what is no such picture, 413 for too many pixels.
+        HTTPException: 400 for other formats, 413 for too many pixels.
     """
     try:
-        # reads the header alone; the formats are the only decoders that run
+        # reads the header only; no other decoders are run
         picture = Image.open(io.BytesIO(content), formats=list(FORMATS.values()))
         size = picture.size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -33,7 +33,7 @@ def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> 
         refuse(f"a picture may have at most {max_pixels} pixels, got {size[0]} x {size[1]}", 413)
     channels, height, width = shape
     try:
-        # resizing to the size it has leaves a picture as it is
+        # resizing to the same size does not change a picture
         fitted = (
             as_shown(picture)
             .convert("L" if channels == 1 else "RGB")

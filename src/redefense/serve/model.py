@@ -12,9 +12,9 @@ from redefense.errors import ConfigError, DataError
 from redefense.export import runner
 
 Floats = NDArray[np.float32]
-INPUT: Final = "images"  # what bundles call the input of every member
-_ASKED: Final = 4  # how often a member is asked the same when it is loaded
-_ROUNDING: Final = 1e-3  # of the largest logit, which differences of kernels may reach
+INPUT: Final = "images"  # name of the input of every member
+_ASKED: Final = 4  # repeated queries of a member when it is loaded
+_ROUNDING: Final = 1e-3  # tolerance relative to the largest logit, for differences of kernels
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -23,13 +23,13 @@ class Model:
 
     Args:
         folder: the bundle, or a link to it.
-        name: in the routes; the folder's by default.
-        threads: that a member computes with; None: one per core.
-        trust: what a bundle must stand before it is believed, e.g. `export.signing.trust_in`.
+        name: name in the routes; the folder's by default.
+        threads: threads per member; None: one per core.
+        trust: check of the bundle's manifest, e.g. `export.signing.trust_in`.
 
     Attributes:
-        name: in the routes of the protocol.
-        shape: of one image, (1 or 3 channels, H, W).
+        name: name in the routes of the protocol.
+        shape: shape of one image, (1 or 3 channels, H, W).
         mixture: (M,) probabilities.
 
     Raises:
@@ -45,7 +45,7 @@ class Model:
         threads: int | None = None,
         trust: runner.Trust | None = None,
     ) -> None:
-        if folder.is_symlink():  # whole, as what it names now: it may soon name another bundle
+        if folder.is_symlink():  # resolved once, since the link may change
             folder = folder.resolve()
         try:
             self._bundle = runner.open_bundle(folder, trust)
@@ -70,7 +70,7 @@ class Model:
         self._refuse_draws(folder)
 
     def _refuse_draws(self, folder: Path) -> None:
-        """Refuse members that draw by themselves: the draw is among members, not in them."""
+        """Refuse members that draw random numbers: the draw is among members, not in them."""
         image = np.linspace(0, 1, self.pixels, dtype=np.float32).reshape(1, *self.shape)
         for m in range(self.num_members):
             first, *again = (self.logits_of(m, image) for _ in range(_ASKED))
@@ -101,8 +101,8 @@ class Model:
     ) -> Floats:
         """(N, classes) logits where member drawn[n] answers image n.
 
-        One image after the other, as many runs whoever was drawn; `grouped` computes the images of
-        a member together, in less time the fewer members were drawn.
+        One run per image, whatever was drawn; `grouped` runs the images of a member together, which
+        is faster if fewer members were drawn.
         """
         if grouped:
             return runner.classify(self._sessions, images, drawn)
@@ -110,10 +110,10 @@ class Model:
         return np.concatenate([runner.logits_of(self._sessions[m], part) for part, m in pairs])
 
     def check_grouped(self, grouped: bool) -> None:
-        """Whether images of one member may be, and ever are, computed together.
+        """Check that images of one member can be computed together.
 
         Raises:
-            ConfigError: if not.
+            ConfigError: if they cannot.
         """
         if grouped and self._alone:
             raise ConfigError(
@@ -126,14 +126,14 @@ class Model:
             )
 
     def probes(self) -> Floats:
-        """The bundle's own images (64, C, H, W), for those who measure it."""
+        """The bundle's probe images (64, C, H, W), for measurements."""
         try:
             return self._bundle.probes()[0]
         except runner.BundleError as error:
             raise DataError(f"{self._bundle.path}: {error}") from None
 
     def warm_up(self, batches: Sequence[int]) -> None:
-        """Run every member at these batch sizes, so that no member's first answer is a slow one.
+        """Warm up: run every member at these batch sizes, so that no first answer is slow.
 
         Raises:
             DataError: a member does not give one finite row of logits per image.
@@ -157,10 +157,10 @@ def _parts(images: Floats) -> list[Floats]:
 
 
 def _by_batch(config: Mapping[str, Any]) -> bool:
-    """Whether members scale their numbers by the range of a batch, as dynamic quantisation does.
+    """Whether members scale activations by the range of a batch, as dynamic quantisation does.
 
-    An answer would then depend on the images that the same member answers beside: who shares a
-    member with whom could be read off.
+    Answers would then depend on the other images of the same member and reveal which images share
+    one.
     """
     how = config.get("quantisation")
     static = isinstance(how, dict) and how.get("method") == "static"
@@ -177,12 +177,12 @@ def _line(error: Exception) -> str:
 
 
 def _session(content: bytes, m: int, threads: int | None) -> Any:
-    import onnxruntime  # after `runner`, which keeps it from reporting
+    import onnxruntime  # after `runner`, which disables its telemetry
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    # members share the cores: those that wait must not spin on them
+    # members share the cores: waiting threads must not spin
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

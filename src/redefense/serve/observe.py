@@ -16,7 +16,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line; what is logged elsewhere (uvicorn) becomes a `message`."""
+    """One JSON object per line; records of other loggers (uvicorn) become a `message`."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -31,7 +31,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(*, quiet: bool) -> None:
-    """Structured lines on stderr; with `quiet` warnings and errors alone."""
+    """Structured lines on stderr; with `quiet` warnings and errors only."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name in ("redefense.serve", "uvicorn"):
@@ -42,9 +42,9 @@ def log_to_stderr(*, quiet: bool) -> None:
 
 
 class Metrics:
-    """What `/metrics` shows, counted for this server alone.
+    """The metrics of `/metrics`, for this server only.
 
-    Nothing of the process: its CPU seconds would tell members of unequal speed apart.
+    No process metrics: CPU seconds would reveal members of unequal speed.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Metrics:
         self.batches.observe(size)
 
     def inferences(self) -> tuple[int, int]:
-        """Requests for answers that were given one, and that were not."""
+        """Inference requests that succeeded and that failed."""
         done = failed = 0
         for sample in _samples(self.requests):
             if sample.name.endswith("_total") and sample.labels["route"] in ("infer", "classify"):
@@ -92,7 +92,7 @@ class Metrics:
         return done, failed
 
     def classified(self) -> tuple[int, int]:
-        """Images that were classified, and the batches in which they were."""
+        """Numbers of classified images and of batches."""
         values = {sample.name: sample.value for sample in _samples(self.batches)}
         return int(values["redefense_batch_images_sum"]), int(
             values["redefense_batch_images_count"]

@@ -20,15 +20,15 @@ from redefense.serve.observe import LOG
 from redefense.serve.settings import Settings, check_address
 
 Load = Callable[[str | None], tuple[Model, Draw]]
-"""Reads a bundle, to be known by a name or, where that is None, by its own; and its draw."""
+"""Loads a bundle under a name (None: its own), and its draw policy."""
 
-_IDLE: Final = 30.0  # seconds a connection may stay without a complete request
-_LAST_CALL: Final = 0.2  # seconds for what was sent to connections that are about to be closed
+_IDLE: Final = 30.0  # seconds that a connection may be idle
+_LAST_CALL: Final = 0.2  # seconds for requests in flight on connections about to be closed
 _BACKLOG: Final = 2048
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `run`: uvicorn would stop listening at once and exit by the signal."""
+    """Does not handle signals, `run` does: uvicorn would stop at once and exit by the signal."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -36,14 +36,14 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """A listening socket; port 0 selects a free one.
 
     Raises:
-        ConfigError: the address cannot be listened on.
+        ConfigError: the address is not available.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # the protocol is named, or asyncio leaves Nagle's delay of 40 ms on every connection
+        # with an explicit protocol, else asyncio does not disable Nagle's delay of 40 ms
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
@@ -65,8 +65,8 @@ def url_of(listener: socket.socket) -> str:
 async def run(app: ASGIApp, service: Service, listener: socket.socket, stop: asyncio.Event) -> None:
     """Serve until `stop` is set, then drain.
 
-    Readiness turns false first and every answer ends its connection, so that load balancers and
-    clients go elsewhere; then listening ends; then what is still asked is answered.
+    Readiness turns false first and every response closes its connection, so that load balancers and
+    clients switch; then listening stops; then remaining requests are answered.
     """
     settings = service.settings
     config = uvicorn.Config(
@@ -100,7 +100,7 @@ async def run(app: ASGIApp, service: Service, listener: socket.socket, stop: asy
 
 
 async def _reap(server: uvicorn.Server) -> None:
-    # uvicorn waits for ever for the rest of a request's head
+    # uvicorn has no timeout for a request's headers
     since: dict[tuple[int, int], float] = {}
     while True:
         await asyncio.sleep(_IDLE / 10)
@@ -116,7 +116,7 @@ async def _reap(server: uvicorn.Server) -> None:
 
 
 def serve(load: Load, settings: Settings, *, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; on SIGHUP load anew, and go on with that.
+    """Serve until SIGTERM or SIGINT, then drain; on SIGHUP reload the bundle.
 
     Raises:
         ConfigError: the address cannot be listened on, or others could reach a research server.
@@ -151,9 +151,9 @@ async def _until_signal(
 
 
 async def _update(service: Service, again: asyncio.Event, load: Load) -> None:
-    """Whenever `again` is set, load a bundle beside the one that answers, then let it answer.
+    """Whenever `again` is set, load a bundle in the background, then switch to it.
 
-    One that cannot be served is logged, and the one before goes on.
+    If it cannot be served, this is logged and the previous one stays.
     """
     while True:
         await again.wait()

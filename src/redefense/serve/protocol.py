@@ -1,6 +1,6 @@
 """Open Inference Protocol v2: requests to images, answers to JSON or binary tensors.
 
-Pure functions; whatever is wrong with a request is an HTTPException with a status below 500.
+Pure functions; invalid requests raise an HTTPException with a status below 500.
 """
 
 import json
@@ -36,7 +36,7 @@ class Question:
 
     Attributes:
         images: (N, C, H, W) in [0, 1].
-        wanted: names of the outputs to answer with, and whether each goes as binary tensor.
+        wanted: names of the requested outputs, and whether each is sent as binary tensor.
     """
 
     images: Floats
@@ -76,7 +76,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
         refuse(f"{name} is not a JSON number")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # others that read the request, such as a proxy that checks it, may take the first of two
+        # other readers of the request, such as a proxy, may use the first of two
         for name, count in Counter(name for name, _ in pairs).items():
             if count > 1:
                 refuse(f"{_shown(name)} stands {count} times in one object, it may stand once")
@@ -92,14 +92,14 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """A value of the client's, short enough for a message."""
+    """A client's value, shortened for a message."""
     text = json.dumps(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _parameters(holder: Mapping[str, Any]) -> Mapping[str, Any]:
     parameters = holder.get("parameters")
-    if parameters is None:  # clients write null for what is not given
+    if parameters is None:  # clients send null for missing values
         return {}
     if not isinstance(parameters, dict):
         refuse(f"parameters must be an object, got {_shown(parameters)}")
@@ -134,7 +134,7 @@ def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Set
         values = _from_bytes(size, blobs, tensor, datatype)
     if values.size != np.prod(shape):
         refuse(f"shape {shape} needs {int(np.prod(shape))} values, got {values.size}")
-    if values.ndim > 1 and list(values.shape) != shape:  # reshaped, its pixels would be scrambled
+    if values.ndim > 1 and list(values.shape) != shape:  # reshaping would scramble its pixels
         refuse(f"data must be flat or nested as shape {shape} says, got {list(values.shape)}")
     return _checked(values.reshape(shape), datatype)
 
@@ -165,7 +165,7 @@ def _numbers(data: object, datatype: str) -> NDArray[Any]:
         if values.dtype.kind == "f":
             refuse("UINT8 data must be whole numbers")
         return values
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # too large values become infinite, and are refused
         return values.astype(_DTYPES[datatype])
 
 

@@ -8,11 +8,11 @@ from typing import Final, Literal, get_args
 from redefense.errors import ConfigError
 
 Policy = Literal["fresh", "per-input", "per-client"]
-"""Whose draw is kept: nobody's, that of an image, that of a client for one epoch."""
+"""Draws are never reused, reused per image, or per client within one epoch."""
 Mode = Literal["sampled", "averaged", "member"]
 """One member per image, the mixture's mean probability, or always the first member."""
 
-_JSON_BYTES, _BINARY_BYTES = 24, 8  # what a float may take
+_JSON_BYTES, _BINARY_BYTES = 24, 8  # bytes of a float
 _LEAST_BODY, _MOST_JSON = 2**23, 2**26
 _POSITIVE: Final = ("max_batch", "max_queue", "max_pixels", "threads")
 
@@ -29,25 +29,25 @@ class Settings:
         mode: `averaged` and `member` are for comparison; they are not randomized.
         scores: answers also hold the probabilities of all classes, which show who answered.
         research: draws are seeded and answers name the member; for loopback addresses only.
-        seed: of the draws of a research server.
-        grouped: images of a batch that drew the same member are computed together. That is faster,
-            and the time then tells whether they share it; `per-client` has one member for all
-            images of a request anyway.
-        max_batch: images that are drawn for and answered together, and that one request may hold.
-        max_delay: seconds a batch waits for more images; 0.0 takes what has come meanwhile. It pays
-            where images are computed together: `grouped`, or a mode that draws nothing.
-        max_queue: images that may wait; more are refused with 429.
-        deadline: seconds after which a request that still waits is answered with 504.
-        max_pixels: of an uploaded image, before it is resized.
-        max_body: bytes of a request; None: what `max_batch` images take, as JSON up to 64 MiB (all
-            requests wait while one is parsed), as binary tensor however large; at least 8 MiB.
-        tick: seconds; answers leave on a grid this wide, so that the time does not tell members of
-            unequal speed apart. 0.0: at once.
-        epoch: seconds for which `per-client` keeps a client's draw; None: an hour.
-        client_header: the request header that names the client; None: its address. Only a header
-            that a proxy of yours sets is worth anything: a client that may choose it draws anew.
+        seed: seed of the draws of a research server.
+        grouped: images of a batch that drew the same member are computed together. This is faster,
+            but response times reveal whether images share a member; with `per-client` all images of
+            a request do.
+        max_batch: maximum number of images per batch and per request.
+        max_delay: seconds that a batch waits for more images; 0.0: no wait. Useful where images are
+            computed together: `grouped`, or a mode without draws.
+        max_queue: maximum number of waiting images; more are refused with 429.
+        deadline: seconds after which a waiting request is answered with 504.
+        max_pixels: maximum pixels of an uploaded image, before it is resized.
+        max_body: maximum bytes of a request; None: the size of `max_batch` images, as JSON up to 64
+            MiB (parsing blocks other requests), as binary tensor without limit; at least 8 MiB.
+        tick: seconds; responses are sent on a time grid of this width, so that times do not reveal
+            members of unequal speed. 0.0: at once.
+        epoch: seconds for which `per-client` reuses a client's draw; None: an hour.
+        client_header: the request header that identifies the client; None: its address. It must be
+            set by your proxy: a client that can choose it gets new draws.
         grace: seconds between SIGTERM, when readiness turns false, and the end of listening.
-        threads: that a member computes with; None: one per core.
+        threads: threads per member; None: one per core.
     """
 
     policy: Policy = "fresh"
@@ -114,7 +114,7 @@ class Settings:
             )
 
     def body_limit(self, pixels: int) -> int:
-        """Bytes a request may hold, for a model whose images have this many values."""
+        """Maximum bytes of a request, for a model whose images have this many values."""
         if self.max_body is not None:
             return self.max_body
         values = self.max_batch * pixels
@@ -123,7 +123,7 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine can reach the address."""
+    """Whether the address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -133,10 +133,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(settings: Settings, host: str) -> None:
-    """Refuse to show members to anybody but this machine.
+    """Check that a research server is reachable from this machine only.
 
     Raises:
-        ConfigError: for a research server on an address that others can reach.
+        ConfigError: if other machines can reach the address.
     """
     if settings.research and not is_loopback(host):
         raise ConfigError(f"--research shows who answered: it needs a loopback host, got {host}")

@@ -1,1 +1,1 @@
-"""Attacks on the secrecy of one's own server's draws, from outside."""
+"""Audits, from outside, whether a server's draws are secret."""

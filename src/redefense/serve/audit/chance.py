@@ -1,4 +1,4 @@
-"""Statistical tests of what an auditor sees: of pairs of draws, of matches, of times."""
+"""Statistical tests of an auditor's observations: pairs of draws, matches and times."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,14 @@ def independent(pairs: Sequence[tuple[int, int]], mixture: NDArray[np.float64]) 
 
 
 def agreement(matches: int, trials: int, chance: float) -> float:
-    """P-value that `matches` of `trials` agree with this chance each."""
-    from scipy.stats import binomtest  # takes most of a second to load
+    """P-value of `matches` in `trials` with the given probability."""
+    from scipy.stats import binomtest  # slow import
 
     return float(binomtest(matches, trials, min(1.0, chance)).pvalue)
 
 
 def separation(own: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float]:
-    """Share of pairs in which the first value is the larger (0.5: alike), and its p-value.
+    """Fraction of pairs in which the first value is larger (0.5: equal), and its p-value.
 
     Mann and Whitney's test; ties count half.
     """

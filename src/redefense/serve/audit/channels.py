@@ -1,6 +1,6 @@
 """Side channels that could reveal a member: headers, fields, metrics and log lines.
 
-Identical requests are sent; what differs between them, other than the answer and the time, tells.
+Identical requests are sent; any difference other than the answer and the time is a leak.
 """
 
 import json
@@ -26,14 +26,14 @@ _PAUSE: Final = 0.2  # seconds; a line is written after its answer
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A running server: its URL, and what it has logged so far."""
+    """A running server: its URL, and its log so far."""
 
     url: str
     log: Callable[[], str]
 
 
 def leaks_in_channels(replica: Replica, image: Floats, requests: int) -> list[str]:
-    """What tells requests for one image (1, C, H, W) apart; empty on a sound server."""
+    """Differences between requests for one image (1, C, H, W); empty on a correct server."""
     with Client(replica.url) as client:
         client.infer(image)
         wrong = _headers_and_fields(client, image, requests) + _metrics(client, image, requests)
@@ -68,7 +68,7 @@ def _metrics(client: Client, image: Floats, requests: int) -> list[str]:
     def scrape() -> dict[str, float]:
         text = client.ask("GET", "/metrics").body.decode()
         rows = [line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("", "#")]
-        # what measures time or the process differs for every request
+        # metrics of time or the process differ for every request
         timed = re.compile(r"^(process|python)_|seconds|_created")
         return {name: float(value) for name, _, value in rows if not timed.search(name)}
 
@@ -89,7 +89,7 @@ def _metrics(client: Client, image: Floats, requests: int) -> list[str]:
 def _log(text: str, requests: int) -> list[str]:
     lines = Counter(_timeless(line) for line in text.splitlines() if line.strip())
     wrong = [f"log line {line[:80]}" for line in lines if _TELLING.search(line)]
-    # identical requests leave identical lines; what comes seldom says something of its request
+    # identical requests cause identical lines; rare lines reveal something about their request
     wrong += [f"log varies: {line[:80]}" for line, n in lines.items() if n < requests]
     return wrong[:3]
 

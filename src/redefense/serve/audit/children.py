@@ -19,7 +19,7 @@ _START: Final = 120.0  # seconds to load and warm up
 
 
 def options_of(settings: Settings) -> list[str]:
-    """The command line that makes these settings."""
+    """The command line for these settings."""
     words: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -33,12 +33,12 @@ def options_of(settings: Settings) -> list[str]:
 
 @contextmanager
 def child(bundle: Path, settings: Settings, *more: str) -> Iterator[Replica]:
-    """A server of the bundle on a free port of this machine, for the length of the context.
+    """A server of the bundle on a free local port, within the context.
 
-    `more` are words of its command line beside those that make the settings.
+    `more` are additional arguments of its command line.
 
     Raises:
-        DataError: it does not start, with what it said.
+        DataError: it does not start, with its output.
     """
     words = [sys.executable, "-m", "redefense", "serve", str(bundle), "--port", "0"]
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def child(bundle: Path, settings: Settings, *more: str) -> Iterator[Replica]:
 
 
 def url_in(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """Where a server listens, from its log, once it does.
+    """The address of a server, from its log, once it listens.
 
     Raises:
         DataError: it ends, or does not listen in time.

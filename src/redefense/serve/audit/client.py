@@ -1,4 +1,4 @@
-"""A small client of the protocol over one kept connection, for measuring and auditing."""
+"""A small client of the protocol over a persistent connection, for measuring and auditing."""
 
 import http.client
 import json
@@ -51,7 +51,7 @@ def tensor_request(images: Floats, form: Form = "binary") -> tuple[bytes, dict[s
 
 
 class Client:
-    """One connection to a server; the model's name is asked for once.
+    """One connection to a server; the model's name is requested once.
 
     Args:
         source: the address to connect from; on this machine any of 127.0.0.0/8.

@@ -1,4 +1,4 @@
-"""Determines from the members' outputs which of them can have given an answer."""
+"""Determines from the members' outputs which of them may have given an answer."""
 
 import time
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ from redefense.serve.draws import Floats
 from redefense.serve.engine import CONFIDENCE, EDGES, label_and_word, probabilities
 from redefense.serve.model import Model
 
-_MARGIN = 0.01  # of probabilities, from where another rounding would change the answer
+_MARGIN = (
+    0.01  # distance of probabilities from thresholds at which rounding could change the answer
+)
 _CANDIDATES = (64, 2048)
-_SECONDS = 20.0  # spent on looking for images
+_SECONDS = 20.0  # limit of the search for images
 
 Answer = tuple[int, int]
 """Class and index of the confidence word."""
@@ -23,13 +25,13 @@ Answer = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Subjects:
-    """Images, and how each member answers them, those first that tell members best apart.
+    """Images and each member's answers, sorted by how well they distinguish members.
 
     Attributes:
         images: (N, C, H, W), 8-bit values.
         answers: (M, N, 2) classes and words.
         mixture: (M,).
-        seconds: that one image takes a member.
+        seconds: time of one image through a member.
     """
 
     images: Floats
@@ -38,12 +40,12 @@ class Subjects:
     seconds: float
 
     def collision(self) -> NDArray[np.float64]:
-        """(N,) chance that two draws give the same answer; 1 where the members agree."""
+        """(N,) probability that two draws give the same answer; 1 where the members agree."""
         same = (self.answers[:, None] == self.answers[None]).all(-1)  # (M, M, N)
         return np.asarray(np.einsum("i,j,ijn->n", self.mixture, self.mixture, same))
 
     def witness(self, n: int, answer: Answer, rng: np.random.Generator) -> int | None:
-        """A member that answers image n so, drawn among those by the mixture; None if none does.
+        """A member with this answer to image n, drawn by the mixture; None if there is none.
 
         If the server's draws follow the mixture, so do these, whether or not the members differ.
         """
@@ -55,10 +57,10 @@ class Subjects:
 
 
 def answers_in(reply: Reply) -> list[Answer]:
-    """What a reply says about each image.
+    """The answers of a reply for each image.
 
     Raises:
-        InputError: it is not a full answer.
+        InputError: it is incomplete.
     """
     if reply.status != 200:
         raise InputError(f"the server answered {reply.status}: {reply.body[:200]!r}")
@@ -67,10 +69,10 @@ def answers_in(reply: Reply) -> list[Answer]:
 
 
 def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
-    """Look for images on which members answer differently: probes, mixed with each other and noise.
+    """Search images on which members differ: probes, mixed with each other and noise.
 
     Raises:
-        InputError: the members answer all of them alike, so that no draw can be seen.
+        InputError: the members agree on all of them, so that draws cannot be observed.
     """
     probes = model.probes()
     started = time.perf_counter()
@@ -109,10 +111,10 @@ def _scores(model: Model, images: Floats) -> Floats:
 
 
 def _everyone(model: Model, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Answers (M, N, 2) of all members, and which images (N,) are clear of every border."""
+    """Answers (M, N, 2) of all members, and a mask (N,) of images far from all thresholds."""
     scores = _scores(model, images)
     label, word = label_and_word(scores)
-    # what a class is ahead of the next; of a single class there is no next
+    # lead of the best class over the next; a single class has no next
     ranked = np.sort(scores, axis=-1)[..., ::-1]
     clear = ranked[..., 0] - ranked[..., 1:2].sum(-1) > _MARGIN
     for edge in EDGES:
@@ -121,7 +123,7 @@ def _everyone(model: Model, images: Floats) -> tuple[NDArray[np.int64], NDArray[
 
 
 def guess_rate(answers: NDArray[np.int64], mixture: NDArray[np.float64]) -> float:
-    """How often the best guess of the member is right, from answers (M, N) coded as numbers."""
+    """Accuracy of the best guess of the member, from answers (M, N) coded as numbers."""
     rates = [
         sum(mixture[column == value].max() for value in np.unique(column)) for column in answers.T
     ]
@@ -129,7 +131,7 @@ def guess_rate(answers: NDArray[np.int64], mixture: NDArray[np.float64]) -> floa
 
 
 def distinguished(model: Model, images: Floats, served: Sequence[str]) -> dict[str, float]:
-    """How often the member is guessed from nothing, from labels, and from what is served."""
+    """Accuracy of guessing the member from nothing, from labels, and from the served fields."""
     scores = _scores(model, images)
     label, word = label_and_word(scores)
     rates = {

@@ -1,7 +1,7 @@
 """Audits a running server: tests from outside whether its draws are secret.
 
-The auditor holds the bundle, asks like any client, and reads what an operator's tools would show:
-headers, metrics and logs. A sound server fails no check but once in ten thousand audits.
+The auditor has the bundle, sends requests like any client, and reads headers, metrics and logs. A
+correct server fails a check in one of ten thousand audits.
 """
 
 import ipaddress
@@ -26,10 +26,10 @@ from redefense.serve.model import Model
 from redefense.serve.settings import Settings
 
 ALPHA: Final = 1e-6
-"""A p-value below is no chance."""
+"""Significance level."""
 _LAGS: Final = 16  # replicas may be a few draws apart
-_SLOWER: Final = 0.1  # how far from a half the share of slower answers may lie
-_SHOWN: Final = 0.2  # how much oftener the member may be guessed than from labels alone
+_SLOWER: Final = 0.1  # allowed deviation of the fraction of slower answers from 0.5
+_SHOWN: Final = 0.2  # allowed increase of the guessing accuracy over labels alone
 _FORMS: Final[tuple[Form, ...]] = ("binary", "json", "uint8")
 
 
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effort:
-    """How much is asked: images drawn for, and requests of one image or pair."""
+    """Size of the audit: images drawn for, and requests of one image or pair."""
 
     draws: int = 6000
     repeats: int = 600
@@ -56,7 +56,7 @@ class Effort:
 
 @dataclass(slots=True)
 class _Case:
-    """What all checks share; `alone` and `pairs` gather (who answered, seconds) for the timing."""
+    """State shared by all checks; `alone` and `pairs` collect (member, seconds) for the timing."""
 
     subjects: Subjects
     settings: Settings
@@ -71,7 +71,7 @@ class _Case:
         return self.subjects.mixture
 
     def witness(self, n: int, answer: Answer) -> int:
-        """Who may have answered image n; an answer that no member gives counts as the first's."""
+        """A member that may have answered image n; unexplained answers count as the first's."""
         found = self.subjects.witness(n, answer, self.rng)
         self.unexplained += found is None
         return 0 if found is None else found
@@ -83,7 +83,7 @@ class _Case:
         return client.infer(self.image(*numbers), form)
 
     def visitor(self, url: str, i: int) -> tuple[Client, dict[str, str]]:
-        """Client i, by the header that names clients or by another address of this machine."""
+        """Client i, by the client header or another loopback address."""
         header = self.settings.client_header
         if header is not None:
             return Client(url), {header: f"client-{i}"}
@@ -94,17 +94,17 @@ class _Case:
 def run_audit(
     model: Model, settings: Settings, launch: Launch, *, effort: Effort | None = None, seed: int = 0
 ) -> list[Finding]:
-    """Attack a server that `launch` starts, as often as it is called, and judge what is seen.
+    """Audit a server that each call of `launch` starts.
 
     Args:
         model: the bundle that the server serves.
-        settings: what the server promises.
-        launch: starts a replica for the length of a context.
-        effort: how much is asked.
-        seed: of the auditor's own choices.
+        settings: settings of the server.
+        launch: starts a replica within a context.
+        effort: size of the audit.
+        seed: seed of the auditor's choices.
 
     Raises:
-        InputError: nothing is drawn, or no draw can be seen because the members agree.
+        InputError: nothing is drawn, or draws cannot be observed because the members agree.
     """
     if settings.mode != "sampled" or settings.research:
         raise InputError("an audit needs a server that draws secretly: mode sampled, no research")
@@ -140,7 +140,7 @@ def _uniform(case: _Case, members: Sequence[int], what: str) -> Finding:
     counts = np.bincount(members, minlength=len(case.mixture))
     p = chi_square_p(counts, case.mixture)
     share = case.mixture.max()
-    # a shift of this size has about nine chances in ten to be seen
+    # a shift of this size is detected with a probability of about 0.9
     visible = 6.2 * np.sqrt(share * (1 - share) / len(members))
     return Finding(
         "draws follow the mixture",
@@ -179,7 +179,7 @@ def _asked_again(case: _Case, client: Client) -> Finding:
         case.alone.append((members[-1], reply.seconds))
     p = chi_square_p(np.bincount(members, minlength=len(case.mixture)), case.mixture)
     steps = list(itertools.pairwise(members))
-    # overlapping pairs are not independent of each other, every second one is
+    # overlapping pairs are dependent; every second one is used
     serial = min(independent(steps[::2], case.mixture), independent(steps[1::2], case.mixture))
     return Finding(
         "asking again draws again",
@@ -190,7 +190,7 @@ def _asked_again(case: _Case, client: Client) -> Finding:
 
 
 def _pair(case: _Case, client: Client, *numbers: int) -> tuple[int, int]:
-    """Who answered two images of one request, whose time is kept."""
+    """The members that answered two images of one request; its time is recorded."""
     reply = case.ask(client, *numbers)
     answered = zip(numbers, answers_in(reply), strict=True)
     first, second = (case.witness(n, answer) for n, answer in answered)
@@ -235,11 +235,11 @@ def _per_client(case: _Case, url: str) -> list[Finding]:
     for i in range(min(400, case.effort.draws // 4)):
         client, headers = case.visitor(url, i)
         with client:
-            client.model_path()  # connects, so that the answer's time is the answer's
+            client.model_path()  # connects first, so that the measured time excludes it
             reply = client.infer(case.image(0), headers=headers)
         members.append(case.witness(0, answers_in(reply)[0]))
         case.alone.append((members[-1], reply.seconds))
-    # an epoch may end during the first look, not during both
+    # an epoch may end during the first attempt, not during both
     constant = _one_member(case, url) or _one_member(case, url)
     again = "one member answers a client" if constant else "a client meets several members"
     return [
@@ -250,7 +250,7 @@ def _per_client(case: _Case, url: str) -> list[Finding]:
 
 
 def _one_member(case: _Case, url: str) -> bool:
-    """Whether some member could have given all answers to a client, whatever it sends."""
+    """Whether one member could have given all answers to a client."""
     client, headers = case.visitor(url, 0)
     possible = np.ones(len(case.mixture), dtype=bool)
     with client:
@@ -262,9 +262,9 @@ def _one_member(case: _Case, url: str) -> bool:
 
 
 def _replicas(case: _Case, launch: Launch) -> Finding:
-    """Two servers started at once, asked the same: do their draws have anything in common?"""
+    """Test whether two servers started at once draw independently for equal requests."""
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        # both in the same moment: a seed that comes from the clock would be the same
+        # both at the same time: a seed from the clock would be equal
         replicas = pool.map(lambda _: stack.enter_context(launch()), range(2))
         left, right = (np.array(_sequence(case, replica.url)) for replica in list(replicas))
     per_client = case.settings.policy == "per-client"
@@ -304,7 +304,7 @@ def _sequence(case: _Case, url: str) -> list[int]:
 
 
 def _timing(case: _Case) -> Finding:
-    """Are a member's answers, or answers of one and the same member, slower or faster?"""
+    """Test whether response times depend on the member, or on pairs of equal members."""
     groups = [[s for m, s in case.alone if m == k] for k in range(len(case.mixture))]
     worst, p = 0.5, 1.0
     for k, own in enumerate(groups):
