@@ -23,13 +23,13 @@ def test_without_an_aware_attack_there_is_no_headline(tmp_path: Path) -> None:
     assert row["unaware"] is None
     (result,) = join([tmp_path / "red"])
     robust, whom, worth = answers.answers([result])
-    assert "cannot be said" in robust.text
+    assert "This is unknown" in robust.text
     # nor is anybody said to have known, or to have compared
-    assert whom.lead == "One who does not know, linf 0.2"
+    assert whom.lead == "An unaware attacker, linf 0.2"
     assert "does not know how a member is drawn; 1 attack within this budget was run" in whom.text
     assert "knows" not in whom.text
     assert worth.lead == "Not measured"
-    assert "needs an attack that knows the ensemble" in worth.text
+    assert "needs an aware attack" in worth.text
 
 
 def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_pat
     assert wording.verdict(strong).answer == "no"
     told = wording.verdict(strong).sentence.replace(wording.PERCENT, " %")
     kept = percent(strong.single)
-    assert f"the member chosen on validation images keeps {kept} % without any draw" in told
+    assert f"the member chosen on validation images has {kept} % without a draw" in told
     assert wording.verdict(strong).short == "no"
 
 
@@ -55,7 +55,7 @@ def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_
     assert result.alone[1] == max(result.alone)
     verdict = wording.verdict(result)
     assert verdict.answer == "no"
-    assert "the best member alone keeps" in verdict.sentence
+    assert "the best member alone has" in verdict.sentence
     best = {rival.name: rival for rival in verdict.rivals}["best member alone"]
     assert (best.figure, best.gain) == (result.alone[1], result.over_alone)
     assert "member chosen on validation images" in {rival.name for rival in verdict.rivals}
@@ -64,16 +64,16 @@ def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_
 def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
     told = wording.members_weak((0.725, 0.1, 1 / 6))
     assert told.replace(wording.PERCENT, " %") == (
-        "Without any attack, member 1 is right on 10.0 % and member 2 is right on 16.7 % of the "
-        "images, while the best member is right on 72.5 %. Queries that are answered by such a "
-        "member are mostly answered wrongly: train it again, or give it the probability 0."
+        "Without an attack, member 1 is correct on 10.0 % and member 2 is correct on 16.7 % of the "
+        "images, while the best member is correct on 72.5 %. Queries answered by such a member are "
+        "mostly wrong: train it again, or set its probability to 0."
     )
     assert wording.members_weak((0.7, 0.1), (1.0, 0.0)) == ""  # nobody meets it
     document = build_run(tmp_path / "red")
     page, markdown = tmp_path / "page.html", tmp_path / "page.md"
     write_report([tmp_path / "red"], page)
     assert (
-        "Queries that are answered" not in page.read_text() + markdown.read_text()
+        "Queries answered by such" not in page.read_text() + markdown.read_text()
     )  # all are alike
     document["clean"]["per_member"] = [0.725, 0.1, 1 / 6]
     (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
@@ -147,7 +147,7 @@ def test_runs_that_differ_by_their_seed_alone_are_quoted_by_their_mean(tmp_path:
     assert max(aware, key=lambda name: aware[name]) == "b"
     assert answers.title(results) == "Which of these 2 methods is the most robust?"
     summary = answers.summary(results).replace(wording.PERCENT, " %")
-    assert summary.startswith(f"other answers {100 * aware['other']:.1f} % of the images")
+    assert summary.startswith(f"other classifies {100 * aware['other']:.1f} % of the images")
     assert f"next comes red {mean:.1f} %" in summary
     three = join(runs[:3])
     assert ranking.best(three).name == "c"  # the middle one
@@ -178,4 +178,4 @@ def test_one_network_is_not_said_to_draw(tmp_path: Path) -> None:
     one, three = (answers.answers(join([tmp_path / n]))[1].text for n in ("one", "three"))
     assert "knows the network; " in one
     assert "draw" not in one
-    assert "knows all 3 members and the probability of each, but not which draw will" in three
+    assert "knows all 3 members and the probability of each, but not the next draw" in three

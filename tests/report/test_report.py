@@ -143,12 +143,12 @@ def test_tables_show_the_best_member_alone_and_say_which_was_chosen(tmp_path: Pa
     assert chosen == result.single == result.alone[1]
     html, md, table, data = (p.read_text() for p in write_report([run], tmp_path / "report.html"))
     members = ", ".join(f"{100 * estimate.value:.1f}" for estimate in result.alone)
-    told = f"Alone, the members keep {members}"
+    told = f"Accuracy of the single members: {members}"
     for text in (html, md, card(run)):
         assert "best member alone" in text
         assert "best single member" not in text
         assert told in text
-        assert "The one chosen on validation images is member 1, counted from 0." in text
+        assert "The one chosen on validation images is member 1, counting from 0." in text
     assert "best member alone (member 2)" in html
     assert f"| {with_interval(best)} |" in md.replace("\\", "")
     console = Console(width=160, file=io.StringIO(), record=True)
@@ -289,7 +289,7 @@ def test_a_damaged_evaluation_is_refused_and_nothing_is_written(
 def test_a_report_never_writes_over_what_it_is_about(tmp_path: Path) -> None:
     own = tmp_path / "own.json"
     own.write_text(text := json.dumps(build_run(tmp_path / "red")))
-    with pytest.raises(ConfigError, match=r"would write over .*own\.json"):
+    with pytest.raises(ConfigError, match=r"would overwrite .*own\.json"):
         write_report([own], tmp_path / "own.html")
     assert own.read_text() == text
     assert not (tmp_path / "own.html").exists()
@@ -297,7 +297,7 @@ def test_a_report_never_writes_over_what_it_is_about(tmp_path: Path) -> None:
     (tmp_path / "red" / "run.json").write_text("{}")
     for name in ("run", "evaluation/quick"):
         before = (tmp_path / "red" / f"{name}.json").read_text()
-        with pytest.raises(ConfigError, match=rf"would write over .*{name}\.json"):
+        with pytest.raises(ConfigError, match=rf"would overwrite .*{name}\.json"):
             write_report([tmp_path / "red"], tmp_path / "red" / f"{name}.html")
         assert (tmp_path / "red" / f"{name}.json").read_text() == before
     # its own older self it may
@@ -377,7 +377,7 @@ def test_page_is_whole_offline_and_sortable(tmp_path: Path) -> None:
 def test_page_answers_the_three_questions_with_the_joined_figures(tmp_path: Path) -> None:
     _, text = full_report(tmp_path)
     row = summary_table([tmp_path / "digits-red"])[0]
-    for question in ("How robust is it?", "Against whom?", "Is the randomness worth it?"):
+    for question in ("How robust is it?", "Against whom?", "Does the randomness help?"):
         assert question in text
     for key in ("clean", "unaware", "aware", "best_member_alone", "averaged"):
         estimate = row[key]
@@ -387,7 +387,7 @@ def test_page_answers_the_three_questions_with_the_joined_figures(tmp_path: Path
     assert "✓ pass" in text
     assert "redefense evaluate digits-red --suite quick" in text
     assert "transfer between members" in text
-    assert "Accuracy against the size" in text
+    assert "Accuracy over the size" in text
 
 
 def test_aware_is_defined_as_it_is_joined(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_a_report_is_what_its_ending_says(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("name", ["page", "page.txt", "page.pdf", "page.xlsx", ".html"])
 def test_a_report_of_another_ending_is_refused(tmp_path: Path, name: str) -> None:
     build_run(tmp_path / "red")
-    with pytest.raises(ConfigError, match=r"--out must end in .*\.html.*\.tex; got"):
+    with pytest.raises(ConfigError, match=r"--out must have the suffix .*\.html.*\.tex; got"):
         write_report([tmp_path / "red"], tmp_path / "out" / name)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""The first screen of a report: its title, the verdict in one sentence, and three questions."""
+"""The first screen of a report: title, one-sentence summary, and three questions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,18 +23,18 @@ def title(results: Sequence[Result]) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """The verdict in one sentence."""
+    """The summary in one sentence."""
     groups = repeats(results)
     called, top, mine = names(groups, results), best(results), groups[0]
     if top.aware is None:
         return (
-            f"Nothing can be claimed about the robustness of {called[0]}: no attack that knows the "
-            "ensemble was run, or its per-image records are missing."
+            f"Nothing can be claimed about the robustness of {called[0]}: no aware attack was run, "
+            "or its per-image records are missing."
         )
     mean = f", the mean of {len(mine)} seeds" if len(mine) > 1 else ""
     told = (
-        f"{called[0]} answers {percent(mean_aware(mine))}{PERCENT} of the images correctly when "
-        f"each is changed by the attack that works best against it{mean}"
+        f"{called[0]} classifies {percent(mean_aware(mine))}{PERCENT} of the images correctly "
+        f"under the strongest attack on each image{mean}"
     )
     others = [
         f"{name} {percent(mean_aware(group))}{PERCENT}"
@@ -47,20 +47,20 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def _worth(result: Result, worth: Verdict) -> str:
-    """What the draw does for it, as the end of a sentence."""
+    """The effect of the draw, as the end of a sentence."""
     if result.num_members == 1:
         return ""
     if worth.answer == "yes":
-        return ", and drawing the member at random is what it gains from"
+        return ", and drawing a member at random improves on every deterministic baseline"
     if worth.answer == "no":
-        return ", but a classifier without any random draw keeps more"
+        return ", but a deterministic baseline has a higher accuracy"
     if worth.short == "not shown":
         return ", and whether the random draw helps is not shown"
     return ", and whether the random draw helps was not measured"
 
 
 class Answer(NamedTuple):
-    """One question of the first screen: the answer in a word or figure, then in sentences."""
+    """One question of the first screen, with a short answer and an explanation."""
 
     question: str
     lead: str
@@ -68,9 +68,9 @@ class Answer(NamedTuple):
 
 
 def answers(results: Sequence[Result]) -> list[Answer]:
-    """The questions of the first screen, answered about the best of the runs.
+    """The questions of the first screen with answers about the best run.
 
-    Of one network nobody asks whether its randomness is worth it.
+    For a single network the question about randomness is omitted.
     """
     top = best(results)
     found = [_how(results, top), _whom(top)]
@@ -80,7 +80,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     return [
         *found,
         Answer(
-            question="Is the randomness worth it?",
+            question="Does the randomness help?",
             lead=worth.short.capitalize(),
             text=worth.sentence,
         ),
@@ -88,7 +88,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
 
 
 BESIDE = 5
-"""Methods that the first screen names beside the best."""
+"""Number of further methods on the first screen."""
 
 
 def _how(results: Sequence[Result], top: Result) -> Answer:
@@ -97,20 +97,19 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
     clean = f" Without an attack: {percent(top.clean)}{PERCENT}." if top.clean else ""
     if top.aware is None:
         lead, told = "Unknown", (
-            "That cannot be said: no attack that knows the ensemble was run, or its records are "
-            f"missing. Run `redefense evaluate` with the suite quick or aware.{clean}"
+            "This is unknown: no aware attack was run, or its records are missing. Run `redefense "
+            f"evaluate` with the suite quick or aware.{clean}"
         )  # fmt: skip
     elif len(mine) > 1:
         lead = f"{percent(mean_aware(mine))}{PERCENT}"
         each = ", ".join(f"{percent(r.aware)}{PERCENT}" for r in mine)
         told = (
-            f"This share of the images stays right under attack: the mean of {len(mine)} runs that "
-            f"differ by their seed alone ({each}). What follows is about {called[top]}, the middle "
-            f"one.{clean}"
+            f"Accuracy under attack: the mean of {len(mine)} runs that differ only by their seed "
+            f"({each}). The following figures are of {called[top]}, the median run.{clean}"
         )
     else:
         lead = f"{percent(top.aware)}{PERCENT}"
-        told = f"This share of the images stays right under attack ({called[top]}).{clean}"
+        told = f"Accuracy under attack ({called[top]}).{clean}"
     groups = repeats(results)
     others = [
         f"{name} {percent(mean_aware(group))}{PERCENT}"
@@ -130,31 +129,30 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
 
 
 def _whom(top: Result) -> Answer:
-    """Who attacked, and what those left who knew less."""
+    """The attacks, and the accuracy under unaware attacks."""
     attackers = len(top.bounded)
     ran = f"{attackers} attack{'s' * (attackers != 1)} within this budget {_were(attackers)} run"
     alone = top.num_members == 1
     if not alone and top.aware is None:
         return Answer(
             question="Against whom?",
-            lead=f"One who does not know, {top.threat}",
-            text=f"An attacker who may {budget(top)} and does not know how a member is drawn; "
-            f"{ran}.",
+            lead=f"An unaware attacker, {top.threat}",
+            text=f"The attacker may {budget(top)} and does not know how a member is drawn; {ran}.",
         )
     members = f"all {top.num_members} members" if top.num_members else "the network"
     known = "the network" if alone else f"{members} and the probability of each"
     if top.stochastic is not None:
         known = "the network and how it draws"
-    hidden = "" if alone else ", but not which draw will answer"
-    told = f"An attacker who may {budget(top)} and knows {known}{hidden}; {ran}."
+    hidden = "" if alone else ", but not the next draw"
+    told = f"The attacker may {budget(top)} and knows {known}{hidden}; {ran}."
     if not alone and top.unaware is not None and top.aware is not None:
         gap = 100 * (top.unaware.value - top.aware.value)
         told += (
-            f" Attackers who do not know the ensemble leave {percent(top.unaware)}{PERCENT}. The "
-            f"difference of {gap:.1f} points is lost as soon as the attacker learns the method, so "
-            "quote the lower figure."
+            f" Accuracy under unaware attacks is {percent(top.unaware)}{PERCENT}. The difference "
+            f"of {gap:.1f} points is lost as soon as the attacker knows the method, so report the "
+            "lower figure."
         )
-    return Answer(question="Against whom?", lead=f"One who knows, {top.threat}", text=told)
+    return Answer(question="Against whom?", lead=f"An aware attacker, {top.threat}", text=told)
 
 
 def _were(count: int) -> str:

@@ -1,7 +1,7 @@
 """The model card of a run, written from its stored evaluation.
 
-A card is a README.md with a YAML head, as model hubs read it. No figure is typed or passed in; each
-comes from the same joined records as the report. Needs neither torch nor jinja2.
+A card is a README.md with a YAML header for model hubs. All figures come from the same joined
+records as the report. Needs neither torch nor jinja2.
 """
 
 import json
@@ -28,13 +28,13 @@ HUB_NAMES: Final[Mapping[str, str]] = MappingProxyType(
         "tiny-imagenet": "zh-plus/tiny-imagenet",
     }
 )
-"""What the hub calls our data sets; one it does not have keeps its own name."""
+"""Names of data sets on the hub; others keep their name."""
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "clean": "accuracy, untouched images",
-        "unaware": "robust accuracy, attacker unaware of the draw",
-        "aware": "robust accuracy, attacker aware of it",
+        "clean": "accuracy, clean images",
+        "unaware": "robust accuracy, unaware attacks",
+        "aware": "robust accuracy, aware attacks",
         "best_member_alone": "robust accuracy, best member alone",
         "averaged": "robust accuracy, averaged ensemble",
     }
@@ -43,16 +43,16 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "mit") -> Path:
-    """Write the card of a run to `out` (`RUN/README.md` by default) and return its path.
+    """Write the card of a run to `out` (default: `RUN/README.md`) and return its path.
 
     Args:
         run_dir: a run with at least one stored evaluation.
-        out: where the card goes.
+        out: the file to write.
         license_name: of the weights, as an SPDX identifier in lower case.
 
     Raises:
-        DataError: if the run holds no evaluation or a file is damaged; nothing is written then.
-        ConfigError: if the licence is not a plain identifier.
+        DataError: if the run has no evaluation or a file is damaged; then nothing is written.
+        ConfigError: if the licence is not an SPDX identifier.
     """
     text = card(run_dir, license_name=license_name)
     path = out if out is not None else run_dir / "README.md"
@@ -68,9 +68,8 @@ def card(
     Args:
         run_dir: a run with at least one stored evaluation.
         license_name: of the weights, as an SPDX identifier.
-        opened_by: the public function that loads what the card lies in.
-        name: what that function is given, and how the card calls the run; the path and the name
-            of the run unless given.
+        opened_by: the public function that loads the folder of the card.
+        name: the argument of that function and the title; default: the run's path and name.
     """
     results = join([run_dir])
     opened = reproduce.shown(run_dir)
@@ -79,7 +78,7 @@ def card(
     first = results[0]
     data = first.data.name
     method = _settings(first, "defence", "name")
-    title = " ".join(first.name.split())  # a line of dashes would end the head for some readers
+    title = " ".join(first.name.split())  # a line of dashes would end the YAML header
     index = [{"name": title, "results": [_index(r) for r in results]}]
     head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
     return _page(head, _body(results, _use(opened, opened_by)))
@@ -96,9 +95,9 @@ def unmeasured_card(
     opened_by: str = "load",
     why: str = "",
 ) -> str:
-    """The card of an ensemble that no stored evaluation speaks for: it claims nothing.
+    """The card of an ensemble without a stored evaluation: it makes no claims.
 
-    `why` is added to what it says of that.
+    `why` is appended to the section about robustness.
     """
     text = (
         f"{_title(name)}{_intended(str(num_members), model, method)}\n\n{_use(name, opened_by)}"
@@ -114,7 +113,7 @@ def _page(head: Mapping[str, Any], body: str) -> str:
 
 
 def _settings(result: Result, *path: str) -> str:
-    """One setting of the stored run, e.g. ("defence", "name"), as Markdown; empty if not stored."""
+    """One setting of the stored run, e.g. ("defence", "name"), as Markdown; empty if unknown."""
     value: object = next((e.run for e in result.evaluations if e.run), {})
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -158,7 +157,7 @@ def _index(result: Result) -> dict[str, Any]:
 
 
 def _arguments(result: Result, estimate: Estimate, *, attacked: bool) -> dict[str, Any]:
-    """What a bare figure would hide: how many images, which budget, which interval."""
+    """Number of images, budget and interval of a figure."""
     arguments: dict[str, Any] = {"num_images": result.num_images}
     if attacked and result.eps is not None:
         arguments |= {"norm": result.norm, "eps": result.eps}
@@ -191,12 +190,12 @@ def _body(results: Sequence[Result], use: str) -> str:
     first = results[0]
     model, method = _settings(first, "ensemble", "model"), _settings(first, "defence", "name")
     report = markdown(results, reproduce.commands(results))
-    # the report's own title gives way to the card's
+    # the card has its own title
     _, _, report = report.partition("\n\n")
     limits = (
-        "Accuracy under attack holds for the stated budget, images and attacks only; a stronger "
-        "attack can lower it, none can raise it. The figure to quote is the aware one. An attacker "
-        "who may send the same image again wins more often: another member may answer."
+        "Accuracy under attack holds only for the stated budget, images and attacks; a stronger "
+        "attack can lower it. Report the aware figure. Attacks succeed more often if the same "
+        "image can be queried repeatedly, since another member may answer."
     )
     intended = _intended(str(first.num_members or "several"), model, method)
     return (

@@ -1,8 +1,8 @@
 """Charts of the report as inline SVG, without a plotting library or scripts.
 
-Every function returns markup whose user text is escaped. Colours come from the page's classes, so
-that dark, light and paper need no second drawing; lines differ by dash and marker too, because
-colour alone does not reach everybody.
+Every function returns markup with escaped user text. Colours are set by CSS classes of the page, so
+that one chart serves dark mode, light mode and print. Lines also differ by dash and marker, for
+readers with colour blindness.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _marker(style: int, x: float, y: float) -> str:
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """The key of a line chart, as a list beside it."""
+    """The legend of a line chart, as a list."""
     items = []
     for line in lines:
         dash = " dashed" if line.dashed else ""

@@ -1,6 +1,6 @@
-"""Loss surfaces of two members around an image, over the plane that their gradients span.
+"""Loss surfaces of two members around an image, over the plane spanned by their gradients.
 
-The paper's Figures 1 and 2: where both surfaces rise in one direction, one step raises both losses.
+As in Figures 1 and 2 of the paper: if both losses rise in one direction, one step increases both.
 """
 
 import io
@@ -51,14 +51,16 @@ def surface(
     """Losses of two members around one image (1, ch, H, W); points may lie outside the box.
 
     Raises:
-        ConfigError: if the ensemble lacks one of the members, or a gradient is zero.
+        ConfigError: if the ensemble does not have both members, or a gradient is zero.
     """
     if max(members) >= ensemble.num_members:
         raise ConfigError(f"need members {members}, the ensemble has {ensemble.num_members}")
     grads = input_gradients(ensemble, x, y)[list(members), 0].double()
     lengths = grads.norm(dim=1)
     if float(lengths.min()) <= TINY:
-        raise ConfigError("a member's gradient vanishes at the image: there is no plane to show")
+        raise ConfigError(
+            "a member's gradient is zero at the image, so there is no plane: choose another image"
+        )
     first, other = grads / lengths[:, None]
     cosine = float(first @ other)
     rest = other - cosine * first
@@ -88,10 +90,10 @@ def surface(
 
 
 def surface_of(path: Path, *, image: int | None = None) -> Surface:
-    """Around a validation image of a run; by default the first that both members get right."""
+    """The surface at a validation image; by default the first that both classify correctly."""
     checkpoint = find_final(path)
     ensemble = load_checkpoint(checkpoint)
-    # the test split is for `evaluate` alone
+    # only `evaluate` uses the test split
     dataset = load_dataset(checkpoint.run.data.spec)
     _, split, _ = train_validation(dataset, checkpoint.run.data.validation)
     if image is not None and not 0 <= image < len(split):
@@ -102,16 +104,16 @@ def surface_of(path: Path, *, image: int | None = None) -> Surface:
         with torch.no_grad():
             right = correct(ensemble.member_logits(x)[:2], y).all(0).nonzero().flatten()
         if len(right) == 0:
-            raise DataError(f"{path}: no validation image that both members answer correctly")
+            raise DataError(f"{path}: no validation image that both members classify correctly")
         x, y = x[right[:1]], y[right[:1]]
-    # twice the length of a corner of the ball
+    # twice the L2 norm of a corner of the ball
     reach = 2 * checkpoint.run.threat.eps
     radius = reach * x[0].numel() ** 0.5 if checkpoint.run.threat.norm == "inf" else reach
     return surface(ensemble, x, y, radius=radius)
 
 
 def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
-    """One row a run: the two members' surfaces and their overlay.
+    """One row per run: the two members' surfaces and their overlay.
 
     Raises:
         ConfigError: if matplotlib, of the extra `report`, is not installed.
@@ -141,7 +143,7 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
             axes.set_box_aspect(None, zoom=0.82)  # or labels are cut off
             axes.set_zlim(0, float(found.losses.max()) or 1.0)
     stream = io.BytesIO()
-    # equal surfaces give equal files
+    # reproducible files
     with rc_context({"svg.hashsalt": "redefense"}):
         figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return stream.getvalue()
@@ -149,7 +151,7 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
 
 @computing()
 def write_landscape(paths: Sequence[Path], out: Path, *, image: int | None = None) -> Path:
-    """Draw the surfaces of one run, or of several below each other, into an .svg or .png file.
+    """Plot the surfaces of one or several runs into an .svg or .png file.
 
     Raises:
         ConfigError: for another file name, or an ensemble of one member.

@@ -1,4 +1,4 @@
-"""The report's summary as a table for LaTeX, with the rules of the package booktabs."""
+"""The report's summary as a LaTeX table for the package booktabs."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from redefense.results.join import Result
 
 
 def to_latex(results: Sequence[Result]) -> str:
-    """One row for each run, threat and set of images; percent, with 95 % intervals."""
+    """One row per run, threat and set of images, in percent with 95 % intervals."""
     rows = summary_rows(results)
     threats = ", ".join(dict.fromkeys(str(row["threat"]) for row in rows))
     images = ", ".join(dict.fromkeys(str(row["num_images"]) for row in rows))

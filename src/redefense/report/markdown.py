@@ -1,4 +1,4 @@
-"""The report as Markdown, for a file beside the page and for model cards."""
+"""The report as Markdown, for a file next to the page and for model cards."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -22,7 +22,7 @@ from redefense.results.schema import Check
 
 
 def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
-    """Answers, summary, methods x attacks, checks, and the commands that make it again."""
+    """Answers, summary, methods x attacks, checks, and the commands that reproduce it."""
     parts = [f"# {escape_markdown(answers.title(results))}", ""]
     parts += [escape_markdown(answers.summary(results)), ""]
     for question, lead, text in answers.answers(results):
@@ -90,7 +90,7 @@ def _radii(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _certified(results: Sequence[Result]) -> Iterator[str]:
-    """What was certified, as a table."""
+    """The certificates as a table."""
     if not (found := tables.certified(results)):
         return
     header = ["run", "L2 radius", "noise", "one draw, at least", "vote, at least", "draws",
@@ -100,8 +100,8 @@ def _certified(results: Sequence[Result]) -> Iterator[str]:
          tables.percent(level.vote), str(level.draws), f"{100 * level.confidence:g}", made_on]
         for name, made_on, level in found
     ]  # fmt: skip
-    yield from ("## Certificates", "", "Percent of images; no attack within the radius can leave "
-                "fewer.", "", markdown_table(header, body), "")  # fmt: skip
+    yield from ("## Certificates", "", "Percent of images; no attack within the radius can lower "
+                "these.", "", markdown_table(header, body), "")  # fmt: skip
 
 
 def _spread(spread: ranking.Spread | None) -> str:
@@ -113,7 +113,7 @@ def _spread(spread: ranking.Spread | None) -> str:
 
 
 def _checks(result: Result) -> Iterator[str]:
-    """Notes and checks, one a line; those that speak of the defence stand apart."""
+    """Notes and checks, one per line; those about the defence are listed separately."""
     measured, said = wording.checks_of(result)
     yield from (f"- {escape_markdown(note)}" for note in result.notes)
     yield from _listed(measured, {True: "pass", False: "**FAIL**", None: "not run"})

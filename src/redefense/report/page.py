@@ -1,8 +1,8 @@
-"""One offline page about one or many runs, and Markdown, CSV, JSON and LaTeX.
+"""The report of one or many runs as an offline page, Markdown, CSV, JSON or LaTeX.
 
-The figures are joined image by image from what `redefense evaluate` stored; no model is loaded and
-torch is not imported. The page makes no request: styles, script and drawings are inside it, and its
-content policy forbids anything else.
+The figures are joined per image from stored evaluations; no model is loaded and torch is not
+imported. The page makes no requests: styles, scripts and charts are inline, and its content
+security policy forbids everything else.
 """
 
 import json
@@ -29,22 +29,21 @@ __all__ = ["format_table", "summary_table", "write_pages", "write_report"]
 
 
 def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
-    """Write the report in the form that the ending of `out` names.
+    """Write the report in the format given by the suffix of `out`.
 
     Args:
-        run_dirs: run directories, evaluation files, or evaluations loaded from JSON (these come
-            without per-image records, so that their suites are not joined).
-        out: ends in `.html`, and `.md`, `.csv` and `.json` of the same name are written beside the
-            page; or in `.md`, `.csv`, `.json` or `.tex`, and that file alone is written. Its folder
-            is made.
+        run_dirs: run directories, evaluation files, or evaluations loaded from JSON (without
+            per-image records, so that their suites are not joined).
+        out: with the suffix `.html`, files `.md`, `.csv` and `.json` of the same name are written
+            too; with `.md`, `.csv`, `.json` or `.tex`, only this file. Its folder is created.
 
     Returns:
-        The files written, the page first.
+        The written files, the page first.
 
     Raises:
-        DataError: if a run holds no evaluation or a file is damaged; nothing is written then.
-        ConfigError: if there is no run, if `out` ends otherwise, if a file to write is one of those
-            to report on, or if the extra `report` is not installed.
+        DataError: if a run has no evaluation or a file is damaged; then nothing is written.
+        ConfigError: if there is no run, if `out` has another suffix, if an input would be
+            overwritten, or if the extra `report` is not installed.
     """
     if not run_dirs:
         raise ConfigError("a report needs at least one run")
@@ -57,19 +56,19 @@ def write_report(run_dirs: Sequence[Source], out: Path) -> list[Path]:
 def write_pages(
     results: Sequence[Result], commands: Sequence[str], out: Path, given: Collection[Path] = ()
 ) -> list[Path]:
-    """The same about results that are joined already.
+    """Write the report of joined results.
 
     Args:
         results: in the order of the rows.
-        commands: that make them again.
-        out: as for `write_report`.
-        given: files that must not be written over.
+        commands: that reproduce them.
+        out: as in `write_report`.
+        given: files that must not be overwritten.
 
     Returns:
-        The files written, the page first.
+        The written files, the page first.
 
     Raises:
-        ConfigError: as `write_report`.
+        ConfigError: as in `write_report`.
     """
     _check_ending(out)
     forms: Mapping[str, Callable[[], str]] = {
@@ -86,24 +85,26 @@ def write_pages(
     kept = {path.resolve() for path in given}
     for path in texts:
         if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
-            raise ConfigError(f"--out {out} would write over {path}, which is no report")
+            raise ConfigError(
+                f"--out {out} would overwrite {path}, which is not a report: choose another file"
+            )
     for path, text in texts.items():
         write_text(path, text)
     return list(texts)
 
 
 ENDINGS: Final = {".htm": ".html"} | {e: e for e in (".html", ".md", ".csv", ".json", ".tex")}
-"""What a report may end in, and the form that is then written."""
+"""Formats of a report, by suffix."""
 
 
 def _check_ending(out: Path) -> None:
     if out.suffix.lower() not in ENDINGS:
         known = "the page .html, or .md, .csv, .json or .tex"
-        raise ConfigError(f"--out must end in what is to be written: {known}; got {out}")
+        raise ConfigError(f"--out must have the suffix of a format: {known}; got {out}")
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing lies there but the JSON of an older report: no run, no evaluation."""
+    """Whether the path is free or has the JSON of an older report, not a run or an evaluation."""
     if not path.exists():
         return True
     try:
@@ -114,7 +115,7 @@ def _is_free(path: Path) -> bool:
 
 
 def _run_settings(result: Result) -> str:
-    """The resolved run as stored with the evaluation; empty where it was not."""
+    """The resolved run stored with the evaluation; empty if it is not stored."""
     run = next((e.run for e in result.evaluations if e.run), None)
     return json.dumps(run, indent=1) if run else ""
 
@@ -123,7 +124,7 @@ def _lines(results: Sequence[Result]) -> list[charts.Line]:
     lines = []
     for style, (name, result) in enumerate(zip(tables.labels_of(results), results, strict=True)):
         if result.num_members == 1:
-            continue  # the same image gets the same answer
+            continue  # a single network is deterministic
         for success, who in ((result.tries_aware, "aware"), (result.tries_unaware, "unaware")):
             if success is not None:
                 points = [(float(k), float(y)) for k, y in enumerate(success, 1)]
@@ -140,9 +141,9 @@ def _tries_chart(results: Sequence[Result]) -> tuple[str, str] | None:
         return None
     chart = charts.line_chart(
         lines,
-        title="Attacker's success within K tries",
+        title="Attack success within K tries",
         x_label="tries K with the same image",
-        y_label="attacker succeeds, %",
+        y_label="attack success, %",
         x_ticks=[float(k) for k in range(1, TRIES + 1)],
     )
     return chart, charts.legend(lines)
@@ -159,12 +160,12 @@ def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
     xs = sorted({point[0] for line in lines for point in line.points})
     ticks = list[float]()
     for x in xs:
-        # the first few lie close together, and their numbers must not run into each other
+        # the first ticks are close together: their labels must not overlap
         if not ticks or x - ticks[-1] >= (xs[-1] - xs[0]) / 8:
             ticks.append(x)
     chart = charts.line_chart(
         lines,
-        title="Accuracy against the size of the perturbation",
+        title="Accuracy over the size of the perturbation",
         x_label="eps",
         y_label="accuracy, %",
         x_ticks=ticks,
@@ -174,13 +175,13 @@ def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
 
 
 def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
-    """On how many images it was made, and what it cost."""
+    """Number of images and cost of the curve."""
     costs = (e.curve_cost for r in results for e in r.evaluations if e.curve_cost)
     told = (
         f"{cost['attack'].partition('(')[0]} at {cost['radii']} radii on the first "
         f"{cost['images']} images, "
-        f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes an image; "
-        "what was found within the budget counts in the headline."
+        f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes per image; "
+        "points found within the budget count for the headline."
         for cost in costs
     )
     yield from dict.fromkeys(told)
@@ -214,7 +215,7 @@ def _eps_curves(
 
 
 def _pictured(results: Sequence[Result]) -> list[tuple[Result, list[Shown]]]:
-    """The results with examples, the one that the first screen tells of before the others."""
+    """The results with examples; the one described on the first screen comes first."""
     first = ranking.best(results)
     order = sorted(results, key=lambda result: result is not first)
     return [(result, shown) for result in order if (shown := pictures(result))]
@@ -246,7 +247,7 @@ _HEADS: Final = (
 
 
 def _headline(result: Result, columns: int) -> list[Estimate | None]:
-    """The figures below the heads; of one network only what differs."""
+    """The figures of a row; for a single network each figure once."""
     if columns == 2:
         return [result.clean, result.aware]
     if result.num_members == 1:
@@ -262,8 +263,8 @@ def _rungs(result: Result) -> list[tuple[str, str, Estimate | None, str]]:
     which = "" if result.best_index is None else f" (member {result.best_index})"
     rungs = [
         clean,
-        ("attackers unaware of the draw", "unaware", result.unaware, ""),
-        ("attackers aware of it", "aware", result.aware, "head"),
+        ("unaware attacks", "unaware", result.unaware, ""),
+        ("aware attacks", "aware", result.aware, "head"),
     ]
     if result.best_alone is not None or result.averaged is not None:
         rungs += [
@@ -274,7 +275,7 @@ def _rungs(result: Result) -> list[tuple[str, str, Estimate | None, str]]:
 
 
 def _failing(results: Sequence[Result]) -> Iterator[str]:
-    """Which checks of the measurement failed, and where."""
+    """Lines about failed checks of the measurement."""
     failed: dict[str, list[str]] = {}
     for name, result in zip(tables.labels_of(results), results, strict=True):
         for check in wording.checks_of(result)[0]:
@@ -300,7 +301,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _code(text: str) -> str:
-    """Text whose parts between backticks are code."""
+    """Text with the parts between backticks as code."""
     from markupsafe import Markup, escape  # comes with jinja2
 
     parts = map(escape, text.split("`"))
@@ -310,7 +311,7 @@ def _code(text: str) -> str:
 
 
 def html(results: Sequence[Result], commands: Sequence[str]) -> str:
-    """The page, with the commands that make it again.
+    """The page, with the commands that reproduce it.
 
     Raises:
         ConfigError: if jinja2, of the extra `report`, is not installed.

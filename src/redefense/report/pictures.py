@@ -1,4 +1,4 @@
-"""Attacked images for the page: as they were, as they became, and the change magnified."""
+"""Attacked images for the page: clean image, attacked image, and magnified perturbation."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from redefense.results.join import Result
 from redefense.results.records import Stored, mixture_of
 
 LARGEST: Final = 96
-"""Pixels to which a larger image is reduced, so that the page stays small."""
+"""Largest width and height in pixels, which limits the size of the page."""
 
 Pixels = NDArray[np.floating]
 
@@ -26,12 +26,12 @@ class Shown:
     """One image of the page.
 
     Attributes:
-        clean, attacked, change: PNG as data URI; `change` is grey where nothing changed.
-        times: by how much the change is magnified.
+        clean, attacked, change: PNG as data URI; `change` is grey where it is zero.
+        times: factor by which the change is magnified.
         label: the true class.
-        attack: who found the attacked image.
-        fooled: which members answer wrongly.
-        odds: with what probability the draw answers rightly.
+        attack: the attack that found the image.
+        fooled: the fooled members.
+        odds: probability that the draw is correct.
     """
 
     number: int
@@ -57,7 +57,7 @@ def png(pixels: Pixels) -> str:
 
 
 def magnified(change: Pixels) -> tuple[Pixels, float]:
-    """The change around grey, its largest value black or white, and how many times that is."""
+    """The change on grey, scaled so that its largest value is black or white, and the factor."""
     largest = float(np.abs(change).max(initial=0))
     if largest == 0:
         return np.full_like(change, 0.5), 1.0
@@ -66,11 +66,11 @@ def magnified(change: Pixels) -> tuple[Pixels, float]:
 
 
 def pictures(result: Result) -> list[Shown]:
-    """What the page shows of a result; empty where no examples are stored."""
+    """The images of a result; empty if no examples are stored."""
     known = [stored for stored in result.suites if stored.examples is not None]
     if not known:
         return []
-    # of several suites the one whose attacks found most
+    # of several suites the one with the lowest accuracy
     stored = min(known, key=lambda s: float(_odds(s, s.examples).mean()) if s.examples else 1.0)
     examples = stored.examples
     assert examples is not None
@@ -80,7 +80,7 @@ def pictures(result: Result) -> list[Shown]:
 
 
 def _odds(stored: Stored, examples: Examples | None) -> NDArray[np.float64]:
-    """(k,) the probability that the draw answers rightly."""
+    """(k,) probability that the draw is correct."""
     assert examples is not None
     correct = examples.correct.astype(np.float64)
     if stored.evaluation.stochastic or not len(correct):
@@ -109,14 +109,14 @@ def _shown(examples: Examples, k: int, labels: Mapping[str, str], odds: float) -
 
 
 def _fooled(examples: Examples, k: int) -> str:
-    """Which members answer wrongly, and with what."""
+    """The fooled members and their predictions."""
     right = examples.correct[:, k]
-    if not len(examples.predicted):  # draws, which have no names
-        return f"{int((~right).sum())} of {len(right)} fresh draws answer wrongly"
+    if not len(examples.predicted):  # draws have no indices
+        return f"{int((~right).sum())} of {len(right)} fresh draws are wrong"
     said = examples.predicted[:, k]
-    wrong = [f"member {m} says {said[m]}" for m in np.flatnonzero(~right)]
+    wrong = [f"member {m} predicts {said[m]}" for m in np.flatnonzero(~right)]
     if len(right) == 1:
-        return f"the network says {said[0]}" if wrong else "the network is right"
+        return f"the network predicts {said[0]}" if wrong else "the network is correct"
     if not wrong:
         return "no member is fooled"
     return f"{len(wrong)} of {len(right)} members fooled: {_listed(wrong)}"

@@ -1,4 +1,4 @@
-"""Which results are compared: runs that differ by their seed alone count as one method."""
+"""Selects comparable results; runs that differ only by their seed count as one method."""
 
 import json
 import math
@@ -17,7 +17,7 @@ SHOWN: Final = ("clean", "unaware", "aware", "best_member_alone", "averaged")
 
 
 def foremost(results: Sequence[Result]) -> list[Result]:
-    """Of each run the result to quote: that under most attacks, of those the one on most images."""
+    """The main result of each run: under most attacks, then on most images."""
 
     def weight(result: Result) -> tuple[bool, int, int]:
         return result.aware is not None, len(result.bounded), result.num_images
@@ -27,10 +27,10 @@ def foremost(results: Sequence[Result]) -> list[Result]:
 
 
 def ranked(results: Sequence[Result]) -> list[Result]:
-    """The foremost results that one may compare, highest aware accuracy first.
+    """The comparable main results, highest aware accuracy first.
 
-    They are about the data and the threat of the first result that has such an accuracy: what is
-    left on other data or within another budget says nothing about these.
+    They have the data and the threat of the first result with an aware accuracy; accuracies on
+    other data or within another budget are not comparable.
     """
     known = foremost(results)
     first = next((r for r in known if r.aware is not None), known[0])
@@ -43,9 +43,9 @@ def _about(result: Result) -> tuple[str, str, str, float | None]:
 
 
 def repeats(results: Sequence[Result]) -> list[list[Result]]:
-    """The `ranked` results, those together whose runs differ by their seed alone.
+    """The `ranked` results, grouped by runs that differ only by their seed.
 
-    The group of the highest mean comes first; within each, the lowest aware accuracy does.
+    Groups are in descending order of their means, results within a group in ascending order.
     """
     groups: dict[object, list[Result]] = {}
     for result in reversed(ranked(results)):
@@ -54,7 +54,7 @@ def repeats(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def _settings(result: Result) -> object:
-    """The run's settings but its seed; the result itself where they are unknown."""
+    """The run's settings without its seed; the result itself if they are unknown."""
     run = next((e.run for e in result.evaluations if e.run), {})
     if not isinstance(run.get("defence"), Mapping) or "seed" not in run or result.aware is None:
         return result
@@ -62,29 +62,29 @@ def _settings(result: Result) -> object:
 
 
 def mean_aware(group: Sequence[Result]) -> float:
-    """Mean of the aware accuracy over runs; -1 where none has one."""
+    """Mean of the aware accuracy over runs; -1 if no run has one."""
     return sum(-1.0 if r.aware is None else r.aware.value for r in group) / len(group)
 
 
 def best(results: Sequence[Result]) -> Result:
-    """The run to tell of: of the best method the middle one of its seeds, never the luckiest."""
+    """The run on the first screen: the median run over the seeds of the best method."""
     group = repeats(results)[0]
     return group[(len(group) - 1) // 2]
 
 
 def names(groups: Sequence[Sequence[Result]], results: Sequence[Result]) -> list[str]:
-    """What each group is called: a single run by its label, several by their recipe or method."""
+    """Name of each group: a single run's label, or the recipe or method of several runs."""
     called = dict(zip(results, labels_of(results), strict=True))
     found = [called[group[0]] if len(group) == 1 else _method(group) for group in groups]
     return [
-        # two groups of one method differ in their settings: their runs tell which is which
+        # groups of one method differ in their settings: distinguish them by their runs
         ", ".join(called[r] for r in group) if found.count(name) > 1 and len(group) > 1 else name
         for name, group in zip(found, groups, strict=True)
     ]
 
 
 def _method(group: Sequence[Result]) -> str:
-    """What runs that differ by their seed alone are called together."""
+    """Common name of runs that differ only by their seed."""
     run = next(e.run for e in group[0].evaluations if e.run)
     return str(run.get("recipe") or run["defence"]["name"])
 
@@ -94,9 +94,9 @@ class Spread:
     """A figure of several runs.
 
     Attributes:
-        mean: over the runs, with its 95 % interval over images where the per-image records of all
-            runs are known, or where there is one run.
-        sd: standard deviation over the runs; None of one run.
+        mean: over the runs, with its 95 % interval over images if the per-image records of all runs
+            are known, or for a single run.
+        sd: standard deviation over the runs; None for a single run.
     """
 
     mean: Estimate
@@ -105,7 +105,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs that differ by their seed alone, and their figures by the keys `SHOWN`."""
+    """Runs that differ only by their seed, and their figures by the keys `SHOWN`."""
 
     name: str
     runs: tuple[str, ...]
@@ -113,7 +113,7 @@ class Group:
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
-    """One group for each method among the results that may be compared, the best first."""
+    """One group per method among the comparable results, the best first."""
     groups = repeats(results)
     return [
         Group(
@@ -140,12 +140,12 @@ def _spread(group: Sequence[Result], key: str) -> Spread | None:
 
 
 def _alone(group: Iterable[Result], key: str) -> bool:
-    """Whether this figure of one network is the same as another: it is shown once."""
+    """Whether this figure of a single network equals another one, which is shown."""
     return key not in ("clean", "aware") and all(result.num_members == 1 for result in group)
 
 
 def _per_image(group: Sequence[Result], key: str) -> np.ndarray | None:
-    """(n,) mean over runs of what each image keeps; None where that is not known of all."""
+    """(n,) mean over runs of per-image correctness; None if it is unknown for a run."""
     images = {(r.suites[0].images[0], r.suites[0].images[3]) for r in group}
     each = [r.q_aware if key == "aware" else _clean(r) if key == "clean" else None for r in group]
     known = [q for q in each if q is not None]
@@ -160,7 +160,7 @@ def _clean(result: Result) -> np.ndarray | None:
 
 
 def sd_text(spread: Spread | None) -> str:
-    """The deviation over seeds in percentage points; empty of one run."""
+    """The standard deviation over seeds in percentage points; empty for a single run."""
     if spread is None or spread.sd is None or math.isnan(spread.sd):
         return ""
     return f"\u00b1 {100 * spread.sd:.1f}"

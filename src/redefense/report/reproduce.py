@@ -1,7 +1,7 @@
 """The commands that reproduce stored figures, relative to the report's directory.
 
-Relative paths are those that the user gave. An absolute one would tell about his machine: below the
-present directory it is shortened, elsewhere the run is called by its name alone.
+Relative paths are those that the user gave. Absolute paths would reveal details of the machine:
+below the working directory they are made relative, elsewhere only the run's name is printed.
 """
 
 import shlex
@@ -15,16 +15,16 @@ from redefense.results.join import Result
 from redefense.results.records import Stored
 
 PAGE: Final = Path("report.html")
-"""Where `redefense report` writes unless told otherwise."""
+"""Default output file of `redefense report`."""
 
 HOW: Final = (
-    "Typed in the directory where this was made. Runs, data and suites of your own whose place is "
-    "elsewhere are called by their name alone; what was evaluated in Python is evaluated there."
+    "Run these in the directory where the report was made. Runs, data and suites in other "
+    "directories are given by name only; evaluations made in Python are repeated in Python."
 )
 
 
 def shown(path: Path) -> str:
-    """A path as it may be printed."""
+    """A path without details of the machine, for printing."""
     if path.is_absolute():
         here = Path.cwd()
         path = path.relative_to(here) if path.is_relative_to(here) else Path(path.name)
@@ -32,10 +32,10 @@ def shown(path: Path) -> str:
 
 
 def command(stored: Stored) -> str | None:
-    """The command that makes this suite's figures again; None where no run is known."""
+    """The command that reproduces this suite's figures; None if no run is known."""
     evaluation, plan = stored.evaluation, stored.plan
     run = _run(stored)
-    if run is None or not evaluation.run:  # one made in Python is of no run
+    if run is None or not evaluation.run:  # evaluations made in Python have no run
         return None
     brought = {**_plugins(evaluation.run), **_plugins(evaluation.provenance)}
     named = evaluation.suite in SUITES or f"suites.{evaluation.suite}" in brought
@@ -47,7 +47,7 @@ def command(stored: Stored) -> str | None:
     images = evaluation.data.num_images if plan is None else plan.images
     words += [] if images is None else ["--images", str(images)]
     norm, eps = stored.budget if plan is None else (plan.threat.norm, plan.threat.eps)
-    # every digit: with another threat, however close, the stored evaluation is refused
+    # all digits: a stored evaluation with any other threat is refused
     words += [] if eps is None else ["--eps", repr(eps), "--norm", norm]
     seed = evaluation.provenance.get("seed") if plan is None else plan.seed
     words += [] if seed is None else ["--seed", str(seed)]
@@ -56,7 +56,7 @@ def command(stored: Stored) -> str | None:
         words += ["--checks", plan.checks] * (plan.checks != "quick")
         words += ["--stochastic", plan.stochastic] * (plan.stochastic != "auto")
         ours = SUITES.get(evaluation.suite)
-        # a suite of one's own may say otherwise in its file
+        # a user's suite may set this in its file
         whole = plan.suite.get("cascade") is False and (ours is None or ours.cascade)
         words += ["--no-cascade"] * whole
         precision = plan.suite.get("precision")
@@ -68,14 +68,14 @@ def command(stored: Stored) -> str | None:
 
 
 def _plugins(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What brought the names in a record that are not redefense's own; records may be damaged."""
+    """Origins of names in a record that come from plug-ins; records may be damaged."""
     found = record.get("plugins")
     pairs = found.items() if isinstance(found, Mapping) else ()
     return {str(key): origin for key, origin in pairs if isinstance(origin, Mapping)}
 
 
 def _run(stored: Stored) -> str | None:
-    """The run that was evaluated, as far as it is known."""
+    """The evaluated run, if it is known."""
     source, file = stored.source, stored.file
     if source is not None and source != file:
         return shown(source)
@@ -90,7 +90,7 @@ def _in_run(file: Path) -> bool:
 
 
 def _out(stored: Stored, run: str) -> list[str]:
-    """`--out`, where the evaluation does not lie where it would by itself."""
+    """The option `--out`, if the evaluation is not in its default place."""
     file = stored.file
     if file is None:
         return []
@@ -101,7 +101,7 @@ def _out(stored: Stored, run: str) -> list[str]:
 
 
 def commands(results: Sequence[Result], out: Path = PAGE) -> list[str]:
-    """Every command needed to make the report at `out` again, in order."""
+    """All commands that reproduce the report at `out`, in order."""
     stored = [s for result in results for s in result.suites]
     evaluate = dict.fromkeys(line for s in stored if (line := command(s)) is not None)
     return [*evaluate, *_report([s.source for s in stored], out)]
@@ -111,5 +111,5 @@ def _report(sources: Iterable[Path | None], out: Path) -> list[str]:
     named = dict.fromkeys(None if source is None else shown(source) for source in sources)
     words = ["redefense", "report", *(name for name in named if name is not None)]
     words += [] if out == PAGE else ["--out", shown(out)]
-    # what was handed over as JSON has no name on disk
+    # evaluations given as JSON have no file
     return [] if None in named else [shlex.join(words)]

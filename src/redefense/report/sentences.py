@@ -9,22 +9,22 @@ from redefense.results.join import Result, eps_text
 from redefense.results.schema import OF_DEFENCE, Check
 from redefense.results.untrained import degenerate_members
 
-SAID = "What the figures say of the defence:"
-"""What stands above these."""
+SAID = "About the defence:"
+"""Heading of the checks in `OF_DEFENCE`."""
 
 RIVALS = (
-    "Each single member and the average were attacked on their own as well. Every attacked image "
-    "that was found counts against all of them and against the random draw: all are worst cases."
+    "Each single member and the average were attacked, too. Every adversarial image that was found "
+    "counts for all of them and for the random draw: all figures are worst cases."
 )
-"""What the draw is compared with."""
+"""Note on the baselines of the draw."""
 
 PERCENT = "\u00a0%"
-"""The sign, on the line of its figure."""
+"""The percent sign with a non-breaking space."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rival:
-    """A classifier without a draw: what it keeps, and how much more the draw keeps (paired)."""
+    """A deterministic baseline: its accuracy, and the paired gain of the draw over it."""
 
     name: str
     figure: Estimate
@@ -33,13 +33,13 @@ class Rival:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Is the randomness worth it?
+    """Whether the randomness helps.
 
     Attributes:
         answer: "yes", "no" or "open".
         short: a few words.
         sentence: one sentence, without intervals.
-        rivals: the figures behind it, for a table.
+        rivals: the baselines with their figures, for a table.
     """
 
     answer: str
@@ -49,18 +49,18 @@ class Verdict:
 
 
 def budget(result: Result) -> str:
-    """What the attacker may do to an image."""
+    """The attack budget as a verb phrase."""
     if result.eps is None:
         return "change an image by an amount that was not recorded"
     if result.norm == "inf":
         return f"change every pixel by at most {eps_text(result.eps)} of its range"
-    return f"move an image by at most {eps_text(result.eps)} in the l{result.norm} norm"
+    return f"change an image by at most {eps_text(result.eps)} in the l{result.norm} norm"
 
 
 def verdict(result: Result) -> Verdict:
-    """Sampled members against single members and the averaged ensemble, paired.
+    """Compare the sampled ensemble with single members and the averaged ensemble, paired.
 
-    On equal terms: each in its own worst case, over everything that was run.
+    Each is in its own worst case over all attacks.
     """
     if result.num_members == 1:
         return Verdict(
@@ -73,18 +73,18 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="open",
             short="not measured",
-            sentence="This needs an attack that knows the ensemble, run on the random draw, on the "
-            "single members and on the average: evaluate with the suite quick or aware.",
+            sentence="This needs an aware attack on the random draw, the single members and the "
+            "average: evaluate with the suite quick or aware.",
         )
-    keeps = f"Drawing a member at random keeps {percent(result.aware)}{PERCENT} under attack"
+    keeps = f"A randomly drawn member has {percent(result.aware)}{PERCENT} accuracy under attack"
     paired = [(rival, rival.gain) for rival in rivals if rival.gain is not None]
     if not paired:
         told = " and ".join(map(_keeps, rivals))
         return Verdict(
             answer="open",
             short="no paired figures",
-            sentence=f"{keeps}, {told}; whether the difference is more than chance cannot be said "
-            "without per-image records.",
+            sentence=f"{keeps}, {told}; without per-image records it is unknown whether the "
+            "difference is significant.",
             rivals=rivals,
         )
     better = [rival for rival, gain in paired if gain.high is not None and gain.high < 0]
@@ -92,7 +92,7 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="no",
             short="no",
-            sentence=f"{keeps}; {_keeps(_strongest(better))} without any draw, which is better.",
+            sentence=f"{keeps}; {_keeps(_strongest(better))} without a draw, which is better.",
             rivals=rivals,
         )
     first = _strongest([rival for rival, _ in paired])
@@ -100,14 +100,14 @@ def verdict(result: Result) -> Verdict:
         return Verdict(
             answer="yes",
             short="yes",
-            sentence=f"{keeps}, more than any classifier without a draw; {_keeps(first)}.",
+            sentence=f"{keeps}, more than any deterministic baseline; {_keeps(first)}.",
             rivals=rivals,
         )
     return Verdict(
         answer="open",
         short="not shown",
-        sentence=f"{keeps}; {_keeps(first)} without any draw, and on {result.num_images} images "
-        "the draw is not clearly better than both.",
+        sentence=f"{keeps}; {_keeps(first)} without a draw, and on {result.num_images} images the "
+        "draw is not significantly better than both.",
         rivals=rivals,
     )
 
@@ -126,11 +126,11 @@ def _strongest(rivals: Sequence[Rival]) -> Rival:
 
 
 def _keeps(rival: Rival) -> str:
-    return f"the {rival.name} keeps {percent(rival.figure)}{PERCENT}"
+    return f"the {rival.name} has {percent(rival.figure)}{PERCENT}"
 
 
 def points(gain: Estimate | None) -> tuple[str, str]:
-    """A difference in percentage points and its interval, with signs; empty where unknown."""
+    """A difference in percentage points and its interval, with signs; empty if unknown."""
     if gain is None:
         return "", ""
     ends = [v for v in (gain.low, gain.high) if v is not None]
@@ -142,7 +142,7 @@ def _signed(value: float) -> str:
 
 
 def _single(result: Result) -> list[tuple[str, Estimate | None, Estimate | None]]:
-    """The single members to be compared with: name, figure and gain over it."""
+    """The single-member baselines: name, figure and gain over it."""
     best, chosen = result.best_alone, (result.single, result.over_single)
     if not result.alone:
         return [(f"member {_chosen_on(result)}", *chosen)]
@@ -160,39 +160,39 @@ def _chosen_on(result: Result) -> str:
 
 
 def members_alone(result: Result) -> str:
-    """What every member keeps without the others, and which was chosen; empty if not attacked."""
+    """Accuracy of every single member, and which one was chosen; empty if not attacked."""
     if not result.alone:
-        return f"Only the member {_chosen_on(result)} was attacked alone." if result.single else ""
-    told = f"Alone, the members keep {', '.join(map(percent, result.alone))}{PERCENT}."
+        return f"Only the member {_chosen_on(result)} was attacked." if result.single else ""
+    told = f"Accuracy of the single members: {', '.join(map(percent, result.alone))}{PERCENT}."
     if result.single_index is None:
         return told
-    return f"{told} The one {_chosen_on(result)} is member {result.single_index}, counted from 0."
+    return f"{told} The one {_chosen_on(result)} is member {result.single_index}, counting from 0."
 
 
 def members_weak(each: Sequence[float], mixture: Sequence[float] | None = None) -> str:
-    """Which members answer next to nothing on clean images; empty if none does.
+    """Sentences about members with low clean accuracy; empty if there are none.
 
     Args:
         each: clean accuracy of every member.
-        mixture: with what probability each is drawn; None draws all.
+        mixture: (M,) sampling probabilities; None counts all members.
     """
     if not (weak := degenerate_members(each, mixture)):
         return ""
-    told = " and ".join(f"member {m} is right on {100 * each[m]:.1f}{PERCENT}" for m in weak)
+    told = " and ".join(f"member {m} is correct on {100 * each[m]:.1f}{PERCENT}" for m in weak)
     return (
-        f"Without any attack, {told} of the images, while the best member is right on "
-        f"{100 * max(each):.1f}{PERCENT}. Queries that are answered by such a member are mostly "
-        "answered wrongly: train it again, or give it the probability 0."
+        f"Without an attack, {told} of the images, while the best member is correct on "
+        f"{100 * max(each):.1f}{PERCENT}. Queries answered by such a member are mostly wrong: "
+        "train it again, or set its probability to 0."
     )
 
 
 def weak_of(result: Result) -> str:
-    """The same of a joined result."""
+    """`members_weak` of a joined result."""
     return members_weak(result.clean_members, result.evaluations[0].mixture)
 
 
 def checks_of(result: Result) -> tuple[list[Check], list[Check]]:
-    """The checks of the measurement, and those of `OF_DEFENCE` that have something to say."""
+    """The checks of the measurement, and the failed ones of `OF_DEFENCE`."""
     measured = [check for check in result.checks if check.id not in OF_DEFENCE]
     said = [c for c in result.checks if c.id in OF_DEFENCE and c.passed is not None]
     return measured, said

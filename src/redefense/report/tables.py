@@ -28,7 +28,7 @@ DASH = "\u2013"
 
 
 def percent(estimate: Estimate | float | None, digits: int = 1) -> str:
-    """A fraction as percent without the sign, a dash where it is unknown."""
+    """A fraction in percent, without the percent sign; a dash if it is unknown."""
     if estimate is None:
         return DASH
     value = estimate.value if isinstance(estimate, Estimate) else estimate
@@ -36,7 +36,7 @@ def percent(estimate: Estimate | float | None, digits: int = 1) -> str:
 
 
 def interval(estimate: Estimate | None, digits: int = 1) -> str:
-    """The 95 % interval in percent, e.g. `36.9 to 45.6`; empty where it is unknown."""
+    """The 95 % interval in percent, e.g. `36.9 to 45.6`; empty if it is unknown."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
     return f"{100 * estimate.low:.{digits}f} to {100 * estimate.high:.{digits}f}"
@@ -49,7 +49,7 @@ def with_interval(estimate: Estimate | None) -> str:
 
 
 def of_attack(result: Result, attack: str) -> Scored | None:
-    """The bounded cell of one attack: on the sampled view if there is one, else the strongest."""
+    """The bounded cell of one attack: on the sampled view, or else the strongest."""
     cells = [c for c in result.bounded if c.cell.attack == attack and c.expected is not None]
     return min(
         cells,
@@ -84,7 +84,7 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def figures(row: Mapping[str, Any]) -> list[Estimate | None]:
-    """A row's figures in the order of `COLUMNS`; of one network each figure once."""
+    """A row's figures in the order of `COLUMNS`; for a single network each figure once."""
     twice = ("unaware", "best_member_alone", "averaged") if row["num_members"] == 1 else ()
     return [None if key in twice else row[key] for key in COLUMNS]
 
@@ -93,20 +93,20 @@ def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
     """One row for each run, threat and set of images.
 
     Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, `num_members`
-    (None of a network that draws), and `best_single_member`, the member that was chosen beforehand.
-    Each figure is an `Estimate` (fractions in [0, 1]) or None where it is unknown.
+    (None for a stochastic network), and `best_single_member`, the member chosen beforehand. Each
+    figure is an `Estimate` (fractions in [0, 1]), or None if it is unknown.
 
     Raises:
-        DataError: if a run holds no evaluation or a file is damaged.
+        DataError: if a run has no evaluation or a file is damaged.
     """
     return summary_rows(join(run_dirs))
 
 
 def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each row of `summary_table`, what tells it from other rows of its run; empty if nothing.
+    """For each row of `summary_table`, the text that distinguishes it from rows of the same run.
 
-    Data and threat are told of all rows if there are several; images and suites of those only that
-    would be called alike.
+    Data and threat are given for all rows if they differ; images and suites only for rows that
+    would have equal names.
     """
     several = [key for key in ("data", "threat") if len({row[key] for row in rows}) > 1]
     told = [[str(row[key]) for key in several] for row in rows]
@@ -122,7 +122,7 @@ def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each row of `summary_table` is called, e.g. `red` or `red (linf 0.2, 360 images)`."""
+    """Name of each row of `summary_table`, e.g. `red` or `red (linf 0.2, 360 images)`."""
     return [
         str(row["run"]) + (f" ({detail})" if detail else "")
         for row, detail in zip(rows, details(rows), strict=True)
@@ -130,12 +130,12 @@ def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def labels_of(results: Sequence[Result]) -> list[str]:
-    """What each result is called beside the others, as `labels`."""
+    """Distinct name of each result, as by `labels`."""
     return labels(summary_rows(results))
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Beside whom the best member stands: the one chosen beforehand, where that is another one."""
+    """Note about the member chosen beforehand, if it differs from the best member."""
     told = [
         f"{name} {percent(row['best_single_member'])}"
         for name, row in zip(labels(rows), rows, strict=True)
@@ -146,7 +146,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of `summary_table` for the terminal: print it with rich."""
+    """Rows of `summary_table` as a rich table for the terminal."""
     threats = sorted({str(row["threat"]) for row in rows})
     images = sorted({int(row["num_images"]) for row in rows})
     table = Table(
@@ -169,7 +169,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def certified(results: Sequence[Result]) -> list[tuple[str, str, Level]]:
-    """Run, what it was certified on, and level."""
+    """Run, certified images, and level of each certificate."""
     found = [
         (result.name, made_on, level)
         for result in results
@@ -184,7 +184,7 @@ def radii(results: Sequence[Result]) -> Iterator[tuple[str, list[dict[str, Any]]
         keys = ("aware",) if result.num_members == 1 else ("unaware", "aware")
         for evaluation in result.evaluations:
             curve = evaluation.eps_curve
-            # the radii lie within the largest one, which is that of the evaluation
+            # the largest radius is that of the evaluation
             if len(curve) < 2 or result.eps is None or abs(curve[-1]["eps"] - result.eps) > 1e-8:
                 continue
             yield name, [{"eps": at["eps"], **{k: _estimate(at, k) for k in keys}} for at in curve]
@@ -198,18 +198,20 @@ def _estimate(entry: Mapping[str, Any], key: str) -> Estimate | None:
 def attack_columns(results: Sequence[Result]) -> list[tuple[str, str]]:
     """(attack, view) of every cell of any run: bounded unaware, bounded aware, then unbounded."""
     cells = [c.cell for result in results for c in result.cells]
-    cells.sort(key=lambda cell: (not cell.bounded, cell.aware))  # stable: keeps the suite's order
+    cells.sort(
+        key=lambda cell: (not cell.bounded, cell.aware)
+    )  # stable: preserves the suite's order
     return list(dict.fromkeys((cell.attack, cell.view) for cell in cells))
 
 
 def at(result: Result, attack: str, view: str) -> Scored | None:
-    """The lowest cell of this attack and view: several suites may hold it."""
+    """The lowest cell of this attack and view, which several suites may have."""
     same = [c for c in result.cells if (c.cell.attack, c.cell.view) == (attack, view)]
     return min(same, key=lambda c: c.expected.value if c.expected else 1.0, default=None)
 
 
 def escape_markdown(text: str) -> str:
-    """Text on one line that Markdown shows as it is."""
+    """Escape text for Markdown, on one line."""
     for mark in "\\`*_{}[]<>|":
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
@@ -231,7 +233,7 @@ _CSV_COLUMNS = (
 
 
 def _plain(value: object) -> object:
-    """A spreadsheet must not take a name for a formula."""
+    """Escape names that a spreadsheet would interpret as a formula."""
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + value
     return value
@@ -250,7 +252,7 @@ def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, ob
 
 
 def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
-    """One row for each figure, accuracies in percent: the headlines first, then every cell."""
+    """One row per figure, accuracies in percent: the headlines first, then every cell."""
     rows = []
     for result in results:
         heads = {
