@@ -167,7 +167,7 @@ def test_where_one_member_alone_is_known_no_table_claims_more(tmp_path: Path) ->
     (result,) = join([tmp_path / "red"])
     assert result.best_alone == result.single
     assert wording.members_alone(result) == (
-        "Only the member chosen on validation images was attacked alone."
+        "Only the member chosen on validation images was attacked."
     )
     # JSON without records says what every member keeps, and of how many images
     document = build_run(tmp_path / "own")
@@ -272,7 +272,7 @@ def test_histogram_and_tries_follow_from_the_worst_case(tmp_path: Path) -> None:
         (lambda d: d.update(schema=2), "schema 2"),
         (lambda d: d["data"].pop("name"), "data.name"),
         (lambda d: d["cells"][0].update(per_image="../../secret.npz"), "points outside"),
-        (lambda d: d.update(mixture=[0.5, 0.5]), "no distribution over 3 members"),
+        (lambda d: d.update(mixture=[0.5, 0.5]), "not a distribution over 3 members"),
     ],
 )
 def test_a_damaged_evaluation_is_refused_and_nothing_is_written(
@@ -306,7 +306,7 @@ def test_a_report_never_writes_over_what_it_is_about(tmp_path: Path) -> None:
 
 
 def test_missing_runs_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no run at .*nowhere: `redefense train"):
+    with pytest.raises(DataError, match=r"no run at .*nowhere: run `redefense train"):
         summary_table([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="holds no evaluation"):
         summary_table([tmp_path])
