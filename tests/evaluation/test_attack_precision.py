@@ -94,7 +94,11 @@ def test_auto_takes_bfloat16_only_where_it_agrees(monkeypatch: pytest.MonkeyPatc
     assert attack_precision("fp32", members(), x) == "fp32"
     assert attack_precision("auto", members(), x[:, :, :8, :8]) == "fp32"
     assert attack_precision("auto", members().double(), x.double()) == "fp32"
-    assert attack_precision("auto", Independent([Offset(network(0))]), x) == "fp32"
+    rounded = Independent([Offset(network(0))])
+    assert attack_precision("auto", rounded, x) == "fp32"
+    with pytest.warns(UserWarning, match="answers differently in bfloat16"):
+        assert attack_precision("bf16", rounded, x) == "bf16"
+    assert attack_precision("bf16", members(), x) == "bf16"
 
 
 def test_an_evaluation_says_how_it_attacked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Floating-point precision of an evaluation, of its networks and of its attacks."""
 
+import warnings
 from collections import Counter
 from contextlib import suppress
 from itertools import chain
@@ -121,12 +122,27 @@ def attack_precision(
     It is faster if the processor supports it and images are not small. It agrees if, on the first
     images, no logit changes by half of `NEAR` or more, and the gradients of the largest logit have
     a mean cosine of at least 0.9 for every member.
+
+    Warns:
+        UserWarning: if "bf16" is wanted and does not agree.
     """
-    if wanted != "auto":
-        return wanted
-    if x.dtype != torch.float32 or x[0].numel() < PIXELS or not _computes_bfloat16(x.device):
+    if wanted == "fp32" or x.dtype != torch.float32:
         return "fp32"
-    x = x[:SAMPLE]
+    if wanted == "auto" and (x[0].numel() < PIXELS or not _computes_bfloat16(x.device)):
+        return "fp32"
+    agrees = _agrees(ensemble, x[:SAMPLE])
+    if wanted == "auto":
+        return "bf16" if agrees else "fp32"
+    if not agrees:
+        warnings.warn(
+            "the model answers differently in bfloat16 and in single precision: attacks in "
+            "bfloat16 may be weaker, and the accuracy too high. Use precision fp32 or auto",
+            stacklevel=2,
+        )
+    return "bf16"
+
+
+def _agrees(ensemble: Ensemble, x: Images) -> bool:
     for m in range(ensemble.num_members):
         full, slope = _answer(ensemble, m, x)
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
@@ -134,8 +150,8 @@ def attack_precision(
         moved = (half - full).abs().amax(1) / full.std(1).clamp_min(TINY)
         alike = torch.cosine_similarity(slope, coarse, dim=1).mean()
         if not (bool((moved < NEAR / 2).all()) and float(alike) >= 0.9):
-            return "fp32"
-    return "bf16"
+            return False
+    return True
 
 
 def _answer(ensemble: Ensemble, m: int, x: Images) -> tuple[Logits, Float[Tensor, "B D"]]:
