@@ -37,8 +37,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: setup
 	@for method in vanilla red; do \
-	  echo "demo: training digits-$$method, about a minute without output"; \
-	  $(BIN)/redefense train digits-$$method --out $(RUNS)/digits-$$method --resume --quiet && \
+	  echo "demo: training digits-$$method"; \
+	  $(BIN)/redefense train digits-$$method --out $(RUNS)/digits-$$method --resume && \
 	  echo "demo: attacking digits-$$method" && \
 	  $(BIN)/redefense evaluate $(RUNS)/digits-$$method --suite quick || exit 1; \
 	done
