@@ -433,7 +433,7 @@ def test_the_suites_are_the_promised_ones() -> None:
             assert preset in ATTACKS[spec.attack].presets
     assert {spec.threat for spec in SUITES["torchattacks"].cells} == {ThreatConfig(eps=8 / 255)}
     aware = [spec.attack for spec in SUITES["aware"].cells]
-    assert aware == ["pgd", "arc", "hinge", "meanprob_apgd", "transfer", "subset", "autoattack"]
+    assert aware == ["pgd", "hinge", "meanprob_apgd", "arc", "transfer", "subset", "autoattack"]
     full = SUITES["full"]
     for suite in SUITES.values():
         assert all(spec in full.cells for spec in suite.cells)
