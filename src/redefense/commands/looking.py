@@ -171,6 +171,9 @@ def _first_line(run: "Run") -> str:
     members = f"{ensemble['num_members']} x {ensemble['model']}"
     if ensemble["name"] == "hyper":
         members += " written by a hypernetwork"
+    if (noise := ensemble.get("noise", "none")) != "none":
+        place = {"image": "the image", "layers": "the layers' inputs"}.get(noise, noise)
+        members += f" with Gaussian noise on {place}"
     return (
         f"{method}, {members}, "
         f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {run.threat.eps:g}"
