@@ -155,7 +155,7 @@ def test_runs_that_differ_by_their_seed_alone_are_quoted_by_their_mean(tmp_path:
     assert (
         answers.summary(three)
         .replace(wording.PERCENT, " %")
-        .startswith(f"red answers {mean:.1f} % of the images")
+        .startswith(f"red classifies {mean:.1f} % of the images")
     )
     (group,) = ranking.grouped(three)
     spread = group.figures["aware"]
