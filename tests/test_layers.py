@@ -87,7 +87,8 @@ def test_no_page_holds_a_placeholder() -> None:
 def test_the_changelog_begins_with_this_version() -> None:
     text = (SRC.parents[1] / "CHANGELOG.md").read_text()
     first = next(line for line in text.splitlines() if line.startswith("## "))
-    assert first.split()[1] == redefense.__version__
+    # between releases the version is that of the next one with `.devN`, N commits after the last
+    assert first.split()[1] == redefense.__version__.split(".dev")[0]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
