@@ -3,8 +3,8 @@
 Sections: the machine; a first step; bits of every method and setting; seconds of a RED step as the
 joint graph, eager, replayed, and of its recording alone; memory by number of members; attacks with
 recorded passes; then small recipes of all methods trained and evaluated while time lasts. Each
-section stands alone: what fails is told, and the next one begins. Lines go to stdout, figures to
-`$OUT/device.json`, or the file that is named.
+section is independent: an error is printed, and the next section begins. Lines go to stdout,
+figures to `$OUT/device.json` or the file given by `--out`.
 
     python benchmarks/device.py --device cuda --seconds 540 --data cifar10:PATH
 
@@ -97,7 +97,7 @@ class Check:
             return
         try:
             work(name)
-        except Exception as error:  # noqa: BLE001 - the other sections are wanted all the same
+        except Exception as error:  # noqa: BLE001 - an error must not end the other sections
             first = (str(error).splitlines() or [""])[0]
             self.tell(name, f"FAILED: {type(error).__name__}: {first[:300]}")
             traceback.print_exc(limit=8)
@@ -119,7 +119,7 @@ class Check:
             if self.left < reserve:
                 self.tell(name, f"stopped before {label}: {self.left:.0f} s are left")
                 return
-            self.section(name, lambda own: self._bits(own, label, recorder), 0.0)  # noqa: B023
+            self.section(name, lambda own: self._bits(own, label, recorder), 0.0)  # noqa: B023 - called at once
 
     def _bits(self, name: str, label: str, recorder: Recorder) -> None:
         steps, place = 11 if label in EPOCHS_DIFFER else 7, str(self.device)
@@ -130,9 +130,9 @@ class Check:
         differ = [key for key in expected if not torch.equal(expected[key], found[key])]
         counts = dict(mine.recorded.counts)
         same = not differ and mine.terms == plain.terms
-        told = "; ".join(mine.said) or f"{counts.get('replayed', 0)} of {steps} steps replayed"
+        note = "; ".join(mine.said) or f"{counts.get('replayed', 0)} of {steps} steps replayed"
         self.tell(
-            name, f"{label}: {'same bits' if same else f'{len(differ)} tensors DIFFER'}, {told}",
+            name, f"{label}: {'same bits' if same else f'{len(differ)} tensors DIFFER'}, {note}",
             setting=label, same=same, differ=differ[:5], counts=counts, said=mine.said,
         )  # fmt: skip
 
@@ -211,7 +211,7 @@ class Check:
                 if self.left < 45:
                     self.tell(name, f"stopped before {method}: {self.left:.0f} s are left")
                     return
-                self.section(name, lambda own: self._recipe(own, method, Path(folder)), 0.0)  # noqa: B023
+                self.section(name, lambda own: self._recipe(own, method, Path(folder)), 0.0)  # noqa: B023 - called at once
 
     def _recipe(self, name: str, method: str, folder: Path) -> None:
         run, begun = self._run(method), time.monotonic()

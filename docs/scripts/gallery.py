@@ -58,7 +58,7 @@ def picture(names: Sequence[str], x_label: str, title: str) -> tuple[Any, Axes]:
     return figure, axes
 
 
-def save(figure: Any, name: str, told: str) -> None:
+def save(figure: Any, name: str, label: str) -> None:
     """Write the figure with its colours as variables and a text for screen readers."""
     held = io.StringIO()
     figure.savefig(held, format="svg", metadata={"Date": None})
@@ -67,7 +67,7 @@ def save(figure: Any, name: str, told: str) -> None:
     text = text[text.index("<svg") :]
     for color, variable in VARIABLES.items():
         text = text.replace(color, f"var({variable},{color})")
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{told}" ', 1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     (PICTURES / name).write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
@@ -97,7 +97,11 @@ def worth() -> None:
     average = [it["over_averaged"] for it in found]
     dots(axes, average, shift=-0.12, color=ORANGE, fmt="D", label="than the average of members")
     axes.legend(frameon=False, loc="lower right")
-    save(figure, "worth.svg", "Paired differences of the draw from its rivals")
+    save(
+        figure,
+        "worth.svg",
+        "Paired differences of the draw from the best member and from the average",
+    )
 
 
 def main() -> None:

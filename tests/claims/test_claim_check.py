@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import redefense
-from command_line import call
+from cli_tools import command
 from redefense.claims import format
 from redefense.claims.check import check
 from redefense.claims.recompute import recompute
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 stochastic="on" if name == "stochastic" else "off",
             )  # fmt: skip
         (report,) = (home / name / "evaluation").glob("*.json")
-        made = call(
+        made = command(
             "claim", "make", report, "--out", home / f"{name}.json", "--licence", "MIT", *ABOUT
         )
         assert made.code == 0, made.err
@@ -87,7 +87,7 @@ def test_a_claim_covers_weights_of_anybodys_training(folder: Path, kind: str) ->
     assert found.aware.value == pytest.approx(report["headline"]["aware"], abs=1e-6)
     assert found.exact is (kind != "stochastic")
     assert it.training.parameters == (2 if kind == "ensemble" else 1) * 10 * (64 + 1)
-    checked = call("claim", "check", path)
+    checked = command("claim", "check", path)
     assert (checked.code, checked.err) == (0, "")
     assert checked.out.endswith(f"{path}: holds\n")
 
@@ -165,14 +165,14 @@ def test_what_was_changed_is_refused_with_the_reason(
         claim["sha256"] = format.digest(rest)
     path = tmp_path / "changed.json"
     path.write_text(json.dumps(claim))
-    checked = call("claim", "check", path, "--json")
+    checked = command("claim", "check", path, "--json")
     assert checked.code == 1
     told = json.loads(checked.out)
     assert told["holds"] is False
     errors = {f["id"]: f["why"] for f in told["findings"][str(path)] if f["severity"] == "error"}
     assert reason in errors[rule]
     assert ("hash" in errors) is hashed
-    words = call("claim", "check", path)
+    words = command("claim", "check", path)
     assert words.code == 1
     assert reason in words.out
     assert words.out.endswith(f"{path}: does not hold\n")
@@ -211,7 +211,7 @@ def test_what_cannot_be_read_exits_3_and_the_others_are_checked_all_the_same(
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     for bad in (broken, tmp_path / "missing.json"):
-        checked = call("claim", "check", bad, folder / "single.json")
+        checked = command("claim", "check", bad, folder / "single.json")
         assert checked.code == 3
         assert f"cannot read {bad}" in checked.err
         assert f"{folder / 'single.json'}: holds" in checked.out
@@ -228,7 +228,7 @@ def test_other_weights_are_refused_and_the_same_ones_agree(folder: Path, tmp_pat
 
 def test_a_claim_of_own_weights_says_who_made_them(folder: Path, tmp_path: Path) -> None:
     report = folder / "single" / "evaluation" / "quick.json"
-    made = call("claim", "make", report, "--out", tmp_path / "x.json", "--name", "mine")
+    made = command("claim", "make", report, "--out", tmp_path / "x.json", "--name", "mine")
     assert made.code == 2
     assert "needs --link, --authors, --licence" in made.err
     assert not (tmp_path / "x.json").exists()
@@ -236,7 +236,9 @@ def test_a_claim_of_own_weights_says_who_made_them(folder: Path, tmp_path: Path)
 
 def test_evaluations_of_other_weights_make_no_claim(folder: Path, tmp_path: Path) -> None:
     reports = [folder / name / "evaluation" / "quick.json" for name in ("single", "ensemble")]
-    made = call("claim", "make", *reports, "--out", tmp_path / "x.json", "--licence", "MIT", *ABOUT)
+    made = command(
+        "claim", "make", *reports, "--out", tmp_path / "x.json", "--licence", "MIT", *ABOUT
+    )
     assert made.code == 3
     assert "is an evaluation of other weights" in made.err
 
@@ -246,7 +248,7 @@ def test_an_older_version_of_a_suite_is_told(folder: Path, tmp_path: Path) -> No
     claim["evaluations"][0]["suites"][0]["version"] = "0" * 12
     path = tmp_path / "older.json"
     path.write_text(json.dumps(claim))
-    assert "Suite quick was version 000000000000" in call("claim", "check", path).out
+    assert "Suite quick was version 000000000000" in command("claim", "check", path).out
     it = format.read(path)
     with pytest.raises(DataError, match="suite quick has other attacks now"):
         recompute(it, "digits", tmp_path, weights=network())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import redefense
-from command_line import call
+from cli_tools import command
 from redefense.claims import format, make, tables
 from redefense.claims.check import check
 from redefense.claims.recompute import differences, recompute
@@ -116,19 +116,19 @@ def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) ->
     it = claim_of(runs)
     path = format.write(it, tmp_path / "claim.json")
     words = ("claim", "recompute", path, "--data", "digits", "--out", tmp_path / "again")
-    held = call(*words, "--run", runs / "tiny-0")
+    held = command(*words, "--run", runs / "tiny-0")
     assert (held.code, held.out) == (0, f"{path}: holds\n")
     assert "quick" in held.err  # says what it does
     (found,) = it.evaluations
     better = found.model_copy(update={"aware": format.Figure(value=0.99, low=0.98, high=1.0)})
     format.write(it.model_copy(update={"evaluations": (better,)}), path)
-    outside = call(*words, "--run", runs / "tiny-0", "--quiet")
+    outside = command(*words, "--run", runs / "tiny-0", "--quiet")
     assert outside.code == 1
     assert outside.err == ""
     first, last = outside.out.splitlines()
     assert first.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
     assert last == f"{path}: does not hold"
-    other = call(*words, "--weights", runs / "tiny-1", "--quiet")
+    other = command(*words, "--weights", runs / "tiny-1", "--quiet")
     assert other.code == 3
     assert "the claim is of" in other.err
 
@@ -242,7 +242,7 @@ def test_the_table_of_one_number_of_images_leaves_others_out(runs: Path, tmp_pat
     paths = [format.write(claim_of(runs, seed), tmp_path / f"{seed}.json") for seed in (0, 1)]
 
     def table(*options: str) -> Any:
-        return call("claim", "table", *paths, *options)
+        return command("claim", "table", *paths, *options)
 
     both = list(map(format.read, paths))
     shown = table("--images", "30", "--against", "tiny-0")
@@ -299,7 +299,7 @@ def test_what_is_no_claim_is_named(runs: Path, tmp_path: Path) -> None:
     refused({"link": "javascript:alert(1)"}, "link")
     found = good["evaluations"][0]
     refused({"evaluations": [{**found, "aware": {"value": 41.2}}]}, "aware.value")
-    nowhere = call("claim", "make", tmp_path / "nowhere", "--out", tmp_path / "x.json")
+    nowhere = command("claim", "make", tmp_path / "nowhere", "--out", tmp_path / "x.json")
     assert nowhere.code == 3
     assert "there is no run at" in nowhere.err
     assert not (tmp_path / "x.json").exists()

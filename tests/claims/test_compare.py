@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from command_line import call
+from cli_tools import command
 from redefense.claims import compare, format
 from redefense.errors import ConfigError, DataError
 from redefense.results.intervals import difference_over_seeds
@@ -109,10 +109,10 @@ def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
     format.write(measured(300), tmp_path / "at-7.json")
     only = compare.seeds_of("at", tmp_path, 500)
     assert [[e.data["num_images"] for e in it.evaluations] for it in only] == [[500]]
-    shown = call("claim", "compare", "at", "--images", 300, "--claims", tmp_path)
+    shown = command("claim", "compare", "at", "--images", 300, "--claims", tmp_path)
     assert shown.code == 0
     assert "| at | 2 |" in shown.out
-    refused = call("claim", "compare", "at", "--images", 9, "--claims", tmp_path)
+    refused = command("claim", "compare", "at", "--images", 9, "--claims", tmp_path)
     assert refused.code == 2
     assert "was measured on 9 images" in refused.err
 
@@ -156,11 +156,11 @@ def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
     assert compare.seeds_of("at", tmp_path) == written[:2]
     with pytest.raises(ConfigError, match="gal-SEED"):
         compare.seeds_of("gal", tmp_path)
-    missing = call("claim", "compare", "at", "gal", "--claims", tmp_path)
+    missing = command("claim", "compare", "at", "gal", "--claims", tmp_path)
     assert missing.code == 2
     assert "there is no claim" in missing.err
-    shown = call("claim", "compare", "at", "--claims", tmp_path)
+    shown = command("claim", "compare", "at", "--claims", tmp_path)
     assert (shown.code, shown.out) == (0, compare.table({"at": at}) + "\n")
-    other = call("claim", "compare", "at", "--against", "red", "--claims", tmp_path)
+    other = command("claim", "compare", "at", "--against", "red", "--claims", tmp_path)
     assert other.code == 2
     assert "must be one of" in other.err

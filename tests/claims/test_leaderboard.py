@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from browser import opened
-from command_line import call
+from cli_tools import command
 from redefense.claims import format, leaderboard
 from redefense.evaluation.suite import SUITES, CellSpec
 from redefense.results.intervals import accuracy_interval
@@ -148,7 +148,7 @@ def test_a_claim_that_does_not_hold_is_listed_with_the_reason_and_not_ranked(
     bad["evaluations"][0]["aware"]["value"] = 0.9
     for name, document in (("honest", good), ("flattering", bad)):
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
-    made = call("leaderboard", tmp_path, "--out", tmp_path / "site", "--quiet")
+    made = command("leaderboard", tmp_path, "--out", tmp_path / "site", "--quiet")
     assert (made.code, made.err) == (0, "")
     text = (tmp_path / "site" / "index.html").read_text()
     head, refused = text.split("Claims that do not hold")
@@ -159,11 +159,11 @@ def test_a_claim_that_does_not_hold_is_listed_with_the_reason_and_not_ranked(
 
 def test_nothing_is_written_over_the_claims_or_without_any(tmp_path: Path) -> None:
     (tmp_path / "claims").mkdir()
-    none = call("leaderboard", tmp_path / "claims", "--out", tmp_path / "site")
+    none = command("leaderboard", tmp_path / "claims", "--out", tmp_path / "site")
     assert none.code == 3
     assert "has no claims" in none.err
     format.write(claim("x", 0.4), tmp_path / "claims" / "x.json")
-    over = call("leaderboard", tmp_path / "claims", "--out", tmp_path)
+    over = command("leaderboard", tmp_path / "claims", "--out", tmp_path)
     assert over.code == 2
     assert "would overwrite the claims" in over.err
     assert [path.name for path in (tmp_path / "claims").iterdir()] == ["x.json"]
@@ -172,7 +172,7 @@ def test_nothing_is_written_over_the_claims_or_without_any(tmp_path: Path) -> No
 def test_what_a_claim_says_is_text_on_the_page(tmp_path: Path) -> None:
     it = claim("<script>alert(1)</script>", 0.4)
     format.write(it, tmp_path / "x.json")
-    assert call("leaderboard", tmp_path, "--out", tmp_path / "site").code == 0
+    assert command("leaderboard", tmp_path, "--out", tmp_path / "site").code == 0
     for page in (tmp_path / "site").rglob("*.html"):
         assert "<script>alert" not in page.read_text()
 
@@ -187,7 +187,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     for it in claims:
         format.write(it, home / "stored" / f"{it.name}.json")
-    made = call("leaderboard", home / "stored", "--out", home / "site", "--quiet")
+    made = command("leaderboard", home / "stored", "--out", home / "site", "--quiet")
     assert made.code == 0, made.err
     return home / "site"
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +19,7 @@ class Result:
     err: str
 
 
-def command(*words: str | Path) -> Result:
+def command(*words: object) -> Result:
     """Run `redefense WORDS...`."""
     out, err = io.StringIO(), io.StringIO()
     with (

@@ -233,7 +233,7 @@ class AutoAscent(Attack):
             x: clean images.
             start: makes starting points for all images.
             threat: the ball.
-            early_stop: look no further at images that are fooled or out of reach.
+            early_stop: skip images that are fooled or far from being fooled.
         """
         for oracle in oracles:
             for _ in range(self.restarts):
@@ -244,7 +244,7 @@ class AutoAscent(Attack):
                 part, look = best.select(rows), oracle(rows)
                 if early_stop:
                     look = until_settled(
-                        lambda part, of=oracle, rows=rows: of(rows[part]),  # type: ignore[misc]
+                        lambda part, of=oracle, rows=rows: of(rows[part]),  # type: ignore[misc]  # defaults of a lambda have no types
                         len(rows), steps=self.steps,
                     )  # fmt: skip
                 auto_climb(
@@ -272,7 +272,7 @@ class APGD(AutoAscent):
     Attributes:
         loss: name in `OBJECTIVES`; the default climbs as cross-entropy does and never vanishes.
         draws: queries per gradient, for random victims.
-        early_stop: look no further at images that are fooled or, after three tenths of the steps,
+        early_stop: stop querying images that are fooled or, after three tenths of the steps,
             far from it.
         preset: published settings: one noise tensor for the batch, the last fooling point, and
             the clean image where none was seen.
@@ -327,7 +327,7 @@ class APGDT(AutoAscent):
     Attributes:
         num_targets: wrong classes tried; all there are if fewer.
         loss: `targeted_dlr` (4 classes or more) or `targeted_margin` (any number).
-        early_stop: look no further at images that are fooled or, after three tenths of the steps
+        early_stop: stop querying images that are fooled or, after three tenths of the steps
             towards a class, far from it.
         preset: published settings: one noise tensor for the batch, the last fooling point, and
             the clean image where none was seen.

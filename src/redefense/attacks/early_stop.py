@@ -1,4 +1,4 @@
-"""When an attack need not look at an image any more: it is fooled, or far from ever being so."""
+"""Early stopping: an attack skips images that are fooled already or far from being fooled."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -10,40 +10,40 @@ from redefense.attacks.base import Oracle, OracleResult
 from redefense.types import Bool, Float, Images, Int
 
 FACTOR: Final = 5.0
-"""An image is left where so many times what it gained lately would not reach the goal."""
+"""An image is skipped if this multiple of its recent gain would not reach the goal."""
 
 CLIMB_CHECK: Final = (0.1, 0.3)
-"""Shares of a climb's steps: at the second the gain since the first is looked at."""
+"""Shares of the ascent steps: at the second, the gain since the first is compared with the goal."""
 
 SEARCH_CHECK: Final = 0.1
-"""A random search is looked at after each such share of all queries, and its gain since this share
-of the queries so far: it gains about as much with every tenfold number of queries, or less."""
+"""A random search is checked after each such share of all queries. Its recent gain is that since
+this share of the queries made so far: each tenfold of queries gains about as much, or less."""
 
 GRADIENT_SHARE: Final = 0.9
-"""A random search leaves an image only where gradients gained at least this share of its own gain.
-Where they gained less they may be masked, and the gains of a search can begin late: on a network of
-high frequencies with rounded inputs and softmax as its logits, 2 of 39 images were left wrongly."""
+"""A random search skips an image only if gradient attacks gained at least this share of its own
+gain. Gradients that gained less may be masked, and a search can begin to gain late: on a network
+of high frequencies with rounded inputs and softmax output, 2 of 39 images were skipped wrongly."""
 
 BOUNDARY_STEPS: Final = 0.2
 BOUNDARY_FACTOR: Final = 1.25
-"""A walk along a boundary goes on after a fifth of its steps only where it came as near as 1.25
-eps; what it comes nearer after that is a few percent."""
+"""A boundary attack continues after a fifth of its steps only for images whose distance is at most
+1.25 eps: later steps reduce the distance by a few percent."""
 
 
 def hopeless(
     value: Float[Tensor, " B"], before: Float[Tensor, " B"], goal: Float[Tensor, " B"] | float
 ) -> Bool[Tensor, " B"]:
-    """Where `FACTOR` times the gain since `before` would not lift the value to the goal."""
+    """True where `FACTOR` times the gain since `before` would not raise the value to the goal."""
     return goal - value > FACTOR * (value - before)
 
 
-def where_moved(look_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
-    """Looks again only at images whose point moved since the last look.
+def where_moved(oracle_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
+    """Oracle that queries only the images whose point moved since the last query.
 
-    Right for deterministic looks, as those at all members are: at rest they see the same again.
+    Valid for deterministic oracles, such as those of all members: equal points give equal results.
 
     Args:
-        look_of: makes, from the labels of some of the images, what looks at these.
+        oracle_of: makes the oracle for some of the images, from their labels.
         y: the labels.
     """
     known: list[tuple[Images, OracleResult]] = []
@@ -53,11 +53,11 @@ def where_moved(look_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
         if known:
             rows = (x != known[0][0]).flatten(1).any(1).nonzero().flatten()
         if len(rows) == len(x) or (with_grad and known[0][1].grad is None):
-            seen = look_of(y)(x, with_grad)
+            seen = oracle_of(y)(x, with_grad)
         elif len(rows) == 0:
             seen = known[0][1]
         else:
-            seen = _renewed(known[0][1], rows, look_of(y[rows])(x[rows], with_grad))
+            seen = _renewed(known[0][1], rows, oracle_of(y[rows])(x[rows], with_grad))
         known[:] = [(x, seen)]
         return seen
 
@@ -65,43 +65,43 @@ def where_moved(look_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
 
 
 def until_settled(
-    look_of: Callable[[Tensor], Oracle],
+    oracle_of: Callable[[Tensor], Oracle],
     count: int,
     *,
     steps: int | None,
     goal: Float[Tensor, " B"] | float = 0.0,
 ) -> Oracle:
-    """Looks no further at an image once it is fooled, or out of reach.
+    """Oracle that stops querying an image once it is fooled, or far from being fooled.
 
-    Fooled: `correct` was 0 at one of its points. Out of reach: see `CLIMB_CHECK`; it is then asked
-    no more, though points of other climbs may well fool it.
+    Fooled: `correct` was 0 at one of its points. Far: see `CLIMB_CHECK`; this ascent then stops for
+    the image, though other ascents may still fool it.
 
     Args:
-        look_of: makes, from the indices of some of the images, what looks at these.
+        oracle_of: makes the oracle for some of the images, from their indices.
         count: number of images.
-        steps: of the climb; None never takes an image for out of reach.
+        steps: number of ascent steps; None stops for fooled images only.
         goal: value without which an image cannot be fooled.
     """
     known: list[OracleResult] = []
     first, last = (int(share * (steps or 0)) for share in CLIMB_CHECK)
-    looks, left, top = 0, torch.zeros(0), torch.zeros(0)
+    queries, left, top = 0, torch.zeros(0), torch.zeros(0)
     early = top
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
-        nonlocal looks, left, top, early
+        nonlocal queries, left, top, early
         if not known:
-            known.append(look_of(torch.arange(count, device=x.device))(x, with_grad))
+            known.append(oracle_of(torch.arange(count, device=x.device))(x, with_grad))
             top = early = known[0].value
             left = known[0].correct > 0
         elif len(rows := left.nonzero().flatten()) > 0:
-            known[0] = _renewed(known[0], rows, look_of(rows)(x[rows], with_grad))
+            known[0] = _renewed(known[0], rows, oracle_of(rows)(x[rows], with_grad))
             top = top.maximum(known[0].value)
             left = left & (known[0].correct > 0)
-        if looks == first:
+        if queries == first:
             early = top
-        if looks == last > first:
+        if queries == last > first:
             left = left & ~hopeless(top, early, goal)
-        looks += 1
+        queries += 1
         return known[0]
 
     return oracle
