@@ -111,6 +111,8 @@ def test_a_settled_image_is_not_looked_at_again() -> None:
 def test_hopeless_is_what_a_multiple_of_the_gain_does_not_reach() -> None:
     value, before = torch.tensor([-1.0, -1.0, 0.5]), torch.tensor([-1.1, -1.3, 0.4])
     assert hopeless(value, before, 0.0).tolist() == [True, False, False]
+    # half of the budget remains: the gain that is still expected is half of the recent one
+    assert hopeless(value, before, 0.0, remaining=0.5).tolist() == [True, True, False]
 
 
 def test_early_stop_is_no_part_of_published_settings() -> None:

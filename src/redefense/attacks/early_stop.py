@@ -17,7 +17,8 @@ CLIMB_CHECK: Final = (0.1, 0.3)
 
 SEARCH_CHECK: Final = 0.1
 """A random search is checked after each such share of all queries. Its recent gain is that since
-this share of the queries made so far: each tenfold of queries gains about as much, or less."""
+this share of the queries made so far: each tenfold of queries gains about as much, or less, so the
+queries that remain are counted in tenfolds."""
 
 GRADIENT_SHARE: Final = 0.9
 """A random search skips an image only if gradient attacks gained at least this share of its own
@@ -31,10 +32,20 @@ BOUNDARY_FACTOR: Final = 1.25
 
 
 def hopeless(
-    value: Float[Tensor, " B"], before: Float[Tensor, " B"], goal: Float[Tensor, " B"] | float
+    value: Float[Tensor, " B"],
+    before: Float[Tensor, " B"],
+    goal: Float[Tensor, " B"] | float,
+    remaining: float = 1.0,
 ) -> Bool[Tensor, " B"]:
-    """True where `FACTOR` times the gain since `before` would not raise the value to the goal."""
-    return goal - value > FACTOR * (value - before)
+    """True where `FACTOR` times the expected gain would not raise the value to the goal.
+
+    Args:
+        value: (B,) reached so far.
+        before: (B,) reached at the start of the recent period.
+        goal: without which an image cannot be fooled.
+        remaining: expected gain as a multiple of the gain since `before`.
+    """
+    return goal - value > FACTOR * remaining * (value - before)
 
 
 def where_moved(oracle_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:

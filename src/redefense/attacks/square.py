@@ -312,7 +312,8 @@ class Square(Attack):
         seen[query] = value.clone()
         if query % tenth:
             return nobody
-        return hopeless(value, seen[period * (query // (10 * period))], 0.0)
+        before = seen[period * (query // (10 * period))]
+        return hopeless(value, before, 0.0, remaining=math.log10(self.queries / query))
 
     def _side(self, query: int, x: Images, *, odd: bool) -> int:
         """Side of the patches at this query."""
