@@ -178,10 +178,12 @@ def _finished(out: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: if it and all earlier ones are damaged.
     """
-    if not (out / "final").is_dir():
+    folder = out / "final"
+    # a workflow engine creates the folders of the files that a command is to write
+    if not folder.is_dir() or not any(folder.iterdir()):
         return None
     try:
-        return read(out / "final")
+        return read(folder)
     except CheckpointError as error:
         if latest(out / "checkpoints", note) is None:
             raise
