@@ -142,7 +142,7 @@ async def closed_loop(url: str, message: bytes, clients: int, requests: int) -> 
 def megabytes(url: str) -> float:
     """Resident memory of a server."""
     with Client(url) as client:
-        text = client.ask("GET", "/metrics").body.decode()
+        text = client.request("GET", "/metrics").body.decode()
     found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
     return round(float(found[1]) / 2**20, 1) if found else float("nan")
 
@@ -273,7 +273,7 @@ def fuzz(bundle: Path, settings: Settings, image: Any, bodies: int) -> Figures:
             for _ in range(rng.randint(1, 8)):
                 at = rng.randrange(reach)
                 mutant[at : at + rng.randint(0, 4)] = rng.randbytes(rng.randint(0, 4))
-            statuses[client.ask("POST", f"{path}/infer", bytes(mutant), headers).status] += 1
+            statuses[client.request("POST", f"{path}/infer", bytes(mutant), headers).status] += 1
         log = server.log()
     return {"statuses": dict(statuses), "defects": log.count('"defect"') + log.count("Traceback")}
 

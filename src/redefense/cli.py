@@ -96,7 +96,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except RedefenseError as error:
-        if error.told:  # by another process of torchrun
+        if error.reported:  # by another process of torchrun
             raise SystemExit(error.code) from None
         _fail(str(error), error.code)
     except typer.TyperException as error:

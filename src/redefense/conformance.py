@@ -60,13 +60,13 @@ def check_file(path: Path) -> list[Found]:
 def found(kind: str, name: str) -> Found:
     """Test one registered name."""
     try:
-        told = _CHECKS[kind](name)
+        detail = _CHECKS[kind](name)
     except Exception as error:  # noqa: BLE001 - whatever the code under test raises
         word = "" if isinstance(error, Broken | RedefenseError) else f"{type(error).__name__}: "
         return Found(
             name=f"{kind}.{name}", passed=False, detail=word + " ".join(str(error).split())
         )
-    return Found(name=f"{kind}.{name}", passed=True, detail=told)
+    return Found(name=f"{kind}.{name}", passed=True, detail=detail)
 
 
 def network(seed: int) -> nn.Module:
@@ -91,7 +91,7 @@ def check_attack(name: str) -> str:
     """Test shape, range, ball, equal streams, independence of the batch, and side effects."""
     attack = ATTACKS[name]()
     x, y = batch()
-    told = []
+    norms = []
     for norm in attack.norms:
         threat = Threat(norm=norm, eps=EPS)
         net = network(0)
@@ -118,8 +118,8 @@ def check_attack(name: str) -> str:
         turned = attack(net, x[order], y[order], threat, rng=stream(0, name))
         if not isinstance(attack, Foreign) and not torch.allclose(turned, x_adv[order]):
             raise Broken("the result for an image must not depend on the others of its batch")
-        told.append(f"{norm:g}")
-    return f"images in the ball and the box, equal streams, no traces; norms {', '.join(told)}"
+        norms.append(f"{norm:g}")
+    return f"images in the ball and the box, equal streams, no traces; norms {', '.join(norms)}"
 
 
 def check_defence(name: str) -> str:
@@ -185,7 +185,7 @@ def check_recipe(name: str) -> str:
 def check_suite(name: str) -> str:
     """Test that all its attacks and settings are known."""
     suite = SUITES[name]
-    attacks = [attack_of(spec) for spec in (*suite.cells, *suite.beside)]
+    attacks = [attack_of(spec) for spec in (*suite.cells, *suite.baseline_attacks)]
     return f"{len(suite.cells)} cells: {', '.join(dict.fromkeys(map(repr, attacks)))}"
 
 

@@ -28,8 +28,8 @@ class RedCheckWarning(UserWarning):
         report: the complete `Report`, for use where warnings are raised as errors.
     """
 
-    def __init__(self, told: str, report: Any = None) -> None:
-        super().__init__(told)
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
         self.report = report
 
 
@@ -38,11 +38,11 @@ class RedefenseError(Exception):
 
     Attributes:
         code: exit code of the command line.
-        told: whether another process of the same command prints it.
+        reported: whether another process of the same command prints it.
     """
 
     code = 2
-    told = False
+    reported = False
 
 
 class ConfigError(RedefenseError, ValueError):

@@ -1,7 +1,7 @@
 """Functions for arbitrary networks: calling, evaluation mode, copying and unwrapping.
 
 A user's network may raise any exception, modify its input, store computed tensors, refuse to change
-its mode, or be wrapped. Every call goes through `ask`.
+its mode, or be wrapped. Every call goes through `query`.
 """
 
 import copy
@@ -18,7 +18,7 @@ from redefense.errors import ModelError, RedefenseError
 from redefense.types import cannot_differentiate, cannot_take, first_line, has_no_values
 
 
-def ask(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def query(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """(B, C) logits of a network, as `as_logits`; its exceptions become one-line errors.
 
     It is called with a copy: in-place layers would change the caller's images, and torch refuses
@@ -88,8 +88,8 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
     return torch.where(masked, floor, answer)
 
 
-class Asked(nn.Module):
-    """A network that is only called through `ask`.
+class Queried(nn.Module):
+    """A network that is only called through `query`.
 
     Args:
         network: maps images to logits.
@@ -101,7 +101,7 @@ class Asked(nn.Module):
         self.network, self.dtype = network, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return ask(self.network, x, self.dtype)
+        return query(self.network, x, self.dtype)
 
 
 class Function(nn.Module):
@@ -136,7 +136,7 @@ class FromProbabilities(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # log(0) would stop every gradient of the row
-        found = ask(self.network, x)
+        found = query(self.network, x)
         return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
 

@@ -100,12 +100,12 @@ class Registry(Mapping[str, T]):
         if name not in self._added:
             point = _installed(self.kind)[name]
             origin = _origin_of(point)
-            told = " ".join(origin.values())
+            origins = " ".join(origin.values())
             try:
                 value = point.load()
             except Exception as error:  # whatever the code of others raises
                 raise ConfigError(
-                    f"{self.kind}: {name!r} of the plug-in {told} cannot be loaded: "
+                    f"{self.kind}: {name!r} of the plug-in {origins} cannot be loaded: "
                     f"{type(error).__name__}: {error}"
                 ) from error
             self.add(name, self.accepted(name, value), origin)

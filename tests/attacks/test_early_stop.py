@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
 from redefense.attacks.base import Attack, OracleResult
-from redefense.attacks.early_stop import hopeless, until_settled
+from redefense.attacks.early_stop import early_stopping, out_of_reach
 from redefense.attacks.square import OwnDraws, Square
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
@@ -102,7 +102,7 @@ def test_a_settled_image_is_not_looked_at_again() -> None:
 
         return oracle
 
-    oracle = until_settled(look_of, 3, steps=10)  # type: ignore[arg-type]
+    oracle = early_stopping(look_of, 3, steps=10)  # type: ignore[arg-type]
     for _ in range(6):
         oracle(torch.zeros(3, 1, 1, 1), False)
     assert asked == [[0, 1, 2]] * 3 + [[0, 1]] + [[0]] * 2
@@ -110,9 +110,9 @@ def test_a_settled_image_is_not_looked_at_again() -> None:
 
 def test_hopeless_is_what_a_multiple_of_the_gain_does_not_reach() -> None:
     value, before = torch.tensor([-1.0, -1.0, 0.5]), torch.tensor([-1.1, -1.3, 0.4])
-    assert hopeless(value, before, 0.0).tolist() == [True, False, False]
+    assert out_of_reach(value, before, 0.0).tolist() == [True, False, False]
     # half of the budget remains: the gain that is still expected is half of the recent one
-    assert hopeless(value, before, 0.0, remaining=0.5).tolist() == [True, True, False]
+    assert out_of_reach(value, before, 0.0, remaining=0.5).tolist() == [True, True, False]
 
 
 def test_early_stop_is_no_part_of_published_settings() -> None:

@@ -89,7 +89,7 @@ def test_every_attack_finds_the_same_points(name: str, which: str) -> None:
 def short(name: str, folder: Path) -> str:
     """A suite with fewer steps, as a file."""
     suite = suite_named(name).model_dump(mode="json")
-    for spec in (*suite["cells"], *suite["beside"]):
+    for spec in (*suite["cells"], *suite["baseline_attacks"]):
         spec["settings"] = {**(spec["settings"] or {}), **QUICK.get(spec["attack"], {})}
     path = folder / f"short-{name}.json"
     path.write_text(json.dumps(suite | {"name": path.stem, "measures": name == "quick"}))

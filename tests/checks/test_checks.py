@@ -137,12 +137,12 @@ def test_a_victim_built_to_fail_is_caught(name: str, ensemble: Ensemble | None, 
     if ensemble is None:
         from redefense.checks import victim as checks_victim
 
-        class Leaky(checks_victim.Asked):
+        class Leaky(checks_victim.QueryLog):
             def sampled(self, **settings: Any) -> nn.Module:
                 return Coupled.sampled(cast(Coupled, self))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checks_victim, "Asked", Leaky)
+            patch.setattr(checks_victim, "QueryLog", Leaky)
             assert victim_check(Independent([Plane(0), Plane(1)]))(name).passed is False
         return
     assert victim_check(ensemble, x)(name).passed is False

@@ -239,7 +239,7 @@ def test_damaged_records_are_named_or_made_again() -> None:
     words = ("evaluate", "v", "--images", "20", "--quiet", "--json")
     whole = json.loads(command(*words).out)["headline"]
     cell = Path("v/evaluation/quick/pgd-sampled-linf-0.2.npz")
-    for damaged in (cell, cell.with_name("beside.npz")):
+    for damaged in (cell, cell.with_name("baselines.npz")):
         damaged.write_bytes(damaged.read_bytes()[:-30])
     assert json.loads(command(*words).out)["headline"] == whole
     plan = cell.with_name("plan.json")

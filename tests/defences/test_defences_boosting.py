@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from defence_tools import SHAPE, assert_same, batch, engine_gradients, ensemble, gradients_of
-from redefense.defences.barre import ATTACK, BARRE, Answering, begin, first_images, project_simplex
+from redefense.defences.barre import (
+    ATTACK,
+    BARRE,
+    LogMeanProbability,
+    begin,
+    first_images,
+    project_simplex,
+)
 from redefense.defences.base import Adversary
 from redefense.defences.mrboost import MeanLogits, MRBoost, boosted_examples, copy_member
 from redefense.ensembles import Hyper, Independent
@@ -139,8 +146,8 @@ def test_barre_attacks_the_mean_probability_under_the_mixture() -> None:
     members, x = ensemble(3), batch().x
     members.set_mixture([0.25, 0.75, 0.0])
     probs = 0.25 * members.logits_of(0, x).softmax(1) + 0.75 * members.logits_of(1, x).softmax(1)
-    torch.testing.assert_close(Answering(members)(x), probs.log())
-    torch.testing.assert_close(Answering(members)(x), members.averaged()(x))
+    torch.testing.assert_close(LogMeanProbability(members)(x), probs.log())
+    torch.testing.assert_close(LogMeanProbability(members)(x), members.averaged()(x))
 
 
 @settings(max_examples=50, deadline=None)

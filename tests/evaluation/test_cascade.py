@@ -40,7 +40,7 @@ FIRST = (
     cell("hinge", steps=4),
 )
 BESIDE = (cell("hinge", steps=6), cell("apgd", steps=5))
-INDEPENDENT = Suite(name="mine", cells=FIRST, beside=BESIDE, cascade=True)
+INDEPENDENT = Suite(name="mine", cells=FIRST, baseline_attacks=BESIDE, cascade=True)
 HANDING_ON = Suite(
     name="mine", cells=(*FIRST, cell("subset", steps=4, num_targets=1)), cascade=True
 )
@@ -127,7 +127,7 @@ def test_everything_that_was_run_counts_and_no_figure_lies_below_aware(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checks_full, "CHECKS", (checks_full.more_restarts, checks_full.black_box))
-    suite = HANDING_ON.model_copy(update={"beside": BESIDE, "measures": True})
+    suite = HANDING_ON.model_copy(update={"baseline_attacks": BESIDE, "measures": True})
     report = run(suite, subject=subject(40), checks="full", seeds=2)
     data, headline = report.data, report.headline
     aware = headline["aware"]

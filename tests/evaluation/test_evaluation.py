@@ -419,7 +419,7 @@ def test_every_cell_of_every_suite_can_be_built() -> None:
             assert len({planned.identity for planned in plan}) == len(plan)
         # whom it stands beside faces attacks that the ensemble faces, too: else no equal terms
         met = [planned.attack for planned in plan_of(suite, ThreatConfig(eps=0.1), True)]
-        assert all(attack_of(spec) in met for spec in suite.beside)
+        assert all(attack_of(spec) in met for spec in suite.baseline_attacks)
 
 
 def test_the_suites_are_the_promised_ones() -> None:
@@ -478,7 +478,9 @@ def test_the_headline_is_at_the_threat_of_the_aware_attacks() -> None:
     assert data["headline"]["unaware"] == data["headline"]["aware"] == 0.75
     # and so is what stands beside it
     hinge = CellSpec(attack="hinge", view="members", threat=far)
-    suite = Suite(name="far", cells=(hinge,), beside=(CellSpec(attack="hinge", view="members"),))
+    suite = Suite(
+        name="far", cells=(hinge,), baseline_attacks=(CellSpec(attack="hinge", view="members"),)
+    )
     found = run_suite(subject, suite, ThreatConfig(eps=EPS)).data["headline"]
     assert found["aware"] == found["best_single_member"] == found["averaged"] == 0.5
 

@@ -64,8 +64,8 @@ def test_the_best_mixture_is_never_worse_than_what_is_there() -> None:
         mixture, accuracy = best_mixture(corrects, present, steps=50)
         assert mixture.sum() == pytest.approx(1)
         assert (mixture >= 0).all()
-        rivals = [present, np.full(3, 1 / 3), *np.eye(3)]
-        assert accuracy >= max(float(worst_over(corrects, r).mean()) for r in rivals) - 1e-12
+        others = [present, np.full(3, 1 / 3), *np.eye(3)]
+        assert accuracy >= max(float(worst_over(corrects, r).mean()) for r in others) - 1e-12
 
 
 def test_joint_measures_of_a_known_record() -> None:

@@ -11,7 +11,7 @@ import pytest
 from cli_tools import command
 from mesh_tools import evaluation
 from redefense.bench.scaling import launch
-from redefense.runtime.workers import ALONE, Workers, own_device
+from redefense.runtime.workers import SINGLE_PROCESS, Workers, own_device
 
 SUITE = {
     "name": "mine", "cascade": True, "measures": True,
@@ -20,7 +20,7 @@ SUITE = {
         {"attack": "hinge", "view": "members", "settings": {"steps": 3}},
         {"attack": "subset", "view": "members", "settings": {"steps": 3, "num_targets": 1}},
     ],
-    "beside": [{"attack": "hinge", "view": "members", "settings": {"steps": 6}}],
+    "baseline_attacks": [{"attack": "hinge", "view": "members", "settings": {"steps": 6}}],
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def test_shares_cover_every_chunk_once() -> None:
     chunks = list(range(7))
     shares = [Workers(rank=rank, count=3).share(chunks) for rank in range(3)]
     assert sorted(c for share in shares for c in share) == chunks
-    assert ALONE.share(chunks) == chunks
-    assert ALONE.gather(chunks) == chunks
+    assert SINGLE_PROCESS.share(chunks) == chunks
+    assert SINGLE_PROCESS.gather(chunks) == chunks
 
 
 def test_the_audit_command_exits_1_when_a_claim_does_not_hold() -> None:

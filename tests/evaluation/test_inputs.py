@@ -17,7 +17,7 @@ from redefense.data import test_indices as permutation
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, DataError, InputError
 from redefense.evaluation.inputs.data import read_data
-from redefense.networks import FromProbabilities, ask
+from redefense.networks import FromProbabilities, query
 from redefense.rng import stream
 
 IMAGES = torch.rand(30, 3, 6, 5, generator=stream(0, "images"))
@@ -83,7 +83,7 @@ def test_other_answers_are_refused(wrap: Any) -> None:
 
 def test_probabilities_are_taken_as_such_when_asked() -> None:
     plain, soft = Linear(lambda z: z / 20), Linear(lambda z: (z / 20).softmax(-1))
-    logits = ask(FromProbabilities(soft), IMAGES)
+    logits = query(FromProbabilities(soft), IMAGES)
     torch.testing.assert_close(logits, plain(IMAGES).log_softmax(-1))
     assert figures(soft, outputs="probabilities") == figures(plain)
     with pytest.warns(redefense.RedCheckWarning, match="return probabilities"):

@@ -36,7 +36,7 @@ def build(run: Path, name: str = "red", n: int = 300) -> dict[str, Any]:
         )  # fmt: skip
     clean = rng.random((3, n)) < 0.9
     np.savez(folder / "clean.npz", correct=clean, index=np.arange(n))
-    np.savez(folder / "beside.npz", single=clean[0] & clean[1], averaged=clean[2])
+    np.savez(folder / "baselines.npz", single=clean[0] & clean[1], averaged=clean[2])
     document = {
         "schema": 1, "suite": "quick",
         "run": {"name": name, "ensemble": {"model": "resnet8"}, "defence": {"name": "red"}},

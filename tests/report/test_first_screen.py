@@ -32,11 +32,13 @@ def test_without_an_aware_attack_there_is_no_headline(tmp_path: Path) -> None:
     assert "needs an aware attack" in worth.text
 
 
-def test_rivals_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_path: Path) -> None:
+def test_baselines_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_path: Path) -> None:
     build_run(tmp_path / "weak", single=0.1, averaged=0.05)
     build_run(tmp_path / "strong", single=0.6, averaged=0.05)
     weak, strong = join([tmp_path / "weak", tmp_path / "strong"])
-    hits = int(np.load(tmp_path / "weak" / "evaluation" / "quick" / "beside.npz")["single"].sum())
+    hits = int(
+        np.load(tmp_path / "weak" / "evaluation" / "quick" / "baselines.npz")["single"].sum()
+    )
     assert weak.single == Estimate(hits / 360, *wilson(hits, 360))
     assert weak.over_single is not None
     assert weak.over_single.low is not None
@@ -56,9 +58,9 @@ def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_
     verdict = wording.verdict(result)
     assert verdict.answer == "no"
     assert "the best member alone has" in verdict.sentence
-    best = {rival.name: rival for rival in verdict.rivals}["best member alone"]
+    best = {baseline.name: baseline for baseline in verdict.baselines}["best member alone"]
     assert (best.figure, best.gain) == (result.alone[1], result.over_alone)
-    assert "member chosen on validation images" in {rival.name for rival in verdict.rivals}
+    assert "member chosen on validation images" in {baseline.name for baseline in verdict.baselines}
 
 
 def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
@@ -82,13 +84,13 @@ def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
     assert told.replace(wording.PERCENT, " %") in markdown.read_text()
 
 
-def test_rivals_are_compared_each_in_its_own_worst_case(tmp_path: Path) -> None:
+def test_baselines_are_compared_each_in_its_own_worst_case(tmp_path: Path) -> None:
     build_run(tmp_path / "red", {**QUICK, ("pgd", "sampled", False): 0.2})
     (result,) = join([tmp_path / "red"])
     lowest = q_of(tmp_path / "red", "quick").min(0)
-    beside = np.load(tmp_path / "red" / "evaluation" / "quick" / "beside.npz")
-    for gain, rival in ((result.over_single, "single"), (result.over_averaged, "averaged")):
-        assert gain == paired_difference(lowest, beside[rival].astype(float))
+    beside = np.load(tmp_path / "red" / "evaluation" / "quick" / "baselines.npz")
+    for gain, baseline in ((result.over_single, "single"), (result.over_averaged, "averaged")):
+        assert gain == paired_difference(lowest, beside[baseline].astype(float))
     assert wording.verdict(result).answer == "no"
 
 
@@ -126,7 +128,7 @@ def test_the_first_screen_compares_what_is_about_the_same_data_and_budget(tmp_pa
     told = answers.answers(results)[0].text
     assert "easy" not in told
     assert "small" not in told
-    assert f", and {8 - 1 - answers.BESIDE} more below" in told
+    assert f", and {8 - 1 - answers.MOST_OTHERS} more below" in told
     assert "Not compared: 2 runs on other data or within another budget." in told
 
 

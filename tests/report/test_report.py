@@ -81,7 +81,7 @@ def test_an_evaluation_under_another_name_has_records_of_its_own(tmp_path: Path)
     (folder / "quick-2.json").write_text(json.dumps(document))
     build_run(tmp_path / "red", n=360, single=0.3)
     (other,) = join([folder / "quick-2.json"])
-    hits = np.load(folder / "quick-2" / "beside.npz")["single"]
+    hits = np.load(folder / "quick-2" / "baselines.npz")["single"]
     assert other.single == accuracy_interval(hits.astype(np.float64))
     assert [result.num_images for result in join([tmp_path / "red"])] == [500, 360]
 
@@ -183,7 +183,7 @@ def test_members_alone_stand_where_they_stand_in_every_suite(tmp_path: Path) -> 
     build_run(run, suite="aware", alone=(0.4, 0.3, 0.3))
     (result,) = join([run])
     members = [
-        np.load(run / "evaluation" / f"{s}/beside.npz")["members"] for s in ("quick", "aware")
+        np.load(run / "evaluation" / f"{s}/baselines.npz")["members"] for s in ("quick", "aware")
     ]
     assert [e.value for e in result.alone] == np.logical_and(*members).mean(1).tolist()
 
@@ -397,7 +397,7 @@ def test_aware_is_defined_as_it_is_joined(tmp_path: Path) -> None:
     (words,) = re.findall("<dt>Aware</dt><dd>(.*?)</dd>", html.read_text())
     assert "left untouched, or attacked by anybody" in words
     for text in (html.read_text(), md.read_text()):
-        assert wording.RIVALS in text
+        assert wording.HOW_COMPARED in text
 
 
 def test_checks_of_the_defence_stand_apart_on_the_page_and_in_markdown(tmp_path: Path) -> None:

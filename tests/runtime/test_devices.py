@@ -36,7 +36,7 @@ IMAGES = torch.rand(4, 1, 8, 8, generator=stream(2))
 LABELS = torch.arange(4)
 SHORT = {
     "steps": 3, "restarts": 1, "queries": 20, "searches": 2, "iterations": 2, "inner_steps": 3,
-    "popsize": 8, "draws": 2, "num_targets": 2, "rivals": 2, "competitors": 2,
+    "popsize": 8, "draws": 2, "num_targets": 2, "competitors": 2,
 }  # fmt: skip
 FEW = [
     {"attack": "fgsm", "view": "protocol"},
@@ -76,7 +76,9 @@ def test_networks_are_measured_where_they_lie(suite: str, checks: str, tmp_path:
     if suite == "every":
         views = {name: "members" if ATTACKS[name].adaptive else "averaged" for name in ATTACKS}
         plan = {"cells": [{"attack": name, "view": view} for name, view in views.items()]}
-    plan |= {key: [short(cell) for cell in plan.get(key, ())] for key in ("cells", "beside")}
+    plan |= {
+        key: [short(cell) for cell in plan.get(key, ())] for key in ("cells", "baseline_attacks")
+    }
     plan["name"] = "short"
     file = tmp_path / "short.json"
     file.write_text(json.dumps(plan))

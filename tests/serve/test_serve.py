@@ -56,7 +56,7 @@ def request(**changes: object) -> dict[str, Any]:
 
 def post(client: Client, value: object, path: str = "/infer") -> tuple[int, Any]:
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    reply = client.ask("POST", PATH + path, body)
+    reply = client.request("POST", PATH + path, body)
     return reply.status, reply.json()
 
 
@@ -83,7 +83,7 @@ def post(client: Client, value: object, path: str = "/infer") -> tuple[int, Any]
 def test_routes_answer_as_the_protocol_says(
     client: Client, method: str, path: str, status: int, keys: set[str]
 ) -> None:
-    reply = client.ask(method, path)
+    reply = client.request(method, path)
     assert (reply.status, set(reply.json())) == (status, keys)
     assert dict(reply.headers)["cache-control"] == "no-store"
 
@@ -112,7 +112,7 @@ def test_binary_tensors_hold_what_json_holds(client: Client) -> None:
     length = int(headers[BINARY_HEADER])
     question = json.loads(body[:length]) | {"parameters": {"binary_data_output": True}}
     header = json.dumps(question).encode()
-    reply = client.ask(
+    reply = client.request(
         "POST", f"{PATH}/infer", header + body[length:], {BINARY_HEADER: str(len(header))}
     )
     own = dict(reply.headers)
@@ -191,7 +191,7 @@ def test_what_is_wrong_with_a_request_is_said_with_its_status(
 @pytest.mark.parametrize("length", ["", "x", "-1", "9999999", "1" * 50, "3"])
 def test_a_wrong_header_length_is_refused(client: Client, length: str) -> None:
     body, headers = tensor_request(pictures(np.arange(1)))
-    reply = client.ask("POST", f"{PATH}/infer", body, headers | {BINARY_HEADER: length})
+    reply = client.request("POST", f"{PATH}/infer", body, headers | {BINARY_HEADER: length})
     assert reply.status == 400
 
 
@@ -207,7 +207,7 @@ def test_pictures_are_decoded_and_resized(client: Client, path: str, kind: str, 
     small = (pictures(np.array([2]))[0, 0] * 255).astype(np.uint8)
     picture = np.kron(small, np.ones((size // 4, size // 4), dtype=np.uint8))
     body = encoded(picture, kind)
-    reply = client.ask("POST", PATH + path, body, {"Content-Type": f"image/{kind}"})
+    reply = client.request("POST", PATH + path, body, {"Content-Type": f"image/{kind}"})
     assert reply.status == 200
     answer = reply.json()
     found = answer["class_id"] if path == "/classify" else reply.output("class_id")[0]
@@ -231,7 +231,7 @@ def test_what_is_no_picture_is_refused(
     model: Model, content: bytes, media_type: str, status: int
 ) -> None:
     with serving(model, Settings(grace=0.0)) as url, Client(url) as client:
-        reply = client.ask("POST", f"{PATH}/classify", content, {"Content-Type": media_type})
+        reply = client.request("POST", f"{PATH}/classify", content, {"Content-Type": media_type})
         assert reply.status == status
 
 
@@ -251,7 +251,7 @@ def test_no_mutation_of_a_body_is_answered_with_5xx(client: Client) -> None:
         for _ in range(rng.randint(1, 6)):
             at = rng.randrange(len(mutant))
             mutant[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
-        statuses.add(client.ask("POST", f"{PATH}/infer", bytes(mutant), headers).status)
+        statuses.add(client.request("POST", f"{PATH}/infer", bytes(mutant), headers).status)
     assert statuses <= {200, 400, 413, 415}
 
 
@@ -278,9 +278,11 @@ def test_request_i_gets_answer_i_under_mixed_concurrency(model: Model) -> None:
 
 def test_a_research_server_shows_every_member(shown: Client) -> None:
     picture = encoded((pictures(np.array([2]))[0, 0] * 255).astype(np.uint8), "png")
-    reply = shown.ask("POST", "/research/members", picture, {"Content-Type": "image/png"})
+    reply = shown.request("POST", "/research/members", picture, {"Content-Type": "image/png"})
     assert [row["class_id"] for row in reply.json()["members"]] == [2, 3, 4]
-    answer = shown.ask("POST", f"{PATH}/classify", picture, {"Content-Type": "image/png"}).json()
+    answer = shown.request(
+        "POST", f"{PATH}/classify", picture, {"Content-Type": "image/png"}
+    ).json()
     assert answer["class_id"] == 2 + answer["member"]
 
 
@@ -347,10 +349,10 @@ def test_modes_that_draw_nothing_answer_alike(
 
 
 def test_the_page_asks_nobody_else(client: Client) -> None:
-    reply = client.ask("GET", "/")
+    reply = client.request("GET", "/")
     policy = dict(reply.headers)["content-security-policy"]
     assert policy.startswith("default-src 'none'")
-    pages = b"".join(client.ask("GET", path).body for path in ("/", "/page.css", "/page.js"))
+    pages = b"".join(client.request("GET", path).body for path in ("/", "/page.css", "/page.js"))
     assert b"://" not in pages.replace(b"http://www.w3.org/2000/svg", b"")
 
 

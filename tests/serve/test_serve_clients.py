@@ -43,7 +43,7 @@ def question(**changes: Any) -> dict[str, Any]:
 
 def post(client: Client, value: object, headers: dict[str, str] | None = None) -> tuple[int, Any]:
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    reply = client.ask("POST", f"{PATH}/infer", body, headers)
+    reply = client.request("POST", f"{PATH}/infer", body, headers)
     return reply.status, reply.json()
 
 
@@ -141,7 +141,7 @@ def test_compressed_bodies_are_refused_by_name(
 ) -> None:
     media = "image/png" if path == "classify" else "application/json"
     headers = {"Content-Encoding": coding, "Content-Type": media}
-    reply = client.ask("POST", f"{PATH}/{path}", body[:4000], headers)
+    reply = client.request("POST", f"{PATH}/{path}", body[:4000], headers)
     assert reply.status == 415
     assert f"not compressed (Content-Encoding: {coding})" in reply.json()["error"]
     assert dict(reply.headers)["accept-encoding"] == "identity"
@@ -182,7 +182,7 @@ def test_json_may_come_in_any_unicode_encoding(client: Client, encoding: str) ->
     [("/v2", 200), ("/v2/health/ready", 200), (PATH, 200), (f"{PATH}/infer", 405), ("/v2/x", 404)],
 )
 def test_head_is_get_without_a_body(client: Client, path: str, status: int) -> None:
-    reply = client.ask("HEAD", path)
+    reply = client.request("HEAD", path)
     assert (reply.status, reply.body) == (status, b"")
 
 
@@ -190,11 +190,11 @@ def test_head_is_get_without_a_body(client: Client, path: str, status: int) -> N
 def test_a_slash_at_the_end_leads_to_the_route_without(client: Client, path: str) -> None:
     method = "POST" if "infer" in path else "GET"
     body = json.dumps(question()).encode() if method == "POST" else b""
-    reply = client.ask(method, path, body)
+    reply = client.request(method, path, body)
     assert reply.status == 307
     target = urlsplit(dict(reply.headers)["location"]).path
     assert target == path.rstrip("/")
-    assert client.ask(method, target, body).status == 200
+    assert client.request(method, target, body).status == 200
 
 
 def test_bodies_may_come_in_chunks_or_after_a_word_from_the_server(url: str) -> None:

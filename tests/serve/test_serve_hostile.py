@@ -85,7 +85,7 @@ def test_no_disguise_of_an_image_is_another_try(model: Model) -> None:
             levels[3, 3] = 100 + k  # ten images for a key to choose by
             levels[3, 0] = 0
             replies = [
-                client.ask("POST", f"{PATH}/infer", *request) for request in disguises(levels)
+                client.request("POST", f"{PATH}/infer", *request) for request in disguises(levels)
             ]
             assert [reply.status for reply in replies] == [200] * len(replies)
             found = {reply.output("class_id")[0] for reply in replies}
@@ -152,7 +152,7 @@ def test_pictures_are_decoded_few_at_a_time_and_within_the_deadline(
 
     def upload() -> None:
         with Client(url) as client:
-            statuses.append(client.ask("POST", f"{PATH}/classify", body, headers).status)
+            statuses.append(client.request("POST", f"{PATH}/classify", body, headers).status)
 
     with serving(model, Settings(deadline=0.5, grace=0.0)) as url:
         threads = [threading.Thread(target=upload) for _ in range(12)]
@@ -199,6 +199,6 @@ def test_a_web_page_elsewhere_cannot_lead_a_browser_to_a_research_server(
 ) -> None:
     settings = Settings(research=research, seed=1 if research else None, grace=0.0)
     with serving(model, settings) as url, Client(url) as client:
-        reply = client.ask("GET", "/about.json", headers={"Host": host})
+        reply = client.request("GET", "/about.json", headers={"Host": host})
     assert reply.status == status
     assert dict(reply.headers)["cache-control"] == "no-store"

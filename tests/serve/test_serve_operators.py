@@ -31,16 +31,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 
 def statistics(client: Client, path: str) -> dict[str, Any]:
-    (stats,) = client.ask("GET", path).json()["model_stats"]
+    (stats,) = client.request("GET", path).json()["model_stats"]
     return dict(stats)
 
 
 def test_the_configuration_describes_the_tensors_of_one_image(client: Client) -> None:
-    config = client.ask("GET", f"{PATH}/config").json()
+    config = client.request("GET", f"{PATH}/config").json()
     assert config["max_batch_size"] == 8
     assert config["dynamic_batching"] == {"max_queue_delay_microseconds": 2000}
     assert config["input"] == [{"name": "images", "data_type": "TYPE_FP32", "dims": list(SHAPE)}]
-    told = client.ask("GET", PATH).json()["outputs"]
+    told = client.request("GET", PATH).json()["outputs"]
     for output, described in zip(told, config["output"], strict=True):
         assert output["name"] == described["name"]
         # the batch comes before the dimensions, as they are reshaped
@@ -50,10 +50,10 @@ def test_the_configuration_describes_the_tensors_of_one_image(client: Client) ->
 
 def test_the_index_lists_the_model_and_only_reads_what_it_knows(client: Client) -> None:
     for body in (b"", b"{}", b'{"ready": true}', b'{"ready": false}'):
-        reply = client.ask("POST", "/v2/repository/index", body)
+        reply = client.request("POST", "/v2/repository/index", body)
         assert reply.json() == [{"name": "toy", "version": "1", "state": "READY", "reason": ""}]
     for body in (b"[]", b"{", b'{"ready": 1}', b'{"ready": null}'):
-        assert client.ask("POST", "/v2/repository/index", body).status == 400
+        assert client.request("POST", "/v2/repository/index", body).status == 400
 
 
 def test_statistics_count_requests_and_images_and_nothing_of_members(client: Client) -> None:
@@ -61,7 +61,7 @@ def test_statistics_count_requests_and_images_and_nothing_of_members(client: Cli
     images = pictures(np.arange(5))
     for _ in range(3):
         assert client.infer(images).status == 200
-    assert client.ask("POST", f"{PATH}/infer", b"{}").status == 400
+    assert client.request("POST", f"{PATH}/infer", b"{}").status == 400
     after = statistics(client, f"{PATH}/stats")
     assert after["inference_count"] - before["inference_count"] == 15
     assert after["execution_count"] - before["execution_count"] == 3
@@ -77,7 +77,7 @@ def test_statistics_count_requests_and_images_and_nothing_of_members(client: Cli
 
 @pytest.mark.parametrize("path", ["/v2/models/other/stats", "/v2/models/other/config"])
 def test_another_name_is_not_found(client: Client, path: str) -> None:
-    assert client.ask("GET", path).status == 404
+    assert client.request("GET", path).status == 404
 
 
 def wait_for(log: Path, event: str) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_images_that_wait_are_answered_together(model: Model) -> None:
         finish(at_once(url, 4, size=2)[1])  # a full batch does not wait
         assert time.perf_counter() - started < 1.9
         with Client(url) as client:
-            text = client.ask("GET", "/metrics").body.decode()
+            text = client.request("GET", "/metrics").body.decode()
             assert 'redefense_batch_images_bucket{le="4.0"} 0.0' in text
             assert "redefense_images_total 8.0" in text
             lone = client.infer(pictures(np.arange(1)))
@@ -298,7 +298,7 @@ def test_sigterm_answers_all_that_was_accepted(
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     with Client(url) as client:
-        reply = client.ask("GET", "/v2/health/ready")
+        reply = client.request("GET", "/v2/health/ready")
         ready.append((reply.status, dict(reply.headers)["connection"]))
     assert process.wait(15) == 0
     stop.set()

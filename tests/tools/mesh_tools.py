@@ -148,7 +148,7 @@ def runs(folder: Path) -> None:
         try:
             found = train(run, folder / name, mesh=mesh, quiet=True, resume=resume)
         except RedefenseError as error:
-            said[name] = [type(error).__name__, str(error), error.told]
+            said[name] = [type(error).__name__, str(error), error.reported]
             return
         x = torch.rand(4, 1, 8, 8, generator=stream(6))
         with torch.no_grad():  # a copy writes its kernels anew
@@ -193,7 +193,7 @@ def sharded(said: dict[str, list[object]]) -> None:
         with spread_over(arranged("2x1", torch.device("cpu")), members):
             pass
     except RedefenseError as error:
-        said["sharded"] = [type(error).__name__, str(error), error.told]
+        said["sharded"] = [type(error).__name__, str(error), error.reported]
 
 
 def evaluation(store: Path, suite: str) -> None:

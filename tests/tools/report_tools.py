@@ -70,7 +70,7 @@ def build_run(
     beside = {"single": ease[0] < single, "averaged": ease[0] < averaged}
     if alone:
         beside["members"] = np.stack([ease[0] < share for share in alone])
-    np.savez(folder / suite / "beside.npz", allow_pickle=False, **beside)
+    np.savez(folder / suite / "baselines.npz", allow_pickle=False, **beside)
     aware = any(cell["aware"] and cell["bounded"] for cell in cells)
     headline = {
         "unaware": 0.5, "aware": 0.3, "aware_interval": [0.25, 0.35], "best_single_member": single,

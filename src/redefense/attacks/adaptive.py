@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from redefense.attacks.apgd import APGDT, AutoAscent, face_starts
 from redefense.attacks.base import Attack, Best, Oracle, OracleResult, dual, input_gradient
-from redefense.attacks.early_stop import where_moved
+from redefense.attacks.early_stop import reuse_unmoved
 from redefense.attacks.gradient import check_shrink, check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
 from redefense.ensembles import Ensemble, as_ensemble
@@ -89,7 +89,7 @@ def mean_oracle(support: Support, y: Labels) -> Oracle:
 
 def climb_members(
     support: Support,
-    look_of: Callable[[Labels], Oracle],
+    oracle_of: Callable[[Labels], Oracle],
     x: Images,
     y: Labels,
     threat: Threat,
@@ -112,7 +112,7 @@ def climb_members(
             break
         part = best.select(rows)
         climb(
-            where_moved(look_of, y[rows]), points[rows], x[rows], threat,
+            reuse_unmoved(oracle_of, y[rows]), points[rows], x[rows], threat,
             steps=steps, step_size=step_size * threat.eps, shrink=shrink, best=part,
         )  # fmt: skip
         best.update(rows, part)
@@ -239,9 +239,9 @@ class Hinge(Attack):
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
         support = Support(victim)
-        look_of = partial(hinge_oracle, support, norm=threat.norm, kappa=self.kappa)
+        oracle_of = partial(hinge_oracle, support, norm=threat.norm, kappa=self.kappa)
         return climb_members(
-            support, look_of, x, y, threat, rng,
+            support, oracle_of, x, y, threat, rng,
             steps=self.steps, step_size=self.step_size, shrink=self.shrink,
             restarts=self.restarts,
         )  # fmt: skip

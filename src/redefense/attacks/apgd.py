@@ -17,7 +17,7 @@ from redefense.attacks.base import (
     Oracle,
     Presets,
 )
-from redefense.attacks.early_stop import until_settled
+from redefense.attacks.early_stop import early_stopping
 from redefense.attacks.gradient import check_steps, gradient_oracle
 from redefense.attacks.objectives import objective_named, targeted_dlr, targeted_margin
 from redefense.errors import ConfigError
@@ -241,14 +241,14 @@ class AutoAscent(Attack):
                 rows = (best.correct > 0).nonzero().flatten()
                 if len(rows) == 0:
                     return
-                part, look = best.select(rows), oracle(rows)
+                part, own_oracle = best.select(rows), oracle(rows)
                 if early_stop:
-                    look = until_settled(
+                    own_oracle = early_stopping(
                         lambda part, of=oracle, rows=rows: of(rows[part]),  # type: ignore[misc]  # defaults of a lambda have no types
                         len(rows), steps=self.steps,
                     )  # fmt: skip
                 auto_climb(
-                    look, points[rows], x[rows], threat,
+                    own_oracle, points[rows], x[rows], threat,
                     steps=self.steps, rho=self.rho, keeper=part,
                 )  # fmt: skip
                 best.update(rows, part)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from redefense.attacks.objectives import LEAST_CLASSES, margin
 from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
-from redefense.ensembles.precision import asked, rounded
+from redefense.ensembles.precision import cast_input, rounded
 from redefense.errors import ConfigError, InputError, RedefenseError
 from redefense.networks import check_values, differentiating
 from redefense.rng import system_stream
@@ -176,7 +176,7 @@ class Attack(ABC):
             at = x.float() if x.dtype.itemsize < 4 else x
             if starts is not None:
                 starts = self._check_starts(starts, at, threat)
-            target = asked(victim, x)
+            target = cast_input(victim, x)
             try:
                 if starts is None:
                     found = self.perturb(target, at, y, threat, rng=rng)

@@ -78,10 +78,10 @@ def batch_transforms(rng: torch.Generator, rate: float, prob: float) -> Transfor
         tall, full = x.shape[2:]
         width = max(integer(int(full * rate), full), 1)
         height = max(round(width * tall / full), 1)
-        below, beside = tall - height, full - width
-        top, left = integer(0, max(below, 1)), integer(0, max(beside, 1))
+        spare_rows, spare_columns = tall - height, full - width
+        top, left = integer(0, max(spare_rows, 1)), integer(0, max(spare_columns, 1))
         small = F.interpolate(x, size=[height, width], mode="bilinear", align_corners=False)
-        padded = F.pad(small, [left, beside - left, top, below - top])
+        padded = F.pad(small, [left, spare_columns - left, top, spare_rows - top])
         # the number is drawn in any case, which keeps the sequence of draws fixed
         chosen = float(torch.rand(1, generator=rng, device=rng.device)) < prob
         return padded if chosen else x

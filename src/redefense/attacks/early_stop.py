@@ -31,7 +31,7 @@ BOUNDARY_FACTOR: Final = 1.25
 1.25 eps: later steps reduce the distance by a few percent."""
 
 
-def hopeless(
+def out_of_reach(
     value: Float[Tensor, " B"],
     before: Float[Tensor, " B"],
     goal: Float[Tensor, " B"] | float,
@@ -48,7 +48,7 @@ def hopeless(
     return goal - value > FACTOR * remaining * (value - before)
 
 
-def where_moved(oracle_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
+def reuse_unmoved(oracle_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
     """Oracle that queries only the images whose point moved since the last query.
 
     Valid for deterministic oracles, such as those of all members: equal points give equal results.
@@ -75,7 +75,7 @@ def where_moved(oracle_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
     return oracle
 
 
-def until_settled(
+def early_stopping(
     oracle_of: Callable[[Tensor], Oracle],
     count: int,
     *,
@@ -111,7 +111,7 @@ def until_settled(
         if queries == first:
             early = top
         if queries == last > first:
-            left = left & ~hopeless(top, early, goal)
+            left = left & ~out_of_reach(top, early, goal)
         queries += 1
         return known[0]
 

@@ -38,7 +38,7 @@ def in_blocks(x: Images, y: Labels, run: Callable[[Images, Labels], Images]) -> 
 
 
 def gaps_and_slopes(
-    victim: Victim, x: Images, y: Labels, rivals: Int[Tensor, "B R"] | int
+    victim: Victim, x: Images, y: Labels, targets: Int[Tensor, "B R"] | int
 ) -> tuple[Logits, Int[Tensor, "B R"], Float[Tensor, "B R"], Float[Tensor, "B R ch H W"]]:
     """Logit gaps of wrong classes to the true class, and their gradients.
 
@@ -46,21 +46,21 @@ def gaps_and_slopes(
         victim: images to logits.
         x: points.
         y: labels.
-        rivals: wrong classes per image, or the number of highest wrong classes.
+        targets: wrong classes per image, or the number of highest wrong classes.
 
     Returns:
-        Logits; rivals; gaps z_r - z_y; the gradients of the gaps, finite.
+        Logits; targets; gaps z_t - z_y; the gradients of the gaps, finite.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = cast(Tensor, victim(x))
-        if isinstance(rivals, int):
+        if isinstance(targets, int):
             wrong = logits.detach().scatter(1, y[:, None], -math.inf)
-            rivals = wrong.topk(min(rivals, logits.shape[1] - 1), dim=1).indices
-        gaps = logits.gather(1, rivals) - logits.gather(1, y[:, None])
+            targets = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
+        gaps = logits.gather(1, targets) - logits.gather(1, y[:, None])
         totals = gaps.sum(0).unbind()
     slopes = [input_gradient(total, x, keep_graph=True) for total in totals]
-    return logits.detach(), rivals, gaps.detach(), torch.stack(slopes, dim=1)
+    return logits.detach(), targets, gaps.detach(), torch.stack(slopes, dim=1)
 
 
 def to_nearest(
@@ -89,7 +89,7 @@ def free_slopes(slopes: Float[Tensor, "B R ch H W"], x: Images) -> Tensor:
 
 
 def deepfool(
-    victim: Victim, x: Images, y: Labels, *, steps: int, overshoot: float, rivals: int
+    victim: Victim, x: Images, y: Labels, *, steps: int, overshoot: float, num_targets: int
 ) -> Images:
     """Repeated steps to the nearest linearised boundary, within the box.
 
@@ -109,7 +109,7 @@ def deepfool(
         active, point = active[still], point[still]
         if step == steps or not len(active):
             break
-        _, _, gaps, slopes = gaps_and_slopes(victim, point, y[active], rivals)
+        _, _, gaps, slopes = gaps_and_slopes(victim, point, y[active], num_targets)
         move, _ = to_nearest(gaps, free_slopes(slopes, point), _NUDGE)
         point = (point + (1 + overshoot) * move).clamp(0.0, 1.0)
     return best
@@ -163,16 +163,16 @@ class DeepFool(Attack):
     Misclassified images are returned unchanged.
 
     Attributes:
-        steps: maximum number of linearisations; each costs one forward and `rivals` backward
+        steps: maximum number of linearisations; each costs one forward and `num_targets` backward
             passes, and one more forward pass to check the result.
         overshoot: distance of each step beyond the boundary, as a fraction of the step.
-        rivals: number of highest wrong classes that are linearised, as in the paper.
+        num_targets: number of highest wrong classes that are linearised, as in the paper.
         preset: published settings: all classes, the last step not checked.
     """
 
     steps: int = 50
     overshoot: float = 0.02
-    rivals: int = 9
+    num_targets: int = 9
     preset: str | None = None
 
     bounded: ClassVar[bool] = False
@@ -185,9 +185,9 @@ class DeepFool(Attack):
     }
 
     def check(self) -> None:
-        if self.steps < 1 or self.rivals < 1:
+        if self.steps < 1 or self.num_targets < 1:
             raise ConfigError(
-                f"steps and rivals must be at least 1, got {self.steps} and {self.rivals}"
+                f"steps and num_targets must be at least 1, got {self.steps} and {self.num_targets}"
             )
         if not 0 <= self.overshoot < math.inf:
             raise ConfigError(f"overshoot must be finite and not negative, got {self.overshoot}")
@@ -195,11 +195,11 @@ class DeepFool(Attack):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        steps, overshoot, rivals = self.steps, self.overshoot, self.rivals
+        steps, overshoot, num_targets = self.steps, self.overshoot, self.num_targets
 
         def run(x: Images, y: Labels) -> Images:
             if self.preset is not None:
                 return deepfool_published(victim, x, y, steps=steps, overshoot=overshoot)[0]
-            return deepfool(victim, x, y, steps=steps, overshoot=overshoot, rivals=rivals)
+            return deepfool(victim, x, y, steps=steps, overshoot=overshoot, num_targets=num_targets)
 
         return in_blocks(x, y, run)

@@ -179,7 +179,7 @@ def evolve(
     recheck: Callable[[Tensor, Tensor], Bool[Tensor, " A"]] | None,
     *,
     generations: int,
-    look_first: bool,
+    check_first: bool,
 ) -> Float[Tensor, "B V"]:
     """Differential evolution of all images in lock-step.
 
@@ -189,7 +189,7 @@ def evolve(
         recheck: queries again whether the best genes (A, V) of the images `rows` succeed; None uses
             the result of their scoring.
         generations: maximum number; an image stops after one in which its best candidate succeeds.
-        look_first: an image may also stop before the first generation.
+        check_first: an image may also stop before the first generation.
 
     Returns:
         The best genes of each image.
@@ -215,7 +215,7 @@ def evolve(
             for values in (mine, level, wins):
                 values[:, 0] = values[each, lead]
             population[rows], energy[rows], fooled[rows] = mine, level, wins
-        if generation > 0 or look_first:
+        if generation > 0 or check_first:
             stop = fooled[rows, 0] if recheck is None else recheck(population[rows, 0], rows)
             rows = rows[~stop]
         if not len(rows):
@@ -281,7 +281,7 @@ class OnePixel(Attack):
             score,
             fools if rechecks(self.recheck, self.preset) else None,
             generations=self.steps,
-            look_first=not published,
+            check_first=not published,
         )
         return paint_genes(x, genes[:, None])
 

@@ -100,7 +100,9 @@ def sparsefool(
         if step == steps or not len(rows):
             break
         own = y[rows]
-        fooling = deepfool(victim, point, own, steps=inner_steps, overshoot=overshoot, rivals=9)
+        fooling = deepfool(
+            victim, point, own, steps=inner_steps, overshoot=overshoot, num_targets=9
+        )
         runner_up = logits.scatter(1, own[:, None], -math.inf).argmax(1)
         away = fooling - point
         normal = boundary_normal(victim, fooling, own, runner_up)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from redefense.attacks.apgd import filtered
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Presets
-from redefense.attacks.early_stop import GRADIENT_SHARE, SEARCH_CHECK, hopeless
+from redefense.attacks.early_stop import GRADIENT_SHARE, SEARCH_CHECK, out_of_reach
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
@@ -304,16 +304,16 @@ class Square(Attack):
         self, query: int, value: Float[Tensor, " B"], seen: dict[int, Float[Tensor, " B"]]
     ) -> Bool[Tensor, " B"]:
         """The images far from being fooled, at some queries; `seen` keeps earlier values."""
-        nobody = torch.zeros_like(value, dtype=torch.bool)
+        none = torch.zeros_like(value, dtype=torch.bool)
         tenth = int(SEARCH_CHECK * self.queries)
         period = max(int(SEARCH_CHECK * tenth), 1)
         if tenth < 10 or query == 0 or query % period:
-            return nobody
+            return none
         seen[query] = value.clone()
         if query % tenth:
-            return nobody
+            return none
         before = seen[period * (query // (10 * period))]
-        return hopeless(value, before, 0.0, remaining=math.log10(self.queries / query))
+        return out_of_reach(value, before, 0.0, remaining=math.log10(self.queries / query))
 
     def _side(self, query: int, x: Images, *, odd: bool) -> int:
         """Side of the patches at this query."""

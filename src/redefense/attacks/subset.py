@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from redefense.attacks.adaptive import Support
 from redefense.attacks.apgd import AutoAscent, auto_climb, face_starts
 from redefense.attacks.base import Best, Oracle, OracleResult, input_gradient
-from redefense.attacks.early_stop import until_settled
+from redefense.attacks.early_stop import early_stopping
 from redefense.attacks.objectives import margin, targeted_margin
 from redefense.errors import ConfigError
 from redefense.threat import TINY, Threat
@@ -160,10 +160,10 @@ class Subset(AutoAscent):
             search.judge(everyone, given)
         while True:
             points = start()  # for all images, so that streams do not depend on which remain
-            rows, goal, onward = search.next_goals()
+            rows, goal, advances = search.next_goals()
             if len(rows) == 0:
                 break
-            points = torch.where(onward.view(-1, 1, 1, 1), search.best.x[rows], points[rows])
+            points = torch.where(advances.view(-1, 1, 1, 1), search.best.x[rows], points[rows])
             search.judge(rows, self._climb(search, rows, goal, points, threat))
         search.support.offer_clean(search.best, x, y)
         return search.best.x
@@ -173,7 +173,7 @@ class Subset(AutoAscent):
     ) -> Images:
         """The best point for each image's goal; images that are done are not attacked further."""
 
-        def look_of(part: Int[Tensor, " K"]) -> Oracle:
+        def oracle_of(part: Int[Tensor, " K"]) -> Oracle:
             return subset_oracle(
                 search.support, search.y[rows[part]], goal.select(part), self.temperature
             )
@@ -181,8 +181,8 @@ class Subset(AutoAscent):
         found = Best.start(points)
         # offset of the smooth minimum of equal values below them
         least = -self.temperature * goal.subset.sum(1).to(points.dtype).log()
-        oracle = until_settled(
-            look_of, len(rows), steps=self.steps if self.early_stop else None, goal=least
+        oracle = early_stopping(
+            oracle_of, len(rows), steps=self.steps if self.early_stop else None, goal=least
         )
         auto_climb(
             oracle, points, search.x[rows], threat, steps=self.steps, rho=self.rho, keeper=found
@@ -258,8 +258,8 @@ class Search:
         near = self._margins(logits, rows).gather(1, self.members[rows])
         low = over_subsets(near, torch.minimum, math.inf)
         self.height[rows] = self.height[rows].maximum(low)
-        news = (part.correct < before) | (self.erred[rows] != erred).any(1)
-        self._list(rows[news])
+        changed = (part.correct < before) | (self.erred[rows] != erred).any(1)
+        self._list(rows[changed])
 
     def _list(self, rows: Int[Tensor, " K"]) -> None:
         """List the minimal subsets more probable than those the best point fools, nearest first."""
@@ -292,9 +292,9 @@ class Search:
         subset.scatter_(1, self.members[rows], self.masks[code])
         subset[single] = one_hot(member[single], subset.shape[1]).bool()
         aim = aim // self.attack.restarts
-        onward = ~single & (aim == 0)
+        advances = ~single & (aim == 0)
         target = self._targets_of(rows, subset, (aim - (~single).long()).clamp_min(0))
-        return rows, Goal(subset, target, self.scale[rows]), onward
+        return rows, Goal(subset, target, self.scale[rows]), advances
 
     def _targets_of(
         self, rows: Int[Tensor, " K"], subset: Bool[Tensor, "K M"], aim: Int[Tensor, " K"]

@@ -118,8 +118,8 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
     if aware is not None and unaware is not None and aware > unaware + _AGREE:
         why = "The aware figure is above the unaware one, although aware attackers know more."
         yield _about(evaluation, "headlines-swapped", why, aware=aware, unaware=unaware)
-    ignorant = [value for cell, value in bounded if not cell.aware]
-    if unaware is not None and ignorant and abs(unaware - min(ignorant)) > _AGREE:
+    unaware_values = [value for cell, value in bounded if not cell.aware]
+    if unaware is not None and unaware_values and abs(unaware - min(unaware_values)) > _AGREE:
         free = [value for cell, value in expected if not cell.bounded]
         if any(abs(unaware - value) <= _AGREE for value in free):
             why = "The unaware headline is the figure of an unbounded attack."
@@ -127,7 +127,7 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
         else:
             why = "The unaware headline is not the lowest of the bounded unaware attacks."
             yield _about(
-                evaluation, "headline-mismatch", why, unaware=unaware, lowest=min(ignorant)
+                evaluation, "headline-mismatch", why, unaware=unaware, lowest=min(unaware_values)
             )
 
 

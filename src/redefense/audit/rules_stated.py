@@ -9,15 +9,17 @@ from redefense.results.intervals import wilson
 
 
 def eps_unstated(group: Group) -> Iterator[Finding]:
-    silent = [c for c in group.attacks if c.bounded and c.eps is None]
-    if silent:
-        yield finding_about(group, silent, "The budget eps of these attacks is not stated.", "note")
+    unstated = [c for c in group.attacks if c.bounded and c.eps is None]
+    if unstated:
+        yield finding_about(
+            group, unstated, "The budget eps of these attacks is not stated.", "note"
+        )
 
 
 def norm_unstated(group: Group) -> Iterator[Finding]:
-    silent = [c for c in group.attacks if c.bounded and c.eps is not None and c.norm is None]
-    if silent:
-        yield finding_about(group, silent, "The norm of eps is not stated.", "note")
+    unstated = [c for c in group.attacks if c.bounded and c.eps is not None and c.norm is None]
+    if unstated:
+        yield finding_about(group, unstated, "The norm of eps is not stated.", "note")
 
 
 def other_norm(group: Group) -> Iterator[Finding]:
@@ -76,10 +78,10 @@ def draw_unstated(group: Group) -> Iterator[Finding]:
 
 
 def images_unstated(group: Group) -> Iterator[Finding]:
-    silent = [c for c in group.claims if c.num_images is None]
-    if silent:
+    unstated = [c for c in group.claims if c.num_images is None]
+    if unstated:
         why = "The number of images is not stated, so no figure has an interval."
-        yield finding_about(group, silent[:1], why, "note")
+        yield finding_about(group, unstated[:1], why, "note")
 
 
 def too_few_images(group: Group) -> Iterator[Finding]:

@@ -72,12 +72,12 @@ def joint_counted(ensemble: Ensemble, batch: Batch, steps: int = 1) -> OpCounter
 
     The ensemble must be on the CPU; it is not changed.
     """
-    theirs, ledger = torch_layers(copy.deepcopy(ensemble)), OpCounter(dry=True)
+    theirs, counter = torch_layers(copy.deepcopy(ensemble)), OpCounter(dry=True)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0)
     red = RED(adversary=Adversary(steps=steps))
-    with gradients_stay(theirs, ledger), ledger:
+    with gradients_stay(theirs, counter), counter:
         joint_step(theirs, red, batch.x, batch.y, optimizer, stream(0, "joint"))
-    return ledger
+    return counter
 
 
 def free_memory(device: torch.device) -> int | None:

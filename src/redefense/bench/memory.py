@@ -114,21 +114,21 @@ def run(
 
 
 def _engine(ensemble: Ensemble, red: RED, batch: Batch, precision: Precision) -> dict[str, Any]:
-    ledger, device, before = OpCounter(), batch.x.device, [0]
-    ledger.recording = False
+    counter, device, before = OpCounter(), batch.x.device, [0]
+    counter.recording = False
 
     def second_step() -> None:
-        if not ledger.recording and device.type == "cuda":
+        if not counter.recording and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before[0] = torch.cuda.memory_allocated(device)
-        ledger.recording = True
+        counter.recording = True
 
     stages = red.stages(ensemble.num_members, 1)
-    with gradients_stay(ensemble, ledger), ledger, watched(ledger):
+    with gradients_stay(ensemble, counter), counter, watched(counter):
         take_steps(
             ensemble, stages, batch, optim=OPTIM, precision=precision, steps=2, on_step=second_step
         )
-    found: dict[str, Any] = {"engine": ledger.peak, "phase": ledger.worst}
+    found: dict[str, Any] = {"engine": counter.peak, "phase": counter.worst}
     if device.type == "cuda":
         found["allocator"] = torch.cuda.max_memory_allocated(device) - before[0]
     return found

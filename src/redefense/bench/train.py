@@ -139,7 +139,7 @@ def _case(
     too_large = _too_large(ensemble, batch, here)
     at = known(here)
     counted = {name: _counted(ensemble, batch, way, adversary) for name, way in ENGINE.items()}
-    operations = {name: ledger.entries.total() for name, ledger in counted.items()}
+    operations = {name: counter.entries.total() for name, counter in counted.items()}
     operations["joint"] = joint_counted(ensemble, batch, steps).entries.total()
     ensemble.to(here)
     batch = Batch(batch.x.to(here), batch.y.to(here), batch.index)

@@ -81,9 +81,9 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
     for m in range(ensemble.num_members):
         with kept_as_it_was(module):
             with evaluating(module):
-                evaluated, *again = (ask(ensemble, m, points) for _ in range(1 + REPEATS))
+                evaluated, *again = (query_member(ensemble, m, points) for _ in range(1 + REPEATS))
             try:
-                given = ask(ensemble, m, points)
+                given = query_member(ensemble, m, points)
             except InputError as error:
                 raise _other_mode(module, m, str(error)) from None
         if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
@@ -115,7 +115,7 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
     return last if all(alike) else first
 
 
-def ask(ensemble: Ensemble, m: int, x: Images) -> Logits:
+def query_member(ensemble: Ensemble, m: int, x: Images) -> Logits:
     """(B, C) logits of member m, without a graph."""
     with torch.no_grad():
         return ensemble.logits_of(m, x)
@@ -152,14 +152,16 @@ def differences(first: Tensor, other: Tensor) -> Tensor:
 
 def classes_of(ensemble: Ensemble, m: int, x: Images) -> int:
     """The number of classes of member m."""
-    return ask(ensemble, m, x).shape[1]
+    return query_member(ensemble, m, x).shape[1]
 
 
 def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
     """Refuse member m if its outputs are random or depend on the batch."""
-    answers = ask(ensemble, m, points)
+    answers = query_member(ensemble, m, points)
     for _ in range(REPEATS):
-        if bool((differences(answers, again := ask(ensemble, m, points)) > ROUNDING).any()):
+        if bool(
+            (differences(answers, again := query_member(ensemble, m, points)) > ROUNDING).any()
+        ):
             raise InputError(
                 f"member {m} returns different outputs for one image ({said(answers, again)}): "
                 "draws inside a forward pass cannot be enumerated; pass the networks it draws from "
@@ -177,7 +179,7 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
 
 
 def _in_batches(ensemble: Ensemble, m: int, x: Images, size: int) -> Logits:
-    return torch.cat([ask(ensemble, m, part) for part in x.split(size)])
+    return torch.cat([query_member(ensemble, m, part) for part in x.split(size)])
 
 
 def said(first: Tensor, other: Tensor) -> str:
@@ -222,7 +224,7 @@ def _is_first(x: Tensor) -> bool:
 def _answers(ensemble: Ensemble, x: Images) -> list[Tensor] | None:
     """Every member's logits, or None if one fails on images in this memory format."""
     try:
-        answers = [ask(ensemble, m, x) for m in range(ensemble.num_members)]
+        answers = [query_member(ensemble, m, x) for m in range(ensemble.num_members)]
         # other kinds of output are refused by `check_outputs`
         fit = (isinstance(z, Tensor) and z.ndim == 2 and len(z) == len(x) for z in answers)
         return answers if all(fit) else None

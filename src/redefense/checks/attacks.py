@@ -92,8 +92,8 @@ def _gain(sample: Sample, less: Attack, more: Attack, name: str, allowed: float)
     drop = float((short - torch.minimum(short, long)).mean())
     # one image of the sample may be fooled by chance
     passed = drop <= max(allowed, 1 / len(sample.x))
-    told = f"accuracy is {100 * drop:.1f} points lower under {more!r} than under {less!r}"
-    return Check(name, passed, told)
+    message = f"accuracy is {100 * drop:.1f} points lower under {more!r} than under {less!r}"
+    return Check(name, passed, message)
 
 
 def more_steps(sample: Sample) -> Check:

@@ -244,13 +244,15 @@ def _bounds(
         return Check("B1", None, why if aware is not None else "no headline")
     low = float(mixture @ np.array(alone))
     high = 1 - float((mixture * (1 - np.array(alone))).max())
-    told = f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %"
+    message = (
+        f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %"
+    )
     own = float(worst_case([q["clean"], *(q[name] for name in _of_headline(cells))]).mean())
     slack = max(1 / len(q["clean"]), SEARCH_LUCK)
     if own > high + slack:
-        told += f"; the suite's own cells give {100 * own:.1f} %: an attack on one member "
-        told += "is stronger than those on all"
-    return Check("B1", low - 1e-9 <= aware <= high + 1e-9 and own <= high + slack, told)
+        message += f"; the suite's own cells give {100 * own:.1f} %: an attack on one member "
+        message += "is stronger than those on all"
+    return Check("B1", low - 1e-9 <= aware <= high + 1e-9 and own <= high + slack, message)
 
 
 def _mean(q: Mapping[str, NDArray[np.float64]], name: str) -> float:

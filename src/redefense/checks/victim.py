@@ -45,27 +45,27 @@ def _isolation(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     """S06: the drawn members do not depend on the attack's seed or the global generator."""
     logs = []
     for seed in (0, 1):
-        meter = Asked(ensemble)
+        meter = QueryLog(ensemble)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             victim = meter.sampled(rng=stream(0, "S06 draws"))
             PGD(steps=6)(victim, x, y, Threat(eps=0.1), rng=stream(seed, "S06"))
-        logs.append(meter.asked)
+        logs.append(meter.queried)
     same = logs[0] == logs[1]
     return Check("S06", same, f"{len(logs[0])} draws, " + ("equal" if same else "different") +
                  " for two seeds of the attack")  # fmt: skip
 
 
-class Asked(Ensemble):
+class QueryLog(Ensemble):
     """An ensemble that records which member was queried."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
         self.ensemble = ensemble
-        self.asked: list[int] = []
+        self.queried: list[int] = []
 
     def logits_of(self, m: int, x: Tensor) -> Tensor:
-        self.asked.append(m)
+        self.queried.append(m)
         return self.ensemble.logits_of(m, x)
 
     def member(self, m: int) -> nn.Module:

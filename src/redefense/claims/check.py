@@ -64,7 +64,7 @@ def check(path: Path) -> list[Finding]:
     found = [*_identity(it, document)]
     for each in it.evaluations:
         try:
-            found += [_finding(_subject(it, each), *told) for told in _sums(each)]
+            found += [_finding(_subject(it, each), *message) for message in _sums(each)]
         except ValueError as error:  # records that cannot be unpacked
             found.append(_finding(_subject(it, each), "records-damaged", f"{error}."))
             continue
@@ -75,9 +75,9 @@ def check(path: Path) -> list[Finding]:
 
 def _audited(it: Claim, found: Evaluated) -> Iterator[Finding]:
     """The audit's findings; errors become notes if another evaluation has the headline."""
-    beside = found.aware is None and it.headline.aware is not None
+    has_aware = found.aware is None and it.headline.aware is not None
     for finding in findings_about(as_evaluation(it, found)):
-        yield replace(finding, severity="note") if beside else finding
+        yield replace(finding, severity="note") if has_aware else finding
 
 
 def _subject(it: Claim, found: Evaluated) -> str:
@@ -168,10 +168,10 @@ def _mean(
     if stated is None or q is None:
         return
     if abs(stated.value - q.mean()) > TOLERANCE:
-        told = (
+        message = (
             f"{what} is stated as {_percent(stated.value)}, its records give {_percent(q.mean())}"
         )
-        yield "records-contradict", f"{told}."
+        yield "records-contradict", f"{message}."
         return
     if not exact:  # the interval covers the draws, too
         return
@@ -194,8 +194,10 @@ def _unaware(found: Evaluated) -> Iterator[tuple[str, str]]:
         return
     lowest = min(float(q.mean()) for q in each)
     if abs(found.unaware.value - lowest) > TOLERANCE:
-        told = f"{_percent(found.unaware.value)}, the lowest of its attacks is {_percent(lowest)}"
-        yield "unaware-records", f"unaware is stated as {told}."
+        message = (
+            f"{_percent(found.unaware.value)}, the lowest of its attacks is {_percent(lowest)}"
+        )
+        yield "unaware-records", f"unaware is stated as {message}."
 
 
 def _differences(found: Evaluated) -> Iterator[tuple[str, str]]:
@@ -234,8 +236,8 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
     demanded: list[tuple[str, str, dict[str, Any], str]] = []
     for plan in found.suites:
         if (suite := _definition(plan)) is None:
-            told = "an earlier version" if plan.version is None else f"version {plan.version}"
-            why = f"Suite {plan.name} was {told}, so its list of attacks cannot be checked."
+            message = "an earlier version" if plan.version is None else f"version {plan.version}"
+            why = f"Suite {plan.name} was {message}, so its list of attacks cannot be checked."
             yield _finding(_subject(it, found), "suite-version", why, severity="note")
             continue
         for spec in suite["cells"]:

@@ -95,7 +95,7 @@ class Attacked(_Data):
 
     Attributes:
         expected: None if the attack did not run on all images.
-        faced: in older claims, whether the attack was also run on the baselines.
+        on_baselines: in older claims, whether the attack was also run on the baselines.
         each: packed per-image correctness, of bounded attacks.
         met: the attacked images, packed in the same way; None for all. The others were fooled
             before.
@@ -108,7 +108,7 @@ class Attacked(_Data):
     bounded: bool
     repr: str
     expected: Figure | None
-    faced: bool = False
+    on_baselines: bool = False
     each: str | None = None
     met: str | None = None
 
@@ -342,7 +342,7 @@ def digest(value: object) -> str:
 
 def suite_version(suite: Mapping[str, Any]) -> str:
     """Version of a suite: 12 hexadecimal digits of the hash of its attacks and their settings."""
-    parts = {key: suite[key] for key in ("cells", "beside", "measures") if key in suite}
+    parts = {key: suite[key] for key in ("cells", "baseline_attacks", "measures") if key in suite}
     return digest(parts)[:12]
 
 

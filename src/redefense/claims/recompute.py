@@ -151,8 +151,10 @@ def differences(one: Claim, other: Claim) -> list[str]:
     for mine in one.evaluations:
         theirs = again.get(_about(mine))
         if theirs is None:
-            told = f"{mine.data['num_images']} {mine.data['split']} images of {mine.data['name']}"
-            found.append(f"{one.name}: the claim has no results on these {told}")
+            message = (
+                f"{mine.data['num_images']} {mine.data['split']} images of {mine.data['name']}"
+            )
+            found.append(f"{one.name}: the claim has no results on these {message}")
             continue
         for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
             a, b = getattr(mine, key), getattr(theirs, key)

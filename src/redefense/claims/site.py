@@ -179,9 +179,9 @@ def scatter(
     for (number, row, _, aware), x in zip(known, xs, strict=True):
         ends = f"M{px(x):.1f} {py(aware.low or 0):.1f}V{py(min(aware.high or 0, top)):.1f}"
         bar = "" if aware.low is None or aware.high is None else f'<path class="bar" d="{ends}"/>'
-        told = escape(f"{row.name}: aware {percent(aware)} %")
+        message = escape(f"{row.name}: aware {percent(aware)} %")
         body.append(
-            f'<g class="point {row.kind}" data-row="{number}"><title>{told}</title>{bar}'
+            f'<g class="point {row.kind}" data-row="{number}"><title>{message}</title>{bar}'
             f'<circle cx="{px(x):.1f}" cy="{py(aware.value):.1f}" r="4"/>'
             f'<text x="{px(x) + 6:.1f}" y="{py(aware.value) - 5:.1f}">{number}</text></g>'
         )

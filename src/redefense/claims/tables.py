@@ -43,7 +43,7 @@ def drawn(found: Evaluated) -> Estimate | None:
 
     In older claims it is the accuracy under the attacks that were also run on the baselines.
     """
-    attacked = [unpacked(c.each) for c in found.cells if c.faced and c.each is not None]
+    attacked = [unpacked(c.each) for c in found.cells if c.on_baselines and c.each is not None]
     if attacked and found.untouched is not None:
         return accuracy_interval(np.min([*attacked, unpacked(found.untouched)], axis=0))
     return _estimate(found.aware)
@@ -128,10 +128,10 @@ def draw_table(claims: Sequence[Claim]) -> str:
     return with_brackets(DRAW_COLUMNS, rows)
 
 
-def _over(gained: Figure | None, drawn: Estimate | None, rival: Estimate | None) -> str:
+def _over(gained: Figure | None, drawn: Estimate | None, baseline: Estimate | None) -> str:
     """The paired gain; the plain difference for claims without paired results."""
-    if gained is None and drawn is not None and rival is not None:
-        gained = Figure(value=drawn.value - rival.value)
+    if gained is None and drawn is not None and baseline is not None:
+        gained = Figure(value=drawn.value - baseline.value)
     return percent(None) if gained is None else points(gained.estimate)
 
 
@@ -169,20 +169,20 @@ def attacks_table(
         if (found := [row[name] for row in bounded.values() if name in row])
     }
     worst = {name: _worst(e, unaware=True) for name, e in shown.items()}
-    knowing = {it.name: _knowing(it, shown[it.name]) for it in claims if it.name in shown}
+    aware = {it.name: _least_with_aware(it, shown[it.name]) for it in claims if it.name in shown}
     rows: dict[str, dict[str, _Shown]] = {
         "clean": {name: _Shown(_estimate(e.clean), e.untouched) for name, e in shown.items()},
         **bounded,
         "least of these": quoted,
         "worst of these for each image": _summed(worst),
-        "with attackers who know": _summed(knowing),
+        "with attackers who know": _summed(aware),
         **_by_attack(met, unbounded=True),
     }
     views = [", ".join(sorted({c.view for c in each.values()})) for each in cells.values()]
     lines = [["views", *views]]
     for head, row in rows.items():
         base = None if against is None else row.get(against)
-        lines.append([head, *(_beside(row.get(name), base) for name in shown)])
+        lines.append([head, *(_with_difference(row.get(name), base) for name in shown)])
     reach = max(s.reach for row in rows.values() for s in row.values())
     note = f"95 % intervals reach at most {100 * reach:.1f} points to a side"
     if against is not None:
@@ -238,20 +238,20 @@ def _worst(found: Evaluated, *, unaware: bool = False) -> NDArray[np.float64] | 
     """Per-image worst case over bounded attacks; None without such attacks or without records."""
     if not unaware and found.lowest is not None:
         return found.per_image()
-    knowing = {c.key for c in found.cells if c.aware and unaware}
+    aware = {c.key for c in found.cells if c.aware and unaware}
     try:
-        return least(found, found.attacks().keys() - knowing)
+        return least(found, found.attacks().keys() - aware)
     except DataError:
         return None
 
 
-def _beside(it: _Shown | None, base: _Shown | None) -> str:
+def _with_difference(it: _Shown | None, base: _Shown | None) -> str:
     if it is None or base is None or it is base or it.each is None or base.each is None:
         return percent(None if it is None else it.estimate)
     return f"{percent(it.estimate)} ({gain(unpacked(it.each), unpacked(base.each))})"
 
 
-def _knowing(it: Claim, found: Evaluated) -> NDArray[np.float64] | None:
+def _least_with_aware(it: Claim, found: Evaluated) -> NDArray[np.float64] | None:
     """Per-image worst case, including aware attacks and evaluations on more images.
 
     None if no aware attack was run on these images. Sets of images are the first ones of one

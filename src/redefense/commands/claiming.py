@@ -69,18 +69,18 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
     from redefense.errors import DataError
 
     unread: dict[str, str] = {}
-    told = {}
+    by_file = {}
     for path in paths:
         try:
-            told[str(path)] = findings_of(path)
+            by_file[str(path)] = findings_of(path)
         except DataError as error:
             unread[str(path)] = str(error)
-    failed = [file for file, findings in told.items() if exit_code(findings)]
+    failed = [file for file, findings in by_file.items() if exit_code(findings)]
     if as_json:
-        listed = {file: [dataclasses.asdict(f) for f in found] for file, found in told.items()}
+        listed = {file: [dataclasses.asdict(f) for f in found] for file, found in by_file.items()}
         shown = {"holds": not failed and not unread, "findings": listed, "unread": unread}
         typer.echo(json.dumps(shown, indent=1))
-    for file, findings in told.items():
+    for file, findings in by_file.items():
         for finding in () if as_json else findings:
             if finding.severity == "error" or not quiet:
                 rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
@@ -157,8 +157,8 @@ def compare(
     """Compare methods over all their seeds, under matched attacks."""
     from redefense.claims.compare import seeds_of, table
 
-    told = table({name: seeds_of(name, claims, images) for name in methods}, against)
-    _tell(told, as_json=as_json, quiet=quiet)
+    rows = table({name: seeds_of(name, claims, images) for name in methods}, against)
+    _print(rows, as_json=as_json, quiet=quiet)
 
 
 def table(
@@ -184,11 +184,11 @@ def table(
     if attacks and draw:
         raise ConfigError("--attacks and --draw print different tables: use one of them")
     kind = "draw" if draw else "attacks" if attacks else "methods"
-    told = chosen([read(path) for path in paths], kind, images, against)
-    _tell(told, as_json=as_json, quiet=quiet)
+    rows = chosen([read(path) for path in paths], kind, images, against)
+    _print(rows, as_json=as_json, quiet=quiet)
 
 
-def _tell(markdown: str, *, as_json: bool, quiet: bool) -> None:
+def _print(markdown: str, *, as_json: bool, quiet: bool) -> None:
     """Print a table, or its rows as JSON; with --quiet and without --json print nothing."""
     if as_json:
         lines = [line.strip("| ") for line in markdown.splitlines() if line.startswith("|")]

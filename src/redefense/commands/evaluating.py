@@ -160,8 +160,8 @@ def audit(
             rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
             typer.echo(f"{finding.severity} {finding.id}: {finding.subject}{rows}: {finding.why}")
         notes = len(findings) - errors
-        told = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
-        say(f"{path}: {told}, {notes} note{'s' * (notes != 1)}", quiet)
+        message = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
+        say(f"{path}: {message}, {notes} note{'s' * (notes != 1)}", quiet)
     raise typer.Exit(exit_code(findings))
 
 

@@ -62,7 +62,7 @@ def train(
     try:
         run = resolve_run(what, changes, data, seed)
     except RedefenseError as error:
-        error.told = not first
+        error.reported = not first
         raise
     if start is not None:
         run = run.model_copy(update={"start": StartConfig(path=str(start))})
@@ -76,8 +76,8 @@ def train(
     if as_json:
         lines = (target / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
-        told = {"run": str(target), "recipe": run.recipe, "seed": run.seed, "last": last}
-        typer.echo(json.dumps(told, indent=1))
+        summary = {"run": str(target), "recipe": run.recipe, "seed": run.seed, "last": last}
+        typer.echo(json.dumps(summary, indent=1))
     say(f"trained {target}; next: redefense evaluate {target}", quiet)
 
 

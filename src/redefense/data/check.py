@@ -168,13 +168,13 @@ def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
         prints.append(np.array(marks, np.int64))
     train, test = prints
     _, first, which = np.unique(train, return_index=True, return_inverse=True)
-    if twice := len(train) - len(first):
-        told = f"{twice} training images are copies of others"
+    if copies := len(train) - len(first):
+        message = f"{copies} training images are copies of others"
         if len(train) == len(source.train.labels):  # all could be read
             labels = source.train.labels
             other = int((labels != labels[first][which]).sum())
-            told += f", {other} of them in another class" * bool(other)
-        notes.append(told)
+            message += f", {other} of them in another class" * bool(other)
+        notes.append(message)
     leaked = np.flatnonzero(np.isin(test, train))
     if len(leaked):
         notes.append(

@@ -86,14 +86,14 @@ def _from_batches(
                 file.removesuffix(layout.names)
                 for file in tree.names
                 if PurePosixPath(file).name == layout.names
-                and present & {_beside(file, batch) for batch in (*layout.train, layout.test)}
+                and present & {_sibling(file, batch) for batch in (*layout.train, layout.test)}
             ]
             if holders:
                 return _from_tree(tree, holders[0], layout, name, refuse)
     return None
 
 
-def _beside(file: str, name: str) -> str:
+def _sibling(file: str, name: str) -> str:
     return str(PurePosixPath(file).with_name(name))
 
 

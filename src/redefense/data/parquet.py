@@ -175,8 +175,8 @@ def _check_shards(files: Sequence[Path], where: str) -> None:
         raise DataError(f"{where}: {named(min(unknown))}: more than {total} parts")
     if missing := len(expected) - len(numbers):
         some = [*islice((named(n) for n in expected if n not in numbers), SHOWN)]
-        told = f"{missing} of {len(expected)} parts are missing"
-        raise DataError(f"{where}: {told}: {_some(some, missing)}")
+        message = f"{missing} of {len(expected)} parts are missing"
+        raise DataError(f"{where}: {message}: {_some(some, missing)}")
 
 
 def _pyarrow_parquet() -> Any:

@@ -94,7 +94,7 @@ class BARRE(CrossEntropyDefence):
         self, m: int, ensemble: Ensemble, batch: Batch, rng: torch.Generator
     ) -> Iterator[Loss]:
         """The loss of stage m, which trains member m; examples attack the current mixture."""
-        view = Answering(ensemble)
+        view = LogMeanProbability(ensemble)
         x = boosted_examples(view, batch.x, batch.y, self.adversary, self.other_weight, rng)
         logits, y = ensemble.logits_of(m, x), batch.y
         mce = margin_cross_entropy(logits, y, self.other_weight, self.label_smoothing).mean()
@@ -137,7 +137,7 @@ class BARRE(CrossEntropyDefence):
         return wrong / seen
 
 
-class Answering(nn.Module):
+class LogMeanProbability(nn.Module):
     """log of the mean probability; members of probability zero are not queried.
 
     The mixture is read on construction, so the device is synchronised once, not per query.
@@ -163,9 +163,9 @@ def begin(m: int, ensemble: Ensemble) -> None:
     """Initialise member m from member m - 1 and set its probability to 1 / (m + 1)."""
     if m > 0:
         copy_member(ensemble, m - 1, m)
-    elders = ensemble.mixture[:m] / ensemble.mixture[:m].sum() * m / (m + 1)
-    newcomer = elders.new_full((1,), 1 / (m + 1))
-    _set(ensemble, torch.cat([elders, newcomer]))
+    earlier = ensemble.mixture[:m] / ensemble.mixture[:m].sum() * m / (m + 1)
+    added = earlier.new_full((1,), 1 / (m + 1))
+    _set(ensemble, torch.cat([earlier, added]))
 
 
 def first_images(batches: Iterator[Batch], count: int) -> list[Part]:

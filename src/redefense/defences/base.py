@@ -15,7 +15,7 @@ from redefense.attacks.objectives import OBJECTIVES, Objective
 from redefense.config import Eps, Smoothing, check_linf
 from redefense.ensembles import Averaged, Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
-from redefense.networks import Asked
+from redefense.networks import Queried
 from redefense.rng import seed_from
 from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
@@ -112,7 +112,7 @@ class Adversary:
         examples = []
         for m in range(ensemble.num_members):
             if m in own:
-                examples.append(self.craft(Asked(ensemble.member(m)), x, y, rng))
+                examples.append(self.craft(Queried(ensemble.member(m)), x, y, rng))
             else:
                 seed_from(
                     rng

@@ -29,7 +29,7 @@ from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.mrboost import begin_member, copy_member
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
-from redefense.networks import Asked
+from redefense.networks import Queried
 from redefense.penalties import gradient_similarity
 from redefense.rng import drawn
 from redefense.threat import TINY
@@ -89,7 +89,7 @@ class Fork(CrossEntropyDefence):
 
     def one(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The cross-entropy of member 0 on its own examples."""
-        x = self.adversary.craft(Asked(ensemble.member(0)), batch.x, batch.y, rng)
+        x = self.adversary.craft(Queried(ensemble.member(0)), batch.x, batch.y, rng)
         ce = self.cross_entropy(ensemble.logits_of(0, x), batch.y)
         yield Loss(ce, terms(ce=ce, total=ce))
 

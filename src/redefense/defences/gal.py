@@ -34,7 +34,7 @@ from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_alignment
 from redefense.rng import drawn
-from redefense.runtime.spread import ALONE, Spread
+from redefense.runtime.spread import SINGLE_PROCESS, Spread
 from redefense.threat import per_image
 from redefense.types import Batch, Float, Images, Labels, Loss
 
@@ -95,7 +95,9 @@ class GAL(CrossEntropyDefence):
         )
 
 
-def with_noise(x: Images, deviation: float, rng: torch.Generator, spread: Spread = ALONE) -> Images:
+def with_noise(
+    x: Images, deviation: float, rng: torch.Generator, spread: Spread = SINGLE_PROCESS
+) -> Images:
     """Images of which each gets Gaussian noise with probability 1/2, clamped to [0, 1].
 
     The noise is drawn for the whole batch, of which `x` may be one process's part.

@@ -77,8 +77,8 @@ class MRBoost(CrossEntropyDefence):
         logits = ensemble.logits_of(m, x)
         if not self.individual:
             with torch.no_grad():
-                elders = [ensemble.logits_of(i, x) for i in range(m)]
-            logits = torch.stack([*elders, logits]).mean(0)
+                earlier = [ensemble.logits_of(i, x) for i in range(m)]
+            logits = torch.stack([*earlier, logits]).mean(0)
         mce = margin_cross_entropy(logits, y, self.other_weight, self.label_smoothing).mean()
         yield Loss(mce, terms(mce=mce, total=mce))
 

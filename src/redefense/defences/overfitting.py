@@ -12,7 +12,7 @@ import torch
 
 from redefense.defences.base import Adversary, Defence
 from redefense.ensembles import Ensemble, evaluating
-from redefense.networks import Asked
+from redefense.networks import Queried
 from redefense.rng import stream
 from redefense.types import Images, Labels, correct
 
@@ -41,7 +41,7 @@ def one_step_accuracy(
     for name, attacker in (("one_step_accuracy", adversary), ("pgd_accuracy", pgd)):
         right = []
         for m in ensemble.spread.own(ensemble.num_members):
-            net = Asked(ensemble.member(m))
+            net = Queried(ensemble.member(m))
             point = attacker.craft(net, x, y, stream(seed, "overfitting"))
             with torch.no_grad(), evaluating(net):
                 right.append(correct(net(point), y).double().mean())

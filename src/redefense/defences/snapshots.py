@@ -16,7 +16,7 @@ import torch
 from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, terms
 from redefense.defences.mrboost import begin_member, one_by_one
 from redefense.ensembles import Ensemble
-from redefense.networks import Asked
+from redefense.networks import Queried
 from redefense.types import Batch, Loss
 
 
@@ -46,6 +46,6 @@ class Snapshots(CrossEntropyDefence):
         self, m: int, ensemble: Ensemble, batch: Batch, rng: torch.Generator
     ) -> Iterator[Loss]:
         """The cross-entropy of member m on its own examples."""
-        x = self.adversary.craft(Asked(ensemble.member(m)), batch.x, batch.y, rng)
+        x = self.adversary.craft(Queried(ensemble.member(m)), batch.x, batch.y, rng)
         ce = self.cross_entropy(ensemble.logits_of(m, x), batch.y)
         yield Loss(ce, terms(ce=ce, total=ce))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import redefense
 from redefense.config import Run
 from redefense.errors import ConfigError, InputError
-from redefense.networks import ask
-from redefense.runtime.spread import ALONE, Spread
+from redefense.networks import query
+from redefense.runtime.spread import SINGLE_PROCESS, Spread
 from redefense.types import (
     Float,
     Images,
@@ -54,7 +54,7 @@ class Ensemble(nn.Module):
 
     mixture: Tensor
     origin: Origin | None = None
-    spread: Spread = ALONE
+    spread: Spread = SINGLE_PROCESS
     _shares: list[float] | None = None
 
     def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
@@ -83,7 +83,7 @@ class Ensemble(nn.Module):
 
     def logits_of(self, m: int, x: Images) -> Logits:
         """(B, C) logits of member m. Inputs are not checked: inner loops may leave [0, 1]."""
-        return ask(self.member(m), x)
+        return query(self.member(m), x)
 
     def member(self, m: int) -> nn.Module:
         """Member m as a plain network."""

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from redefense.ensembles import Ensemble
-from redefense.networks import Asked, as_logits
+from redefense.networks import Queried, as_logits
 from redefense.threat import Threat, norms
 from redefense.types import Images, Logits
 
 
-class _In(Ensemble):
+class _CastInput(Ensemble):
     """An ensemble whose members are queried with images of one dtype."""
 
     def __init__(self, ensemble: Ensemble, dtype: torch.dtype) -> None:
@@ -22,17 +22,17 @@ class _In(Ensemble):
         return as_logits(self.ensemble.logits_of(m, x.to(self.dtype)), x)
 
     def member(self, m: int) -> nn.Module:
-        return Asked(self.ensemble.member(m), self.dtype)
+        return Queried(self.ensemble.member(m), self.dtype)
 
 
-def asked(victim: nn.Module, x: Images) -> nn.Module:
+def cast_input(victim: nn.Module, x: Images) -> nn.Module:
     """The victim, queried in the dtype of the images, whatever dtype the attack computes in."""
     if not isinstance(victim, Ensemble):
-        return Asked(victim, x.dtype)
+        return Queried(victim, x.dtype)
     # these ensembles already query their members so
     if isinstance(victim, Ensemble) and x.dtype.itemsize >= 4:
         return victim
-    return _In(victim, x.dtype)
+    return _CastInput(victim, x.dtype)
 
 
 def rounded(points: Images, x: Images, threat: Threat | None) -> Images:

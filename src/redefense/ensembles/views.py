@@ -67,9 +67,9 @@ def logits_of_drawn(
     for m in drawn.unique().tolist():
         rows = (drawn == m).nonzero().flatten()
         size = _next_size(len(rows)) if padded else len(rows)
-        asked = torch.cat([rows, rows[-1:].expand(size - len(rows))]).to(x.device)
-        groups.append(asked[: len(rows)])
-        logits.append(ensemble.logits_of(m, x[asked])[: len(rows)])
+        filled = torch.cat([rows, rows[-1:].expand(size - len(rows))]).to(x.device)
+        groups.append(filled[: len(rows)])
+        logits.append(ensemble.logits_of(m, x[filled])[: len(rows)])
     return torch.cat(logits)[torch.cat(groups).argsort()]
 
 

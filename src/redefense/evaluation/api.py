@@ -187,8 +187,8 @@ def evaluate(
             kept.finish(report)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
-            told = RedCheckWarning(explained(check["id"], check["detail"]), report)
-            warnings.warn(told, stacklevel=3)  # the caller's line, not the decorator's
+            message = RedCheckWarning(explained(check["id"], check["detail"]), report)
+            warnings.warn(message, stacklevel=3)  # the caller's line, not the decorator's
     for line in balls_left(report.data["cells"]):
         warnings.warn(RedCheckWarning(line, report), stacklevel=3)
     return report

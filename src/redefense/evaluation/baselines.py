@@ -1,6 +1,6 @@
 """Deterministic baselines of a randomized ensemble: single members and the average.
 
-Each is attacked by the suite's attacks in `beside`, on the images that it still classifies
+Each is attacked by the `baseline_attacks` of the suite, on the images that it still classifies
 correctly after all other attacks. Its worst case is over all points, as that of the ensemble, and
 these points count for the ensemble, too.
 
@@ -19,7 +19,7 @@ from redefense.attacks.adaptive import Hinge
 from redefense.evaluation.cascade.runner import Runner
 from redefense.evaluation.cells import MEMBER, as_threat, judge, member_of
 from redefense.evaluation.headline import interval
-from redefense.evaluation.inputs.precision import asked_in
+from redefense.evaluation.inputs.precision import in_attack_precision
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.plan import Job, attack_of
 from redefense.evaluation.progress import rough_passes
@@ -88,8 +88,8 @@ def attack_baselines(runner: Runner) -> None:
         return
     for name, view, spec in _each(job):
         attack = attack_of(spec)
-        standing = worst.averaged if view == "averaged" else worst.alone[member_of(view)]
-        met = standing & ~runner.met_by(attack, view)
+        remaining = worst.averaged if view == "averaged" else worst.alone[member_of(view)]
+        met = remaining & ~runner.met_by(attack, view)
         if met.any():
             runner.further(name, spec, attack, view, met)
 
@@ -98,14 +98,14 @@ def _each(job: Job) -> Iterator[tuple[str, str, CellSpec]]:
     """Name, view and attack of every baseline attack."""
     views = [f"{MEMBER}{m}" for m in range(job.subject.ensemble.num_members)]
     for view in (*views, "averaged"):
-        for number, spec in enumerate(job.suite.beside):
+        for number, spec in enumerate(job.suite.baseline_attacks):
             yield f"{view.replace(' ', '-')}-{spec.attack}-{number}", view, spec
 
 
 def baselines(runner: Runner) -> Baselines | None:
     """Worst cases of the baselines over all attacks; None if the suite does not attack them."""
     job, worst = runner.job, runner.worst
-    if worst is None or not job.suite.beside:
+    if worst is None or not job.suite.baseline_attacks:
         return None
     chosen, on = _on_validation(job), "validation"
     if chosen is None:
@@ -116,7 +116,7 @@ def baselines(runner: Runner) -> Baselines | None:
         best=int(np.argmax(chosen.mean(1))),
         chosen_on=on,
     )
-    if (place := job.save(job.place("beside.npz"))) is not None:
+    if (place := job.save(job.place("baselines.npz"))) is not None:
         found.save(place)
     return found
 
@@ -126,13 +126,13 @@ def pieces(job: Job) -> Iterator[tuple[str, float]]:
     members, count = job.subject.ensemble.num_members, len(job.subject.x)
     for name, view, spec in _each(job):
         passes = rough_passes(attack_of(spec)) * (members if view == "averaged" else 1)
-        yield name, STANDING * passes * count
+        yield name, REMAINING_SHARE * passes * count
     on = job.subject.validation
-    if on is not None and job.suite.beside:
+    if on is not None and job.suite.baseline_attacks:
         yield CHOICE, rough_passes(SELECTION) * members * min(SELECTION_IMAGES, len(on[0]))
 
 
-STANDING: Final = 0.3
+REMAINING_SHARE: Final = 0.3
 """Assumed share of images that a baseline still classifies correctly, for the progress."""
 
 CHOICE: Final = "choosing a single member"
@@ -152,7 +152,7 @@ def _on_validation(job: Job) -> Bools | None:
 
     def work(images: slice) -> dict[str, Any]:
         meter = Meter(job.progress.passed)
-        metered = asked_in(job.subject.precision, Metered(job.subject.attacked, meter))
+        metered = in_attack_precision(job.subject.precision, Metered(job.subject.attacked, meter))
         xs, ys = x[images], y[images]
         right = judge(ensemble, xs, xs, ys)["correct"]
         for m in range(ensemble.num_members):

@@ -42,11 +42,11 @@ def stronger_budget(runner: Runner, plan: Sequence[Planned]) -> Check:
     # a single one of few images may be fooled by chance
     passed = drop <= max(ALLOWED, 1 / len(before)) + 1e-9
     names = ", ".join(found) or "no attack (all images were fooled before)"
-    told = (
+    message = (
         f"{names} with twice the steps: accuracy {100 * drop:.1f} points lower "
         f"on {len(before)} images"
     )
-    return Check("S44", passed, told)
+    return Check("S44", passed, message)
 
 
 def _stronger(plan: Sequence[Planned]) -> Iterator[tuple[str, Attack]]:

@@ -18,13 +18,13 @@ from redefense.attacks import Attack, Foreign
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble, mean_log_probs
 from redefense.errors import InputError
-from redefense.evaluation.inputs.precision import asked_in
+from redefense.evaluation.inputs.precision import in_attack_precision
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.store import in_chunks, read_arrays, write_arrays
 from redefense.results.accuracy import Bools, Floats
 from redefense.rng import CHUNK, stream
-from redefense.runtime.workers import ALONE, Workers
+from redefense.runtime.workers import SINGLE_PROCESS, Workers
 from redefense.threat import Threat, norms
 from redefense.types import Images, Labels, Victim, check_images, correct
 
@@ -132,7 +132,7 @@ class Subject:
     validation: tuple[Tensor, Tensor] | None = None
     randomized: bool = True
     drift: float | None = None
-    workers: Workers = ALONE
+    workers: Workers = SINGLE_PROCESS
     precision: Literal["fp32", "bf16"] = "fp32"
     passes: Ensemble | None = None
 
@@ -196,8 +196,8 @@ class Task:
             x, y = x[chosen], y[chosen]
         budget, meter = as_threat(self.threat), Meter(progress.passed)
         foreign = isinstance(self.attack, Foreign)
-        asked = subject.ensemble if foreign else subject.attacked
-        victim = self._victim(Metered(asked, meter), images.start)
+        target = subject.ensemble if foreign else subject.attacked
+        victim = self._victim(Metered(target, meter), images.start)
         more = {}
         if self.starts is not None:
             points = self.starts(images)
@@ -223,7 +223,7 @@ class Task:
 
     def _victim(self, metered: Ensemble, start: int) -> Victim:
         if self.aware:
-            metered = asked_in(self.subject.precision, metered)
+            metered = in_attack_precision(self.subject.precision, metered)
         if self.view == "sampled":
             return metered.sampled(rng=stream(self.seed, "draws", self.name, start))
         if self.view == "averaged":

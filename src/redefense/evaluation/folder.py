@@ -21,7 +21,7 @@ from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
 from redefense.runtime.files import locked, write_text
 from redefense.runtime.signals import handled
-from redefense.runtime.workers import ALONE, Workers
+from redefense.runtime.workers import SINGLE_PROCESS, Workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,7 @@ def keeping(
         if out is not None:
             target = Path(out) / "evaluation" / f"{plan.name}.json"
             store, here = target.with_suffix(""), [place_of(subject.x.device)]
-            stack.enter_context(alone(ALONE, store, target))
+            stack.enter_context(alone(SINGLE_PROCESS, store, target))
             started, _ = claim(store, target, settings, here)
             stack.enter_context(stoppable(store))
         bar = stack.enter_context(shown(say) if progress else nullcontext(SILENT))
@@ -92,10 +92,10 @@ def keeping(
 @contextmanager
 def stoppable(store: Path) -> Iterator[None]:
     """Raise on SIGTERM as on SIGINT, so that context managers exit and restore the terminal."""
-    told = f"stopped; results so far are saved in {store}; repeat the same call to resume"
+    message = f"stopped; results so far are saved in {store}; repeat the same call to resume"
 
     def stop(number: int) -> None:
-        raise Interrupted(told, number)
+        raise Interrupted(message, number)
 
     try:
         with handled(stop, [signal.SIGTERM]) as ours:
@@ -103,7 +103,7 @@ def stoppable(store: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if not ours:  # an interrupt of a process that handles signals itself
             raise
-        raise Interrupted(told, signal.SIGINT) from None
+        raise Interrupted(message, signal.SIGINT) from None
 
 
 def silent(line: str) -> None:

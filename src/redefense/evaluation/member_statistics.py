@@ -20,7 +20,7 @@ from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cascade.worst_case import EQUAL
 from redefense.evaluation.cells import Cell, Subject
-from redefense.evaluation.inputs.precision import asked_in
+from redefense.evaluation.inputs.precision import in_attack_precision
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.networks import differentiating
@@ -121,14 +121,17 @@ def member_measures(
     Expensive measurements are distributed over the subject's processes; each returns all results.
     """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
-    tried, faced = Tried(ensemble, x, y, threat), asked_in(subject.precision, ensemble)
+    tried, attacked = (
+        Tried(ensemble, x, y, threat),
+        in_attack_precision(subject.precision, ensemble),
+    )
     with torch.no_grad():
         right = correct(ensemble.member_logits(x), y)
     common = right.all(0)
     jobs: list[Callable[[Tried], Any]] = [
-        lambda tried: _costed_curve(faced, x, y, threat, worst, tried, seed=seed),
+        lambda tried: _costed_curve(attacked, x, y, threat, worst, tried, seed=seed),
         *(
-            partial(convention.row, faced, m, x, y, common, threat, seed=seed)
+            partial(convention.row, attacked, m, x, y, common, threat, seed=seed)
             for convention in CONVENTIONS.values()
             for m in range(ensemble.num_members)
         ),

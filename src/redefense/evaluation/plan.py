@@ -119,7 +119,7 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
         InputError: for images, labels or members that do not match.
     """
     attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
-    attacks += [attack_of(spec) for spec in suite.beside]
+    attacks += [attack_of(spec) for spec in suite.baseline_attacks]
     drawn = isinstance(subject.ensemble, Stochastic)
     classes = check_outputs(subject.ensemble, subject.x, subject.y, drawn=drawn)
     for attack in attacks:

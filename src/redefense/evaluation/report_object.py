@@ -48,7 +48,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Alone(Figure):
+class BaselineFigure(Figure):
     """A deterministic baseline under the attacks that the suite lists for it.
 
     Attributes:
@@ -106,14 +106,14 @@ class Report:
         return _figure(self.headline.get("aware"), self.headline.get("aware_interval"))
 
     @property
-    def members(self) -> tuple[Alone, ...]:
+    def members(self) -> tuple[BaselineFigure, ...]:
         """Every single member, under attack and clean."""
         per_member = self.data["clean"]["per_member"]
         robust: Sequence[Any] = self.headline.get("single_members") or [None] * len(per_member)
         attacked = None if self.baselines is None else self.baselines.members
         clean = self.cells["clean"].correct
         return tuple(
-            Alone(
+            BaselineFigure(
                 robust[m],
                 *_ends(None if attacked is None else attacked[m]),
                 clean=Figure(per_member[m], *_ends(clean[m])),
@@ -122,11 +122,11 @@ class Report:
         )
 
     @property
-    def average(self) -> Alone:
+    def average(self) -> BaselineFigure:
         """The averaged ensemble, which is deterministic, under attack and clean."""
         clean = self.cells["clean"].averaged
         figure = _figure(self.headline.get("averaged"), self.headline.get("averaged_interval"))
-        return Alone(
+        return BaselineFigure(
             figure.value, figure.low, figure.high,
             clean=Figure(self.data["clean"]["averaged"], *_ends(clean)),
         )  # fmt: skip
@@ -369,7 +369,7 @@ class Report:
         if self.examples is not None:
             write_arrays(home / self.data["examples"], self.examples.arrays())
         if self.baselines is not None:
-            self.baselines.save(records.with_name("beside.npz"))
+            self.baselines.save(records.with_name("baselines.npz"))
         write_text(target, self.to_json())
         return target
 

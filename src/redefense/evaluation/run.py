@@ -96,8 +96,8 @@ def run_suite(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
         store=store, checks=checks, say=say, progress=progress, keep_images=keep_images,
     )  # fmt: skip
-    asked = Answers.to(ensemble, x)
-    before = [asked.elsewhere(), *before_run(ensemble, x, y)]
+    answers = Answers.to(ensemble, x)
+    before = [answers.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))
     clean = _clean(job)
     runner = Runner(job, plan, mixture, clean)
@@ -109,7 +109,7 @@ def run_suite(
     others = {it.identity: it.cell for it in runner.others}
     examples = known_examples(job, plan, runner.attacked, records, others, mixture)
     runner.forget_points()
-    rivals, worst = baselines(runner), runner.worst
+    baseline, worst = baselines(runner), runner.worst
     data = _facts(job, made, clean, mixture) | {
         "cells": [
             _cell_json(planned, records, repeats[planned.identity], mixture, suite, seed, x)
@@ -117,7 +117,7 @@ def run_suite(
         ],
         "further_cells": [_further_json(it, job, mixture) for it in runner.others],
         "headline": headline(plan, records, worst)
-        | (NOTHING if rivals is None else rivals.figures()),
+        | (NOTHING if baseline is None else baseline.figures()),
     }
     if worst is not None:
         data |= joint_measures(worst.correct, mixture, np.stack(worst.corrects))
@@ -129,13 +129,13 @@ def run_suite(
     after = after_run(
         data, records, mixture,
         worst=None if worst is None else worst.q,
-        single=None if rivals is None else rivals.single,
+        single=None if baseline is None else baseline.single,
         log=subject.drift,
     )  # fmt: skip
-    done = [*before, asked.later(), *after, *full]
+    done = [*before, answers.later(), *after, *full]
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
     return Report(
-        data, records, subject.index, rivals,
+        data, records, subject.index, baseline,
         images=runner.attacked.images if keep_images else {}, examples=examples,
     )  # fmt: skip
 
@@ -164,8 +164,8 @@ def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
     members, count = job.subject.ensemble.num_members, len(job.subject.x)
     found = []
     for number, planned in enumerate(run_order(plan), 1):
-        asked = 1 if planned.spec.view == "sampled" else members
-        passes = rough_passes(planned.attack) * asked * count
+        queried = 1 if planned.spec.view == "sampled" else members
+        passes = rough_passes(planned.attack) * queried * count
         found += [(cell_label(number, planned, plan, again), passes) for again in range(job.seeds)]
     found += pieces(job)
     if job.suite.measures:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.rng import CHUNK
 from redefense.runtime.files import write_bytes
-from redefense.runtime.workers import ALONE, Workers
+from redefense.runtime.workers import SINGLE_PROCESS, Workers
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -60,7 +60,7 @@ def in_chunks(
     *,
     fits: Callable[[slice, Arrays], bool] = lambda images, part: True,
     kept: Path | None = None,
-    workers: Workers = ALONE,
+    workers: Workers = SINGLE_PROCESS,
     progress: Progress = SILENT,
 ) -> list[Arrays]:
     """Process `count` images in chunks.

@@ -78,7 +78,7 @@ class Suite(_Data):
         name: of its file in `DIR/evaluation`.
         summary: one line for `redefense list suites`.
         cells: the attacks, in order.
-        beside: attacks on the baselines: each single member and the averaged ensemble.
+        baseline_attacks: attacks on the baselines: each single member and the averaged ensemble.
         cascade: whether aware attacks skip images on which an earlier attack fooled every member;
             the headline needs only each image's worst case.
         precision: precision in which aware attacks query the ensemble: "fp32"; "bf16", in which
@@ -92,7 +92,7 @@ class Suite(_Data):
     name: str
     summary: str = ""
     cells: tuple[CellSpec, ...] = Field(min_length=1)
-    beside: tuple[CellSpec, ...] = ()
+    baseline_attacks: tuple[CellSpec, ...] = ()
     cascade: bool = False
     precision: AttackPrecision = "fp32"
     measures: bool = False
@@ -119,7 +119,7 @@ QUICK: Final = Suite(
     name="quick",
     summary="FGSM and PGD-10 unaware of the draw, meanprob PGD-20 and hinge-20 aware of it",
     cells=(CellSpec(attack="fgsm", view="sampled", label="FGSM"), _PGD, _MEANPROB, _HINGE),
-    beside=(_MEANPROB, _HINGE),
+    baseline_attacks=(_MEANPROB, _HINGE),
 )
 
 _LABELS: Final = {
@@ -191,7 +191,7 @@ AWARE: Final = Suite(
         _AUTOATTACK,
     ),
     # includes APGD-T, FAB and Square: the standard attack on deterministic networks
-    beside=(*_AWARE_BUDGET, _AUTOATTACK.model_copy(update={"label": "AutoAttack"})),
+    baseline_attacks=(*_AWARE_BUDGET, _AUTOATTACK.model_copy(update={"label": "AutoAttack"})),
     cascade=True,
     measures=True,
 )
@@ -201,7 +201,7 @@ FULL: Final = Suite(
     summary="all of quick, paper, torchattacks and aware",
     # PGD-10 is in two of them
     cells=(*QUICK.cells, *PAPER.cells, *LIBRARY.cells, *(c for c in AWARE.cells if c != _PGD)),
-    beside=AWARE.beside,
+    baseline_attacks=AWARE.baseline_attacks,
     cascade=True,
     measures=True,
 )

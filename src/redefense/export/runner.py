@@ -603,36 +603,36 @@ def main(words: Sequence[str], folder: Path) -> int:
     parser.add_argument("images", nargs="*", metavar="IMAGE | materialise [OUT]")
     parser.add_argument("--scores", action="store_true", help="print the score of every class")
     parser.add_argument("--check", action="store_true", help="compare members with the probes")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of classes may be in any script
             stream.reconfigure(errors="backslashreplace")
     say = sys.stdout.write
     try:
         bundle = open_bundle(folder)
-        if asked.check:
+        if options.check:
             wrong = check(bundle)
             say("".join(f"{line}\n" for line in wrong) or "all members are themselves\n")
             return int(bool(wrong))
-        if asked.images[:1] == ["materialise"]:
+        if options.images[:1] == ["materialise"]:
             out = (
-                Path(asked.images[1])
-                if asked.images[1:]
+                Path(options.images[1])
+                if options.images[1:]
                 else folder.with_name(f"{folder.name}-plain")
             )
             materialise(bundle, out)
             say(f"wrote {out}\n")
             return 0
-        if not asked.images:
+        if not options.images:
             parser.error("name an image, --check or materialise")
         sessions = [bundle.open(m) for m in range(bundle.num_members)]
-        for word in asked.images:
+        for word in options.images:
             images = read_image(Path(word), bundle.shape)
             logits = classify(sessions, images, draw_members(bundle.mixture, len(images)))
             for row in logits:
                 need_numbers(row, word)
                 shown = [bundle.classes[int(row.argmax())]]
-                if asked.scores:
+                if options.scores:
                     odds = np.exp(row - row.max())
                     pairs = zip(bundle.classes, odds / odds.sum(), strict=True)
                     shown += [f"{name}={score:.4f}" for name, score in pairs]

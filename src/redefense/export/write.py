@@ -23,7 +23,7 @@ from redefense.export.graph import check_finite, member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
-from redefense.networks import ask, check_values
+from redefense.networks import check_values, query
 from redefense.report.card import unmeasured_card
 from redefense.rng import stream
 from redefense.runtime.files import write_text, writing
@@ -172,7 +172,7 @@ def _write(
     }  # fmt: skip
     nets = [portable(ensemble.member(m)) for m in members]
     with torch.no_grad():
-        answers = [ask(net, images) for net in nets]
+        answers = [query(net, images) for net in nets]
     shapes = {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in answers}
     if shapes != {(len(images), len(about.classes))}:
         raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from redefense.ensembles import Ensemble, Sampled, device_of, frozen_weights
 from redefense.errors import ConfigError, InputError
-from redefense.networks import ask, differentiating, set_evaluation
+from redefense.networks import differentiating, query, set_evaluation
 from redefense.types import check_images
 
 NOT_ELIGIBLE = (
@@ -88,7 +88,7 @@ def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
     check_images(images)
     set_evaluation(model)
     with torch.no_grad():
-        answers = [ask(model, images) for _ in range(CALLS)]
+        answers = [query(model, images) for _ in range(CALLS)]
     logits = answers[0]
     if logits.ndim != 2 or len(logits) != len(images):
         raise InputError(
@@ -110,7 +110,7 @@ def _has_gradient(model: nn.Module, images: Tensor) -> bool:
     """Whether the logits depend on every image."""
     x = images.detach().clone().requires_grad_()
     with torch.enable_grad(), frozen_weights(model):
-        total = ask(model, x).square().sum()
+        total = query(model, x).square().sum()
         if not total.requires_grad:
             return False
         with differentiating():

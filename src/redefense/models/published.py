@@ -75,12 +75,12 @@ def fit(net: nn.Module, state: State) -> Fitted:
     found = {ours: theirs for theirs, ours in _renamed(state).items()}
     taken = {n: found[n] for n, t in own.items() if n in found and state[found[n]].shape == t.shape}
     net.load_state_dict({name: state[theirs] for name, theirs in taken.items()}, strict=False)
-    ours_alone = ("normalise.mean", "normalise.std")  # settings, which other packages do not store
+    not_stored = ("normalise.mean", "normalise.std")  # settings, which other packages do not store
     counts = "num_batches_tracked"
     used = set(taken.values())
     return Fitted(
-        tuple(n for n in taken if n not in ours_alone),
-        tuple(n for n in own if n not in taken and n not in ours_alone and counts not in n),
+        tuple(n for n in taken if n not in not_stored),
+        tuple(n for n in own if n not in taken and n not in not_stored and counts not in n),
         tuple(n for n in state if n not in used and counts not in n),
     )
 

@@ -32,7 +32,7 @@ def summary(results: Sequence[Result]) -> str:
             "or its per-image records are missing."
         )
     mean = f", the mean of {len(mine)} seeds" if len(mine) > 1 else ""
-    told = (
+    message = (
         f"{called[0]} classifies {percent(mean_aware(mine))}{PERCENT} of the images correctly "
         f"under the strongest attack on each image{mean}"
     )
@@ -42,8 +42,8 @@ def summary(results: Sequence[Result]) -> str:
         if group[0].aware is not None
     ]
     if others:
-        return f"{told}; next comes {others[0]}."
-    return f"{told}{_worth(top, verdict(top))}."
+        return f"{message}; next comes {others[0]}."
+    return f"{message}{_worth(top, verdict(top))}."
 
 
 def _worth(result: Result, worth: Verdict) -> str:
@@ -87,7 +87,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     ]
 
 
-BESIDE = 5
+MOST_OTHERS = 5
 """Number of further methods on the first screen."""
 
 
@@ -96,20 +96,20 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
     called = dict(zip(results, labels_of(results), strict=True))
     clean = f" Without an attack: {percent(top.clean)}{PERCENT}." if top.clean else ""
     if top.aware is None:
-        lead, told = "Unknown", (
+        lead, message = "Unknown", (
             "This is unknown: no aware attack was run, or its records are missing. Run `redefense "
             f"evaluate` with the suite quick or aware.{clean}"
         )  # fmt: skip
     elif len(mine) > 1:
         lead = f"{percent(mean_aware(mine))}{PERCENT}"
         each = ", ".join(f"{percent(r.aware)}{PERCENT}" for r in mine)
-        told = (
+        message = (
             f"Accuracy under attack: the mean of {len(mine)} runs that differ only by their seed "
             f"({each}). The following figures are of {called[top]}, the median run.{clean}"
         )
     else:
         lead = f"{percent(top.aware)}{PERCENT}"
-        told = f"Accuracy under attack ({called[top]}).{clean}"
+        message = f"Accuracy under attack ({called[top]}).{clean}"
     groups = repeats(results)
     others = [
         f"{name} {percent(mean_aware(group))}{PERCENT}"
@@ -117,15 +117,15 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
         if group[0].aware is not None
     ]
     if others:
-        beside = others[:BESIDE]
-        more = len(others) - len(beside)
-        told += f" The others: {', '.join(beside)}" + (f", and {more} more below." * bool(more))
-        told += "" if more else "."
+        named = others[:MOST_OTHERS]
+        more = len(others) - len(named)
+        message += f" The others: {', '.join(named)}" + (f", and {more} more below." * bool(more))
+        message += "" if more else "."
     elsewhere = len({r.name for r in results}) - len(ranked(results))
     if elsewhere > 0:
         runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"
-        told += f" Not compared: {runs} on other data or within another budget."
-    return Answer(question="How robust is it?", lead=lead, text=told)
+        message += f" Not compared: {runs} on other data or within another budget."
+    return Answer(question="How robust is it?", lead=lead, text=message)
 
 
 def _whom(top: Result) -> Answer:
@@ -144,15 +144,15 @@ def _whom(top: Result) -> Answer:
     if top.stochastic is not None:
         known = "the network and how it draws"
     hidden = "" if alone else ", but not the next draw"
-    told = f"The attacker may {budget(top)} and knows {known}{hidden}; {ran}."
+    message = f"The attacker may {budget(top)} and knows {known}{hidden}; {ran}."
     if not alone and top.unaware is not None and top.aware is not None:
         gap = 100 * (top.unaware.value - top.aware.value)
-        told += (
+        message += (
             f" Accuracy under unaware attacks is {percent(top.unaware)}{PERCENT}. The difference "
             f"of {gap:.1f} points is lost as soon as the attacker knows the method, so report the "
             "lower figure."
         )
-    return Answer(question="Against whom?", lead=f"An aware attacker, {top.threat}", text=told)
+    return Answer(question="Against whom?", lead=f"An aware attacker, {top.threat}", text=message)
 
 
 def _were(count: int) -> str:

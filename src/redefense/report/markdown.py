@@ -54,12 +54,12 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
             ],
         ),
         "",
-        wording.RIVALS,
+        wording.HOW_COMPARED,
         "",
     ]
     for name, result in zip(labels(rows), results, strict=True):
-        for told in (wording.members_alone(result), wording.weak_of(result)):
-            parts += [escape_markdown(f"{name}: {told}"), ""] if told else []
+        for message in (wording.members_alone(result), wording.weak_of(result)):
+            parts += [escape_markdown(f"{name}: {message}"), ""] if message else []
     parts += ["## Every attack", ""]
     columns = attack_columns(results)
     body = []
@@ -105,11 +105,11 @@ def _certified(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _spread(spread: ranking.Spread | None) -> str:
-    told = with_interval(None if spread is None else spread.mean)
+    message = with_interval(None if spread is None else spread.mean)
     if deviation := ranking.sd_text(spread):
-        figure, _, ends = told.partition(" ")
-        told = " ".join(filter(None, (figure, deviation, ends)))
-    return told
+        figure, _, ends = message.partition(" ")
+        message = " ".join(filter(None, (figure, deviation, ends)))
+    return message
 
 
 def _checks(result: Result) -> Iterator[str]:
@@ -125,7 +125,9 @@ def _checks(result: Result) -> Iterator[str]:
 def _listed(checks: Iterable[Check], words: Mapping[bool | None, str]) -> Iterator[str]:
     for check in checks:
         entry = CATALOGUE.get(check.id)
-        told = f"{entry.title}: {check.detail}" if entry else check.detail
+        message = f"{entry.title}: {check.detail}" if entry else check.detail
         if entry and check.passed is False:
-            told = f"{told.rstrip('.')}. What it means: {entry.red} What to do next: {entry.todo}"
-        yield f"- {check.id}: {words[check.passed]} {escape_markdown(told)}".rstrip()
+            message = (
+                f"{message.rstrip('.')}. What it means: {entry.red} What to do next: {entry.todo}"
+            )
+        yield f"- {check.id}: {words[check.passed]} {escape_markdown(message)}".rstrip()

@@ -81,7 +81,7 @@ def write_pages(
     ending = ENDINGS[out.suffix.lower()]
     texts = {out: forms[ending]()}
     if ending == ".html":
-        texts |= {out.with_suffix(beside): forms[beside]() for beside in (".md", ".csv", ".json")}
+        texts |= {out.with_suffix(other): forms[other]() for other in (".md", ".csv", ".json")}
     kept = {path.resolve() for path in given}
     for path in texts:
         if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
@@ -177,14 +177,14 @@ def _curve_chart(results: Sequence[Result]) -> tuple[str, str] | None:
 def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
     """Number of images and cost of the curve."""
     costs = (e.curve_cost for r in results for e in r.evaluations if e.curve_cost)
-    told = (
+    message = (
         f"{cost['attack'].partition('(')[0]} at {cost['radii']} radii on the first "
         f"{cost['images']} images, "
         f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes per image; "
         "points found within the budget count for the headline."
         for cost in costs
     )
-    yield from dict.fromkeys(told)
+    yield from dict.fromkeys(message)
 
 
 def _eps_curves(
@@ -291,8 +291,8 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     facts = []
     for evaluation in result.evaluations:
         data, provenance = evaluation.data, evaluation.provenance
-        told = f"{data.name}, {data.split} split, {data.num_images} images"
-        facts.append((f"suite {evaluation.suite}", told))
+        message = f"{data.name}, {data.split} split, {data.num_images} images"
+        facts.append((f"suite {evaluation.suite}", message))
         keys = ("version", "commit", "torch", "machine", "seed", "date")
         facts += [
             (key, str(provenance[key])) for key in keys if provenance.get(key) not in ("", None)
@@ -357,7 +357,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "pictured": _pictured(results),
         "points": wording.points,
         "results": results,
-        "rivals": wording.RIVALS,
+        "baselines": wording.HOW_COMPARED,
         "said_heading": wording.SAID,
         "rungs": _rungs,
         "sd_text": ranking.sd_text,

@@ -12,7 +12,7 @@ from redefense.results.untrained import degenerate_members
 SAID = "About the defence:"
 """Heading of the checks in `OF_DEFENCE`."""
 
-RIVALS = (
+HOW_COMPARED = (
     "Each single member and the average were attacked, too. Every adversarial image that was found "
     "counts for all of them and for the random draw: all figures are worst cases."
 )
@@ -23,7 +23,7 @@ PERCENT = "\u00a0%"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rival:
+class Baseline:
     """A deterministic baseline: its accuracy, and the paired gain of the draw over it."""
 
     name: str
@@ -39,13 +39,13 @@ class Verdict:
         answer: "yes", "no" or "open".
         short: a few words.
         sentence: one sentence, without intervals.
-        rivals: the baselines with their figures, for a table.
+        baselines: the baselines with their figures, for a table.
     """
 
     answer: str
     short: str
     sentence: str
-    rivals: tuple[Rival, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
 
 
 def budget(result: Result) -> str:
@@ -68,8 +68,8 @@ def verdict(result: Result) -> Verdict:
             short="nothing is drawn",
             sentence="This is one network: nothing is drawn at random.",
         )
-    rivals = tuple(_rivals(result))
-    if result.aware is None or not rivals:
+    baselines = tuple(_baselines(result))
+    if result.aware is None or not baselines:
         return Verdict(
             answer="open",
             short="not measured",
@@ -77,56 +77,56 @@ def verdict(result: Result) -> Verdict:
             "average: evaluate with the suite quick or aware.",
         )
     keeps = f"A randomly drawn member has {percent(result.aware)}{PERCENT} accuracy under attack"
-    paired = [(rival, rival.gain) for rival in rivals if rival.gain is not None]
+    paired = [(baseline, baseline.gain) for baseline in baselines if baseline.gain is not None]
     if not paired:
-        told = " and ".join(map(_keeps, rivals))
+        message = " and ".join(map(_keeps, baselines))
         return Verdict(
             answer="open",
             short="no paired figures",
-            sentence=f"{keeps}, {told}; without per-image records it is unknown whether the "
+            sentence=f"{keeps}, {message}; without per-image records it is unknown whether the "
             "difference is significant.",
-            rivals=rivals,
+            baselines=baselines,
         )
-    better = [rival for rival, gain in paired if gain.high is not None and gain.high < 0]
+    better = [baseline for baseline, gain in paired if gain.high is not None and gain.high < 0]
     if better:
         return Verdict(
             answer="no",
             short="no",
             sentence=f"{keeps}; {_keeps(_strongest(better))} without a draw, which is better.",
-            rivals=rivals,
+            baselines=baselines,
         )
-    first = _strongest([rival for rival, _ in paired])
+    first = _strongest([baseline for baseline, _ in paired])
     if len(paired) > 1 and all(gain.low is not None and gain.low > 0 for _, gain in paired):
         return Verdict(
             answer="yes",
             short="yes",
             sentence=f"{keeps}, more than any deterministic baseline; {_keeps(first)}.",
-            rivals=rivals,
+            baselines=baselines,
         )
     return Verdict(
         answer="open",
         short="not shown",
         sentence=f"{keeps}; {_keeps(first)} without a draw, and on {result.num_images} images the "
         "draw is not significantly better than both.",
-        rivals=rivals,
+        baselines=baselines,
     )
 
 
-def _rivals(result: Result) -> Iterator[Rival]:
+def _baselines(result: Result) -> Iterator[Baseline]:
     for name, figure, gain in (
         *_single(result),
         ("averaged ensemble", result.averaged, result.over_averaged),
     ):
         if figure is not None:
-            yield Rival(name=name, figure=figure, gain=gain)
+            yield Baseline(name=name, figure=figure, gain=gain)
 
 
-def _strongest(rivals: Sequence[Rival]) -> Rival:
-    return max(rivals, key=lambda rival: rival.figure.value)
+def _strongest(baselines: Sequence[Baseline]) -> Baseline:
+    return max(baselines, key=lambda baseline: baseline.figure.value)
 
 
-def _keeps(rival: Rival) -> str:
-    return f"the {rival.name} has {percent(rival.figure)}{PERCENT}"
+def _keeps(baseline: Baseline) -> str:
+    return f"the {baseline.name} has {percent(baseline.figure)}{PERCENT}"
 
 
 def points(gain: Estimate | None) -> tuple[str, str]:
@@ -163,10 +163,12 @@ def members_alone(result: Result) -> str:
     """Accuracy of every single member, and which one was chosen; empty if not attacked."""
     if not result.alone:
         return f"Only the member {_chosen_on(result)} was attacked." if result.single else ""
-    told = f"Accuracy of the single members: {', '.join(map(percent, result.alone))}{PERCENT}."
+    message = f"Accuracy of the single members: {', '.join(map(percent, result.alone))}{PERCENT}."
     if result.single_index is None:
-        return told
-    return f"{told} The one {_chosen_on(result)} is member {result.single_index}, counting from 0."
+        return message
+    return (
+        f"{message} The one {_chosen_on(result)} is member {result.single_index}, counting from 0."
+    )
 
 
 def members_weak(each: Sequence[float], mixture: Sequence[float] | None = None) -> str:
@@ -178,9 +180,9 @@ def members_weak(each: Sequence[float], mixture: Sequence[float] | None = None) 
     """
     if not (weak := degenerate_members(each, mixture)):
         return ""
-    told = " and ".join(f"member {m} is correct on {100 * each[m]:.1f}{PERCENT}" for m in weak)
+    message = " and ".join(f"member {m} is correct on {100 * each[m]:.1f}{PERCENT}" for m in weak)
     return (
-        f"Without an attack, {told} of the images, while the best member is correct on "
+        f"Without an attack, {message} of the images, while the best member is correct on "
         f"{100 * max(each):.1f}{PERCENT}. Queries answered by such a member are mostly wrong: "
         "train it again, or set its probability to 0."
     )

@@ -109,16 +109,16 @@ def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     would have equal names.
     """
     several = [key for key in ("data", "threat") if len({row[key] for row in rows}) > 1]
-    told = [[str(row[key]) for key in several] for row in rows]
+    values = [[str(row[key]) for key in several] for row in rows]
     for words in (
         [f"{row['num_images']} images" for row in rows],
         [f"suite {' + '.join(row['suites'])}" for row in rows],
     ):
-        called = [(row["run"], *known) for row, known in zip(rows, told, strict=True)]
-        for name, known, word in zip(called, told, words, strict=True):
+        called = [(row["run"], *known) for row, known in zip(rows, values, strict=True)]
+        for name, known, word in zip(called, values, words, strict=True):
             if called.count(name) > 1:
                 known.append(word)
-    return [", ".join(known) for known in told]
+    return [", ".join(known) for known in values]
 
 
 def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -136,13 +136,13 @@ def labels_of(results: Sequence[Result]) -> list[str]:
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Note about the member chosen beforehand, if it differs from the best member."""
-    told = [
+    counts = [
         f"{name} {percent(row['best_single_member'])}"
         for name, row in zip(labels(rows), rows, strict=True)
         if row["best_single_member"] != row["best_member_alone"]
     ]
     where = "best member alone: the best on these images; the one chosen beforehand: "
-    return where + ", ".join(told) if told else None
+    return where + ", ".join(counts) if counts else None
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -45,8 +45,8 @@ def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
             key = ".".join(str(part) for part in error.errors()[0]["loc"])
             raise DataError(f"{path} is not a valid certificate: {key}") from None
         data = document.data
-        told = f"{data.get('num_images')} {data.get('split')} images of {data.get('name')}"
-        found += [(told, level) for level in document.certificates]
+        message = f"{data.get('num_images')} {data.get('split')} images of {data.get('name')}"
+        found += [(message, level) for level in document.certificates]
     return found
 
 

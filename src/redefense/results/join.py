@@ -192,8 +192,8 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         or _stored_headline(suites, home, cells)
     )
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
-    single, single_q, single_from = _beside(home, "single")
-    averaged, averaged_q, _ = _beside(home, "averaged")
+    single, single_q, single_from = _baseline(home, "single")
+    averaged, averaged_q, _ = _baseline(home, "averaged")
     alone = _alone(home)
     clean = next((s.clean for s in suites if s.clean.expected is not None), first.clean)
     chosen = single_from.headline if single_from is not None else None
@@ -357,7 +357,7 @@ def _stored_headline(
     )
 
 
-def _beside(
+def _baseline(
     home: Sequence[Stored], which: str
 ) -> tuple[Estimate | None, NDArray[np.float64] | None, Evaluation | None]:
     """The lowest accuracy of the best single member or the averaged ensemble in any suite."""

@@ -242,17 +242,17 @@ def _stored(
     plan = evaluation.plan or _plan(file)
     clean = _arrays(folder, clean_file)
     # the folder of the records has the name of the evaluation's file
-    beside_file = str(PurePosixPath(clean_file).with_name("beside.npz"))
-    beside = _arrays(folder, beside_file)
+    baselines_file = str(PurePosixPath(clean_file).with_name("baselines.npz"))
+    baselines = _arrays(folder, baselines_file)
     indices = [a["index"] for a in [clean, *arrays] if "index" in a]
     if any(not np.array_equal(indices[0], other) for other in indices):
         raise DataError(f"{name}: cells of suite {suite} were run on different images")
-    for key in beside.keys() & {"single", "averaged"}:
-        if beside[key].shape != (n,):
-            raise DataError(f"{name}: {beside_file}: {key} must have shape ({n},)")
-    alone = beside.get("members")
+    for key in baselines.keys() & {"single", "averaged"}:
+        if baselines[key].shape != (n,):
+            raise DataError(f"{name}: {baselines_file}: {key} must have shape ({n},)")
+    alone = baselines.get("members")
     if alone is not None and (alone.ndim != 2 or alone.shape[1] != n):
-        raise DataError(f"{name}: {beside_file}: members must have shape (M, {n})")
+        raise DataError(f"{name}: {baselines_file}: members must have shape (M, {n})")
     scored = [_scored(evaluation, c, a) for c, a in zip(every, arrays, strict=True)]
     own = len(evaluation.cells)
     return Stored(
@@ -265,8 +265,8 @@ def _stored(
         clean=_scored(evaluation, clean_cell, clean),
         cells=tuple(c for c in scored[:own] if c.cell.attack != "clean"),
         further=tuple(scored[own:]),
-        single=beside["single"].astype(np.float64) if "single" in beside else None,
-        averaged=beside["averaged"].astype(np.float64) if "averaged" in beside else None,
+        single=baselines["single"].astype(np.float64) if "single" in baselines else None,
+        averaged=baselines["averaged"].astype(np.float64) if "averaged" in baselines else None,
         alone=None if alone is None else alone.astype(np.float64),
         examples=_examples(folder, evaluation.examples),
     )

@@ -104,10 +104,10 @@ class Mesh:
         """A signal of any process, 0 for none; and whether the first process has a save due."""
         if self.size == 1:
             return stop, due
-        asked = torch.tensor([stop, int(due and self.first)], device=self.device)
+        flags = torch.tensor([stop, int(due and self.first)], device=self.device)
         with _together(self):
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        found, save = asked.tolist()
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        found, save = flags.tolist()
         return int(found), bool(save)
 
     @contextmanager
@@ -127,11 +127,11 @@ class Mesh:
         found = next((error for error in self.gathered(mine) if error is not None), None)
         if found is not None:
             kind, message = found
-            raise self.told(kind(message))
+            raise self.mark_reported(kind(message))
 
-    def told(self, error: RedefenseError) -> RedefenseError:
+    def mark_reported(self, error: RedefenseError) -> RedefenseError:
         """An error that all processes raise; only the first one prints it."""
-        error.told = not self.first
+        error.reported = not self.first
         return error
 
     def first_does(self, work: Callable[[], T]) -> T:
@@ -240,7 +240,7 @@ def _together(mesh: Mesh) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["?"])[0]
-        raise mesh.told(
+        raise mesh.mark_reported(
             TrainingError(f"another process ended; continue with --resume ({reason})")
         ) from error
 
@@ -308,7 +308,7 @@ def arranged(mesh: str | None, device: torch.device) -> Mesh:
     try:
         rows, columns = parse_mesh(mesh, size)
     except ConfigError as error:
-        error.told = rank != 0
+        error.reported = rank != 0
         raise
     batch_group = member_group = None
     # every process must create every group

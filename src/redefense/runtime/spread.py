@@ -55,7 +55,7 @@ class Spread(Protocol):
         ...
 
 
-class Alone:
+class SingleProcess:
     """A single process with all members and all images."""
 
     def own(self, num_members: int) -> range:
@@ -80,4 +80,4 @@ class Alone:
         return size, slice(None)
 
 
-ALONE: Final = Alone()
+SINGLE_PROCESS: Final = SingleProcess()

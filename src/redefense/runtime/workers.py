@@ -51,7 +51,7 @@ class Workers:
             dist.barrier()
 
 
-ALONE: Final = Workers()
+SINGLE_PROCESS: Final = Workers()
 
 
 def own_device(device: str) -> str:
@@ -91,4 +91,8 @@ def workers() -> Iterator[Workers]:
     """The processes of `torchrun`, joined by gloo within the block; an existing group is used."""
     # the others may wait hours for a chunk
     with joined(timeout=PATIENCE) as several:
-        yield Workers(rank=dist.get_rank(), count=dist.get_world_size()) if several else ALONE
+        yield (
+            Workers(rank=dist.get_rank(), count=dist.get_world_size())
+            if several
+            else SINGLE_PROCESS
+        )

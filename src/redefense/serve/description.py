@@ -103,10 +103,10 @@ def read_index_filter(body: bytes) -> bool:
         HTTPException: 400 if the body is not empty and no object with a boolean `ready`.
     """
     try:
-        asked = json.loads(body or b"{}")
+        request = json.loads(body or b"{}")
     except (ValueError, RecursionError):
-        asked = None
-    ready = asked.get("ready", False) if isinstance(asked, dict) else None
+        request = None
+    ready = request.get("ready", False) if isinstance(request, dict) else None
     if not isinstance(ready, bool):
         raise HTTPException(400, 'the index takes no body, or {"ready": true}')
     return ready

@@ -58,9 +58,9 @@ class Model:
                 for m in range(self._bundle.num_members)
             ]
         except runner.BundleError as error:
-            told = str(error)
+            message = str(error)
             raise DataError(
-                told if told.startswith(f"{folder} ") else f"{folder}: {told}"
+                message if message.startswith(f"{folder} ") else f"{folder}: {message}"
             ) from None
         self.name = name if name is not None else _fitting(folder)
         if not _NAME.fullmatch(self.name):

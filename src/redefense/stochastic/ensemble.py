@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from redefense.ensembles import Ensemble, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
-from redefense.networks import ask
+from redefense.networks import query
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
 from redefense.types import Float, Images, Logits, Per
 
@@ -105,7 +105,7 @@ class Stochastic(Ensemble):
     def draw(self, seed: int, x: Images) -> Logits:
         """(B, C) logits at any seed."""
         with seeded(seed, x.device):
-            return ask(self.model, x)
+            return query(self.model, x)
 
     def member(self, m: int) -> nn.Module:
         """The network at seed m, sharing its weights with the ensemble."""

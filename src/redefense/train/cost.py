@@ -158,14 +158,14 @@ def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
             stage.before(ensemble)
         counted = _counted(ensemble, stages, index, batch, run)
         entries: Counter[Entry] = Counter()
-        for ledger in counted:
-            entries.update(ledger.entries)
+        for counter in counted:
+            entries.update(counter.entries)
         costs.append(
             StageCost(
                 name=stage.name,
                 steps=stage.epochs * (images // batch_size),
                 entries={e: n / len(counted) for e, n in entries.items()},
-                living=max(ledger.peak for ledger in counted),
+                living=max(counter.peak for counter in counted),
             )
         )
     parameters = sum(p.nbytes for p in ensemble.parameters())
@@ -207,7 +207,7 @@ def _counted(
 
     epochs = stages[index].epochs
     found = {epoch: step(epoch) for epoch in {0, epochs // 2}}
-    if len({ledger.flops() for ledger in found.values()}) > 1:
+    if len({counter.flops() for counter in found.values()}) > 1:
         for epoch in range(0, epochs, max(1, epochs // 8)):
             found.setdefault(epoch, step(epoch))
     return list(found.values())

@@ -48,7 +48,7 @@ def check_weights(mesh: Mesh, ensemble: Ensemble) -> None:
     for m in range(ensemble.num_members if mesh.shape[1] > 1 else 0):
         params = set(ensemble.parameters_of(m))
         if seen & params:
-            raise mesh.told(
+            raise mesh.mark_reported(
                 ConfigError("members that share weights cannot be trained in different columns")
             )
         seen |= params

@@ -26,7 +26,13 @@ from redefense.train.checkpoint import (
     save,
 )
 from redefense.train.exchange import check_weights
-from redefense.train.init_from import check_apart, initialise_from, open_source, recorded, told
+from redefense.train.init_from import (
+    check_apart,
+    initialise_from,
+    open_source,
+    recorded,
+    summary_of_start,
+)
 from redefense.train.loading import (
     Signature,
     fresh,
@@ -149,7 +155,7 @@ def _train(
             if team.first:
                 _begin(run, out, started)
                 if started is not None and not quiet:
-                    note(told(started))
+                    note(summary_of_start(started))
     session = Session(
         run, out, defence, stages, ensemble, loader, validation, signature, start, quiet, team
     )

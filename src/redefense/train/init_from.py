@@ -172,7 +172,7 @@ def initialise_from(
     }
 
 
-def told(started: Mapping[str, Any]) -> str:
+def summary_of_start(started: Mapping[str, Any]) -> str:
     """Lines that report the result of `initialise_from` and unmatched names of a file."""
     errors = ", ".join(f"{error:.3f}" for error in started["kernel_error"])
     accuracy = {k: 100 * v for k, v in started["validation_accuracy"].items()}

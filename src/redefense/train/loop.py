@@ -267,7 +267,7 @@ def take_step(
     where = f"in stage {stage.name!r} at step {total + 1}"
     bad = [f"{name} = {value}" for name, value in terms.items() if value - value != 0]
     if bad:
-        raise mesh.told(TrainingError(f"non-finite loss {where}: {', '.join(bad)}"))
+        raise mesh.mark_reported(TrainingError(f"non-finite loss {where}: {', '.join(bad)}"))
     if first:
         with mesh.agreed():
             check_gradients(ensemble, params, where)
@@ -343,7 +343,7 @@ def interrupted_at_once(where: str, mesh: Mesh) -> Iterator[None]:
     """
 
     def handle(number: int) -> None:
-        raise mesh.told(Interrupted(f"stopped {where}; continue with --resume", number))
+        raise mesh.mark_reported(Interrupted(f"stopped {where}; continue with --resume", number))
 
     with handled(handle):
         yield

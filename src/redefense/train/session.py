@@ -107,7 +107,9 @@ class Session:
             raise self._stopped(f"after step {event.position.total}", stop)
 
     def _stopped(self, where: str, number: int) -> RedefenseError:
-        return self.team.told(Interrupted(f"stopped {where}; continue with --resume", number))
+        return self.team.mark_reported(
+            Interrupted(f"stopped {where}; continue with --resume", number)
+        )
 
     def _save(self, event: Event) -> None:
         """Gather the weights of all processes, and write a checkpoint in the first one."""

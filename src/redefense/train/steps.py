@@ -69,23 +69,23 @@ def booked_step(
 
     Gradients of the ensemble are None afterwards.
     """
-    ledger = OpCounter(dry=dry, staying=frozenset({OPTIMIZER}))
-    with gradients_stay(ensemble, ledger), ledger, watched(ledger):
+    counter = OpCounter(dry=dry, staying=frozenset({OPTIMIZER}))
+    with gradients_stay(ensemble, counter), counter, watched(counter):
         take_steps(
             ensemble, stages, batch, optim=optim, precision=precision, seed=seed, index=index,
             epoch=epoch,
         )  # fmt: skip
     ensemble.zero_grad(set_to_none=True)
-    return ledger
+    return counter
 
 
 @contextmanager
-def gradients_stay(ensemble: nn.Module, ledger: OpCounter) -> Iterator[None]:
+def gradients_stay(ensemble: nn.Module, counter: OpCounter) -> Iterator[None]:
     """Exclude the parameters' gradients from `live`."""
 
     def stay(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            ledger.forget_storage(parameter.grad)
+            counter.forget_storage(parameter.grad)
 
     hooks = [p.register_post_accumulate_grad_hook(stay) for p in ensemble.parameters()]
     try:
@@ -97,7 +97,7 @@ def gradients_stay(ensemble: nn.Module, ledger: OpCounter) -> Iterator[None]:
 
 def forward_flops(ensemble: Ensemble, x: Tensor) -> int:
     """FLOPs of a forward pass of one member, without generating its weights."""
-    net, ledger = ensemble.member(0).eval(), OpCounter(dry=True)
-    with torch.no_grad(), ledger:
+    net, counter = ensemble.member(0).eval(), OpCounter(dry=True)
+    with torch.no_grad(), counter:
         net(x)
-    return ledger.flops()
+    return counter.flops()

@@ -100,8 +100,8 @@ class Attacked:
             images[part["rows"]] = part["points"]
         if worst is not None:
             for row in np.flatnonzero(~cell.met[: self._count]).tolist():
-                if (lost_to := worst.source[row]) in self.images:
-                    images[row] = self.images[lost_to][row]
+                if (fooled_by := worst.source[row]) in self.images:
+                    images[row] = self.images[fooled_by][row]
         self.images[name] = images
         if self.all and (place := self._job.save(self._job.place(name + SUFFIX))):
             write_arrays(place, {"index": self._job.subject.index, "images": images})

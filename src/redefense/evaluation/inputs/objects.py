@@ -140,7 +140,7 @@ def answers_of(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
 
 def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:
     """Origins of the suite, its attacks and the data set, if they come from plug-ins."""
-    cells = (*suite.cells, *suite.beside)
+    cells = (*suite.cells, *suite.baseline_attacks)
     named = [("suites", suite.name), *(("attacks", spec.attack) for spec in cells)]
     found = origins(dict.fromkeys([*named, ("datasets", data)]))
     return {"plugins": found} if found else {}

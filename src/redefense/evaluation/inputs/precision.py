@@ -13,7 +13,7 @@ from redefense.attacks.base import input_gradient
 from redefense.ensembles import Ensemble, Independent, evaluating, frozen_weights
 from redefense.evaluation.pass_counter import MemberOf
 from redefense.evaluation.suite import AttackPrecision
-from redefense.networks import Asked
+from redefense.networks import Queried
 from redefense.threat import TINY
 from redefense.types import Float, Images, Logits
 
@@ -56,7 +56,7 @@ def computed_in(ensemble: Ensemble, x: Images) -> tuple[Ensemble, Images]:
 
 
 def _wrapped(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    wrapper = Asked(network, dtype)
+    wrapper = Queried(network, dtype)
     wrapper.training = network.training
     return wrapper
 
@@ -109,7 +109,7 @@ def gap(logits: Logits) -> Float[Tensor, " B"]:
     return (top[:, 0] - top[:, 1]) / logits.detach().std(1).clamp_min(TINY)
 
 
-def asked_in(precision: AttackPrecision, ensemble: Ensemble) -> Ensemble:
+def in_attack_precision(precision: AttackPrecision, ensemble: Ensemble) -> Ensemble:
     """The ensemble that aware attacks query in this precision."""
     return InBfloat16(ensemble) if precision == "bf16" else ensemble
 

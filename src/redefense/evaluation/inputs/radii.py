@@ -61,13 +61,13 @@ def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Re
             before = curve[-1][name] if curve else None
             if before is None or figure.value is None or figure.value <= before + FALL:
                 continue
-            told = RedCheckWarning(
+            message = RedCheckWarning(
                 f"{name} accuracy is {100 * figure.value:.1f} % at eps {radius:g} and "
                 f"{100 * before:.1f} % at {curve[-1]['eps']:g}: the attacks at the larger radius "
                 "have not converged, and the curve shows the lower figure",
                 last,
             )
-            warnings.warn(told, stacklevel=4)
+            warnings.warn(message, stacklevel=4)
             entry |= {key: curve[-1][key] for key in (name, f"{name}_interval")}
         curve.append(entry)
     last.data["eps_curve"] = curve

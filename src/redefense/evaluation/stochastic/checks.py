@@ -132,8 +132,11 @@ def doubled_seeds(
 
 def below_attack(proven: Certificate, headline: Mapping[str, Any]) -> Check:
     """D3: accuracy under attack is at least the certified accuracy of one draw."""
-    ends, told = headline["aware_interval_draws"], f"one draw: proven {100 * proven.single:.1f} %"
+    ends, message = (
+        headline["aware_interval_draws"],
+        f"one draw: proven {100 * proven.single:.1f} %",
+    )
     if ends is None:
-        return Check("D3", None, f"{told}, no attacked figure to compare with")
+        return Check("D3", None, f"{message}, no attacked figure to compare with")
     attacked = f"attacked {100 * headline['aware']:.1f} %"
-    return Check("D3", proven.single <= ends[1], f"{told}, {attacked}")
+    return Check("D3", proven.single <= ends[1], f"{message}, {attacked}")

@@ -254,8 +254,8 @@ def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, 
     found, count = [], len(job.subject.x)
     seen = Draws(score=LEAST_DRAWS, attack=members)
     for number, planned in enumerate(plan, 1):
-        asked = 1 if planned.spec.view == "sampled" else seen.of(planned.attack)
-        passes = rough_passes(planned.attack) * asked * count
+        queried = 1 if planned.spec.view == "sampled" else seen.of(planned.attack)
+        passes = rough_passes(planned.attack) * queried * count
         found += [(cell_label(number, planned, plan, again), passes) for again in range(job.seeds)]
     return found
 

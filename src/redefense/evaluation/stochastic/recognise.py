@@ -11,9 +11,9 @@ from redefense.checks.answers import (
     GROSS,
     REPEATS,
     ROUNDING,
-    ask,
     differences,
     kept_as_it_was,
+    query_member,
     said,
     sample_points,
 )
@@ -51,7 +51,7 @@ def drawing(ensemble: Ensemble, x: Images) -> str:
     for m in range(ensemble.num_members):
         with kept_as_it_was(ensemble):
             try:
-                first, *again = (ask(ensemble, m, points) for _ in range(1 + REPEATS))
+                first, *again = (query_member(ensemble, m, points) for _ in range(1 + REPEATS))
             except InputError:
                 return ""  # later checks report the error
         if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != len(points):
@@ -105,7 +105,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
     module = cast(nn.Module, network)
     with kept_as_it_was(module):
         for m in range(min(3, network.num_members)):
-            first, again = ask(network, m, points), ask(network, m, points)
+            first, again = query_member(network, m, points), query_member(network, m, points)
             if bool((differences(first, again) > ROUNDING).any()):
                 network.governed = False
                 return
@@ -113,7 +113,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
         others = points.clone()
         others[half:] = (points[half:] + 0.37).remainder(1.0)
         for m in range(min(3, network.num_members)):
-            first, mixed = ask(network, m, points), ask(network, m, others)
+            first, mixed = query_member(network, m, points), query_member(network, m, others)
             if bool((differences(first, mixed)[:half] > GROSS).any()):
                 raise InputError(
                     "at a fixed seed the network's output for an image depends on the other images "

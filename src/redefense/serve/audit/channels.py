@@ -66,7 +66,7 @@ def _headers_and_fields(client: Client, image: Floats, requests: int) -> list[st
 
 def _metrics(client: Client, image: Floats, requests: int) -> list[str]:
     def scrape() -> dict[str, float]:
-        text = client.ask("GET", "/metrics").body.decode()
+        text = client.request("GET", "/metrics").body.decode()
         rows = [line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("", "#")]
         # metrics of time or the process differ for every request
         timed = re.compile(r"^(process|python)_|seconds|_created")

@@ -78,7 +78,7 @@ class Client:
     ) -> None:
         self._connection.close()
 
-    def ask(
+    def request(
         self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
     ) -> Reply:
         started = time.perf_counter()
@@ -94,11 +94,11 @@ class Client:
 
     def model_path(self) -> str:
         if self._name is None:
-            self._name = str(self.ask("GET", "/about.json").json()["name"])
+            self._name = str(self.request("GET", "/about.json").json()["name"])
         return f"/v2/models/{self._name}"
 
     def infer(
         self, images: Floats, form: Form = "binary", headers: dict[str, str] | None = None
     ) -> Reply:
         body, own = tensor_request(images, form)
-        return self.ask("POST", f"{self.model_path()}/infer", body, own | (headers or {}))
+        return self.request("POST", f"{self.model_path()}/infer", body, own | (headers or {}))

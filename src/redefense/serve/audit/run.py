@@ -79,7 +79,7 @@ class _Case:
     def image(self, *numbers: int) -> Floats:
         return self.subjects.images[list(numbers)]
 
-    def ask(self, client: Client, *numbers: int, form: Form = "binary") -> Reply:
+    def infer(self, client: Client, *numbers: int, form: Form = "binary") -> Reply:
         return client.infer(self.image(*numbers), form)
 
     def visitor(self, url: str, i: int) -> tuple[Client, dict[str, str]]:
@@ -164,7 +164,7 @@ def _drawn(case: _Case, client: Client) -> list[int]:
     members: list[int] = []
     while len(members) < case.effort.draws:
         numbers = case.rng.integers(best, size=size).tolist()
-        answers = answers_in(case.ask(client, *numbers))
+        answers = answers_in(case.infer(client, *numbers))
         members += [case.witness(n, a) for n, a in zip(numbers, answers, strict=True)]
     return members
 
@@ -172,7 +172,7 @@ def _drawn(case: _Case, client: Client) -> list[int]:
 def _asked_again(case: _Case, client: Client) -> Finding:
     members, answers = [], set()
     for _ in range(case.effort.repeats):
-        reply = case.ask(client, 0)
+        reply = case.infer(client, 0)
         (answer,) = answers_in(reply)
         answers.add(answer)
         members.append(case.witness(0, answer))
@@ -191,7 +191,7 @@ def _asked_again(case: _Case, client: Client) -> Finding:
 
 def _pair(case: _Case, client: Client, *numbers: int) -> tuple[int, int]:
     """The members that answered two images of one request; its time is recorded."""
-    reply = case.ask(client, *numbers)
+    reply = case.infer(client, *numbers)
     answered = zip(numbers, answers_in(reply), strict=True)
     first, second = (case.witness(n, answer) for n, answer in answered)
     case.pairs.append((first == second, reply.seconds))
@@ -199,8 +199,8 @@ def _pair(case: _Case, client: Client, *numbers: int) -> tuple[int, int]:
 
 
 def _mates(case: _Case, client: Client) -> Finding:
-    asked = max(case.effort.repeats, 10 * len(case.mixture) ** 2)
-    joint = [_pair(case, client, 0, 1) for _ in range(asked)]
+    repeats = max(case.effort.repeats, 10 * len(case.mixture) ** 2)
+    joint = [_pair(case, client, 0, 1) for _ in range(repeats)]
     p = independent(joint, case.mixture)
     detail = f"{len(joint)} requests of two images, p = {p:.2g}"
     return Finding("batch mates draw apart", p >= ALPHA, detail)
@@ -210,7 +210,7 @@ def _per_input(case: _Case, url: str) -> list[Finding]:
     members = []
     with Client(url) as client:
         for n in range(min(len(case.subjects.images), case.effort.draws // 4)):
-            reply = case.ask(client, n)
+            reply = case.infer(client, n)
             members.append(case.witness(n, answers_in(reply)[0]))
             case.alone.append((members[-1], reply.seconds))
         joint = [_pair(case, client, n, n + 1) for n in range(0, len(members) - 1, 2)]
@@ -223,8 +223,8 @@ def _per_input(case: _Case, url: str) -> list[Finding]:
 def _kept(case: _Case, client: Client) -> Finding:
     changed, tried = 0, min(20, case.effort.repeats // 10, len(case.subjects.images) - 1)
     for n in range(tried):
-        alone = [answers_in(case.ask(client, n, form=form))[0] for form in _FORMS * 4]
-        mates = [answers_in(case.ask(client, n + 1, n))[1] for _ in range(4)]
+        alone = [answers_in(case.infer(client, n, form=form))[0] for form in _FORMS * 4]
+        mates = [answers_in(case.infer(client, n + 1, n))[1] for _ in range(4)]
         changed += len({*alone, *mates}) > 1
     detail = f"{changed} of {tried} images changed their answer over 16 tries in three encodings"
     return Finding("asking again gains nothing", changed == 0, detail)
@@ -299,8 +299,8 @@ def _sequence(case: _Case, url: str) -> list[int]:
         return members
     images = min(count, len(case.subjects.images)) if case.settings.policy == "per-input" else 1
     with Client(url) as client:
-        asked = range(images) if images > 1 else [0] * count
-        return [case.witness(n, answers_in(case.ask(client, n))[0]) for n in asked]
+        chosen = range(images) if images > 1 else [0] * count
+        return [case.witness(n, answers_in(case.infer(client, n))[0]) for n in chosen]
 
 
 def _timing(case: _Case) -> Finding:
