@@ -108,11 +108,10 @@ def test_a_settled_image_is_not_looked_at_again() -> None:
     assert asked == [[0, 1, 2]] * 3 + [[0, 1]] + [[0]] * 2
 
 
-def test_hopeless_is_what_a_multiple_of_the_gain_does_not_reach() -> None:
+def test_out_of_reach_is_what_a_multiple_of_the_gain_does_not_reach() -> None:
     value, before = torch.tensor([-1.0, -1.0, 0.5]), torch.tensor([-1.1, -1.3, 0.4])
     assert out_of_reach(value, before, 0.0).tolist() == [True, False, False]
-    # half of the budget remains: the gain that is still expected is half of the recent one
-    assert out_of_reach(value, before, 0.0, remaining=0.5).tolist() == [True, True, False]
+    assert out_of_reach(value, before, 0.0, factor=2.5).tolist() == [True, True, False]
 
 
 def test_early_stop_is_no_part_of_published_settings() -> None:

@@ -18,7 +18,7 @@ from redefense.attacks.base import (
     Presets,
     input_gradient,
 )
-from redefense.attacks.early_stop import BOUNDARY_FACTOR, BOUNDARY_STEPS
+from redefense.attacks.early_stop import BOUNDARY_CHECKS, BOUNDARY_STEPS
 from redefense.attacks.gradient import check_steps
 from redefense.attacks.objectives import targeted_margin
 from redefense.errors import ConfigError
@@ -77,7 +77,7 @@ class FAB(Attack):
         alpha_max: largest weight of the way from the image, against the way from the last point.
         eta: overshoot beyond the boundary, >= 1.
         beta: share of the way kept after a success, in (0, 1).
-        early_stop: leave a target after a fifth of the steps where none came near the budget.
+        early_stop: leave a target where it is reached within eps, or after some steps is not near.
         preset: published settings.
     """
 
@@ -135,16 +135,20 @@ class FAB(Attack):
     def _search(
         self, victim: Victim, x: Images, y: Labels, target: Labels, threat: Threat
     ) -> Found:
-        """All steps, or with `early_stop` a fifth of them and the rest where it may be worth it."""
-        first = round(BOUNDARY_STEPS * self.steps) if self.early_stop else self.steps
-        found = self.walk(victim, x, y, target, threat, steps=first)
-        rows = (found.distance <= BOUNDARY_FACTOR * threat.eps).nonzero().flatten()
-        more = self.steps - first
-        if more == 0 or len(rows) == 0:
-            return found
-        part = Found(*(values[rows] for values in found))
-        part = self.walk(victim, x[rows], y[rows], target[rows], threat, steps=more, found=part)
-        return Found(*(a.index_copy(0, rows, b) for a, b in zip(found, part, strict=True)))
+        """All steps; with `early_stop` only where the distance nears eps, see `BOUNDARY_CHECKS`."""
+        found = Found(x, torch.full_like(x[:, 0, 0, 0], math.inf), x)
+        rows, done = torch.arange(len(x), device=x.device), 0
+        for share, factor in (*(BOUNDARY_CHECKS if self.early_stop else ()), (1.0, math.inf)):
+            end = min(self.steps, max(BOUNDARY_STEPS, round(share * self.steps)))
+            if end > done and len(rows) > 0:
+                part = Found(*(values[rows] for values in found))
+                part = self.walk(victim, x[rows], y[rows], target[rows], threat, part, end - done)
+                found = Found(*(a.index_copy(0, rows, b) for a, b in zip(found, part, strict=True)))
+            done, distance = end, found.distance[rows] / threat.eps
+            # an image without any adversarial point yet gets a fifth of the steps
+            near = (distance <= factor) | (distance.isinf() & (share < 0.2))
+            rows = rows[near & (distance > 1)]
+        return found
 
     def walk(
         self,
@@ -153,9 +157,8 @@ class FAB(Attack):
         y: Labels,
         target: Labels,
         threat: Threat,
-        *,
-        steps: int | None = None,
         found: Found | None = None,
+        steps: int | None = None,
     ) -> Found:
         """Moves for one target class per image, from the image or from what was found so far."""
         if found is None:

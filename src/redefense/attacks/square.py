@@ -10,7 +10,12 @@ from torch import Generator, Tensor
 
 from redefense.attacks.apgd import filtered
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Presets
-from redefense.attacks.early_stop import GRADIENT_SHARE, SEARCH_CHECK, out_of_reach
+from redefense.attacks.early_stop import (
+    GRADIENT_SHARE,
+    SEARCH_CHECK,
+    SEARCH_FACTOR,
+    out_of_reach,
+)
 from redefense.attacks.objectives import margin
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
@@ -313,7 +318,8 @@ class Square(Attack):
         if query % tenth:
             return none
         before = seen[period * (query // (10 * period))]
-        return out_of_reach(value, before, 0.0, remaining=math.log10(self.queries / query))
+        remaining = math.log10(self.queries / query)
+        return out_of_reach(value, before, 0.0, SEARCH_FACTOR * remaining)
 
     def _side(self, query: int, x: Images, *, odd: bool) -> int:
         """Side of the patches at this query."""
