@@ -10,6 +10,33 @@ if TYPE_CHECKING:
 
 NAMES: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
+CONTRAST: Final = """
+() => {
+  const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const channel = (v) => linear(v / 255);
+  const parse = (text) => text.match(/[0-9.]+/g).map(Number);
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = parse(getComputedStyle(node).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0.99) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  const kinds = "p, li, th, td, dt, dd, a, small, summary, h1, h2, h3, figcaption, caption";
+  for (const node of document.querySelectorAll(kinds)) {
+    if (!node.checkVisibility() || !node.textContent.trim()) continue;
+    const [a, b] = [light(parse(getComputedStyle(node).color)), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const told = node.textContent.trim().slice(0, 40);
+    if (ratio < 4.5) low.push(`${node.tagName} ${ratio.toFixed(2)} ${told}`);
+  }
+  return low;
+}
+"""
+"""Texts whose contrast with what is behind them is below 4.5 to 1 (WCAG 2.1, level AA)."""
+
 
 def chromium() -> str | None:
     """Where Chromium is; None if it is not installed."""
