@@ -38,7 +38,7 @@ def site() -> Path:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if self.path == "/favicon.ico":
             self.send_response(204)
             self.end_headers()
