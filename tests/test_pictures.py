@@ -1,6 +1,5 @@
 """One picture is the same pixels in a data set, at the server and in a bundle's run.py."""
 
-import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from PIL import Image, ImageOps
 from starlette.exceptions import HTTPException
 
 from data_files import Pixels, some_pixels, write_parquet
-from redefense import pictures
 from redefense.data import load_dataset
 from redefense.data.source import decode, measure
 from redefense.errors import DataError
@@ -26,12 +24,6 @@ SHAPE = (3, 6, 10)
 def saved(picture: Image.Image, kind: str, **settings: Any) -> bytes:
     picture.save(buffer := io.BytesIO(), kind, **settings)
     return buffer.getvalue()
-
-
-def test_what_travels_in_a_bundle_is_the_same_text() -> None:
-    for name in ("PictureError", "as_shown", "_is_deep"):
-        ours, travelling = (getattr(module, name) for module in (pictures, runner))
-        assert inspect.getsource(ours) == inspect.getsource(travelling)
 
 
 def as_bytes(images: runner.Floats) -> Pixels:

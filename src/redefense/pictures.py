@@ -1,7 +1,6 @@
-"""Pictures as viewers show them, for data sets and the server.
+"""Pictures as viewers show them, for data sets, the server and the run.py of bundles.
 
-A bundle's run.py (`redefense.export.runner`) holds the same text, since it travels alone; a test
-keeps the two equal.
+`redefense.export.runner` copies this file into run.py, so it imports nothing of redefense.
 """
 
 from typing import Any
@@ -16,7 +15,7 @@ def as_shown(picture: Any) -> Any:
 
     It is turned as its EXIF orientation says, and blended with white where it is transparent.
     Data sets, the server and the run.py of bundles all read pictures so: a network is trained,
-    evaluated and asked about the same pixels.
+    evaluated and queried on the same pixels.
 
     Raises:
         PictureError: for several frames, or more than 8 bits a channel.

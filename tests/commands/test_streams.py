@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from redefense.cli import main
+from cli_tools import exit_code
 from redefense.commands.streams import accept_every_letter
 from report_tools import build_run
 
@@ -20,13 +20,6 @@ def written(file: io.TextIOWrapper) -> bytes:
     buffer = file.buffer
     assert isinstance(buffer, io.BytesIO)
     return buffer.getvalue()
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["redefense", *words])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
@@ -57,7 +50,7 @@ def test_no_encoding_of_the_terminal_is_an_error(
     out, err = stream(encoding), stream(encoding)
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    assert call(monkeypatch, *words) == code
+    assert exit_code(*words) == code
     assert b"Traceback" not in written(err)
     # click takes a stream that claims ASCII for one that was not set up, and writes UTF-8 there
     known = "utf-8" if encoding == "ascii" else encoding
@@ -75,7 +68,7 @@ def test_signs_keep_their_meaning_where_letters_are_lost(monkeypatch: pytest.Mon
 def test_closed_streams_take_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    assert call(monkeypatch, "list", "attacks") == 0
-    assert call(monkeypatch, "list", "nothing") == 2
+    assert exit_code("list", "attacks") == 0
+    assert exit_code("list", "nothing") == 2
     for name in ("stdout", "stderr"):
         getattr(sys, name).close()

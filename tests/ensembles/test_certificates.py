@@ -1,7 +1,6 @@
 """Certificates of Gaussian noise in L2, for one draw and for the vote, against closed forms."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import beta
 from torch import Tensor, nn
 
-from redefense.cli import main
+from cli_tools import command
 from redefense.config import ThreatConfig, override
 from redefense.data import load_dataset
 from redefense.data import test_indices as test_images
@@ -132,25 +131,18 @@ def test_a_run_with_noise_of_its_own_is_certified_behind_that_noise(tmp_path: Pa
         certify_run(tmp_path, sigma=0.5, draws=1, images=1)
 
 
-def test_commands_certify_and_measure_by_draws(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["redefense", *words])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        told = capsys.readouterr()
-        assert caught.value.code == 0, told.err
-        return told.out
-
-    printed = run("certify", str(home), "--sigma", "0.1", "--eps", "0.05", "--draws", "9",
-                  "--images", "10")  # fmt: skip
-    assert printed.startswith("l2 0.05: certified accuracy of one draw")
+def test_commands_certify_and_measure_by_draws(home: Path) -> None:
+    done = command("certify", home, "--sigma", 0.1, "--eps", 0.05, "--draws", 9, "--images", 10)
+    assert done.code == 0, done.err
+    assert done.out.startswith("l2 0.05: certified accuracy of one draw")
     plan = home / "fgsm.json"
     plan.write_text('{"cells": [{"attack": "fgsm", "view": "sampled"}]}')
     out = home / "evaluation" / "drawn.json"
-    run("evaluate", str(home), "--suite", str(plan), "--stochastic", "on", "--images", "10",
-        "--out", str(out), "--quiet")  # fmt: skip
+    done = command(
+        "evaluate", home, "--suite", plan, "--stochastic", "on", "--images", 10,
+        "--out", out, "--quiet",
+    )  # fmt: skip
+    assert done.code == 0, done.err
     stored = json.loads(out.read_text())
     assert stored["stochastic"] is True
     assert stored["headline"]["exact"] is False

@@ -39,7 +39,7 @@ from redefense.export.draws import ALARM, chi_square_p
 from redefense.export.graph import member_graph
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
-from redefense.export.runner import BundleError, open_bundle, open_session
+from redefense.export.runner import BundleError, open_bundle, open_session, sessions
 from redefense.export.write import synthetic
 
 MIXTURE = [0.7, 0.3]
@@ -273,10 +273,10 @@ def test_draws_meet_the_mixture_and_never_choose_a_member_without_a_share(
 def test_draws_are_the_operating_systems_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     # 2**64 - 1 is refused by rejection for three members, as 2**64 mod 3 = 1
     numbers = iter([[2**64 - 1, 5], [7]])
-    monkeypatch.setattr(runner, "_entropy", lambda n: np.array(next(numbers), np.uint64))
+    monkeypatch.setattr(sessions, "_entropy", lambda n: np.array(next(numbers), np.uint64))
     assert runner.draw_members(np.full(3, 1 / 3), 2).tolist() == [2, 1]
     edge = iter([[0, 2**63 - 1, 2**63, 2**64 - 1]])
-    monkeypatch.setattr(runner, "_entropy", lambda n: np.array(next(edge), np.uint64))
+    monkeypatch.setattr(sessions, "_entropy", lambda n: np.array(next(edge), np.uint64))
     assert runner.draw_members(np.array([0.5, 0.25, 0.25]), 4).tolist() == [0, 0, 1, 2]
 
 

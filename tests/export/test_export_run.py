@@ -3,15 +3,14 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from cli_tools import command
 from export_tools import trained
-from redefense.cli import main
 from redefense.config import override
 from redefense.data import load_dataset, train_validation
 from redefense.export.runner import logits_of, open_bundle, write_records
@@ -31,13 +30,6 @@ def bundle(run: Path) -> Path:
     return export_run(run, run.parent / "bundle")
 
 
-def command(patch: pytest.MonkeyPatch, *words: str) -> object:
-    patch.setattr(sys, "argv", ["redefense", *words])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code
-
-
 def test_a_run_becomes_a_bundle_that_says_where_it_comes_from(bundle: Path) -> None:
     opened = open_bundle(bundle)
     assert opened.config["data"] == {"name": "digits"}
@@ -49,32 +41,31 @@ def test_a_run_becomes_a_bundle_that_says_where_it_comes_from(bundle: Path) -> N
     assert "Nothing was measured" in (bundle / "README.md").read_text()
 
 
-def test_a_bundle_holds_against_its_own_run_and_no_other(
-    run: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, "verify", str(bundle), "--against", str(run), "--json") == 0
-    shown = json.loads(capsys.readouterr().out)
+def test_a_bundle_holds_against_its_own_run_and_no_other(run: Path, bundle: Path) -> None:
+    own = command("verify", bundle, "--against", run, "--json")
+    assert own.code == 0
+    shown = json.loads(own.out)
     assert shown["holds"]
     assert "bit for bit" in shown["checks"][-1]["detail"]
     trained(run.parent / "other", "seed=1")
-    assert command(monkeypatch, "verify", str(bundle), "--against", str(run.parent / "other")) == 1
-    assert "does not hold: checkpoint" in capsys.readouterr().err
+    other = command("verify", bundle, "--against", run.parent / "other")
+    assert other.code == 1
+    assert "does not hold: checkpoint" in other.err
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "compact"])
 def test_a_back_door_shows_against_the_run_though_weights_and_probes_are_its_own(
-    run: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    run: Path, tmp_path: Path, kind: str
+) -> None:
     if kind == "compact":
         run = tmp_path / "ps"
         train(override(recipe("digits-ps-red"), ["epochs=1", "data.images=64"]), run, quiet=True)
     out = export_run(run, tmp_path / "b", precision="int8" if kind == "int8" else "fp32")
-    assert command(monkeypatch, "verify", str(out), "--against", str(run)) == 0
-    agreement = capsys.readouterr().out
+    honest = command("verify", out, "--against", run)
+    assert honest.code == 0
     # numpy writes a compact bundle's kernels, torch the run's: their last bits may differ
     either = ("bit for bit", "up to rounding") if kind == "compact" else ("bit for bit",)
-    assert any(f"weights {how}" in agreement for how in either)
+    assert any(f"weights {how}" in honest.out for how in either)
     config = json.loads((out / "config.json").read_text())
     names = [config["compact"]["template"]] if kind == "compact" else config["members"]
     for name in names:
@@ -102,20 +93,18 @@ def test_a_back_door_shows_against_the_run_though_weights_and_probes_are_its_own
         (out / name).write_bytes(model.SerializeToString())
     (out / "manifest.json").unlink()
     write_records(out, config)
-    assert command(monkeypatch, "verify", str(out)) == 0, "its hashes and probes are its own"
+    assert command("verify", out).code == 0, "its hashes and probes are its own"
     bright = np.ones((1, 1, 8, 8), np.float32)
     assert logits_of(open_bundle(out).open(0), bright).argmax() == 0
-    capsys.readouterr()
-    assert command(monkeypatch, "verify", str(out), "--against", str(run)) == 1
-    assert "computes something else" in capsys.readouterr().err
+    against = command("verify", out, "--against", run)
+    assert against.code == 1
+    assert "computes something else" in against.err
 
 
-def test_eight_bits_print_what_they_cost(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["export", str(run), "--out", str(tmp_path / "q"), "--precision", "int8", "--json"]
-    assert command(monkeypatch, *words) == 0
-    cost = json.loads(capsys.readouterr().out)["quantisation"]
+def test_eight_bits_print_what_they_cost(run: Path, tmp_path: Path) -> None:
+    done = command("export", run, "--out", tmp_path / "q", "--precision", "int8", "--json")
+    assert done.code == 0
+    cost = json.loads(done.out)["quantisation"]
     assert cost["calibration_images"] == 512
     assert cost["accuracy"]["split"] == "validation"
     pairs = zip(cost["accuracy"]["fp32"], cost["accuracy"]["int8"], strict=True)
@@ -154,13 +143,13 @@ def test_the_card_of_eight_bit_members_claims_nothing_of_the_run(run: Path, tmp_
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
     run: Path, words: list[str], code: int, says: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     before = sorted(run.parent.rglob("*"))
-    assert command(monkeypatch, *[str(run) if w == "RUN" else w for w in words]) == code
-    error = capsys.readouterr().err
-    assert says in error
-    assert len(error.strip().splitlines()) == 1
+    done = command(*[run if w == "RUN" else w for w in words])
+    assert done.code == code
+    assert says in done.err
+    assert len(done.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
     assert sorted(run.parent.rglob("*")) == before

@@ -3,7 +3,6 @@
 import base64
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from cli_tools import command
 from export_tools import ABOUT, plain, trained
-from redefense.cli import main
 from redefense.errors import ConfigError, DataError
 from redefense.export import export, runner
 from redefense.export.signing import SignatureError, sign_with, trust_in
@@ -227,32 +226,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("r") / "run")
 
 
-def command(patch: pytest.MonkeyPatch, *words: object) -> object:
-    patch.setattr(sys, "argv", ["redefense", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code
-
-
 def test_the_commands_sign_verify_and_refuse_with_their_exit_codes(
     run: Path, keys: tuple[Path, Path], signed: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     private, public = keys
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, "export", run, "--out", "b", "--sign", public) == 2
+    assert command("export", run, "--out", "b", "--sign", public).code == 2
     assert not Path("b").exists()
-    assert command(monkeypatch, "export", run, "--out", "b", "--sign", private, "--quiet") == 0
-    assert command(monkeypatch, "verify", "b", "--signer", public) == 0
-    assert "signed by the key" in capsys.readouterr().out
+    assert command("export", run, "--out", "b", "--sign", private, "--quiet").code == 0
+    holds = command("verify", "b", "--signer", public)
+    assert holds.code == 0
+    assert "signed by the key" in holds.out
     flip(Path("b/manifest.json"), -40)
-    assert command(monkeypatch, "verify", "b", "--signer", public, "--quiet") == 1
-    assert "does not hold: signature" in capsys.readouterr().err
+    fails = command("verify", "b", "--signer", public, "--quiet")
+    assert fails.code == 1
+    assert "does not hold: signature" in fails.err
     serve = ("serve", "b", "--signer", public, "--port", 0, "--quiet")
     for words in (serve, ("serve", "b", "--signer", public, "--audit")):
-        assert command(monkeypatch, *words) == 3
-        error = capsys.readouterr().err
-        assert "not the signature of this manifest" in error
-        assert len(error.splitlines()) == 1
-    assert command(monkeypatch, "verify", signed, "--signer", private) == 2
-    assert command(monkeypatch, "verify", signed, "--signer", "none.pem") == 3
+        refused = command(*words)
+        assert refused.code == 3
+        assert "not the signature of this manifest" in refused.err
+        assert len(refused.err.splitlines()) == 1
+    assert command("verify", signed, "--signer", private).code == 2
+    assert command("verify", signed, "--signer", "none.pem").code == 3

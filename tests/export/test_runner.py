@@ -1,5 +1,6 @@
 """The runner that travels: whatever a bundle or an image holds, it says one line about it."""
 
+import ast
 import contextlib
 import copy
 import json
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from redefense.export import runner
-from redefense.export.runner import BundleError, read_image
+from redefense.export.runner import BundleError, read_image, records
 
 SHAPE = (1, 8, 8)
 MEMBERS = ["members/0.onnx", "members/1.onnx"]
@@ -60,7 +61,7 @@ def _places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("sound", [PLAIN, COMPACT], ids=["plain", "compact"])
 def test_whatever_a_config_holds_it_is_taken_or_refused_in_words(sound: dict[str, Any]) -> None:
-    runner._check_config(sound, FILES[sound["kind"]])
+    records._check_config(sound, FILES[sound["kind"]])
     for *path, last in _places(sound):
         for value in STRANGE:
             changed = copy.deepcopy(sound)
@@ -70,7 +71,7 @@ def test_whatever_a_config_holds_it_is_taken_or_refused_in_words(sound: dict[str
             holder[last] = value
             # anything but a BundleError fails
             with contextlib.suppress(BundleError):
-                runner._check_config(changed, FILES[sound["kind"]])
+                records._check_config(changed, FILES[sound["kind"]])
 
 
 def _refused(path: Path) -> str:
@@ -116,6 +117,19 @@ def test_no_member_is_written_elsewhere(elsewhere: str) -> None:
         files = {**FILES[sound["kind"]], elsewhere: {}}
         changed = {**sound, "members": [elsewhere, "members/1.onnx"]}
         with pytest.raises(BundleError, match=r"members must be 2 files, members/0\.onnx"):
-            runner._check_config(changed, files)
+            records._check_config(changed, files)
     with pytest.raises(BundleError, match="not there yet"):
-        runner._check_config(COMPACT, {**FILES["compact"], "members/0.onnx": {}})
+        records._check_config(COMPACT, {**FILES["compact"], "members/0.onnx": {}})
+
+
+def test_run_py_defines_every_name_of_its_parts_once() -> None:
+    defined = []
+    for node in ast.parse(runner.text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.append(node.name)
+        elif isinstance(node, ast.Assign):
+            defined += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            defined.append(node.target.id)  # type: ignore[union-attr]  # a plain name
+    assert len(defined) == len(set(defined)), "a part hides a name of another one"
+    assert set(runner.__all__) - {"text"} <= set(defined)

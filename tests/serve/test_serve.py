@@ -18,6 +18,7 @@ from PIL import Image
 
 from redefense.errors import ConfigError, DataError
 from redefense.export import runner
+from redefense.export.runner import sessions
 from redefense.networks import as_logits
 from redefense.serve.audit.client import Client, tensor_request
 from redefense.serve.model import Model
@@ -298,12 +299,12 @@ def test_scores_are_probabilities_and_opt_in(model: Model) -> None:
 def test_an_answer_that_is_no_number_names_no_class(
     model: Model, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = runner.logits_of
+    answer = sessions.logits_of
 
     def dark(session: Any, images: Any) -> Any:
         return np.where(images.max((1, 2, 3))[:, None] < 0.1, np.nan, answer(session, images))
 
-    monkeypatch.setattr(runner, "logits_of", dark)
+    monkeypatch.setattr(sessions, "logits_of", dark)
     with serving(model, Settings(mode=mode, scores=True, grace=0.0)) as url, Client(url) as client:
         bright, black = pictures(np.array([3])), np.zeros((1, *SHAPE), np.float32)
         assert post(client, request(data=bright.ravel().tolist()))[0] == 200
@@ -384,13 +385,13 @@ def test_a_batch_is_so_many_runs_whoever_is_drawn_unless_grouped(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
-    inner = runner.logits_of
+    inner = sessions.logits_of
 
     def counted(session: Any, images: Any) -> Any:
         runs.append(len(images))
         return inner(session, images)
 
-    monkeypatch.setattr(runner, "logits_of", counted)
+    monkeypatch.setattr(sessions, "logits_of", counted)
     images = np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
     by_draw, answers = [], []
     for drawn in (np.array([2, 0, 2, 0, 2]), np.array([1, 1, 1, 1, 1])):

@@ -16,7 +16,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redefense.errors import InputError
-from redefense.export import runner
+from redefense.export.runner import sessions
 from redefense.serve.audit.chance import independent, separation
 from redefense.serve.audit.channels import Replica
 from redefense.serve.audit.run import Effort, Finding, run_audit
@@ -175,7 +175,7 @@ def test_a_member_in_the_log_is_caught(model: Model) -> None:
 
 
 def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> None:
-    inner = runner.logits_of
+    inner = sessions.logits_of
 
     def slow(session: Any, images: Any) -> Any:
         time.sleep(0.02)  # a run has a price of its own, however many images it holds
@@ -186,7 +186,7 @@ def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> No
         lambda: fresh(model.mixture),
         Settings(grouped=True, grace=0.0),
         effort=Effort(draws=240, repeats=100, identical=6),
-        around=lambda: mock.patch.object(runner, "logits_of", slow),
+        around=lambda: mock.patch.object(sessions, "logits_of", slow),
     )
     assert failed(found) == {"time tells no member"}, found
     assert "leave --grouped out" in found["time tells no member"].detail

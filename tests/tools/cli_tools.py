@@ -19,15 +19,18 @@ class Result:
     err: str
 
 
-def command(*words: object) -> Result:
-    """Run `redefense WORDS...`."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
+def exit_code(*words: object) -> int:
+    """The exit code of `redefense WORDS...`, which writes to the standard streams as they are."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["redefense", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             cli.main()
-    return Result(int(end.value.code or 0), out.getvalue(), err.getvalue())
+    return int(end.value.code or 0)
+
+
+def command(*words: object) -> Result:
+    """Run `redefense WORDS...`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = exit_code(*words)
+    return Result(code, out.getvalue(), err.getvalue())

@@ -184,8 +184,7 @@ def _listed(pairs: list[tuple[int, int]]) -> str:
 
 def _runner(opened: Opened) -> str:
     """`run.py` is byte-identical to this version's runner."""
-    ours = Path(runner.__file__).read_bytes()
-    if opened.bundle.read("run.py") != ours:
+    if opened.bundle.read("run.py") != runner.text().encode():
         version = opened.bundle.config.get("version")
         raise BundleError(
             f"run.py is not the runner of this version of redefense (the bundle names {version}): "
@@ -202,7 +201,7 @@ def _draws(opened: Opened) -> str:
     if bundle.config.get("randomized") is not (answering > 1):
         raise BundleError(f"by the mixture {answering} of {bundle.num_members} members answer")
     faults = draw_faults(runner.draw_members, bundle.mixture)
-    if faults := faults or seed_faults(Path(runner.__file__)):
+    if faults := faults or seed_faults(bundle.path / "run.py"):
         raise BundleError(faults[0])
     drawn = f"{NUM_DRAWS:,} draws of {answering} members" if answering > 1 else "nothing is drawn"
     return f"{drawn}: by the mixture, neighbours independent, seeds change nothing"

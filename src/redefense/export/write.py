@@ -195,7 +195,7 @@ def _write(
         for path, graph in zip(names, graphs, strict=True):
             (folder / path).write_bytes(graph)
     np.savez(folder / "probes.npz", images=images.numpy(), logits=logits.numpy())
-    (folder / "run.py").write_bytes(Path(runner.__file__).read_bytes())
+    (folder / "run.py").write_bytes(runner.text().encode())
     text = (
         about.card(name)
         if about.card

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from redefense.errors import ConfigError, DataError
 from redefense.export import runner
+from redefense.export.runner import sessions
 
 Floats = NDArray[np.float32]
 INPUT: Final = "images"  # name of the input of every member
@@ -94,7 +95,7 @@ class Model:
         """(N, classes) logits of member m for images (N, C, H, W) in [0, 1]."""
         session = self._sessions[m]
         parts = _parts(images) if self._alone else [images]
-        return np.concatenate([runner.logits_of(session, part) for part in parts])
+        return np.concatenate([sessions.logits_of(session, part) for part in parts])
 
     def classify(
         self, images: Floats, drawn: NDArray[np.int64], *, grouped: bool = False
@@ -105,9 +106,9 @@ class Model:
         is faster if fewer members were drawn.
         """
         if grouped:
-            return runner.classify(self._sessions, images, drawn)
+            return sessions.classify(self._sessions, images, drawn)
         pairs = zip(_parts(images), drawn, strict=True)
-        return np.concatenate([runner.logits_of(self._sessions[m], part) for part, m in pairs])
+        return np.concatenate([sessions.logits_of(self._sessions[m], part) for part, m in pairs])
 
     def check_grouped(self, grouped: bool) -> None:
         """Check that images of one member can be computed together.
@@ -177,7 +178,7 @@ def _line(error: Exception) -> str:
 
 
 def _session(content: bytes, m: int, threads: int | None) -> Any:
-    import onnxruntime  # after `runner`, which disables its telemetry
+    import onnxruntime  # after `sessions`, which disables its telemetry
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

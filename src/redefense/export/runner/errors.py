@@ -1,0 +1,10 @@
+"""The error of a bundle, and the type of its arrays."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class BundleError(ValueError):
+    """A bundle is missing, damaged, or not what its own records say."""
