@@ -5,7 +5,6 @@ defences and so on are resolved through mappings given by the caller, never thro
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import typing
@@ -24,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, suggestion
 
 T = TypeVar("T")
 _NAMED: Final[Mapping[str, set[str]]] = {
@@ -353,12 +352,6 @@ def settings_of(mapping: Mapping[str, type[Any]], value: Any) -> Settings:
         for key, v in fields.items()
     }
     return {"name": name, **json.loads(json.dumps(plain))}
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """A "did you mean" with the nearest known word; empty if none is near."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _init_fields(cls: type[Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ RedefenseError
     └── Interrupted  stopped by a signal after saving                          exit 130 or 143
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -19,6 +21,12 @@ def lacking(what: str, package: str, extra: str) -> str:
     """Message for a package that is not installed, with the extra that installs it."""
     # from a clone, since redefense is on no package index and the name could be another's
     return f"{what} needs {package}; in the clone: pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """A "did you mean" with the nearest known word; empty if none is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class RedCheckWarning(UserWarning):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redefense.attacks.apgd import APGD, APGDT, wrong_classes
+from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.diverse import DI2FGSM, shrink_and_pad
 from redefense.attacks.fab import to_hyperplane
 from redefense.attacks.gradient import BIM, EOTPGD, FGSM, MIM, PGD, unit_mean
-from redefense.attacks.objectives import OBJECTIVES, log_odds, margin, targeted_dlr
+from redefense.attacks.objectives import OBJECTIVES, log_odds, margin, targeted_dlr, wrong_classes
 from redefense.attacks.square import Square, pyramid
 from redefense.errors import ConfigError, InputError
 from redefense.rng import stream

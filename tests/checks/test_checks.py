@@ -13,8 +13,9 @@ from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.checks import attacks as full
 from redefense.checks import draws
 from redefense.checks import gradients as health
+from redefense.checks.check import Check
 from redefense.checks.gradients import Track
-from redefense.checks.results import Check, after_run
+from redefense.checks.results import after_run
 from redefense.checks.sample import Sample
 from redefense.checks.victim import before_run
 from redefense.ensembles import Ensemble, Independent

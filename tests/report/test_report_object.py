@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import redefense
 from redefense.attacks import FGSM, PGD
 from redefense.errors import ConfigError
-from redefense.evaluation.report_object import Figure, Report
+from redefense.evaluation.figures import Figure
+from redefense.evaluation.report_object import Report
 from redefense.results.intervals import wilson
 from redefense.rng import stream
 from redefense.threat import Threat

@@ -1,9 +1,9 @@
 """Auto-PGD: ascent that sets its own step size (Croce & Hein, 2020)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -19,19 +19,14 @@ from redefense.attacks.base import (
 )
 from redefense.attacks.early_stop import early_stopping
 from redefense.attacks.gradient import check_steps, gradient_oracle
-from redefense.attacks.objectives import objective_named, targeted_dlr, targeted_margin
+from redefense.attacks.objectives import TARGETED, objective_named, wrong_classes
 from redefense.errors import ConfigError
 from redefense.rng import ImageStreams
 from redefense.threat import TINY, Threat, norms, per_image, steepest
-from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim, correct
+from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
 Attempt = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images and labels to points and whether each fools."""
-
-TARGETED: Final[Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-    "targeted_dlr": targeted_dlr,
-    "targeted_margin": targeted_margin,
-}
 
 
 @runtime_checkable
@@ -399,9 +394,3 @@ class APGDT(AutoAscent):
             return [towards(rank) for rank in ranks for _ in range(self.restarts)]
 
         return filtered(victim, x, y, attempts)
-
-
-def wrong_classes(logits: Logits, y: Labels, count: int) -> Int[Tensor, "T B"]:
-    """The `count` likeliest wrong classes of each image, or all of them, likeliest first."""
-    others = logits.detach().scatter(1, y[:, None], -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices.t()

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from redefense.attacks.apgd import Attempt, filtered, wrong_classes
+from redefense.attacks.apgd import Attempt, filtered
 from redefense.attacks.base import (
     OFFICIAL,
     RED_RELEASED,
@@ -20,7 +20,7 @@ from redefense.attacks.base import (
 )
 from redefense.attacks.early_stop import BOUNDARY_CHECKS, BOUNDARY_STEPS
 from redefense.attacks.gradient import check_steps
-from redefense.attacks.objectives import targeted_margin
+from redefense.attacks.objectives import targeted_margin, wrong_classes
 from redefense.errors import ConfigError
 from redefense.threat import Threat, norms, per_image
 from redefense.types import Bool, Float, Images, Labels, Victim, correct

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redefense.errors import ConfigError
-from redefense.types import Float, Labels, Logits
+from redefense.types import Float, Int, Labels, Logits
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,3 +100,15 @@ def objective_named(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise ConfigError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+TARGETED: Final[Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = MappingProxyType(
+    {"targeted_dlr": targeted_dlr, "targeted_margin": targeted_margin}
+)
+"""Objectives towards a class, of logits, labels and targets."""
+
+
+def wrong_classes(logits: Logits, y: Labels, count: int) -> Int[Tensor, "T B"]:
+    """The `count` likeliest wrong classes of each image, or all of them, likeliest first."""
+    others = logits.detach().scatter(1, y[:, None], -torch.inf)
+    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices.t()

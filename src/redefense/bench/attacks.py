@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.base import TORCHATTACKS
 from redefense.attacks.pixels import OnePixel
 from redefense.attacks.pixle import Pixle
+from redefense.bench.attack_tables import HOW_TO_INSTALL, LIBRARY, random_line, single_line
 from redefense.config import OptimConfig
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.data.loader import Loader
@@ -41,11 +41,6 @@ from redefense.types import Images, Labels, correct
 MEMBERS: Final = 4
 HELD_OUT: Final = 0.2
 """Fraction of the training images held out from training and attacked."""
-LIBRARY: Final = "torchattacks==3.5.1"
-HOW_TO_INSTALL: Final = (
-    f"without {LIBRARY} the columns of the library stay empty: "
-    f"pip install --no-deps {LIBRARY}; pip install scipy tqdm"
-)
 
 # with larger budgets the accuracy of undefended networks is zero under all attacks
 EPS: Final[Mapping[str, float]] = MappingProxyType({"digits": 0.1, "cifar10": 2 / 255})
@@ -333,72 +328,6 @@ def random_row(scene: Scene, name: str, tell: Callable[[str], None]) -> dict[str
     row |= asdict(scene.figures(go)[0])
     tell(random_line(row))
     return row
-
-
-THREE: Final = ("default", "preset", "theirs")
-SINGLE_HEAD: Final = (
-    f"{'':<14}{'accuracy left, %':>27}{'forward + backward passes':>45}{'seconds':>27}\n"
-    f"{'attack':<14}"
-    + "".join(f"{kind:>{width}}" for width in (9, 15, 9) for kind in THREE)
-    + "  faster"
-)
-RANDOM_HEAD: Final = (
-    f"{'attack':<14}{'knows all':>10}{'expected accuracy, %':>22}{'unchanged, %':>14}"
-    f"{'forwards':>10}{'backwards':>11}{'seconds':>9}"
-)
-
-
-def single_line(row: Mapping[str, Any]) -> str:
-    """A row of the first table as text."""
-    cells: list[list[str]] = [[], [], []]
-    for kind in THREE:
-        if (it := row.get(kind)) is not None:
-            accuracy = f"{100 * it['accuracy']:>9.1f}"
-            passes = f"{it['forwards']:.1f} + {it['backwards']:.1f}".rjust(15)
-            seconds = f"{it['seconds']:>9.2f}"
-        else:
-            accuracy, passes, seconds = (f"{'-':>{width}}" for width in (9, 15, 9))
-        for column, text in zip(cells, (accuracy, passes, seconds), strict=True):
-            column.append(text)
-    times = row.get("times_faster")
-    end = f"{'-':>8}" if times is None else f"{times:>7.1f}x"
-    return f"{row['attack']:<14}" + "".join(chain(*cells)) + end
-
-
-def random_line(row: Mapping[str, Any]) -> str:
-    """A row of the second table as text."""
-    return (
-        f"{row['attack']:<14}{'yes' if row['aware'] else 'no':>10}{100 * row['accuracy']:>22.1f}"
-        f"{100 * row['unchanged']:>14.1f}{row['forwards']:>10.1f}{row['backwards']:>11.1f}"
-        f"{row['seconds']:>9.2f}"
-    )
-
-
-def tables(result: Mapping[str, Any]) -> str:
-    """Both tables as plain text, with the settings of the measurement."""
-    it = result["settings"]
-    where = (
-        f"{it['model']} on {it['data']}, {it['images']} images, L-inf eps {it['eps']:.4g}, "
-        f"seed {it['seed']}, {it['threads']} thread(s), torch {it['torch']}"
-    )
-    if it["train_images"] is not None:
-        where += f", {it['train_images']} training images an epoch"
-    single, random = result["single"], result["random"]
-    lines = [
-        f"One network: {where}; clean {100 * single['clean']:.1f} %",
-        "theirs: " + (it["library"] or HOW_TO_INSTALL) + "; faster: their seconds over ours",
-        SINGLE_HEAD,
-        *map(single_line, single["rows"]),
-    ]
-    if random is not None:
-        lines += [
-            "",
-            f"A random ensemble of {it['members']}: {where}; clean {100 * random['clean']:.1f} %",
-            "knows all: no - our preset, a member drawn per call; yes - given all members",
-            RANDOM_HEAD,
-            *map(random_line, random["rows"]),
-        ]
-    return "\n".join(lines)
 
 
 def _silent(line: str) -> None:

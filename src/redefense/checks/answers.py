@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from redefense.checks.results import Check
+from redefense.checks.check import Check
 from redefense.checks.sample import SAMPLE, evenly_spread, rounding_of
 from redefense.ensembles import Ensemble, evaluating
 from redefense.errors import InputError

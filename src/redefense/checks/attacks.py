@@ -18,9 +18,9 @@ from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.attacks.apgd import APGD
 from redefense.attacks.square import Square
+from redefense.checks.check import Check
 from redefense.checks.draws import copies, expectation, pinned, planes
 from redefense.checks.gradients import active, climbed, stability
-from redefense.checks.results import Check
 from redefense.checks.sample import Sample
 from redefense.ensembles import Ensemble, Independent
 from redefense.networks import copied

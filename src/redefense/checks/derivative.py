@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.base import input_gradient
-from redefense.checks.results import Check
+from redefense.checks.check import Check
 from redefense.checks.sample import evenly_spread, rounding_of
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.networks import MASKED

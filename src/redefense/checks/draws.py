@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
-from redefense.checks.results import Check
+from redefense.checks.check import Check
 from redefense.checks.sample import Sample
 from redefense.ensembles import Independent
 from redefense.rng import stream

@@ -11,7 +11,7 @@ from redefense.attacks import ATTACKS
 from redefense.attacks.adaptive import Support, mean_oracle
 from redefense.attacks.base import Best, OracleResult
 from redefense.attacks.gradient import climb, random_starts
-from redefense.checks.results import Check
+from redefense.checks.check import Check
 from redefense.checks.sample import Sample
 from redefense.ensembles import Ensemble
 from redefense.rng import stream

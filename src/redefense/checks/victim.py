@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
 from redefense.attacks.objectives import margin
+from redefense.checks.check import Check
 from redefense.checks.derivative import derivatives_agree, log_odds
-from redefense.checks.results import Check
 from redefense.checks.sample import SAMPLE
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.networks import differentiating, mode_of

@@ -37,7 +37,8 @@ def bench_attacks(
     quiet: Results = False,
 ) -> None:
     """Compare attacks with TorchAttacks: accuracy, passes and seconds."""
-    from redefense.bench.attacks import run, tables
+    from redefense.bench.attack_tables import tables
+    from redefense.bench.attacks import run
 
     say(f"attacking {images} images with each attack, here and with TorchAttacks: minutes", quiet)
     result = run(

@@ -8,7 +8,7 @@ import numpy as np
 
 from redefense.attacks import Attack
 from redefense.attacks.subset import Subset
-from redefense.checks.results import Check
+from redefense.checks.check import Check
 from redefense.evaluation.cascade.runner import Runner
 from redefense.evaluation.plan import Planned
 from redefense.evaluation.suite import CellSpec

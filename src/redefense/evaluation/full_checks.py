@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from redefense.checks.attacks import JOBS
-from redefense.checks.results import BLACK_BOX, Check
+from redefense.checks.check import Check
+from redefense.checks.comparisons import BLACK_BOX
 from redefense.checks.sample import SAMPLE, Sample
 from redefense.config import ThreatConfig
 from redefense.evaluation.cascade.tried import Tried

@@ -26,6 +26,7 @@ from redefense.evaluation.progress import SILENT, Progress
 from redefense.networks import differentiating
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.results.accuracy import Bools, Floats
+from redefense.results.headline import TRIES
 from redefense.results.intervals import (
     accuracy_interval,
     exact_expectation,
@@ -38,8 +39,6 @@ from redefense.types import Bool, Float, Images, Labels, correct
 
 MEASURED: Final = 200
 """Images on which members are measured; the attacks of the suite run on all images."""
-
-TRIES: Final = 10
 
 MEASURES: Final = "measures"
 ROUGH_PASSES: Final = 600

@@ -9,8 +9,8 @@ import numpy as np
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.checks.answers import check_outputs
-from redefense.config import ThreatConfig, construct, suggestion
-from redefense.errors import ConfigError
+from redefense.config import ThreatConfig, construct
+from redefense.errors import ConfigError, suggestion
 from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest, outside_ball
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite

@@ -17,6 +17,7 @@ from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import Baselines
 from redefense.evaluation.cells import Cell, as_threat
+from redefense.evaluation.figures import UNKNOWN, Figure, figure_of, plot_bars, plot_curve
 from redefense.evaluation.headline import interval
 from redefense.evaluation.store import write_arrays
 from redefense.results.accuracy import Bools
@@ -27,27 +28,6 @@ from redefense.threat import Threat
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """An accuracy in [0, 1] and its 95 % interval; None if the evaluation did not measure it.
-
-    Attributes:
-        value: the accuracy, in exact expectation over the draw of a member.
-        low: lower end of the interval; `high`, the upper end.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return "unknown"
-        known = self.low is not None and self.high is not None
-        ends = f" [{100 * self.low:.1f}, {100 * self.high:.1f}]" if known else ""  # type: ignore[operator]  # both are known
-        return f"{100 * self.value:.1f} %{ends}"
-
-
-@dataclass(frozen=True, slots=True)
 class BaselineFigure(Figure):
     """A deterministic baseline under the attacks that the suite lists for it.
 
@@ -55,7 +35,7 @@ class BaselineFigure(Figure):
         clean: its accuracy on clean images.
     """
 
-    clean: Figure = Figure(None)
+    clean: Figure = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -88,7 +68,7 @@ class Report:
     @property
     def clean(self) -> Figure:
         """Accuracy on clean images."""
-        return _figure(self.data["clean"]["expected"], self.data["clean"].get("interval"))
+        return figure_of(self.data["clean"]["expected"], self.data["clean"].get("interval"))
 
     @property
     def unaware(self) -> Figure:
@@ -98,12 +78,12 @@ class Report:
         of = [c.get("interval") for c in rows if c["accuracy"]["expected"] == value]
         if "unaware_interval" in self.headline:  # an estimate: its interval covers the draws
             of = [self.headline["unaware_interval"]]
-        return _figure(value, of[0] if of else None)
+        return figure_of(value, of[0] if of else None)
 
     @property
     def aware(self) -> Figure:
         """Accuracy on each image's worst case over all attacks and the clean image."""
-        return _figure(self.headline.get("aware"), self.headline.get("aware_interval"))
+        return figure_of(self.headline.get("aware"), self.headline.get("aware_interval"))
 
     @property
     def members(self) -> tuple[BaselineFigure, ...]:
@@ -125,7 +105,7 @@ class Report:
     def average(self) -> BaselineFigure:
         """The averaged ensemble, which is deterministic, under attack and clean."""
         clean = self.cells["clean"].averaged
-        figure = _figure(self.headline.get("averaged"), self.headline.get("averaged_interval"))
+        figure = figure_of(self.headline.get("averaged"), self.headline.get("averaged_interval"))
         return BaselineFigure(
             figure.value, figure.low, figure.high,
             clean=Figure(self.data["clean"]["averaged"], *_ends(clean)),
@@ -165,7 +145,7 @@ class Report:
             return {"clean": self.clean, "under attack": self.aware}
         found = {"clean": self.clean, "unaware": self.unaware, "aware": self.aware}
         if self.average.value is not None:
-            best = _figure(
+            best = figure_of(
                 self.headline.get("best_single_member"),
                 self.headline.get("best_single_member_interval"),
             )
@@ -241,7 +221,7 @@ class Report:
             threat = cell["threat"]
             met = cell.get("met", count)
             whole = met == count
-            figure = _figure(cell["accuracy"]["expected"], cell.get("interval"))
+            figure = figure_of(cell["accuracy"]["expected"], cell.get("interval"))
             found.append(
                 {
                     "attack": cell["label"] or cell["attack"],
@@ -297,33 +277,12 @@ class Report:
         if ax is None:
             _, ax = _library("matplotlib.pyplot", "plot").subplots()
         if len(self.curve) > 1:
-            self._plot_curve(ax)
+            names = ("under attack",) if self._single else ("unaware", "aware")
+            plot_curve(ax, self.curve, names)
         else:
-            self._plot_bars(ax)
+            plot_bars(ax, self.figures())
         ax.set_title(self._setting())
         return ax
-
-    def _plot_bars(self, ax: Any) -> None:
-        known = {name: f for name, f in self.figures().items() if f.value is not None}
-        values = [100 * (f.value or 0.0) for f in known.values()]
-        ax.barh(list(known), values, xerr=_errors(list(known.values())))
-        ax.invert_yaxis()
-        ax.set_xlim(0, 100)
-        ax.set_xlabel("accuracy (%)")
-
-    def _plot_curve(self, ax: Any) -> None:
-        radii = [point["eps"] for point in self.curve]
-        names = ("under attack",) if self._single else ("unaware", "aware")
-        for name in names:
-            key = "aware" if name == "under attack" else name
-            points = [_figure(p[key], p.get(f"{key}_interval")) for p in self.curve]
-            if all(point.value is not None for point in points):
-                values = [100 * (point.value or 0.0) for point in points]
-                ax.errorbar(radii, values, yerr=_errors(points), marker="o", label=name)
-        ax.set_ylim(0, 100)
-        ax.set_xlabel("eps")
-        ax.set_ylabel("accuracy (%)")
-        ax.legend()
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -374,11 +333,6 @@ class Report:
         return target
 
 
-def _figure(value: float | None, ends: Sequence[float] | None) -> Figure:
-    low, high = (None, None) if value is None or ends is None else ends
-    return Figure(value, low, high)
-
-
 def _ends(right: Bools | None) -> tuple[float | None, float | None]:
     """The interval of an accuracy, from per-image correctness (n,)."""
     if right is None:
@@ -389,17 +343,6 @@ def _ends(right: Bools | None) -> tuple[float | None, float | None]:
 
 def _values(figure: Figure) -> dict[str, float | None]:
     return {"accuracy": figure.value, "low": figure.low, "high": figure.high}
-
-
-def _errors(figures: Sequence[Figure]) -> NDArray[np.float64]:
-    """Lengths of error bars in percent, (2, n); 0 where an interval is unknown."""
-    ends = [
-        (f.value, f.value if f.low is None else f.low, f.value if f.high is None else f.high)
-        for f in figures
-    ]
-    value, low, high = np.array(ends, dtype=np.float64).T
-    lengths: NDArray[np.float64] = 100 * np.maximum(np.stack([value - low, high - value]), 0.0)
-    return lengths
 
 
 def _budget(threat: Threat) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from redefense.checks.answers import Answers
-from redefense.checks.results import Check, after_run
+from redefense.checks.check import Check
+from redefense.checks.results import after_run
 from redefense.checks.victim import before_run
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError

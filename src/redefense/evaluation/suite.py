@@ -7,8 +7,8 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from redefense.config import ThreatConfig, one_line, suggestion
-from redefense.errors import ConfigError
+from redefense.config import ThreatConfig, one_line
+from redefense.errors import ConfigError, suggestion
 from redefense.plugins import Registry
 
 View = Literal["sampled", "averaged", "members", "protocol"]

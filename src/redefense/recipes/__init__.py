@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from redefense.config import Run, suggestion
-from redefense.errors import ConfigError
+from redefense.config import Run
+from redefense.errors import ConfigError, suggestion
 from redefense.plugins import Registry
 from redefense.recipes.cifar10 import CIFAR10, CIFAR10_MINI, CIFAR10_SWIFT
 from redefense.recipes.digits import DIGITS

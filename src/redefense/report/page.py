@@ -20,8 +20,9 @@ from redefense.report.latex import to_latex
 from redefense.report.markdown import markdown
 from redefense.report.pictures import Shown, pictures
 from redefense.report.tables import format_table, summary_table
+from redefense.results.headline import TRIES
 from redefense.results.intervals import Estimate
-from redefense.results.join import TRIES, Result, join
+from redefense.results.join import Result, join
 from redefense.results.records import Source
 from redefense.runtime.files import write_text
 

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import torch
 
-from redefense.config import Run, suggestion
+from redefense.config import Run
 from redefense.data import published
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble, channels_last
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, suggestion
 from redefense.rng import stream
 from redefense.runtime.phases import EXAMPLES, PHASES, RECORDED
 from redefense.train.accelerators import ACCELERATORS, Accelerator

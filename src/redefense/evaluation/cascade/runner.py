@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from redefense.attacks import Attack
-from redefense.checks.results import BLACK_BOX
+from redefense.checks.comparisons import BLACK_BOX
 from redefense.config import ThreatConfig
 from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.points import Points

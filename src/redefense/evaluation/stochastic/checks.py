@@ -11,13 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from redefense.attacks.adaptive import Hinge
-from redefense.checks.results import (
-    Check,
-    gap_of_headlines,
-    inert,
-    inside_ball,
-    unchanged,
-)
+from redefense.checks.check import Check
+from redefense.checks.results import gap_of_headlines, inert, inside_ball, unchanged
 from redefense.checks.sample import evenly_spread
 from redefense.checks.victim import before_run
 from redefense.config import ThreatConfig

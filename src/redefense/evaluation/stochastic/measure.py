@@ -10,7 +10,7 @@ import numpy as np
 from redefense.attacks.adaptive import Hinge
 from redefense.attacks.gradient import PGD
 from redefense.attacks.square import Square
-from redefense.checks.results import Check
+from redefense.checks.check import Check
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import NOTHING
@@ -30,7 +30,7 @@ from redefense.evaluation.suite import Suite
 from redefense.models.randomized import GaussianNoise
 from redefense.results.accuracy import Bools
 from redefense.results.draws import FIGURES, draws_interval, interval, pair
-from redefense.results.join import TRIES
+from redefense.results.headline import TRIES
 from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import Stochastic
