@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from redefense.bench import attacks as bench
+from redefense.bench.attack_tables import tables
 from redefense.errors import ConfigError
 
 NAMES = ["fgsm", "pgd", "apgd", "deepfool", "pixle", "meanprob_pgd"]
@@ -53,7 +54,7 @@ def test_the_second_table_shows_the_gap_of_a_naive_evaluation(result: dict[str, 
 
 def test_the_result_is_json_and_text_with_its_provenance(result: dict[str, object]) -> None:
     assert json.loads(json.dumps(result)) == result
-    text = bench.tables(result)
+    text = tables(result)
     assert "mlp on digits, 24 images" in text
     for name in NAMES:
         assert name in text
@@ -86,6 +87,6 @@ def test_for_the_first_table_alone_one_network_is_trained(
     result = bench.run(images=2, model="linear", names=["fab"], train_images=200, single=True)
     assert result["settings"]["members"] == 1
     assert result["random"] is None
-    assert "random ensemble" not in bench.tables(result)
-    assert "200 training images" in bench.tables(result)
+    assert "random ensemble" not in tables(result)
+    assert "200 training images" in tables(result)
     assert capsys.readouterr().err.count("trained 1 x linear on 200 images") == 1

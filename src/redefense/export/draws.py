@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +14,13 @@ ALARM = 1e-6
 
 Draw = Callable[[NDArray[np.float64], int], NDArray[np.int64]]
 
-# seeds all global generators, then draws 64 of 2**16 members with the given file
+# seeds all global generators, then draws 64 of 2**16 members with the program on standard input
 _SEEDED = """
-import importlib.util, random, sys
+import random, sys, types
 import numpy
 random.seed(0); numpy.random.seed(0)
-spec = importlib.util.spec_from_file_location("run", sys.argv[1])
-module = sys.modules["run"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+module = sys.modules["run"] = types.ModuleType("run")
+exec(compile(sys.stdin.read(), "run.py", "exec"), module.__dict__)
 random.seed(0); numpy.random.seed(0)
 print(module.draw_members(numpy.full(2**16, 2.0**-16), 64).tolist())
 """
@@ -65,13 +63,15 @@ def draw_faults(draw: Draw, mixture: NDArray[np.float64]) -> list[str]:
     return []
 
 
-def seed_faults(program: Path) -> list[str]:
+def seed_faults(program: str) -> list[str]:
     """Fault if two processes with equal seeds of all global generators draw equally.
 
-    The file is executed: call this only for a verified runner.
+    Args:
+        program: text of a `run.py`, which is executed.
     """
-    command = [sys.executable, "-I", "-c", _SEEDED, str(program)]
+    command = [sys.executable, "-I", "-c", _SEEDED]
     first, second = (
-        subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(2)
+        subprocess.run(command, input=program, capture_output=True, check=True, text=True).stdout
+        for _ in range(2)
     )
     return ["draws follow the seeds of global generators"] if first == second else []

@@ -201,7 +201,7 @@ def _draws(opened: Opened) -> str:
     if bundle.config.get("randomized") is not (answering > 1):
         raise BundleError(f"by the mixture {answering} of {bundle.num_members} members answer")
     faults = draw_faults(runner.draw_members, bundle.mixture)
-    if faults := faults or seed_faults(bundle.path / "run.py"):
+    if faults := faults or seed_faults(runner.text()):
         raise BundleError(faults[0])
     drawn = f"{NUM_DRAWS:,} draws of {answering} members" if answering > 1 else "nothing is drawn"
     return f"{drawn}: by the mixture, neighbours independent, seeds change nothing"
