@@ -97,7 +97,7 @@ def test_selections_share_storage_and_compose() -> None:
         Split(split.images, split.labels[:3])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=2, max_size=6),
     seed=st.integers(0, 1000),

@@ -150,7 +150,7 @@ def test_barre_attacks_the_mean_probability_under_the_mixture() -> None:
     torch.testing.assert_close(LogMeanProbability(members)(x), members.averaged()(x))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=6))
 def test_the_projection_is_the_nearest_probability_vector(values: list[float]) -> None:
     v = torch.tensor(values, dtype=torch.float64)

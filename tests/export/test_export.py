@@ -201,7 +201,7 @@ def test_a_compact_bundle_written_out_is_a_plain_one_with_the_same_answers(
         runner.materialise(open_bundle(compact), tmp_path / "plain")
 
 
-@settings(max_examples=20, deadline=None)  # parsing is slow on a busy machine
+@settings(max_examples=20)
 @given(
     st.dictionaries(
         st.text("abc.xyz", min_size=1, max_size=200),
