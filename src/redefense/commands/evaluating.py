@@ -57,6 +57,14 @@ def evaluate(
             help="Save the attacked images as ATTACK.images.npz in the folder of the records.",
         ),
     ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest number of images per call of a network, which bounds the memory; "
+            "by default 1,228,800 values (8 images of 224 x 224 pixels).",
+        ),
+    ] = None,
     replay: Replay = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if a check fails.")] = False,
     as_json: Json = False,
@@ -88,6 +96,7 @@ def evaluate(
         stochastic=stochastic,
         keep_images=save_images,
         replay=replay,
+        batch_size=batch_size,
         say=None if quiet else lambda line: say(line, quiet),
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]

@@ -18,7 +18,7 @@ HEADINGS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
             "grouped", "max_batch", "max_delay", "max_queue", "deadline", "max_body", "max_pixels",
             "tick", "grace",
         ),
-        "Random numbers and machine": ("seed", "device", "threads", "mesh", "replay"),
+        "Random numbers and machine": ("seed", "device", "threads", "mesh", "batch_size", "replay"),
         "Output": ("out", "save_images", "profile", "strict", "as_json", "quiet"),
     }
 )  # fmt: skip

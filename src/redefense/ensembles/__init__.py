@@ -5,13 +5,14 @@ from redefense.ensembles.guards import evaluating, frozen_statistics, frozen_wei
 from redefense.ensembles.hyper import Hyper
 from redefense.ensembles.independent import Independent, as_ensemble
 from redefense.ensembles.replay import recorded
-from redefense.ensembles.views import Averaged, Sampled, logits_of_drawn, mean_log_probs
+from redefense.ensembles.views import Averaged, MemberOf, Sampled, logits_of_drawn, mean_log_probs
 
 __all__ = [
     "Averaged",
     "Ensemble",
     "Hyper",
     "Independent",
+    "MemberOf",
     "Origin",
     "Sampled",
     "as_ensemble",

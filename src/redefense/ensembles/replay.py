@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from redefense.ensembles.base import Ensemble
 from redefense.ensembles.guards import kernels_kept
 from redefense.ensembles.hyper import Hyper
+from redefense.ensembles.views import MemberOf
 from redefense.networks import mode_of
 from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
 from redefense.types import Images, Logits
@@ -170,7 +171,7 @@ class Recorded(Ensemble):
 
     def member(self, m: int) -> nn.Module:
         """Member m, replayed."""
-        return _Member(self, m)
+        return MemberOf(self, m)
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
         """The parameters of member m."""
@@ -276,15 +277,6 @@ class Recorded(Ensemble):
         self.why = f"members' passes are not replayed: {why}"
         self.forget()
         self._tell(self.why)
-
-
-class _Member(nn.Module):
-    def __init__(self, ensemble: Recorded, m: int) -> None:
-        super().__init__()
-        self.ensemble, self.m = ensemble, m
-
-    def forward(self, x: Images) -> Logits:
-        return self.ensemble.logits_of(self.m, x)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -16,6 +16,18 @@ from redefense.types import (
 )
 
 
+class MemberOf(nn.Module):
+    """Member m of an ensemble as a network, which queries the ensemble."""
+
+    def __init__(self, ensemble: Ensemble, m: int) -> None:
+        super().__init__()
+        self.ensemble, self.m = ensemble, m
+        self.training = ensemble.training
+
+    def forward(self, x: Images) -> Logits:
+        return self.ensemble.logits_of(self.m, x)
+
+
 class Averaged(nn.Module):
     """log sum_m p_m softmax(z_m), by logsumexp: finite and exact for logits of any size."""
 

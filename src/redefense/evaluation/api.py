@@ -25,6 +25,7 @@ from redefense.evaluation.inputs.arguments import (
     read_threat,
     whole,
 )
+from redefense.evaluation.inputs.batches import bounded, in_batches, noise_of
 from redefense.evaluation.inputs.data import read_data
 from redefense.evaluation.inputs.objects import (
     answers_of,
@@ -76,6 +77,7 @@ def evaluate(
     stochastic: str = "auto",
     keep_images: bool = False,
     outputs: str = "logits",
+    batch_size: int | None = None,
 ) -> Report:
     """Measure any classifier, ensemble or list of classifiers.
 
@@ -112,6 +114,10 @@ def evaluate(
             to `ATTACK.images.npz` in the folder of the records.
         outputs: what the networks return: "logits", also as log-probabilities or as an attribute
             `logits` of an object, or "probabilities", whose logarithms are then taken.
+        batch_size: largest number of images per call of a network, which bounds the memory; for
+            large images the default is as many as have 1,228,800 values (8 of 224 x 224 pixels).
+            It does not change the figures beyond rounding, except for random outputs, whose random
+            numbers depend on the place in a batch.
 
     Returns:
         The report; without `out` nothing is written.
@@ -134,12 +140,13 @@ def evaluate(
                 model, data, suite, threat, mixture, seed, images=images, seeds=seeds, eps=radius,
                 out=None if home is None else home / name, progress=progress, checks=checks,
                 cascade=cascade, precision=precision, stochastic=stochastic,
-                keep_images=keep_images, outputs=outputs,
+                keep_images=keep_images, outputs=outputs, batch_size=batch_size,
             ),
         )  # fmt: skip
     plan = suite_of(suite).cascading(cascade).computing(check_precision(precision))
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
+    batch_size = None if batch_size is None else whole(batch_size, "batch_size", 1)
     check_checks(checks)
     check_choice(stochastic)
     ensemble = read_ensemble(model, mixture, outputs)
@@ -158,8 +165,8 @@ def evaluate(
         ensemble, x = computed_in(ensemble, x)
         subject = Subject(ensemble, x, y, index, "given images", "given")
     drawn = ensemble.num_members > 1 and (run is None or randomized(run))
-    subject = replace(subject, randomized=drawn)
-    ensemble, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
+    own, subject = ensemble, bounded(replace(subject, randomized=drawn), batch_size)
+    ensemble, found = as_stochastic(subject.ensemble, subject.x, cast(Choice, stochastic))
     if found:
         warnings.warn(found, stacklevel=3)
     if isinstance(ensemble, Stochastic):
@@ -174,16 +181,17 @@ def evaluate(
             "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
             "threat": allowed.model_dump(mode="json"), "images": images, "seed": seed,
             "seeds": seeds, "checks": checks, "stochastic": str(stochastic),
-            "data": image_digest(subject.x, subject.y), "weights": weights_digest([ensemble]),
+            "data": image_digest(subject.x, subject.y), "weights": weights_digest([own]),
             "version": redefense.__version__, "code": code(),
             **plugins_of(plan, subject.data_name), **answers_of(ensemble, subject.x),
+            **noise_of(subject),
         }  # fmt: skip
         with keeping(out, plan, settings, subject, progress=progress) as kept:
             report = _run_of(subject)(
                 subject, plan, allowed, seed=seed, seeds=seeds, checks=checks, store=kept.store,
                 say=kept.say, progress=kept.progress, keep_images=keep_images,
             )  # fmt: skip
-            report.data["plan"] = settings | _described(ensemble)
+            report.data["plan"] = settings | _described(own)
             kept.finish(report)
     for check in report.data["checks"]:
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
@@ -213,6 +221,7 @@ def evaluate_run(
     stochastic: str = "auto",
     keep_images: bool = False,
     replay: str = "auto",
+    batch_size: int | None = None,
     say: Say | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
@@ -237,7 +246,8 @@ def evaluate_run(
         return _over_radii(
             radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
             device=device, out=out, checks=checks, cascade=cascade, precision=precision,
-            stochastic=stochastic, replay=replay, keep_images=keep_images, say=say,
+            stochastic=stochastic, replay=replay, keep_images=keep_images, batch_size=batch_size,
+            say=say,
         )  # fmt: skip
     eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
@@ -271,15 +281,17 @@ def evaluate_run(
         "code": code(),
         **plugins_of(plan, dataset.name),
     }
-    subject = replace(
-        subject_of(ensemble, dataset, images, _run_json(path, run), run if own else None, device),
-        randomized=randomized(run),
-        # the validation split of other data was not held out in training
-        drift=drift_of(path, ensemble, dataset, run) if own else None,
+    subject = subject_of(
+        ensemble, dataset, images, _run_json(path, run), run if own else None, device
     )
-    measured, found = as_stochastic(ensemble, subject.x, cast(Choice, stochastic))
+    subject = bounded(replace(subject, randomized=randomized(run)), batch_size)
+    # the validation split of other data was not held out in training
+    drift = drift_of(path, subject.ensemble, dataset, run) if own else None
+    subject = replace(subject, drift=drift)
+    measured, found = as_stochastic(subject.ensemble, subject.x, cast(Choice, stochastic))
     if isinstance(measured, Stochastic):
         subject = replace(subject, ensemble=measured, randomized=True)
+    settings |= noise_of(subject)
     check_plan(subject, plan, threat)
     if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
@@ -303,9 +315,10 @@ def evaluate_run(
         with (
             stoppable(store),
             shown(voice) if voice else nullcontext(SILENT) as progress,
-            recorded(subject.ensemble, recorder, tell) as passes,
+            recorded(ensemble, recorder, tell) as passes,
         ):
-            subject = replace(subject, passes=passes)
+            passes = in_batches(passes, subject.batch_size)
+            subject = replace(subject, passes=None if drawn else passes)
             report = _run_of(subject)(
                 subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
                 say=tell, progress=progress, keep_images=keep_images,

@@ -119,6 +119,7 @@ class Subject:
         drift: clean validation accuracy minus the one in the training log.
         workers: the processes over which the chunks are distributed.
         passes: the ensemble with recorded passes, queried by attacks in its place.
+        batch_size: largest number of images per call of a network; None if that is not bounded.
         precision: floating-point precision in which aware attacks query the ensemble.
     """
 
@@ -135,6 +136,7 @@ class Subject:
     workers: Workers = SINGLE_PROCESS
     precision: Literal["fp32", "bf16"] = "fp32"
     passes: Ensemble | None = None
+    batch_size: int | None = None
 
     @property
     def attacked(self) -> Ensemble:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Ensemble
+from redefense.ensembles import Ensemble, MemberOf
 from redefense.types import Images, Logits
 
 
@@ -61,14 +61,3 @@ class Metered(Ensemble):
     def member(self, m: int) -> nn.Module:
         """Member m, counted."""
         return MemberOf(self, m)
-
-
-class MemberOf(nn.Module):
-    """Member m of an ensemble that overrides `logits_of`."""
-
-    def __init__(self, ensemble: Ensemble, m: int) -> None:
-        super().__init__()
-        self.ensemble, self.m = ensemble, m
-
-    def forward(self, x: Images) -> Logits:
-        return self.ensemble.logits_of(self.m, x)

@@ -62,6 +62,7 @@ class Job:
             "suite": self.suite.name,
             "run": dict(subject.run),
             "provenance": dict(made),
+            "batch_size": subject.batch_size,
             "data": {
                 "name": subject.data_name,
                 "split": subject.split,

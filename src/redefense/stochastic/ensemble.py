@@ -11,7 +11,7 @@ from scipy.special import betainc
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from redefense.ensembles import Ensemble, as_ensemble, device_of
+from redefense.ensembles import Ensemble, MemberOf, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
 from redefense.networks import query
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
@@ -109,7 +109,7 @@ class Stochastic(Ensemble):
 
     def member(self, m: int) -> nn.Module:
         """The network at seed m, sharing its weights with the ensemble."""
-        return OneMember(self, m)
+        return MemberOf(self, m)
 
     def sampled(self, *, rng: torch.Generator | None = None, per: Per = "call") -> nn.Module:
         """A view with a fresh seed for each call; with `per="image"` for each image.
@@ -149,17 +149,6 @@ def as_network(model: nn.Module | Sequence[nn.Module]) -> nn.Module:
     ):
         return model
     return Drawn(ensemble)
-
-
-class OneMember(nn.Module):
-    """A member of an ensemble as a network, which queries the ensemble."""
-
-    def __init__(self, ensemble: Ensemble, m: int) -> None:
-        super().__init__()
-        self.ensemble, self.m = ensemble, m
-
-    def forward(self, x: Images) -> Logits:
-        return self.ensemble.logits_of(self.m, x)
 
 
 class FreshDraw(nn.Module):

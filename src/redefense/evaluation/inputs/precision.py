@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.base import input_gradient
-from redefense.ensembles import Ensemble, Independent, evaluating, frozen_weights
-from redefense.evaluation.pass_counter import MemberOf
+from redefense.ensembles import Ensemble, Independent, MemberOf, evaluating, frozen_weights
 from redefense.evaluation.suite import AttackPrecision
 from redefense.networks import Queried
 from redefense.threat import TINY

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from redefense.ensembles import Ensemble, Independent
+from redefense.ensembles import Ensemble, Independent, MemberOf
 from redefense.evaluation.pass_counter import Meter, Metered
-from redefense.stochastic.ensemble import OneMember, Stochastic
+from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images, Int, Logits
 
 
@@ -40,7 +40,7 @@ class InPlace(Ensemble):
         return self.ensemble.logits_of(m, whole)[places]
 
     def member(self, m: int) -> nn.Module:
-        return OneMember(self, m)
+        return MemberOf(self, m)
 
     def _places(self, x: Images) -> Int[Tensor, " K"]:
         """Distinct positions in ascending order, since attacks preserve the order of the images."""
@@ -75,7 +75,7 @@ class Fresh(Ensemble):
         return cast(Tensor, self.ensemble.sampled(rng=self.rng)(x))
 
     def member(self, m: int) -> nn.Module:
-        return OneMember(self, m)
+        return MemberOf(self, m)
 
 
 def counted(ensemble: Stochastic, meter: Meter) -> Stochastic:
