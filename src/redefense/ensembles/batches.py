@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from redefense.networks import ask, mode_of
+from redefense.networks import mode_of, query
 from redefense.rng import generators_kept
 from redefense.types import Images, Logits
 
@@ -34,7 +34,7 @@ class InBatches(nn.Module):
 
     def forward(self, x: Images) -> Logits:
         once = partial(
-            checkpoint, partial(ask, self.network), use_reentrant=False, early_stop=False,
+            checkpoint, partial(query, self.network), use_reentrant=False, early_stop=False,
             context_fn=_contexts,
         )  # fmt: skip
         return torch.cat([cast(Tensor, once(part)) for part in x.split(self.batch_size)])
