@@ -99,6 +99,7 @@ class Queried(nn.Module):
     def __init__(self, network: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.network, self.dtype = network, dtype
+        self.training = mode_of(network) or False
 
     def forward(self, x: Tensor) -> Tensor:
         return query(self.network, x, self.dtype)

@@ -1,8 +1,10 @@
 """Attacks of other libraries and plain functions, called (model, x, y) -> x_adv, as attacks."""
 
+import contextlib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.base import Attack
-from redefense.errors import ConfigError, InputError
+from redefense.ensembles import modes_kept
+from redefense.errors import ConfigError, InputError, RedefenseError
 from redefense.plugins import summary_of
-from redefense.rng import seed_from
+from redefense.rng import seed_from, seeded
 from redefense.threat import Threat
-from redefense.types import Images, Labels
+from redefense.types import Images, Labels, first_line
 
 _OFFERED: Final = ("threat", "eps")
 
@@ -40,27 +43,40 @@ class Foreign(Attack):
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        """Call the function with torch's and numpy's global generators seeded.
+        """Call the function with the global generators seeded, and its prints sent to stderr.
+
+        The modes of the victim are restored afterwards.
 
         Raises:
-            InputError: if it does not return images of the shape of `x`.
+            InputError: if it fails, or does not return images of the shape of `x`.
         """
         offered = {"threat": threat, "eps": threat.eps}
         given = {key: offered[key] for key in self.keywords}
-        seed = int(seed_from(rng))
-        state = np.random.get_state()
-        devices = [x.device] if x.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices), torch.enable_grad():
-                torch.manual_seed(seed)
-                np.random.seed(seed % 2**32)
-                found = type(self).function(victim, x.clone(), y.clone(), **given)
-        finally:
-            np.random.set_state(state)
+        with (
+            seeded(int(seed_from(rng)), x.device),
+            modes_kept(victim),
+            torch.enable_grad(),
+            # stdout is reserved for machine-readable output
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            try:
+                # contiguous, since many attacks call `view`
+                images = x.clone(memory_format=torch.contiguous_format)
+                found = type(self).function(victim, images, y.clone(), **given)
+            except RedefenseError:
+                raise
+            except Exception as error:  # a user's function may raise anything
+                called = ", ".join(["model, x, y", *self.keywords])
+                raise InputError(
+                    f"the attack {self!r} failed when called with ({called}): "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+        if isinstance(found, np.ndarray):
+            found = torch.from_numpy(found)
         if not isinstance(found, Tensor) or found.shape != x.shape:
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(
-                f"{self!r} must return a tensor of images of shape {tuple(x.shape)}, got {got}"
+                f"the attack {self!r} must return images of shape {tuple(x.shape)} alone, "
+                f"got {_said(found)}"
             )
         return found.detach().to(x)
 
@@ -87,22 +103,28 @@ def foreign(
         norms: the threat norms that it attacks in.
 
     Raises:
-        ConfigError: if it cannot be called with three arguments.
+        ConfigError: if it cannot be called so, or has a model of its own.
     """
     plain = name or name_of(function)
+    if isinstance(getattr(function, "model", None), nn.Module):
+        raise ConfigError(
+            f"the attack {plain} was created for a model of its own and would attack that one: "
+            f"pass a function that creates it, such as lambda model, x, y, eps: "
+            f"{type(function).__name__}(model, eps=eps)(x, y)"
+        )
     try:
-        parameters = inspect.signature(function).parameters
-        inspect.signature(function).bind_partial(None, None, None)
+        signature = inspect.signature(function)
+        # the first three are model, images and labels, whatever they are called
+        keywords = tuple(key for key in _OFFERED if key in list(signature.parameters)[3:])
+        signature.bind(None, None, None, **dict.fromkeys(keywords))
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"the attack {plain} must be callable as (model, x, y), or be an attack class of "
-            f"redefense: {error}"
+            f"the attack {plain} must be callable as (model, x, y), with eps or threat as further "
+            f"arguments if it needs them: {error}. Wrap it in a function that sets all others"
         ) from None
-    # the first three are model, images and labels, whatever they are called
-    rest = list(parameters)[3:]
     body = {
         "function": staticmethod(function),
-        "keywords": tuple(key for key in _OFFERED if key in rest),
+        "keywords": keywords,
         "norms": norms,
         "summary": summary if summary is not None else summary_of(function),
         "__module__": getattr(function, "__module__", __name__),
@@ -110,6 +132,16 @@ def foreign(
     return dataclass(frozen=True, kw_only=True, repr=False)(
         type(_identifier(plain), (Foreign,), body)
     )
+
+
+def _said(found: object) -> str:
+    """A wrong result of an attack, in words: of a sequence the kinds of its elements."""
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
+    if isinstance(found, list | tuple):
+        parts = ", ".join(_said(part) for part in found[:4])
+        return f"a {type(found).__name__} of {len(found)}: {parts}"
+    return f"a {type(found).__name__}"
 
 
 def name_of(value: Any) -> str:
@@ -137,7 +169,7 @@ def attack_class(name: str, value: Any) -> type[Attack]:
     if isinstance(value, type) or not callable(value):
         raise ConfigError(
             f"the attack {name} must be an Attack class or a callable (model, x, y) -> x_adv, "
-            f"got {value!r}"
+            f"got {value!r}: wrap it in a function"
         )
     if isinstance(value, Attack):
         raise ConfigError(f"the attack {name} must be a class, {type(value).__name__}, not {value}")

@@ -1,7 +1,13 @@
 """Ensembles of M classifiers, and the views of them that attacks, reports and users query."""
 
 from redefense.ensembles.base import Ensemble, Origin, channels_last, check_mixture, device_of
-from redefense.ensembles.guards import evaluating, frozen_statistics, frozen_weights, kernels_kept
+from redefense.ensembles.guards import (
+    evaluating,
+    frozen_statistics,
+    frozen_weights,
+    kernels_kept,
+    modes_kept,
+)
 from redefense.ensembles.hyper import Hyper
 from redefense.ensembles.independent import Independent, as_ensemble
 from redefense.ensembles.replay import recorded
@@ -25,5 +31,6 @@ __all__ = [
     "kernels_kept",
     "logits_of_drawn",
     "mean_log_probs",
+    "modes_kept",
     "recorded",
 ]

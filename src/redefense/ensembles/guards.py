@@ -13,8 +13,15 @@ from redefense.networks import mode_of, set_evaluation
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; the mode of every submodule is restored on exit."""
+    with modes_kept(module):
+        set_evaluation(module)
+        yield
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """The mode of every submodule is restored on exit."""
     modes = [(child, mode_of(child)) for child in module.modules()]
-    set_evaluation(module)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ class _CastInput(Ensemble):
     def __init__(self, ensemble: Ensemble, dtype: torch.dtype) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
         self.ensemble, self.dtype = ensemble, dtype
+        self.training = ensemble.training
 
     def logits_of(self, m: int, x: Images) -> Logits:
         return as_logits(self.ensemble.logits_of(m, x.to(self.dtype)), x)

@@ -34,6 +34,7 @@ class Averaged(nn.Module):
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
         self.ensemble = ensemble
+        self.training = ensemble.training
 
     def forward(self, x: Images) -> Logits:
         return mean_log_probs(self.ensemble.member_logits(x), self.ensemble.mixture)
@@ -47,6 +48,7 @@ class Sampled(nn.Module):
         if per not in ("call", "image"):
             raise ConfigError(f'a member is drawn per "call" or per "image", got {per!r}')
         self.ensemble, self.rng, self.per = ensemble, rng, per
+        self.training = ensemble.training
 
     def forward(self, x: Images) -> Logits:
         if self.per == "call":

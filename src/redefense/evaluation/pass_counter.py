@@ -49,6 +49,7 @@ class Metered(Ensemble):
     def __init__(self, ensemble: Ensemble, meter: Meter) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
         self.ensemble, self.meter = ensemble, meter
+        self.training = ensemble.training
 
     def logits_of(self, m: int, x: Images) -> Logits:
         logits = self.ensemble.logits_of(m, x)

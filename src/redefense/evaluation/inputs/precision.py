@@ -46,18 +46,12 @@ def computed_in(ensemble: Ensemble, x: Images) -> tuple[Ensemble, Images]:
     if all(dtype == at.dtype for dtype in taken):
         return ensemble, at
     wrapped = [
-        network if dtype == at.dtype else _wrapped(network, dtype)
+        network if dtype == at.dtype else Queried(network, dtype)
         for network, dtype in zip(members, taken, strict=True)
     ]
     found = Independent(wrapped, ensemble.mixture)
     found.origin = ensemble.origin
     return found, at
-
-
-def _wrapped(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    wrapper = Queried(network, dtype)
-    wrapper.training = network.training
-    return wrapper
 
 
 def _taken(network: nn.Module, x: Images, given: torch.dtype) -> torch.dtype:
