@@ -64,7 +64,7 @@ def with_brackets(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 COLUMNS: Final = (
     "method", "images", "clean", "unaware", "aware", "same attacks", "best member", "averaged",
-    "cost",
+    "training cost",
 )  # fmt: skip
 
 

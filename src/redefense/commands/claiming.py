@@ -176,7 +176,11 @@ def table(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print claims as a Markdown table, one row each."""
+    """Print claims as a Markdown table, one row each.
+
+    Accuracies are in percent, with 95 % intervals. The training cost is in millions of forward
+    passes: its FLOPs, divided by those of one image through one member.
+    """
     from redefense.claims.format import read
     from redefense.claims.tables import chosen
     from redefense.errors import ConfigError
