@@ -97,6 +97,13 @@ def read_eps(value: object, what: str = "eps") -> float:
     return found
 
 
+def eps_text(eps: float) -> str:
+    """A radius as text: a short decimal as it is, else a fraction of 255 where it is one."""
+    levels = round(eps * 255)
+    long = len(f"{eps:g}") > 5
+    return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
+
+
 Eps = Annotated[float, BeforeValidator(read_eps)]
 """A radius in a setting; fractions such as "8/255" are accepted."""
 

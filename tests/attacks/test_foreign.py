@@ -44,8 +44,9 @@ def of_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tenso
 def of_foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     import foolbox
 
-    attack = foolbox.attacks.LinfFastGradientAttack(random_start=False)
-    _, x_adv, _ = attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)
+    attack: Any = foolbox.attacks.fast_gradient_method.LinfFastGradientAttack(random_start=False)
+    of: Any = foolbox.models.pytorch.PyTorchModel
+    _, x_adv, _ = attack(of(model, bounds=(0, 1)), x, y, epsilons=eps)
     found: Tensor = x_adv
     return found
 
@@ -83,11 +84,11 @@ def test_a_function_may_view_print_draw_and_write_and_nothing_of_it_remains(
         x += 0.01 * random.random() * np.random.rand()
         return x.clamp(0, 1).numpy()
 
-    before, state = X.clone(), np.random.get_state()[1].tolist()
+    before, state = X.clone(), str(np.random.get_state())
     first = call(untidy)
     random.random()
     assert torch.equal(call(untidy, x=X.contiguous(memory_format=torch.channels_last)), first)
-    assert np.random.get_state()[1].tolist() == state
+    assert str(np.random.get_state()) == state
     assert torch.equal(X, before)
     assert not torch.equal(first, X)
     assert capsys.readouterr().out == ""

@@ -129,6 +129,6 @@ def test_only_where_noise_depends_on_it_is_another_batch_size_refused(tmp_path: 
 
 
 @pytest.mark.parametrize("size", [0, True])
-def test_batch_sizes_that_are_none_are_refused(size: object) -> None:
+def test_batch_sizes_that_are_none_are_refused(size: int) -> None:
     with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         evaluate(Net(0), (X, Y), batch_size=size)

@@ -57,6 +57,14 @@ def test_attributes_are_the_figures_of_the_json(report: Report) -> None:
         assert 0 <= figure.low <= figure.value <= figure.high <= 1
 
 
+def test_in_a_notebook_figures_read_as_percentages_and_radii_as_fractions(report: Report) -> None:
+    member = report.members[0]
+    assert repr(report.aware) == f"Figure({report.aware})"
+    assert repr(member) == f"Figure(clean {member.clean}, under attack {member})"
+    assert "L-inf eps 5/255" in repr(report)
+    assert report.rows()[1]["threat"] == "L-inf eps 5/255"
+
+
 def test_intervals_of_members_are_wilsons(report: Report) -> None:
     for member in report.members:
         assert member.value is not None
@@ -66,7 +74,7 @@ def test_intervals_of_members_are_wilsons(report: Report) -> None:
 
 def test_the_headline_comes_first(report: Report) -> None:
     text = repr(report)
-    assert text.splitlines()[0] == "Report(suite quick, 30 images, L-inf eps 0.0196078)"
+    assert text.splitlines()[0] == "Report(suite quick, 30 images, L-inf eps 5/255)"
     order = ["clean", "unaware", "aware", "best single member", "averaged", "red checks"]
     assert [line[2:20].strip() for line in text.splitlines()[1:]] == order
     page = report._repr_html_()

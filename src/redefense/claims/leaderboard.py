@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from redefense.audit.finding import Finding
 from redefense.claims.check import check, current
 from redefense.claims.format import Claim, Evaluated, Figure, Plan, digest, read, unpacked
-from redefense.config import parse_run
+from redefense.config import eps_text, parse_run
 from redefense.data import published
 from redefense.errors import DataError
 from redefense.results.intervals import Estimate, over_seeds
-from redefense.results.join import eps_text
 from redefense.train.loading import resolve
 
 Values = NDArray[np.float64]
@@ -193,7 +192,7 @@ def evaluate_command(plan: Plan) -> str:
     suite = plan.suite if isinstance(plan.suite, str) else f"{plan.name}.json"
     words = ["redefense", "evaluate", "DIR", "--suite", suite]
     words += [] if plan.images is None else ["--images", str(plan.images)]
-    words += ["--norm", f"l{plan.norm}", "--eps", f"{plan.eps:g}"]
+    words += ["--norm", f"l{plan.norm}", "--eps", eps_text(plan.eps)]
     words += ["--seeds", str(plan.seeds)] if plan.seeds > 1 else []
     words += ["--checks", plan.checks] if plan.checks != "quick" else []
     words += ["--no-cascade"] if plan.cascade is False else []

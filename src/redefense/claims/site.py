@@ -16,10 +16,10 @@ from redefense import __version__
 from redefense.claims.format import Claim, Figure
 from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
 from redefense.claims.tables import points
+from redefense.config import eps_text
 from redefense.errors import ConfigError, lacking
 from redefense.report.tables import interval, percent
 from redefense.results.intervals import Estimate
-from redefense.results.join import eps_text
 from redefense.runtime.files import write_text
 
 WIDTH, HEIGHT = 360, 250

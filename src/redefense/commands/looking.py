@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redefense.commands.options import DataSpec, Json, Quiet, Set, resolve_run, say
+from redefense.config import eps_text
 from redefense.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -176,5 +177,5 @@ def _first_line(run: "Run") -> str:
         members += f" with Gaussian noise on {place}"
     return (
         f"{method}, {members}, "
-        f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {run.threat.eps:g}"
+        f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {eps_text(run.threat.eps)}"
     )

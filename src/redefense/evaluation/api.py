@@ -12,7 +12,7 @@ from typing import Any, cast
 import redefense
 from redefense.checks.answers import check_modes, laid_out
 from redefense.checks.catalogue import explained
-from redefense.config import Run, ThreatConfig, read_eps, read_norm
+from redefense.config import Run, ThreatConfig, eps_text, read_eps, read_norm
 from redefense.data import load_dataset
 from redefense.ensembles import Ensemble, evaluating, recorded
 from redefense.errors import ConfigError, DataError, RedCheckWarning
@@ -375,7 +375,9 @@ def _override(threat: ThreatConfig, eps: float | str | None, norm: str | None) -
 def _words(suite: Suite, threat: ThreatConfig) -> str:
     """The distinct threats of the cells."""
     threats = dict.fromkeys((t.norm, t.eps) for t in (c.threat or threat for c in suite.cells))
-    return ", ".join(f"{'L-inf' if norm == 'inf' else 'L2'} eps {eps:g}" for norm, eps in threats)
+    return ", ".join(
+        f"{'L-inf' if norm == 'inf' else 'L2'} eps {eps_text(eps)}" for norm, eps in threats
+    )
 
 
 def _manifest(folder: Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Figure:
     """An accuracy in [0, 1] and its 95 % interval; None if the evaluation did not measure it.
 
@@ -27,6 +27,9 @@ class Figure:
         known = self.low is not None and self.high is not None
         ends = f" [{100 * self.low:.1f}, {100 * self.high:.1f}]" if known else ""  # type: ignore[operator]  # both are known
         return f"{100 * self.value:.1f} %{ends}"
+
+    def __repr__(self) -> str:
+        return f"Figure({self})"
 
 
 UNKNOWN: Final = Figure(None)

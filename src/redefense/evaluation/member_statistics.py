@@ -16,6 +16,7 @@ from torch import Tensor
 
 from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
+from redefense.config import eps_text
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cascade.worst_case import EQUAL
@@ -298,7 +299,7 @@ class Convention:
             "matrix": [row[:-1] for row in rows] if images else None,
             "ensemble": [row[-1] for row in rows] if images else None,
             "images": images,
-            "settings": f"{self.attack!r}, {self.starts} starts, eps {threat.eps:g}"
+            "settings": f"{self.attack!r}, {self.starts} starts, eps {eps_text(threat.eps)}"
             + (", images that all members answer correctly" if self.only_correct else ""),
         }
 

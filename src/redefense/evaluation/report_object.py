@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.config import ThreatConfig
+from redefense.config import ThreatConfig, eps_text
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import Baselines
 from redefense.evaluation.cells import Cell, as_threat
@@ -27,7 +27,7 @@ from redefense.runtime.files import write_text
 from redefense.threat import Threat
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BaselineFigure(Figure):
     """A deterministic baseline under the attacks that the suite lists for it.
 
@@ -36,6 +36,9 @@ class BaselineFigure(Figure):
     """
 
     clean: Figure = UNKNOWN
+
+    def __repr__(self) -> str:
+        return f"Figure(clean {self.clean}, under attack {self})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -346,7 +349,7 @@ def _values(figure: Figure) -> dict[str, float | None]:
 
 
 def _budget(threat: Threat) -> str:
-    return f"{'L-inf' if threat.norm != 2 else 'L2'} eps {threat.eps:g}"
+    return f"{'L-inf' if threat.norm != 2 else 'L2'} eps {eps_text(threat.eps)}"
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:

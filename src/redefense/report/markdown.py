@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from redefense.checks.catalogue import CATALOGUE
+from redefense.config import eps_text
 from redefense.report import answers, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.tables import (
@@ -83,7 +84,8 @@ def _radii(results: Sequence[Result]) -> Iterator[str]:
     for name, points in tables.radii(results):
         keys = [key for key in points[0] if key != "eps"]
         body = [
-            [f"{point['eps']:g}", *(with_interval(point[key]) for key in keys)] for point in points
+            [eps_text(point["eps"]), *(with_interval(point[key]) for key in keys)]
+            for point in points
         ]
         title = escape_markdown(f"{name}: evaluated at several radii")
         yield from (f"## {title}", "", markdown_table(["eps", *keys], body), "")

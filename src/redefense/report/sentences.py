@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from redefense.config import eps_text
 from redefense.report.tables import percent
 from redefense.results.intervals import Estimate
-from redefense.results.join import Result, eps_text
+from redefense.results.join import Result
 from redefense.results.schema import OF_DEFENCE, Check
 from redefense.results.untrained import degenerate_members
 

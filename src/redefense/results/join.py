@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from redefense.config import eps_text
 from redefense.results.headline import (
     TRIES,
     Pair,
@@ -26,13 +27,6 @@ from redefense.results.schema import Check, Data, Evaluation, Headline
 
 Budget = tuple[str, float | None]
 """Norm and eps of a threat."""
-
-
-def eps_text(eps: float) -> str:
-    """The shortest exact text of a budget: as a decimal, or as a fraction of 255."""
-    levels = round(eps * 255)
-    long = len(f"{eps:g}") > 5
-    return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

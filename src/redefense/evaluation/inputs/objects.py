@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.foreign import Foreign, as_attack, name_of
+from redefense.config import eps_text
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.evaluation.suite import CellSpec, Suite, suite_named
@@ -99,7 +100,7 @@ def balls_left(cells: Iterable[Mapping[str, Any]]) -> list[str]:
     return [
         f"{cell['label'] or cell['attack']} left the ball on {cell['outside']['images']} images "
         f"(it went as far as {cell['outside']['furthest']:.6g}, eps is "
-        f"{cell['threat']['eps']:.6g}): they were judged at the nearest point of the ball"
+        f"{eps_text(cell['threat']['eps'])}): they were judged at the nearest point of the ball"
         for cell in cells
         if "outside" in cell
     ]

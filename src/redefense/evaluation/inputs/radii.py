@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redefense.config import read_eps
+from redefense.config import eps_text, read_eps
 from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.report_object import Report
 
@@ -28,7 +28,7 @@ def read_radii(eps: Any, what: str = "eps") -> list[float]:
     if not radii:
         raise ConfigError(f"{what} needs at least one radius, got {eps!r}")
     if len(set(radii)) < len(radii):
-        raise ConfigError(f"{what} has a radius twice: {', '.join(f'{r:g}' for r in radii)}")
+        raise ConfigError(f"{what} has a radius twice: {', '.join(eps_text(r) for r in radii)}")
     return radii
 
 
@@ -62,9 +62,9 @@ def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Re
             if before is None or figure.value is None or figure.value <= before + FALL:
                 continue
             message = RedCheckWarning(
-                f"{name} accuracy is {100 * figure.value:.1f} % at eps {radius:g} and "
-                f"{100 * before:.1f} % at {curve[-1]['eps']:g}: the attacks at the larger radius "
-                "have not converged, and the curve shows the lower figure",
+                f"{name} accuracy is {100 * figure.value:.1f} % at eps {eps_text(radius)} and "
+                f"{100 * before:.1f} % at {eps_text(curve[-1]['eps'])}: the attacks at the larger "
+                "radius have not converged, and the curve shows the lower figure",
                 last,
             )
             warnings.warn(message, stacklevel=4)
