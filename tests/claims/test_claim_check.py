@@ -54,13 +54,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ensemble": [network(0), network(1)],
         "single": network(0),
         "stochastic": GaussianNoise(network(0), sigma=0.1),
+        "cascade": [network(0), network(1)],
     }
+    suites = {"stochastic": FAST, "cascade": FAST.cascading(True)}
     for name, model in models.items():
         with warnings.catch_warnings():  # so weak attackers leave a check red
             warnings.simplefilter("ignore", redefense.errors.RedCheckWarning)
             redefense.evaluate(
                 model, "digits", threat=Threat(eps=0.1), images=IMAGES, out=home / name,
-                suite=FAST if name == "stochastic" else "quick",
+                suite=suites.get(name, "quick"),
                 stochastic="on" if name == "stochastic" else "off",
             )  # fmt: skip
         (report,) = (home / name / "evaluation").glob("*.json")
@@ -90,6 +92,16 @@ def test_a_claim_covers_weights_of_anybodys_training(folder: Path, kind: str) ->
     checked = command("claim", "check", path)
     assert (checked.code, checked.err) == (0, "")
     assert checked.out.endswith(f"{path}: holds\n")
+
+
+def test_a_claim_whose_aware_attacks_met_a_part_of_the_images_holds(folder: Path) -> None:
+    (found,) = format.read(folder / "cascade.json").evaluations
+    hinge = found.cells[-1]
+    assert hinge.aware
+    assert hinge.met is not None
+    assert (format.unpacked(hinge.met) > 0).sum() < IMAGES
+    checked = command("claim", "check", folder / "cascade.json")
+    assert (checked.code, checked.err) == (0, "")
 
 
 def without(key: str) -> Edit:

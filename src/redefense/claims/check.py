@@ -273,6 +273,9 @@ def as_evaluation(it: Claim, found: Evaluated) -> Evaluation:
 
     def cell(attacked: Attacked) -> Cell:
         value = None if attacked.expected is None else attacked.expected.value
+        if value is None and attacked.each is not None:
+            # a cascade attacked a part of the images; the others were fooled already and count as 0
+            value = float(unpacked(attacked.each).mean())
         met = None if attacked.met is None else int((unpacked(attacked.met) > 0).sum())
         return Cell(
             id=attacked.id, attack=attacked.attack, repr=attacked.repr, view=attacked.view,
