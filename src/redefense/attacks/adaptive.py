@@ -7,7 +7,7 @@ it is strictly better. Members of probability zero are never queried.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -35,8 +35,14 @@ class Support:
         self.indices: Sequence[int] = mixture.nonzero().flatten().tolist()
         self.shares: Sequence[float] = (mixture / mixture.sum())[mixture != 0].tolist()
 
-    def each(self, x: Images) -> list[Logits]:
-        return [self.ensemble.logits_of(m, x) for m in self.indices]
+    def each(self, x: Images) -> Sequence[Logits]:
+        return self.ensemble.logits_of_each(self.indices, [x] * len(self.indices))
+
+    def blocks(self) -> Iterator[tuple[Sequence[int], Sequence[float]]]:
+        """Members whose logits are computed in one call, and their probabilities."""
+        size = self.ensemble.together
+        for start in range(0, len(self.indices), size):
+            yield self.indices[start : start + size], self.shares[start : start + size]
 
     def correct(self, logits: Sequence[Logits], y: Labels) -> Float[Tensor, " B"]:
         """(B,) probability that the drawn member is correct, to nine decimals.
@@ -166,35 +172,39 @@ class MeanProbAPGD(AutoAscent):
 
 
 def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Oracle:
-    """Oracle for the sum of the members' remaining margins, one member's graph at a time.
+    """Oracle for the sum of the members' remaining margins, one call's graph at a time.
 
     The gradient is the sum of the normalised margin gradients of the members not fooled yet,
     weighted by their probabilities. Where these cancel, it is the gradient of the nearest member.
     """
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
-        x = x.detach().requires_grad_(with_grad)
+        x = x.detach()
         total, single, logits = torch.zeros_like(x), torch.zeros_like(x), []
         value = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         nearest = torch.full_like(value, math.inf)
-        for m, share in zip(support.indices, support.shares, strict=True):
+        for members, shares in support.blocks():
+            # each member's own copy of the points, for its own gradient
+            points = torch.cat([x] * len(members)).requires_grad_(with_grad)
             with torch.set_grad_enabled(with_grad):
-                z = support.ensemble.logits_of(m, x)
-                gap = -margin(z, y)
-            logits.append(z.detach())
-            # at a tie the member may still be correct, so its gradient still counts
-            standing = gap.detach() + kappa >= 0
-            left = (gap.detach() + kappa).relu().to(x.dtype)
-            value -= share * left
-            if not with_grad:
-                continue
-            grad = input_gradient(gap, x)
-            slope = norms(grad, dual(norm)).clamp_min(TINY)
-            unit = -grad * per_image(standing / slope, grad)
-            total += share * unit
-            distance = torch.where(standing, left / slope, math.inf)
-            single = torch.where((distance < nearest).view(-1, 1, 1, 1), unit, single)
-            nearest = nearest.minimum(distance)
+                zs = support.ensemble.logits_of_each(members, points.split(len(x)))
+                gaps = torch.cat([-margin(z, y) for z in zs])
+            logits += [z.detach() for z in zs]
+            grads = input_gradient(gaps, points) if with_grad else points
+            parts = zip(shares, gaps.detach().split(len(x)), grads.split(len(x)), strict=True)
+            for share, gap, grad in parts:
+                # at a tie the member may still be correct, so its gradient still counts
+                standing = gap + kappa >= 0
+                left = (gap + kappa).relu().to(x.dtype)
+                value -= share * left
+                if not with_grad:
+                    continue
+                slope = norms(grad, dual(norm)).clamp_min(TINY)
+                unit = -grad * per_image(standing / slope, grad)
+                total += share * unit
+                distance = torch.where(standing, left / slope, math.inf)
+                single = torch.where((distance < nearest).view(-1, 1, 1, 1), unit, single)
+                nearest = nearest.minimum(distance)
         if with_grad:
             cancel = norms(total, math.inf) <= 1e-6 * norms(single, math.inf)
             total = torch.where(cancel.view(-1, 1, 1, 1), single, total)

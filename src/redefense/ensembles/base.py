@@ -50,11 +50,13 @@ class Ensemble(nn.Module):
         mixture: (M,) float64 probabilities with which members answer.
         origin: run and data of a trained ensemble; None for one built by hand.
         spread: the processes over which its training is currently distributed.
+        together: number of members that `logits_of_each` computes in one call.
     """
 
     mixture: Tensor
     origin: Origin | None = None
     spread: Spread = SINGLE_PROCESS
+    together: int = 1
     _shares: list[float] | None = None
 
     def __init__(self, num_members: int, mixture: Sequence[float] | Tensor | None) -> None:
@@ -84,6 +86,10 @@ class Ensemble(nn.Module):
     def logits_of(self, m: int, x: Images) -> Logits:
         """(B, C) logits of member m. Inputs are not checked: inner loops may leave [0, 1]."""
         return query(self.member(m), x)
+
+    def logits_of_each(self, members: Sequence[int], xs: Sequence[Images]) -> Sequence[Logits]:
+        """Logits of some members, each for its own images (as many for each)."""
+        return [self.logits_of(m, x) for m, x in zip(members, xs, strict=True)]
 
     def member(self, m: int) -> nn.Module:
         """Member m as a plain network."""

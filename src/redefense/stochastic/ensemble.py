@@ -4,7 +4,7 @@ Seeded draws make attacks that query single members applicable. The members are 
 the network's draws, so points found on some seeds must be scored on others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from scipy.special import betainc
@@ -19,6 +19,8 @@ from redefense.types import Float, Images, Logits, Per
 
 DRAWS = 16
 """Default number of seeds that attacks use."""
+BLOCK = 16
+"""Largest number of draws computed together, as copies of each image within one call."""
 
 
 def seeds_of(seed: int, purpose: str, draws: int, chunk: int = 0) -> tuple[int, ...]:
@@ -65,6 +67,10 @@ class Stochastic(Ensemble):
         seeds: of the members.
         governed: whether equal seeds give equal outputs; False for a network with a separate
             generator. Set by `evaluate`.
+        placed: whether the noise of an image depends on its position in the batch. Set by
+            `evaluate`.
+        rows: rows of a call that computes several draws, as copies of each image; 0 where each draw
+            needs a call of its own. Set by `evaluate`.
 
     Raises:
         ConfigError: for fewer than one draw.
@@ -83,19 +89,21 @@ class Stochastic(Ensemble):
         self.model = network
         self.seed = seed
         self.seeds = seeds_of(seed, "member", draws)
-        self.governed = True
+        self.governed, self.placed, self.rows = True, True, 0
         self.mixture = self.mixture.to(device_of(network))
 
     def at(self, seeds: Sequence[int]) -> "Stochastic":
         """A view of the same network (not copied) with other seeds as members."""
-        other = Stochastic(self.model, draws=len(seeds), seed=self.seed)
-        other.seeds, other.governed = tuple(seeds), self.governed
-        return other
+        return self._like(self.model, tuple(seeds))
 
     def on(self, model: nn.Module) -> "Stochastic":
         """Another network, such as a wrapper of this one's, at the same seeds."""
-        other = Stochastic(model, draws=self.num_members, seed=self.seed)
-        other.seeds, other.governed = self.seeds, self.governed
+        return self._like(model, self.seeds)
+
+    def _like(self, model: nn.Module, seeds: tuple[int, ...]) -> "Stochastic":
+        other = Stochastic(model, draws=len(seeds), seed=self.seed)
+        other.seeds, other.governed = seeds, self.governed
+        other.placed, other.rows = self.placed, self.rows
         return other
 
     def logits_of(self, m: int, x: Images) -> Logits:
@@ -106,6 +114,42 @@ class Stochastic(Ensemble):
         """(B, C) logits at any seed."""
         with seeded(seed, x.device):
             return query(self.model, x)
+
+    def draw_copies(
+        self, seed: int, xs: Float[Tensor, "K B ch H W"], parts: Sequence[int] | None = None
+    ) -> Float[Tensor, "K N C"]:
+        """Logits of K draws, draw k for the images xs[k], by calls of at most `rows` rows.
+
+        Each call has the K copies of a few consecutive images, and a seed of its own, derived from
+        `seed` and its number. `parts` has the numbers of the calls to make, whose N images are
+        answered; default: all.
+        """
+        count = self.images_per_call(len(xs))
+        last = xs[0].is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        logits = []
+        for part in range(-(-xs.shape[1] // count)) if parts is None else parts:
+            images = xs[:, part * count : (part + 1) * count]
+            flat = images.flatten(0, 1).contiguous(memory_format=layout)
+            answer = self.draw(draw_seed(stream(seed, "part", part)), flat)
+            logits.append(answer.view(len(xs), -1, answer.shape[1]))
+        return torch.cat(logits, 1)
+
+    def images_per_call(self, draws: int) -> int:
+        """Number of images in one call of `draw_copies`."""
+        return max(1, self.rows // draws)
+
+    def fresh(self, seeds: Sequence[int], x: Images) -> Iterator[Logits]:
+        """(B, C) logits of as many draws as seeds, in blocks of copies where `rows` allows it.
+
+        A block is seeded by the first of its seeds.
+        """
+        if not self.rows:
+            yield from (self.draw(seed, x) for seed in seeds)
+            return
+        for start in range(0, len(seeds), BLOCK):
+            block = seeds[start : start + BLOCK]
+            yield from self.draw_copies(block[0], x.expand(len(block), *x.shape))
 
     def member(self, m: int) -> nn.Module:
         """The network at seed m, sharing its weights with the ensemble."""

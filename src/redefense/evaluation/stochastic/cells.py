@@ -26,7 +26,7 @@ from redefense.config import ThreatConfig
 from redefense.evaluation.cells import COST, Cell, Keep, Subject, as_threat, verify_ball
 from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.progress import SILENT, Progress
-from redefense.evaluation.stochastic.views import Fresh, InPlace, counted
+from redefense.evaluation.stochastic.views import Fresh, InCalls, InPlace, counted
 from redefense.evaluation.store import in_chunks
 from redefense.rng import CHUNK, stream
 from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
@@ -37,6 +37,8 @@ FRESH: Final = (Hinge, MeanProbPGD, MeanProbAPGD)
 """Attacks that also run with fresh draws at each step, since fixed seeds can be overfitted."""
 COSTLY: Final = (ARC, AutoAttack, Subset, Transfer)
 """Attacks whose cost grows faster than the number of members, or that use many queries."""
+BATCHED: Final = (*FRESH, AutoAttack)
+"""Attacks that query all members at once; others query single members."""
 ALPHA: Final = 0.001
 """Significance level of the test of the majority vote, as published."""
 
@@ -91,7 +93,8 @@ def candidates(
         return
     count = draws.of(attack)
     fresh, fixed = Fresh(network, count, rng), network.at(seeds_of(seed, "attack", count, chunk))
-    steady = InPlace(fixed, x)
+    batched = network.rows and isinstance(attack, BATCHED)
+    steady = InCalls(fixed, x) if batched else InPlace(fixed, x)
     if view == "averaged":
         yield "averaged", (steady if network.governed else fresh).averaged()
         return
@@ -169,8 +172,7 @@ def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> 
         right = torch.zeros(len(y), dtype=torch.float64)
         gaps = torch.zeros(len(y), dtype=torch.float64)
         with torch.no_grad():
-            for m in range(judge.num_members):
-                logits = judge.logits_of(m, points)
+            for logits in judge.fresh(judge.seeds, points):
                 right += correct(logits, y).cpu()
                 gaps -= margin(logits, y).double().cpu()
         better = (right < lowest[:, 0]) | ((right == lowest[:, 0]) & (gaps < lowest[:, 1]))
@@ -183,11 +185,10 @@ def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> 
 def scored(
     network: Stochastic, x_adv: Images, x: Images, y: Labels, seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Correctness under fresh draws, one call per draw, and norms of the perturbations."""
+    """Correctness under fresh draws, and norms of the perturbations."""
     right, log_mean, votes = [], None, None
     with torch.no_grad():
-        for number in seeds:
-            logits = network.draw(number, x_adv)
+        for logits in network.fresh(seeds, x_adv):
             right.append(correct(logits, y))
             logs = logits.double().log_softmax(1)
             one = torch.zeros_like(logs).scatter(1, logits.argmax(1, keepdim=True), 1.0)

@@ -33,7 +33,7 @@ from redefense.results.draws import FIGURES, draws_interval, interval, pair
 from redefense.results.headline import TRIES
 from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
-from redefense.stochastic.ensemble import Stochastic
+from redefense.stochastic.ensemble import BLOCK, Stochastic
 from redefense.types import Images, check_images, check_labels
 
 LEAST_DRAWS: Final = 32
@@ -86,7 +86,7 @@ def run_drawn(
     attacked.forget()
     corrects, doubled = _everything(job, plan, records, repeats, network, draws)
     done = [*before, *doubled]
-    data = _facts(job, made, records["clean"]) | {
+    data = _facts(job, network, made, records["clean"]) | {
         "cells": [_cell_json(p, records, repeats[p.identity], suite, x, seed) for p in plan],
         "further_cells": _further(job, plan, records, repeats, corrects),
         "headline": _headline(job, plan, corrects, draws),
@@ -223,13 +223,17 @@ def _certified(job: Job, network: Stochastic, clean: DrawnCell) -> Certificate |
     return certificate(right, len(clean.correct), sigma=noise.sigma, radius=job.threat.eps)
 
 
-def _facts(job: Job, made: Mapping[str, Any], clean: DrawnCell) -> dict[str, Any]:
+def _facts(
+    job: Job, network: Stochastic, made: Mapping[str, Any], clean: DrawnCell
+) -> dict[str, Any]:
     suite = job.suite
     return {
         **job.facts(made),
         "mixture": None,
         "randomized": True,
         "stochastic": True,
+        # whether one call computes several draws, as copies of each image
+        "draws_per_call": {"draws": BLOCK, "rows": network.rows} if network.rows else None,
         "clean": {
             **_shares(clean),
             "per_member": [],

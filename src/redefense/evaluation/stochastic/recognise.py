@@ -19,6 +19,7 @@ from redefense.checks.answers import (
 )
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, InputError
+from redefense.evaluation.stochastic.batching import rows_per_call
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
@@ -94,9 +95,9 @@ def as_stochastic(ensemble: Ensemble, x: Images, stochastic: Choice) -> tuple[En
 
 
 def check_draws(network: Stochastic, x: Images) -> None:
-    """Detect whether seeds determine the draws, and refuse outputs that depend on other images.
+    """Detect how the network draws, and refuse outputs that depend on other images.
 
-    Sets `network.governed`.
+    Sets `network.governed`, `network.placed` and `network.rows`.
 
     Raises:
         InputError: if at a fixed seed the output of an image depends on the rest of its batch.
@@ -104,6 +105,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
     points = sample_points(x)
     module = cast(nn.Module, network)
     with kept_as_it_was(module):
+        network.rows = rows_per_call(network, x)
         for m in range(min(3, network.num_members)):
             first, again = query_member(network, m, points), query_member(network, m, points)
             if bool((differences(first, again) > ROUNDING).any()):
@@ -112,6 +114,11 @@ def check_draws(network: Stochastic, x: Images) -> None:
         half = len(points) // 2
         others = points.clone()
         others[half:] = (points[half:] + 0.37).remainder(1.0)
+        network.placed = any(
+            bool((differences(ask(network, m, points)[half:], ask(network, m, points[half:]))
+                  > ROUNDING).any())
+            for m in range(min(3, network.num_members))
+        )  # fmt: skip
         for m in range(min(3, network.num_members)):
             first, mixed = query_member(network, m, points), query_member(network, m, others)
             if bool((differences(first, mixed)[:half] > GROSS).any()):

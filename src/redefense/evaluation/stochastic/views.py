@@ -4,46 +4,65 @@ With fixed seeds points can be compared exactly, but an attack can overfit these
 cannot be overfitted, but comparisons between points are noisy.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from redefense.ensembles import Ensemble, Independent, MemberOf
 from redefense.evaluation.pass_counter import Meter, Metered
-from redefense.stochastic.ensemble import Stochastic
-from redefense.types import Images, Int, Logits
+from redefense.rng import draw_seed
+from redefense.stochastic.ensemble import BLOCK, Stochastic
+from redefense.types import Float, Images, Int, Logits
+
+SMALLEST_GROUP: Final = 16
+GROUP_VALUES: Final = SMALLEST_GROUP * 3 * 32 * 32
+"""Values of the images of a group, for small images; smaller calls are slower per image."""
 
 
 class InPlace(Ensemble):
     """A view with fixed seeds that queries each image at its own position in the batch.
 
     Attacks drop images that are already fooled. The noise of a seed depends on the position of an
-    image in the batch, so a shorter batch would get other noise. The missing positions are filled
-    with clean images; a query is assigned to the nearest clean image.
+    image in the batch, so a shorter batch would get other noise. Images are queried in fixed groups
+    of consecutive positions; the missing positions of a group are filled with clean images, and
+    groups without a query are skipped. A query is assigned to the nearest clean image.
 
     Args:
-        ensemble: an ensemble whose members are seeds.
+        ensemble: whose members are seeds.
         x: the clean images of the attacked batch.
     """
 
-    def __init__(self, ensemble: Ensemble, x: Images) -> None:
+    def __init__(self, ensemble: Stochastic, x: Images) -> None:
         super().__init__(ensemble.num_members, ensemble.mixture)
         self.ensemble, self.x = ensemble, x
+        self.size = max(SMALLEST_GROUP, GROUP_VALUES // x[0].numel())
 
     def logits_of(self, m: int, x: Images) -> Logits:
-        if len(x) >= len(self.x):
+        if not self.ensemble.placed or len(x) > len(self.x):
             return self.ensemble.logits_of(m, x)
         places = self._places(x.detach())
-        whole = self.x.to(x.dtype).index_copy(0, places, x)
-        return self.ensemble.logits_of(m, whole)[places]
+        groups, rows = _groups(places, self.size)
+        whole = self._filled(places, x)
+        logits = [
+            self.ensemble.logits_of(m, whole[group * self.size : (group + 1) * self.size])
+            for group in groups
+        ]
+        return torch.cat(logits)[rows]
+
+    def _filled(self, places: Int[Tensor, " K"], x: Float[Tensor, "K ch H W"]) -> Tensor:
+        """The clean images, with queries at their positions."""
+        return self.x.to(x.dtype).index_copy(0, places, x)
 
     def member(self, m: int) -> nn.Module:
         return MemberOf(self, m)
 
     def _places(self, x: Images) -> Int[Tensor, " K"]:
         """Distinct positions in ascending order, since attacks preserve the order of the images."""
+        if len(x) >= len(self.x):
+            return torch.arange(len(x), device=x.device)
         distances = torch.cdist(x.flatten(1), self.x.to(x.dtype).flatten(1))
         nearest = distances.argmin(1).tolist()
         if all(a < b for a, b in pairwise(nearest)):
@@ -57,6 +76,41 @@ class InPlace(Ensemble):
         return torch.tensor(nearest, device=x.device)
 
 
+class InCalls(InPlace):
+    """The same, where one call computes the draws of all members as copies of each image."""
+
+    def __init__(self, ensemble: Stochastic, x: Images) -> None:
+        super().__init__(ensemble, x)
+        self.together = BLOCK
+
+    def logits_of(self, m: int, x: Images) -> Logits:
+        return self.logits_of_each([m], [x])[0]
+
+    def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
+        every = range(self.num_members)
+        return torch.stack(list(self.logits_of_each(every, [x] * len(every))))
+
+    def logits_of_each(self, members: Sequence[int], xs: Sequence[Images]) -> Sequence[Logits]:
+        places = self._places(xs[0].detach())
+        asked = dict(zip(members, xs, strict=True))
+        found: dict[int, Logits] = {}
+        for start in sorted({m - m % BLOCK for m in members}):
+            block = range(start, min(start + BLOCK, self.num_members))
+            # the noise of a copy depends on its position: all copies of the block are computed
+            whole = [self._filled(places, asked[m]) if m in asked else self.x for m in block]
+            parts, rows = _groups(places, self.ensemble.images_per_call(len(block)))
+            seed = self.ensemble.seeds[start]
+            logits = self.ensemble.draw_copies(seed, torch.stack(whole), parts)
+            found |= dict(zip(block, logits[:, rows], strict=True))
+        return [found[m] for m in members]
+
+
+def _groups(places: Int[Tensor, " K"], size: int) -> tuple[list[int], Int[Tensor, " K"]]:
+    """The groups of `size` consecutive positions that hold some, and their rows in these groups."""
+    groups, order = (places // size).unique(return_inverse=True)
+    return groups.tolist(), order * size + places % size
+
+
 class Fresh(Ensemble):
     """A view that draws a new seed for each query of a member.
 
@@ -66,13 +120,27 @@ class Fresh(Ensemble):
         rng: generator of the seeds.
     """
 
-    def __init__(self, ensemble: Ensemble, draws: int, rng: torch.Generator) -> None:
+    def __init__(self, ensemble: Stochastic, draws: int, rng: torch.Generator) -> None:
         super().__init__(draws, None)
         self.ensemble, self.rng = ensemble, rng
+        self.together = BLOCK if ensemble.rows else 1
         self.mixture = self.mixture.to(ensemble.mixture.device)
 
     def logits_of(self, m: int, x: Images) -> Logits:
         return cast(Tensor, self.ensemble.sampled(rng=self.rng)(x))
+
+    def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
+        every = range(self.num_members)
+        return torch.stack(list(self.logits_of_each(every, [x] * len(every))))
+
+    def logits_of_each(self, members: Sequence[int], xs: Sequence[Images]) -> Sequence[Logits]:
+        if not self.ensemble.rows:
+            return super().logits_of_each(members, xs)
+        found: list[Logits] = []
+        for start in range(0, len(xs), BLOCK):
+            copies = torch.stack(list(xs[start : start + BLOCK]))
+            found += self.ensemble.draw_copies(draw_seed(self.rng), copies)
+        return found
 
     def member(self, m: int) -> nn.Module:
         return MemberOf(self, m)

@@ -1,0 +1,89 @@
+"""Decides whether several draws of a stochastic network can be computed in one call.
+
+Copies of an image within a call are several draws only if each copy has random numbers of its own.
+Weights or sizes that are drawn once per call would make one draw count many times. Copies are
+therefore compared with each other and with separate calls, by tests that also reject in doubt: then
+each draw has a call of its own, which is slower but always valid.
+"""
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import chi2, kruskal, ks_2samp
+
+from redefense.checks.sample import evenly_spread
+from redefense.rng import draw_seed, stream
+from redefense.stochastic.ensemble import Stochastic
+from redefense.types import Float, Images, Logits
+
+CALL_VALUES: Final = 64 * 3 * 32 * 32
+"""Values of the images of one call: 64 images of 32 x 32, or one block of large ones."""
+IMAGES: Final = 8
+CALLS: Final = 8
+COPIES: Final = 16
+SEPARATE: Final = 64
+LEVEL: Final = 0.05
+"""Probability with which a network whose copies are independent is still given separate calls."""
+
+Values = NDArray[np.float64]
+
+
+def rows_per_call(network: Stochastic, x: Images) -> int:
+    """Rows of a call that computes several draws; 0 where each draw needs a call of its own.
+
+    For `IMAGES` images, `CALLS` calls with `COPIES` copies of one image each are compared with
+    `SEPARATE` calls that have one copy. Compared are two differences of logits. Copies must differ
+    within every call. No test may reject, at `LEVEL` divided by the number of tests, that copies
+    of one call are as far apart as those of different calls (Kruskal-Wallis, summed over images;
+    two-sided, since copies that are too evenly spread are wrong, too), nor that copies and separate
+    calls have one distribution (Kolmogorov-Smirnov, each image).
+
+    What a call shares is recognised if it is a tenth of the variance, but not if it is much less or
+    changes the logits only rarely.
+    """
+    images = x[evenly_spread(x, IMAGES)]
+    with torch.no_grad():
+        apart = torch.stack([_ask(network, images, "apart", call) for call in range(SEPARATE)])
+        order = apart.mean(0).argsort(1, descending=True)
+        copies = torch.stack(
+            [
+                torch.stack(
+                    [
+                        _ask(network, image.expand(COPIES, -1, -1, -1), "copies", row, call)
+                        for call in range(CALLS)
+                    ]
+                )
+                for row, image in enumerate(images.split(1))
+            ]
+        )
+    chances, spreads = [], []
+    for row in range(len(images)):
+        pairs = zip(_gaps(copies[row], order[row]), _gaps(apart[:, row], order[row]), strict=True)
+        for within, separate in pairs:
+            span = np.ptp(separate)
+            # rounding is no difference
+            within, separate = (np.round(v / max(span, 1e-12), 4) for v in (within, separate))
+            if any(len(np.unique(call)) == 1 for call in within):
+                return 0
+            spreads.append(float(kruskal(*within).statistic))
+            chances.append(float(ks_2samp(within.ravel(), separate).pvalue))
+    for scalar in range(2):
+        total, freedom = sum(spreads[scalar::2]), (CALLS - 1) * len(images)
+        chances.append(2 * min(chi2.cdf(total, freedom), chi2.sf(total, freedom)))
+    if min(chances) < LEVEL / len(chances):
+        return 0
+    return max(COPIES, CALL_VALUES // x[0].numel())
+
+
+def _ask(network: Stochastic, x: Images, *name: str | int) -> Float[torch.Tensor, "B C"]:
+    seed = draw_seed(stream(network.seed, "batching", *name))
+    answer: Logits = network.draw(seed, x).double()
+    return answer
+
+
+def _gaps(logits: torch.Tensor, order: torch.Tensor) -> tuple[Values, Values]:
+    """The likeliest class's logit minus the next one's, and that one's minus the mean logit."""
+    first, second = logits[..., order[0]], logits[..., order[1]]
+    return (first - second).cpu().numpy(), (second - logits.mean(-1)).cpu().numpy()
