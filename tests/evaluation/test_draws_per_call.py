@@ -101,9 +101,9 @@ def test_draws_share_a_call_only_where_copies_are_independent(name: str) -> None
 def test_an_ensemble_that_draws_a_member_once_a_call_is_asked_by_separate_calls() -> None:
     torch.manual_seed(1)
     both = Independent([GaussianNoise(small(), sigma=0.2), GaussianNoise(Shared(0.0), sigma=0.2)])
-    both.member(1).model.network.load_state_dict(small().state_dict())  # type: ignore[union-attr,operator]  # a module
+    both.member(1).model.network.load_state_dict(small().state_dict())  # type: ignore[union-attr]  # a module
     with torch.no_grad():
-        both.member(1).model.network[-1].weight.mul_(-1)  # type: ignore[union-attr,index,operator]  # a module
+        both.member(1).model.network[-1].weight.mul_(-1)  # type: ignore[union-attr,index]  # a module
     assert rows_per_call(Stochastic(both), X) == 0
 
 
@@ -167,7 +167,7 @@ def test_gradients_are_those_of_each_draw() -> None:
     points = [X + 0.01 * k for k in range(3)]
     copies = torch.cat(points).requires_grad_()
     logits = view.logits_of_each(range(3), copies.split(40))
-    (found,) = torch.autograd.grad(sum(z[:, 0].sum() for z in logits), copies)
+    (found,) = torch.autograd.grad(torch.cat(list(logits))[:, 0].sum(), copies)
     for m, grad in enumerate(found.split(40)):
         point = points[m].clone().requires_grad_()
         (alone,) = torch.autograd.grad(view.logits_of(m, point)[:, 0].sum(), point)

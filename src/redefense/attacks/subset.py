@@ -206,7 +206,7 @@ class Search:
         self.attack, self.support, self.x, self.y = attack, support, x, y
         self.best = Best.start(x)
         with torch.no_grad():
-            clean = torch.stack(support.each(x), dim=1)
+            clean = torch.stack(list(support.each(x)), dim=1)
         self.scale = clean.std(2).nan_to_num(1.0, 1.0, 1.0).clamp_min(TINY)
         gaps = self._margins(clean.unbind(1), torch.arange(len(x), device=x.device))
         self.members = gaps.topk(min(MOST_MEMBERS, len(support.shares)), 1).indices
