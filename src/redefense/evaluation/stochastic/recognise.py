@@ -115,7 +115,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
         others = points.clone()
         others[half:] = (points[half:] + 0.37).remainder(1.0)
         network.placed = any(
-            bool((differences(ask(network, m, points)[half:], ask(network, m, points[half:]))
+            bool((differences(query_member(network, m, points)[half:], query_member(network, m, points[half:]))
                   > ROUNDING).any())
             for m in range(min(3, network.num_members))
         )  # fmt: skip
