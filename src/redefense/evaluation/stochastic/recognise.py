@@ -114,11 +114,13 @@ def check_draws(network: Stochastic, x: Images) -> None:
         half = len(points) // 2
         others = points.clone()
         others[half:] = (points[half:] + 0.37).remainder(1.0)
-        network.placed = any(
-            bool((differences(query_member(network, m, points)[half:], query_member(network, m, points[half:]))
-                  > ROUNDING).any())
+        shorter = [
+            differences(
+                query_member(network, m, points)[half:], query_member(network, m, points[half:])
+            )
             for m in range(min(3, network.num_members))
-        )  # fmt: skip
+        ]
+        network.placed = any(bool((difference > ROUNDING).any()) for difference in shorter)
         for m in range(min(3, network.num_members)):
             first, mixed = query_member(network, m, points), query_member(network, m, others)
             if bool((differences(first, mixed)[:half] > GROSS).any()):
