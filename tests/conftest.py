@@ -54,7 +54,7 @@ def own_names_of_a_module() -> None:
     """What fixtures of other files registered is not known to this one's."""
     from redefense import plugins
 
-    for kind in plugins.HOMES:
+    for kind in plugins.MODULES:
         plugins.registry(kind)._added.clear()
     plugins._loaded.clear()
 
@@ -64,7 +64,7 @@ def own_names_of_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers, a page that it runs included, is known to that test alone."""
     from redefense import plugins
 
-    for kind in plugins.HOMES:
+    for kind in plugins.MODULES:
         monkeypatch.setattr(plugins.registry(kind), "_added", dict(plugins.registry(kind)._added))
     monkeypatch.setattr(plugins, "_loaded", set(plugins._loaded))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = {
+_MODULES = {
     "Hyper": "redefense.ensembles",
     "Independent": "redefense.ensembles",
     "RedCheckWarning": "redefense.errors",
@@ -73,8 +73,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"redefense.{name}")
     if name == "__version__":
         value: Any = _version()
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
     else:
         raise AttributeError(f"module 'redefense' has no attribute {name!r}")
     globals()[name] = value

@@ -24,7 +24,7 @@ T = TypeVar("T")
 Origin = dict[str, str]
 """Where a name comes from: "distribution" and "version", or "file" and "sha256", or "module"."""
 
-HOMES: Final[Mapping[str, str]] = {
+MODULES: Final[Mapping[str, str]] = {
     "attacks": "redefense.attacks",
     "defences": "redefense.defences",
     "models": "redefense.models",
@@ -44,7 +44,7 @@ class Registry(Mapping[str, T]):
     """A mapping from names to objects: built-in ones, and those registered later.
 
     Args:
-        kind: a key of `HOMES`.
+        kind: a key of `MODULES`.
         own: built-in objects, which cannot be replaced.
         accept: maps (name, object) to the stored object; raises ConfigError for an invalid object.
     """
@@ -114,7 +114,7 @@ class Registry(Mapping[str, T]):
 
 def registry(kind: str) -> Registry[Any]:
     """The mapping of a kind of names."""
-    import_module(HOMES[kind])
+    import_module(MODULES[kind])
     return _registries[kind]
 
 
@@ -181,7 +181,7 @@ def load_file(path: Path) -> dict[str, list[str]]:
         kind: [name for name in mapping.added() if mapping.origin(name) == origin]
         for kind, mapping in _registries.items()
     }
-    found = {kind: names[kind] for kind in HOMES if names.get(kind)}
+    found = {kind: names[kind] for kind in MODULES if names.get(kind)}
     if not found:
         raise ConfigError(f"the plug-in {path} registers nothing: let it call redefense.register")
     return found
@@ -239,7 +239,7 @@ def check_known(recorded: Mapping[str, Origin]) -> None:
     """
     for key, origin in recorded.items():
         kind, _, name = key.partition(".")
-        if kind in HOMES and name not in registry(kind):
+        if kind in MODULES and name not in registry(kind):
             raise ConfigError(
                 f"this needs {name!r} of {words(origin)}, one of the {kind} that plug-ins bring: "
                 "install it, give its file with --plugin FILE.py, or call redefense.register"

@@ -40,7 +40,7 @@ def installed_names_are_looked_up_again() -> Iterator[None]:
 
 def anew(*words: str | Path) -> Result:
     """A command of a process that knows no plug-ins yet."""
-    for kind in plugins.HOMES:
+    for kind in plugins.MODULES:
         plugins.registry(kind)._added.clear()
     plugins._loaded.clear()
     return command(*words)

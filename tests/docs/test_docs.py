@@ -40,7 +40,7 @@ PATHS = re.compile(r"PATH|FILE|COMMIT")
 @pytest.fixture(autouse=True)
 def names_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered, by a page or by training objects, is known to that test alone."""
-    for kind in plugins.HOMES:
+    for kind in plugins.MODULES:
         monkeypatch.setattr(plugins.registry(kind), "_added", {})
     monkeypatch.setattr(plugins, "_loaded", set())
 

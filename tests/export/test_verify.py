@@ -19,7 +19,7 @@ from redefense.errors import DataError
 from redefense.export import export, runner
 from redefense.export.draws import ALARM, chi_square_p, draw_faults
 from redefense.export.rules import graph_faults
-from redefense.export.verify import LOOKS, verify
+from redefense.export.verify import CHECKS, verify
 
 SHARES = [0.5, 0.25, 0.25]
 
@@ -36,7 +36,7 @@ def red(folder: Path) -> dict[str, str]:
 
 def test_a_sound_bundle_holds_in_every_respect(sound: Path) -> None:
     checks = verify(sound)
-    assert [check.id for check in checks] == list(LOOKS)
+    assert [check.id for check in checks] == list(CHECKS)
     assert all(check.passed for check in checks), checks
 
 

@@ -154,10 +154,10 @@ class Subset(AutoAscent):
         rng: Generator,
     ) -> Images:
         start, search = face_starts(x, y, threat, rng), Search(self, Support(victim), x, y)
-        everyone = torch.arange(len(x), device=x.device)
-        search.judge(everyone, start())
+        all_images = torch.arange(len(x), device=x.device)
+        search.judge(all_images, start())
         for given in () if starts is None else starts:
-            search.judge(everyone, given)
+            search.judge(all_images, given)
         while True:
             points = start()  # for all images, so that streams do not depend on which remain
             rows, goal, advances = search.next_goals()

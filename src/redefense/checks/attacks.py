@@ -48,9 +48,9 @@ def batch_mates(sample: Sample) -> Check:
     def run(rows: Tensor) -> Tensor:
         return attack(ensemble, x[rows], y[rows], sample.threat, rng=stream(sample.seed, "S08"))
 
-    everyone = torch.arange(len(x), device=x.device)
-    whole, turned = run(everyone), run(everyone.flip(0)).flip(0)
-    single = torch.cat([run(row) for row in everyone[:4].split(1)])
+    all_images = torch.arange(len(x), device=x.device)
+    whole, turned = run(all_images), run(all_images.flip(0)).flip(0)
+    single = torch.cat([run(row) for row in all_images[:4].split(1)])
     sample.count(whole.to(sample.x.dtype))
     gap = max(float((whole - turned).abs().max()), float((whole[:4] - single).abs().max()))
     return Check("S08", gap < 1e-6, f"another batch changes an attacked pixel by at most {gap:.1g}")

@@ -136,10 +136,10 @@ def check_plugin(
 
 
 def _entries(kind: str) -> list[tuple[str, str]]:
-    from redefense.plugins import HOMES, registry, summary_of, words
+    from redefense.plugins import MODULES, registry, summary_of, words
 
     plural = "datasets" if kind == "data" else kind
-    if plural not in HOMES:
+    if plural not in MODULES:
         raise ConfigError(
             f"cannot list {kind!r}; choose attacks, defences, models, data, recipes or suites"
         )

@@ -102,14 +102,16 @@ class ADP(CrossEntropyDefence):
             logits = (logits.float() if logits.dtype.itemsize < 4 else logits).requires_grad_()
             named = self._diversity(logits, y)
             bonus = named.pop("bonus")
-            (pull,) = torch.autograd.grad(bonus, logits)
+            (cotangent,) = torch.autograd.grad(bonus, logits)
         logged = {name: value.detach() for name, value in named.items()}
         for m in ensemble.spread.own(ensemble.num_members):
             z = ensemble.logits_of(m, x)
             ce = self.cross_entropy(z, y)
             # logged for one member only: terms of parts are summed
             once = {**logged, "total": ce.detach() + bonus.detach()} if m == 0 else {}
-            yield Loss(ce + (z * pull[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once})
+            yield Loss(
+                ce + (z * cotangent[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once}
+            )
 
     def _diversity(self, logits: Float[Tensor, "M B C"], y: Labels) -> dict[str, Tensor]:
         num_members, _, num_classes = logits.shape

@@ -175,8 +175,8 @@ class Defence(ABC):
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """The stages of training; by default one joint stage of all members."""
-        everyone = tuple(range(num_members))
-        return (Stage(name="joint", epochs=epochs, members=everyone, loss=self.loss),)
+        all_members = tuple(range(num_members))
+        return (Stage(name="joint", epochs=epochs, members=all_members, loss=self.loss),)
 
     @property
     def spreads(self) -> bool:

@@ -83,15 +83,15 @@ class Coupled:
 
     def parts(self, ensemble: Ensemble, differentiate: str) -> Iterator[Loss]:
         """One part per member; the sum of their gradients is that of `joint`'s total."""
-        pulls, logged = self._pulls(ensemble)
+        cotangents, logged = self._cotangents(ensemble)
         for row, m in enumerate(ensemble.spread.own(ensemble.num_members)):
-            if not pulls:
+            if not cotangents:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 coupling = torch.zeros_like(ce)
             elif differentiate == "exact":
                 ce, member_grads = self._member(ensemble, m, create_graph=True)
                 ce = self.ce_weight * ce
-                inner = [(g * v[row]).sum() for g, v in zip(member_grads, pulls, strict=True)]
+                inner = [(g * v[row]).sum() for g, v in zip(member_grads, cotangents, strict=True)]
                 coupling = torch.stack(inner).sum()
             else:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
@@ -99,7 +99,7 @@ class Coupled:
                     coupling = torch.stack(
                         [
                             directional(ensemble, m, _of(p, m), self.y, v[row].to(_of(p, m).dtype))
-                            for p, v in zip(self.points, pulls, strict=True)
+                            for p, v in zip(self.points, cotangents, strict=True)
                         ]
                     ).sum()
             # logged for one member only: terms of parts are summed
@@ -108,7 +108,7 @@ class Coupled:
                 terms = {**logged, **terms, "total": logged["total"] + ce.detach()}
             yield Loss(ce + coupling, terms)
 
-    def _pulls(self, ensemble: Ensemble) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _cotangents(self, ensemble: Ensemble) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The cotangents v, one per point, empty if the penalty is constant; and terms for the log.
 
         Only v is kept after this call, in the precision of the forward passes, to which a member's
@@ -125,8 +125,8 @@ class Coupled:
             logged["total"] = regularizer.detach()
             if not any(self.weights[k] != 0 and v.requires_grad for k, v in named.items()):
                 return [], logged
-            pulls = torch.autograd.grad(regularizer, grads, materialize_grads=True)
-            return [_as_forward(spread.pull(v)) for v in pulls], logged
+            cotangents = torch.autograd.grad(regularizer, grads, materialize_grads=True)
+            return [_as_forward(spread.local_cotangents(v)) for v in cotangents], logged
 
     def _cross_entropy(self, ensemble: Ensemble, m: int) -> Tensor:
         logits = ensemble.logits_of(m, _of(self.ce_images, m))

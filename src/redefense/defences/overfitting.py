@@ -16,7 +16,7 @@ from redefense.networks import Queried
 from redefense.rng import stream
 from redefense.types import Images, Labels, correct
 
-WITHSTOOD = 0.5
+LEAST_RATIO = 0.5
 """Ratio of PGD accuracy to one-step accuracy below which overfitting is reported."""
 
 
@@ -53,7 +53,7 @@ def one_step_accuracy(
 def overfitted(found: Mapping[str, float]) -> str:
     """A warning for the result of `one_step_accuracy`; empty without overfitting."""
     one, pgd = found["one_step_accuracy"], found["pgd_accuracy"]
-    if pgd >= WITHSTOOD * one:
+    if pgd >= LEAST_RATIO * one:
         return ""
     return (
         f"warning: catastrophic overfitting: on validation images the accuracy is {100 * one:.1f} "

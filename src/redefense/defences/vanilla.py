@@ -54,10 +54,10 @@ def after_plain(
     """
     if not 0 <= share < 1:
         raise ConfigError(f"the share of plain epochs must lie in [0, 1), got {share}")
-    everyone = tuple(range(num_members))
+    all_members = tuple(range(num_members))
     plain = min(round(share * epochs), epochs - 1)
-    own = Stage(name=name, epochs=epochs - plain, members=everyone, loss=loss)
+    own = Stage(name=name, epochs=epochs - plain, members=all_members, loss=loss)
     if plain == 0:
         return (own,)
     vanilla = Vanilla(label_smoothing=label_smoothing)
-    return (Stage(name="plain", epochs=plain, members=everyone, loss=vanilla.loss), own)
+    return (Stage(name="plain", epochs=plain, members=all_members, loss=vanilla.loss), own)

@@ -45,7 +45,7 @@ class _Pass:
         x: memory from which the recording reads the images.
         forward: computes the logits, with their graph (activations included) for `backward`.
         backward: computes the gradient with respect to the images; None if not needed.
-        pull: memory from which it reads the cotangents of the logits.
+        cotangent: memory from which it reads the cotangents of the logits.
         turn: number of forward passes replayed.
         proven: whether a proof pass has agreed.
     """
@@ -53,7 +53,7 @@ class _Pass:
     x: Tensor
     forward: Recording
     backward: Recording | None = None
-    pull: Tensor | None = None
+    cotangent: Tensor | None = None
     turn: int = 0
     proven: bool = False
 
@@ -69,12 +69,12 @@ class _Pass:
             self.turn += 1
             return self.forward.outputs[0].detach().clone()
 
-    def gradient(self, pull: Tensor) -> Tensor:
+    def gradient(self, cotangent: Tensor) -> Tensor:
         """Gradient with respect to the images of the last `answer`, for given cotangents."""
         assert self.backward is not None
-        assert self.pull is not None
+        assert self.cotangent is not None
         with torch.no_grad():
-            self.pull.copy_(pull)
+            self.cotangent.copy_(cotangent)
             self.backward.replay()
             return self.backward.outputs[0].clone()
 
@@ -91,25 +91,25 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         recorded: _Pass = ctx.recorded
         (x,) = ctx.saved_tensors
-        if not pull.is_contiguous():  # layouts may choose the algorithm, and so the bits
-            return _gradient(ctx.answer, x, pull)[1], None, None
+        if not cotangent.is_contiguous():  # layouts may choose the algorithm, and so the bits
+            return _gradient(ctx.answer, x, cotangent)[1], None, None
         if recorded.turn != ctx.turn:  # other images were replayed since
             recorded.answer(x)
             ctx.turn = recorded.turn
-        return recorded.gradient(pull), None, None
+        return recorded.gradient(cotangent), None, None
 
 
-def _gradient(answer: Answer, x: Tensor, pull: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient(answer: Answer, x: Tensor, cotangent: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, their gradient with respect to the images, and the cotangents used."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits = answer(leaf)
-    pull = logits.detach().cos() if pull is None else pull
-    (grad,) = torch.autograd.grad(logits, leaf, pull)
-    return logits.detach(), grad, pull
+    cotangent = logits.detach().cos() if cotangent is None else cotangent
+    (grad,) = torch.autograd.grad(logits, leaf, cotangent)
+    return logits.detach(), grad, cotangent
 
 
 class Recorded(Ensemble):
@@ -240,14 +240,14 @@ class Recorded(Ensemble):
         (logits,) = first.outputs
         if not logits.requires_grad:
             raise RecordingError("a member's logits have no gradient")
-        pull = torch.zeros_like(logits, memory_format=torch.contiguous_format).detach()
+        cotangent = torch.zeros_like(logits, memory_format=torch.contiguous_format).detach()
 
         def backward() -> list[Tensor]:
             # retained, since gradients may be computed repeatedly
-            return list(torch.autograd.grad(logits, memory, pull, retain_graph=True))
+            return list(torch.autograd.grad(logits, memory, cotangent, retain_graph=True))
 
-        second = self.recorder.record(backward, [*reads, pull], after=first)
-        return _Pass(memory, first, second, pull)
+        second = self.recorder.record(backward, [*reads, cotangent], after=first)
+        return _Pass(memory, first, second, cotangent)
 
     def _prove(self, known: _Pass, m: int, x: Tensor) -> None:
         """The proof pass: compare a direct and a replayed pass."""
@@ -257,12 +257,12 @@ class Recorded(Ensemble):
                 if known.backward is None:
                     with torch.no_grad():
                         computed = [answer(x)]
-                    pull = None
+                    cotangent = None
                 else:
-                    *computed, pull = _gradient(answer, x, None)
+                    *computed, cotangent = _gradient(answer, x, None)
             replayed = [known.answer(x)]
-            if pull is not None:
-                replayed.append(known.gradient(pull))
+            if cotangent is not None:
+                replayed.append(known.gradient(cotangent))
             alike = torch.equal(digest(replayed), digest(computed))
         except Exception as error:  # noqa: BLE001 - whatever it is, the pass itself still counts
             self._refuse(f"they cannot be replayed ({reason(error)})")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from redefense.export.trained import export_run
     from redefense.export.write import About, export
 
-_HOMES = {
+_MODULES = {
     "About": "redefense.export.write",
     "export": "redefense.export.write",
     "export_run": "redefense.export.trained",
@@ -21,6 +21,6 @@ __all__ = ["About", "export", "export_run"]
 
 def __getattr__(name: str) -> Any:
     # imported on first use: serving a bundle must not import torch
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'redefense.export' has no attribute {name!r}")

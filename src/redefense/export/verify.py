@@ -97,7 +97,7 @@ def verify(
     except BundleError as error:
         return [Check("records", False, str(error))]
     signed = [] if trust is None else [Check("signature", True, f"signed by the key {signer}")]
-    checks = signed + [_check(name, look, opened) for name, look in LOOKS.items()]
+    checks = signed + [_check(name, check, opened) for name, check in CHECKS.items()]
     if against is not None:
         from redefense.export.against import compare  # only this part needs torch
 
@@ -105,9 +105,9 @@ def verify(
     return checks
 
 
-def _check(name: str, look: Callable[[Opened], str], opened: Opened) -> Check:
+def _check(name: str, check: Callable[[Opened], str], opened: Opened) -> Check:
     try:
-        return Check(name, True, look(opened))
+        return Check(name, True, check(opened))
     except BundleError as error:
         return Check(name, False, str(error))
 
@@ -207,7 +207,7 @@ def _draws(opened: Opened) -> str:
     return f"{drawn}: by the mixture, neighbours independent, seeds change nothing"
 
 
-LOOKS: dict[str, Callable[[Opened], str]] = {
+CHECKS: dict[str, Callable[[Opened], str]] = {
     "records": _records,
     "graphs": _graphs,
     "members": _members,

@@ -38,7 +38,7 @@ class Pair:
 
 def joined_headline(
     suites: Sequence[Stored],
-    home: Sequence[Stored],
+    at_threat: Sequence[Stored],
     cells: Sequence[Scored],
     further: Sequence[Scored],
 ) -> Pair:
@@ -46,14 +46,14 @@ def joined_headline(
 
     Args:
         suites: those with cells at this threat.
-        home: those whose own threat it is.
+        at_threat: those whose own threat it is.
         cells: attacks at this threat.
         further: attacks at this threat besides the cells.
     """
     return (
-        _drawn_headline(home, cells, further)
+        _drawn_headline(at_threat, cells, further)
         or _recorded_headline(suites, cells, further)
-        or _stored_headline(suites, home, cells)
+        or _stored_headline(suites, at_threat, cells)
     )
 
 
@@ -154,10 +154,10 @@ def estimate_of(value: float | None, interval: tuple[float, float] | None) -> Es
 
 
 def _stored_headline(
-    suites: Sequence[Stored], home: Sequence[Stored], cells: Sequence[Scored]
+    suites: Sequence[Stored], at_threat: Sequence[Stored], cells: Sequence[Scored]
 ) -> Pair:
     """The stored headline of a single suite, used without per-image records."""
-    headline = home[0].evaluation.headline if len(suites) == len(home) == 1 else None
+    headline = at_threat[0].evaluation.headline if len(suites) == len(at_threat) == 1 else None
     if headline is None:
         return Pair()
     unaware = headline.unaware

@@ -180,13 +180,13 @@ def results_of(run: Sequence[Stored]) -> list[Result]:
 
 def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
     first = suites[0]
-    home = [stored for stored in suites if stored.budget == budget]
+    at_threat = [stored for stored in suites if stored.budget == budget]
     further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
-    pair = joined_headline(suites, home, cells, further)
+    pair = joined_headline(suites, at_threat, cells, further)
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
-    single, single_q, single_from = _baseline(home, "single")
-    averaged, averaged_q, _ = _baseline(home, "averaged")
-    alone = _alone(home)
+    single, single_q, single_from = _baseline(at_threat, "single")
+    averaged, averaged_q, _ = _baseline(at_threat, "averaged")
+    alone = _alone(at_threat)
     clean = next((s.clean for s in suites if s.clean.expected is not None), first.clean)
     chosen = single_from.headline if single_from is not None else None
     return Result(
@@ -206,7 +206,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         single_index=chosen.best_single_member_index if chosen is not None else None,
         chosen_on=chosen.chosen_on if chosen is not None else None,
         averaged=averaged,
-        alone=_members(home, alone),
+        alone=_members(at_threat, alone),
         over_single=_over(q_aware, single_q),
         over_averaged=_over(q_aware, averaged_q),
         over_alone=_over(q_aware, max(alone, key=np.mean, default=None)),
@@ -215,17 +215,17 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         tries_aware=pair.tries if q_aware is None else success_within(q_aware, TRIES),
         tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
         checks=_merged_checks(suites),
-        notes=tuple(_notes(pair, home, cells, further)),
+        notes=tuple(_notes(pair, at_threat, cells, further)),
     )
 
 
 def _baseline(
-    home: Sequence[Stored], which: str
+    at_threat: Sequence[Stored], which: str
 ) -> tuple[Estimate | None, NDArray[np.float64] | None, Evaluation | None]:
     """The lowest accuracy of the best single member or the averaged ensemble in any suite."""
     found: list[tuple[Estimate, NDArray[np.float64] | None, Evaluation]] = []
     key = {"single": "best_single_member", "averaged": "averaged"}[which]
-    for stored in home:
+    for stored in at_threat:
         per_image: NDArray[np.float64] | None = getattr(stored, which)
         headline = stored.evaluation.headline or Headline()
         summary = estimate_of(getattr(headline, key), getattr(headline, f"{key}_interval"))
@@ -236,19 +236,21 @@ def _baseline(
     return min(found, key=lambda entry: entry[0].value, default=(None, None, None))
 
 
-def _alone(home: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
+def _alone(at_threat: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
     """(n,) correctness of every single member over all suites that attacked all members."""
-    found = [stored.alone for stored in home if stored.alone is not None]
+    found = [stored.alone for stored in at_threat if stored.alone is not None]
     return list(np.stack(found).min(0)) if found else []
 
 
-def _members(home: Sequence[Stored], alone: Sequence[NDArray[np.float64]]) -> tuple[Estimate, ...]:
+def _members(
+    at_threat: Sequence[Stored], alone: Sequence[NDArray[np.float64]]
+) -> tuple[Estimate, ...]:
     """Accuracy of every single member, from its records or else as stored."""
     if alone:
         return tuple(map(accuracy_interval, alone))
-    headlines = [stored.evaluation.headline or Headline() for stored in home]
+    headlines = [stored.evaluation.headline or Headline() for stored in at_threat]
     stored = [h.single_members for h in headlines if h.single_members]
-    n = home[0].evaluation.data.num_images if home else 0
+    n = at_threat[0].evaluation.data.num_images if at_threat else 0
     lowest = np.min(stored, axis=0).tolist() if stored else []
     return tuple(Estimate(share, *wilson(round(share * n), n)) for share in lowest)
 
@@ -297,11 +299,11 @@ def _missing(bounded: Sequence[Scored], further: Sequence[Scored]) -> str:
 
 
 def _notes(
-    pair: Pair, home: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
+    pair: Pair, at_threat: Sequence[Stored], cells: Sequence[Scored], further: Sequence[Scored]
 ) -> list[str]:
     notes = []
     bounded = [c for c in cells if c.cell.bounded]
-    if (drawn := estimated_headline(home)) is not None:
+    if (drawn := estimated_headline(at_threat)) is not None:
         notes.append(_drawn_note(drawn))
     if not any(c.cell.aware for c in bounded):
         notes.append(
@@ -321,8 +323,8 @@ def _notes(
             "Attacks without an accuracy ran only on images that some member still classified "
             "correctly; their points are part of the worst case."
         )
-    if len(home) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
-        stored = home[0].evaluation.headline
+    if len(at_threat) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
+        stored = at_threat[0].evaluation.headline
         if stored is not None and stored.aware is not None and pair.aware is not None:
             gap = abs(stored.aware - pair.aware.value)
             if gap > AGREE:

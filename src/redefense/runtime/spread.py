@@ -42,7 +42,7 @@ class Spread(Protocol):
         """Detached values of all members at all images, from the local ones."""
         ...
 
-    def pull(self, values: Float[Tensor, "M B ..."]) -> Float[Tensor, "O b ..."]:
+    def local_cotangents(self, values: Float[Tensor, "M B ..."]) -> Float[Tensor, "O b ..."]:
         """The part of a gradient of `whole`'s result that belongs to local members and images.
 
         It is multiplied by the number of processes that share the batch, over which the loop
@@ -73,7 +73,7 @@ class SingleProcess:
     def whole(self, values: Tensor) -> Tensor:
         return values
 
-    def pull(self, values: Tensor) -> Tensor:
+    def local_cotangents(self, values: Tensor) -> Tensor:
         return values
 
     def rows(self, size: int) -> tuple[int, slice]:

@@ -158,8 +158,8 @@ class Service:
         images = await self._picture(request)
         scores = (await run_in_threadpool(self._engine.all_members, images))[:, 0]
         label, word = label_and_word(scores)
-        everyone = _known(Answers(label=label, confidence=word, scores=scores))
-        rows = [self._in_words(everyone.part(m, m + 1)) for m in range(len(scores))]
+        answers = _known(Answers(label=label, confidence=word, scores=scores))
+        rows = [self._in_words(answers.part(m, m + 1)) for m in range(len(scores))]
         return JSONResponse({"members": rows})
 
     async def show_metrics(self, request: Request) -> Response:

@@ -90,7 +90,7 @@ class Engine:
         member = None
         if self._settings.mode == "averaged":
             mixture = model.mixture.astype(np.float32)
-            scores = np.einsum("m,mnc->nc", mixture, _everyone(model, images))
+            scores = np.einsum("m,mnc->nc", mixture, _all_members(model, images))
         elif self._settings.mode == "member":
             scores = probabilities(model.logits_of(0, images))
         else:
@@ -110,8 +110,8 @@ class Engine:
 
     def all_members(self, images: Floats) -> Floats:
         """(M, N, classes) probabilities of every member."""
-        return _everyone(self.model, images)
+        return _all_members(self.model, images)
 
 
-def _everyone(model: Model, images: Floats) -> Floats:
+def _all_members(model: Model, images: Floats) -> Floats:
     return np.stack([probabilities(model.logits_of(m, images)) for m in range(model.num_members)])

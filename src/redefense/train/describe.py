@@ -51,8 +51,8 @@ def count_parameters(what: str, run: Run, kind: EnsembleConfig) -> dict[str, Any
 
 
 def _sizes(ensemble: Ensemble) -> dict[str, Any]:
-    everyone = range(ensemble.num_members)
-    written = [num_written(ensemble, m) for m in everyone]
+    all_members = range(ensemble.num_members)
+    written = [num_written(ensemble, m) for m in all_members]
     # plain members have the same parts except generated kernels, embeddings and hypernetworks
     common = sum(p.numel() for n, p in ensemble.named_parameters() if n.startswith("members."))
     stored = sum(p.numel() for p in ensemble.parameters())

@@ -102,7 +102,7 @@ class Shared:
         parts = self.mesh.gather(values, self.mesh.batch_group, "members")
         return torch.stack(parts, 2).flatten(1, 2)
 
-    def pull(self, values: Tensor) -> Tensor:
+    def local_cotangents(self, values: Tensor) -> Tensor:
         rows = self.mesh.shape[0]
         own = self.own(self.num_members)
         return values[own.start : own.stop, self.mesh.row :: rows] * float(rows)

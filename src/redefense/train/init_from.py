@@ -230,13 +230,13 @@ def adopt(ensemble: Ensemble, nets: Sequence[nn.Module]) -> tuple[float, ...]:
             ensemble.member(m).load_state_dict(net.state_dict())
         return (0.0,) * len(nets)
     wanted = [_kernels(net, grids) for net, grids in zip(nets, ensemble.grids, strict=True)]
-    everyone = tuple(range(len(nets)))
-    for group in [everyone] if ensemble.shared else [(m,) for m in everyone]:
+    all_members = tuple(range(len(nets)))
+    for group in [all_members] if ensemble.shared else [(m,) for m in all_members]:
         _fit(ensemble, group, wanted)
     for member, net in zip(ensemble.members, nets, strict=True):
         mine = member.state_dict()
         member.load_state_dict({name: t for name, t in net.state_dict().items() if name in mine})
-    return tuple(_error(ensemble, m, wanted[m]) for m in everyone)
+    return tuple(_error(ensemble, m, wanted[m]) for m in all_members)
 
 
 def _fit(ensemble: Hyper, group: Sequence[int], wanted: Sequence[Sequence[Tensor]]) -> None:

@@ -76,7 +76,7 @@ def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
     """
     probes = model.probes()
     started = time.perf_counter()
-    _, sure = _everyone(model, probes[:8])
+    _, sure = _all_members(model, probes[:8])
     seconds = (time.perf_counter() - started) / (8 * model.num_members)
     affordable = int(_SECONDS / (seconds * model.num_members))
     count = min(max(affordable, _CANDIDATES[0]), _CANDIDATES[1])
@@ -85,7 +85,7 @@ def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
     noise = rng.normal(0, 0.2, first.shape).astype(np.float32)
     mixed = np.rint((share * first + (1 - share) * second + noise).clip(0, 1) * 255)
     images = (mixed / np.float32(255)).astype(np.float32)
-    answers, sure = _everyone(model, images)
+    answers, sure = _all_members(model, images)
     found = Subjects(images[sure], answers[:, sure], model.mixture, seconds)
     order = found.collision().argsort(kind="stable")
     found = Subjects(found.images[order], found.answers[:, order], model.mixture, seconds)
@@ -110,7 +110,7 @@ def _scores(model: Model, images: Floats) -> Floats:
     return np.concatenate(chunks, axis=1)
 
 
-def _everyone(model: Model, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _all_members(model: Model, images: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Answers (M, N, 2) of all members, and a mask (N,) of images far from all thresholds."""
     scores = _scores(model, images)
     label, word = label_and_word(scores)
