@@ -1,5 +1,6 @@
 """Resolves a suite into cells with threats, names and attacks, and validates it."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from redefense.errors import ConfigError, suggestion
 from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest, outside_ball
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite
+from redefense.runtime.files import write_text
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
@@ -54,6 +56,34 @@ class Job:
         """The same place on the writing process, None on others."""
         return place if self.subject.workers.first else None
 
+    def write_cell(self, name: str, cell: Cell) -> bool:
+        """Store records as `NAME.npz` on the writing process; whether they were written here."""
+        place = self.save(self.place(f"{name}.npz"))
+        if place is not None:
+            cell.save(place, self.subject.index)
+        return place is not None
+
+    def write_json(self, name: str, value: object) -> None:
+        """Store JSON on the writing process."""
+        if (place := self.save(self.place(name))) is not None:
+            write_text(place, json.dumps(value, indent=1) + "\n")
+
+    def described(self, it: "Further", expected: float) -> dict[str, Any]:
+        """JSON of an attack that counts for the headline but is no cell of the suite."""
+        return {
+            "id": it.identity,
+            "attack": it.attack,
+            "label": it.label,
+            "repr": it.repr,
+            "view": it.view,
+            "aware": True,
+            "bounded": True,
+            "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
+            "met": int(it.cell.met.sum()),
+            "accuracy": {"expected": expected},
+            "per_image": f"{self.suite.name}/{it.identity}.npz",
+        }
+
     def facts(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """The evaluation's suite, run, provenance (`made`) and data."""
         subject = self.subject
@@ -70,6 +100,18 @@ class Job:
                 "sha256": image_digest(subject.x, subject.y),
             },
         }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Further:
+    """An attack at the headline's threat that is no cell of the suite; its points count, too."""
+
+    identity: str
+    attack: str
+    repr: str
+    view: str
+    label: str | None
+    cell: Cell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,5 @@
 """Runs a suite on an ensemble, cell by cell, and stores the records of every member."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from redefense.errors import ConfigError
 from redefense.evaluation.baselines import NOTHING, attack_baselines, baselines, pieces
 from redefense.evaluation.budget_check import stronger_budget
 from redefense.evaluation.cascade.examples import known_examples, name_images
-from redefense.evaluation.cascade.runner import Further, Runner, cell_label, run_order
+from redefense.evaluation.cascade.runner import Runner, cell_label, run_order
 from redefense.evaluation.cascade.tried import record_of
 from redefense.evaluation.cells import (
     BUDGET_SLACK,
@@ -38,7 +37,7 @@ from redefense.evaluation.member_statistics import (
     member_measures,
     pair_statistics,
 )
-from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
+from redefense.evaluation.plan import Further, Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
@@ -46,7 +45,6 @@ from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
 from redefense.results.accuracy import Floats, accuracies
 from redefense.results.intervals import exact_expectation
-from redefense.runtime.files import write_text
 from redefense.types import Images, check_images, check_labels
 
 
@@ -177,8 +175,7 @@ def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
 def _clean(job: Job) -> Cell:
     """The records of the clean images."""
     clean = clean_cell(job.subject)
-    if (place := job.save(job.place("clean.npz"))) is not None:
-        clean.save(place, job.subject.index)
+    job.write_cell("clean", clean)
     return clean
 
 
@@ -224,22 +221,9 @@ def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) ->
 
 
 def _further_json(it: Further, job: Job, mixture: Floats) -> dict[str, Any]:
-    """JSON of an attack that counts for the headline but is no cell of the suite."""
-    return {
-        "id": it.identity,
-        "attack": it.attack,
-        "label": it.label,
-        "repr": it.repr,
-        "view": it.view,
-        "aware": True,
-        "bounded": True,
-        "threat": {"norm": job.threat.norm, "eps": job.threat.eps},
-        "met": int(it.cell.met.sum()),
-        "accuracy": {"expected": float(exact_expectation(it.cell.correct, mixture).mean())},
-        "forwards": it.cell.forwards,
-        "backwards": it.cell.backwards,
-        "per_image": f"{job.suite.name}/{it.identity}.npz",
-    }
+    expected = float(exact_expectation(it.cell.correct, mixture).mean())
+    passes = {"forwards": it.cell.forwards, "backwards": it.cell.backwards}
+    return job.described(it, expected) | passes
 
 
 def _measured(job: Job, runner: Runner) -> dict[str, Any]:
@@ -247,17 +231,14 @@ def _measured(job: Job, runner: Runner) -> dict[str, Any]:
     worst = runner.worst
     if worst is None:
         return {}
-    place, tried = job.place("measures.json"), job.place("measures.npz")
-    found, cell = read_object(place), Cell.read(tried)
+    found, cell = read_object(job.place("measures.json")), Cell.read(job.place("measures.npz"))
     if found is None or cell is None:
         found, first = member_measures(
             job.subject, as_threat(job.threat), worst.correct, seed=job.seed, progress=job.progress
         )
         cell = record_of(first, worst)
-        if (saved := job.save(tried)) is not None:
-            cell.save(saved, job.subject.index)
-        if (saved := job.save(place)) is not None:
-            write_text(saved, json.dumps(found, indent=1) + "\n")
+        job.write_cell("measures", cell)
+        job.write_json("measures.json", found)
         job.say(f"{job.suite.name}: measured transfer, diversity and accuracy against eps")
     job.subject.workers.wait()
     runner.count("measures", "for the transfer matrix and accuracy against eps", cell)
@@ -268,18 +249,15 @@ def _full_checks(
     job: Job, runner: Runner, plan: Sequence[Planned], records: Mapping[str, Cell]
 ) -> list[Check]:
     """The S-checks that run attacks; their points within the threat count for the headline."""
-    stronger = stronger_budget(runner, plan)
-    place, tried, worst = job.place("checks.json"), job.place("checks.npz"), runner.worst
-    stored, cell = read_object(place), Cell.read(tried)
+    stronger, worst = stronger_budget(runner, plan), runner.worst
+    stored, cell = read_object(job.place("checks.json")), Cell.read(job.place("checks.npz"))
     if stored is None or (worst is not None and cell is None):
         found, first = full_checks(job.subject, plan, records, job.seed, counts=worst is not None)
         if worst is not None and first is not None:
             cell = record_of(first, worst)
-            if (saved := job.save(tried)) is not None:
-                cell.save(saved, job.subject.index)
+            job.write_cell("checks", cell)
         stored = {"checks": [check.as_dict() for check in found]}
-        if (saved := job.save(place)) is not None:
-            write_text(saved, json.dumps(stored, indent=1) + "\n")
+        job.write_json("checks.json", stored)
     job.subject.workers.wait()
     if cell is not None and worst is not None:
         runner.count("checks", "for the checks of the attacks on the first images", cell)

@@ -6,7 +6,7 @@ accuracy. The images of an attack are determined by the records before it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.points import Points
 from redefense.evaluation.cascade.worst_case import WorstCase
 from redefense.evaluation.cells import Cell, Task
-from redefense.evaluation.plan import Job, Planned, threat_of
+from redefense.evaluation.plan import Further, Job, Planned, threat_of
 from redefense.evaluation.store import forget, own_images
 from redefense.evaluation.suite import CellSpec
 from redefense.results.accuracy import Bools, Floats
@@ -30,18 +30,6 @@ def run_order(plan: Sequence[Planned]) -> list[Planned]:
     An image that only a black-box attack fools causes a warning (S17), so all others run before.
     """
     return sorted(plan, key=lambda p: (p.spec.attack in BLACK_BOX, p.aware and p.attack.bounded))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Further:
-    """An attack at the headline's threat that is no cell of the suite; its points count, too."""
-
-    identity: str
-    attack: str
-    repr: str
-    view: str
-    label: str | None
-    cell: Cell
 
 
 class Runner:
@@ -153,16 +141,15 @@ class Runner:
                 task = replace(task, starts=self.points.starts(worst))
             task = self.points.kept(task, worst)
         task = self.attacked.kept(task)
-        place, kept = job.place(f"{name}.npz"), self.attacked.chunks_of(name)
-        cell = Cell.read(place) if self.attacked.stored(name) else None
+        kept = self.attacked.chunks_of(name)
+        cell = Cell.read(job.place(f"{name}.npz")) if self.attacked.stored(name) else None
         if cell is None or not np.array_equal(cell.met, met):
             self.attacked.images.pop(name, None)
             job.progress.begin(label, len(met), share=own_images(len(met), subject.workers))
             cell = task.run(kept, job.progress)
             if worst is not None and not cell.whole:
                 cell = worst.filled(cell)
-            if (saved := job.save(place)) is not None:
-                cell.save(saved, subject.index)
+            if job.write_cell(name, cell):
                 forget(kept)
             self._say(label, cell)
         self.attacked.finish(name, cell, worst)

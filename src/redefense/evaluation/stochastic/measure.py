@@ -1,6 +1,5 @@
 """Runs a suite on a stochastic network."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -18,7 +17,7 @@ from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import cell_label
 from redefense.evaluation.cells import Cell, Subject
-from redefense.evaluation.plan import Job, Planned, Say, check_plan, plan_of, threat_of
+from redefense.evaluation.plan import Further, Job, Planned, Say, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
@@ -31,7 +30,6 @@ from redefense.models.randomized import GaussianNoise
 from redefense.results.accuracy import Bools
 from redefense.results.draws import FIGURES, draws_interval, interval, pair
 from redefense.results.headline import TRIES
-from redefense.runtime.files import write_text
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import BLOCK, Stochastic
 from redefense.types import Images, check_images, check_labels
@@ -154,24 +152,17 @@ def _further(
     found = {f"{n}.seed{i}": c for n in known for i, c in enumerate(repeats[n], 1)}
     found[DOUBLED] = replace(records["clean"], correct=corrects[DOUBLED])
     records |= found
-    if (place := job.save(job.place(f"{DOUBLED}.npz"))) is not None:
-        found[DOUBLED].save(place, job.subject.index)
+    job.write_cell(DOUBLED, found[DOUBLED])
     return [
-        {
-            "id": name,
-            "attack": name,
-            "repr": "attacks with twice the seeds" if name == DOUBLED else name,
-            "view": "members",
-            "label": None,
-            "aware": True,
-            "bounded": True,
-            "threat": {"norm": job.threat.norm, "eps": job.threat.eps},
-            "met": len(job.subject.x),
-            "accuracy": {"expected": float(cell.correct.mean())},
-            "per_image": f"{job.suite.name}/{name}.npz",
-        }
+        job.described(
+            Further(
+                identity=name, attack=name, view="members", label=None, cell=cell,
+                repr="attacks with twice the seeds" if name == DOUBLED else name,
+            ),
+            float(cell.correct.mean()),
+        )
         for name, cell in sorted(found.items())
-    ]
+    ]  # fmt: skip
 
 
 def _pilot(job: Job, network: Stochastic) -> Draws:
@@ -180,8 +171,7 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
     It is fixed before the first scoring draw and equal for all cells, since optional stopping would
     bias the figures. Pilot draws are not used for scoring.
     """
-    place = job.place("pilot.json")
-    found = read_object(place)
+    found = read_object(job.place("pilot.json"))
     if found is None:
         tried = ((PGD(steps=5, keep_best=False), "sampled"), (Hinge(steps=5), "members"))
         few = Draws(score=PILOT_DRAWS, attack=min(4, network.num_members))
@@ -194,8 +184,7 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
         ]  # fmt: skip
         spread = max(float(cell.correct.mean(1).std(ddof=1)) for cell in cells)
         found = {"spread": spread, "draws": PILOT_DRAWS}
-        if (saved := job.save(place)) is not None:
-            write_text(saved, json.dumps(found) + "\n")
+        job.write_json("pilot.json", found)
         job.subject.workers.wait()
     # the two halves are treated as fully dependent
     wanted = (1.96 * 2**0.5 * float(found["spread"]) / HALF_WIDTH) ** 2
@@ -271,14 +260,13 @@ def _records(
     subject = job.subject
     records = {"clean": clean_drawn(subject, network, draws.score, seed=job.seed)}
     repeats: dict[str, list[DrawnCell]] = {}
-    if (place := job.save(job.place("clean.npz"))) is not None:
-        records["clean"].save(place, subject.index)
+    job.write_cell("clean", records["clean"])
     for number, planned in enumerate(plan, 1):
         again: list[DrawnCell] = []
         for repeat in range(job.seeds):
             name = planned.identity + (f".seed{repeat}" if repeat else "")
-            place, kept = job.place(f"{name}.npz"), attacked.chunks_of(name)
-            cell = DrawnCell.read(place) if attacked.stored(name) else None
+            kept = attacked.chunks_of(name)
+            cell = DrawnCell.read(job.place(f"{name}.npz")) if attacked.stored(name) else None
             if not isinstance(cell, DrawnCell):
                 label, count = cell_label(number, planned, plan, repeat), len(subject.x)
                 job.progress.begin(label, count, share=own_images(count, subject.workers))
@@ -287,8 +275,7 @@ def _records(
                     seed=job.seed, name=name, kept=kept, progress=job.progress,
                     keep=attacked.keeping(name),
                 )  # fmt: skip
-                if (saved := job.save(place)) is not None:
-                    cell.save(saved, subject.index)
+                if job.write_cell(name, cell):
                     forget(kept)
                 share = float(cell.correct.mean())
                 job.say(f"{label}: {100 * share:.1f} % expected accuracy, {cell.seconds:.1f} s")
