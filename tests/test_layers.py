@@ -13,7 +13,7 @@ import redefense
 SRC = Path(redefense.__file__).parent
 
 LAYERS = [
-    {"types", "errors", "rng", "config", "threat", "pictures", "networks", "plugins"},
+    {"types", "errors", "rng", "radius", "config", "threat", "pictures", "networks", "plugins"},
     {"runtime"},
     {"results"},
     {"penalties", "data", "models"},

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redefense.attacks.gradient import random_starts
-from redefense.config import ThreatConfig, read_eps, read_norm
+from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
+from redefense.radius import read_eps, read_norm
 from redefense.rng import stream
 from redefense.threat import Threat, norms, steepest
 

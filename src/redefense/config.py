@@ -6,12 +6,10 @@ defences and so on are resolved through mappings given by the caller, never thro
 
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,6 +22,7 @@ from pydantic import (
 )
 
 from redefense.errors import ConfigError, suggestion
+from redefense.radius import Eps, Norm, check_linf, read_eps, read_norm
 
 T = TypeVar("T")
 _NAMED: Final[Mapping[str, set[str]]] = {
@@ -56,70 +55,8 @@ class DataConfig(_Frozen):
     validation: float = Field(default=0.1, gt=0, lt=1)
 
 
-Norm = Literal["inf", "2"]
-
-
-def read_norm(value: object, what: str = "norm") -> Norm:
-    """Parse a threat's norm: inf, 2, "inf", "Linf", "l2" and the like.
-
-    Raises:
-        ConfigError: for any other norm.
-    """
-    plain = str(value).lower().replace("\u221e", "inf").replace("\u2113", "l")
-    plain = "".join(c for c in plain if c not in "-_ ").removeprefix("l").removesuffix(".0")
-    found = {"2": "2", "inf": "inf", "infty": "inf", "infinity": "inf"}.get(plain)
-    # text and numbers only, not True or tensors that print alike
-    if found is None or not isinstance(value, str | Real):
-        raise ConfigError(f"{what} must be 'inf' or '2' (or 'linf', 'l2'), got {value!r}")
-    return cast(Norm, found)
-
-
-def read_eps(value: object, what: str = "eps") -> float:
-    """Parse a radius: a number, or text such as "0.03" or "8/255".
-
-    Raises:
-        ConfigError: for anything else, and for non-finite numbers.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError  # noqa: TRY301 - float(True) is 1, which nobody means
-        if isinstance(value, str):
-            above, slash, below = value.partition("/")
-            found = float(above) / (float(below) if slash else 1.0)
-        else:
-            found = float(cast(Any, value))
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError, RuntimeError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise ConfigError(
-            f"{what} must be a finite number, or a fraction such as 8/255, got {value!r}"
-        )
-    return found
-
-
-def eps_text(eps: float) -> str:
-    """A radius as text: a short decimal as it is, else a fraction of 255 where it is one."""
-    levels = round(eps * 255)
-    long = len(f"{eps:g}") > 5
-    return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
-
-
-Eps = Annotated[float, BeforeValidator(read_eps)]
-"""A radius in a setting; fractions such as "8/255" are accepted."""
-
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
 """Fraction of a label's probability that is distributed evenly over all classes."""
-
-
-def check_linf(eps: float, what: str = "L-inf eps") -> None:
-    """Check that an L-inf radius lies in the images' range; larger ones are meant in levels.
-
-    Raises:
-        ConfigError: if eps is not in [0, 1].
-    """
-    if not 0 <= eps <= 1:
-        meant = f" (did you mean {eps:g}/255?)" if 1 < eps <= 255 else ""
-        raise ConfigError(f"{what} must lie in [0, 1] as pixels do, got {eps:g}{meant}")
 
 
 class ThreatConfig(_Frozen):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from redefense.config import check_linf, read_eps, read_norm
 from redefense.errors import ConfigError
+from redefense.radius import check_linf, read_eps, read_norm
 from redefense.types import Float, Images
 
 TINY = 1e-12

@@ -9,8 +9,8 @@ from typing import Final
 
 from redefense.audit.attack_names import UNBOUNDED, attack_key, knows_the_draw
 from redefense.audit.table import Claim
-from redefense.config import check_linf
 from redefense.errors import ConfigError, DataError
+from redefense.radius import check_linf
 
 COLUMNS: Final = (
     "table", "dataset", "method", "attack", "accuracy", "norm", "eps", "num_images", "members",

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from redefense.audit.finding import Finding
 from redefense.claims.check import check, current
 from redefense.claims.format import Claim, Evaluated, Figure, Plan, digest, read, unpacked
-from redefense.config import eps_text, parse_run
+from redefense.config import parse_run
 from redefense.data import published
 from redefense.errors import DataError
+from redefense.radius import eps_text
 from redefense.results.intervals import Estimate, over_seeds
 from redefense.train.loading import resolve
 

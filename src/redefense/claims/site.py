@@ -16,8 +16,8 @@ from redefense import __version__
 from redefense.claims.format import Claim, Figure
 from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
 from redefense.claims.tables import points
-from redefense.config import eps_text
 from redefense.errors import ConfigError, lacking
+from redefense.radius import eps_text
 from redefense.report.tables import interval, percent
 from redefense.results.intervals import Estimate
 from redefense.runtime.files import write_text

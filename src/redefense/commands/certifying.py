@@ -32,8 +32,8 @@ def certify(
     quiet: Quiet = False,
 ) -> None:
     """Certify the L2 accuracy of a run with Gaussian noise, for one draw and for the vote."""
-    from redefense.config import read_eps
     from redefense.evaluation.stochastic.certify import certify_run
+    from redefense.radius import read_eps
 
     radii = [] if eps is None else [read_eps(part, "--eps") for part in eps.split(",")]
     document, target = certify_run(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redefense.commands.options import DataSpec, Json, Quiet, Set, resolve_run, say
-from redefense.config import eps_text
 from redefense.errors import ConfigError, DataError
+from redefense.radius import eps_text
 
 if TYPE_CHECKING:
     from redefense.config import Run

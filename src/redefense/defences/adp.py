@@ -27,11 +27,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from redefense.config import Eps
 from redefense.defences.base import Adversary, CrossEntropyDefence, check_weights
 from redefense.ensembles import Ensemble, frozen_statistics
 from redefense.errors import ConfigError
 from redefense.penalties import ensemble_entropy, log_det_diversity
+from redefense.radius import Eps
 from redefense.rng import drawn
 from redefense.runtime.phases import PENALTY, phase
 from redefense.types import Batch, Float, Images, Labels, Loss

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from redefense.attacks.gradient import climb, gradient_oracle, random_starts
 from redefense.attacks.objectives import OBJECTIVES, Objective
-from redefense.config import Eps, Smoothing, check_linf
+from redefense.config import Smoothing
 from redefense.ensembles import Averaged, Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.networks import Queried
+from redefense.radius import Eps, check_linf
 from redefense.rng import seed_from
 from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from redefense.attacks.base import OracleResult, input_gradient
 from redefense.attacks.gradient import climb
-from redefense.config import Eps
 from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, check_weights, terms
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.models import Tapped
+from redefense.radius import Eps
 from redefense.rng import drawn, stream
 from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat

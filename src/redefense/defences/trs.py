@@ -38,7 +38,6 @@ from torch import Tensor, nn
 
 from redefense.attacks.base import OracleResult
 from redefense.attacks.gradient import climb, random_starts
-from redefense.config import Eps
 from redefense.defences.base import CrossEntropyDefence, Stage, check_weights
 from redefense.defences.coupled import Coupled, check_differentiate
 from redefense.defences.vanilla import after_plain
@@ -46,6 +45,7 @@ from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
 from redefense.networks import differentiable_twice, differentiating
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
+from redefense.radius import Eps
 from redefense.runtime.phases import EXAMPLES, phase
 from redefense.threat import Threat
 from redefense.types import Batch, Images, Labels, Loss

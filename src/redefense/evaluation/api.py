@@ -12,7 +12,7 @@ from typing import Any, cast
 import redefense
 from redefense.checks.answers import check_modes, laid_out
 from redefense.checks.catalogue import explained
-from redefense.config import Run, ThreatConfig, eps_text, read_eps, read_norm
+from redefense.config import Run, ThreatConfig
 from redefense.data import load_dataset
 from redefense.ensembles import Ensemble, evaluating, recorded
 from redefense.errors import ConfigError, DataError, RedCheckWarning
@@ -46,6 +46,7 @@ from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
 from redefense.evaluation.suite import Suite, suite_named
+from redefense.radius import eps_text, read_eps, read_norm
 from redefense.results.schema import OF_DEFENCE
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_text

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from redefense.attacks import ATTACKS
 from redefense.attacks.gradient import PGD
-from redefense.config import eps_text
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cascade.worst_case import EQUAL
@@ -26,6 +25,7 @@ from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.networks import differentiating
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
+from redefense.radius import eps_text
 from redefense.results.accuracy import Bools, Floats
 from redefense.results.headline import TRIES
 from redefense.results.intervals import (

@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.config import ThreatConfig, eps_text
+from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import Baselines
 from redefense.evaluation.cells import Cell, as_threat
 from redefense.evaluation.figures import UNKNOWN, Figure, figure_of, plot_bars, plot_curve
 from redefense.evaluation.headline import interval
 from redefense.evaluation.store import write_arrays
+from redefense.radius import eps_text
 from redefense.results.accuracy import Bools
 from redefense.results.escaping import escape_latex
 from redefense.results.examples import Examples

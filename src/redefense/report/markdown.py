@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from redefense.checks.catalogue import CATALOGUE
-from redefense.config import eps_text
+from redefense.radius import eps_text
 from redefense.report import answers, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.tables import (

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from redefense.config import eps_text
+from redefense.radius import eps_text
 from redefense.report.tables import percent
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.config import eps_text
+from redefense.radius import eps_text
 from redefense.results.headline import (
     TRIES,
     Pair,

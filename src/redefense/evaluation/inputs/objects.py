@@ -13,12 +13,12 @@ from torch import Tensor
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.foreign import Foreign, as_attack, name_of
-from redefense.config import eps_text
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.evaluation.suite import CellSpec, Suite, suite_named
 from redefense.networks import Function
 from redefense.plugins import Origin, origins
+from redefense.radius import eps_text
 
 CUSTOM: Final = "custom"
 """Name of a suite that is a list of attacks."""

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redefense.config import eps_text, read_eps
 from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.report_object import Report
+from redefense.radius import eps_text, read_eps
 
 FALL = 1e-9
 """Figures that differ by less are equal."""
