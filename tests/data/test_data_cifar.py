@@ -170,7 +170,7 @@ def test_a_pickle_that_wants_to_import_anything_is_refused(hidden: str, tmp_path
     trace = tmp_path / "was-here"
     content = {"data": some_pixels(10, 3072), "labels": [0] * 10} | {hidden: Evil(trace)}
     (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(content))
-    refused(f"cifar10:{root}", "data_batch_3: refused as unsafe.*wants to import posix.mkdir")
+    refused(f"cifar10:{root}", "data_batch_3: refused as unsafe.*tries to import posix.mkdir")
     assert not trace.exists()
 
 
@@ -193,7 +193,7 @@ def test_pickles_that_only_fill_the_memory_are_refused(tmp_path: Path) -> None:
     root = write_python(tmp_path, "cifar10", as_python_3)
     batch = root / "cifar-10-batches-py" / "test_batch"
     batch.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
-    refused(f"cifar10:{root}", "made to fill the memory")
+    refused(f"cifar10:{root}", "expands to more memory")
     batch.write_bytes(b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".")
     refused(f"cifar10:{root}", "test_batch: .*(BYTEARRAY8|damaged)")
 
@@ -230,7 +230,7 @@ def test_missing_and_truncated_batches_are_named(tmp_path: Path) -> None:
     refused(f"cifar10:{root}", r"data_batch_4.bin: 30729 bytes are not records of 3073")
     batch.unlink()
     refused(f"cifar10:{root}", "data_batch_4.bin is missing")
-    refused(f"cifar100:{root}", "no cifar100 here")
+    refused(f"cifar100:{root}", "contains no cifar100")
 
 
 def test_another_set_is_not_taken_for_cifar(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_an_answer_that_is_no_number_names_no_class(
         assert post(client, request(data=bright.ravel().tolist()))[0] == 200
         status, said = post(client, request(data=black.ravel().tolist()))
         assert (status, list(said)) == (500, ["error"])
-        assert "not a number" in said["error"]
+        assert "not finite" in said["error"]
         assert post(client, request(data=bright.ravel().tolist()))[0] == 200
 
 

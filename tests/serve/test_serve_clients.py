@@ -107,8 +107,8 @@ ABOVE = float(np.nextafter(np.float32(1), np.float32(2)))
         (question(parameters=[]), "parameters must be an object, got []"),
         (question() | {"outputs": [{"name": "logits"}]}, 'each at most once, got "logits"'),
         (question() | {"parameters": {"binary_data_output": 1}}, "true or false, got 1"),
-        (b'{"inputs": [], "inputs": []}', '"inputs" stands 2 times in one object'),
-        (b'{"inputs": [{"name": "images", "data": [1], "data": [2]}]}', '"data" stands 2 times'),
+        (b'{"inputs": [], "inputs": []}', '"inputs" occurs 2 times in one object'),
+        (b'{"inputs": [{"name": "images", "data": [1], "data": [2]}]}', '"data" occurs 2 times'),
         (b'{"inputs": [{"data": [Infinity]}]}', "Infinity is not a JSON number"),
         (b'{"inputs": [{"data": [-Infinity]}]}', "-Infinity is not a JSON number"),
         (b"{'inputs': []}", "not valid JSON: Expecting property name"),
@@ -143,7 +143,7 @@ def test_compressed_bodies_are_refused_by_name(
     headers = {"Content-Encoding": coding, "Content-Type": media}
     reply = client.request("POST", f"{PATH}/{path}", body[:4000], headers)
     assert reply.status == 415
-    assert f"not compressed (Content-Encoding: {coding})" in reply.json()["error"]
+    assert f"not supported (Content-Encoding: {coding})" in reply.json()["error"]
     assert dict(reply.headers)["accept-encoding"] == "identity"
 
 

@@ -70,7 +70,7 @@ def test_a_file_is_chosen_by_keyboard_and_what_is_no_picture_is_refused(
     with serving(model, Settings()) as url, opened(browser, url) as page:
         drop(page, b"no picture", "text/plain", "notes.txt")
         page.get_by_role("alert").wait_for()
-        assert "notes.txt is no PNG or JPEG" in page.get_by_role("alert").inner_text()
+        assert "notes.txt is not a PNG or JPEG" in page.get_by_role("alert").inner_text()
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "file"
         page.locator("#file").set_input_files(str(tmp_path / "five.png"))

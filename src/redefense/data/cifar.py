@@ -59,8 +59,8 @@ def _read(
         source = parquet.read(path, refuse, name)
     if source is None:
         raise DataError(
-            f"{path}: no {name} here: neither batches ({', '.join(a.train[0] for a in layouts)} "
-            "...), nor their tar archive, nor *.parquet"
+            f"{path}: contains no {name}: expected its batches "
+            f"({', '.join(a.train[0] for a in layouts)} ...), their tar archive or *.parquet"
         )
     if source.shape != SHAPE or len(source.classes) != num_classes:
         raise DataError(

@@ -159,7 +159,7 @@ def _check_shards(files: Sequence[Path], where: str) -> None:
     (what, number, total), numbers = shards[0].group("what", "number", "total"), set()
     for file, shard in zip(files, shards, strict=True):
         if int(shard["number"]) in numbers:
-            raise DataError(f"{where}: {file.name}: this part is there twice")
+            raise DataError(f"{where}: {file.name}: this part occurs twice")
         numbers.add(int(shard["number"]))
     # a few count from one
     first = int(0 not in numbers and bool(numbers & {1, int(total or 1)}))

@@ -72,16 +72,16 @@ def _check_steps(raw: bytes) -> None:
     """
     for step, argument, _ in pickletools.genops(raw):
         if step.name in REFUSED:
-            raise pickle.UnpicklingError(f"has the step {step.name}")
+            raise pickle.UnpicklingError(f"contains the opcode {step.name}")
         # the unpickler's memo table is as long as its largest index
         if step.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(raw):
-            raise pickle.UnpicklingError("is made to fill the memory")
+            raise pickle.UnpicklingError("expands to more memory than is allowed")
 
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"wants to import {module}.{name}")
+            raise pickle.UnpicklingError(f"tries to import {module}.{name}")
         return ALLOWED[module, name]
 
 

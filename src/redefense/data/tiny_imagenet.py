@@ -84,7 +84,9 @@ def _root(tree: Tree) -> str:
     """The folder that holds wnids.txt, as a prefix of names."""
     found = _ids_files(tree)
     if not found:
-        raise DataError(f"{tree.root}: no wnids.txt in this {tree.kind}, so no TinyImageNet")
+        raise DataError(
+            f"{tree.root}: this {tree.kind} has no wnids.txt, so it is not TinyImageNet"
+        )
     return min(found, key=len).removesuffix("wnids.txt")
 
 

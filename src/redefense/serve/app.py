@@ -186,9 +186,9 @@ class Service:
 
     def _check_names(self, request: Request) -> None:
         if request.path_params["name"] != self.model.name:
-            raise HTTPException(404, f"the model here is named {self.model.name}")
+            raise HTTPException(404, f"unknown model; this server has the model {self.model.name}")
         if request.path_params.get("version", VERSION) != VERSION:
-            raise HTTPException(404, f"the model here has version {VERSION}")
+            raise HTTPException(404, f"unknown version; this server has version {VERSION}")
 
     async def _picture(self, request: Request) -> Floats:
         if (kind := _media_type(request)) not in FORMATS:
@@ -217,7 +217,7 @@ class Service:
         name = self.settings.client_header
         values = [] if name is None else request.headers.getlist(name)
         if len(values) > 1:  # one may be set by the client in addition to that of the proxy
-            raise HTTPException(400, f"{name} may come once, got {len(values)}")
+            raise HTTPException(400, f"{name} may occur only once, got {len(values)}")
         if values:
             return f"header {values[0]}"
         return f"address {network_of(request.client.host if request.client else '')}"
@@ -243,7 +243,7 @@ def _known(answers: Answers) -> Answers:
         HTTPException: if logits of one of the images are NaN.
     """
     if (answers.label < 0).any():
-        raise HTTPException(500, "the model has no answer to these images: it is not a number")
+        raise HTTPException(500, "the model returned values that are not finite for these images")
     return answers
 
 

@@ -127,7 +127,7 @@ class Bodies:
         coding = ", ".join(request.headers.getlist("content-encoding")).strip()
         if coding.lower() not in ("", "identity"):
             # a few bytes may decompress to more than the memory; binary tensors are small enough
-            plain = "a body must come as it is, not compressed"
+            plain = "a compressed body is not supported"
             raise HTTPException(
                 415, f"{plain} (Content-Encoding: {coding[:40]})", {**_UNREAD, **_PLAIN}
             )
@@ -141,7 +141,9 @@ class Bodies:
                         self._too_large()
                     if len(chunk) > self._left:
                         retry = {"Retry-After": "1"} | _UNREAD
-                        raise HTTPException(429, "too much is being read", retry)
+                        raise HTTPException(
+                            429, "too many request bodies are being read; try again later", retry
+                        )
                     self._left -= len(chunk)
                     content += chunk
             yield bytes(content)

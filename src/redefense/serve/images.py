@@ -28,7 +28,7 @@ def read_image(content: bytes, shape: tuple[int, int, int], max_pixels: int) -> 
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         refuse(f"a picture may have at most {max_pixels} pixels", 413)
     except Exception:  # noqa: BLE001 - decoders raise many types on damaged files
-        refuse("the body is no PNG or JPEG picture")
+        refuse("the body is not a PNG or JPEG image")
     if size[0] * size[1] > max_pixels:
         refuse(f"a picture may have at most {max_pixels} pixels, got {size[0]} x {size[1]}", 413)
     channels, height, width = shape

@@ -123,7 +123,7 @@ class Model:
             )
         if grouped and self.num_members == 1:
             raise ConfigError(
-                "--grouped: of one member there is nothing to tell; see --mode member"
+                "--grouped needs at least two members; serve a single one with --mode member"
             )
 
     def probes(self) -> Floats:
@@ -188,4 +188,4 @@ def _session(content: bytes, m: int, threads: int | None) -> Any:
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - onnxruntime's share no narrower class
-        raise DataError(f"onnxruntime refuses member {m}: {_line(error)}") from None
+        raise DataError(f"onnxruntime cannot load member {m}: {_line(error)}") from None

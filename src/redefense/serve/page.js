@@ -97,7 +97,7 @@ async function readable(file) {
 async function take(file) {
   if (!file || !about) return;
   if (!(await readable(file))) {
-    fail(`${file.name} is no PNG or JPEG picture.`);
+    fail(`${file.name} is not a PNG or JPEG picture.`);
     return;
   }
   picture = file;

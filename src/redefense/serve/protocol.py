@@ -79,7 +79,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
         # other readers of the request, such as a proxy, may use the first of two
         for name, count in Counter(name for name, _ in pairs).items():
             if count > 1:
-                refuse(f"{_shown(name)} stands {count} times in one object, it may stand once")
+                refuse(f"{_shown(name)} occurs {count} times in one object, it may occur once")
         return dict(pairs)
 
     try:
@@ -128,7 +128,7 @@ def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Set
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
         if blobs:
-            refuse("the body goes on behind the JSON, but no input has binary_data_size")
+            refuse("the body continues after the JSON part, but no input has binary_data_size")
         values = _numbers(tensor.get("data"), datatype)
     else:
         values = _from_bytes(size, blobs, tensor, datatype)
@@ -145,9 +145,9 @@ def _from_bytes(
     if tensor.get("data") is not None:
         refuse("an input has data or binary_data_size, not both")
     if size != len(blobs) or isinstance(size, bool):
-        refuse(f"binary_data_size must be the {len(blobs)} bytes behind the JSON")
+        refuse(f"binary_data_size must be the {len(blobs)} bytes after the JSON part")
     if len(blobs) % _DTYPES[datatype].itemsize:
-        refuse(f"{len(blobs)} bytes are no whole number of {datatype} values")
+        refuse(f"{len(blobs)} bytes are not a whole number of {datatype} values")
     values: NDArray[Any] = np.frombuffer(blobs, dtype=_DTYPES[datatype])
     return values
 

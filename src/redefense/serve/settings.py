@@ -87,11 +87,11 @@ class Settings:
         for name in ("max_delay", "tick"):
             if getattr(self, name) >= self.deadline:
                 raise ConfigError(
-                    f"{name} must be below deadline = {self.deadline:g} seconds, or nobody is "
-                    f"answered in time, got {getattr(self, name)}"
+                    f"{name} must be below deadline = {self.deadline:g} seconds, or every "
+                    f"request would exceed it, got {getattr(self, name)}"
                 )
         if self.max_delay > 0 and self.max_batch == 1:
-            raise ConfigError("max_delay waits for batch mates, which max_batch 1 does not take")
+            raise ConfigError("max_delay must be 0 with max_batch 1, where no batch is collected")
         if self.grouped and self.max_batch == 1:
             raise ConfigError("grouped needs batches of several images, max_batch is 1")
         if self.max_queue < self.max_batch:
@@ -139,4 +139,6 @@ def check_address(settings: Settings, host: str) -> None:
         ConfigError: if other machines can reach the address.
     """
     if settings.research and not is_loopback(host):
-        raise ConfigError(f"--research shows who answered: it needs a loopback host, got {host}")
+        raise ConfigError(
+            f"--research shows the drawn member, so it needs a loopback host, got {host}"
+        )

@@ -67,6 +67,6 @@ def url_in(process: "subprocess.Popen[bytes]", log: Path) -> str:
             if '"listening"' in line and line.endswith("}"):
                 return str(json.loads(line)["url"])
         if process.poll() is not None:
-            raise DataError(f"the server does not start: {text.strip()[-500:]}")
+            raise DataError(f"the server did not start: {text.strip()[-500:]}")
         time.sleep(0.05)
-    raise DataError(f"the server does not start within {_START:g} s")
+    raise DataError(f"the server did not start within {_START:g} s")

@@ -91,12 +91,12 @@ def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
     found = Subjects(found.images[order], found.answers[:, order], model.mixture, seconds)
     if len(order) < 2:
         raise InputError(
-            f"{len(order)} of {count} images are clear of every border between answers: "
-            "the members are too unsure to be told apart"
+            f"only {len(order)} of {count} images are far from every threshold between answers, "
+            "and two are needed: the members cannot be told apart"
         )
     if found.collision()[0] > 1 - 1e-9:
         raise InputError(
-            f"all members answer {len(order)} images alike: no draw can be seen from outside"
+            f"all members answer all {len(order)} images equally, so draws cannot be observed"
         )
     return found
 
