@@ -22,6 +22,7 @@ from redefense.commands.helping import HelpfulCommand
 from redefense.commands.options import with_plugins
 from redefense.commands.streams import accept_every_letter
 from redefense.errors import RedefenseError
+from redefense.plugins import raised_in
 from redefense.runtime.files import is_full, reason
 
 app = typer.Typer(
@@ -119,8 +120,10 @@ def main() -> None:
             _fail(f"cannot write standard output: {reason(error)}", 1)
         # unreadable or unwritable paths are user errors
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    except Exception:  # noqa: BLE001 - the last line of defence: say whose fault it is
+    except Exception as error:  # noqa: BLE001 - the last line of defence: say whose fault it is
         traceback.print_exc()
+        if (place := raised_in(error)) is not None:
+            _fail(f"the plug-in {place} raised {type(error).__name__}: {error}", 2)
         typer.echo(
             "redefense: unless you changed redefense or added to it, this is a defect of ours; "
             "please report it, with the text above, among the issues of the repository that you "

@@ -52,6 +52,10 @@ class RedefenseError(Exception):
     code = 2
     reported = False
 
+    def __str__(self) -> str:
+        # objects of users that a message names may have a repr of many lines, as tensors
+        return " ".join(super().__str__().splitlines())
+
 
 class ConfigError(RedefenseError, ValueError):
     """A setting has the wrong name, type or value."""

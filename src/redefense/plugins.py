@@ -212,6 +212,14 @@ def _run(path: Path, origin: Origin) -> None:
         _loading.reset(token)
 
 
+def raised_in(error: BaseException) -> str | None:
+    """File and line of the plug-in given with `--plugin` in which an error arose, if any."""
+    mine = [m for name, m in sys.modules.items() if name.startswith("redefense_plugin_")]
+    files = {getattr(module, "__file__", None) for module in mine}
+    found = (f for f in reversed(_frames(error)) if f.filename in files)
+    return next((f"{Path(f.filename).name}, line {f.lineno}" for f in found), None)
+
+
 def _frames(error: BaseException) -> list[Any]:
     import traceback
 

@@ -115,7 +115,8 @@ def check_images(x: object, what: str = "images") -> None:
     if has_no_values(x) or x.layout is not torch.strided:
         raise InputError(f"{what} must be dense and hold values, got {x.layout} on {x.device}")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
-        raise InputError(f"{what} must be floating point in [0, 1], got dtype {x.dtype}")
+        hint = " (bytes: divide them by 255)" if x.dtype == torch.uint8 else ""
+        raise InputError(f"{what} must be floating point in [0, 1], got dtype {x.dtype}{hint}")
     low, high = (float(v) for v in x.detach().aminmax())
     # NaN compares false with everything, so this also catches it
     if not (low >= 0.0 and high <= 1.0):

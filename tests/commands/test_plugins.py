@@ -106,6 +106,22 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
         plugins.load_file(tmp_path / "absent.py")
 
 
+def test_an_error_in_a_plugin_is_told_from_one_of_ours(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import redefense\n\n\ndef model(classes, shape):\n    return shape.missing\n\n\n"
+        "redefense.register(models={'broken': model})\n"
+    )
+    plugins.load_file(file)
+    with pytest.raises(ConfigError, match="model broken failed when called") as refused:
+        build("broken", num_classes=2, shape=(1, 8, 8), generator=stream(0))
+    assert refused.value.__cause__ is not None
+    assert plugins.raised_in(refused.value.__cause__) == "mine.py, line 5"
+    with pytest.raises(ZeroDivisionError) as ours:
+        _ = 1 / 0
+    assert plugins.raised_in(ours.value) is None
+
+
 def test_nothing_is_registered_unless_all_can_be() -> None:
     with pytest.raises(ConfigError, match="a name must consist of"):
         redefense.register(attacks={"fine": FGSM, "not fine": FGSM})

@@ -17,6 +17,8 @@ from redefense.data import test_indices as permutation
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, DataError, InputError
 from redefense.evaluation.inputs.data import read_data
+from redefense.evaluation.inputs.objects import suite_of
+from redefense.evaluation.inputs.radii import read_radii
 from redefense.networks import FromProbabilities, query
 from redefense.rng import stream
 
@@ -68,6 +70,7 @@ def test_functions_and_objects_with_logits_are_measured_as_the_network() -> None
     network = Linear()
     expected = figures(network)
     assert figures(Linear(lambda z: Output(z))) == expected
+    assert figures(Linear(lambda z: {"logits": z, "features": None})) == expected
     assert figures(lambda x: network(x)) == expected
     assert figures(partial(torch.func.functional_call, network, {})) == expected
     assert (
@@ -75,7 +78,9 @@ def test_functions_and_objects_with_logits_are_measured_as_the_network() -> None
     )
 
 
-@pytest.mark.parametrize("wrap", [lambda z: (z,), lambda z: {"logits": z}, lambda z: Output(z[0])])
+@pytest.mark.parametrize(
+    "wrap", [lambda z: (z,), lambda z: {"features": z}, lambda z: Output(z[0])]
+)
 def test_other_answers_are_refused(wrap: Any) -> None:
     with pytest.raises(InputError, match="logits"):
         figures(Linear(wrap))
@@ -123,6 +128,7 @@ def test_arrays_and_data_sets_are_read_as_their_tensors() -> None:
         (IMAGES.numpy(), LABELS.numpy()),
         TensorDataset(IMAGES, LABELS),
         [IMAGES, LABELS.int()],
+        (IMAGES, LABELS.tolist()),
         Pairs([(x.numpy(), int(y)) for x, y in zip(IMAGES, LABELS, strict=True)]),
         DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8),
     ):
@@ -134,6 +140,14 @@ def test_arrays_and_data_sets_are_read_as_their_tensors() -> None:
         assert torch.equal(x, IMAGES[chosen])
         assert torch.equal(y, LABELS[chosen])
         assert index.tolist() == chosen.tolist()
+
+
+def test_radii_may_be_an_array_and_an_attack_is_no_suite() -> None:
+    assert read_radii(np.array([0.1, 0.05])) == read_radii(
+        torch.tensor([0.05, 0.1], dtype=torch.float64)
+    )
+    with pytest.raises(ConfigError, match=r"'pgd' is an attack and not a suite: use suite=\['pgd"):
+        suite_of("pgd")
 
 
 def test_of_a_data_set_only_the_chosen_images_are_read() -> None:
@@ -166,7 +180,8 @@ def test_what_cannot_be_read_is_one_line() -> None:
         (Pairs([("cat.png", 0)]), "got str as the first image"),
         (Pairs([IMAGES[0]]), r"pairs \(image, label\)"),
         ((np.array(["cat"]), LABELS), "images must be a torch.Tensor, got ndarray"),
-        (((255 * IMAGES).byte().numpy(), LABELS), "floating point in \\[0, 1\\]"),
+        (((255 * IMAGES).byte().numpy(), LABELS), "uint8 \\(bytes: divide them by 255\\)"),
+        ((IMAGES, [[0], [0, 1]]), "labels must be a vector of integers, got list"),
         (IMAGES, "a torch Dataset with a length"),
     ):
         with pytest.raises(InputError, match=line):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import redefense
 from plugin_example import Smoothed, flat, stripes
@@ -14,7 +15,7 @@ from redefense.config import OptimConfig
 from redefense.defences import Vanilla
 from redefense.ensembles import Hyper
 from redefense.ensembles.configs import IndependentConfig
-from redefense.errors import ConfigError, InputError
+from redefense.errors import ConfigError, DataError, InputError
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -85,8 +86,25 @@ def test_a_run_needs_its_plugins_to_be_loaded(
     assert same(redefense.load(run.path), run.ensemble)
 
 
+def failing() -> None:
+    raise KeyError(7)
+
+
+def test_torch_data_sets_are_read_as_their_tensors(tmp_path: Path) -> None:
+    (x, y), (x_test, y_test) = stripes()
+    sets = TensorDataset(x, y), DataLoader(TensorDataset(x_test, y_test), batch_size=7)
+    one, other = (
+        redefense.train(networks(), "vanilla", data, out=tmp_path / name, **BUDGET)
+        for name, data in (("tensors", ((x, y), (x_test, y_test))), ("sets", sets))
+    )
+    assert same(one.ensemble, other.ensemble)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
     convolutions = nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3))
+    scripted = torch.jit.script(nn.Flatten())  # type: ignore[no-untyped-call]  # untyped in torch
+    redefense.register(models={"fails": lambda classes, shape: {}[7]}, datasets={"fails": failing})
     hyper = Hyper([convolutions], unit=16, embedding=4, hidden=4, rng=stream(0, "h"))
     for ensemble, defence, data, error, said in (
         (hyper, "vanilla", "digits", InputError, "give its settings"),
@@ -94,6 +112,9 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
         ("absent", "vanilla", "digits", ConfigError, "neither a recipe nor a model"),
         ("linear", None, "digits", ConfigError, "needs defence"),
         ("linear", 3, "digits", ConfigError, "must be a name, settings or a Defence"),
+        (scripted, "vanilla", "digits", InputError, "a scripted or traced network cannot be"),
+        ("fails", "vanilla", "digits", ConfigError, r"model fails failed when called.*KeyError: 7"),
+        ("linear", "vanilla", "fails", DataError, "data set fails cannot be read: KeyError: 7"),
     ):
         with pytest.raises(error, match=said):
             redefense.train(ensemble, defence, data, out=tmp_path / "run")

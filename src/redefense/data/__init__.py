@@ -77,7 +77,9 @@ def _reader(name: str, value: Any) -> Reader:
     if isinstance(value, Reader):
         return value
     if not callable(value):
-        raise ConfigError(f"the data set {name} must be a function that returns it, got {value!r}")
+        raise ConfigError(
+            f"the data set {name} must be a function that returns it, got a {type(value).__name__}"
+        )
     return Reader(
         summary=summary_of(value),
         read=given.reader(name, value),

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from redefense.data.dataset import Dataset, Split
 from redefense.data.npz import from_arrays
+from redefense.data.objects import of_dataset, of_loader
 from redefense.data.source import Part, Refuse, Source
-from redefense.errors import DataError
+from redefense.errors import DataError, RedefenseError
+from redefense.types import first_line
 
 
 def needs_path(function: Callable[..., Any]) -> bool:
@@ -28,13 +31,23 @@ def reader(name: str, function: Callable[..., Any]) -> Callable[..., Source]:
     takes = needs_path(function)
 
     def read(path: Path, refuse: Refuse) -> Source:
-        return as_source(name, function(path) if takes else function(), refuse)
+        try:
+            found = function(path) if takes else function()
+        except (RedefenseError, OSError):  # those of files name them
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise DataError(
+                f"the data set {name} cannot be read: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        return as_source(name, found, refuse)
 
     return read
 
 
 def as_source(name: str, found: Any, refuse: Refuse) -> Source:
     """A data set, or ((x_train, y_train), (x_test, y_test)), under a name.
+
+    Each of the two pairs may also be a torch `Dataset` or a `DataLoader` that does not shuffle.
 
     Images are bytes as in an npz file, or floats in [0, 1], which are rounded to bytes.
 
@@ -51,11 +64,13 @@ def as_source(name: str, found: Any, refuse: Refuse) -> Source:
             found=found.found,
         )
     try:
-        (x_train, y_train), (x_test, y_test) = found
+        train, test = found
+        (x_train, y_train), (x_test, y_test) = _pair(train), _pair(test)
     except (TypeError, ValueError):
         raise DataError(
             f"the data set {name} must be a redefense.data.Dataset or a pair of pairs "
-            f"((x_train, y_train), (x_test, y_test)), got {type(found).__name__}"
+            f"((x_train, y_train), (x_test, y_test)), or of torch data sets, got "
+            f"{type(found).__name__}"
         ) from None
     arrays = {
         "x_train": _bytes(x_train, f"{name}: x_train"),
@@ -64,6 +79,13 @@ def as_source(name: str, found: Any, refuse: Refuse) -> Source:
         "y_test": _array(y_test),
     }
     return from_arrays(arrays, name=name, where=name, found=f"arrays of {name}", refuse=refuse)
+
+
+def _pair(part: Any) -> Any:
+    """Images and labels; those of a torch data set or loader are read."""
+    if isinstance(part, torch.utils.data.DataLoader):
+        return of_loader(part)
+    return of_dataset(part) if isinstance(part, torch.utils.data.Dataset) else part
 
 
 def _part(split: Split) -> Part:

@@ -159,7 +159,8 @@ class Report:
     def _setting(self) -> str:
         threat, count = self.threat, self.data["data"]["num_images"]
         budget = f", {_budget(threat)}" if threat is not None else ""
-        return f"suite {self.data['suite']}, {count} images{budget}"
+        images = f"{count} image{'s' * (count != 1)}"
+        return f"suite {self.data['suite']}, {images}{budget}"
 
     def _red(self) -> list[str]:
         return [check["id"] for check in self.checks if check["passed"] is False]

@@ -8,12 +8,13 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, RedefenseError
 from redefense.models import tiny
 from redefense.models.layers import ACTIVATIONS, Normalise, Tapped, activation_named, initialise
 from redefense.models.resnet import ResNet
 from redefense.plugins import Registry, summary_of
 from redefense.rng import draw_seed
+from redefense.types import first_line
 
 __all__ = ["ACTIVATIONS", "MODELS", "Model", "Tapped", "build"]
 
@@ -181,7 +182,15 @@ def _made(
     """A user's network; torch's global generator is seeded from `rng` for it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(rng))
-        net = model.make(num_classes, shape, member)
+        try:
+            net = model.make(num_classes, shape, member)
+        except RedefenseError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise ConfigError(
+                f"the model {name} failed when called with (num_classes, shape) = "
+                f"({num_classes}, {shape}): {type(error).__name__}: {first_line(error)}"
+            ) from error
     if not isinstance(net, nn.Module):
         raise ConfigError(f"the model {name} must be a torch.nn.Module, got {type(net).__name__}")
     return net

@@ -145,6 +145,8 @@ def _members(value: Any) -> dict[str, Any]:
             "the ensemble must be a recipe, a Run, a model's name, settings, a network or a list "
             f"of networks, got {value!r}"
         )
+    if any(isinstance(part, torch.jit.ScriptModule) for net in nets for part in net.modules()):
+        raise InputError("a scripted or traced network cannot be trained: pass the network itself")
     name = f"given-{weights_digest(nets)}"
     _adopt(MODELS, name, nets, type(nets[0]))
     return {"name": "independent", "model": name, "num_members": len(nets)}

@@ -1,18 +1,17 @@
 """Images and labels given as objects: tensors, arrays, a torch `Dataset` or a `DataLoader`."""
 
 import warnings
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from redefense.data import test_indices
-from redefense.errors import DataError, InputError, RedefenseError
-from redefense.types import Images, Labels, check_images, check_labels, first_line
+from redefense.data.objects import as_tensor, length_of, of_dataset, of_loader
+from redefense.errors import InputError
+from redefense.types import Images, Labels, check_images, check_labels
 
 Index = npt.NDArray[np.int64]
 
@@ -35,9 +34,10 @@ def read_data(data: Any, images: int | None = None) -> tuple[Images, Labels, Ind
         DataError: if the data set or the loader fails.
     """
     if isinstance(data, DataLoader):
-        pair: Any = _of_loader(data)
+        pair: Any = of_loader(data)
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return _of_dataset(data, images)
+        index = _chosen(length_of(data), images)
+        return *_checked(*of_dataset(data, index.tolist())), index
     else:
         pair = data
     if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -46,7 +46,7 @@ def read_data(data: Any, images: int | None = None) -> tuple[Images, Labels, Ind
             "data must be a specification, a pair (images, labels) of tensors or arrays, a torch "
             f"Dataset with a length, or a DataLoader, got {got}"
         )
-    x, y = _checked(_channels_first(pair[0]), _tensor(pair[1]))
+    x, y = _checked(_channels_first(pair[0]), as_tensor(pair[1]))
     index = _chosen(len(x), images)
     return (x, y, index) if images is None else (x[index], y[index], index)
 
@@ -57,72 +57,8 @@ def _chosen(total: int, images: int | None) -> Index:
     return np.asarray(test_indices(total, images).numpy())
 
 
-def _of_dataset(data: Dataset[Any], images: int | None) -> tuple[Images, Labels, Index]:
-    index = _chosen(_length(data), images)
-    try:
-        rows = [data[int(i)] for i in index]
-    except RedefenseError:
-        raise
-    except Exception as error:  # a user's data set may raise anything
-        raise DataError(f"the data set cannot be read: {first_line(error)}") from error
-    x, y = _stacked(rows, "the data set must return pairs (image, label) of equal sizes")
-    return *_checked(x, y), index
-
-
-def _length(data: Any) -> int:
-    try:
-        return len(data)
-    except (TypeError, NotImplementedError) as error:
-        raise InputError(f"{type(data).__name__} has no length: use one with a length") from error
-
-
-def _of_loader(loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
-    if isinstance(loader.sampler, RandomSampler):
-        raise InputError(
-            "the loader shuffles, so that its images have no fixed order: use shuffle=False, or "
-            "pass the data set itself"
-        )
-    try:
-        batches = list(loader)
-    except Exception as error:  # a user's data set may raise anything
-        raise DataError(f"the loader cannot be read: {first_line(error)}") from error
-    rule = "the loader must return batches (images, labels) of equal sizes"
-    if not all(isinstance(b, tuple | list) and len(b) == 2 for b in batches):
-        raise InputError(rule)
-    return _joined(batches, rule, torch.cat)
-
-
-def _stacked(rows: Sequence[Any], rule: str) -> tuple[Tensor, Tensor]:
-    if not all(isinstance(row, tuple | list) and len(row) == 2 for row in rows):
-        raise InputError(rule)
-    return _joined(rows, rule, torch.stack)
-
-
-def _joined(rows: Iterable[Any], rule: str, join: Any) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*rows, strict=True)
-    if not all(isinstance(_tensor(x), Tensor) for x in images):
-        raise InputError(f"{rule}, as tensors: got {type(images[0]).__name__} as the first image")
-    try:
-        return (
-            join([_tensor(x) for x in images]),
-            join([torch.as_tensor(y) for y in labels]),
-        )
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{rule}: {first_line(error)}") from error
-
-
-def _tensor(value: Any) -> Any:
-    """An array as a tensor that shares its memory; anything else unchanged."""
-    if not isinstance(value, np.ndarray):
-        return value
-    try:
-        return torch.from_numpy(np.ascontiguousarray(value)).clone()
-    except TypeError:  # an array of text or objects: refused by the type check
-        return value
-
-
 def _channels_first(value: Any) -> Any:
-    x = _tensor(value)
+    x = as_tensor(value)
     if isinstance(value, np.ndarray) and isinstance(x, Tensor) and x.ndim == 4:
         turned = x.shape[-1] in _CHANNELS and x.shape[1] not in _CHANNELS
         if turned:

@@ -15,7 +15,7 @@ from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.foreign import Foreign, as_attack, name_of
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
-from redefense.evaluation.suite import CellSpec, Suite, suite_named
+from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
 from redefense.networks import Function
 from redefense.plugins import Origin, origins
 from redefense.radius import eps_text
@@ -37,6 +37,8 @@ def suite_of(value: Any, name: str | None = None) -> Suite:
         ConfigError: for anything else.
     """
     if isinstance(value, str | PathLike):
+        if value in ATTACKS and value not in SUITES:
+            raise ConfigError(f"{value!r} is an attack and not a suite: use suite=[{value!r}]")
         return suite_named(value)
     if isinstance(value, Suite):
         return value if name is None else value.model_copy(update={"name": name})

@@ -20,6 +20,8 @@ def read_radii(eps: Any, what: str = "eps") -> list[float]:
     """
     if eps is None:
         return []
+    if getattr(eps, "ndim", 0) == 1:  # an array or a tensor
+        eps = eps.tolist()
     if isinstance(eps, str):
         eps = eps.split(",")
     elif not isinstance(eps, Sequence):
