@@ -49,7 +49,10 @@ def read_csv(path: Path) -> list[Claim]:
         raise DataError(f"{path} line {reader.line_num}: {error}") from None
     missing = [column for column in COLUMNS if column not in names]
     if missing:
-        raise DataError(f"{path} has no columns {', '.join(missing)}")
+        raise DataError(
+            f"{path} has no columns {', '.join(missing)}: add them, with empty cells where the "
+            f"source states nothing. The first line must be {','.join(COLUMNS)}"
+        )
     twice = [column for column in (*COLUMNS, *OPTIONAL) if names.count(column) > 1]
     if twice:
         raise DataError(f"{path} has more than one column {', '.join(twice)}")
