@@ -87,20 +87,20 @@ def test_a_sound_server_passes(model: Model, policy: Any) -> None:
     assert failed(found) == set(), found
     assert len(found) == 8
     # per-client answers both images of a request by one member
-    paired = "pairs of two members" in found["time tells no member"].detail
+    paired = "pairs of two members" in found["response times do not reveal the member"].detail
     assert paired == (policy != "per-client")
 
 
 def test_a_seed_at_start_is_caught(model: Model) -> None:
     found = audited(model, lambda: seeded(model.mixture, 7))
-    assert failed(found) == {"replicas draw apart"}
+    assert failed(found) == {"replicas draw independently"}
 
 
 def test_one_draw_per_batch_is_caught(model: Model) -> None:
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return np.repeat(fresh(model.mixture)(images[:1], clients), len(images))
 
-    assert "batch mates draw apart" in failed(audited(model, lambda: draw))
+    assert "images of a batch draw independently" in failed(audited(model, lambda: draw))
 
 
 def test_a_biased_draw_is_caught(model: Model) -> None:
@@ -116,7 +116,7 @@ def test_a_draw_by_the_clock_is_caught(model: Model) -> None:
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return seeded(model.mixture, next(ticks) // 20)(images, clients)
 
-    assert "asking again draws again" in failed(audited(model, lambda: draw))
+    assert "repeated requests draw independently" in failed(audited(model, lambda: draw))
 
 
 def test_a_cache_of_answers_is_caught(model: Model) -> None:
@@ -127,7 +127,7 @@ def test_a_cache_of_answers_is_caught(model: Model) -> None:
         pairs = zip(images, new, strict=True)
         return np.array([kept.setdefault(image.tobytes(), int(m)) for image, m in pairs])
 
-    assert "asking again draws again" in failed(audited(model, lambda: draw))
+    assert "repeated requests draw independently" in failed(audited(model, lambda: draw))
 
 
 class Told:
@@ -157,8 +157,8 @@ def test_a_member_in_a_header_is_caught(model: Model) -> None:
         return wrapped
 
     found = audited(model, lambda: draw, wrap=wrap)
-    assert failed(found) == {"no channel tells the member"}
-    assert "header etag" in found["no channel tells the member"].detail
+    assert failed(found) == {"headers, metrics and log do not reveal the member"}
+    assert "header etag" in found["headers, metrics and log do not reveal the member"].detail
 
 
 def test_a_member_in_the_log_is_caught(model: Model) -> None:
@@ -170,8 +170,8 @@ def test_a_member_in_the_log_is_caught(model: Model) -> None:
         return members
 
     found = audited(model, lambda: draw)
-    assert failed(found) == {"no channel tells the member"}
-    assert "log varies" in found["no channel tells the member"].detail
+    assert failed(found) == {"headers, metrics and log do not reveal the member"}
+    assert "log varies" in found["headers, metrics and log do not reveal the member"].detail
 
 
 def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> None:
@@ -188,8 +188,8 @@ def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> No
         effort=Effort(draws=96, repeats=20, identical=6),
         around=lambda: mock.patch.object(sessions, "logits_of", slow),
     )
-    assert failed(found) == {"time tells no member"}, found
-    assert "leave --grouped out" in found["time tells no member"].detail
+    assert failed(found) == {"response times do not reveal the member"}, found
+    assert "leave --grouped out" in found["response times do not reveal the member"].detail
 
 
 def test_a_member_that_is_slower_is_caught(model: Model) -> None:
@@ -203,19 +203,19 @@ def test_a_member_that_is_slower_is_caught(model: Model) -> None:
         return members
 
     found = audited(model, lambda: draw)
-    assert "time tells no member" in failed(found)
+    assert "response times do not reveal the member" in failed(found)
 
 
 def test_scores_show_who_answered(model: Model) -> None:
     settings = Settings(scores=True, grace=0.0)
     found = audited(model, lambda: fresh(model.mixture), settings)
-    assert "member guessed from an answer" in failed(found)
+    assert "answers reveal hardly more than labels" in failed(found)
 
 
 def test_kept_draws_that_are_not_kept_are_caught(model: Model) -> None:
     settings = Settings(policy="per-input", grace=0.0)
     found = audited(model, lambda: fresh(model.mixture), settings)
-    assert "asking again gains nothing" in failed(found)
+    assert "repeated requests give equal answers" in failed(found)
 
 
 def test_what_draws_nothing_is_not_audited(model: Model, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def run_audit(
     findings += [_replicas(case, launch), _timing(case)]
     explained = case.unexplained == 0
     seen = f"{case.unexplained} answers that no member gives" if not explained else "all of them"
-    return [*findings, Finding("answers are members' answers", explained, seen)]
+    return [*findings, Finding("every answer is that of a member", explained, seen)]
 
 
 def _fingerprint(model: Model, replica: Replica) -> Finding:
@@ -131,9 +131,12 @@ def _fingerprint(model: Model, replica: Replica) -> Finding:
         reply = client.infer(model.probes()[:1])
         served = [entry["name"] for entry in reply.json()["outputs"]]
     rates = distinguished(model, model.probes(), served)
-    detail = ", ".join(f"{100 * rate:.0f} % from {what}" for what, rate in rates.items())
+    guesses = ", ".join(f"{100 * rate:.0f} % from {what}" for what, rate in rates.items())
+    detail = f"the member is guessed correctly: {guesses}"
     passed = set(served) <= OUTPUTS and rates["served"] - rates["labels"] <= _SHOWN
-    return Finding("member guessed from an answer", passed, f"{detail}; fields {', '.join(served)}")
+    return Finding(
+        "answers reveal hardly more than labels", passed, f"{detail}; fields {', '.join(served)}"
+    )
 
 
 def _uniform(case: _Case, members: Sequence[int], what: str) -> Finding:
@@ -182,7 +185,7 @@ def _asked_again(case: _Case, client: Client) -> Finding:
     # overlapping pairs are dependent; every second one is used
     serial = min(independent(steps[::2], case.mixture), independent(steps[1::2], case.mixture))
     return Finding(
-        "asking again draws again",
+        "repeated requests draw independently",
         min(p, serial) >= ALPHA,
         f"{len(answers)} answers to one image asked {len(members)} times, "
         f"p = {p:.2g}, each against the one before p = {serial:.2g}",
@@ -203,7 +206,7 @@ def _mates(case: _Case, client: Client) -> Finding:
     joint = [_pair(case, client, 0, 1) for _ in range(repeats)]
     p = independent(joint, case.mixture)
     detail = f"{len(joint)} requests of two images, p = {p:.2g}"
-    return Finding("batch mates draw apart", p >= ALPHA, detail)
+    return Finding("images of a batch draw independently", p >= ALPHA, detail)
 
 
 def _per_input(case: _Case, url: str) -> list[Finding]:
@@ -216,7 +219,9 @@ def _per_input(case: _Case, url: str) -> list[Finding]:
         joint = [_pair(case, client, n, n + 1) for n in range(0, len(members) - 1, 2)]
         again = _kept(case, client)
     p = independent(joint, case.mixture)
-    mates = Finding("batch mates draw apart", p >= ALPHA, f"{len(joint)} pairs, p = {p:.2g}")
+    mates = Finding(
+        "images of a batch draw independently", p >= ALPHA, f"{len(joint)} pairs, p = {p:.2g}"
+    )
     return [_uniform(case, members, "images"), again, mates]
 
 
@@ -227,7 +232,7 @@ def _kept(case: _Case, client: Client) -> Finding:
         mates = [answers_in(case.infer(client, n + 1, n))[1] for _ in range(4)]
         changed += len({*alone, *mates}) > 1
     detail = f"{changed} of {tried} images changed their answer over 16 tries in three encodings"
-    return Finding("asking again gains nothing", changed == 0, detail)
+    return Finding("repeated requests give equal answers", changed == 0, detail)
 
 
 def _per_client(case: _Case, url: str) -> list[Finding]:
@@ -244,8 +249,12 @@ def _per_client(case: _Case, url: str) -> list[Finding]:
     again = "one member answers a client" if constant else "a client meets several members"
     return [
         _uniform(case, members, "clients"),
-        Finding("asking again gains nothing", constant, again),
-        Finding("batch mates draw apart", True, "one member per client and epoch, by policy"),
+        Finding("repeated requests give equal answers", constant, again),
+        Finding(
+            "images of a batch draw independently",
+            True,
+            "one member per client and epoch, by policy",
+        ),
     ]
 
 
@@ -280,7 +289,7 @@ def _replicas(case: _Case, launch: Launch) -> Finding:
     p = min(1.0, p * len(found))
     what = "clients" if per_client else "images"
     return Finding(
-        "replicas draw apart",
+        "replicas draw independently",
         p >= ALPHA,
         f"{len(left)} {what}, {100 * share:.0f} % alike where chance makes {100 * chance:.0f} %, "
         f"p = {p:.2g}",
@@ -326,10 +335,10 @@ def _timing(case: _Case) -> Finding:
         detail += "; leave --grouped out"
     elif by_pair or by_member:
         detail += f"; try --tick{' with a wider grid' if case.settings.tick else ''}"
-    return Finding("time tells no member", not (by_pair or by_member), detail)
+    return Finding("response times do not reveal the member", not (by_pair or by_member), detail)
 
 
 def _channels(case: _Case, replica: Replica) -> Finding:
     wrong = leaks_in_channels(replica, case.image(0), case.effort.identical)
     detail = "; ".join(wrong) or "headers, fields, metrics and log are the same for every member"
-    return Finding("no channel tells the member", not wrong, detail)
+    return Finding("headers, metrics and log do not reveal the member", not wrong, detail)
