@@ -277,6 +277,17 @@ _KEEP: Final = (
 )
 
 
+def _vote(headline: Headline) -> str:
+    if headline.vote is None or headline.vote_interval is None:
+        return ""
+    low, high = headline.vote_interval
+    return (
+        f" Under attack the majority of {headline.averaged_draws} draws is right and clear on "
+        f"{100 * headline.vote:.1f} % of the images ({100 * low:.1f} to {100 * high:.1f} %); the "
+        "average is that of as many draws."
+    )
+
+
 def _drawn_note(headline: Headline) -> str:
     ends = headline.aware_interval_draws
     known = "" if ends is None else (
@@ -287,6 +298,7 @@ def _drawn_note(headline: Headline) -> str:
         "The network draws in its forward pass, and its draws cannot be enumerated: all figures "
         f"are estimates from {headline.draws} fresh draws, which no attack used. {known}They are "
         "upper bounds of the robust accuracy, on the points that the attacks found."
+        f"{_vote(headline)}"
     )
 
 

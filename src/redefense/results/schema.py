@@ -88,6 +88,9 @@ class Headline(_Record):
     single_members: tuple[float, ...] | None = None
     averaged: float | None = None
     averaged_interval: tuple[float, float] | None = None
+    averaged_draws: int | None = None
+    vote: float | None = None
+    vote_interval: tuple[float, float] | None = None
 
 
 class Plan(_Record):

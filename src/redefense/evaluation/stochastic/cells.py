@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,13 @@ from redefense.attacks.auto import AutoAttack
 from redefense.attacks.objectives import margin
 from redefense.attacks.subset import Subset
 from redefense.config import ThreatConfig
+from redefense.ensembles import Ensemble
 from redefense.evaluation.cells import COST, Cell, Keep, Subject, as_threat, verify_ball
 from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.stochastic.views import Fresh, InCalls, InPlace, counted
 from redefense.evaluation.store import in_chunks
+from redefense.results.accuracy import Bools
 from redefense.rng import CHUNK, stream
 from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
 from redefense.threat import norms
@@ -70,9 +73,13 @@ class DrawnCell(Cell):
 
     Attributes:
         vote: (n,) the majority vote of the scoring draws: 1 correct, 0 wrong, -1 abstained.
+        averaged_halves: (2, n) whether the mean probability over each half of the draws is correct.
+        vote_halves: (2, n) whether the majority vote of each half is correct and does not abstain.
     """
 
     vote: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
+    averaged_halves: Bools = field(default_factory=lambda: np.zeros((2, 0), dtype=bool))
+    vote_halves: Bools = field(default_factory=lambda: np.zeros((2, 0), dtype=bool))
 
 
 def candidates(
@@ -95,13 +102,11 @@ def candidates(
     fresh, fixed = Fresh(network, count, rng), network.at(seeds_of(seed, "attack", count, chunk))
     batched = network.rows and isinstance(attack, BATCHED)
     steady = InCalls(fixed, x) if batched else InPlace(fixed, x)
-    if view == "averaged":
-        yield "averaged", (steady if network.governed else fresh).averaged()
-        return
-    if network.governed:
-        yield "fixed", steady
+    seen: list[tuple[str, Ensemble]] = [("fixed", steady)] if network.governed else []
     if isinstance(attack, FRESH) or not network.governed:
-        yield "fresh", fresh
+        seen.append(("fresh", fresh))
+    for kind, ensemble in seen:
+        yield kind, ensemble.averaged() if view == "averaged" else ensemble
 
 
 def attack_drawn(
@@ -140,7 +145,7 @@ def attack_drawn(
         x_adv = found[0]
         if len(found) > 1:
             chosen_by = counted(network, meter).at(seeds_of(seed, "select", draws.select, chunk))
-            x_adv = likeliest_to_fool(chosen_by, found, y)
+            x_adv = likeliest_to_fool(chosen_by, found, y, averaged=view == "averaged")
         seconds = time.perf_counter() - begun
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
         reached = {}
@@ -165,14 +170,23 @@ def attack_drawn(
     )
 
 
-def likeliest_to_fool(judge: Stochastic, found: Sequence[Images], y: Labels) -> Images:
-    """For each image the candidate with the fewest correct draws, ties by their margins."""
+def likeliest_to_fool(
+    judge: Stochastic, found: Sequence[Images], y: Labels, *, averaged: bool = False
+) -> Images:
+    """For each image the candidate with the fewest correct draws, ties by their margins.
+
+    With `averaged` the mean probability of the draws counts instead.
+    """
     best, lowest = found[0], torch.full((len(y), 2), torch.inf, dtype=torch.float64)
     for points in found:
         right = torch.zeros(len(y), dtype=torch.float64)
         gaps = torch.zeros(len(y), dtype=torch.float64)
         with torch.no_grad():
-            for logits in judge.fresh(judge.seeds, points):
+            answers = judge.fresh(judge.seeds, points)
+            if averaged:
+                logs = (logits.double().log_softmax(1) for logits in answers)
+                answers = iter([reduce(torch.logaddexp, logs)])
+            for logits in answers:
                 right += correct(logits, y).cpu()
                 gaps -= margin(logits, y).double().cpu()
         better = (right < lowest[:, 0]) | ((right == lowest[:, 0]) & (gaps < lowest[:, 1]))
@@ -186,24 +200,31 @@ def scored(
     network: Stochastic, x_adv: Images, x: Images, y: Labels, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """Correctness under fresh draws, and norms of the perturbations."""
-    right, log_mean, votes = [], None, None
+    right, log_means, votes = [], [], []
     with torch.no_grad():
-        for logits in network.fresh(seeds, x_adv):
-            right.append(correct(logits, y))
-            logs = logits.double().log_softmax(1)
-            one = torch.zeros_like(logs).scatter(1, logits.argmax(1, keepdim=True), 1.0)
-            log_mean = logs if log_mean is None else torch.logaddexp(log_mean, logs)
-            votes = one if votes is None else votes + one
-    assert log_mean is not None
-    assert votes is not None
-    vote = votes_as_logits(votes, ALPHA)
-    answer = correct(vote, y).to(torch.int8)
-    answer[vote.isinf().all(1)] = -1
+        for half in np.array_split(np.arange(len(seeds)), 2):
+            log_mean = vote = None
+            for logits in network.fresh([seeds[place] for place in half], x_adv):
+                right.append(correct(logits, y))
+                logs = logits.double().log_softmax(1)
+                one = torch.zeros_like(logs).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+                log_mean = logs if log_mean is None else torch.logaddexp(log_mean, logs)
+                vote = one if vote is None else vote + one
+            assert log_mean is not None
+            assert vote is not None
+            log_means.append(log_mean)
+            votes.append(vote)
+    answers = [votes_as_logits(vote, ALPHA) for vote in (votes[0] + votes[1], *votes)]
+    whole, *halves = (correct(vote, y) & ~vote.isinf().all(1) for vote in answers)
+    answer = whole.to(torch.int8)
+    answer[answers[0].isinf().all(1)] = -1
     delta = x_adv - x
     return {
         "correct": torch.stack(right).cpu().numpy(),
-        "averaged": correct(log_mean, y).cpu().numpy(),
+        "averaged": correct(torch.logaddexp(*log_means), y).cpu().numpy(),
+        "averaged_halves": torch.stack([correct(z, y) for z in log_means]).cpu().numpy(),
         "vote": answer.cpu().numpy(),
+        "vote_halves": torch.stack(halves).cpu().numpy(),
         "linf": _length(delta, math.inf),
         "l2": _length(delta, 2.0),
         "l0": _length(delta, 0.0),

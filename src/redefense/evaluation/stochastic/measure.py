@@ -12,7 +12,6 @@ from redefense.attacks.square import Square
 from redefense.checks.check import Check
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
-from redefense.evaluation.baselines import NOTHING
 from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import cell_label
@@ -22,6 +21,7 @@ from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.stochastic import checks as drawn_checks
+from redefense.evaluation.stochastic.averages import NOTHING, average_and_vote
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.evaluation.store import forget, own_images, read_object
@@ -87,7 +87,7 @@ def run_drawn(
     data = _facts(job, network, made, records["clean"]) | {
         "cells": [_cell_json(p, records, repeats[p.identity], suite, x, seed) for p in plan],
         "further_cells": _further(job, plan, records, repeats, corrects),
-        "headline": _headline(job, plan, corrects, draws),
+        "headline": _headline(job, plan, records, repeats, corrects, network, draws),
     }
     if proven := _certified(job, network, records["clean"]):
         data["certificate"] = proven.as_dict()
@@ -192,15 +192,30 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
     return Draws(score=score, attack=network.num_members)
 
 
+SINGLE: Final = ("best_single_member", "best_single_member_interval")
+"""Entries of the headline that need members."""
+
+
 def _headline(
-    job: Job, plan: Sequence[Planned], corrects: Mapping[str, Bools], draws: Draws
+    job: Job,
+    plan: Sequence[Planned],
+    records: Mapping[str, DrawnCell],
+    repeats: Mapping[str, Sequence[DrawnCell]],
+    corrects: Mapping[str, Bools],
+    network: Stochastic,
+    draws: Draws,
 ) -> dict[str, Any]:
     """The estimated figures of the headline; None where the suite does not measure them."""
     facts = {"exact": False, "draws": draws.score, "attack_draws": draws.attack}
     if not corrects:
-        return NOTHING | dict.fromkeys(FIGURES) | facts
+        return dict.fromkeys((*FIGURES, *SINGLE)) | NOTHING | facts
     unaware = [p.identity for p in plan if not p.aware and p.identity in corrects]
-    return NOTHING | pair(corrects, unaware, TRIES, job.seed) | facts
+    cells = [
+        cell for p in plan if p.identity in corrects
+        for cell in (records[p.identity], *repeats[p.identity])
+    ]  # fmt: skip
+    averages = average_and_vote(job, plan, network, draws, [*cells, records["clean"]])
+    return dict.fromkeys(SINGLE) | pair(corrects, unaware, TRIES, job.seed) | averages | facts
 
 
 def _certified(job: Job, network: Stochastic, clean: DrawnCell) -> Certificate | None:

@@ -1,0 +1,103 @@
+"""Baselines of a stochastic network: the mean probability and the majority vote of its draws.
+
+Both are attacked by the suite's `baseline_attacks`, on the mean probability of the attackers'
+draws. Their worst case is over these points and those of all other attacks. Each answers from one
+half of the scoring draws; the worst attack is chosen on the other half, then the halves are
+swapped, as for single draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from redefense.attacks import Attack
+from redefense.evaluation.headline import interval
+from redefense.evaluation.plan import Job, Planned, attack_of
+from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
+from redefense.evaluation.store import forget, own_images
+from redefense.results.accuracy import Bools
+from redefense.results.draws import worst_per_image
+from redefense.stochastic.ensemble import Stochastic
+
+NOTHING: Final[dict[str, Any]] = dict.fromkeys(
+    ("averaged", "averaged_interval", "vote", "vote_interval", "averaged_draws")
+)
+"""Entries of the headline for a suite that does not attack these baselines."""
+
+
+def average_and_vote(
+    job: Job,
+    plan: Sequence[Planned],
+    network: Stochastic,
+    draws: Draws,
+    cells: Sequence[DrawnCell],
+) -> dict[str, Any]:
+    """Entries of the headline.
+
+    Images on which an earlier point makes average and vote wrong, in both halves of the draws, are
+    not attacked: nothing that comes later could change their worst case.
+
+    Args:
+        job: the evaluation.
+        plan: its cells; attacks on the average that it has are not repeated.
+        network: what is attacked.
+        draws: numbers of seeds.
+        cells: of all bounded attacks at the headline's threat, the last that of the clean images.
+    """
+    if not job.suite.baseline_attacks:
+        return NOTHING
+    halves: dict[str, list[Bools]] = {
+        "averaged": [cell.averaged_halves for cell in cells],
+        "vote": [cell.vote_halves for cell in cells],
+    }
+    for number, spec in enumerate(job.suite.baseline_attacks):
+        attack = attack_of(spec)
+        if any(planned.attack == attack and planned.spec.view == "averaged" for planned in plan):
+            continue  # it is among the cells
+        standing = np.any([np.all(known, axis=0).any(0) for known in halves.values()], axis=0)
+        rows = standing.nonzero()[0]
+        if len(rows) == 0:
+            break
+        found = _attacked(job, network, attack, draws, f"averaged-{spec.attack}-{number}", rows)
+        for key, values in (("averaged", found.averaged_halves), ("vote", found.vote_halves)):
+            # where no image was attacked, its clean image
+            whole = halves[key][len(cells) - 1].copy()
+            whole[:, rows] = values
+            halves[key].append(whole)
+    headline: dict[str, Any] = {"averaged_draws": draws.score // 2}
+    for key, known in halves.items():
+        share = worst_per_image(np.stack(known)).mean(0)
+        headline |= {key: float(share.mean()), f"{key}_interval": interval(share)}
+    return headline
+
+
+def _attacked(
+    job: Job,
+    network: Stochastic,
+    attack: Attack,
+    draws: Draws,
+    name: str,
+    rows: NDArray[np.int64],
+) -> DrawnCell:
+    """The attack on the mean probability, on some of the images; read from the store if there."""
+    subject, place, kept = job.subject, job.place(f"{name}.npz"), job.place(f"{name}.chunks")
+    stored = DrawnCell.read(place)
+    if isinstance(stored, DrawnCell) and stored.correct.shape == (draws.score, len(rows)):
+        return stored
+    at = torch.from_numpy(rows).to(subject.x.device)
+    some = replace(subject, x=subject.x[at], y=subject.y[at], index=subject.index[rows])
+    job.progress.begin(name, len(rows), share=own_images(len(rows), subject.workers))
+    cell = attack_drawn(
+        some, network, attack, job.threat, "averaged", draws,
+        seed=job.seed, name=name, kept=kept, progress=job.progress,
+    )  # fmt: skip
+    if (saved := job.save(place)) is not None:
+        cell.save(saved, some.index)
+        forget(kept)
+    job.say(f"{name}: {100 * cell.averaged.mean():.1f} % of {len(rows)} images, by the average")
+    subject.workers.wait()
+    return cell
