@@ -19,8 +19,7 @@ from redefense.evaluation.headline import interval
 from redefense.evaluation.plan import Job, Planned, attack_of
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
 from redefense.evaluation.store import forget, own_images
-from redefense.results.accuracy import Bools
-from redefense.results.draws import worst_per_image
+from redefense.results.accuracy import Bools, Floats
 from redefense.stochastic.ensemble import Stochastic
 
 NOTHING: Final[dict[str, Any]] = dict.fromkeys(
@@ -38,8 +37,8 @@ def average_and_vote(
 ) -> dict[str, Any]:
     """Entries of the headline.
 
-    Images on which an earlier point makes average and vote wrong, in both halves of the draws, are
-    not attacked: nothing that comes later could change their worst case.
+    Images on which one earlier point makes average and vote wrong in both halves of the draws are
+    not attacked.
 
     Args:
         job: the evaluation.
@@ -50,29 +49,53 @@ def average_and_vote(
     """
     if not job.suite.baseline_attacks:
         return NOTHING
-    halves: dict[str, list[Bools]] = {
-        "averaged": [cell.averaged_halves for cell in cells],
-        "vote": [cell.vote_halves for cell in cells],
-    }
+    tried = list(cells)
     for number, spec in enumerate(job.suite.baseline_attacks):
         attack = attack_of(spec)
         if any(planned.attack == attack and planned.spec.view == "averaged" for planned in plan):
             continue  # it is among the cells
-        standing = np.any([np.all(known, axis=0).any(0) for known in halves.values()], axis=0)
-        rows = standing.nonzero()[0]
+        answers = np.stack([cell.averaged_halves | cell.vote_halves for cell in tried])
+        rows = np.flatnonzero(answers.any(1).all(0))
         if len(rows) == 0:
             break
         found = _attacked(job, network, attack, draws, f"averaged-{spec.attack}-{number}", rows)
-        for key, values in (("averaged", found.averaged_halves), ("vote", found.vote_halves)):
-            # where no image was attacked, its clean image
-            whole = halves[key][len(cells) - 1].copy()
-            whole[:, rows] = values
-            halves[key].append(whole)
+        # where no image was attacked, its clean image
+        tried.append(_inserted(cells[-1], found, rows))
+    shares = np.stack([_half_means(cell.correct) for cell in tried])
     headline: dict[str, Any] = {"averaged_draws": draws.score // 2}
-    for key, known in halves.items():
-        share = worst_per_image(np.stack(known)).mean(0)
-        headline |= {key: float(share.mean()), f"{key}_interval": interval(share)}
+    for key in ("averaged", "vote"):
+        answers = np.stack([getattr(cell, f"{key}_halves") for cell in tried])
+        right = _worst(answers, shares).mean(0)
+        headline |= {key: float(right.mean()), f"{key}_interval": interval(right)}
     return headline
+
+
+def _half_means(correct: Bools) -> Floats:
+    """(2, n) share of correct draws in each half."""
+    return np.stack([half.mean(0) for half in np.split(correct, 2)])
+
+
+def _inserted(clean: DrawnCell, found: DrawnCell, rows: NDArray[np.int64]) -> DrawnCell:
+    """The records of all images, of which `found` has some."""
+    whole = {}
+    for key in ("correct", "averaged_halves", "vote_halves"):
+        whole[key] = getattr(clean, key).copy()
+        whole[key][:, rows] = getattr(found, key)
+    return replace(clean, **whole)
+
+
+def _worst(answers: Bools, shares: Floats) -> Bools:
+    """(2, n) answers of each half at the point that is worst on the other half.
+
+    Args:
+        answers: (A, 2, n) whether each half answers correctly.
+        shares: (A, 2, n) share of correct draws in each half, which decides between equal answers.
+    """
+    images, found = np.arange(answers.shape[2]), []
+    for scored, chosen_on in ((0, 1), (1, 0)):
+        worst = (answers[:, chosen_on] + shares[:, chosen_on] / 2).argmin(0)
+        found.append(answers[worst, scored, images])
+    return np.stack(found)
 
 
 def _attacked(
