@@ -224,7 +224,7 @@ def test_what_draws_nothing_is_not_audited(model: Model, tmp_path: Path) -> None
     with pytest.raises(InputError, match="two images"):
         audited(model, lambda: fresh(model.mixture), Settings(max_batch=1))
     alone = Model(make_bundle(tmp_path / "one", num_members=1), threads=1)
-    with pytest.raises(InputError, match="alike"):
+    with pytest.raises(InputError, match="equally"):
         audited(alone, lambda: fresh(alone.mixture))
 
 
