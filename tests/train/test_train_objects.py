@@ -1,5 +1,6 @@
 """`redefense.train` takes names and objects, and trains what the command trains."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import redefense
 from plugin_example import Smoothed, flat, stripes
 from redefense import plugins
 from redefense.config import OptimConfig
-from redefense.defences import Vanilla
-from redefense.ensembles import Hyper
+from redefense.defences import Defence, Vanilla
+from redefense.ensembles import Ensemble, Hyper
 from redefense.ensembles.configs import IndependentConfig
 from redefense.errors import ConfigError, DataError, InputError
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.experiment import train as train_run
+from redefense.types import Batch
 
 BUDGET: dict[str, Any] = {"epochs": 1, "batch_size": 64, "quiet": True}
 
@@ -86,7 +88,24 @@ def test_a_run_needs_its_plugins_to_be_loaded(
     assert same(redefense.load(run.path), run.ensemble)
 
 
-def failing() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Wrong(Defence):
+    """A loss that is a tensor, where parts must be yielded."""
+
+    yields: bool = False
+
+    def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Any:
+        total = torch.zeros((), requires_grad=True)
+        return iter([total]) if self.yields else total
+
+
+@pytest.mark.parametrize("yields", [True, False])
+def test_a_loss_that_yields_no_parts_is_refused(yields: bool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stage 'joint' must yield .*Loss, got a Tensor"):
+        redefense.train(networks(), Wrong(yields=yields), stripes(), out=tmp_path / "run", **BUDGET)
+
+
+def failing(*_: object, **__: object) -> None:
     raise KeyError(7)
 
 
@@ -103,8 +122,8 @@ def test_torch_data_sets_are_read_as_their_tensors(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
     convolutions = nn.Sequential(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3))
-    scripted = torch.jit.script(nn.Flatten())  # type: ignore[no-untyped-call]  # untyped in torch
-    redefense.register(models={"fails": lambda classes, shape: {}[7]}, datasets={"fails": failing})
+    scripted = torch.jit.script(nn.Flatten())
+    redefense.register(models={"fails": failing}, datasets={"fails": failing})
     hyper = Hyper([convolutions], unit=16, embedding=4, hidden=4, rng=stream(0, "h"))
     for ensemble, defence, data, error, said in (
         (hyper, "vanilla", "digits", InputError, "give its settings"),
@@ -112,6 +131,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
         ("absent", "vanilla", "digits", ConfigError, "neither a recipe nor a model"),
         ("linear", None, "digits", ConfigError, "needs defence"),
         ("linear", 3, "digits", ConfigError, "must be a name, settings or a Defence"),
+        (nn.LazyLinear(2), "vanilla", "digits", InputError, "load or initialise the network"),
         (scripted, "vanilla", "digits", InputError, "a scripted or traced network cannot be"),
         ("fails", "vanilla", "digits", ConfigError, r"model fails failed when called.*KeyError: 7"),
         ("linear", "vanilla", "fails", DataError, "data set fails cannot be read: KeyError: 7"),

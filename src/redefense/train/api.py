@@ -18,6 +18,7 @@ from redefense.ensembles import Ensemble, Independent
 from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig
 from redefense.errors import ConfigError, InputError
 from redefense.models import MODELS
+from redefense.networks import check_values
 from redefense.plugins import Registry
 from redefense.recipes import RECIPES, recipe
 from redefense.threat import Threat
@@ -145,6 +146,8 @@ def _members(value: Any) -> dict[str, Any]:
             "the ensemble must be a recipe, a Run, a model's name, settings, a network or a list "
             f"of networks, got {value!r}"
         )
+    for net in nets:
+        check_values(net)
     if any(isinstance(part, torch.jit.ScriptModule) for net in nets for part in net.modules()):
         raise InputError("a scripted or traced network cannot be trained: pass the network itself")
     name = f"given-{weights_digest(nets)}"

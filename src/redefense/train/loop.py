@@ -9,11 +9,11 @@
 `fit` trains and yields events; the caller saves, logs and stops.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble, kernels_kept
-from redefense.errors import Interrupted, TrainingError
+from redefense.errors import ConfigError, Interrupted, TrainingError
 from redefense.networks import differentiating
 from redefense.rng import draw_seed, seeded, stream
 from redefense.runtime.mesh import Mesh, Tally
@@ -31,7 +31,7 @@ from redefense.runtime.signals import handled
 from redefense.train.exchange import spread_over
 from redefense.train.optim import StageOptimizer, learning_rate
 from redefense.train.replay import Compute, RecordedSteps
-from redefense.types import Batch, Progress
+from redefense.types import Batch, Loss, Progress
 
 
 @runtime_checkable
@@ -306,12 +306,28 @@ def gradients(
         kernels_kept(ensemble),
         phase(MEMBER_STEPS),
     ):
-        for part in stage.loss(ensemble, batch, rng):
+        for part in _parts(stage, ensemble, batch, rng):
             with differentiating():
                 part.total.backward()
             for name, value in part.terms.items():
                 summed[name] = summed[name] + value if name in summed else value
     return summed
+
+
+def _parts(stage: Stage, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
+    """The parts of the loss.
+
+    Raises:
+        ConfigError: if a user's defence returns or yields something else.
+    """
+    found: Any = stage.loss(ensemble, batch, rng)
+    rule = f"the loss of stage {stage.name!r} must yield objects of redefense.types.Loss, got "
+    if isinstance(found, Tensor) or not isinstance(found, Iterable):
+        raise ConfigError(f"{rule}a {type(found).__name__}: use yield, not return")
+    for part in found:
+        if not isinstance(part, Loss):
+            raise ConfigError(f"{rule}a {type(part).__name__}")
+        yield part
 
 
 def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: str) -> None:
