@@ -220,7 +220,7 @@ def test_foreign_attacks_leave_the_global_generators_alone() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert (norms(first - x, 2.0) <= 1 + 1e-5).all()
-    with pytest.raises(InputError, match="must return a tensor of images"):
+    with pytest.raises(InputError, match="must return images of shape"):
         foreign(lambda model, x, y: x[:1], "short")()(net, x, y, Threat())
 
 

@@ -16,6 +16,7 @@ from redefense.errors import ConfigError
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.inputs.batches import bounded, default_batch_size, in_batches, noise_of
 from redefense.evaluation.report_object import Report
+from redefense.evaluation.stochastic.batching import rows_per_call
 from redefense.models.tiny import digits_cnn
 from redefense.rng import seeded, stream
 
@@ -126,6 +127,18 @@ def test_only_where_noise_depends_on_it_is_another_batch_size_refused(tmp_path: 
     for model, kept in ((Independent([Net(0)]), {}), (Stochastic(Net(0)), {"batch_size": 4})):
         subject = Subject(model, X, Y, np.arange(len(X)), "given")
         assert noise_of(bounded(subject, 4)) == kept
+
+
+def test_draws_that_share_a_number_within_divided_calls_are_not_taken_for_several() -> None:
+    for size in (1, 2, 15):
+        assert rows_per_call(Stochastic(InBatches(Shared(), size)), X) == 0
+
+
+class Shared(nn.Module):
+    """Logits with one random number per call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3] + torch.randn((), dtype=x.dtype) * x.flatten(1)[:, 3:6]
 
 
 @pytest.mark.parametrize("size", [0, True])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, kruskal, ks_2samp
 
 from redefense.checks.sample import evenly_spread
+from redefense.ensembles.batches import InBatches
 from redefense.rng import draw_seed, stream
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Float, Images, Logits
@@ -43,6 +44,8 @@ def rows_per_call(network: Stochastic, x: Images) -> int:
     What a call shares is recognised if it is a tenth of the variance, but not if it is much less or
     changes the logits only rarely.
     """
+    if isinstance(network.model, InBatches) and network.model.batch_size < COPIES:
+        return 0  # these calls are divided: parts would hide what each shares, and gain nothing
     images = x[evenly_spread(x, IMAGES)]
     with torch.no_grad():
         apart = torch.stack([_ask(network, images, "apart", call) for call in range(SEPARATE)])
