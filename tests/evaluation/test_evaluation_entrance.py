@@ -97,7 +97,7 @@ REFUSED = {
     "evaluate(net, (x, y, y))": "got 3 of them",
     "evaluate(net, None)": "got NoneType",
     "evaluate(net, (x.numpy().astype(str), y))": "images must be a torch.Tensor, got ndarray",
-    "evaluate(net, (x, y.tolist()))": "labels must be a vector of integers, got list",
+    "evaluate(net, (x, list('abcabc')))": "labels must be a vector of integers, got list",
     "evaluate(net, (x[:0], y[:0]))": "got (0, 1, 4, 4)",
     "evaluate(net, (x[0], y[:1]))": "got (1, 4, 4)",
     "evaluate(net, (x.flatten(1), y))": "got (6, 16)",
