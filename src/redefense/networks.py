@@ -5,7 +5,7 @@ its mode, or be wrapped. Every call goes through `query`.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Final, cast
@@ -56,15 +56,13 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
 
     Differences and gradients of -inf are NaN, and another dtype would propagate to the points of an
     attack. Under autocast logits keep their dtype. Rows without any finite entry and integers are
-    not changed. If the output has an attribute `logits`, as in transformers, or an entry of that
-    name, that is used.
+    not changed. If the output has an attribute `logits`, as in transformers, that is used.
 
     Raises:
         ModelError: if the output is not (B, C) logits of two classes or more.
     """
     if not isinstance(answer, Tensor):
-        named = answer.get("logits") if isinstance(answer, Mapping) else None
-        answer = getattr(answer, "logits", answer) if named is None else named
+        answer = getattr(answer, "logits", answer)
     sizes = tuple(answer.shape) if isinstance(answer, Tensor) else ()
     if not isinstance(answer, Tensor) or len(sizes) != 2 or sizes[0] != len(x) or sizes[1] < 2:
         got = sizes if isinstance(answer, Tensor) else f"a {type(answer).__name__}"

@@ -130,7 +130,7 @@ REFUSED = {
     "evaluate([net, Linear(classes=4)], (x, y))": "equal numbers of classes, got [3, 4]",
     "evaluate(Linear(classes=1), (x, y))": "two classes or more, got (",
     "evaluate(Linear(classes=0), (x, y))": "two classes or more, got (",
-    "evaluate(Linear(lambda z: {'features': z}), (x, y))": "got a dict for B = ",
+    "evaluate(Linear(lambda z: {'logits': z}), (x, y))": "got a dict for B = ",
     "evaluate(Linear(lambda z: (z, z)), (x, y))": "got a tuple for B = ",
     "evaluate(Linear(lambda z: z.detach().numpy()), (x, y))": "got a ndarray for B = ",
     "evaluate(Linear(lambda z: z[0]), (x, y))": "got (3,) for B = ",
@@ -139,7 +139,7 @@ REFUSED = {
     # attacks and ensembles of their own
     "attack(None)": "got NoneType",
     "attack(lambda x: x)": "members must give (B, C) logits",
-    "attack(Linear(lambda z: {'features': z}))": "got a dict for B = 6",
+    "attack(Linear(lambda z: {'logits': z}))": "got a dict for B = 6",
     "attack(net, threat=None)": "threat must be a redefense.Threat, got None",
     "attack(net, y=y.float())": "of torch.float32",
     "attack(net, y=y + 1)": "labels must lie in [0, 3), found 3",

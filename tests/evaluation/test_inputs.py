@@ -70,7 +70,6 @@ def test_functions_and_objects_with_logits_are_measured_as_the_network() -> None
     network = Linear()
     expected = figures(network)
     assert figures(Linear(lambda z: Output(z))) == expected
-    assert figures(Linear(lambda z: {"logits": z, "features": None})) == expected
     assert figures(lambda x: network(x)) == expected
     assert figures(partial(torch.func.functional_call, network, {})) == expected
     assert (
