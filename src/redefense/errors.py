@@ -5,7 +5,8 @@ RedefenseError
 ├── InputError       images, labels or arguments handed to the API are wrong   exit 2
 │   └── ModelError   a network refuses images, its answers are no logits       exit 3
 ├── DataError        a data set or a run is missing, damaged or refused        exit 3
-│   └── CheckpointError  a checkpoint is missing, truncated or altered         exit 3
+│   ├── CheckpointError  a checkpoint is missing, truncated or altered         exit 3
+│   └── TableError       lines of a table cannot be read, one line for each    exit 3
 ├── WriteError       a file cannot be written: no room (exit 1), no permission exit 2
 ├── ResourceError    memory does not suffice                                   exit 1
 └── TrainingError    training cannot go on (non-finite loss, no gradient)      exit 1
@@ -42,7 +43,7 @@ class RedCheckWarning(UserWarning):
 
 
 class RedefenseError(Exception):
-    """Base class of all errors; `str()` is one line.
+    """Base class of all errors; `str()` is one line, except for `TableError`.
 
     Attributes:
         code: exit code of the command line.
@@ -79,6 +80,13 @@ class DataError(RedefenseError):
 
 class CheckpointError(DataError):
     """A checkpoint is missing, truncated or altered."""
+
+
+class TableError(DataError):
+    """Several lines of a table cannot be read; the message names each in a line of its own."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class WriteError(RedefenseError, OSError):

@@ -9,7 +9,7 @@ from typing import Final
 
 from redefense.audit.attack_names import UNBOUNDED, attack_key, knows_the_draw
 from redefense.audit.table import Claim
-from redefense.errors import ConfigError, DataError
+from redefense.errors import ConfigError, DataError, TableError
 from redefense.radius import check_linf
 
 COLUMNS: Final = (
@@ -65,7 +65,7 @@ def read_csv(path: Path) -> list[Claim]:
         except ConfigError as error:
             refused.append(f"line {line}: {error}")
     if len(refused) > 1:
-        raise DataError(f"{path}: {len(refused)} lines cannot be read\n  " + "\n  ".join(refused))
+        raise TableError(f"{path}: {len(refused)} lines cannot be read\n  " + "\n  ".join(refused))
     if refused:
         raise DataError(f"{path} {refused[0]}")
     if not claims:
