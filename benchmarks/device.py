@@ -58,7 +58,7 @@ ATTACKED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def show(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - what a script is for
+    print(line, flush=True)  # noqa: T201 - a script prints its results
 
 
 class Check:

@@ -58,8 +58,8 @@ WRAPPERS = {
 def attacks(rand_steps: int, steps: int) -> dict[str, tuple[Attack, str]]:
     """The attacks of a row and their views; `base` attacks the network without its wrapper."""
     return {
-        "unaware": (ATTACKS["pgd"](steps=10, keep_best=False), "sampled"),  # type: ignore[call-arg]
-        "torchattacks": (ATTACKS["pgd"](preset="torchattacks-3.5.1"), "sampled"),  # type: ignore[call-arg]
+        "unaware": (ATTACKS["pgd"](steps=10, keep_best=False), "sampled"),  # type: ignore[call-arg]  # the mapping knows attacks alone
+        "torchattacks": (ATTACKS["pgd"](preset="torchattacks-3.5.1"), "sampled"),  # type: ignore[call-arg]  # the mapping knows attacks alone
         "rand ce": (APGD(steps=rand_steps, loss="cross_entropy", draws=20), "sampled"),
         "rand dlr": (APGD(steps=rand_steps, loss="dlr", draws=20), "sampled"),
         "hinge": (Hinge(steps=steps), "members"),

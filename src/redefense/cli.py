@@ -120,7 +120,7 @@ def main() -> None:
             _fail(f"cannot write standard output: {reason(error)}", 1)
         # unreadable or unwritable paths are user errors
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: say whose fault it is
+    except Exception as error:  # noqa: BLE001 - say where an unexpected error comes from
         traceback.print_exc()
         if (place := raised_in(error)) is not None:
             _fail(f"the plug-in {place} raised {type(error).__name__}: {error}", 2)

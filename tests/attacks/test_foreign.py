@@ -115,11 +115,11 @@ def test_what_a_function_does_wrong_is_one_line(function: Any, said: str) -> Non
 def test_what_could_never_be_called_or_has_its_own_model_is_refused_at_once() -> None:
     import torchattacks
 
-    def lacking(model: nn.Module, x: Tensor, y: Tensor, *, epsilons: float) -> Tensor:
+    def needs_epsilons(model: nn.Module, x: Tensor, y: Tensor, *, epsilons: float) -> Tensor:
         return x
 
     with pytest.raises(ConfigError, match="missing a required argument: 'epsilons'"):
-        foreign(lacking)
+        foreign(needs_epsilons)
     with pytest.raises(ConfigError, match="created for a model of its own"):
         foreign(torchattacks.PGD(NET))
     with pytest.raises(ConfigError, match="wrap it in a function"):

@@ -130,8 +130,8 @@ def test_a_cache_of_answers_is_caught(model: Model) -> None:
     assert "repeated requests draw independently" in failed(audited(model, lambda: draw))
 
 
-class Told:
-    """A draw that remembers its last member for a leak to tell."""
+class RecordedDraw:
+    """A draw that records its last member, which the leaks below reveal."""
 
     def __init__(self, model: Model) -> None:
         self.last, self._draw = 0, fresh(model.mixture)
@@ -143,7 +143,7 @@ class Told:
 
 
 def test_a_member_in_a_header_is_caught(model: Model) -> None:
-    draw = Told(model)
+    draw = RecordedDraw(model)
 
     def wrap(app: ASGIApp) -> ASGIApp:
         async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +162,7 @@ def test_a_member_in_a_header_is_caught(model: Model) -> None:
 
 
 def test_a_member_in_the_log_is_caught(model: Model) -> None:
-    inner = Told(model)
+    inner = RecordedDraw(model)
 
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         members = inner(images, clients)
@@ -193,7 +193,7 @@ def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> No
 
 
 def test_a_member_that_is_slower_is_caught(model: Model) -> None:
-    inner, calls = Told(model), itertools.count()
+    inner, calls = RecordedDraw(model), itertools.count()
 
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         members = inner(images, clients)

@@ -29,8 +29,8 @@ CONTRAST: Final = """
     if (!node.checkVisibility() || !node.textContent.trim()) continue;
     const [a, b] = [light(parse(getComputedStyle(node).color)), light(behind(node))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const told = node.textContent.trim().slice(0, 40);
-    if (ratio < 4.5) low.push(`${node.tagName} ${ratio.toFixed(2)} ${told}`);
+    const excerpt = node.textContent.trim().slice(0, 40);
+    if (ratio < 4.5) low.push(`${node.tagName} ${ratio.toFixed(2)} ${excerpt}`);
   }
   return low;
 }

@@ -41,8 +41,8 @@ _inputs_only = False
 def input_gradients() -> Iterator[None]:
     """Context in which backward passes compute gradients of images only, not of kernels.
 
-    `autograd.grad(loss, images)` skips unneeded gradients, but a `Function` is not told. One flag
-    for all threads, since the backward pass of an accelerator runs in another thread.
+    `autograd.grad(loss, images)` skips unneeded gradients, but a `Function` does not know which are
+    needed. One flag for all threads: an accelerator's backward pass runs in another thread.
     """
     global _inputs_only
     before, _inputs_only = _inputs_only, True
