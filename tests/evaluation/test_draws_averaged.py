@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from redefense.config import ThreatConfig
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.report_object import Report
-from redefense.evaluation.stochastic.cells import Draws, likeliest_to_fool, scored
+from redefense.evaluation.stochastic.cells import (
+    AVERAGED,
+    SINGLE,
+    Draws,
+    less,
+    ratings,
+    scored,
+)
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.suite import CellSpec, Suite
 from redefense.results.join import join
@@ -100,5 +107,6 @@ def test_a_point_is_chosen_by_the_mean_probability_where_the_average_is_attacked
 
     judge = Stochastic(TwoAnswers()).at(seeds_of(0, "select", 200))
     points = [torch.full((20, 1, 4, 4), 0.9), torch.full((20, 1, 4, 4), 0.1)]
-    assert torch.equal(likeliest_to_fool(judge, points, Y), points[0])
-    assert torch.equal(likeliest_to_fool(judge, points, Y, averaged=True), points[1])
+    bright, dark = (ratings(judge, x, Y) for x in points)
+    assert less(bright[:, SINGLE], dark[:, SINGLE]).all()
+    assert less(dark[:, AVERAGED], bright[:, AVERAGED]).all()

@@ -1,6 +1,7 @@
 """`evaluate` on networks that draw: recognised, measured by fresh draws, or refused."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from redefense.errors import ConfigError, InputError
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
-from redefense.evaluation.stochastic.cells import Draws, attack_drawn
+from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.suite import CellSpec, Suite
 from redefense.results.draws import pair
@@ -238,6 +239,28 @@ def test_attack_choice_and_score_never_share_a_seed(monkeypatch: pytest.MonkeyPa
     assert not set(scoring) & set(used[:-32])
     # four seeds that stay, and fresh ones in the other half of the climb
     assert len(set(used)) > 4 + 32 + 32
+
+
+def test_attacks_on_many_draws_skip_images_that_every_selection_draw_answers_wrongly() -> None:
+    network = Stochastic(GaussianNoise(Plane(), sigma=0.05))
+    x = torch.full((20, 1, 4, 4), 0.1)  # six standard deviations behind the plane
+    x[10:] = 0.5
+    who = Subject(network, x, torch.zeros(20, dtype=torch.long), np.arange(20), "planes")
+    near = np.arange(20) >= 10
+
+    def attacked(who: Subject, view: str) -> DrawnCell:
+        attack = ATTACKS["hinge" if view == "members" else "pgd"]()
+        threat = ThreatConfig(eps=EPS)
+        return attack_drawn(who, network, attack, threat, view, Draws(score=32), seed=0, name=view)
+
+    aware, unaware = attacked(who, "members"), attacked(who, "sampled")
+    assert np.array_equal(aware.attacked, near)
+    assert np.array_equal(aware.linf > 0, near)
+    assert unaware.attacked.all()
+    assert (unaware.linf > 0).all()
+    lost = attacked(replace(who, x=x[:10], y=who.y[:10], index=who.index[:10]), "members")
+    assert lost.forwards == Draws(score=32).select
+    assert lost.backwards == 0
 
 
 def test_suites_of_a_network_that_draws_are_joined_over_all_their_attacks(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from redefense.results.accuracy import Bools
 from redefense.rng import CHUNK, stream
 from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
 from redefense.threat import norms
-from redefense.types import Images, Labels, Victim, correct
+from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
 FRESH: Final = (Hinge, MeanProbPGD, MeanProbAPGD)
 """Attacks that also run with fresh draws at each step, since fixed seeds can be overfitted."""
@@ -75,11 +75,18 @@ class DrawnCell(Cell):
         vote: (n,) the majority vote of the scoring draws: 1 correct, 0 wrong, -1 abstained.
         averaged_halves: (2, n) whether the mean probability over each half of the draws is correct.
         vote_halves: (2, n) whether the majority vote of each half is correct and does not abstain.
+        attacked: (n,) False where the clean image was fooled already and stayed as it is.
     """
 
     vote: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
     averaged_halves: Bools = field(default_factory=lambda: np.zeros((2, 0), dtype=bool))
     vote_halves: Bools = field(default_factory=lambda: np.zeros((2, 0), dtype=bool))
+    attacked: Bools = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    def __post_init__(self) -> None:
+        Cell.__post_init__(self)
+        if not self.attacked.size:
+            object.__setattr__(self, "attacked", np.ones(self.correct.shape[1], dtype=bool))
 
 
 def candidates(
@@ -126,26 +133,43 @@ def attack_drawn(
 ) -> DrawnCell:
     """Attack all images in fixed chunks, verify the ball, and score the points by fresh draws.
 
+    An attack on many draws leaves images as they are that every selection draw, and their mean
+    probability, answer wrongly already: at first the clean ones, then those that the attack on
+    fixed seeds has fooled. The scoring draws have no part in this.
+
     `purpose` names the random streams of the scoring draws; `keep` is called after each chunk.
     """
-    budget = as_threat(threat)
+    budget, column = as_threat(threat), AVERAGED if view == "averaged" else SINGLE
 
     def work(images: slice) -> dict[str, Any]:
         x, y, chunk = subject.x[images], subject.y[images], images.start
         meter = Meter(progress.passed)
         begun = time.perf_counter()
-        found = []
-        for kind, victim in candidates(
-            counted(network, meter), attack, view, x, draws, seed=seed, name=name, chunk=chunk
-        ):
+        judge = counted(network, meter).at(seeds_of(seed, "select", draws.select, chunk))
+        x_adv, attacked = x, torch.ones(len(x), dtype=torch.bool, device=x.device)
+        if view != "sampled":
+            rated = ratings(judge, x, y)
+            attacked = undecided(rated)
+        rows = attacked.nonzero().flatten()
+        victims = candidates(
+            counted(network, meter), attack, view, x[rows], draws, seed=seed, name=name, chunk=chunk
+        )
+        while len(rows) and (candidate := next(victims, None)):
+            kind, victim = candidate
             rng = stream(seed, "attack", name, *([kind] if kind == "fresh" else []), chunk)
-            found.append(attack(victim, x, y, budget, rng=rng))
+            found = attack(victim, x[rows], y[rows], budget, rng=rng)
             if attack.bounded and not isinstance(attack, Foreign):
-                verify_ball(found[-1], x, budget, name)
-        x_adv = found[0]
-        if len(found) > 1:
-            chosen_by = counted(network, meter).at(seeds_of(seed, "select", draws.select, chunk))
-            x_adv = likeliest_to_fool(chosen_by, found, y, averaged=view == "averaged")
+                verify_ball(found, x[rows], budget, name)
+            points = x_adv.index_copy(0, rows, found)
+            if view == "sampled":
+                x_adv = points
+                continue
+            # the result of the first attack counts, whether it is better or not
+            rated_points = ratings(judge, points, y)
+            better = less(rated_points[:, column], rated[:, column]) | (x_adv is x)
+            x_adv = torch.where(better.view(-1, 1, 1, 1), points, x_adv)
+            rated = torch.where(better[:, None], rated_points, rated)
+            rows = (attacked & undecided(rated)).nonzero().flatten()
         seconds = time.perf_counter() - begun
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
         reached = {}
@@ -157,7 +181,7 @@ def attack_drawn(
         judged = scored(network, x_adv, x, y, numbers)
         if keep is not None:
             keep(images, np.arange(len(x)), x_adv, judged["correct"])
-        return judged | reached | cost
+        return judged | {"attacked": attacked.cpu().numpy()} | reached | cost
 
     count = len(subject.x)
     parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
@@ -170,30 +194,35 @@ def attack_drawn(
     )
 
 
-def likeliest_to_fool(
-    judge: Stochastic, found: Sequence[Images], y: Labels, *, averaged: bool = False
-) -> Images:
-    """For each image the candidate with the fewest correct draws, ties by their margins.
+def ratings(judge: Stochastic, points: Images, y: Labels) -> Float[Tensor, "n 4"]:
+    """How the judge's draws answer: the lower, the more likely to fool.
 
-    With `averaged` the mean probability of the draws counts instead.
+    The columns are the number of correct draws and the sum of their margins (`SINGLE`), and the
+    same two for the mean probability of the draws (`AVERAGED`).
     """
-    best, lowest = found[0], torch.full((len(y), 2), torch.inf, dtype=torch.float64)
-    for points in found:
-        right = torch.zeros(len(y), dtype=torch.float64)
-        gaps = torch.zeros(len(y), dtype=torch.float64)
-        with torch.no_grad():
-            answers = judge.fresh(judge.seeds, points)
-            if averaged:
-                logs = (logits.double().log_softmax(1) for logits in answers)
-                answers = iter([reduce(torch.logaddexp, logs)])
-            for logits in answers:
-                right += correct(logits, y).cpu()
-                gaps -= margin(logits, y).double().cpu()
-        better = (right < lowest[:, 0]) | ((right == lowest[:, 0]) & (gaps < lowest[:, 1]))
-        rows = better.to(points.device).view(-1, 1, 1, 1)
-        best = torch.where(rows, points, best)
-        lowest = torch.where(better[:, None], torch.stack([right, gaps], 1), lowest)
-    return best
+    right = torch.zeros(len(y), dtype=torch.float64, device=points.device)
+    gaps, logs = torch.zeros_like(right), []
+    with torch.no_grad():
+        for logits in judge.fresh(judge.seeds, points):
+            right += correct(logits, y)
+            gaps -= margin(logits, y).double()
+            logs.append(logits.double().log_softmax(1))
+        mean = reduce(torch.logaddexp, logs)
+    return torch.stack([right, gaps, correct(mean, y).double(), -margin(mean, y)], 1)
+
+
+SINGLE: Final = [0, 1]
+AVERAGED: Final = [2, 3]
+
+
+def less(a: Float[Tensor, "n 2"], b: Float[Tensor, "n 2"]) -> Bool[Tensor, " n"]:
+    """Whether the first rating is the lower one, equal first columns by the second."""
+    return (a[:, 0] < b[:, 0]) | ((a[:, 0] == b[:, 0]) & (a[:, 1] < b[:, 1]))
+
+
+def undecided(rated: Float[Tensor, "n 4"]) -> Bool[Tensor, " n"]:
+    """The images that a draw, or the mean probability, still answers correctly."""
+    return (rated[:, [0, 2]] > 0).any(1)
 
 
 def scored(

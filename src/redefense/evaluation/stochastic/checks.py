@@ -60,7 +60,8 @@ def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Che
         records: of every cell and "clean".
     """
     cells = data["cells"]
-    clean = records["clean"].correct.mean(0)
+    attacked = np.logical_and.reduce([record.attacked for record in records.values()])
+    clean = np.where(attacked, records["clean"].correct.mean(0), 0.0)
     return [
         inside_ball(cells, records),
         inert(cells),
