@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from redefense.errors import ConfigError, suggestion
+from redefense.errors import BAD_JSON, ConfigError, suggestion
 from redefense.radius import Eps, Norm, check_linf, read_eps, read_norm
 
 T = TypeVar("T")
@@ -199,7 +199,7 @@ def read_run(path: Path) -> Run:
     """
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except BAD_JSON as error:
         raise ConfigError(f"cannot read a run from {path}: {error}") from None
     return parse_run(data, str(path))
 
@@ -218,7 +218,7 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
             raise ConfigError(f"--set takes PATH=VALUE, e.g. --set epochs=3, got {assignment!r}")
         try:
             value = json.loads(text)
-        except ValueError:
+        except BAD_JSON:
             value = text
         here = data
         for depth, key in enumerate(keys[:-1]):

@@ -15,7 +15,10 @@ RedefenseError
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
+
+BAD_JSON: Final = (OSError, ValueError, RecursionError)
+"""Exceptions of a JSON file that cannot be read, is damaged, or is nested too deeply."""
 
 
 def lacking(what: str, package: str, extra: str) -> str:

@@ -39,7 +39,8 @@ def found(folder: Path, *rows: str, randomized: str = "false") -> dict[str, str]
         ("1001/1000", None, None), ("3/0", None, None), ("87.8\u00b1", None, None),
         ("87.8\u00b10.3\u00b10.1", None, None), ("87.8\u00b1-1", None, None), ("-1/10", None, None),
         ("87.8.1", None, None), ("nan", None, None), ("inf", None, None),
-        ("878/1000\u00b11", None, None),
+        ("878/1000\u00b11", None, None), ("87.8 (\u00b10.3)", 87.8, 0.3),
+        ("$87.8_{\\pm 0.3}$", 87.8, 0.3), ("87.8 (0.3)", None, None),
     ],
 )  # fmt: skip
 def test_an_accuracy_is_read_as_what_it_says_or_refused_by_line(
@@ -115,6 +116,34 @@ def test_budgets_that_mean_the_same_are_compared(tmp_path: Path, first: str, sec
     assert found(tmp_path, *rows)["autoattack-above-pgd"] == "error"
 
 
+@pytest.mark.parametrize(
+    ("weaker", "stronger", "rule"),
+    [
+        ("PGD,50.0", "AutoAttack,60.0", "autoattack-above-pgd"),
+        ("APGD,50.0", "AutoAttack,60.0", "autoattack-above-apgd"),
+        ("FGSM,50.0", "PGD,60.0", "iterative-above-single-step"),
+        ("Square,50.0", "PGD,60.0", "black-box-below-white-box"),
+    ],
+)
+def test_a_stronger_attack_with_more_budget_leaves_no_more(
+    tmp_path: Path, weaker: str, stronger: str, rule: str
+) -> None:
+    assert found(tmp_path, f"{weaker},4/255", f"{stronger},8/255") == {rule: "error"}
+    assert found(tmp_path, f"{weaker},8/255", f"{stronger},4/255") == {}
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0c", "\x1c"])
+def test_only_newlines_end_a_row(tmp_path: Path, mark: str) -> None:
+    (claim,) = read_csv(write(tmp_path, [f"1,C,ours{mark}net,PGD,50.0,inf,8/255,1000,1,false"]))
+    assert (claim.method, claim.accuracy, claim.where) == (f"ours{mark}net", 50.0, "line 2")
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"cannot read .*deep\.json"):
+        audit(tmp_path / "deep.json")
+
+
 def test_what_a_slightly_smaller_budget_explains_is_no_error(tmp_path: Path) -> None:
     # 0.03 is 4.4 % less than 8/255: worth at most 4.3 points of the 49 that are lost
     assert found(tmp_path, "PGD,51.1,8/255", "AutoAttack,53.0,0.03") == {}
@@ -147,6 +176,9 @@ def test_spreads_are_added_to_what_chance_explains(tmp_path: Path) -> None:
         (("PGD,51.1", "PGD,51.1"), None),
         (("PGD-20,51.1", "PGD-10,55.3"), None),  # other attacks
         (("PGD,51.1,8/255", "PGD,55.3,4/255"), None),
+        (("PGD,20.0,0.0314", "PGD,50.0,8/255"), "error"),  # one budget, written twice
+        (("PGD,20.0,0.031", "PGD,50.0,0.03"), "error"),
+        (("PGD,51.1,0.031", "PGD,51.5,0.03"), None),
         (("PGD,51.1\u00b12.5", "PGD,55.3\u00b12.5"), "note"),
         (("PGD,51.1,8/255,ours", "PGD,55.3,8/255,theirs"), None),
         (("PGD (10 restarts),51.1", "PGD (1 restart),55.3"), None),
@@ -169,6 +201,9 @@ def test_one_measurement_has_one_figure(
         (("EOT-PGD-10,50.0", "EOT-PGD-20,55.0"), None),  # draws, it may be
         (("PGD-10,50.0", "BIM-100,55.0"), None),
         (("Square (1000 queries),50.0", "Square (5000 queries),55.0"), "error"),
+        (("10-step PGD,50.0", "100-step PGD,55.0"), "error"),
+        (("PGD$_{10}$,50.0", "PGD$_{100}$,55.0"), "error"),
+        (("PGD-10,50.0,4/255", "PGD-100,55.0,8/255"), "error"),
     ],
 )
 def test_more_steps_leave_no_more(
@@ -181,6 +216,7 @@ def test_more_steps_leave_no_more(
     ("name", "steps"),
     [("PGD-20", 20), ("PGD20", 20), ("PGD (20 steps)", 20), ("PGD^{20}", 20), ("PGD\u201120", 20),
      ("PGD (20)", 20), ("APGD-CE-100", 100), ("PGD", None), ("DI2-FGSM", None), ("PGD-L2", None),
+     ("20-step PGD", 20), ("PGD$_{20}$", 20), ("1000 queries Square", 1000),
      ("PGD-EoT20", None), ("APGD (EoT-20)", None), ("PGD (eps 8/255)", None)],
 )  # fmt: skip
 def test_steps_are_told_from_a_name(name: str, steps: int | None) -> None:

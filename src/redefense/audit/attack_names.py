@@ -70,13 +70,20 @@ def squeezed(name: str) -> str:
     return re.sub(r"[-_\s]", "", ordinary(name))
 
 
+def _steps_last(name: str) -> str:
+    """A name in `ordinary` form without TeX's dollars, `10-step PGD` as `pgd-10`."""
+    plain = ordinary(name).replace("$", "")
+    counted = re.fullmatch(r"(\d+)[-_ ]*(?:steps?|iter(?:ation)?s?|queries)[-_ ]+(\D+)", plain)
+    return plain if counted is None else f"{counted[2].strip()}-{counted[1]}"
+
+
 def attack_key(name: str) -> str:
     """The key of an attack in rules: `EOT-PGD` -> `eotpgd`, `C&W` -> `cw`, `PGD-20` -> `pgd`.
 
     Text in brackets counts only if it denotes another attack.
     """
     telling = r"\((?:[^)]*?(?<![-\w])(rand|eot|adaptive)(?!-?[a-z]))?[^)]*\)"
-    plain = re.sub(telling, r" \1", ordinary(name)).replace("c&w", "cw")
+    plain = re.sub(telling, r" \1", _steps_last(name)).replace("c&w", "cw")
     plain = re.sub(r"[-_ ](\d+|l[-_]?(inf|[012]))$", "", plain.strip())
     plain = re.sub(r"[^a-z0-9]", "", plain)
     # "random" may mean a random start: brackets count for AutoAttack only
@@ -111,7 +118,7 @@ def steps_of(name: str) -> int | None:
     """
     found = re.fullmatch(
         r"([a-z][a-z&\d -]*?)[-_ ^{(\[]*(\d+)[-_ ]*(steps?|iter(?:ation)?s?|queries)?[}\])]*",
-        ordinary(name),
+        _steps_last(name),
     )
     # the number after EoT is a number of draws
     if found is None or ("eot" in found[1] and found[3] is None) or found[1].endswith("-l"):

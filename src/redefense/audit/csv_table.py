@@ -1,6 +1,7 @@
 """Reads typed tables of claims: one row per figure, separated by commas or tabs."""
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ NORMS: Final = ("inf", "2", "1", "0")
 
 _TRUTH = {"": None, "true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _SPREAD = re.compile(r"\s*(?:\u00b1|\+\s*/?\s*[-\u2212]|\\pm)\s*")
+_WRAPPED = re.compile(rf"_?([({{])({_SPREAD.pattern}[^(){{}}]*)[)}}]")
+"""A spread in brackets or as a subscript of TeX."""
 
 
 def read_csv(path: Path) -> list[Claim]:
@@ -39,8 +42,9 @@ def read_csv(path: Path) -> list[Claim]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}") from None
-    lines = text.splitlines()
-    reader = csv.DictReader(lines, delimiter=_delimiter(path, lines), strict=True)
+    # not splitlines(): cells may contain other separators of lines and pages
+    table = io.StringIO(text, newline="")
+    reader = csv.DictReader(table, delimiter=_delimiter(path, text), strict=True)
     try:
         names = [name.strip().lower() for name in reader.fieldnames or ()]
         reader.fieldnames = names
@@ -73,13 +77,14 @@ def read_csv(path: Path) -> list[Claim]:
     return claims
 
 
-def _delimiter(path: Path, lines: list[str]) -> str:
+def _delimiter(path: Path, text: str) -> str:
     """The separator of the columns, from the header.
 
     Raises:
         DataError: for semicolons: such files may use decimal commas, which are ambiguous.
     """
-    counts = {mark: lines[0].count(mark) if lines else 0 for mark in (",", "\t", ";")}
+    header = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    counts = {mark: header.count(mark) for mark in (",", "\t", ";")}
     mark = max(counts, key=lambda key: counts[key])
     if mark == ";":
         raise DataError(
@@ -112,6 +117,8 @@ class _Row:
         if not low <= value <= high:
             point = text.replace(",", ".", 1)
             hint = f" (write {point})" if re.fullmatch(r"\d+,\d{1,2}", text) else ""
+            if column == "accuracy" and (found := re.fullmatch(r"([\d.]+)\s*\(([\d.]+)\)", text)):
+                hint = f" (write {found[1]} +- {found[2]} if the brackets hold a spread)"
             raise ConfigError(
                 f"{column} must be a number from {low:g} to {high:g}, "
                 f"got {self.cells[column]!r}{hint}"
@@ -121,7 +128,7 @@ class _Row:
     def accuracy(self) -> tuple[float, int | None, float | None, int | None]:
         """Percent, number of decimals, spread, and the number of images if it is a count."""
         written = self.cells["accuracy"]
-        text, *spread = [_bare(part) for part in _SPREAD.split(written)]
+        text, *spread = [_bare(part) for part in _SPREAD.split(_WRAPPED.sub(r"\2", written))]
         count = re.fullmatch(r"(\d+)\s*/\s*(\d+)", text)
         if count is not None and not spread:
             right, images = int(count[1]), int(count[2])

@@ -7,16 +7,16 @@ the chunk computed again, on any number of processes.
 import io
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from redefense.errors import BAD_JSON
 from redefense.evaluation.progress import SILENT, Progress
+from redefense.results.records import BAD_ARRAYS
 from redefense.rng import CHUNK
 from redefense.runtime.files import write_bytes
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
@@ -30,7 +30,7 @@ def read_object(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except BAD_JSON:
         return None
     return found if isinstance(found, dict) else None
 
@@ -50,7 +50,7 @@ def read_arrays(path: Path | None) -> Arrays | None:
         # opened here: numpy does not close a file that it cannot read
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
+    except BAD_ARRAYS:
         return None
 
 

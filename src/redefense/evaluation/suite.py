@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from redefense.config import ThreatConfig, one_line
-from redefense.errors import ConfigError, suggestion
+from redefense.errors import BAD_JSON, ConfigError, suggestion
 from redefense.plugins import Registry
 
 View = Literal["sampled", "averaged", "members", "protocol"]
@@ -239,7 +239,7 @@ def suite_named(name: str | PathLike[str]) -> Suite:
         suite = Suite.model_validate({"name": path.stem, **json.loads(path.read_text())})
     except ValidationError as error:
         raise ConfigError(f"{path} is not a suite: {one_line(error)}") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (*BAD_JSON, TypeError) as error:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"a user's suite needs a plain, unused name, got {suite.name!r}")

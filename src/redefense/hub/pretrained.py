@@ -19,7 +19,14 @@ from torch import Tensor
 import redefense
 from redefense.config import Run, parse_run
 from redefense.ensembles import Ensemble, Origin
-from redefense.errors import CheckpointError, ConfigError, DataError, InputError, lacking
+from redefense.errors import (
+    BAD_JSON,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    lacking,
+)
 from redefense.report.card import card, unmeasured_card
 from redefense.runtime.files import write_bytes, write_text
 from redefense.train.checkpoint import Checkpoint
@@ -199,7 +206,7 @@ def _read_config(path: Path) -> tuple[Run, dict[str, Any]]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} holds no {CONFIG}") from None
-    except (OSError, ValueError) as error:
+    except BAD_JSON as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe a {FORMAT}")

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from redefense import __version__
 from redefense.checks.catalogue import CATALOGUE
-from redefense.errors import ConfigError, lacking
+from redefense.errors import BAD_JSON, ConfigError, lacking
 from redefense.report import answers, charts, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.latex import to_latex
@@ -110,7 +110,7 @@ def _is_free(path: Path) -> bool:
         return True
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except BAD_JSON:
         return False
     return isinstance(found, dict) and "results" in found
 

@@ -6,6 +6,8 @@ are joined, so that the worst case is per image over all attacks.
 
 import hashlib
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from redefense.errors import DataError
+from redefense.errors import BAD_JSON, DataError
 from redefense.results.examples import Examples
 from redefense.results.intervals import Estimate, accuracy_interval, exact_expectation
 from redefense.results.schema import Accuracy, Budget, Cell, Evaluation, Plan
@@ -25,6 +27,12 @@ Source = Path | Mapping[str, Any]
 """A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
+
+BAD_ARRAYS = (
+    OSError, ValueError, EOFError, LookupError, MemoryError, RuntimeError, BadZipFile, zlib.error,
+    struct.error,
+)  # fmt: skip
+"""Exceptions of numpy and zipfile for damaged npz files."""
 
 AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
 
@@ -163,7 +171,7 @@ def read_json(path: Path) -> object:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except BAD_JSON as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {reason}") from None
 
@@ -180,7 +188,7 @@ def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, BadZipFile, EOFError) as error:
+    except BAD_ARRAYS as error:
         raise DataError(f"cannot read {path}: {error}") from None
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
-from redefense.errors import CheckpointError, TrainingError
+from redefense.errors import BAD_JSON, CheckpointError, TrainingError
 from redefense.runtime.files import reason
 
 FORMAT = 1
@@ -110,7 +110,9 @@ def read(path: Path) -> Checkpoint:
         run = parse_run(data, f"{path}/run.json")
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks {Path(error.filename).name}") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: it lacks {error}") from None
+    except (*BAD_JSON, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if (name := _non_finite(weights)) is not None:
         raise CheckpointError(f"checkpoint {path} holds non-finite numbers in {name}")

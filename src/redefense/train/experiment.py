@@ -13,7 +13,7 @@ from redefense.data.loader import Loader
 from redefense.defences import Defence
 from redefense.ensembles import Ensemble, Origin, channels_last
 from redefense.ensembles.configs import EnsembleConfig
-from redefense.errors import CheckpointError, ConfigError, DataError
+from redefense.errors import BAD_JSON, CheckpointError, ConfigError, DataError
 from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_text
 from redefense.runtime.mesh import Mesh, processes
@@ -305,7 +305,7 @@ def _claim(run: Run, out: Path, resume: bool) -> str | None:
         raise ConfigError(f"{out} already holds a run; use --resume or another --out")
     try:
         record = json.loads((out / "run.json").read_text())
-    except ValueError:
+    except BAD_JSON:
         raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
     # parsed as a run, an old record gets the defaults of newer settings
     stored, wanted = (
