@@ -79,6 +79,8 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("epochs=three", "valid integer, got 'three'"),
         ("epochs=0", "greater than or equal to 1, got 0"),
         ("epochs=2.5", "valid integer"),
+        (f"epochs={'9' * 400}", "less than or equal to 1000000000"),
+        ("threat.eps=" + "[" * 100_000, "threat.eps: eps must be a finite number"),
         ("epochs=true", "valid integer"),
         ("optim.lr=fast", "optim.lr should be a valid number, got 'fast'"),
         ("data.spec.path=x", "data.spec is a value"),
@@ -100,6 +102,7 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("defence.preset=best", "preset must be one of printed, released, calibrated"),
         ("defence.name=rde", "unknown defence 'rde' (did you mean red?)"),
         ("ensemble.num_members=0", "num_members must be at least 1, got 0"),
+        ("ensemble.num_members=1000000000000", "num_members must be at most 100000"),
         ("ensemble.name=os.system", "unknown ensemble 'os.system'"),
     ],
 )

@@ -161,12 +161,23 @@ class Run(_Frozen):
     defence: Settings
     threat: ThreatConfig = ThreatConfig()
     optim: OptimConfig = OptimConfig()
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    epochs: int = Field(ge=1, le=10**9)
+    batch_size: int = Field(ge=1, le=10**9)
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     start: StartConfig | None = None
     plugins: dict[str, dict[str, str]] = {}
+
+
+def default_folder(run: Run) -> Path:
+    """The folder `runs/RECIPE` of a training for which none is given.
+
+    Raises:
+        ConfigError: if the recipe's name, which may come from a file, is not that of a folder.
+    """
+    if not run.recipe or run.recipe == ".." or Path(run.recipe).name != run.recipe:
+        raise ConfigError(f"recipe {run.recipe!r} cannot name a folder below runs: choose --out")
+    return Path("runs") / run.recipe
 
 
 def to_json(run: Run) -> str:

@@ -17,6 +17,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Final
 
+_NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memory")
+
 BAD_JSON: Final = (OSError, ValueError, RecursionError)
 """Exceptions of a JSON file that cannot be read, is damaged, or is nested too deeply."""
 
@@ -25,6 +27,21 @@ def lacking(what: str, package: str, extra: str) -> str:
     """Message for a package that is not installed, with the extra that installs it."""
     # from a clone, since redefense is on no package index and the name could be another's
     return f"{what} needs {package}; in the clone: pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an error; empty if it cannot be computed."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - an error of somebody else's
+        return ""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch means that memory does not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(part in text_of(error) for part in _NO_MEMORY)
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

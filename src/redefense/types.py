@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from redefense.errors import InputError, ModelError, RedefenseError, ResourceError
+from redefense.errors import (
+    InputError,
+    ModelError,
+    RedefenseError,
+    ResourceError,
+    lacks_memory,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
@@ -147,15 +154,6 @@ def cannot_differentiate(error: Exception) -> RedefenseError:
 _NO_SECOND_DERIVATIVE: Final = (
     "is not implemented", "once_differentiable", "double backward", "appears to not have been used",
 )  # fmt: skip
-_NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memory")
-
-
-def text_of(error: Exception) -> str:
-    """The text of an error; empty if it cannot be computed."""
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001 - an error of somebody else's
-        return ""
 
 
 def first_line(error: Exception) -> str:
@@ -170,9 +168,7 @@ def _refusal(error: Exception, what: str) -> RedefenseError:
     if isinstance(error, RedefenseError):
         return error
     first = first_line(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(part in text_of(error) for part in _NO_MEMORY)
-    ):
+    if lacks_memory(error):
         return ResourceError(
             f"memory does not suffice for the model and these images: {first or 'no text'}; give "
             "it fewer or smaller images at once, or another device"

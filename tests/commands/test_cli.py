@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import redefense
 from cli_tools import command
@@ -147,6 +148,8 @@ def test_an_evaluation_with_other_settings_needs_another_file() -> None:
         (["show", "digits-red", "--set", "defence.name=[1]"], 2, "unknown defence [1]"),
         (["train", "digits-red", "--set", "optim.lr=Infinity"], 2, "finite"),
         (["train", "digits-red", "--bogus"], 2, "--bogus"),
+        (["train", "digits-red", "--set", "recipe=../../x"], 2, "recipe '../../x' cannot name"),
+        (["train", "digits-red", "--set", "recipe="], 2, "recipe '' cannot name"),
         (["train", "digits-red", "--seed", "-1"], 2, "-1"),
         (["evaluate", "nowhere", "--images", "0"], 2, "--images"),
         (["trian", "digits-red"], 2, "trian"),
@@ -286,6 +289,26 @@ def test_a_defect_of_ours_keeps_its_traceback_and_exits_70(monkeypatch: pytest.M
     assert result.code == 70
     assert "ZeroDivisionError" in result.err
     assert "report" in result.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\n8 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def too_large(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(looking, "_entries", too_large)
+    result = command("list", "recipes")
+    assert result.code == 1
+    assert result.err.startswith("redefense: memory does not suffice")
+    assert len(result.err.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("v")

@@ -175,6 +175,7 @@ def test_all_parts_of_a_table_are_read(names: list[str], tmp_path: Path) -> None
         (["train-00000-of-00003.parquet"],
          "2 of 3 parts are missing: train-00001-of-00003.parquet, train-00002-of-00003.parquet"),
         (["train-00000-of-99999.parquet"], "99998 of 99999 .* and 99995 more"),
+        (["train/0001.parquet"], "train: 1 of 2 parts are missing: 0000.parquet"),
         (["train-2-of-3.parquet", "train-3-of-3.parquet"], "1 of 3 .*: train-1-of-3.parquet"),
         (["train-00004-of-00003.parquet"], "train-00004-of-00003.parquet: more than 00003 parts"),
         (["train-00000-of-00001-ab.parquet", "train-00000-of-00001-cd.parquet"],

@@ -53,7 +53,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a recipe, or a run from its JSON record."""
-    from redefense.config import StartConfig
+    from redefense.config import StartConfig, default_folder
 
     # only one of the processes that torchrun starts prints
     first = os.environ.get("RANK", "0") == "0"
@@ -66,7 +66,7 @@ def train(
         raise
     if start is not None:
         run = run.model_copy(update={"start": StartConfig(path=str(start))})
-    target = out if out is not None else Path("runs") / run.recipe
+    target = out if out is not None else default_folder(run)
     from redefense.train.experiment import train as train_run
 
     train_run(

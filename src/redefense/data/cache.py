@@ -21,6 +21,7 @@ import torch
 
 from redefense.data.dataset import Dataset, Digest, Split, content_digest
 from redefense.data.source import Part, Source, all_blocks
+from redefense.errors import BAD_JSON
 
 FORMAT = 2  # increased whenever files or the decoding change
 PIECE = 2**24  # bytes under one digest
@@ -64,7 +65,7 @@ def load(at: Path, *, whole: bool = False) -> Dataset | None:
         if not all(_intact(at / name, how, whole=whole) for name, how in meta["arrays"].items()):
             return None
         return _dataset(at, meta)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (*BAD_JSON, KeyError, TypeError):
         return None
 
 
@@ -194,7 +195,7 @@ def _dataset(at: Path, meta: Meta) -> Dataset:
 
 def _names(at: Path) -> list[str]:
     """Array files of the entry that is about to be replaced."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(*BAD_JSON, KeyError, TypeError, AttributeError):
         return list(json.loads((at / "meta.json").read_bytes())["arrays"])
     return []
 

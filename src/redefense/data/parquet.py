@@ -13,7 +13,7 @@ import numpy as np
 from redefense.data.labels import SPLITS, check_classes, check_labels
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above, is_hidden
-from redefense.errors import DataError, lacking
+from redefense.errors import BAD_JSON, DataError, lacking
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,8 +161,9 @@ def _check_shards(files: Sequence[Path], where: str) -> None:
         if int(shard["number"]) in numbers:
             raise DataError(f"{where}: {file.name}: this part occurs twice")
         numbers.add(int(shard["number"]))
-    # a few count from one
-    first = int(0 not in numbers and bool(numbers & {1, int(total or 1)}))
+    # a few count from one, but not the hub's own conversion, 0000.parquet
+    converted = not what and len(number) == 4
+    first = int(not converted and 0 not in numbers and bool(numbers & {1, int(total or 1)}))
     if total is None and what and min(numbers) > 1:  # a year, for instance
         return
     expected = range(first, first + int(total) if total else max(numbers) + 1)
@@ -276,7 +277,7 @@ class _Table:
             if isinstance(names, dict):  # number to name, as in some dataset cards
                 names = [names[str(number)] for number in range(len(names))]
             return tuple(str(name) for name in names)
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
+        except (*BAD_JSON, AttributeError, TypeError, KeyError) as error:
             raise DataError(f"{self.files[0]}: damaged huggingface metadata") from error
 
     def images(self) -> Iterator[tuple[str, bytes]]:

@@ -14,6 +14,16 @@ from redefense.models import build
 from redefense.models.randomized import GaussianNoise, NoiseLayers
 from redefense.rng import stream
 
+MAX_MEMBERS: Final = 100_000
+"""More members are a mistake, and would exhaust the memory before any is trained."""
+
+
+def _check_members(num_members: int) -> None:
+    if num_members < 1:
+        raise ConfigError(f"num_members must be at least 1, got {num_members}")
+    if num_members > MAX_MEMBERS:
+        raise ConfigError(f"num_members must be at most {MAX_MEMBERS}, got {num_members}")
+
 
 @runtime_checkable
 class EnsembleConfig(Protocol):
@@ -50,8 +60,7 @@ class IndependentConfig:
     sigma: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.num_members < 1:
-            raise ConfigError(f"num_members must be at least 1, got {self.num_members}")
+        _check_members(self.num_members)
         if self.noise not in ("none", "image", "layers"):
             raise ConfigError(f"noise must be none, image or layers, got {self.noise!r}")
         if not 0 <= self.sigma < math.inf:
@@ -101,8 +110,7 @@ class HyperConfig:
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_members < 1:
-            raise ConfigError(f"num_members must be at least 1, got {self.num_members}")
+        _check_members(self.num_members)
 
     def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Ensemble:
         """Members and hypernetworks initialised from streams of the seed."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redefense.config import OptimConfig, Run, ThreatConfig, parse_run, settings_of
+from redefense.config import OptimConfig, Run, ThreatConfig, default_folder, parse_run, settings_of
 from redefense.data import DATASETS, Dataset
 from redefense.data.given import as_source
 from redefense.data.source import materialise, strict
@@ -104,7 +104,7 @@ def train(
     }
     settings |= {key: value for key, value in changed.items() if value is not None}
     run = parse_run(settings)
-    path = Path(out) if out is not None else Path("runs") / run.recipe
+    path = Path(out) if out is not None else default_folder(run)
     trained = train_run(run, path, device=device, resume=resume, quiet=quiet)
     assert trained.origin is not None
     return TrainedRun(trained, trained.origin.run, path)
