@@ -181,6 +181,13 @@ def test_what_fails_in_the_backward_pass_is_one_line(name: str) -> None:
         ENTRANCES[name](Linear(Odd.apply))
 
 
+def test_weights_that_were_made_in_inference_mode_are_one_line() -> None:
+    with torch.inference_mode():
+        network = Linear()
+    with pytest.raises(InputError, match=r"^the model cannot .*Inference tensors"):
+        ENTRANCES["evaluate"](network)
+
+
 def gradients(
     ensemble: Independent, *, name: str, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> list[Tensor]:

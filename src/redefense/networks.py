@@ -55,11 +55,12 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
     """Logits in the dtype of their images, single precision at least, finite for masked classes.
 
     Differences and gradients of -inf are NaN, and another dtype would propagate to the points of an
-    attack. Under autocast logits keep their dtype. Rows without any finite entry and integers are
-    not changed. If the output has an attribute `logits`, as in transformers, that is used.
+    attack. Under autocast logits keep their dtype. Integers are converted too. Rows without any
+    finite entry are not changed. If the output has an attribute `logits`, as in transformers, that
+    is used.
 
     Raises:
-        ModelError: if the output is not (B, C) logits of two classes or more.
+        ModelError: if the output is not (B, C) real logits of two classes or more.
     """
     if not isinstance(answer, Tensor):
         answer = getattr(answer, "logits", answer)
@@ -70,9 +71,11 @@ def as_logits(answer: object, x: Tensor) -> Tensor:
             f"members must give (B, C) logits of two classes or more, got {got} for B = {len(x)}"
             + (": pass a function that returns the logits alone" if not sizes else "")
         )
-    if not answer.is_floating_point():
-        return answer
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if answer.is_complex() or answer.dtype == torch.bool:
+        raise ModelError(f"members must give real logits, got {answer.dtype}")
+    if not answer.is_floating_point():
+        answer = answer.to(dtype)
     if answer.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         if answer.dtype.itemsize > dtype.itemsize:
             top = answer.detach().amax(1, keepdim=True)
@@ -130,15 +133,27 @@ class FromProbabilities(nn.Module):
 
     Args:
         network: maps images to (B, C) probabilities.
+
+    Raises:
+        ModelError: in the first call, if it returns values outside [0, 1].
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.checked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        # log(0) would stop every gradient of the row
         found = query(self.network, x)
+        if not self.checked:  # once, since it waits for the device
+            low, high = float(found.detach().amin()), float(found.detach().amax())
+            if low < 0 or high > 1.01:  # half precision rounds, NaN is counted as wrong
+                raise ModelError(
+                    f"probabilities must lie in [0, 1], got values from {low:.3g} to {high:.3g}: "
+                    "use outputs='logits' for a network without a softmax"
+                )
+            self.checked = True
+        # log(0) would stop every gradient of the row
         return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from redefense.checks.answers import Answers, check_modes, check_outputs
 from redefense.checks.derivative import derivatives_agree
+from redefense.checks.victim import before_run
 from redefense.ensembles import Independent
 from redefense.errors import InputError
 from redefense.rng import stream
@@ -72,6 +73,44 @@ def test_gradients_that_are_not_those_of_the_answers_are_red(
     found = derivatives_agree(Independent([Net(), lying(change)]), X, Y)
     assert found.passed is False
     assert "member 1" in found.detail
+
+
+SORTED = 0.5 * torch.rand(80, 1, 4, 4, generator=stream(0, "sorted"))
+SORTED[-8:, 0, 0, 0] = 1.0  # marks the last of ten classes
+
+
+def lying_about_the_last_class(change: Callable[[Tensor], Tensor]) -> Net:
+    def before(x: Tensor) -> Tensor:
+        last = x.detach()[:, :1, :1, :1] > 0.7
+        lie: Any = Lie
+        return cast(Tensor, lie.apply(x, lambda g: torch.where(last, change(g), g)))
+
+    return Net(before=before)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(torch.neg, "S41"), (lambda g: 10 * g, "S41"), (torch.zeros_like, "S22")],
+    ids=["reversed", "too large", "zero"],
+)  # fmt: skip
+def test_gradients_that_are_wrong_for_one_class_of_sorted_images_are_red(
+    change: Callable[[Tensor], Tensor], name: str
+) -> None:
+    y = torch.arange(80) % 3
+
+    def passed(network: Net) -> bool | None:
+        found = before_run(Independent([network]), SORTED, y)
+        return next(check.passed for check in found if check.id == name)
+
+    assert passed(lying_about_the_last_class(change)) is False
+    assert passed(lying_about_the_last_class(lambda g: g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_probabilities_of_any_precision_are_no_logits(dtype: torch.dtype) -> None:
+    soft = Net(after=lambda z: z.softmax(1).to(dtype).float())
+    found = {check.id: check for check in before_run(Independent([Net(), soft]), X, Y)}
+    assert found["S07"].passed is False
+    assert "members 1 return probabilities" in found["S07"].detail
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 30.0, 1e3, 1e6])
@@ -137,6 +176,16 @@ def test_an_answer_that_depends_on_the_memory_layout_is_red() -> None:
     assert Answers.to(Independent([Strided()]), x).elsewhere().passed is False
     plain = Independent([nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 3))])
     assert Answers.to(plain, x).elsewhere().passed
+
+
+@pytest.mark.parametrize("images", [X[:1], X[:1].expand(5, -1, -1, -1)], ids=["one", "equal"])
+def test_rounding_between_batches_is_no_difference_for_images_without_a_range(
+    images: Tensor,
+) -> None:
+    rounding = Net(before=lambda x: x * (1 + 1e-6 * len(x)))
+    assert Answers.to(Independent([rounding]), images).elsewhere().passed
+    rank = Net(after=lambda z: z * (1 + 0.1 * len(z)))
+    assert Answers.to(Independent([rank]), images).elsewhere().passed is False
 
 
 def test_answers_that_change_while_attacks_run_are_red() -> None:

@@ -78,7 +78,15 @@ def test_functions_and_objects_with_logits_are_measured_as_the_network() -> None
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda z: (z,), lambda z: {"features": z}, lambda z: Output(z[0])]
+    "wrap",
+    [
+        lambda z: (z,),
+        lambda z: {"features": z},
+        lambda z: Output(z[0]),
+        lambda z: z + 0j,
+        lambda z: z > 0,
+    ],
+    ids=["tuple", "mapping", "vector", "complex", "bool"],
 )
 def test_other_answers_are_refused(wrap: Any) -> None:
     with pytest.raises(InputError, match="logits"):
@@ -96,6 +104,13 @@ def test_probabilities_are_taken_as_such_when_asked() -> None:
         figures(soft, outputs="softmax")
     mixed = figures([soft, soft], outputs="probabilities", mixture=[0.25, 0.75])
     assert mixed[0]["expected"] == pytest.approx(figures(plain)[0]["expected"])
+    for wrong in (
+        plain,
+        Linear(lambda z: z.log_softmax(-1)),
+        Linear(lambda z: 100 * z.softmax(-1)),
+    ):
+        with pytest.raises(InputError, match=r"must lie in \[0, 1\], got values from"):
+            figures(wrong, outputs="probabilities")
     with pytest.raises(ConfigError, match="got a Hidden"):
         figures(Hidden(plain), outputs="probabilities")
 
@@ -109,6 +124,13 @@ class Hidden(Ensemble):
 
     def member(self, m: int) -> nn.Module:
         return self.network
+
+
+def test_integers_are_logits_without_a_gradient() -> None:
+    whole = Linear(lambda z: (4 * z).long())
+    assert torch.equal(query(whole, IMAGES), (4 * Linear()(IMAGES)).trunc())
+    with pytest.warns(redefense.RedCheckWarning, match="S22"):
+        redefense.evaluate(whole, (IMAGES, LABELS))
 
 
 def test_an_unfinished_evaluation_of_one_function_is_not_gone_on_with_another(

@@ -242,8 +242,13 @@ class Answers:
 
     @classmethod
     def to(cls, ensemble: Ensemble, x: Images) -> "Answers":
-        """Query every member with at most `REASKED` images, in batches as attacks use."""
-        some = x[evenly_spread(x, REASKED)]
+        """Query every member with at most `REASKED` images, in batches as attacks use.
+
+        Images with noise are added: the outputs of a single image would have no range.
+        """
+        layout = torch.contiguous_format if _is_first(x) else torch.channels_last
+        some = torch.cat([x[evenly_spread(x, REASKED)], sample_points(x)])
+        some = some.contiguous(memory_format=layout)
         members = range(ensemble.num_members)
         return cls(ensemble, some, [_in_batches(ensemble, m, some, CHUNK) for m in members])
 
@@ -253,7 +258,8 @@ class Answers:
         to = torch.channels_last if _is_first(self.x) else torch.contiguous_format
         bad, largest = [], 0.0
         for m, first in enumerate(self.logits):
-            shuffled = _in_batches(self.ensemble, m, self.x[order], 7)[order.argsort()]
+            size = min(7, len(self.x) - 1)
+            shuffled = _in_batches(self.ensemble, m, self.x[order], size)[order.argsort()]
             others = {"in other batches": shuffled}
             with suppress(InputError):  # attacks use only the format that it supports
                 turned = self.x.clone(memory_format=to)

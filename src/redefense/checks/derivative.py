@@ -23,6 +23,11 @@ NOISE: Final = 4
 """Differences below this multiple of the rounding error do not confirm a gradient."""
 ENOUGH: Final = 0.75
 """Share of the measurable images on which difference and gradient must agree."""
+COMPARED: Final = 64
+"""Number of images on which they are compared, enough to meet each of ten classes."""
+OPPOSED: Final = 0.03
+"""Share of the measurable images, at least two, above which gradients that the logits contradict at
+every step size are no accident. Networks with the true gradient have none."""
 
 SIZES: Final = (0.001, 0.005, 0.05)
 """Change of each pixel along a random direction."""
@@ -42,23 +47,32 @@ def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
     The loss is the log odds of the true class, computed from the logits in double precision, so
     that large logits do not saturate it. Its central difference along the gradient is compared with
     the gradient's norm at several step sizes, one of which must agree. A reversed, random or
-    constant gradient agrees on few images. Images with a zero gradient are left to S22.
+    constant gradient agrees on few images; if it is wrong for some classes only, the loss falls
+    along it, or hardly rises, at every step size on a few. Images with a zero gradient are left to
+    S22.
 
     Differences along random directions then reveal missing parts of the gradient, such as pixels on
     which it is zero. Kinks, steps and rounding cause errors, too, but these are uncorrelated
     between two nearby points.
     """
-    rows = evenly_spread(x)
+    rows, few = evenly_spread(x, COMPARED), evenly_spread(x)
     # away from the box's boundary, where networks that clip their input have a kink
-    x, y = 0.9 * x[rows] + 0.05, y[rows]
-    shares = [_share(ensemble, m, x, y) for m in range(ensemble.num_members)]
-    known = [share for share in shares if share is not None]
-    bad = [m for m, share in enumerate(shares) if share is not None and share < ENOUGH]
+    x = 0.9 * x + 0.05
+    compared = [_compared(ensemble, m, x[rows], y[rows]) for m in range(ensemble.num_members)]
+    known = {m: float(agree.double().mean()) for m, (agree, _) in enumerate(compared) if len(agree)}
+    bad = [m for m, share in known.items() if share < ENOUGH]
+    opposed = {m: int(oppose.sum()) for m, (_, oppose) in enumerate(compared)}
+    wrong = [m for m, n in opposed.items() if n > max(1.0, OPPOSED * len(compared[m][1]))]
     incomplete = [
         (m, lacks)
         for m in range(ensemble.num_members)
-        if m not in bad and (lacks := _lacks(ensemble, m, x, y)) > MISSING
+        if m not in bad and (lacks := _lacks(ensemble, m, x[few], y[few])) > MISSING
     ]
+    if wrong and not bad:
+        each = ", ".join(f"member {m} on {opposed[m]} of {len(compared[m][1])}" for m in wrong)
+        return Check(
+            "S41", False, f"differences of the logits contradict gradients of {each} images"
+        )
     if incomplete and not bad:
         each = ", ".join(f"member {m} {lacks:.1f} times" for m, lacks in incomplete)
         return Check(
@@ -70,9 +84,9 @@ def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
     if not known:
         return Check("S41", None, "no gradient is large enough to be compared with differences")
     if not bad:
-        least = f"{100 * min(known):.0f} %"
+        least = f"{100 * min(known.values()):.0f} %"
         return Check("S41", True, f"gradients agree with differences on {least} of the images")
-    each = ", ".join(f"member {m} on {100 * (shares[m] or 0.0):.0f} %" for m in bad)
+    each = ", ".join(f"member {m} on {100 * known[m]:.0f} %" for m in bad)
     return Check(
         "S41",
         False,
@@ -80,8 +94,12 @@ def derivatives_agree(ensemble: Ensemble, x: Images, y: Labels) -> Check:
     )
 
 
-def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
-    """Share of the images on which some step size agrees; None if none can be measured."""
+def _compared(ensemble: Ensemble, m: int, x: Images, y: Labels) -> tuple[Tensor, Tensor]:
+    """Which of the measurable images have a step size that agrees, and which have none that nears.
+
+    Returns:
+        (K,) and (K,) booleans, of the K images whose slopes are larger than their rounding error.
+    """
     with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         logits = ensemble.logits_of(m, point.clone())
@@ -92,7 +110,7 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
     finite = finite.masked_fill(finite <= MASKED, 0.0)  # masked classes have large constants
     rounding = rounding_of(logits.detach()) * finite.abs().amax(1)
     measured = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    agrees = measured.clone()
+    agrees, nears = measured.clone(), measured.clone()
     for step in STEPS:
         moved = step * x[0].numel() ** 0.5 * unit
         with torch.no_grad():
@@ -100,10 +118,11 @@ def _share(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float | None:
             behind = log_odds(ensemble.logits_of(m, (x - moved).to(x.dtype)), y)
         expected = 2 * step * x[0].numel() ** 0.5 * length
         ratio = (ahead - behind) / expected.clamp_min(1e-300)
-        measured |= (expected > ROUNDING * rounding) & ratio.isfinite()
-        confirms = (expected > NOISE * rounding) & (ratio >= 1 / FACTOR) & (ratio <= FACTOR)
-        agrees |= confirms
-    return float(agrees[measured].double().mean()) if bool(measured.any()) else None
+        large = (expected > ROUNDING * rounding) & ratio.isfinite()
+        measured |= large
+        agrees |= (expected > NOISE * rounding) & (ratio >= 1 / FACTOR) & (ratio <= FACTOR)
+        nears |= large & (ratio > 0.5 / FACTOR)
+    return agrees[measured], ~(agrees | nears)[measured]
 
 
 def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:

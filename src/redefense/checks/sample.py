@@ -20,10 +20,15 @@ PIXELS: Final = 100_000
 """Largest number of values that checks of each member use, but at least four images."""
 
 
-def evenly_spread(x: Images, most: int = SAMPLE // 2) -> Tensor:
-    """Indices of at most `most` evenly spaced images; fewer for large images."""
-    count = min(len(x), most, max(4, most * PIXELS // (SAMPLE * x[0].numel())))
+def spread(x: Images, most: int = SAMPLE) -> Tensor:
+    """Indices of at most `most` evenly spaced images: data may be sorted by class."""
+    count = min(len(x), most)
     return torch.linspace(0, len(x) - 1, count).round().long().to(x.device)
+
+
+def evenly_spread(x: Images, most: int = SAMPLE // 2) -> Tensor:
+    """As `spread`; fewer for large images."""
+    return spread(x, min(most, max(4, most * PIXELS // (SAMPLE * x[0].numel()))))
 
 
 def rounding_of(logits: Tensor) -> float:

@@ -43,15 +43,16 @@ def kernels_kept(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen_weights(module: nn.Module) -> Iterator[None]:
     """No gradients of the weights are computed or stored within the block."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    for p, _ in flags:
+    # weights made in inference mode are never differentiated, and torch cannot restore their flag
+    weights = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    for p in weights:
         p.requires_grad_(False)
     try:
         with kernels_kept(module):
             yield
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+        for p in weights:
+            p.requires_grad_(True)
 
 
 @contextmanager
