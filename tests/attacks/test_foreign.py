@@ -82,7 +82,7 @@ def test_a_function_may_view_print_draw_and_write_and_nothing_of_it_remains(
         print("step 1")  # noqa: T201
         x.view(len(x), -1)
         x += 0.01 * random.random() * np.random.rand()
-        return x.clamp(0, 1).numpy()
+        return x.clamp(0, 1).numpy()[..., ::-1]
 
     before, state = X.clone(), str(np.random.get_state())
     first = call(untidy)
@@ -103,8 +103,10 @@ def test_a_function_may_view_print_draw_and_write_and_nothing_of_it_remains(
             "a tuple of 3: a tensor of shape .*, a list of 1: a t",
         ),
         (lambda model, x, y: None, "got a NoneType"),
+        (lambda model, x, y: (255 * x).byte(), "floating-point .* and torch.uint8"),
+        (lambda model, x, y: x.numpy().astype(object), "an array of shape .* and object"),
     ],
-    ids=["fails", "tuple", "none"],
+    ids=["fails", "tuple", "none", "bytes", "objects"],
 )
 def test_what_a_function_does_wrong_is_one_line(function: Any, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:

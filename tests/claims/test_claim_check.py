@@ -13,7 +13,7 @@ import torch
 import redefense
 from cli_tools import command
 from redefense.claims import format
-from redefense.claims.check import check
+from redefense.claims.check import _drawn, check
 from redefense.claims.recompute import recompute
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.suite import CellSpec, Suite
@@ -264,6 +264,32 @@ def test_an_older_version_of_a_suite_is_told(folder: Path, tmp_path: Path) -> No
     it = format.read(path)
     with pytest.raises(DataError, match="suite quick has other attacks now"):
         recompute(it, "digits", tmp_path, weights=network())
+
+
+@pytest.mark.parametrize("version", [None, "0" * 12])
+def test_an_attack_that_every_version_of_a_suite_has_may_not_be_missing(
+    folder: Path, tmp_path: Path, version: str | None
+) -> None:
+    claim = json.loads((folder / "ensemble.json").read_text())
+    claim["evaluations"][0]["suites"][0]["version"] = version
+    attack(claim)
+    claim["sha256"] = format.digest({key: claim[key] for key in claim if key != "sha256"})
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps(claim))
+    checked = command("claim", "check", path)
+    assert checked.code == 1
+    assert "hinge on view members belongs to suite quick" in checked.out
+
+
+def test_the_protocol_of_a_deterministic_method_is_the_average(folder: Path) -> None:
+    it = format.read(folder / "ensemble.json")
+    (found,) = it.evaluations
+    assert _drawn(it, found)  # weights of others: queries draw a member
+    epochs = it.training.model_copy(update={"epochs": 1})
+    for name, drawn in (("vanilla", False), ("red", True)):
+        run = {**it.run, "defence": {"name": name}}
+        trained = it.model_copy(update={"training": epochs, "run": run})
+        assert _drawn(trained, found) is drawn
 
 
 def test_records_are_kept_to_half_a_level() -> None:

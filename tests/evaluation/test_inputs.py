@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import redefense
 from redefense.data import test_indices as permutation
@@ -196,6 +201,11 @@ def test_what_cannot_be_read_is_one_line() -> None:
     ragged = [(IMAGES[0], 0), (IMAGES[1, :, 1:], 1)]
     for given, line in (
         (DataLoader(TensorDataset(IMAGES, LABELS), shuffle=True), "shuffle=False"),
+        (DataLoader(TensorDataset(IMAGES, LABELS), sampler=SubsetRandomSampler([0, 1])), "shuffle"),
+        (
+            DataLoader(TensorDataset(IMAGES, LABELS), batch_size=len(IMAGES) - 1, drop_last=True),
+            "drops its last 1 images: use drop_last=False",
+        ),
         (DataLoader(TensorDataset(IMAGES)), "pairs|batches"),
         (Pairs(ragged), "equal sizes"),
         (Pairs([("cat.png", 0)]), "got str as the first image"),

@@ -226,6 +226,7 @@ def test_what_was_run_besides_counts_and_cells_that_met_few_images_have_no_figur
     (result,) = join([tmp_path / "red"])
     assert result.q_aware is None
     assert "records of 1 of 1 further attacks are missing" in "".join(result.notes)
+    assert [suite.missing for suite in result.suites] == [("quick/member-0.npz",)]
 
 
 def test_bars_and_lines_stand_where_their_figures_say() -> None:

@@ -71,12 +71,13 @@ class Foreign(Attack):
                     f"the attack {self!r} failed when called with ({called}): "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
-        if isinstance(found, np.ndarray):
-            found = torch.from_numpy(found)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
+        if isinstance(found, np.ndarray) and found.dtype.kind == "f":
+            found = torch.from_numpy(np.ascontiguousarray(found))  # reversed axes are not accepted
+        shape = tuple(x.shape)
+        if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
             raise InputError(
-                f"the attack {self!r} must return images of shape {tuple(x.shape)} alone, "
-                f"got {_said(found)}"
+                f"the attack {self!r} must return floating-point images of shape {shape} alone, "
+                f"got {_description(found)}"
             )
         return found.detach().to(x)
 
@@ -134,12 +135,13 @@ def foreign(
     )
 
 
-def _said(found: object) -> str:
-    """A wrong result of an attack, in words: of a sequence the kinds of its elements."""
-    if isinstance(found, Tensor):
-        return f"a tensor of shape {tuple(found.shape)}"
+def _description(found: object) -> str:
+    """A wrong result of an attack: of a sequence the kinds of its elements."""
+    if isinstance(found, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(found, Tensor) else "an array"
+        return f"{kind} of shape {tuple(found.shape)} and {found.dtype}"
     if isinstance(found, list | tuple):
-        parts = ", ".join(_said(part) for part in found[:4])
+        parts = ", ".join(_description(part) for part in found[:4])
         return f"a {type(found).__name__} of {len(found)}: {parts}"
     return f"a {type(found).__name__}"
 

@@ -28,6 +28,7 @@ from redefense.claims.format import (
 )
 from redefense.claims.format import suite_version as version_of
 from redefense.config import parse_run
+from redefense.defences import DEFENCES
 from redefense.errors import DataError, RedefenseError
 from redefense.evaluation.suite import SUITES
 from redefense.results.intervals import accuracy_interval
@@ -48,6 +49,8 @@ TOLERANCE: Final = 3e-5
 """Tolerance between a figure and the mean of its records, which are rounded."""
 INTERVAL_TOLERANCE: Final = 3e-3
 """Tolerance between an interval and that of the records, which are rounded and resampled."""
+ADDED: Final = frozenset({"subset"})
+"""Attacks that earlier versions of the built-in suites lack; they have all others of the present."""
 
 
 def check(path: Path) -> list[Finding]:
@@ -225,6 +228,15 @@ def _definition(plan: Plan) -> dict[str, Any] | None:
     return now if now is not None and plan.version == version_of(now) else None
 
 
+def _cells(plan: Plan) -> list[dict[str, Any]]:
+    """The cells that a suite has; of another version of a built-in one those of all versions."""
+    if (suite := _definition(plan)) is not None:
+        return list(suite["cells"])
+    now = SUITES[plan.suite].cells if isinstance(plan.suite, str) and plan.suite in SUITES else ()
+    plain = [cell.model_dump(mode="json", exclude={"settings"}) for cell in now]
+    return [cell for cell in plain if cell["attack"] not in ADDED]
+
+
 def current(plan: Plan) -> bool:
     """Whether the suite's version is the present one; always true for a user's suite."""
     return _definition(plan) is not None
@@ -235,17 +247,19 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
     left = list(found.cells)
     demanded: list[tuple[str, str, dict[str, Any], str]] = []
     for plan in found.suites:
-        if (suite := _definition(plan)) is None:
+        if not current(plan):
             message = "an earlier version" if plan.version is None else f"version {plan.version}"
-            why = f"Suite {plan.name} was {message}, so its list of attacks cannot be checked."
+            why = (
+                f"Suite {plan.name} was {message}: only the attacks that all versions have are "
+                "checked, without their settings."
+            )
             yield _finding(_subject(it, found), "suite-version", why, severity="note")
-            continue
-        for spec in suite["cells"]:
+        for spec in _cells(plan):
             threat = spec.get("threat")
             if threat is None or (threat["norm"], threat["eps"]) == (found.norm, found.eps):
                 view = spec["view"]
                 if view == "protocol":
-                    view = "sampled" if it.num_members > 1 or not found.exact else "averaged"
+                    view = "sampled" if _drawn(it, found) else "averaged"
                 demanded.append((spec["attack"], view, spec.get("settings", {}), plan.name))
     # entries with the most settings are matched first
     for attack, view, settings, name in sorted(demanded, key=lambda it: -len(it[2])):
@@ -255,9 +269,20 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
             continue
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         why = (
-            f"{attack}({given}) on view {view} belongs to suite {name}, and its result is missing."
+            f"{attack}{f'({given})' if given else ''} on view {view} belongs to suite {name}, and "
+            "its result is missing."
         )
         yield _finding(_subject(it, found), "missing-attack", why)
+
+
+def _drawn(it: Claim, found: Evaluated) -> bool:
+    """Whether `evaluate` resolves the view "protocol" of a suite to a random draw."""
+    if not found.exact:
+        return True
+    if not it.trained:
+        return it.num_members > 1
+    method = DEFENCES.get(str(it.run["defence"]["name"]))
+    return method is None or method.randomized
 
 
 def _ran(call: str, settings: Mapping[str, Any]) -> bool:

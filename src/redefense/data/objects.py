@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from redefense.errors import DataError, InputError, RedefenseError
 from redefense.types import first_line
@@ -49,13 +55,18 @@ def of_loader(loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
     """The images and labels of a loader, in its order.
 
     Raises:
-        InputError: if it shuffles, or returns something else than pairs.
+        InputError: if it shuffles, drops images, or returns something else than pairs.
         DataError: if it fails.
     """
-    if isinstance(loader.sampler, RandomSampler):
+    if isinstance(loader.sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         raise InputError(
             "the loader shuffles, so that its images have no fixed order: use shuffle=False, or "
             "pass the data set itself"
+        )
+    if loader.drop_last and (lost := len(loader.sampler) % (loader.batch_size or 1)):
+        raise InputError(
+            f"the loader drops its last {lost} images: use drop_last=False, or pass the data set "
+            "itself"
         )
     try:
         batches = list(loader)

@@ -113,7 +113,8 @@ class Stored:
     @property
     def missing(self) -> tuple[str, ...]:
         """Missing files of the per-image records that the evaluation lists."""
-        return tuple(s.cell.per_image for s in self.cells if s.q is None and s.cell.per_image)
+        scored = (self.clean, *self.cells, *self.further)
+        return tuple(s.cell.per_image for s in scored if s.q is None and s.cell.per_image)
 
     @property
     def budget(self) -> tuple[str, float | None]:
