@@ -110,10 +110,6 @@ def main() -> None:
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # the reader closed the pipe, which is not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except OSError as error:
         if is_full(error):  # errors of files name them: this is a stream
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

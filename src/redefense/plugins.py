@@ -6,6 +6,7 @@ distribution with entry points in the groups `redefense.attacks`, `redefense.def
 torch: the mappings that hold the objects are imported when a name is registered or looked up.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import re
@@ -18,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, text_of
 
 T = TypeVar("T")
 Origin = dict[str, str]
@@ -103,10 +104,10 @@ class Registry(Mapping[str, T]):
             origins = " ".join(origin.values())
             try:
                 value = point.load()
-            except Exception as error:  # whatever the code of others raises
+            except (Exception, SystemExit) as error:  # whatever the code of others raises
                 raise ConfigError(
                     f"{self.kind}: {name!r} of the plug-in {origins} cannot be loaded: "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {text_of(error)}"
                 ) from error
             self.add(name, self.accepted(name, value), origin)
         return self._added[name]
@@ -196,17 +197,19 @@ def _run(path: Path, origin: Origin) -> None:
     sys.modules[name] = module  # dataclasses and type hints look their module up there
     token = _loading.set(origin)
     try:
-        spec.loader.exec_module(module)
+        # stdout is reserved for machine-readable output
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except ConfigError as error:
         raise ConfigError(f"the plug-in {path}: {error}") from error
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         line = next(
             (frame.lineno for frame in reversed(_frames(error)) if frame.filename == str(path)),
             getattr(error, "lineno", None),
         )
         at = "" if line is None else f", line {line}"
         raise ConfigError(
-            f"the plug-in {path}{at}: {type(error).__name__}: {' '.join(str(error).split())}"
+            f"the plug-in {path}{at}: {type(error).__name__}: {' '.join(text_of(error).split())}"
         ) from error
     finally:
         _loading.reset(token)

@@ -90,8 +90,10 @@ def test_commands_take_a_plugin_and_records_name_it(tmp_path: Path) -> None:
         ("x = 1\n1 / 0", "line 2: ZeroDivisionError: division by zero"),
         ("def f(:", "line 1: SyntaxError"),
         ("x = 1", "registers nothing"),
+        ("import sys\nsys.exit(3)", "line 2: SystemExit: 3"),
+        ("class E(Exception):\n    def __str__(self): return 1 / 0\nraise E", "line 3: E"),
     ],
-    ids=["own", "no-class", "raises", "syntax", "empty"],
+    ids=["own", "no-class", "raises", "syntax", "empty", "exits", "no-text"],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_line(
     text: str, said: str, tmp_path: Path
@@ -104,6 +106,18 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match="No such file"):
         plugins.load_file(tmp_path / "absent.py")
+
+
+def test_what_a_plugin_prints_is_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import redefense\nprint('loaded')\n"
+        "redefense.register(attacks={'still': lambda model, x, y: x})"
+    )
+    plugins.load_file(file)
+    assert capsys.readouterr() == ("", "loaded\n")
 
 
 def test_an_error_in_a_plugin_is_told_from_one_of_ours(tmp_path: Path) -> None:
@@ -220,7 +234,7 @@ def test_foreign_attacks_leave_the_global_generators_alone() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert (norms(first - x, 2.0) <= 1 + 1e-5).all()
-    with pytest.raises(InputError, match="must return images of shape"):
+    with pytest.raises(InputError, match="must return floating-point images of shape"):
         foreign(lambda model, x, y: x[:1], "short")()(net, x, y, Threat())
 
 
@@ -255,7 +269,12 @@ def test_data_of_ones_own_are_rounded_to_bytes_and_checked() -> None:
         (x, y), test = half()
         return (x * math.inf, y), test
 
-    redefense.register(datasets={"half": half, "wrong": wrong})
+    def absent() -> Any:
+        raise OSError("the store does not answer")
+
+    redefense.register(datasets={"half": half, "wrong": wrong, "absent": absent})
+    with pytest.raises(DataError, match="absent cannot be read: OSError: the store does not"):
+        load_dataset("absent")
     data = load_dataset("half")
     assert data.train.images.unique().tolist() == [128]
     assert (data.name, data.num_classes, len(data.test)) == ("half", 2, 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import redefense
 from cli_tools import exit_code
 from redefense.commands.streams import accept_every_letter
 from report_tools import build_run
@@ -72,3 +73,18 @@ def test_closed_streams_take_what_is_written(monkeypatch: pytest.MonkeyPatch) ->
     assert exit_code("list", "nothing") == 2
     for name in ("stdout", "stderr"):
         getattr(sys, name).close()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_reader_that_stops_changes_no_exit_code(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    table = Path(redefense.__file__).parent / "audit" / "examples" / "red_table1.csv"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, name, pipe)
+        monkeypatch.setattr(sys, f"__{name}__", pipe)
+        assert exit_code("audit", table) == 1
+        assert exit_code("list", "attacks") == 0
+        assert exit_code("list", "nothing") == 2

@@ -50,7 +50,7 @@ TOLERANCE: Final = 3e-5
 INTERVAL_TOLERANCE: Final = 3e-3
 """Tolerance between an interval and that of the records, which are rounded and resampled."""
 ADDED: Final = frozenset({"subset"})
-"""Attacks that earlier versions of the built-in suites lack; they have all others of the present."""
+"""Attacks that earlier versions of the built-in suites lack; they have all the others."""
 
 
 def check(path: Path) -> list[Finding]:

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 _PLAIN: Final = MappingProxyType(
     {
@@ -39,7 +39,7 @@ def accept_every_letter() -> None:
     """Replace characters that the encoding of a standard stream lacks, instead of raising.
 
     Symbols are replaced by their ASCII form and other characters by a question mark. A closed
-    stream is replaced by one that writes nothing.
+    stream, or one whose reader closes it, writes nothing.
     """
     codecs.register_error("redefense", _plain)
     for name in ("stdout", "stderr"):
@@ -48,3 +48,29 @@ def accept_every_letter() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="redefense")
+            if stream is getattr(sys, f"__{name}__"):  # the interpreter's own, which stays open
+                setattr(sys, name, _piped(stream))
+
+
+class _Pipe(io.FileIO):
+    """A stream that discards what is written after its reader has closed the pipe.
+
+    The command goes on, and its exit code still states its result.
+    """
+
+    def write(self, data: Any, /) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
+
+
+def _piped(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

@@ -33,9 +33,11 @@ def reader(name: str, function: Callable[..., Any]) -> Callable[..., Source]:
     def read(path: Path, refuse: Refuse) -> Source:
         try:
             found = function(path) if takes else function()
-        except (RedefenseError, OSError):  # those of files name them
+        except RedefenseError:
             raise
         except Exception as error:  # a user's function may raise anything
+            if isinstance(error, OSError) and error.filename is not None:
+                raise  # it names the file
             raise DataError(
                 f"the data set {name} cannot be read: {type(error).__name__}: {first_line(error)}"
             ) from error

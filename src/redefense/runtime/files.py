@@ -46,7 +46,7 @@ def reason(error: OSError) -> str:
 def is_full(error: OSError) -> bool:
     """Whether the error is a full disk or an exceeded quota."""
     # safetensors raises its own error, with the number only in its text
-    return error.errno in _NO_ROOM or "os error 28" in str(error)
+    return error.errno in _NO_ROOM or any(f"(os error {n})" in str(error) for n in _NO_ROOM)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
-from redefense.errors import BAD_JSON, CheckpointError, TrainingError
-from redefense.runtime.files import reason
+from redefense.errors import BAD_JSON, CheckpointError, TrainingError, WriteError
+from redefense.runtime.files import is_full, reason
 
 FORMAT = 1
 KEEP = 2
@@ -60,7 +60,7 @@ def save(
 
     Raises:
         TrainingError: if a number to be saved is not finite, before anything is written.
-        CheckpointError: if it cannot be written; `target` is then unchanged.
+        WriteError: if it cannot be written; `target` is then unchanged.
     """
     if (name := _non_finite({**weights, **(optimizer or {})})) is not None:
         raise TrainingError(
@@ -96,7 +96,9 @@ def save(
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"cannot write checkpoint {target}: {reason(error)}") from None
+        raise WriteError(
+            f"cannot write checkpoint {target}: {reason(error)}", full=is_full(error)
+        ) from None
 
 
 def read(path: Path) -> Checkpoint:
