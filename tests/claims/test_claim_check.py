@@ -150,6 +150,27 @@ def gain(claim: dict[str, Any]) -> None:
     claim["evaluations"][0]["over_averaged"]["value"] += 0.1
 
 
+def radius(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["eps"] *= 2
+
+
+def flag(key: str) -> Edit:
+    def edit(claim: dict[str, Any]) -> None:
+        cell = claim["evaluations"][0]["cells"][-1]
+        cell[key] = not cell[key]
+
+    return edit
+
+
+def suite(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["suites"][0]["suite"] = "quik"
+
+
+def members(claim: dict[str, Any]) -> None:
+    found = claim["evaluations"][0]
+    found["clean_members"] = [1.0] * len(found["clean_members"])
+
+
 CHANGES: dict[str, tuple[Edit, str, str]] = {
     "figure": (figure, "records-contradict", "aware is stated as"),
     "clean": (clean, "records-contradict", "clean is stated as"),
@@ -160,6 +181,11 @@ CHANGES: dict[str, tuple[Edit, str, str]] = {
     "steps": (steps, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
     "images": (images, "records-damaged", "are of 24 images, expected 400"),
     "gain": (gain, "difference", "over_averaged is not the aware figure minus"),
+    "radius": (radius, "budget", "is of another budget than the claim's"),
+    "aware": (flag("aware"), "attack-kind", "aware=False, but its attack is aware=True"),
+    "bounded": (flag("bounded"), "attack-kind", "bounded=False, but its attack is bounded=True"),
+    "suite": (suite, "unknown-suite", "Suite quik is unknown"),
+    "members": (members, "clean-members", "its members have 100.00 % to 100.00 %"),
     "authors": (without("authors"), "unattributed", "authors is not stated"),
 }
 

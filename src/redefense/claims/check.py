@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from redefense.attacks import ATTACKS
 from redefense.audit.audit import findings_about
 from redefense.audit.finding import Finding
 from redefense.claims.format import (
@@ -67,7 +68,8 @@ def check(path: Path) -> list[Finding]:
     found = [*_identity(it, document)]
     for each in it.evaluations:
         try:
-            found += [_finding(_subject(it, each), *message) for message in _sums(each)]
+            sums = (*_sums(each), *_members(it, each))
+            found += [_finding(_subject(it, each), *message) for message in sums]
         except ValueError as error:  # records that cannot be unpacked
             found.append(_finding(_subject(it, each), "records-damaged", f"{error}."))
             continue
@@ -150,6 +152,17 @@ def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
             yield "aware-records", f"The aware figure is not the worst attack's on {wrong} images."
     yield from _unaware(found)
     yield from _differences(found)
+
+
+def _members(it: Claim, found: Evaluated) -> Iterator[tuple[str, str]]:
+    """Check that the clean accuracy can be a weighted mean of the members' accuracies."""
+    each = found.clean_members
+    if not found.exact or found.clean is None or len(each) != it.num_members:
+        return
+    if not min(each) - TOLERANCE <= found.clean.value <= max(each) + TOLERANCE:
+        range_ = f"{_percent(min(each))} to {_percent(max(each))}"
+        why = f"clean is stated as {_percent(found.clean.value)}, its members have {range_}."
+        yield "clean-members", why
 
 
 def _images(text: str | None, n: int, what: str) -> NDArray[np.float64] | None:
@@ -245,9 +258,12 @@ def current(plan: Plan) -> bool:
 def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
     """Check that every attack of a suite has records and the suite's settings."""
     left = list(found.cells)
-    demanded: list[tuple[str, str, dict[str, Any], str]] = []
+    demanded: list[tuple[str, str, dict[str, Any], str, bool | None]] = []
     for plan in found.suites:
-        if not current(plan):
+        if isinstance(plan.suite, str) and plan.suite not in SUITES:
+            why = f"Suite {plan.name} is unknown, so that its list of attacks cannot be checked."
+            yield _finding(_subject(it, found), "unknown-suite", why)
+        elif not current(plan):
             message = "an earlier version" if plan.version is None else f"version {plan.version}"
             why = (
                 f"Suite {plan.name} was {message}: only the attacks that all versions have are "
@@ -260,12 +276,14 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
                 view = spec["view"]
                 if view == "protocol":
                     view = "sampled" if _drawn(it, found) else "averaged"
-                demanded.append((spec["attack"], view, spec.get("settings", {}), plan.name))
+                settings, aware = spec.get("settings", {}), spec.get("aware")
+                demanded.append((spec["attack"], view, settings, plan.name, aware))
     # entries with the most settings are matched first
-    for attack, view, settings, name in sorted(demanded, key=lambda it: -len(it[2])):
+    for attack, view, settings, name, aware in sorted(demanded, key=lambda it: -len(it[2])):
         fits = [c for c in left if (c.attack, c.view) == (attack, view) and _ran(c.repr, settings)]
         if fits:
             left.remove(fits[0])
+            yield from _described(it, found, fits[0], aware)
             continue
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         why = (
@@ -273,6 +291,23 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
             "its result is missing."
         )
         yield _finding(_subject(it, found), "missing-attack", why)
+
+
+def _described(
+    it: Claim, found: Evaluated, cell: Attacked, aware: bool | None
+) -> Iterator[Finding]:
+    """Check what a cell states about its attack: awareness, boundedness and budget."""
+    if (kind := ATTACKS.own.get(cell.attack)) is not None:
+        known = {"aware": kind.adaptive if aware is None else aware, "bounded": kind.bounded}
+        for key, value in known.items():
+            if getattr(cell, key) != value:
+                why = f"{cell.id} is stated as {key}={not value}, but its attack is {key}={value}."
+                yield _finding(_subject(it, found), "attack-kind", why)
+    budget = re.search(r"-(linf|l2)-(\d+(?:\.\d+)?)(?![\d.])", cell.id)
+    norm = {"inf": "linf", "2": "l2"}[found.norm]
+    if budget and (budget[1] != norm or abs(float(budget[2]) - found.eps) > 1e-6):
+        why = f"{cell.id} is of another budget than the claim's, {norm} {found.eps:g}."
+        yield _finding(_subject(it, found), "budget", why)
 
 
 def _drawn(it: Claim, found: Evaluated) -> bool:
