@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
+from redefense.errors import InputError
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.report_object import Report
-from redefense.evaluation.stochastic.batching import rows_per_call
+from redefense.evaluation.stochastic.batching import check_alone, rows_per_call
 from redefense.evaluation.stochastic.cells import Draws, scored
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import check_draws
@@ -96,6 +97,42 @@ APART: dict[str, Callable[[], nn.Module]] = {
 def test_draws_share_a_call_only_where_copies_are_independent(name: str) -> None:
     network = Stochastic((TOGETHER | APART)[name]())
     assert rows_per_call(network, X) == (64 * 3072 // 16 if name in TOGETHER else 0)
+
+
+class Scaled(nn.Module):
+    """Noise whose standard deviation is a function of the place in the batch and of its size."""
+
+    def __init__(self, sigma: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.sigma, self.network = sigma, small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma = self.sigma(torch.arange(len(x)), len(x)).view(-1, 1, 1, 1)
+        answer: Tensor = self.network(x + sigma * torch.randn_like(x))
+        return answer
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [
+        lambda place, size: 0.5 * (place == 0),
+        lambda place, size: 0.5 * (place == size - 1),
+        lambda place, size: 0.5 / (size + 0 * place) ** 0.5,
+        lambda place, size: 0.1 + 0.4 * (place > 0),
+    ],
+    ids=["first only", "last only", "less in large batches", "less for the first"],
+)
+def test_noise_that_depends_on_the_place_or_the_batch_is_refused(
+    sigma: Callable[[Tensor, int], Tensor],
+) -> None:
+    with pytest.raises(InputError, match="alone and in a batch of 32"):
+        check_draws(Stochastic(Scaled(sigma)), X)
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, *APART])
+def test_draws_of_one_distribution_alone_and_in_a_batch_are_taken(name: str) -> None:
+    check_alone(Stochastic((TOGETHER | APART)[name]()), X)
+    check_alone(Stochastic((TOGETHER | APART)[name]()), X[:1])
 
 
 def test_an_ensemble_that_draws_a_member_once_a_call_is_asked_by_separate_calls() -> None:

@@ -188,6 +188,9 @@ def test_a_generator_of_its_own_is_told_and_its_draws_are_fresh() -> None:
     assert checks(report)["D1"] is False
     low, high = report.headline["aware_interval_draws"]
     assert low <= ndtr(0) <= high
+    assert (checks(report)["S07"], checks(report)["S22"], checks(report)["S41"]) == (
+        True, True, None,
+    )  # fmt: skip
 
 
 def test_answers_that_depend_on_other_images_are_refused() -> None:

@@ -22,9 +22,20 @@ from redefense.rng import stream
 from redefense.threat import Threat
 
 
-def before_run(ensemble: Ensemble, x: Tensor, y: Tensor) -> list[Check]:
-    """Checks of the victim model and of the scale of its images."""
-    agree = derivatives_agree(ensemble, x, y)
+def before_run(ensemble: Ensemble, x: Tensor, y: Tensor, *, repeats: bool = True) -> list[Check]:
+    """Checks of the victim model and of the scale of its images.
+
+    Args:
+        ensemble: the members.
+        x: the images.
+        y: their labels.
+        repeats: whether a member gives equal outputs in equal calls, which differences need.
+    """
+    agree = (
+        derivatives_agree(ensemble, x, y)
+        if repeats
+        else Check("S41", None, "needs outputs that repeat")
+    )
     rows = spread(x)
     x, y = x[rows], y[rows]
     return [

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import chi2, kruskal, ks_2samp
 
-from redefense.checks.sample import evenly_spread
+from redefense.checks.answers import KERNELS
+from redefense.checks.sample import SAMPLE, evenly_spread
 from redefense.ensembles.batches import InBatches
+from redefense.errors import InputError
 from redefense.rng import draw_seed, stream
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Float, Images, Logits
@@ -27,6 +29,9 @@ COPIES: Final = 16
 SEPARATE: Final = 64
 LEVEL: Final = 0.05
 """Probability with which a network whose copies are independent is still given separate calls."""
+
+CERTAIN: Final = 5.0
+"""Standard errors by which the draws of an image alone and in a batch must differ to be refused."""
 
 Values = NDArray[np.float64]
 
@@ -78,6 +83,45 @@ def rows_per_call(network: Stochastic, x: Images) -> int:
     if min(chances) < LEVEL / len(chances):
         return 0
     return max(COPIES, CALL_VALUES // x[0].numel())
+
+
+def check_alone(network: Stochastic, x: Images) -> None:
+    """Refuse networks whose draws for an image are distributed differently alone and in a batch.
+
+    `SEPARATE` calls with a batch are compared with as many with its first and with its last image
+    alone, in their mean and in their mean distance from the median. These tests are not affected by
+    rounding, which differs between the two. Differences up to `KERNELS` of the range are allowed.
+
+    Raises:
+        InputError: if the noise depends on the place in the batch or on its size.
+    """
+    images = x[evenly_spread(x, SAMPLE)]
+    if len(images) == 1:
+        return
+    with torch.no_grad():
+        batches = torch.stack([_ask(network, images, "batch", call) for call in range(SEPARATE)])
+        span = float((batches.amax((0, 1)) - batches.amin((0, 1))).amax())
+        for row in (0, len(images) - 1):
+            image = images[row : row + 1]
+            calls = [_ask(network, image, "alone", row, call) for call in range(SEPARATE)]
+            order = batches[:, row].mean(0).argsort(descending=True)
+            single = _gaps(torch.cat(calls), order)
+            for alone, among in zip(single, _gaps(batches[:, row], order), strict=True):
+                far = [abs(v - np.median(v)) for v in (alone, among)]
+                if _differ(alone, among, KERNELS * span) or _differ(*far, KERNELS * span):
+                    raise InputError(
+                        "the network's random outputs for an image are distributed differently "
+                        f"alone and in a batch of {len(images)} (standard deviations "
+                        f"{alone.std():.3g} and {among.std():.3g}), so no figure would hold for "
+                        "single queries: draw noise of one distribution for each image, whatever "
+                        "its place in the batch"
+                    )
+
+
+def _differ(first: Values, other: Values, allowed: float) -> bool:
+    """Whether the means of two samples differ by more than is allowed, and significantly."""
+    error = float(np.sqrt(first.var() / len(first) + other.var() / len(other)))
+    return bool(abs(first.mean() - other.mean()) > max(allowed, CERTAIN * error))
 
 
 def _ask(network: Stochastic, x: Images, *name: str | int) -> Float[torch.Tensor, "B C"]:

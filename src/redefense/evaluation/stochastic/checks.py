@@ -37,10 +37,9 @@ EXACT: Final = (
 
 def before(network: Stochastic, subject: Subject) -> list[Check]:
     """Checks of the network before the first attack, at two of its seeds."""
-    if not network.governed:
-        return [_governed(network)]
     two = network.at(network.seeds[:2])
-    return [*before_run(two, subject.x, subject.y), _governed(network)]
+    found = before_run(two, subject.x, subject.y, repeats=network.governed)
+    return [*found, _governed(network)]
 
 
 def _governed(network: Stochastic) -> Check:

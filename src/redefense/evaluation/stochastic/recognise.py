@@ -19,7 +19,7 @@ from redefense.checks.answers import (
 )
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, InputError
-from redefense.evaluation.stochastic.batching import rows_per_call
+from redefense.evaluation.stochastic.batching import check_alone, rows_per_call
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
@@ -100,11 +100,13 @@ def check_draws(network: Stochastic, x: Images) -> None:
     Sets `network.governed`, `network.placed` and `network.rows`.
 
     Raises:
-        InputError: if at a fixed seed the output of an image depends on the rest of its batch.
+        InputError: if the output of an image depends on the rest of its batch, at a fixed seed or
+            in distribution.
     """
     points = sample_points(x)
     module = cast(nn.Module, network)
     with kept_as_it_was(module):
+        check_alone(network, x)
         network.rows = rows_per_call(network, x)
         for m in range(min(3, network.num_members)):
             first, again = query_member(network, m, points), query_member(network, m, points)
