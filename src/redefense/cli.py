@@ -53,7 +53,7 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 data_app.command("check", cls=HelpfulCommand)(with_plugins(looking.data_check))
 claim_app = typer.Typer(
-    help="Claims: figures in a file that others can check and recompute.",
+    help="Claims: figures that others can check and recompute.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -125,9 +125,9 @@ def main() -> None:
         if (place := raised_in(error)) is not None:
             _fail(f"the plug-in {place} raised {type(error).__name__}: {error}", 2)
         typer.echo(
-            "redefense: unless you changed redefense or added to it, this is a defect of ours; "
-            "please report it, with the text above, among the issues of the repository that you "
-            "got redefense from",
+            "redefense: unless you changed redefense or added to it, this is a defect of "
+            "redefense; please report it, with the text above, as an issue of the repository that "
+            "you got redefense from",
             err=True,
         )
         raise SystemExit(70) from None

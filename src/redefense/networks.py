@@ -189,7 +189,7 @@ def set_evaluation(network: nn.Module) -> None:
         return
     try:
         network.eval()
-    except Exception:  # noqa: BLE001 - whatever a part says to it
+    except Exception:  # noqa: BLE001 - whatever the parts raise
         network.training = False
         for child in network.children():
             set_evaluation(child)

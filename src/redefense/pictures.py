@@ -13,7 +13,7 @@ class PictureError(ValueError):
 def as_shown(picture: Any) -> Any:
     """A picture that Pillow has opened, as viewers show it: in mode L if it is grey, else RGB.
 
-    It is turned as its EXIF orientation says, and blended with white where it is transparent.
+    Its EXIF orientation is applied, and it is blended with white where it is transparent.
     Data sets, the server and the run.py of bundles all read pictures so: a network is trained,
     evaluated and queried on the same pixels.
 

@@ -69,7 +69,7 @@ def test_what_a_host_hands_over_is_counted() -> None:
 
 def test_finished_cases_are_told_at_once() -> None:
     said: list[str] = []
-    result = run(models=["linear"], members=[1, 2], batch=2, steps=1, rounds=1, tell=said.append)
+    result = run(models=["linear"], members=[1, 2], batch=2, steps=1, rounds=1, log=said.append)
     assert said == table(result).splitlines()[2:]
 
 
@@ -100,7 +100,7 @@ def test_a_joint_graph_that_does_not_fit_is_left_out_with_the_reason(
 
 def test_memory_of_the_engine_is_flat_where_that_of_the_joint_graph_grows() -> None:
     said: list[str] = []
-    result = run_memory(members=[2, 5], batch=8, tell=said.append)
+    result = run_memory(members=[2, 5], batch=8, log=said.append)
     two, five = result["cases"]
     assert result["spread"] < 0.1
     assert five["joint"] > 2 * two["joint"] > 2 * two["engine"]

@@ -63,7 +63,7 @@ def test_images_are_found_again_and_made_again_where_they_are_missing(tmp_path: 
     assert not list(without.glob(f"*{SUFFIX}"))
     told: list[str] = []
     for images in (
-        run(store=without, say=told.append).images,  # on top of a finished evaluation
+        run(store=without, log=told.append).images,  # on top of a finished evaluation
         run(store=without).images,
     ):
         assert {k: v.tolist() for k, v in images.items()} == {

@@ -286,7 +286,7 @@ def test_a_resumed_evaluation_gives_the_same_file(tmp_path: Path) -> None:
 def test_a_finished_evaluation_is_read_not_repeated(tmp_path: Path) -> None:
     whole = _run(tmp_path / "quick")
     said: list[str] = []
-    assert _run(tmp_path / "quick", say=said.append) == whole
+    assert _run(tmp_path / "quick", log=said.append) == whole
     assert not said
 
 

@@ -32,7 +32,7 @@ SUITE = {
 def report_of(run: Path, suite: str, replay: str, said: list[str]) -> dict[str, Any]:
     out = run / replay / "small.json"
     out.parent.mkdir()
-    report, _ = evaluate_run(run, suite=suite, images=8, out=out, replay=replay, say=said.append)
+    report, _ = evaluate_run(run, suite=suite, images=8, out=out, replay=replay, log=said.append)
     told: dict[str, Any] = json.loads(report.to_json())
     for cell in [*told["cells"], *told["further_cells"]]:
         cell.pop("seconds", None)

@@ -194,15 +194,15 @@ def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Orac
             parts = zip(shares, gaps.detach().split(len(x)), grads.split(len(x)), strict=True)
             for share, gap, grad in parts:
                 # at a tie the member may still be correct, so its gradient still counts
-                standing = gap + kappa >= 0
+                correct = gap + kappa >= 0
                 left = (gap + kappa).relu().to(x.dtype)
                 value -= share * left
                 if not with_grad:
                     continue
                 slope = norms(grad, dual(norm)).clamp_min(TINY)
-                unit = -grad * per_image(standing / slope, grad)
+                unit = -grad * per_image(correct / slope, grad)
                 total += share * unit
-                distance = torch.where(standing, left / slope, math.inf)
+                distance = torch.where(correct, left / slope, math.inf)
                 single = torch.where((distance < nearest).view(-1, 1, 1, 1), unit, single)
                 nearest = nearest.minimum(distance)
         if with_grad:

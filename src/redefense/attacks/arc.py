@@ -83,10 +83,10 @@ class ARC(Attack):
         """Run rounds from one scored point per image, at most until all members err."""
         rows = torch.arange(len(x), device=x.device)
         for _ in range(self.steps):
-            standing = (best.correct[rows] > 0).nonzero().flatten()
-            if len(standing) == 0:
+            remaining = (best.correct[rows] > 0).nonzero().flatten()
+            if len(remaining) == 0:
                 break
-            rows, point, correct = rows[standing], point[standing], correct[standing]
+            rows, point, correct = rows[remaining], point[remaining], correct[remaining]
             part, clean = best.select(rows), x[rows]
             turn, local = self._turns(support, part, order, point, correct, clean, y[rows], threat)
             best.update(rows, part)

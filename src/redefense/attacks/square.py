@@ -260,7 +260,7 @@ class Square(Attack):
         """The best point found.
 
         Args:
-            victim: asked for scores.
+            victim: queried for scores.
             x: clean images.
             y: their labels.
             threat: the ball.

@@ -184,7 +184,7 @@ class _Row:
             check_linf(eps)
         num_images, aware = self.count("num_images"), self.truth("aware")
         if counted is not None and num_images not in (None, counted):
-            raise ConfigError(f"accuracy counts {counted} images, but num_images says {num_images}")
+            raise ConfigError(f"accuracy counts {counted} images, but num_images is {num_images}")
         return Claim(
             where=f"line {line}",
             dataset=self.cells["dataset"],

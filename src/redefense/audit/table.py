@@ -81,8 +81,8 @@ class Group:
 
     @property
     def randomized(self) -> bool | None:
-        said = [c.randomized for c in self.claims if c.randomized is not None]
-        return any(said) if said else None
+        stated = [c.randomized for c in self.claims if c.randomized is not None]
+        return any(stated) if stated else None
 
     @property
     def num_members(self) -> int:

@@ -163,25 +163,23 @@ def run(
         raise ConfigError(f"--single leaves out the table of {', '.join(chosen)}")
     if train_images is not None and train_images < 1:
         raise ConfigError(f"train_images must be at least 1, got {train_images}")
-    tell = _silent if json else _to_stderr
+    log = _silent if json else _to_stderr
     dataset = load_dataset(data or "digits")
     if model == "auto":
         model = "digits-cnn" if dataset.name == "digits" else "resnet8"
     library = _library()
     notes = [] if library is not None else [HOW_TO_INSTALL]
     for note in notes:
-        tell(note)
+        log(note)
     shown, held, _ = train_validation(dataset, HELD_OUT)
     members = train_members(
         dataset, shown, model, 1 if single else MEMBERS,
-        seed=seed, train_images=train_images, tell=tell,
+        seed=seed, train_images=train_images, log=log,
     )  # fmt: skip
     scene = _scene(dataset, held, members, images, seed)
     alone = _scene(dataset, held, Independent([members.member(0)]), images, seed)
-    first = [
-        single_row(alone, name, library, tell) for name in chosen if not ATTACKS[name].adaptive
-    ]
-    second = [random_row(scene, name, tell) for name in chosen if _in_second(name) and not single]
+    first = [single_row(alone, name, library, log) for name in chosen if not ATTACKS[name].adaptive]
+    second = [random_row(scene, name, log) for name in chosen if _in_second(name) and not single]
     return {
         "settings": {
             "data": dataset.name,
@@ -232,7 +230,7 @@ def train_members(
     *,
     seed: int,
     train_images: int | None,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Independent:
     """Undefended networks, trained briefly."""
     nets = [
@@ -247,12 +245,12 @@ def train_members(
     for _ in fit(members, Vanilla().stages(count, epochs), loader, optim=OPTIM, seed=seed):
         pass  # nothing is saved or logged
     taken = len(shown) if train_images is None else min(train_images, len(shown))
-    tell(f"trained {count} x {model} on {taken} images, {epochs} epoch(s), seed {seed}")
+    log(f"trained {count} x {model} on {taken} images, {epochs} epoch(s), seed {seed}")
     return members.eval()
 
 
 def single_row(
-    scene: Scene, name: str, library: ModuleType | None, tell: Callable[[str], None]
+    scene: Scene, name: str, library: ModuleType | None, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """One attack on one network: the default, the preset, the library."""
     row: dict[str, Any] = {"attack": name}
@@ -267,7 +265,7 @@ def single_row(
         row["times_faster"] = theirs.seconds / row.get("preset", row["default"])["seconds"]
         gap = paired_difference(left.numpy(), theirs_left.numpy())
         row["default_minus_theirs"] = [gap.value, gap.low, gap.high]
-    tell(single_line(row))
+    log(single_line(row))
     return row
 
 
@@ -313,7 +311,7 @@ def _in_second(name: str) -> bool:
     return ATTACKS[name].adaptive or TORCHATTACKS in ATTACKS[name].presets
 
 
-def random_row(scene: Scene, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
+def random_row(scene: Scene, name: str, log: Callable[[str], None]) -> dict[str, Any]:
     """The preset on a random member per call, or an adaptive attack."""
     kind = ATTACKS[name]
     attack = kind() if kind.adaptive else _with_preset(kind)
@@ -326,7 +324,7 @@ def random_row(scene: Scene, name: str, tell: Callable[[str], None]) -> dict[str
 
     row: dict[str, Any] = {"attack": name, "aware": kind.adaptive, "bounded": kind.bounded}
     row |= asdict(scene.figures(go)[0])
-    tell(random_line(row))
+    log(random_line(row))
     return row
 
 

@@ -50,7 +50,7 @@ def run(
     precision: Precision = "bf16",
     device: str = "cpu",
     seed: int = 0,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure steps of RED (`calibrated`) on random images of 32 x 32 pixels.
 
@@ -63,7 +63,7 @@ def run(
         precision: precision of the engine's step; the joint graph is in single precision.
         device: torch device.
         seed: seed of weights and images.
-        tell: called with each finished case.
+        log: called with each finished case.
 
     Returns:
         `cases`, one for each number of members: bytes of `engine` and `joint`, of the kernels that
@@ -96,7 +96,7 @@ def run(
             recording = step.prepared()
             case["recorded"] = None if recording is None else recording.nbytes
         case["engine"] -= written  # allocated from the first attack on, so included in the peak
-        tell(line(case))
+        log(line(case))
         cases.append(case)
     several = [case["engine"] for case in cases if case["members"] > 1]
     return {

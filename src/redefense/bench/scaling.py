@@ -96,7 +96,7 @@ def run(
     settings: Run,
     counts: Sequence[int] = (1, 2, 4),
     steps: int = 3,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train on every mesh and compare with one process.
 
@@ -104,7 +104,7 @@ def run(
         settings: settings of the run.
         counts: numbers of processes; 1 is always measured first.
         steps: number of timed steps.
-        tell: called with progress.
+        log: called with progress.
 
     Returns:
         `meshes`: for each mesh its `gradient` difference (largest of one step in single precision
@@ -127,7 +127,7 @@ def run(
             if any(codes):
                 raise ConfigError(f"processes of mesh {mesh} ended with {codes}")
             row = found[mesh] = _compared(settings, folder, Path(scratch) / "1x1")
-            tell(f"mesh {mesh}: weights differ by {row['weights']:.1e} from one process's")
+            log(f"mesh {mesh}: weights differ by {row['weights']:.1e} from one process's")
     return {
         "recipe": settings.recipe,
         "num_members": num_members,

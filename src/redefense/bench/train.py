@@ -82,7 +82,7 @@ def run(
     rounds: int = 2,
     device: str = "cpu",
     seed: int = 0,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Time the four ways on random images of 32 x 32 pixels.
 
@@ -94,7 +94,7 @@ def run(
         rounds: number of timings of each way, after one warm-up step.
         device: torch device.
         seed: seed of weights and images.
-        tell: called with each finished case.
+        log: called with each finished case.
 
     Returns:
         `settings` and `cases`, one for each model and number of members: median seconds of one
@@ -115,7 +115,7 @@ def run(
             case = _case(model, num_members, size, steps, rounds, device, seed)
             cases.append(case)
             for text in lines(case):
-                tell(text)
+                log(text)
     return {
         "settings": {
             "steps": steps,

@@ -89,7 +89,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
         if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
             continue  # random in evaluation mode too, which `check_outputs` refuses
         if bool((differences(evaluated, given) > ROUNDING).any()):
-            raise _other_mode(module, m, f"there {said(evaluated, given)}")
+            raise _other_mode(module, m, f"there {difference_text(evaluated, given)}")
 
 
 def laid_out(ensemble: Ensemble, x: Images) -> Images:
@@ -163,7 +163,7 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
             (differences(answers, again := query_member(ensemble, m, points)) > ROUNDING).any()
         ):
             raise InputError(
-                f"member {m} returns different outputs for one image ({said(answers, again)}): "
+                f"member {m} returns different outputs for one image ({difference_text(answers, again)}): "
                 "draws inside a forward pass cannot be enumerated; pass the networks it draws from "
                 "as a list"
             )
@@ -172,7 +172,7 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
         if bool((differences(answers, other) > GROSS).any()):
             raise InputError(
                 f"the output of member {m} for an image depends on the other images in its batch "
-                f"(batches of {len(points)} and of {size}: {said(answers, other)}), so no figure "
+                f"(batches of {len(points)} and of {size}: {difference_text(answers, other)}), so no figure "
                 "would hold for single queries: make it depend on the image alone, as batch norm "
                 "with running statistics in evaluation mode"
             )
@@ -182,7 +182,7 @@ def _in_batches(ensemble: Ensemble, m: int, x: Images, size: int) -> Logits:
     return torch.cat([query_member(ensemble, m, part) for part in x.split(size)])
 
 
-def said(first: Tensor, other: Tensor) -> str:
+def difference_text(first: Tensor, other: Tensor) -> str:
     """Describe the difference of two outputs for the same images."""
     share = float(differences(first, other).amax())
     labels = int((first.argmax(1) != other.argmax(1)).sum())
@@ -268,7 +268,9 @@ class Answers:
                 gap = float(differences(first, answers).amax())
                 largest = max(largest, gap)
                 if gap > KERNELS:
-                    bad.append(f"{where} outputs of member {m} differ ({said(first, answers)})")
+                    bad.append(
+                        f"{where} outputs of member {m} differ ({difference_text(first, answers)})"
+                    )
         return Check("S42", not bad, "; ".join(bad) if bad else
                      "outputs depend on the image alone, not on batch or memory format "
                      f"(up to {100 * largest:.1g} % of their range)")  # fmt: skip
@@ -276,7 +278,7 @@ class Answers:
     def later(self) -> Check:
         """S43: equal outputs before and after the attacks."""
         bad = [
-            f"member {m} ({said(first, again)})"
+            f"member {m} ({difference_text(first, again)})"
             for m, first in enumerate(self.logits)
             for again in [_in_batches(self.ensemble, m, self.x, CHUNK)]
             if bool((differences(first, again) > ROUNDING).any())

@@ -142,7 +142,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
             with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
                 grad = input_gradient(log_odds(ensemble.logits_of(m, point.clone()), y), point)
             lengths.append(grad.double().flatten(1).norm(dim=1))
-            said = torch.stack([(grad * d).double().flatten(1).sum(1) for d in directions])
+            predicted = torch.stack([(grad * d).double().flatten(1).sum(1) for d in directions])
             with torch.no_grad():
                 ahead, behind = (
                     torch.stack(
@@ -150,7 +150,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
                     )
                     for s in (size, -size)
                 )
-            errors.append((ahead - behind) / (2 * size) - said)
+            errors.append((ahead - behind) / (2 * size) - predicted)
         # in units of the gradient's norm, so that images have equal weight
         first, second = (
             (error / length).nan_to_num(0.0, 0.0, 0.0).clamp(-4, 4).flatten()

@@ -21,7 +21,7 @@ from redefense.threat import Threat
 from redefense.train.experiment import train
 from redefense.train.loading import find_final, load_checkpoint
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def recompute(
@@ -31,7 +31,7 @@ def recompute(
     *,
     weights: Path | nn.Module | None = None,
     device: str = "cpu",
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> list[str]:
     """Train and evaluate again in `folder`; return a line for every headline that differs.
 
@@ -45,7 +45,7 @@ def recompute(
         weights: a run, a folder for a model hub, or a network in memory: evaluated instead of
             training, if these are the weights of the claim.
         device: to compute on.
-        say: called with each log line.
+        log: called with each log line.
 
     Raises:
         ConfigError: if the claim's weights were not trained by redefense and none are given.
@@ -72,11 +72,11 @@ def recompute(
         )
     if it.trained:
         assert weights is None or isinstance(weights, Path)
-        return differences(it, _of_run(it, data, folder, weights, device, say))
+        return differences(it, _of_run(it, data, folder, weights, device, log))
     if isinstance(weights, Path):
         weights = load_checkpoint(find_final(weights), device=device)
     assert isinstance(weights, nn.Module)
-    return differences(it, _of_weights(it, data, folder, weights, say))
+    return differences(it, _of_weights(it, data, folder, weights, log))
 
 
 def _plans(it: Claim) -> list[Plan]:
@@ -84,14 +84,14 @@ def _plans(it: Claim) -> list[Plan]:
 
 
 def _of_run(
-    it: Claim, data: str, folder: Path, trained: Path | None, device: str, say: Say | None
+    it: Claim, data: str, folder: Path, trained: Path | None, device: str, log: Log | None
 ) -> Claim:
     """The recomputed claim: of a new training, or of the given run."""
     path = trained or folder / it.name
     if trained is None:
         run = parse_run(it.run, it.name)
         run = run.model_copy(update={"data": run.data.model_copy(update={"spec": data})})
-        train(run, path, resume=True, device=device, quiet=say is None)
+        train(run, path, resume=True, device=device, quiet=log is None)
     checkpoint = find_final(path)
     if trained is not None:
         manifest = json.loads((checkpoint.path / "manifest.json").read_text())
@@ -106,7 +106,7 @@ def _of_run(
             suite = str(file)
         _, target = evaluate_run(
             path, data=data, suite=suite, out=folder / "evaluation" / f"{plan.file}.json",
-            eps=plan.eps, norm=plan.norm, device=device, say=say, **_settings(plan),
+            eps=plan.eps, norm=plan.norm, device=device, log=log, **_settings(plan),
         )  # fmt: skip
         stored += load(target)
     return of_run(checkpoint, stored, it.name, _attributed(it))
@@ -124,7 +124,7 @@ def _require(it: Claim, found: str, where: object) -> None:
         raise DataError(f"{where} has weights {found}, the claim is of {it.training.weights}")
 
 
-def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, say: Say | None) -> Claim:
+def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, log: Log | None) -> Claim:
     """The recomputed claim of a network in memory."""
     stored = []
     for plan in _plans(it):
@@ -132,7 +132,7 @@ def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, say: Say |
         named = SUITES[suite] if isinstance(suite, str) else Suite.model_validate(suite)
         evaluate(
             model, data, suite=named, threat=Threat(norm=plan.norm, eps=plan.eps),
-            out=folder / plan.file, progress=say is not None, **_settings(plan),
+            out=folder / plan.file, progress=log is not None, **_settings(plan),
         )  # fmt: skip
         stored += load(folder / plan.file / "evaluation" / f"{named.name}.json")
         found = stored[-1].plan

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, say
+from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, echo
 
 
 def certify(
@@ -31,14 +31,17 @@ def certify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Certify the L2 accuracy of a run with Gaussian noise, for one draw and for the vote."""
+    """Certify the L2 accuracy of a run with Gaussian noise.
+
+    The bounds hold for one draw of the noise, and for the majority vote over draws.
+    """
     from redefense.evaluation.stochastic.certify import certify_run
     from redefense.radius import read_eps
 
     radii = [] if eps is None else [read_eps(part, "--eps") for part in eps.split(",")]
     document, target = certify_run(
         path, sigma=sigma, radii=radii, draws=draws, alpha=alpha, data=data, images=images,
-        seed=seed, device=device, out=out, say=lambda line: say(line, quiet),
+        seed=seed, device=device, out=out, log=lambda line: echo(line, quiet),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(document, indent=1))
@@ -48,4 +51,4 @@ def certify(
             f"l2 {one['radius']:g}: certified accuracy of one draw {100 * one['single']:.1f} %, "
             f"of the vote {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"
         )
-    say(f"wrote {target}", quiet)
+    echo(f"wrote {target}", quiet)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import Device, Json, Quiet, say
+from redefense.commands.options import Device, Json, Quiet, echo
 
 ClaimFiles = Annotated[list[Path], typer.Argument(metavar="CLAIM...", help="Files of claims.")]
 Images = Annotated[
@@ -38,7 +38,7 @@ def make(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the claim of a run, or of your own weights as measured by `evaluate`.
+    """Write the claim of a run, or of weights of your own.
 
     Weights that `redefense train` did not make need --name, --link, --authors and --licence.
     An existing claim of the same weights keeps its results on other images.
@@ -52,17 +52,18 @@ def make(
     for plan in (plan for each in made.evaluations for plan in each.suites):
         commit = str(plan.provenance.get("commit", ""))
         if not commit or commit.endswith("-dirty"):
-            say(f"{plan.file} was made by code without a commit ({commit or 'unknown'})", quiet)
+            echo(f"{plan.file} was made by code without a commit ({commit or 'unknown'})", quiet)
     write(made, out)
     if as_json:
         typer.echo(json.dumps({"file": str(out)}))
-    say(f"wrote {out}; next: redefense claim check {out}", quiet)
+    echo(f"wrote {out}; next: redefense claim check {out}", quiet)
 
 
 def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Check the schema, hashes, figures and attacks of claims, and the audit's rules.
+    """Check claims without training.
 
-    Exit 1 if a claim does not hold, 3 if a file is missing or unreadable.
+    It checks schema, hashes, figures and attacks, and applies the rules of `audit`. Exit 1 if a
+    claim does not hold, 3 if a file is missing or unreadable.
     """
     from redefense.audit.audit import exit_code
     from redefense.claims.check import check as findings_of
@@ -89,7 +90,7 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
         if not as_json:
             typer.echo(f"{file}: {'does not hold' if file in failed else 'holds'}")
     for reason in unread.values():
-        say(f"redefense: {reason}", quiet=False)
+        echo(f"redefense: {reason}", quiet=False)
     raise typer.Exit(3 if unread else int(bool(failed)))
 
 
@@ -120,7 +121,10 @@ def recompute(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train (or load given weights), evaluate, and compare with a claim; exit 1 if they differ."""
+    """Train, evaluate, and compare the result with a claim.
+
+    With --weights nothing is trained. Exit 1 if the figures differ.
+    """
     from redefense.claims.format import read
     from redefense.claims.recompute import recompute as differences_of
 
@@ -128,8 +132,8 @@ def recompute(
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        tell = None if quiet else lambda line: say(line, quiet)
-        found = differences_of(it, data, folder, weights=weights, device=device, say=tell)
+        log = None if quiet else lambda line: echo(line, quiet)
+        found = differences_of(it, data, folder, weights=weights, device=device, log=log)
     if as_json:
         shown = {"claim": str(path), "holds": not found, "differences": list(map(str, found))}
         typer.echo(json.dumps(shown, indent=1))
@@ -217,4 +221,4 @@ def leaderboard(
     written = write_site(folder, out)
     if as_json:
         typer.echo(json.dumps({"files": list(map(str, written))}, indent=1))
-    say(f"wrote {written[0]} and a page for each of {len(written) - 1} claims", quiet)
+    echo(f"wrote {written[0]} and a page for each of {len(written) - 1} claims", quiet)

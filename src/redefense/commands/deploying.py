@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Quiet, RunDir, say
+from redefense.commands.options import DataSpec, Json, Quiet, RunDir, echo
 
 
 def export(
@@ -31,7 +31,10 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a bundle: one ONNX file per member, to run and verify without torch."""
+    """Write a bundle: one ONNX file per member.
+
+    A bundle can be run and verified without torch.
+    """
     from redefense.export.summary import summary
     from redefense.export.trained import export_run
 
@@ -43,7 +46,7 @@ def export(
         calibration=calibration,
         license_name=license_name,
         sign=sign,
-        say=lambda line: say(line, quiet),
+        log=lambda line: echo(line, quiet),
     )
     shown = summary(out)
     if as_json:
@@ -51,7 +54,7 @@ def export(
     elif not quiet:
         for line in shown.lines():
             typer.echo(line)
-    say(f"wrote {out}; next: redefense verify {out}", quiet)
+    echo(f"wrote {out}; next: redefense verify {out}", quiet)
 
 
 def verify(
@@ -82,6 +85,6 @@ def verify(
         for check in checks:
             typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.id:<10}  {check.detail}")
     if failed:
-        say(f"{path} does not hold: {failed[0].id}: {failed[0].detail}", quiet=False)
+        echo(f"{path} does not hold: {failed[0].id}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)
-    say(f"{path} holds", quiet)
+    echo(f"{path} holds", quiet)

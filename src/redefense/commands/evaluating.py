@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, Replay, RunDir, say
+from redefense.commands.options import DataSpec, Device, Json, Quiet, Replay, RunDir, echo
 
 
 def evaluate(
@@ -97,18 +97,18 @@ def evaluate(
         keep_images=save_images,
         replay=replay,
         batch_size=batch_size,
-        say=None if quiet else lambda line: say(line, quiet),
+        log=None if quiet else lambda line: echo(line, quiet),
     )
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
         word = "about the defence" if check["id"] in OF_DEFENCE else "check failed"
-        say(f"{word}, {explained(check['id'], check['detail'])}", quiet)
+        echo(f"{word}, {explained(check['id'], check['detail'])}", quiet)
     if weak := members_weak(report.data["clean"]["per_member"], report.data["mixture"]):
-        say(weak.replace(PERCENT, " %"), quiet)
+        echo(weak.replace(PERCENT, " %"), quiet)
     if as_json and first:
         typer.echo(report.to_json(), nl=False)
     elif not as_json:
-        say(f"wrote {target}; next: redefense report {path}", quiet)
+        echo(f"wrote {target}; next: redefense report {path}", quiet)
     if strict and red:
         raise typer.Exit(1)
 
@@ -129,7 +129,7 @@ def report(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a report over one or many evaluated runs: an offline page, or a table."""
+    """Write a report on evaluated runs: a page, or a table."""
     from rich.console import Console
 
     from redefense.report.page import write_report
@@ -155,7 +155,10 @@ def audit(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the figures of a table that cannot be right, and why; exit 1 if there are any."""
+    """List the figures of a table that cannot be right.
+
+    Each is listed with the reason. Exit 1 if there are any.
+    """
     from redefense.audit.audit import audit as findings_of
     from redefense.audit.audit import exit_code
 
@@ -170,7 +173,7 @@ def audit(
             typer.echo(f"{finding.severity} {finding.id}: {finding.subject}{rows}: {finding.why}")
         notes = len(findings) - errors
         message = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
-        say(f"{path}: {message}, {notes} note{'s' * (notes != 1)}", quiet)
+        echo(f"{path}: {message}, {notes} note{'s' * (notes != 1)}", quiet)
     raise typer.Exit(exit_code(findings))
 
 
@@ -184,13 +187,16 @@ def landscape(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Plot the loss surfaces of two members over the plane spanned by their gradients."""
+    """Plot the loss surfaces of two members.
+
+    They are drawn over the plane spanned by the gradients of the members.
+    """
     from redefense.report.landscape import write_landscape
 
     written = write_landscape(paths, out, image=image)
     if as_json:
         typer.echo(json.dumps({"file": str(written)}))
-    say(f"wrote {written}", quiet)
+    echo(f"wrote {written}", quiet)
 
 
 def card(
@@ -208,4 +214,4 @@ def card(
     written = write_card(path, out, license_name=license_name)
     if as_json:
         typer.echo(json.dumps({"file": str(written)}))
-    say(f"wrote {written}", quiet)
+    echo(f"wrote {written}", quiet)

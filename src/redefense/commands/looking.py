@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Quiet, Set, resolve_run, say
+from redefense.commands.options import DataSpec, Json, Quiet, Set, echo, resolve_run
 from redefense.errors import ConfigError, DataError
 from redefense.radius import eps_text
 
@@ -22,7 +22,7 @@ def list_names(
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print names only.")] = False,
 ) -> None:
-    """List attacks, defences, models, data sets, recipes or suites."""
+    """List attacks, defences, models, data, recipes or suites."""
     entries = _entries(kind)
     if as_json:
         typer.echo(json.dumps([{"name": n, "summary": s} for n, s in entries], indent=1))
@@ -63,24 +63,24 @@ def show(
         from redefense.train.cost import predict_run, table
 
         predicted = predict_run(what, resolved, accelerator, devices)
-        _tell(json.dumps(predicted, indent=1) if as_json else table(predicted), as_json, quiet)
+        _print(json.dumps(predicted, indent=1) if as_json else table(predicted), as_json, quiet)
         return
     if parameters:
         from redefense.train.describe import count_parameters
 
         shown = count_parameters(what, resolved, kind)
     if as_json or not parameters:
-        _tell(json.dumps(shown, indent=1), as_json, quiet)
+        _print(json.dumps(shown, indent=1), as_json, quiet)
     else:
         parts = shown.pop("parts")
         lines = [f"{key:<38} {value:>14,}" for key, value in shown.items()]
         for name, sizes in parts.items():
             counts = ", ".join(f"{value:,} {key}" for key, value in sizes.items())
             lines.append(f"  {name:<16} {counts}")
-        _tell("\n".join(lines), as_json, quiet)
+        _print("\n".join(lines), as_json, quiet)
 
 
-def _tell(text: str, as_json: bool, quiet: bool) -> None:
+def _print(text: str, as_json: bool, quiet: bool) -> None:
     """Print a result; with --quiet and without --json print nothing."""
     if as_json or not quiet:
         typer.echo(text)
@@ -91,7 +91,10 @@ def data_check(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Count, hash and check a data set; exit 3 if it cannot be used."""
+    """Count, hash and check a data set.
+
+    Exit 3 if it cannot be used.
+    """
     from redefense.data.check import check_dataset
 
     found = check_dataset(spec)
@@ -117,7 +120,10 @@ def check_plugin(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check what a plug-in registers against the contract of its kind; exit 1 if a check fails."""
+    """Check what a plug-in registers.
+
+    Each object is tested as its kind requires. Exit 1 if a check fails.
+    """
     from redefense.conformance import check_file
 
     found = check_file(path)
@@ -131,7 +137,7 @@ def check_plugin(
             mark = "ok  " if check.passed else "FAIL"
             typer.echo(f"{mark}  {check.name:<24}  {check.detail}")
     if failed:
-        say(f"{path} failed: {failed[0].name}: {failed[0].detail}", quiet=False)
+        echo(f"{path} failed: {failed[0].name}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)
 
 

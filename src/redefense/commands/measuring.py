@@ -11,8 +11,8 @@ from redefense.commands.options import (
     Json,
     Results,
     Set,
+    echo,
     resolve_run,
-    say,
 )
 from redefense.errors import ConfigError
 
@@ -40,7 +40,7 @@ def bench_attacks(
     from redefense.bench.attack_tables import tables
     from redefense.bench.attacks import run
 
-    say(f"attacking {images} images with each attack, here and with TorchAttacks: minutes", quiet)
+    echo(f"attacking {images} images with each attack, here and with TorchAttacks: minutes", quiet)
     result = run(
         images=images,
         model=model,
@@ -65,10 +65,13 @@ def bench_inference(
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Latency of the drawn member and of the average, relative to a single member."""
+    """Latency of the drawn member and of the average.
+
+    Both are relative to a single member.
+    """
     from redefense.bench.inference import run, table
 
-    say(f"timing {members} members of {model}, {rounds} rounds", quiet)
+    echo(f"timing {members} members of {model}, {rounds} rounds", quiet)
     result = run(model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device)
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
@@ -87,7 +90,10 @@ def bench_train(
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Time of a RED step: the authors' joint graph, this engine, and the lower bound in FLOPs."""
+    """Time of a RED step.
+
+    It compares the authors' joint graph, this engine, and the lower bound in FLOPs.
+    """
     from redefense.bench.train import run, table
 
     result = run(
@@ -97,7 +103,7 @@ def bench_train(
         steps=steps,
         rounds=rounds,
         device=device,
-        tell=lambda line: say(line, quiet),
+        log=lambda line: echo(line, quiet),
     )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
@@ -120,7 +126,10 @@ def bench_memory(
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Peak memory of a RED step by number of members, compared with the joint graph."""
+    """Peak memory of a RED step by number of members.
+
+    The joint graph is measured, too.
+    """
     if precision not in ("bf16", "fp32"):
         raise ConfigError(f"--precision must be bf16 or fp32, got {precision}")
     from redefense.bench.memory import MEMBERS, run, table
@@ -133,7 +142,7 @@ def bench_memory(
         differentiate=differentiate,
         precision="bf16" if precision == "bf16" else "fp32",
         device=device,
-        tell=lambda line: say(line, quiet),
+        log=lambda line: echo(line, quiet),
     )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))
 
@@ -151,7 +160,10 @@ def bench_scaling(
     as_json: Json = False,
     quiet: Results = False,
 ) -> None:
-    """Train on every mesh of gloo processes: differences from one process, and bytes exchanged."""
+    """Train on every mesh of gloo processes.
+
+    It prints the differences from one process, and the bytes that are exchanged.
+    """
     settings = resolve_run(what, changes, None, None)
     from redefense.bench.scaling import run, table
 
@@ -159,6 +171,6 @@ def bench_scaling(
         settings=settings,
         counts=processes or (1, 2, 4),
         steps=steps,
-        tell=lambda line: say(line, quiet),
+        log=lambda line: echo(line, quiet),
     )
     typer.echo(json.dumps(result, indent=1) if as_json else table(result))

@@ -81,6 +81,6 @@ def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: in
     return override(run, assignments)
 
 
-def say(line: str, quiet: bool) -> None:
+def echo(line: str, quiet: bool) -> None:
     if not quiet:
         typer.echo(line, err=True)

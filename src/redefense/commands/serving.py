@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redefense.commands.options import Json, Quiet, say
+from redefense.commands.options import Json, Quiet, echo
 from redefense.errors import ConfigError, lacking
 from redefense.serve.settings import Mode, Policy, Settings, check_address
 
@@ -115,7 +115,9 @@ def serve(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a bundle over HTTP (Open Inference Protocol v2), with a secret draw per image.
+    """Serve a bundle over HTTP, with a secret draw per image.
+
+    The server implements the Open Inference Protocol v2.
 
     SIGHUP reloads BUNDLE; SIGTERM finishes pending requests and exits.
     """
@@ -188,7 +190,7 @@ def _audit(
     model = Model(bundle, threads=settings.threads, trust=_trust(signer))
     model.check_grouped(settings.grouped)
     more = () if signer is None else ("--signer", str(signer))
-    say(
+    echo(
         f"auditing {bundle}, policy {settings.policy}: takes about a minute",
         quiet,
     )

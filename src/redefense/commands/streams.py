@@ -58,7 +58,7 @@ class _Pipe(io.FileIO):
     The command goes on, and its exit code still states its result.
     """
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

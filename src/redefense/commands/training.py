@@ -15,8 +15,8 @@ from redefense.commands.options import (
     Replay,
     RunDir,
     Set,
+    echo,
     resolve_run,
-    say,
 )
 from redefense.errors import RedefenseError
 
@@ -78,7 +78,7 @@ def train(
         last = json.loads(lines[-1]) if lines else {}
         summary = {"run": str(target), "recipe": run.recipe, "seed": run.seed, "last": last}
         typer.echo(json.dumps(summary, indent=1))
-    say(f"trained {target}; next: redefense evaluate {target}", quiet)
+    echo(f"trained {target}; next: redefense evaluate {target}", quiet)
 
 
 def materialise(
@@ -93,4 +93,4 @@ def materialise(
     write_out(path, out)
     if as_json:
         typer.echo(json.dumps({"run": str(out)}))
-    say(f"wrote {out}; next: redefense evaluate {out}", quiet)
+    echo(f"wrote {out}; next: redefense evaluate {out}", quiet)

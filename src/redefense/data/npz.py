@@ -122,7 +122,7 @@ def _channels_first(images: NDArray[Any], where: str) -> Block:
         return images[:, None]
     if images.shape[1] in (1, 3) and images.shape[3] in (1, 3) and images[0].size > 1:
         raise DataError(
-            f"{where}: shape {images.shape} does not tell which axis holds the channels, the "
+            f"{where}: shape {images.shape} does not show which axis holds the channels, the "
             "second or the last; images 1 or 3 pixels high or wide cannot be read"
         )
     if images.shape[1] in (1, 3):

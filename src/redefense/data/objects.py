@@ -63,7 +63,7 @@ def of_loader(loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
             "the loader shuffles, so that its images have no fixed order: use shuffle=False, or "
             "pass the data set itself"
         )
-    if loader.drop_last and (lost := len(loader.sampler) % (loader.batch_size or 1)):
+    if loader.drop_last and (lost := length_of(loader.sampler) % (loader.batch_size or 1)):
         raise InputError(
             f"the loader drops its last {lost} images: use drop_last=False, or pass the data set "
             "itself"

@@ -13,7 +13,7 @@ gradients are largest:
 The 2 comes from the paper's mean over pairs of S_i + S_j. Published weights for CIFAR-10 are 40 and
 2.5, with the ball growing linearly from 0.01 to 0.03 over the epochs (the authors' answer to a
 question about their code). In the released form the smoothness is then about a hundredth of the
-cross-entropy or less, in the printed form many times as large: recipes say what they use.
+cross-entropy or less, in the printed form many times as large: recipes state which they use.
 
 x' is shared by all members and found by six steps of a third of the radius from a random start,
 maximising the mean over members of |g|^2. This needs second derivatives at each step, in the

@@ -128,7 +128,7 @@ class Recorded(Ensemble):
         self,
         ensemble: Ensemble,
         recorder: Recorder,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         settling: int = SETTLING,
         most: int = MOST,
@@ -140,7 +140,7 @@ class Recorded(Ensemble):
         self.settling, self.most, self.room = settling, most, room
         self.counts: Counter[str] = Counter()
         self.why: str | None = None
-        self._tell = tell
+        self._log = log
         self._asked: Counter[object] = Counter()
         self._dropped: Counter[object] = Counter()
         self._passes: OrderedDict[object, _Pass] = OrderedDict()
@@ -276,7 +276,7 @@ class Recorded(Ensemble):
     def _refuse(self, why: str) -> None:
         self.why = f"members' passes are not replayed: {why}"
         self.forget()
-        self._tell(self.why)
+        self._log(self.why)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -289,7 +289,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def recorded(
     ensemble: Ensemble,
     recorder: Recorder | None,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     settling: int = SETTLING,
 ) -> Iterator[Ensemble]:
@@ -300,14 +300,14 @@ def recorded(
     Args:
         ensemble: in evaluation mode.
         recorder: makes the recordings, on the ensemble's device.
-        tell: called with the reason why passes are no longer replayed.
+        log: called with the reason why passes are no longer replayed.
         settling: direct passes of a kind before one is recorded.
     """
     if recorder is None:
         yield ensemble
         return
     with kernels_kept(ensemble):
-        passes = Recorded(ensemble, recorder, tell, settling=settling)
+        passes = Recorded(ensemble, recorder, log, settling=settling)
         try:
             yield passes
         finally:

@@ -38,7 +38,7 @@ from redefense.evaluation.inputs.objects import (
 from redefense.evaluation.inputs.precision import computed_in
 from redefense.evaluation.inputs.radii import over, read_radii
 from redefense.evaluation.inputs.subjects import drift_of, randomized, subject_of
-from redefense.evaluation.plan import Say, check_plan
+from redefense.evaluation.plan import Log, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import code, joined, place_of
 from redefense.evaluation.report_object import Report
@@ -90,7 +90,7 @@ def evaluate(
         suite: a name of `SUITES` or a `.json` file; a `Suite`; or a list of attacks (or a mapping
             from labels to attacks), each an attack of this package or a callable
             (model, x, y) -> x_adv. Points of a callable outside the ball are projected onto it, and
-            the report says so.
+            the report states it.
         threat: the threat model; default: that of a trained run, else L-inf 8/255.
         mixture: sampling probabilities of a list of networks; default: uniform.
         seed: of every draw.
@@ -190,7 +190,7 @@ def evaluate(
         with keeping(out, plan, settings, subject, progress=progress) as kept:
             report = _run_of(subject)(
                 subject, plan, allowed, seed=seed, seeds=seeds, checks=checks, store=kept.store,
-                say=kept.say, progress=kept.progress, keep_images=keep_images,
+                log=kept.log, progress=kept.progress, keep_images=keep_images,
             )  # fmt: skip
             report.data["plan"] = settings | _described(own)
             kept.finish(report)
@@ -223,7 +223,7 @@ def evaluate_run(
     keep_images: bool = False,
     replay: str = "auto",
     batch_size: int | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> tuple[Report, Path]:
     """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
 
@@ -233,7 +233,7 @@ def evaluate_run(
     Args (beyond those of `evaluate`):
         replay: "auto" records the passes of members on a CUDA device and replays them in attacks,
             with bit-identical results (`ensembles.replay`); "off" computes every pass anew.
-        say: called with each log line; the remaining time is a log line unless stderr is a
+        log: called with each log line; the remaining time is a log line unless stderr is a
             terminal, which shows a bar. By default nothing is logged.
 
     Returns:
@@ -248,7 +248,7 @@ def evaluate_run(
             radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
             device=device, out=out, checks=checks, cascade=cascade, precision=precision,
             stochastic=stochastic, replay=replay, keep_images=keep_images, batch_size=batch_size,
-            say=say,
+            log=log,
         )  # fmt: skip
     eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
@@ -305,24 +305,24 @@ def evaluate_run(
         # every process reads what the first one wrote, so that all raise the same error
         started, places = claim(store, target, settings)
         subject = replace(subject, workers=team)
-        voice = say if team.first else None
-        tell = voice or silent
-        tell(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
+        shared = log if team.first else None
+        log = shared or silent
+        log(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
         if found:
-            tell(found)
+            log(found)
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
         drawn = isinstance(subject.ensemble, Stochastic)
         recorder = None if drawn or replay == "off" else recorder_for(subject.x.device)
         with (
             stoppable(store),
-            shown(voice) if voice else nullcontext(SILENT) as progress,
-            recorded(ensemble, recorder, tell) as passes,
+            shown(shared) if shared else nullcontext(SILENT) as progress,
+            recorded(ensemble, recorder, log) as passes,
         ):
             passes = in_batches(passes, subject.batch_size)
             subject = replace(subject, passes=None if drawn else passes)
             report = _run_of(subject)(
                 subject, named, threat, seed=seed, seeds=seeds, store=store, checks=checks,
-                say=tell, progress=progress, keep_images=keep_images,
+                log=log, progress=progress, keep_images=keep_images,
             )  # fmt: skip
         report.data["suite"] = plan.name
         report.data["provenance"] |= {**joined(places), "date": started}

@@ -13,7 +13,7 @@ from typing import Any
 
 from redefense.errors import ConfigError, DataError, Interrupted
 from redefense.evaluation.cells import Subject
-from redefense.evaluation.plan import Say
+from redefense.evaluation.plan import Log
 from redefense.evaluation.progress import SILENT, Progress, shown
 from redefense.evaluation.provenance import UNKNOWN, place_of
 from redefense.evaluation.report_object import Report
@@ -30,7 +30,7 @@ class Kept:
 
     target: Path | None
     started: str
-    say: Say
+    log: Log
     progress: Progress
 
     @property
@@ -76,7 +76,7 @@ def keeping(
         ConfigError: if the folder has an evaluation with other settings.
         Interrupted: on SIGINT or SIGTERM, if the evaluation is saved.
     """
-    say = partial(print, file=sys.stderr, flush=True) if progress else silent
+    log = partial(print, file=sys.stderr, flush=True) if progress else silent
     target, started = None, ""
     with ExitStack() as stack:
         if out is not None:
@@ -85,8 +85,8 @@ def keeping(
             stack.enter_context(alone(SINGLE_PROCESS, store, target))
             started, _ = claim(store, target, settings, here)
             stack.enter_context(stoppable(store))
-        bar = stack.enter_context(shown(say) if progress else nullcontext(SILENT))
-        yield Kept(target=target, started=started, say=say, progress=bar)
+        bar = stack.enter_context(shown(log) if progress else nullcontext(SILENT))
+        yield Kept(target=target, started=started, log=log, progress=bar)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def stoppable(store: Path) -> Iterator[None]:
 
 
 def silent(line: str) -> None:
-    """Say nothing."""
+    """Log nothing."""
 
 
 def claim(

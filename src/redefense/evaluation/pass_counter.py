@@ -14,19 +14,19 @@ class Meter:
     """Running counts, in single-member passes of single images.
 
     Args:
-        tell: called with the number of images of every forward pass.
+        on_forward: called with the number of images of every forward pass.
     """
 
-    def __init__(self, tell: Callable[[int], None] | None = None) -> None:
+    def __init__(self, on_forward: Callable[[int], None] | None = None) -> None:
         self.forwards = 0
         self.backwards = 0
-        self._tell = tell
+        self._on_forward = on_forward
 
     def forward(self, count: int) -> None:
         """Count the forward pass of `count` images through a member."""
         self.forwards += count
-        if self._tell is not None:
-            self._tell(count)
+        if self._on_forward is not None:
+            self._on_forward(count)
 
 
 class _CountBackward(torch.autograd.Function):

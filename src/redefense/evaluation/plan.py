@@ -19,7 +19,7 @@ from redefense.runtime.files import write_text
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Job:
         seeds: number of runs of each attack, each with other random streams.
         store: folder of intermediate results, if any.
         checks: "quick" or "full".
-        say: called with each log line.
+        log: called with each log line.
         progress: reports the progress.
         keep_images: whether to keep the attacked images of every attack.
     """
@@ -44,7 +44,7 @@ class Job:
     seeds: int
     store: Path | None
     checks: str
-    say: Say
+    log: Log
     progress: Progress
     keep_images: bool = False
 

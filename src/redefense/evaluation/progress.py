@@ -89,7 +89,7 @@ class Progress:
         """Count passes through members in the current chunk."""
         if self._piece is not None:
             self._piece.current += passes
-            self._tell()
+            self._log()
 
     def advance(self, units: int, passes: float, *, found: bool = False) -> None:
         """Count a chunk as finished; `found` chunks were read from the store and took no time."""
@@ -98,7 +98,7 @@ class Progress:
             return
         piece.found += units if found else 0
         piece.done, piece.passes, piece.current = piece.done + units, piece.passes + passes, 0
-        self._tell()
+        self._log()
 
     def _finish(self) -> None:
         piece, self._piece = self._piece, None
@@ -106,7 +106,7 @@ class Progress:
             self._spent += self._clock() - piece.begun
             self._guessed += piece.guess * (piece.done - piece.found) / piece.share
 
-    def _tell(self) -> None:
+    def _log(self) -> None:
         now = self._clock()
         piece = self._piece
         if self._show is None or piece is None or now - self._shown < self._every:
@@ -165,11 +165,11 @@ def clock_time(seconds: float) -> str:
 
 
 @contextmanager
-def shown(say: Callable[[str], None]) -> Iterator[Progress]:
-    """Show progress as a bar on a terminal, else as a line by `say` every 15 seconds."""
+def shown(log: Callable[[str], None]) -> Iterator[Progress]:
+    """Show progress as a bar on a terminal, else as a line by `log` every 15 seconds."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Progress(lambda label, _, words: say(f"{label}: {words}"))
+        yield Progress(lambda label, _, words: log(f"{label}: {words}"))
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
     with RichProgress(*columns, console=console, transient=True) as bar:

@@ -37,7 +37,7 @@ from redefense.evaluation.member_statistics import (
     member_measures,
     pair_statistics,
 )
-from redefense.evaluation.plan import Further, Job, Planned, Say, check_plan, plan_of, threat_of
+from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
@@ -57,7 +57,7 @@ def run_suite(
     seeds: int = 1,
     store: Path | None = None,
     checks: str = "quick",
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
     progress: Progress = SILENT,
     keep_images: bool = False,
 ) -> Report:
@@ -72,7 +72,7 @@ def run_suite(
             cell are those of the first run.
         store: folder in which finished cells and chunks of images are saved, to resume from.
         checks: "quick", or "full" for the S-checks that run further attacks.
-        say: called with each log line.
+        log: called with each log line.
         progress: reports the progress.
         keep_images: keep the attacked images of every attack in the report and in the store.
 
@@ -93,7 +93,7 @@ def run_suite(
     # the baselines and the measures are compared with the headline: at its threat
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
-        store=store, checks=checks, say=say, progress=progress, keep_images=keep_images,
+        store=store, checks=checks, log=log, progress=progress, keep_images=keep_images,
     )  # fmt: skip
     answers = Answers.to(ensemble, x)
     before = [answers.elsewhere(), *before_run(ensemble, x, y)]
@@ -239,7 +239,7 @@ def _measured(job: Job, runner: Runner) -> dict[str, Any]:
         cell = record_of(first, worst)
         job.write_cell("measures", cell)
         job.write_json("measures.json", found)
-        job.say(f"{job.suite.name}: measured transfer, diversity and accuracy against eps")
+        job.log(f"{job.suite.name}: measured transfer, diversity and accuracy against eps")
     job.subject.workers.wait()
     runner.count("measures", "for the transfer matrix and accuracy against eps", cell)
     return found

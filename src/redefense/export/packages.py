@@ -1,4 +1,4 @@
-"""Optional packages: imported by name, or an error that says what to install."""
+"""Optional packages: imported by name, or an error that names what to install."""
 
 from importlib import import_module
 from typing import Any

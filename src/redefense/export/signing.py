@@ -36,7 +36,7 @@ def sign_with(private: Path) -> Sign:
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except TypeError:
-        raise ConfigError(f"{private} is locked by a passphrase, which is not asked for") from None
+        raise ConfigError(f"{private} has a passphrase, which is not supported") from None
     except Exception:  # noqa: BLE001 - damaged files raise many types
         raise ConfigError(f"{private} holds no private key in PEM form") from None
     if not isinstance(key, kinds.Ed25519PrivateKey):

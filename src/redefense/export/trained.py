@@ -37,7 +37,7 @@ def export_run(
     calibration: int | None = None,
     license_name: str = "mit",
     sign: Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the bundle of the run (or checkpoint) at `path` to `out`.
 
@@ -54,7 +54,7 @@ def export_run(
             batch.
         license_name: licence of the weights, as an SPDX identifier.
         sign: a PEM file with the Ed25519 private key that signs the bundle.
-        say: called with lines on what was measured.
+        log: called with lines on what was measured.
 
     Raises:
         CheckpointError: if `path` is not trained, or damaged.
@@ -69,7 +69,7 @@ def export_run(
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
     ensemble, signature = load_checkpoint(checkpoint), Signature.stored(checkpoint.state)
-    dataset = _dataset(checkpoint, data, needed=data is not None or precision == "int8", say=say)
+    dataset = _dataset(checkpoint, data, needed=data is not None or precision == "int8", log=log)
     probes, int8 = synthetic(signature.shape), None
     if dataset is not None:
         train, validation, _ = train_validation(dataset, run.data.validation)
@@ -94,7 +94,7 @@ def export_run(
 
 
 def _dataset(
-    checkpoint: Checkpoint, data: str | None, *, needed: bool, say: Callable[[str], None]
+    checkpoint: Checkpoint, data: str | None, *, needed: bool, log: Callable[[str], None]
 ) -> Dataset | None:
     """The run's data, or None where they are not needed and not available."""
     spec = data or checkpoint.run.data.spec
@@ -103,7 +103,7 @@ def _dataset(
     except DataError as error:
         if needed:
             raise
-        say(f"probes are synthetic, the run's data are not at hand: {error}")
+        log(f"probes are synthetic, the run's data are not at hand: {error}")
         return None
     if dataset.checksum() != Signature.stored(checkpoint.state).checksum:
         raise DataError(f"{spec} is not the data that the run was trained on")

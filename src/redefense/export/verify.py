@@ -121,7 +121,7 @@ def _records(opened: Opened) -> str:
         if place.is_symlink() or (not place.is_dir() and name not in known):
             raise BundleError(f"{name} is not in the manifest, or a link")
     total = sum(len(bundle.read(name)) for name in bundle.files)
-    return f"{len(bundle.files)} files, {total:,} bytes, all as the manifest says"
+    return f"{len(bundle.files)} files, {total:,} bytes, all as in the manifest"
 
 
 def _graphs(opened: Opened) -> str:

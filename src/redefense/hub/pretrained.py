@@ -216,7 +216,7 @@ def _read_config(path: Path) -> tuple[Run, dict[str, Any]]:
         )
     data = config.get("data")
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} does not say what data it was made for")
+        raise CheckpointError(f"{path} does not state the data that it was made for")
     try:
         return parse_run(config.get("run"), str(path)), data
     except ConfigError as error:

@@ -116,12 +116,12 @@ def _spread(spread: ranking.Spread | None) -> str:
 
 def _checks(result: Result) -> Iterator[str]:
     """Notes and checks, one per line; those about the defence are listed separately."""
-    measured, said = wording.checks_of(result)
+    measured, of_defence = wording.checks_of(result)
     yield from (f"- {escape_markdown(note)}" for note in result.notes)
     yield from _listed(measured, {True: "pass", False: "**FAIL**", None: "not run"})
-    if said:
+    if of_defence:
         yield from ("", wording.SAID, "")
-        yield from _listed(said, {True: "good", False: "**beware**"})
+        yield from _listed(of_defence, {True: "good", False: "**beware**"})
 
 
 def _listed(checks: Iterable[Check], words: Mapping[bool | None, str]) -> Iterator[str]:

@@ -113,10 +113,10 @@ def _fooled(examples: Examples, k: int) -> str:
     right = examples.correct[:, k]
     if not len(examples.predicted):  # draws have no indices
         return f"{int((~right).sum())} of {len(right)} fresh draws are wrong"
-    said = examples.predicted[:, k]
-    wrong = [f"member {m} predicts {said[m]}" for m in np.flatnonzero(~right)]
+    predicted = examples.predicted[:, k]
+    wrong = [f"member {m} predicts {predicted[m]}" for m in np.flatnonzero(~right)]
     if len(right) == 1:
-        return f"the network predicts {said[0]}" if wrong else "the network is correct"
+        return f"the network predicts {predicted[0]}" if wrong else "the network is correct"
     if not wrong:
         return "no member is fooled"
     return f"{len(wrong)} of {len(right)} members fooled: {_listed(wrong)}"

@@ -197,5 +197,5 @@ def weak_of(result: Result) -> str:
 def checks_of(result: Result) -> tuple[list[Check], list[Check]]:
     """The checks of the measurement, and the failed ones of `OF_DEFENCE`."""
     measured = [check for check in result.checks if check.id not in OF_DEFENCE]
-    said = [c for c in result.checks if c.id in OF_DEFENCE and c.passed is not None]
-    return measured, said
+    of_defence = [c for c in result.checks if c.id in OF_DEFENCE and c.passed is not None]
+    return measured, of_defence

@@ -1,6 +1,6 @@
 """Named phases of a training step, for the profiler and the cost model.
 
-Code of any layer says `with phase("penalty"):` around a piece of work. Phases nest; an inner phase
+Code of any layer encloses a piece of work in `with phase("penalty"):`. Phases nest; an inner phase
 is excluded from the outer one. Without a watcher the cost is negligible.
 """
 

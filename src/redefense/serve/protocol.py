@@ -135,7 +135,7 @@ def _images(tensor: Mapping[str, Any], blobs: bytes, model: Model, settings: Set
     if values.size != np.prod(shape):
         refuse(f"shape {shape} needs {int(np.prod(shape))} values, got {values.size}")
     if values.ndim > 1 and list(values.shape) != shape:  # reshaping would scramble its pixels
-        refuse(f"data must be flat or nested as shape {shape} says, got {list(values.shape)}")
+        refuse(f"data must be flat or nested as in shape {shape}, got {list(values.shape)}")
     return _checked(values.reshape(shape), datatype)
 
 
@@ -158,9 +158,9 @@ def _numbers(data: object, datatype: str) -> NDArray[Any]:
     try:
         values = np.asarray(data)
     except (ValueError, OverflowError, RecursionError):
-        refuse("data must be numbers, flat or nested as shape says")
+        refuse("data must be numbers, flat or nested as in the shape")
     if values.dtype.kind not in "iuf":
-        refuse("data must be numbers, flat or nested as shape says")
+        refuse("data must be numbers, flat or nested as in the shape")
     if datatype == "UINT8":
         if values.dtype.kind == "f":
             refuse("UINT8 data must be whole numbers")

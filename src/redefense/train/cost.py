@@ -215,7 +215,7 @@ def _counted(
 
 ASSUMPTIONS: Final = (
     "an operation takes the longest of its arithmetic, its traffic and its launch",
-    "single-precision convolutions run in TF32 where there is such a thing, as torch does it",
+    "single-precision convolutions run in TF32 on devices that have it, the default of torch",
     "validation, data loading, checkpoints and a mixture's refit at the end of a stage not counted",
     "where one process attacks the average of many members in parts, processes that share the "
     "members take it in fewer: their time is an upper bound",

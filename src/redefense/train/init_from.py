@@ -187,10 +187,10 @@ def summary_of_start(started: Mapping[str, Any]) -> str:
             f"members {', '.join(map(str, alike))} start alike ({len(set(chosen))} networks for "
             f"{len(chosen)} members): a method that shows them the same examples keeps them so"
         )
-    for what, says in (("fresh", "stay as initialised"), ("unused", "are not used")):
+    for what, outcome in (("fresh", "stay as initialised"), ("unused", "are not used")):
         if names := started.get(what):
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"{len(names)} tensors {says}: {', '.join(names[:8])}{more}")
+            lines.append(f"{len(names)} tensors {outcome}: {', '.join(names[:8])}{more}")
     return "\n".join(lines)
 
 

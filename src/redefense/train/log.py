@@ -63,7 +63,7 @@ class ProgressLine:
         self._bar: Progress | None = None
         self._quiet = quiet
         self._label, self._total, self._first = label, total, done
-        self._start = self._said = time.monotonic()
+        self._start = self._logged_at = time.monotonic()
         if console.is_terminal and not quiet:
             columns = (
                 TextColumn("{task.description}"),
@@ -81,8 +81,8 @@ class ProgressLine:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
-        elif not self._quiet and now - self._said > PLAIN_INTERVAL and done > self._first:
-            self._said = now
+        elif not self._quiet and now - self._logged_at > PLAIN_INTERVAL and done > self._first:
+            self._logged_at = now
             left = (now - self._start) / (done - self._first) * (self._total - done)
             note(f"{self._label}: {done}/{self._total}  {text}  about {left:.0f} s left")
 

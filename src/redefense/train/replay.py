@@ -59,7 +59,7 @@ class RecordedSteps:
         params: parameters whose gradients are computed.
         compute: computes a step.
         name: name of the stage, for messages.
-        tell: called with the reason why steps are not replayed.
+        log: called with the reason why steps are not replayed.
         counts: steps that were `computed`, `proven` (both ways) and `replayed`.
     """
 
@@ -68,7 +68,7 @@ class RecordedSteps:
     params: Sequence[nn.Parameter]
     compute: Compute
     name: str
-    tell: Callable[[str], None] = note
+    log: Callable[[str], None] = note
     counts: Counter[str] = field(default_factory=Counter)
     _wait: int = SETTLING
     _refused: bool = False
@@ -208,7 +208,7 @@ class RecordedSteps:
     def _refuse(self, why: str) -> None:
         self._refused = True
         self._drop()
-        self.tell(f"steps of stage {self.name!r} are not replayed: {why}")
+        self.log(f"steps of stage {self.name!r} are not replayed: {why}")
 
     def _drop(self) -> None:
         self._recording, self._batch, self._proven = None, None, False

@@ -113,7 +113,7 @@ class Attacked:
         if self._job.subject.workers.first:
             forget(self._folder)
         if self._bytes:
-            self._job.say(
+            self._job.log(
                 f"{self._job.suite.name}: attacked images of {len(self.images)} attacks, "
                 f"{self._bytes / 1e6:.3g} MB, in {self._job.place('*' + SUFFIX)}"
             )

@@ -173,7 +173,7 @@ class Runner:
             found = f"{100 * expected:.1f} % expected accuracy"
         else:
             found = f"attacked {int(cell.met.sum())} of {len(cell.met)} images"
-        self.job.say(f"{label}: {found}, {cell.seconds:.1f} s")
+        self.job.log(f"{label}: {found}, {cell.seconds:.1f} s")
 
 
 def cell_label(number: int, planned: Planned, plan: Sequence[Planned], repeat: int) -> str:

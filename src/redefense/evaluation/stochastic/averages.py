@@ -121,6 +121,6 @@ def _attacked(
     if (saved := job.save(place)) is not None:
         cell.save(saved, some.index)
         forget(kept)
-    job.say(f"{name}: {100 * cell.averaged.mean():.1f} % of {len(rows)} images, by the average")
+    job.log(f"{name}: {100 * cell.averaged.mean():.1f} % of {len(rows)} images, by the average")
     subject.workers.wait()
     return cell

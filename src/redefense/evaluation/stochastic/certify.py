@@ -15,7 +15,7 @@ from redefense.defences import DEFENCES
 from redefense.ensembles import Ensemble, evaluating
 from redefense.errors import ConfigError
 from redefense.evaluation.cells import image_digest
-from redefense.evaluation.plan import Say
+from redefense.evaluation.plan import Log
 from redefense.evaluation.provenance import provenance
 from redefense.models.randomized import GaussianNoise
 from redefense.rng import CHUNK
@@ -55,7 +55,7 @@ def certify_run(
     seed: int = 0,
     device: str = "cpu",
     out: Path | None = None,
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
 ) -> tuple[dict[str, Any], Path]:
     """Certify a trained run with Gaussian input noise on its test split, and write the figures.
 
@@ -71,7 +71,7 @@ def certify_run(
         seed: of every draw.
         device: to compute on.
         out: the file; default: `DIR/certificates/sigma-SIGMA.json`.
-        say: called with each log line.
+        log: called with each log line.
 
     Returns:
         The written data, and its file.
@@ -100,7 +100,7 @@ def certify_run(
             f"{path} answers behind noise of its own, of deviation {max(own):g}, got {sigma:g}: "
             f"certify it with --sigma {max(own):g}"
         )
-    say(f"certify: {len(x)} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")
+    log(f"certify: {len(x)} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")
     with evaluating(ensemble):
         noisy = answering if own else GaussianNoise(answering, sigma=sigma)
         right = right_answers(noisy, x, y, draws, seed=seed)

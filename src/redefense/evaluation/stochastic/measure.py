@@ -16,7 +16,7 @@ from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import cell_label
 from redefense.evaluation.cells import Cell, Subject
-from redefense.evaluation.plan import Further, Job, Planned, Say, check_plan, plan_of, threat_of
+from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
@@ -50,7 +50,7 @@ def run_drawn(
     seeds: int = 1,
     store: Any = None,
     checks: str = "quick",
-    say: Say = lambda _: None,
+    log: Log = lambda _: None,
     progress: Progress = SILENT,
     keep_images: bool = False,
     draws: Draws | None = None,
@@ -71,12 +71,12 @@ def run_drawn(
     plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
-        store=store, checks=checks, say=say, progress=progress, keep_images=keep_images,
+        store=store, checks=checks, log=log, progress=progress, keep_images=keep_images,
     )  # fmt: skip
     before = drawn_checks.before(network, subject)
     progress.plan(_pieces(job, plan, network.num_members))
     draws = draws or _pilot(job, network)
-    say(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
+    log(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
     attacked = Attacked(job)
     records, repeats = _records(job, plan, network, draws, attacked)
     examples = known_examples(job, plan, attacked, records, {}, None)
@@ -293,7 +293,7 @@ def _records(
                 if job.write_cell(name, cell):
                     forget(kept)
                 share = float(cell.correct.mean())
-                job.say(f"{label}: {100 * share:.1f} % expected accuracy, {cell.seconds:.1f} s")
+                job.log(f"{label}: {100 * share:.1f} % expected accuracy, {cell.seconds:.1f} s")
             attacked.finish(name, cell)
             again.append(cell)
         records[planned.identity], *repeats[planned.identity] = again

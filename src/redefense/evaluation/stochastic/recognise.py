@@ -11,10 +11,10 @@ from redefense.checks.answers import (
     GROSS,
     REPEATS,
     ROUNDING,
+    difference_text,
     differences,
     kept_as_it_was,
     query_member,
-    said,
     sample_points,
 )
 from redefense.ensembles import Ensemble
@@ -59,7 +59,7 @@ def drawing(ensemble: Ensemble, x: Images) -> str:
             return ""
         for other in again:
             if bool((differences(first, other) > ROUNDING).any()):
-                return f"member {m}: {said(first, other)}"
+                return f"member {m}: {difference_text(first, other)}"
     return ""
 
 
@@ -128,7 +128,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
             if bool((differences(first, mixed)[:half] > GROSS).any()):
                 raise InputError(
                     "at a fixed seed the network's output for an image depends on the other images "
-                    f"in its batch ({said(first[:half], mixed[:half])}), so no figure would hold "
+                    f"in its batch ({difference_text(first[:half], mixed[:half])}), so no figure would hold "
                     "for single queries: make each output depend on its own image and noise only"
                 )
     network.governed = True

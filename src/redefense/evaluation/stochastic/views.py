@@ -92,12 +92,12 @@ class InCalls(InPlace):
 
     def logits_of_each(self, members: Sequence[int], xs: Sequence[Images]) -> Sequence[Logits]:
         places = self._places(xs[0].detach())
-        asked = dict(zip(members, xs, strict=True))
+        queried = dict(zip(members, xs, strict=True))
         found: dict[int, Logits] = {}
         for start in sorted({m - m % BLOCK for m in members}):
             block = range(start, min(start + BLOCK, self.num_members))
             # the noise of a copy depends on its position: all copies of the block are computed
-            whole = [self._filled(places, asked[m]) if m in asked else self.x for m in block]
+            whole = [self._filled(places, queried[m]) if m in queried else self.x for m in block]
             parts, rows = _groups(places, self.ensemble.images_per_call(len(block)))
             seed = self.ensemble.seeds[start]
             logits = self.ensemble.draw_copies(seed, torch.stack(whole), parts)

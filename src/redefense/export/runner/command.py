@@ -4,7 +4,7 @@ This file travels in every bundle as run.py. Each image is answered by a member 
 from the operating system's entropy; which one answered is neither printed nor kept.
 
     python run.py IMAGE...            label of each image (.npy, or PNG and JPEG with pillow)
-    python run.py --scores IMAGE...   all scores, which tell an attacker more
+    python run.py --scores IMAGE...   all scores, which reveal more to an attacker
     python run.py --check             compare every member with the stored probes
     python run.py materialise [OUT]   write the members of a compact bundle out as a plain one
 
@@ -80,12 +80,12 @@ def main(words: Sequence[str], folder: Path) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of classes may be in any script
             stream.reconfigure(errors="backslashreplace")
-    say = sys.stdout.write
+    write = sys.stdout.write
     try:
         bundle = open_bundle(folder)
         if options.check:
             wrong = check(bundle)
-            say("".join(f"{line}\n" for line in wrong) or "all members are themselves\n")
+            write("".join(f"{line}\n" for line in wrong) or "all members are themselves\n")
             return int(bool(wrong))
         if options.images[:1] == ["materialise"]:
             out = (
@@ -94,7 +94,7 @@ def main(words: Sequence[str], folder: Path) -> int:
                 else folder.with_name(f"{folder.name}-plain")
             )
             materialise(bundle, out)
-            say(f"wrote {out}\n")
+            write(f"wrote {out}\n")
             return 0
         if not options.images:
             parser.error("name an image, --check or materialise")
@@ -109,7 +109,7 @@ def main(words: Sequence[str], folder: Path) -> int:
                     odds = np.exp(row - row.max())
                     pairs = zip(bundle.classes, odds / odds.sum(), strict=True)
                     shown += [f"{name}={score:.4f}" for name, score in pairs]
-                say("\t".join([word, *shown]) + "\n")
+                write("\t".join([word, *shown]) + "\n")
     except (BundleError, OSError) as error:
         sys.stderr.write(f"run.py: {error}\n")
         return 3

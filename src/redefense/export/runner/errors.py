@@ -7,4 +7,4 @@ Floats = NDArray[np.float32]
 
 
 class BundleError(ValueError):
-    """A bundle is missing, damaged, or not what its own records say."""
+    """A bundle is missing, damaged, or differs from its own records."""

@@ -35,7 +35,7 @@ _JSON_LIMIT = 16 * 2**20
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle says of itself, checked.
+    """A bundle's description of itself, checked.
 
     Attributes:
         path: the folder.
@@ -67,7 +67,7 @@ class Bundle:
         return list(self.config["classes"])
 
     def read(self, name: str) -> bytes:
-        """A file's content, if it is what the manifest says.
+        """A file's content, if it matches the manifest.
 
         Raises:
             BundleError: naming the file.
@@ -79,11 +79,11 @@ class Bundle:
             raise BundleError(f"{name} is missing or no plain file")
         if place.stat().st_size != entry["bytes"]:
             raise BundleError(
-                f"{name} has {place.stat().st_size} bytes, the manifest says {entry['bytes']}"
+                f"{name} has {place.stat().st_size} bytes, the manifest states {entry['bytes']}"
             )
         data = place.read_bytes()
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise BundleError(f"{name} has another SHA-256 than the manifest says")
+            raise BundleError(f"{name} has another SHA-256 than in the manifest")
         return data
 
     def member(self, m: int) -> bytes:
@@ -120,7 +120,7 @@ def open_bundle(path: str | Path, trust: Trust | None = None) -> Bundle:
 
     Args:
         path: the folder.
-        trust: is asked about the manifest before anything in it is believed.
+        trust: checks the manifest before anything in it is used.
 
     Raises:
         BundleError: naming what is missing or wrong.
@@ -212,7 +212,7 @@ def _check_config(config: dict[str, Any], files: dict[str, Any]) -> None:
     need(isinstance(fed, dict) and fed.get("name") == "images", "input", 'named "images"')
     need(isinstance(answer, dict) and answer.get("name") == "logits", "output", 'named "logits"')
     members = config.get("members")
-    # exactly these: `materialise` writes where they say
+    # exactly these: `materialise` writes to the paths in them
     wanted = [f"members/{m}.onnx" for m in range(count or 0)]
     need(members == wanted, "members", f"{count} files, members/0.onnx and so on")
     if config["kind"] == "compact":
@@ -223,7 +223,7 @@ def _check_config(config: dict[str, Any], files: dict[str, Any]) -> None:
 
 
 def _check_compact(compact: Any, files: dict[str, Any]) -> None:
-    """The same of what tells how kernels are put together."""
+    """The same for the description of how kernels are assembled."""
 
     def need(holds: bool, rule: str) -> None:
         _need(holds, "compact", rule, compact)

@@ -187,7 +187,7 @@ def _asked_again(case: _Case, client: Client) -> Finding:
     return Finding(
         "repeated requests draw independently",
         min(p, serial) >= ALPHA,
-        f"{len(answers)} answers to one image asked {len(members)} times, "
+        f"{len(answers)} answers to one image sent {len(members)} times, "
         f"p = {p:.2g}, each against the one before p = {serial:.2g}",
     )
 
