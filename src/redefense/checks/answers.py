@@ -163,7 +163,8 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
             (differences(answers, again := query_member(ensemble, m, points)) > ROUNDING).any()
         ):
             raise InputError(
-                f"member {m} returns different outputs for one image ({difference_text(answers, again)}): "
+                f"member {m} returns different outputs for one image "
+                f"({difference_text(answers, again)}): "
                 "draws inside a forward pass cannot be enumerated; pass the networks it draws from "
                 "as a list"
             )
@@ -172,8 +173,8 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
         if bool((differences(answers, other) > GROSS).any()):
             raise InputError(
                 f"the output of member {m} for an image depends on the other images in its batch "
-                f"(batches of {len(points)} and of {size}: {difference_text(answers, other)}), so no figure "
-                "would hold for single queries: make it depend on the image alone, as batch norm "
+                f"(batches of {len(points)} and of {size}: {difference_text(answers, other)}), so "
+                "no figure would hold for single queries: make it depend on the image alone, as batch norm "
                 "with running statistics in evaluation mode"
             )
 
