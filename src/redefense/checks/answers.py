@@ -174,8 +174,8 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
             raise InputError(
                 f"the output of member {m} for an image depends on the other images in its batch "
                 f"(batches of {len(points)} and of {size}: {difference_text(answers, other)}), so "
-                "no figure would hold for single queries: make it depend on the image alone, as batch norm "
-                "with running statistics in evaluation mode"
+                "no figure would hold for single queries: make it depend on the image alone, as "
+                "batch norm with running statistics in evaluation mode"
             )
 
 

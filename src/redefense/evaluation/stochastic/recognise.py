@@ -129,6 +129,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
                 raise InputError(
                     "at a fixed seed the network's output for an image depends on the other images "
                     f"in its batch ({difference_text(first[:half], mixed[:half])}), so no figure "
-                    "would hold for single queries: make each output depend on its own image and noise only"
+                    "would hold for single queries: make each output depend on its own image and "
+                    "noise only"
                 )
     network.governed = True
