@@ -16,11 +16,12 @@ from redefense.config import OptimConfig
 from redefense.defences import Defence, Vanilla
 from redefense.ensembles import Ensemble, Hyper
 from redefense.ensembles.configs import IndependentConfig
-from redefense.errors import ConfigError, DataError, InputError
+from redefense.errors import ConfigError, DataError, InputError, ModelError
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.train.experiment import train as train_run
+from redefense.train.loading import checked_path
 from redefense.types import Batch
 
 BUDGET: dict[str, Any] = {"epochs": 1, "batch_size": 64, "quiet": True}
@@ -138,4 +139,21 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=said):
             redefense.train(ensemble, defence, data, out=tmp_path / "run")
+    flat_to = [nn.Sequential(nn.Flatten(), nn.Linear(*sizes)) for sizes in ((64, 10), (64, 11))]
+    small = nn.Sequential(nn.Flatten(), nn.Linear(15, 10))
+    frozen = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+    for ensemble, said in (
+        (small, "cannot take images"),
+        (frozen, "no parameter that requires a gradient"),
+        (flat_to, "member 1 has outputs for 11 classes"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "member 0 has outputs for 3 classes"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            redefense.train(ensemble, "vanilla", "digits", out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [None, 3, b"run", ["run"]], ids=repr)
+def test_what_is_no_path_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="expected the path of a folder"):
+        checked_path(value)

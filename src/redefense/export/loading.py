@@ -16,6 +16,7 @@ from redefense.export import runner
 from redefense.export.packages import need
 from redefense.export.runner import Bundle, BundleError
 from redefense.runtime.device import check_device
+from redefense.train.loading import checked_path
 from redefense.train.loading import load as load_run
 from redefense.types import Images, Logits
 
@@ -31,8 +32,9 @@ def load(path: str | PathLike[str], *, device: str = "cpu") -> Ensemble:
         CheckpointError: if there is no trained run, or it is damaged.
         DataError: if a bundle is damaged or inconsistent.
         ConfigError: if a bundle needs a package that is not installed.
+        InputError: if it is not a path.
     """
-    folder = Path(path)
+    folder = checked_path(path)
     bundle = (folder / "config.json").is_file() and (folder / runner.MANIFEST).is_file()
     return load_bundle(folder, device=device) if bundle else load_run(folder, device=device)
 

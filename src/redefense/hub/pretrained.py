@@ -30,7 +30,7 @@ from redefense.errors import (
 from redefense.report.card import card, unmeasured_card
 from redefense.runtime.files import write_bytes, write_text
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.loading import find_final, load_checkpoint
+from redefense.train.loading import checked_path, find_final, load_checkpoint
 
 FORMAT: Final = "redefense-ensemble"
 SCHEMA: Final = 1
@@ -94,8 +94,9 @@ def from_pretrained(
         CheckpointError: if a file is missing, damaged, of another format or does not fit.
         ConfigError: if a repository is named and huggingface_hub is not installed.
         DataError: if the hub cannot be reached or has no such repository.
+        InputError: if the folder is not a path.
     """
-    folder = Path(name_or_folder)
+    folder = checked_path(name_or_folder)
     if not folder.is_dir():
         folder = _fetch(str(name_or_folder), revision)
     elif revision is not None:
@@ -105,7 +106,7 @@ def from_pretrained(
     try:
         if run.ensemble.get("num_members", 0) > len(weights):
             # checked before memory is allocated
-            raise CheckpointError(f"{folder / CONFIG} asks for more members than there are tensors")
+            raise CheckpointError(f"{folder / CONFIG} has more members than there are tensors")
         checkpoint = Checkpoint(folder, run, weights, {}, {"data": data})
         return load_checkpoint(checkpoint, device=device)
     except (KeyError, TypeError, RuntimeError) as error:

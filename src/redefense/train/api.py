@@ -81,10 +81,13 @@ def train(
 
     Raises:
         ConfigError: for an invalid name, object or setting.
+        ModelError: if a member does not accept the images, or has not the classes of the data.
         DataError: if the data cannot be read.
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
+    if threat is not None and not isinstance(threat, Threat):
+        raise InputError(f"threat must be a redefense.Threat, got {threat!r}")
     base = _base(ensemble)
     settings = base.model_dump(mode="json") if base is not None else _defaults(ensemble)
     if defence is not None:

@@ -35,6 +35,7 @@ from redefense.train.init_from import (
 )
 from redefense.train.loading import (
     Signature,
+    check_members,
     fresh,
     load_checkpoint,
     load_weights,
@@ -151,6 +152,7 @@ def _train(
             )
             _say_resumed(checkpoint, team)
         else:
+            check_members(ensemble, train_split, len(signature.classes), device)
             started = _start(run, kind, ensemble, signature, train_split, validation, device)
             if team.first:
                 _begin(run, out, started)

@@ -1,19 +1,23 @@
 """Resolves the settings of a run, and loads the ensemble of a finished run."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from redefense.config import Run, choose, settings_of, to_json
-from redefense.data import Dataset
+from redefense.data import Dataset, Split
 from redefense.defences import DEFENCES, Defence
 from redefense.ensembles import Ensemble, Independent, Origin, channels_last
 from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig, HyperConfig
-from redefense.errors import CheckpointError, ConfigError, InputError
+from redefense.ensembles.guards import modes_kept
+from redefense.errors import CheckpointError, ConfigError, InputError, ModelError
 from redefense.plugins import check_known, origins
+from redefense.rng import seeded
 from redefense.runtime.device import check_device
 from redefense.runtime.files import write_text
 from redefense.train.checkpoint import Checkpoint, read, save
@@ -85,6 +89,17 @@ def load(path: str | Path, *, device: str = "cpu") -> Ensemble:
     return load_checkpoint(find_final(Path(path)), device=device)
 
 
+def checked_path(path: object) -> Path:
+    """A user's path.
+
+    Raises:
+        InputError: if it is not a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"expected the path of a folder, got {path!r}")
+    return Path(path)
+
+
 def find_final(path: Path) -> Checkpoint:
     """The final checkpoint of a run directory, or the checkpoint at `path` itself.
 
@@ -122,6 +137,26 @@ def fresh(kind: EnsembleConfig, signature: Signature, seed: int, device: str) ->
     """
     ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
     return ensemble.to(check_device(device))
+
+
+def check_members(ensemble: Ensemble, images: Split, num_classes: int, device: str) -> None:
+    """Check that members can be trained and give logits of the data's classes.
+
+    Raises:
+        ModelError: naming the member and what is wrong with it.
+    """
+    if not any(p.requires_grad for p in ensemble.parameters()):
+        raise ModelError("the members have no parameter that requires a gradient: unfreeze them")
+    x = images.float(torch.arange(min(2, len(images)))).to(device)
+    with modes_kept(ensemble), seeded(0, device), torch.no_grad():
+        ensemble.eval()
+        found = [ensemble.logits_of(m, x).shape[1] for m in range(ensemble.num_members)]
+    for m, classes in enumerate(found):
+        if classes < num_classes or classes != found[0]:
+            raise ModelError(
+                f"member {m} has outputs for {classes} classes, the data have {num_classes} and "
+                f"member 0 has {found[0]}: all members need the same number, at least the data's"
+            )
 
 
 def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
