@@ -59,6 +59,8 @@ def test_names_of_attacks_that_ignore_the_draw_do_not_count(tmp_path: Path, atta
 def test_a_random_start_is_no_random_answer_and_a_clean_row_no_attack(tmp_path: Path) -> None:
     assert attack_key("PGD (rand init)") == attack_key("PGD (rand)") == "pgd"
     assert attack_key("Auto-PGD") == "apgd"
+    assert attack_key("AutoAttack [12]") == attack_key("AA [Croce et al.]") == "autoattack"
+    assert attack_key("PGD-CE") == "pgd"
     assert {attack_key(n) for n in ("No attack", "benign", "Clean acc.")} == {"clean"}
     # whatever it means: a row without an eps, beside one with, is no attacker who knew
     rows = [

@@ -1,6 +1,7 @@
 """What `evaluate` returns: every attribute is a figure of its JSON, the headline first."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import redefense
 from redefense.attacks import FGSM, PGD
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, WriteError
 from redefense.evaluation.figures import Figure
 from redefense.evaluation.report_object import Report
 from redefense.results.intervals import wilson
@@ -37,6 +38,13 @@ def images() -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def report() -> Report:
     return redefense.evaluate([linear(0), linear(1)], images(), threat=Threat(eps="5/255"))
+
+
+def test_a_report_cannot_be_saved_below_a_file(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(WriteError, match=r"cannot write .*quick\.json: Not a directory"):
+        report.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_attributes_are_the_figures_of_the_json(report: Report) -> None:

@@ -142,14 +142,14 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
     flat_to = [nn.Sequential(nn.Flatten(), nn.Linear(*sizes)) for sizes in ((64, 10), (64, 11))]
     small = nn.Sequential(nn.Flatten(), nn.Linear(15, 10))
     frozen = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
-    for ensemble, said in (
+    for members, said in (
         (small, "cannot take images"),
         (frozen, "no parameter that requires a gradient"),
         (flat_to, "member 1 has outputs for 11 classes"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "member 0 has outputs for 3 classes"),
     ):
         with pytest.raises(ModelError, match=said):
-            redefense.train(ensemble, "vanilla", "digits", out=tmp_path / "run", quiet=True)
+            redefense.train(members, "vanilla", "digits", out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -36,7 +36,7 @@ class AutoAttack(Attack):
     early_stop: bool = False
     preset: str | None = None
 
-    summary: ClassVar[str] = "APGD, targeted APGD, FAB and Square on what is left"
+    summary: ClassVar[str] = "APGD, targeted APGD, FAB and Square, each on the remaining images"
     presets: ClassVar[Presets] = {
         TORCHATTACKS: {"steps": 10, "queries": 5000, "early_stop": False},
         OFFICIAL: {"steps": 100, "queries": 5000, "early_stop": False},

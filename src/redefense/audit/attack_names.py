@@ -48,7 +48,7 @@ KNOWN = WHITE_BOX | BLACK_BOX | MINIMAL | UNBOUNDED | UNRANKED | AWARE
 ALIASES = {
     "natural": "clean", "nat": "clean", "none": "clean", "standard": "clean", "aa": "autoattack",
     "noattack": "clean", "benign": "clean", "original": "clean", "unperturbed": "clean",
-    "autopgd": "apgd", "autopgdce": "apgd",
+    "autopgd": "apgd", "autopgdce": "apgd", "pgdce": "pgd",
     "candw": "cw", "carliniwagner": "cw", "cwl2": "cw", "mifgsm": "mim", "ifgsm": "bim",
     "difgsm": "di2fgsm", "eot": "eotpgd", "apgdce": "apgd", "apgddlr": "apgdt", "pgdeot": "eotpgd",
     "squareattack": "square", "worst": "worstcase", "fabt": "fab", "transferattack": "transfer",
@@ -71,8 +71,8 @@ def squeezed(name: str) -> str:
 
 
 def _steps_last(name: str) -> str:
-    """A name in `ordinary` form without TeX's dollars, `10-step PGD` as `pgd-10`."""
-    plain = ordinary(name).replace("$", "")
+    """A name in `ordinary` form without citations and TeX's dollars, `10-step PGD` as `pgd-10`."""
+    plain = re.sub(r"\s*\[[^]]*\]", "", ordinary(name).replace("$", ""))
     counted = re.fullmatch(r"(\d+)[-_ ]*(?:steps?|iter(?:ation)?s?|queries)[-_ ]+(\D+)", plain)
     return plain if counted is None else f"{counted[2].strip()}-{counted[1]}"
 

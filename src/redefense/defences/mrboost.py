@@ -45,7 +45,9 @@ class MRBoost(CrossEntropyDefence):
         adversary: attack that generates the examples, from random points of half the ball.
     """
 
-    summary: ClassVar[str] = "margin boosting: each new member learns where the earlier ones err"
+    summary: ClassVar[str] = (
+        "margin boosting: each new member is trained where the earlier ones err"
+    )
 
     other_weight: float = 1.0
     individual: bool = True

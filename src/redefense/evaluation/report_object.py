@@ -24,7 +24,7 @@ from redefense.radius import eps_text
 from redefense.results.accuracy import Bools
 from redefense.results.escaping import escape_latex
 from redefense.results.examples import Examples
-from redefense.runtime.files import write_text
+from redefense.runtime.files import write_text, writing
 from redefense.threat import Threat
 
 
@@ -322,7 +322,8 @@ class Report:
                 f"{target} was made by `redefense evaluate` and is not replaced; "
                 "choose another folder"
             )
-        target.unlink(missing_ok=True)  # an old report must not remain with new records
+        with writing(target):
+            target.unlink(missing_ok=True)  # an old report must not remain with new records
         for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
             self.cells[cell["id"]].save(home / cell["per_image"], self.index)
         self.cells["clean"].save(records, self.index)
