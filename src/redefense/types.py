@@ -4,14 +4,16 @@ Axes: M members, B batch, C classes, D flattened pixels, S random samples; image
 Images are floats in [0, 1], outputs are logits, normalisation is the first layer of each member.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from redefense.errors import (
+    ConfigError,
     InputError,
     ModelError,
     RedefenseError,
@@ -36,7 +38,7 @@ else:
 __all__ = [
     "Batch", "Bool", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
     "Progress", "UInt8", "Victim", "cannot_differentiate", "cannot_take", "check_images",
-    "check_labels", "correct", "first_line", "has_no_values",
+    "check_labels", "correct", "first_line", "has_no_values", "whole",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -199,3 +201,18 @@ def check_labels(y: object, num_images: int, num_classes: int | None = None) -> 
     if low < 0 or (num_classes is not None and high >= num_classes):
         bound = f"[0, {num_classes})" if num_classes is not None else "[0, ...)"
         raise InputError(f"labels must lie in {bound}, found {low if low < 0 else high}")
+
+
+def whole(value: Any, name: str, least: int) -> int:
+    """An integer, also of numpy; fractions and booleans are refused.
+
+    Raises:
+        ConfigError: for anything else, or a number below `least`.
+    """
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return found

@@ -174,6 +174,13 @@ REFUSED = {
     "evaluate([net, net], (x, y), mixture=[None, 1])": "got [None, 1]",
     "evaluate([net, net], (x, y), mixture='ab')": "got 'ab'",
     "evaluate([net, net], (x, y), mixture=torch.ones(2, device='meta'))": "list of probabilities",
+    "Stochastic(net, draws=0)": "draws must be a whole number of at least 1, got 0",
+    "Stochastic(net, draws=2.5)": "got 2.5",
+    "Stochastic(net, draws='4')": "got '4'",
+    "Stochastic(net, seed=None)": "seed must be a whole number of at least 0, got None",
+    "GaussianNoise(net, sigma='x')": "must not be negative and be a finite number, got 'x'",
+    "NoiseLayers(net, inner=math.nan)": "got nan",
+    "ResizeAndPad(net, largest=math.inf)": "got inf",
     "Threat(eps=-0.1)": "not negative, got -0.1",
     "Threat(eps=math.nan)": "finite number, or a fraction such as 8/255, got nan",
     "Threat(eps=None)": "got None",
@@ -199,6 +206,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from redefense import Independent, Threat, evaluate
 from redefense.attacks import PGD, Square
 from redefense.export import About, export
+from redefense.stochastic import GaussianNoise, NoiseLayers, ResizeAndPad, Stochastic
 
 class Linear(nn.Module):
     def __init__(self, change=lambda z: z, classes=3):

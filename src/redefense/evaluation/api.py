@@ -23,7 +23,6 @@ from redefense.evaluation.inputs.arguments import (
     check_precision,
     read_ensemble,
     read_threat,
-    whole,
 )
 from redefense.evaluation.inputs.batches import bounded, in_batches, noise_of
 from redefense.evaluation.inputs.data import read_data
@@ -56,6 +55,7 @@ from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.api import weights_digest
 from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
+from redefense.types import whole
 
 
 @computing()

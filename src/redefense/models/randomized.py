@@ -5,6 +5,7 @@ seed. The wrapped network keeps its weights and modes; layers inside it are reac
 are attached during a call only.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -31,7 +32,7 @@ class GaussianNoise(nn.Module):
 
     def __init__(self, model: nn.Module, *, sigma: float = 0.25) -> None:
         super().__init__()
-        _check(sigma >= 0, f"sigma must not be negative, got {sigma}")
+        _check(sigma, lambda v: v >= 0, "sigma must not be negative")
         self.model, self.sigma = model, sigma
 
     def forward(self, x: Images) -> Logits:
@@ -83,7 +84,8 @@ class NoiseLayers(_Hooked):
 
     def __init__(self, model: nn.Module, *, first: float = 0.2, inner: float = 0.1) -> None:
         super().__init__(model, MIXING, "a convolution or a fully connected layer")
-        _check(min(first, inner) >= 0, f"noise must not be negative, got {first} and {inner}")
+        for sigma in (first, inner):
+            _check(sigma, lambda v: v >= 0, "noise must not be negative")
         self.first, self.inner = first, inner
 
     def changed(self, place: int, inputs: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class TestTimeDropout(_Hooked):
 
     def __init__(self, model: nn.Module, *, p: float = 0.5) -> None:
         super().__init__(model, (nn.Linear,), "a fully connected layer")
-        _check(0 <= p < 1, f"p must lie in [0, 1), got {p}")
+        _check(p, lambda v: 0 <= v < 1, "p must lie in [0, 1)")
         self.p = p
 
     def changed(self, place: int, inputs: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class ActivationPruning(_Hooked):
 
     def __init__(self, model: nn.Module, *, share: float = 1.0) -> None:
         super().__init__(model, MIXING, "a convolution or a fully connected layer")
-        _check(share > 0, f"share must be positive, got {share}")
+        _check(share, lambda v: v > 0, "share must be positive")
         self.share = share
 
     def changed(self, place: int, inputs: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ class ResizeAndPad(nn.Module):
 
     def __init__(self, model: nn.Module, *, largest: float = 331 / 299) -> None:
         super().__init__()
-        _check(largest >= 1, f"largest must be at least 1, got {largest}")
+        _check(largest, lambda v: v >= 1, "largest must be at least 1")
         self.model, self.largest = model, largest
 
     def forward(self, x: Images) -> Logits:
@@ -176,6 +178,7 @@ class ResizeAndPad(nn.Module):
         return cast(Tensor, self.model(F.pad(resized, pads)))
 
 
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
+def _check(value: Any, holds: Callable[[float], bool], rule: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not holds(value):
+        raise ConfigError(f"{rule} and be a finite number, got {value!r}")

@@ -15,7 +15,7 @@ from redefense.ensembles import Ensemble, MemberOf, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
 from redefense.networks import query
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
-from redefense.types import Float, Images, Logits, Per
+from redefense.types import Float, Images, Logits, Per, whole
 
 DRAWS = 16
 """Default number of seeds that attacks use."""
@@ -73,7 +73,7 @@ class Stochastic(Ensemble):
             needs a call of its own. Set by `evaluate`.
 
     Raises:
-        ConfigError: for fewer than one draw.
+        ConfigError: if `draws` is no whole number of at least 1, or `seed` none of at least 0.
         InputError: if `model` is not a network, or has batch norm in training mode, whose output
             depends on the other images in the batch.
     """
@@ -81,8 +81,7 @@ class Stochastic(Ensemble):
     def __init__(
         self, model: nn.Module | Sequence[nn.Module], *, draws: int = DRAWS, seed: int = 0
     ) -> None:
-        if draws < 1:
-            raise ConfigError(f"draws must be at least 1, got {draws}")
+        draws, seed = whole(draws, "draws", 1), whole(seed, "seed", 0)
         super().__init__(draws, None)
         network = as_network(model)
         refuse_batch_statistics(network)

@@ -1,6 +1,5 @@
 """Validation of an evaluation's arguments, before any network is called."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, cast, get_args
 
@@ -13,21 +12,6 @@ from redefense.evaluation.suite import AttackPrecision
 from redefense.networks import FromProbabilities, check_values
 from redefense.threat import Threat
 from redefense.train.api import TrainedRun
-
-
-def whole(value: Any, name: str, least: int) -> int:
-    """An integer, also of numpy; fractions and booleans are refused.
-
-    Raises:
-        ConfigError: for anything else, or a number below `least`.
-    """
-    try:
-        found = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = None
-    if found is None or found < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return found
 
 
 def check_checks(checks: object) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.base import input_gradient
+from redefense.checks.sample import spread
 from redefense.ensembles import Ensemble, Independent, MemberOf, evaluating, frozen_weights
 from redefense.evaluation.suite import AttackPrecision
 from redefense.networks import Queried
@@ -22,9 +23,6 @@ recomputed in full precision. On a robust ResNet-8 bfloat16 changed logits by ha
 
 PIXELS: Final = 1024
 """Smallest number of values in an image for which bfloat16 is faster despite its casts."""
-
-SAMPLE: Final = 32
-"""Number of images on which the two precisions are compared."""
 
 
 def computed_in(ensemble: Ensemble, x: Images) -> tuple[Ensemble, Images]:
@@ -112,7 +110,7 @@ def attack_precision(
 ) -> Literal["fp32", "bf16"]:
     """Resolve "auto": bfloat16 where it is faster and agrees, else single precision.
 
-    It is faster if the processor supports it and images are not small. It agrees if, on the first
+    It is faster if the processor supports it and images are not small. It agrees if, on some
     images, no logit changes by half of `NEAR` or more, and the gradients of the largest logit have
     a mean cosine of at least 0.9 for every member.
 
@@ -123,7 +121,7 @@ def attack_precision(
         return "fp32"
     if wanted == "auto" and (x[0].numel() < PIXELS or not _computes_bfloat16(x.device)):
         return "fp32"
-    agrees = _agrees(ensemble, x[:SAMPLE])
+    agrees = _agrees(ensemble, x[spread(x)])
     if wanted == "auto":
         return "bf16" if agrees else "fp32"
     if not agrees:

@@ -107,8 +107,8 @@ def check_alone(network: Stochastic, x: Images) -> None:
             order = batches[:, row].mean(0).argsort(descending=True)
             single = _gaps(torch.cat(calls), order)
             for alone, among in zip(single, _gaps(batches[:, row], order), strict=True):
-                far = [abs(v - np.median(v)) for v in (alone, among)]
-                if _differ(alone, among, KERNELS * span) or _differ(*far, KERNELS * span):
+                far, near = (abs(values - np.median(values)) for values in (alone, among))
+                if _differ(alone, among, KERNELS * span) or _differ(far, near, KERNELS * span):
                     raise InputError(
                         "the network's random outputs for an image are distributed differently "
                         f"alone and in a batch of {len(images)} (standard deviations "
