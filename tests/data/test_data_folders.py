@@ -136,6 +136,20 @@ def test_a_test_class_in_another_case_is_unknown(tmp_path: Path) -> None:
     refused(f"folder:{root}", "test/A: unknown class, not among the training ones")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_one_of_several_data_sets_must_be_chosen(
+    form: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    root = sound(tmp_path / "set" / "v1").parent
+    assert load_dataset(f"folder:{root}").classes == ("a", "b")
+    sound(root / "v2")
+    refused(
+        f"folder:{form(root)}", r"2 folders hold a data set each \(v1/, v2/\): give one of them"
+    )
+    twice = put(sound(tmp_path / "twice"), "testing/a/0.png", "testing/b/0.png")
+    refused(f"folder:{form(twice)}", "the folders test and testing name one split")
+
+
 def test_classes_without_test_images_are_noted(tmp_path: Path) -> None:
     root = put(sound(tmp_path / "set"), "train/c/0.png", "train/d/0.png")
     assert "2 classes have no test images: c, d" in check_dataset(f"folder:{root}").notes

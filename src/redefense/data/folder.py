@@ -63,20 +63,41 @@ def read(path: Path, refuse: Refuse) -> Source:
 
 
 def _splits(tree: Tree) -> tuple[str, str, str]:
-    """Prefix of names, and the names of the two folders of splits."""
+    """Prefix of names, and the names of the two folders of splits.
+
+    Raises:
+        DataError: if there are none, or several.
+    """
     folders = {
         "/".join(PurePosixPath(name).parts[:depth])
         for name in (*tree.names, *tree.empty)
         for depth in (1, 2)
     }
+    sets = []
     for at in ("", *sorted(f"{folder}/" for folder in folders if "/" not in folder)):
         found = {
-            split: next((word for word in words if f"{at}{word}" in folders), None)
+            split: [word for word in words if f"{at}{word}" in folders]
             for split, words in SPLITS.items()
         }
         train, test = found["train"], found["test"] or found["validation"]
-        if train and test:
-            return at, train, test
+        if not (train and test):
+            continue
+        for names in (train, test):
+            if len(names) > 1:
+                raise DataError(
+                    f"{tree.root}: the folders {at}{names[0]} and {at}{names[1]} name one split: "
+                    "keep one of them"
+                )
+        sets.append((at, train[0], test[0]))
+        if not at:
+            break
+    if len(sets) > 1:
+        some = ", ".join(at for at, *_ in sets[:3])
+        raise DataError(
+            f"{tree.root}: {len(sets)} folders hold a data set each ({some}): give one of them"
+        )
+    if sets:
+        return sets[0]
     raise DataError(
         f"{tree.root}: needs folders train/CLASS/FILE and test/CLASS/FILE (or val/CLASS/FILE)"
     )
