@@ -115,8 +115,12 @@ def by_batch(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("freeze", "check", "says"),
     [
-        (one_file_for_all, "members", "member 1 is not itself: it answers like member 0"),
-        (swapped, "members", "member 0 is not itself: it answers like member 1"),
+        (
+            one_file_for_all,
+            "members",
+            "member 1 does not give its recorded outputs, but those of member 0",
+        ),
+        (swapped, "members", "member 0 does not give its recorded outputs, but those of member 1"),
         (almost_one, "distinct", "members 0 and 1 are the same"),
         (one_in_the_probes_too, "distinct", "nothing is random"),
         (drawn_inside, "graphs", "RandomUniformLike"),

@@ -143,9 +143,11 @@ def _members(opened: Opened) -> str:
         distances = [_distance(answer, logits) for logits in stored]
         if distances[m] > min(distances):
             nearest = distances.index(min(distances))
-            raise BundleError(f"member {m} is not itself: it answers like member {nearest}")
+            raise BundleError(
+                f"member {m} does not give its recorded outputs, but those of member {nearest}"
+            )
         if fault := runner.differs(answer, stored[m], precision):
-            raise BundleError(f"member {m} is not itself: it {fault}")
+            raise BundleError(f"member {m} does not give its recorded outputs: it {fault}")
         alone = runner.logits_of(opened.sessions[m], images[:1])
         if fault := runner.differs(alone, answer[:1], precision):
             raise BundleError(f"member {m} answers by batch mates: alone, its answer {fault}")
@@ -188,7 +190,7 @@ def _runner(opened: Opened) -> str:
         version = opened.bundle.config.get("version")
         raise BundleError(
             f"run.py is not the runner of this version of redefense (the bundle names {version}): "
-            "it is not run, and what it draws is not known"
+            "it is not run, and its draws are not checked"
         )
     return "run.py is the runner of this version of redefense"
 

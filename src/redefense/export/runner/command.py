@@ -46,7 +46,7 @@ def materialise(bundle: Bundle, out: Path) -> None:
     """Write a compact bundle out as the plain bundle `out`, which needs it no longer.
 
     Raises:
-        BundleError: if the bundle is plain, `out` is not free, or a member is not itself.
+        BundleError: if the bundle is plain, `out` is not free, or a member has other outputs.
     """
     if bundle.config["kind"] == "plain":
         raise BundleError("the members of this bundle are plain already")
@@ -85,7 +85,10 @@ def main(words: Sequence[str], folder: Path) -> int:
         bundle = open_bundle(folder)
         if options.check:
             wrong = check(bundle)
-            write("".join(f"{line}\n" for line in wrong) or "all members are themselves\n")
+            write(
+                "".join(f"{line}\n" for line in wrong)
+                or "all members give their recorded outputs\n"
+            )
             return int(bool(wrong))
         if options.images[:1] == ["materialise"]:
             out = (
