@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from redefense.ensembles import Independent, evaluating
 from redefense.errors import ConfigError, InputError, ModelError, RedefenseError, ResourceError
 from redefense.export import About, export, runner
 from redefense.hub import to_robustbench
-from redefense.networks import copied, mode_of, unwrapped
+from redefense.networks import copied, mode_of, query, unwrapped
 from redefense.report.landscape import surface
 from redefense.rng import stream
 from redefense.train import loop as fit
@@ -365,24 +366,27 @@ class Keeps(nn.Module):
         compiled_within,
         lambda: Flexible(convolution()),
         lambda: Before(lambda x: x.sub_(0.5)),
+        lambda: After(lambda z: SimpleNamespace(logits=z)),
+        lambda: After(lambda z: z.double()),
     ],
     ids=[
         "weight norm", "spectral norm", "weight norm, new", "spectral norm, new", "keeps tensors",
         "parallel", "compiled and parallel", "compiled within", "any arguments", "writes",
+        "object with logits", "double logits",
     ],
 )  # fmt: skip
 def test_a_bundle_of_a_network_as_people_have_it_answers_as_the_network(
     make: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
     net = make()
-    F.cross_entropy(net(IMAGES.clone()), LABELS).backward()  # the last step of a training
+    F.cross_entropy(query(net, IMAGES), LABELS).backward()  # the last step of a training
     net.eval()
     state = {name: value.clone() for name, value in net.state_dict().items()}
     about = About(shape=(1, 4, 4), classes=["a", "b", "c"])
     bundle = runner.open_bundle(export(Independent([net]), tmp_path / "bundle", about))
     answers = torch.from_numpy(runner.logits_of(bundle.open(0), IMAGES.numpy()))
     with torch.no_grad():
-        torch.testing.assert_close(answers, net(IMAGES.clone()))
+        torch.testing.assert_close(answers, query(net, IMAGES))
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
@@ -393,6 +397,15 @@ class Flexible(nn.Module):
 
     def forward(self, *images: Tensor) -> Any:
         return self.network(*images)
+
+
+class After(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.change = convolution(), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.network(x))
 
 
 class Before(nn.Module):
@@ -416,6 +429,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path) 
         (convolution().to("meta"), InputError, "weight members.0.0.weight has no values"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), InputError, "members.0.1.weight has no"),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), ConfigError, r"shape \(64, 2\)"),
+        (After(lambda z: z - z.mean(0)), InputError, "depends on the other images in its batch"),
+        (Before(lambda x: x.reshape(len(x), 1, 4, 4)), ConfigError, r"x.shape\[0\], not from len"),
         (locked, InputError, "cannot be copied, which is needed here: cannot pickle"),
     ):
         about = About(shape=(1, 4, 4), classes=["a", "b", "c"])
@@ -424,6 +439,15 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path) 
         assert isinstance(caught.value, RedefenseError)
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
+
+
+def test_active_dropout_is_not_switched_off_by_an_export(tmp_path: Path) -> None:
+    active = nn.Sequential(convolution(), nn.Dropout(0.5))
+    about = About(shape=(1, 4, 4), classes=["a", "b", "c"])
+    with pytest.raises(InputError, match=r"training mode \(active layers: Dropout\)"):
+        export(Independent([convolution(), active]), tmp_path / "bundle", about)
+    assert active[1].training
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_shares_nothing_and_wrappers_are_taken_off_at_every_depth() -> None:

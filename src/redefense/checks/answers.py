@@ -168,6 +168,15 @@ def _check_function(ensemble: Ensemble, m: int, points: Images) -> None:
                 "draws inside a forward pass cannot be enumerated; pass the networks it draws from "
                 "as a list"
             )
+    check_batches(ensemble, m, points, answers)
+
+
+def check_batches(ensemble: Ensemble, m: int, points: Images, answers: Logits) -> None:
+    """Refuse a member whose outputs for `points`, `answers`, differ in other batches.
+
+    Raises:
+        InputError: if the output for an image depends on the other images in its batch.
+    """
     for size in (1, 3):
         other = _in_batches(ensemble, m, points.flip(0), size).flip(0)
         if bool((differences(answers, other) > GROSS).any()):

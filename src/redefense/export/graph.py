@@ -25,8 +25,12 @@ from redefense.types import Images, cannot_take, first_line
 OPSET: Final = 18
 
 
-def portable(net: nn.Module) -> nn.Module:
+def portable(net: nn.Module, *, as_given: bool = False) -> nn.Module:
     """A copy of a network for deployment: unwrapped, evaluation mode, float32, on the CPU.
+
+    Args:
+        net: the network, not changed.
+        as_given: keep the modes of its layers.
 
     Raises:
         ConfigError: if it, or a part of it, is scripted or traced: the exporter does not support
@@ -38,7 +42,8 @@ def portable(net: nn.Module) -> nn.Module:
             "a scripted or traced network cannot be exported: give the network it was made from"
         )
     plain = unwrapped(copied(net))
-    set_evaluation(plain)
+    if not as_given:
+        set_evaluation(plain)
     plain = plain.float().cpu()
     return plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
 
@@ -90,7 +95,8 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
 def _make_traceable(net: nn.Module, example: Images) -> None:
     """Adapt a network's forward pass to the exporter, in place.
 
-    It needs one named argument, and in-place changes of that would be lost.
+    It needs one named argument and one tensor of float32, and in-place changes of the argument
+    would be lost.
     """
     forward, given = net.forward, example.clone()
     with torch.no_grad():
@@ -98,11 +104,18 @@ def _make_traceable(net: nn.Module, example: Images) -> None:
             answer = net(given)
         except Exception as error:
             raise cannot_take(example, error) from error
-    check_finite(answer)
+    logits = _plain(answer)
+    check_finite(logits)
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
     named = bool(kinds) and kinds[0] is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if not named or not torch.equal(given, example):
-        net.forward = lambda images: forward(images.clone())
+    if not named or logits is not answer or not torch.equal(given, example):
+        net.forward = lambda images: _plain(forward(images.clone()))
+
+
+def _plain(answer: Any) -> Tensor:
+    """Logits in float32; those of an object are its attribute `logits`, as in transformers."""
+    logits: Tensor = answer if isinstance(answer, Tensor) else answer.logits
+    return logits.float()
 
 
 def check_finite(logits: Tensor) -> None:

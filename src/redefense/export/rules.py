@@ -88,4 +88,8 @@ def _ends_faults(graph: Any, shape: tuple[int, int, int], num_classes: int) -> I
         batch, *sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
         if kind.elem_type != _FLOAT or batch is not None or sizes != rest:
             found = [d.dim_value or d.dim_param for d in kind.shape.dim]
-            yield f"{name} must be float32 of shape [batch, {str(rest)[1:-1]}], it is {found}"
+            hint = ": take the number of images from x.shape[0], not from len(x)"
+            yield (
+                f"{name} must be float32 of shape [batch, {str(rest)[1:-1]}], it is {found}"
+                + (hint if name == "images" and batch is not None else "")
+            )

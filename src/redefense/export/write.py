@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import redefense
-from redefense.ensembles import Ensemble, Hyper
+from redefense.checks.answers import check_batches, check_modes, query_member
+from redefense.ensembles import Ensemble, Hyper, Independent
 from redefense.errors import ConfigError, InputError
 from redefense.export import runner
 from redefense.export.compact import write_compact
@@ -23,7 +24,7 @@ from redefense.export.graph import check_finite, member_graph, portable
 from redefense.export.quantise import Int8, quantised
 from redefense.export.rules import graph_faults
 from redefense.export.signing import Sign
-from redefense.networks import check_values, query
+from redefense.networks import check_values, mode_of, query
 from redefense.report.card import unmeasured_card
 from redefense.rng import stream
 from redefense.runtime.files import write_text, writing
@@ -88,7 +89,8 @@ def export(
     Raises:
         ConfigError: if `out` is not empty, or a member cannot be exported, or differs from torch;
             nothing is written then.
-        InputError: if probes are no images in [0, 1], or a member does not accept them.
+        InputError: if probes are no images in [0, 1], or a member does not accept them, is given in
+            training mode and differs in evaluation mode, or depends on the other images of a batch.
     """
     if not isinstance(ensemble, Ensemble):
         got = type(ensemble).__name__
@@ -181,6 +183,14 @@ def _write(
         )
     logits = torch.stack(answers)
     check_finite(logits)
+    if any(mode_of(part) for m in members for part in ensemble.member(m).modules()):
+        check_modes(Independent([portable(ensemble.member(m), as_given=True) for m in members]),
+                    images)  # fmt: skip
+    plain = Independent(nets)
+    for m in members:
+        # a network that draws is refused for its random nodes
+        if torch.equal(query_member(plain, m, images), logits[m]):
+            check_batches(plain, m, images, logits[m])
     if isinstance(ensemble, Hyper):
         config |= {
             "kind": "compact",
