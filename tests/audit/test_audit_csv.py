@@ -69,7 +69,7 @@ def test_only_accuracies_are_counts_and_only_budgets_fractions(tmp_path: Path, c
 def test_a_count_says_how_many_images_and_contradicts_another_number(tmp_path: Path) -> None:
     (claim,) = read_csv(write(tmp_path, ["1,C,ours,clean,878/1000,,,,1,false"]))
     assert claim.num_images == 1000
-    with pytest.raises(DataError, match=r"line 2: accuracy counts 1000 images, .* says 10000"):
+    with pytest.raises(DataError, match=r"line 2: accuracy counts 1000 images, .* is 10000"):
         read_csv(write(tmp_path, ["1,C,ours,clean,878/1000,,,10000,1,false"]))
 
 
