@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from redefense.errors import CheckpointError, TrainingError
+from redefense.errors import CheckpointError, TrainingError, WriteError
 from redefense.recipes import recipe
 from redefense.train import checkpoint
 from redefense.train.checkpoint import latest, prune, read, restore_optimizer, save, step_folder
@@ -86,8 +86,9 @@ def test_a_full_disk_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_flush", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left") as refused:
         store(tmp_path, 2)
+    assert refused.value.code == 1
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
 
