@@ -20,12 +20,19 @@ INK, PAPER, GREY = "#1f2328", "#fefefe", "#818b98"
 BLUE, ORANGE = "#3b7dd8", "#d9822b"
 METHODS = ["vanilla-1", "gal-1", "adp-1", "dverge-1", "ps-red-1", "trs-0", "red-1", "mrboost-1",
            "red-at-0", "barre-1", "at-1", "swift-1", "swift-one-1"]  # fmt: skip
+CURRENT = ["vanilla-1", "at-1", "red-1", "swift-1", "swift-one-1", "fork-subset-1"]
+EARLIER = ["long-at-0", "long-swift-0", "long-swift-one-0"]
 VARIABLES = {INK: "--color-foreground-primary", PAPER: "--color-background-primary"}
+
+
+def claim_of(name: str) -> dict[str, Any]:
+    claim: dict[str, Any] = json.loads((ROOT / "claims" / f"{name}.json").read_text())
+    return claim
 
 
 def headline(name: str, images: int = 1000) -> dict[str, Any]:
     """The evaluation of a claim on so many images that has both headlines."""
-    claim = json.loads((ROOT / "claims" / f"{name}.json").read_text())
+    claim = claim_of(name)
     found: list[dict[str, Any]] = [
         it
         for it in claim["evaluations"]
@@ -104,6 +111,57 @@ def worth() -> None:
     )
 
 
+def cost() -> None:
+    """Aware accuracy against the cost of training, networks that draw and single networks.
+
+    Markers of about equal cost are drawn side by side.
+    """
+    drawn: list[float] = []
+    labels: list[tuple[str, float, float]] = []
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    kinds = {True: (ORANGE, "D", "one network"), False: (BLUE, "o", "draw of three members")}
+    for names, prefix, style in (
+        (CURRENT, "aware-", {}), (EARLIER, "", {"markerfacecolor": PAPER}),
+    ):  # fmt: skip
+        for name in names:
+            claim = claim_of(prefix + name)
+            aware = headline(prefix + name, 500)["aware"]
+            members = claim["run"]["ensemble"]["num_members"]
+            trained = claim["training"]
+            passes = trained["passes"] * members * trained["images"] / 1e6
+            while any(abs(passes / other - 1) < 0.025 for other in drawn):
+                passes *= 1.028
+            drawn.append(passes)
+            color, marker, _ = kinds[members == 1]
+            low, value, high = (100 * aware[key] for key in ("low", "value", "high"))
+            axes.errorbar(
+                passes, value, yerr=[[value - low], [high - value]], color=color, fmt=marker,
+                capsize=2, **style,
+            )  # fmt: skip
+            labels.append((name.rpartition("-")[0], passes, value))
+    for label, passes, value in labels:
+        beside = any(1 < other / passes < 1.07 for other in drawn)
+        axes.annotate(
+            label, (passes, value), (-7 if beside else 7, 0), textcoords="offset points",
+            ha="right" if beside else "left", va="center", fontsize=9,
+        )  # fmt: skip
+    for color, marker, label in kinds.values():
+        axes.plot([], [], marker, color=color, label=label)
+    axes.plot([], [], "o", color=GREY, markerfacecolor=PAPER, label="older, weaker suite")
+    axes.set_xscale("log")
+    axes.set_xlim(0.4, 16)
+    axes.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    axes.minorticks_off()
+    axes.set_xlabel("training cost, millions of forward passes of one network")
+    axes.set_ylabel("aware accuracy in percent, 95 % intervals")
+    axes.set_title("CIFAR-10, L-inf eps 0.03, 500 images", loc="left", fontsize=11)
+    axes.set_ylim(bottom=0)
+    axes.grid(color=GREY, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    save(figure, "cost.svg", "Aware accuracy against the cost of training")
+
+
 def main() -> None:
     mpl.rcParams |= {
         "svg.fonttype": "none", "svg.hashsalt": "redefense", "font.family": "sans-serif",
@@ -112,6 +170,7 @@ def main() -> None:
     }  # fmt: skip
     methods()
     worth()
+    cost()
 
 
 if __name__ == "__main__":
