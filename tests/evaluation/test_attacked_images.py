@@ -61,15 +61,15 @@ def test_images_are_found_again_and_made_again_where_they_are_missing(tmp_path: 
     without = tmp_path / "without"
     run(store=without, keep_images=False)
     assert not list(without.glob(f"*{SUFFIX}"))
-    told: list[str] = []
+    lines: list[str] = []
     for images in (
-        run(store=without, log=told.append).images,  # on top of a finished evaluation
+        run(store=without, log=lines.append).images,  # on top of a finished evaluation
         run(store=without).images,
     ):
         assert {k: v.tolist() for k, v in images.items()} == {
             k: v.tolist() for k, v in fresh.items()
         }
-    assert any("MB, in" in line for line in told)
+    assert any("MB, in" in line for line in lines)
     next(iter(without.glob(f"hinge*{SUFFIX}"))).write_bytes(b"damaged")
     assert {k: v.tolist() for k, v in run(store=without).images.items()} == {
         k: v.tolist() for k, v in fresh.items()
