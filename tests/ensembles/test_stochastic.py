@@ -225,6 +225,19 @@ def test_dropout_and_pruning_keep_the_mean_of_a_linear_layer() -> None:
         assert bool(((z.mean(0) - exact).abs() < 5 * z.std(0) / math.sqrt(4000)).all())
 
 
+@pytest.mark.parametrize("draws", [5, 40, 200])  # all one by one, nearly all, few one by one
+def test_pruning_keeps_as_many_activations_as_draws_with_replacement(draws: int) -> None:
+    model = ActivationPruning(two_layers(), share=draws / 100)
+    torch.manual_seed(draws)
+    kept = model.changed(1, torch.ones(20000, 100)).gt(0).sum(1).double()
+    # occupancy of 100 cells by as many balls: mean and variance of the number of cells hit
+    none, pair = 0.99**draws, 0.98**draws
+    variance = 100 * none + 9900 * pair - 1e4 * none**2
+    assert abs(kept.mean() - 100 * (1 - none)) < 5 * math.sqrt(variance / 20000)
+    assert abs(kept.var() / variance - 1) < 5 * math.sqrt(2 / 20000)
+    assert int(kept.max()) <= draws
+
+
 def test_resizing_moves_the_image_about_within_its_frame() -> None:
     class Frame(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
