@@ -12,7 +12,10 @@ from typing import Any
 import hypothesis
 import pytest
 
+import type_checks
 from browser import chromium, launched
+
+type_checks.install()
 
 # a deadline would assert speed, and fail on a busy machine
 hypothesis.settings.register_profile("untimed", deadline=None)
