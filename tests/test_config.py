@@ -99,7 +99,7 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("defence.similarity=high", "defence.similarity"),
         ("defence.adversary.step=3", "defence.adversary.step (did you mean steps?)"),
         ("defence.adversary=3", "must be a group of settings, got 3"),
-        ("defence.preset=best", "preset must be one of printed, released, calibrated"),
+        ("defence.preset=best", "preset must be printed, released or calibrated"),
         ("defence.name=rde", "unknown defence 'rde' (did you mean red?)"),
         ("ensemble.num_members=0", "num_members must be at least 1, got 0"),
         ("ensemble.num_members=1000000000000", "num_members must be at most 100000"),

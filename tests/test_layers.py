@@ -13,7 +13,18 @@ import redefense
 SRC = Path(redefense.__file__).parent
 
 LAYERS = [
-    {"types", "errors", "rng", "radius", "config", "threat", "pictures", "networks", "plugins"},
+    {
+        "types",
+        "errors",
+        "rng",
+        "limits",
+        "radius",
+        "config",
+        "threat",
+        "pictures",
+        "networks",
+        "plugins",
+    },
     {"runtime"},
     {"results"},
     {"penalties", "data", "models"},

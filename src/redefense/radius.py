@@ -59,6 +59,11 @@ def eps_text(eps: float) -> str:
     return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
 
 
+def budget_text(norm: object, eps: float) -> str:
+    """A threat as text, such as "L-inf eps 8/255"; the norm is inf or 2, as text or number."""
+    return f"{'L2' if read_norm(norm) == '2' else 'L-inf'} eps {eps_text(eps)}"
+
+
 Eps = Annotated[float, BeforeValidator(read_eps)]
 """A radius in a setting; fractions such as "8/255" are accepted."""
 

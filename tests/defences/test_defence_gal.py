@@ -106,7 +106,7 @@ def test_published_constants() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"preset": "kariyappa"}, "preset must be one of"),
+        ({"preset": "kariyappa"}, "preset must be dverge or trs"),
         ({"weight": -1.0}, "weight must be"),
         ({"noise": math.inf}, "noise must be"),
         ({"differentiate": "fast"}, "exact or finite"),

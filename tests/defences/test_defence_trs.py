@@ -147,7 +147,7 @@ def test_published_constants() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"preset": "best"}, "preset must be one of"),
+        ({"preset": "best"}, "preset must be printed or released"),
         ({"similarity": -1.0}, "similarity must be"),
         ({"smoothness": math.inf}, "smoothness must be"),
         ({"last_eps": 2.0}, "last_eps must lie"),

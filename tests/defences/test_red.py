@@ -287,7 +287,7 @@ def test_the_training_adversary_stays_in_its_ball_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"preset": "best"}, "preset must be one of"),
+        ({"preset": "best"}, "preset must be printed, released or calibrated"),
         ({"similarity": -1.0}, "similarity must be"),
         ({"differentiate": "fast"}, "exact or finite"),
     ],

@@ -214,7 +214,7 @@ def test_what_cannot_be_written_is_refused(settings: dict[str, object], says: st
 
 def test_unknown_taps_are_refused() -> None:
     net = build("digits-cnn", num_classes=4, shape=SHAPE, generator=stream(0))
-    with pytest.raises(ConfigError, match="taps must be one of mean, max, sum"):
+    with pytest.raises(ConfigError, match="taps must be mean, max or sum"):
         Hyper([net], unit=16, taps="min", rng=stream(0))
 
 

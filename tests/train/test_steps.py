@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from redefense.config import OptimConfig
-from redefense.defences import DEFENCES, Adversary, Stage, barre
+from redefense.defences import DEFENCES, Adversary, Stage
 from redefense.ensembles import Ensemble
 from redefense.ensembles.configs import HyperConfig, IndependentConfig
 from redefense.errors import TrainingError
@@ -84,7 +84,7 @@ def test_a_step_reads_nothing_from_the_device_but_its_log(
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown there
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     # barre asks once, before its step's first pass, who answers
-    monkeypatch.setattr(barre, "drawable", lambda ensemble: [0, 1, 2])
+    monkeypatch.setattr(members, "shares", lambda: [1 / 3] * 3)
     assert "total" in step_of(stage, members.to("meta"), Unread(Mesh()))
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from redefense.attacks.apgd import APGDT, AutoAscent, face_starts
 from redefense.attacks.base import Attack, Best, Oracle, OracleResult, dual, input_gradient
 from redefense.attacks.early_stop import reuse_unmoved
-from redefense.attacks.gradient import check_shrink, check_steps, climb, random_starts
+from redefense.attacks.gradient import check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
 from redefense.ensembles import Ensemble, as_ensemble
-from redefense.errors import ConfigError
+from redefense.limits import not_negative, within
 from redefense.threat import TINY, Threat, norms, per_image
 from redefense.types import Float, Images, Labels, Logits, correct
 
@@ -241,9 +241,8 @@ class Hinge(Attack):
 
     def check(self) -> None:
         check_steps(self.steps, self.step_size, self.restarts)
-        check_shrink(self.shrink)
-        if not 0 <= self.kappa < math.inf:
-            raise ConfigError(f"kappa must be finite and not negative, got {self.kappa}")
+        within("(0, 1]", shrink=self.shrink)
+        not_negative(kappa=self.kappa)
 
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

@@ -21,6 +21,7 @@ from redefense.attacks.early_stop import early_stopping
 from redefense.attacks.gradient import check_steps, gradient_oracle
 from redefense.attacks.objectives import TARGETED, objective_named, wrong_classes
 from redefense.errors import ConfigError
+from redefense.limits import at_least, within
 from redefense.rng import ImageStreams
 from redefense.threat import TINY, Threat, norms, per_image, steepest
 from redefense.types import Bool, Float, Images, Labels, Victim, correct
@@ -207,8 +208,7 @@ class AutoAscent(Attack):
 
     def check(self) -> None:
         check_steps(self.steps, 1.0, self.restarts)
-        if not 0 < self.rho <= 1:
-            raise ConfigError(f"rho must lie in (0, 1], got {self.rho}")
+        within("(0, 1]", rho=self.rho)
 
     def improve(
         self,
@@ -294,8 +294,7 @@ class APGD(AutoAscent):
     def check(self) -> None:
         AutoAscent.check(self)
         objective_named(self.loss)
-        if self.draws < 1:
-            raise ConfigError(f"draws must be at least 1, got {self.draws}")
+        at_least(1, draws=self.draws)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
@@ -346,8 +345,7 @@ class APGDT(AutoAscent):
         AutoAscent.check(self)
         if self.loss not in TARGETED:
             raise ConfigError(f"unknown loss {self.loss!r}; known: {', '.join(TARGETED)}")
-        if self.num_targets < 1:
-            raise ConfigError(f"num_targets must be at least 1, got {self.num_targets}")
+        at_least(1, num_targets=self.num_targets)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator

@@ -13,7 +13,7 @@ from redefense.attacks.adaptive import Support
 from redefense.attacks.base import Attack, Best, dual, input_gradient
 from redefense.attacks.gradient import check_steps, random_starts
 from redefense.ensembles import Ensemble
-from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative
 from redefense.threat import TINY, Threat, norms, per_image, steepest
 from redefense.types import Float, Images, Labels
 
@@ -48,10 +48,8 @@ class ARC(Attack):
 
     def check(self) -> None:
         check_steps(self.steps, self.radius, self.restarts)
-        if self.competitors < 1:
-            raise ConfigError(f"competitors must be at least 1, got {self.competitors}")
-        if not 0 <= self.overshoot < math.inf:
-            raise ConfigError(f"overshoot must be finite and not negative, got {self.overshoot}")
+        at_least(1, competitors=self.competitors)
+        not_negative(overshoot=self.overshoot)
 
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: Generator

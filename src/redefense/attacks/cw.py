@@ -21,7 +21,7 @@ from redefense.attacks.base import (
 )
 from redefense.attacks.minimal import in_blocks
 from redefense.attacks.objectives import margin
-from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative, positive
 from redefense.networks import differentiating
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Labels, Victim, correct
@@ -256,15 +256,9 @@ class CW(Attack):
     }
 
     def check(self) -> None:
-        if self.steps < 1 or self.searches < 1:
-            raise ConfigError(
-                f"steps and searches must be at least 1, got {self.steps} and {self.searches}"
-            )
-        if not (self.rate > 0 and self.c > 0 and self.kappa >= 0):
-            raise ConfigError(
-                "rate and c must be positive and kappa not negative, "
-                f"got {self.rate}, {self.c} and {self.kappa}"
-            )
+        at_least(1, steps=self.steps, searches=self.searches)
+        positive(rate=self.rate, c=self.c)
+        not_negative(kappa=self.kappa)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

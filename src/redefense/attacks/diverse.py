@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redefense.attacks.base import Oracle, OracleResult, Presets, input_gradient
-from redefense.attacks.gradient import PUBLISHED, TEN_STEPS, Ascent, check_decay, climb_from
+from redefense.attacks.gradient import PUBLISHED, TEN_STEPS, Ascent, climb_from
 from redefense.attacks.objectives import Objective, objective_named
-from redefense.errors import ConfigError
+from redefense.limits import not_negative, within
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
 from redefense.types import Bool, Images, Int, Labels, Victim, correct
@@ -133,11 +133,9 @@ class DI2FGSM(Ascent):
 
     def check(self) -> None:
         Ascent.check(self)
-        check_decay(self.decay)
-        if not 0 < self.resize_rate < 1:
-            raise ConfigError(f"resize_rate must lie in (0, 1), got {self.resize_rate}")
-        if not 0 <= self.diversity_prob <= 1:
-            raise ConfigError(f"diversity_prob must lie in [0, 1], got {self.diversity_prob}")
+        not_negative(decay=self.decay)
+        within("(0, 1)", resize_rate=self.resize_rate)
+        within("[0, 1]", diversity_prob=self.diversity_prob)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

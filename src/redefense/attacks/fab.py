@@ -21,7 +21,7 @@ from redefense.attacks.base import (
 from redefense.attacks.early_stop import BOUNDARY_CHECKS, BOUNDARY_STEPS
 from redefense.attacks.gradient import check_steps
 from redefense.attacks.objectives import targeted_margin, wrong_classes
-from redefense.errors import ConfigError
+from redefense.limits import at_least, within
 from redefense.threat import Threat, norms, per_image
 from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
@@ -105,14 +105,9 @@ class FAB(Attack):
 
     def check(self) -> None:
         check_steps(self.steps, 1.0)
-        if self.num_targets < 1:
-            raise ConfigError(f"num_targets must be at least 1, got {self.num_targets}")
-        if not 0 <= self.alpha_max <= 1:
-            raise ConfigError(f"alpha_max must lie in [0, 1], got {self.alpha_max}")
-        if not self.eta >= 1:
-            raise ConfigError(f"eta must be at least 1, got {self.eta}")
-        if not 0 < self.beta < 1:
-            raise ConfigError(f"beta must lie in (0, 1), got {self.beta}")
+        at_least(1, num_targets=self.num_targets, eta=self.eta)
+        within("[0, 1]", alpha_max=self.alpha_max)
+        within("(0, 1)", beta=self.beta)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator

@@ -25,6 +25,7 @@ from redefense.attacks.base import (
 )
 from redefense.attacks.objectives import Objective, objective_named
 from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative, positive
 from redefense.rng import ImageStreams, Seed
 from redefense.threat import Threat, per_image, steepest
 from redefense.types import Images, Labels, Victim, correct
@@ -180,32 +181,9 @@ def check_steps(steps: int, step_size: float, restarts: int = 1) -> None:
     Raises:
         ConfigError: naming the rule and the value.
     """
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, got {steps}")
-    if not step_size > 0:
-        raise ConfigError(f"step_size must be positive, got {step_size}")
-    if restarts < 1:
-        raise ConfigError(f"restarts must be at least 1, got {restarts}")
-
-
-def check_shrink(shrink: float) -> None:
-    """Validate the shrink factor.
-
-    Raises:
-        ConfigError: if it is not in (0, 1].
-    """
-    if not 0 < shrink <= 1:
-        raise ConfigError(f"shrink must lie in (0, 1], got {shrink}")
-
-
-def check_decay(decay: float) -> None:
-    """Validate the momentum factor.
-
-    Raises:
-        ConfigError: if it is negative or not finite.
-    """
-    if not 0 <= decay < math.inf:
-        raise ConfigError(f"decay must be finite and not negative, got {decay}")
+    at_least(1, steps=steps)
+    positive(step_size=step_size)
+    at_least(1, restarts=restarts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +268,7 @@ class MIM(Ascent):
 
     def check(self) -> None:
         Ascent.check(self)
-        check_decay(self.decay)
+        not_negative(decay=self.decay)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
@@ -367,8 +345,7 @@ class EOTPGD(RandomAscent):
 
     def check(self) -> None:
         RandomAscent.check(self)
-        if self.draws < 1:
-            raise ConfigError(f"draws must be at least 1, got {self.draws}")
+        at_least(1, draws=self.draws)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator

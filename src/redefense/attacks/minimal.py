@@ -22,7 +22,7 @@ from redefense.attacks.base import (
     input_gradient,
 )
 from redefense.attacks.objectives import margin
-from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Int, Labels, Logits, Victim, correct
 
@@ -185,12 +185,8 @@ class DeepFool(Attack):
     }
 
     def check(self) -> None:
-        if self.steps < 1 or self.num_targets < 1:
-            raise ConfigError(
-                f"steps and num_targets must be at least 1, got {self.steps} and {self.num_targets}"
-            )
-        if not 0 <= self.overshoot < math.inf:
-            raise ConfigError(f"overshoot must be finite and not negative, got {self.overshoot}")
+        at_least(1, steps=self.steps, num_targets=self.num_targets)
+        not_negative(overshoot=self.overshoot)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

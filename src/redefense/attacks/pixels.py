@@ -18,7 +18,7 @@ from torch import Tensor
 
 from redefense.attacks.base import TORCHATTACKS, Attack, Distortion, Presets
 from redefense.attacks.objectives import margin
-from redefense.errors import ConfigError
+from redefense.limits import at_least
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
 from redefense.types import Bool, Float, Images, Int, Labels, Logits, Victim, correct
@@ -252,13 +252,10 @@ class OnePixel(Attack):
     presets: ClassVar[Presets] = {TORCHATTACKS: {"steps": 10, "popsize": 10}}
 
     def check(self) -> None:
-        if self.pixels < 1 or self.steps < 0:
-            raise ConfigError(
-                f"pixels must be at least 1 and steps not negative, "
-                f"got {self.pixels} and {self.steps}"
-            )
-        if self.popsize < 4:
-            raise ConfigError(f"popsize must be at least 4, got {self.popsize}")
+        at_least(1, pixels=self.pixels)
+        at_least(0, steps=self.steps)
+        # a candidate needs the best one and two others besides itself
+        at_least(4, popsize=self.popsize)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

@@ -18,6 +18,7 @@ from redefense.attacks.pixels import (
     true_probs,
 )
 from redefense.errors import ConfigError
+from redefense.limits import at_least
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
 from redefense.types import Bool, Float, Images, Int, Labels, Victim, correct
@@ -148,11 +149,7 @@ class Pixle(Attack):
         for name, (low, high) in (("height", self.height), ("width", self.width)):
             if not 1 <= low <= high:
                 raise ConfigError(f"{name} must be 1 <= low <= high, got {(low, high)}")
-        if self.restarts < 1 or self.iterations < 1:
-            raise ConfigError(
-                "restarts and iterations must be at least 1, "
-                f"got {self.restarts} and {self.iterations}"
-            )
+        at_least(1, restarts=self.restarts, iterations=self.iterations)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

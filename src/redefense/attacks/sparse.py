@@ -10,7 +10,7 @@ from torch import Tensor
 from redefense.attacks.base import TORCHATTACKS, Attack, Distortion, Presets, input_gradient
 from redefense.attacks.minimal import deepfool, deepfool_published, in_blocks
 from redefense.attacks.objectives import margin
-from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative, within
 from redefense.threat import Threat, norms, per_image
 from redefense.types import Images, Labels, Victim, correct
 
@@ -179,15 +179,9 @@ class SparseFool(Attack):
     }
 
     def check(self) -> None:
-        if self.steps < 1 or self.inner_steps < 1:
-            raise ConfigError(
-                f"steps and inner_steps must be at least 1, got {self.steps}, {self.inner_steps}"
-            )
-        if not (1 <= self.lam < math.inf and 0 <= self.overshoot < math.inf):
-            raise ConfigError(
-                "lam must be at least 1 and overshoot not negative, "
-                f"got {self.lam} and {self.overshoot}"
-            )
+        at_least(1, steps=self.steps, inner_steps=self.inner_steps)
+        within("[1, inf)", lam=self.lam)
+        not_negative(overshoot=self.overshoot)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

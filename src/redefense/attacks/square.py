@@ -17,7 +17,7 @@ from redefense.attacks.early_stop import (
     out_of_reach,
 )
 from redefense.attacks.objectives import margin
-from redefense.errors import ConfigError
+from redefense.limits import at_least, within
 from redefense.rng import ImageStreams
 from redefense.threat import TINY, Threat
 from redefense.types import Bool, Float, Images, Int, Labels, Victim, correct
@@ -222,10 +222,8 @@ class Square(Attack):
     }
 
     def check(self) -> None:
-        if self.queries < 1:
-            raise ConfigError(f"queries must be at least 1, got {self.queries}")
-        if not 0 < self.p_init <= 1:
-            raise ConfigError(f"p_init must lie in (0, 1], got {self.p_init}")
+        at_least(1, queries=self.queries)
+        within("(0, 1]", p_init=self.p_init)
 
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator

@@ -15,6 +15,7 @@ from redefense.attacks.base import Best, Oracle, OracleResult, input_gradient
 from redefense.attacks.early_stop import early_stopping
 from redefense.attacks.objectives import margin, targeted_margin
 from redefense.errors import ConfigError
+from redefense.limits import at_least
 from redefense.threat import TINY, Threat
 from redefense.types import Bool, Float, Images, Int, Labels, Logits, correct
 
@@ -134,9 +135,8 @@ class Subset(AutoAscent):
         AutoAscent.check(self)
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
-        for name, least in (("num_targets", 0), ("mixed", 0), ("subsets", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(0, num_targets=self.num_targets, mixed=self.mixed)
+        at_least(1, subsets=self.subsets)
 
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: Generator

@@ -1,8 +1,8 @@
 """Findings of the audit: one reason to doubt one or more figures each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from redefense.audit.table import Claim, Group
 
@@ -27,12 +27,9 @@ class Finding:
     figures: Mapping[str, float]
     why: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
-        rows = f" ({'; '.join(self.rows)})" if self.rows else ""
-        return f"{self.severity} {self.id}, {self.subject}: {self.why}{rows}"
+        rows = f" [{', '.join(self.rows)}]" if self.rows else ""
+        return f"{self.severity} {self.id}: {self.subject}{rows}: {self.why}"
 
 
 def finding_about(

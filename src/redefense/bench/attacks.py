@@ -30,6 +30,7 @@ from redefense.defences.vanilla import Vanilla
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.evaluation.pass_counter import Meter, Metered
+from redefense.limits import at_least
 from redefense.models import build
 from redefense.results.intervals import paired_difference
 from redefense.rng import stream
@@ -161,8 +162,7 @@ def run(
         raise ConfigError(f"no attack named {', '.join(sorted(unknown))}")
     if single and all(ATTACKS[name].adaptive for name in chosen):
         raise ConfigError(f"--single leaves out the table of {', '.join(chosen)}")
-    if train_images is not None and train_images < 1:
-        raise ConfigError(f"train_images must be at least 1, got {train_images}")
+    at_least(1, train_images=1 if train_images is None else train_images)
     log = _silent if json else _to_stderr
     dataset = load_dataset(data or "digits")
     if model == "auto":

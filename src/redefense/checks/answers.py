@@ -8,7 +8,7 @@ S43 fail.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -74,22 +74,21 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
     Raises:
         InputError: if a member's outputs differ, as with active dropout or batch norm.
     """
-    module = cast(nn.Module, ensemble)
-    if not any(mode_of(child) for child in module.modules()):
+    if not any(mode_of(child) for child in ensemble.modules()):
         return
     points = sample_points(x)
     for m in range(ensemble.num_members):
-        with kept_as_it_was(module):
-            with evaluating(module):
+        with kept_as_it_was(ensemble):
+            with evaluating(ensemble):
                 evaluated, *again = (query_member(ensemble, m, points) for _ in range(1 + REPEATS))
             try:
                 given = query_member(ensemble, m, points)
             except InputError as error:
-                raise _other_mode(module, m, str(error)) from None
+                raise _other_mode(ensemble, m, str(error)) from None
         if any(bool((differences(evaluated, z) > ROUNDING).any()) for z in again):
             continue  # random in evaluation mode too, which `check_outputs` refuses
         if bool((differences(evaluated, given) > ROUNDING).any()):
-            raise _other_mode(module, m, f"there {difference_text(evaluated, given)}")
+            raise _other_mode(ensemble, m, f"there {difference_text(evaluated, given)}")
 
 
 def laid_out(ensemble: Ensemble, x: Images) -> Images:

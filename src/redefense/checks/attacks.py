@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
@@ -42,7 +42,7 @@ def zero_budget(sample: Sample) -> Check:
 
 def batch_mates(sample: Sample) -> Check:
     """S08, in double precision, where it must be exact."""
-    ensemble = copied(cast(nn.Module, sample.ensemble)).double()
+    ensemble = copied(sample.ensemble).double()
     x, y, attack = sample.x.double(), sample.y, ATTACKS["hinge"]()
 
     def run(rows: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def repeats(sample: Sample) -> Check:
 def precision(sample: Sample) -> Check:
     """S10: accuracy on attacked images in the evaluation's precision and in double."""
     x_adv = sample.run(ATTACKS["hinge"](), "S10")
-    exact = cast(Ensemble, copied(cast(nn.Module, sample.ensemble)).double())
+    exact = cast(Ensemble, copied(sample.ensemble)).double()
     gap = float((sample.q(x_adv) - sample.q(x_adv.double(), exact)).mean())
     return Check("S10", abs(gap) <= 0.002, f"double precision changes {100 * gap:+.1f} points")
 

@@ -1,9 +1,9 @@
 """S41: gradients of the networks compared with finite differences of their logits."""
 
-from typing import Final, cast
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.attacks.base import input_gradient
 from redefense.checks.check import Check
@@ -100,7 +100,7 @@ def _compared(ensemble: Ensemble, m: int, x: Images, y: Labels) -> tuple[Tensor,
     Returns:
         (K,) and (K,) booleans, of the K images whose slopes are larger than their rounding error.
     """
-    with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
+    with frozen_weights(ensemble), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         logits = ensemble.logits_of(m, point.clone())
         grad = input_gradient(log_odds(logits, y), point)
@@ -139,7 +139,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
         errors, lengths = [], []
         for _ in range(2):
             point = (x + 4 * size * _noise(x, rng)).clamp(size, 1 - size).requires_grad_()
-            with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
+            with frozen_weights(ensemble), torch.enable_grad():
                 grad = input_gradient(log_odds(ensemble.logits_of(m, point.clone()), y), point)
             lengths.append(grad.double().flatten(1).norm(dim=1))
             predicted = torch.stack([(grad * d).double().flatten(1).sum(1) for d in directions])

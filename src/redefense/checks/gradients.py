@@ -1,7 +1,7 @@
 """S-checks of the gradients that attacks depend on (after Pintor et al., 2022)."""
 
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Track:
 
 def track(sample: Sample) -> Track:
     """Trace PGD on the mean probability for 50 steps."""
-    support = Support(cast(nn.Module, sample.ensemble))
+    support = Support(sample.ensemble)
     oracle, seen = mean_oracle(support, sample.y), list[OracleResult]()
 
     def watched(x: Tensor, with_grad: bool) -> OracleResult:

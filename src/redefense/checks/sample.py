@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Sample:
 
     def run(self, attack: Attack, name: str, victim: nn.Module | None = None) -> Tensor:
         """Points (n, C, H, W) of an attack on the ensemble, or on another victim."""
-        subject = cast(nn.Module, self.ensemble) if victim is None else victim
+        subject = self.ensemble if victim is None else victim
         x_adv = attack(subject, self.x, self.y, self.threat, rng=stream(self.seed, name))
         self.count(x_adv)
         return x_adv

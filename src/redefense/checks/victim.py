@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,9 +86,8 @@ class QueryLog(Ensemble):
 
 
 def _side_effects(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
-    module = cast(nn.Module, ensemble)
-    with unchanged_state(module) as changes:
-        ATTACKS["pgd"]()(module, x, y, Threat(eps=0.1), rng=stream(0, "S05"))
+    with unchanged_state(ensemble) as changes:
+        ATTACKS["pgd"]()(ensemble, x, y, Threat(eps=0.1), rng=stream(0, "S05"))
     return Check("S05", not changes(), ", ".join(changes()) or "an attack changed no state")
 
 
@@ -151,7 +150,7 @@ def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
 def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     """S22: gradients at the images and at a random start, per member, in the attacks' precision."""
     lost, starts = 0, (x + Threat(eps=8 / 255).noise(_uniform(x, "S22"))).clamp(0, 1)
-    with frozen_weights(cast(nn.Module, ensemble)), torch.enable_grad():
+    with frozen_weights(ensemble), torch.enable_grad():
         for m, at in itertools.product(range(ensemble.num_members), (x, starts)):
             point = at.detach().clone().requires_grad_()
             # of the log odds: the gradient of cross-entropy vanishes for large logits

@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from redefense.config import one_line
 from redefense.errors import DataError
 from redefense.results.intervals import Estimate
-from redefense.results.records import read_json
+from redefense.results.records import read_json, valid
 from redefense.results.schema import Budget, Check, Data
-from redefense.runtime.files import write_text
+from redefense.runtime.files import write_json
 
 STEPS: Final = 65535
 """Number of quantisation levels of an image's correctness."""
@@ -363,16 +363,11 @@ def read(path: Path) -> Claim:
 
 def parse(document: object, path: Path) -> Claim:
     """A claim from decoded JSON; raises as `read`."""
-    try:
-        return Claim.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path} is not a claim: {place}: {first['msg']}") from None
+    return valid(Claim, document, f"{path} is not a claim")
 
 
 def write(it: Claim, path: Path) -> Path:
-    write_text(path, json.dumps(dumped(it), indent=1) + "\n")
+    write_json(path, dumped(it))
     return path
 
 

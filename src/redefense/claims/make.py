@@ -1,6 +1,5 @@
 """Makes a claim from an evaluated run, or from evaluations of other weights."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,7 @@ def of_run(
     data = checkpoint.state["data"]
     run = without_paths(checkpoint.run)
     cost = count(run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
-    weights = manifest["sha256"]["weights.safetensors"]
+    weights = checkpoint.weights_sha256()
     _same_weights(stored, weights)
     return Claim(
         schema=1,

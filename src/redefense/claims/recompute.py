@@ -94,8 +94,7 @@ def _of_run(
         train(run, path, resume=True, device=device, quiet=log is None)
     checkpoint = find_final(path)
     if trained is not None:
-        manifest = json.loads((checkpoint.path / "manifest.json").read_text())
-        _require(it, manifest["sha256"]["weights.safetensors"], trained)
+        _require(it, checkpoint.weights_sha256(), trained)
     stored = []
     for plan in _plans(it):
         suite = plan.suite

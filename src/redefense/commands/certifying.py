@@ -1,12 +1,11 @@
 """Certification: certify."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, echo
+from redefense.commands.options import DataSpec, Device, Json, Quiet, RunDir, echo, show
 
 
 def certify(
@@ -43,12 +42,10 @@ def certify(
         path, sigma=sigma, radii=radii, draws=draws, alpha=alpha, data=data, images=images,
         seed=seed, device=device, out=out, log=lambda line: echo(line, quiet),
     )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(document, indent=1))
-        return
-    for one in () if quiet else document["certificates"]:
-        typer.echo(
-            f"l2 {one['radius']:g}: certified accuracy of one draw {100 * one['single']:.1f} %, "
-            f"of the vote {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"
-        )
-    echo(f"wrote {target}", quiet)
+    lines = [
+        f"l2 {one['radius']:g}: certified accuracy of one draw {100 * one['single']:.1f} %, "
+        f"of the vote {100 * one['vote']:.1f} % (confidence {100 * one['confidence']:g} %)"
+        for one in document["certificates"]
+    ]
+    show(document, "\n".join(lines), as_json=as_json, quiet=quiet)
+    echo(f"wrote {target}", quiet or as_json)

@@ -1,14 +1,13 @@
 """Claims: make, check, recompute, compare, table."""
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from redefense.commands.options import Device, Json, Quiet, echo
+from redefense.commands.options import Device, Json, Quiet, echo, show
 
 ClaimFiles = Annotated[list[Path], typer.Argument(metavar="CLAIM...", help="Files of claims.")]
 Images = Annotated[
@@ -54,8 +53,7 @@ def make(
         if not commit or commit.endswith("-dirty"):
             echo(f"{plan.file} was made by code without a commit ({commit or 'unknown'})", quiet)
     write(made, out)
-    if as_json:
-        typer.echo(json.dumps({"file": str(out)}))
+    show({"file": str(out)}, as_json=as_json)
     echo(f"wrote {out}; next: redefense claim check {out}", quiet)
 
 
@@ -80,13 +78,11 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
     if as_json:
         listed = {file: [dataclasses.asdict(f) for f in found] for file, found in by_file.items()}
         shown = {"holds": not failed and not unread, "findings": listed, "unread": unread}
-        typer.echo(json.dumps(shown, indent=1))
+        show(shown, as_json=True)
     for file, findings in by_file.items():
         for finding in () if as_json else findings:
             if finding.severity == "error" or not quiet:
-                rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
-                where = f"{file}: {finding.severity} {finding.id}: {finding.subject}{rows}"
-                typer.echo(f"{where}: {finding.why}")
+                typer.echo(f"{file}: {finding}")
         if not as_json:
             typer.echo(f"{file}: {'does not hold' if file in failed else 'holds'}")
     for reason in unread.values():
@@ -134,13 +130,9 @@ def recompute(
         folder.mkdir(parents=True, exist_ok=True)
         log = None if quiet else lambda line: echo(line, quiet)
         found = differences_of(it, data, folder, weights=weights, device=device, log=log)
-    if as_json:
-        shown = {"claim": str(path), "holds": not found, "differences": list(map(str, found))}
-        typer.echo(json.dumps(shown, indent=1))
-        raise typer.Exit(int(bool(found)))
-    for line in found:
-        typer.echo(line)
-    typer.echo(f"{path}: {'does not hold' if found else 'holds'}")
+    lines = [*map(str, found), f"{path}: {'does not hold' if found else 'holds'}"]
+    document = {"claim": str(path), "holds": not found, "differences": lines[:-1]}
+    show(document, "\n".join(lines), as_json=as_json)
     raise typer.Exit(int(bool(found)))
 
 
@@ -197,14 +189,11 @@ def table(
 
 
 def _print(markdown: str, *, as_json: bool, quiet: bool) -> None:
-    """Print a table, or its rows as JSON; with --quiet and without --json print nothing."""
-    if as_json:
-        lines = [line.strip("| ") for line in markdown.splitlines() if line.startswith("|")]
-        head, _, *rows = [[cell.strip() for cell in line.split(" | ")] for line in lines]
-        found = [dict(zip(head, row, strict=False)) for row in rows]
-        typer.echo(json.dumps({"rows": found}, indent=1))
-    elif not quiet:
-        typer.echo(markdown)
+    """Print a Markdown table, or its rows as JSON."""
+    lines = [line.strip("| ") for line in markdown.splitlines() if line.startswith("|")]
+    head, *rows = [[cell.strip() for cell in line.split(" | ")] for line in lines] or [[]]
+    found = [dict(zip(head, row, strict=False)) for row in rows[1:]]
+    show({"rows": found}, markdown, as_json=as_json, quiet=quiet)
 
 
 def leaderboard(
@@ -219,6 +208,5 @@ def leaderboard(
     from redefense.claims.site import write_site
 
     written = write_site(folder, out)
-    if as_json:
-        typer.echo(json.dumps({"files": list(map(str, written))}, indent=1))
+    show({"files": list(map(str, written))}, as_json=as_json)
     echo(f"wrote {written[0]} and a page for each of {len(written) - 1} claims", quiet)

@@ -1,13 +1,12 @@
 """Deployment: export, verify."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Quiet, RunDir, echo
+from redefense.commands.options import DataSpec, Json, Quiet, RunDir, check_lines, echo, show
 
 
 def export(
@@ -48,12 +47,8 @@ def export(
         sign=sign,
         log=lambda line: echo(line, quiet),
     )
-    shown = summary(out)
-    if as_json:
-        typer.echo(json.dumps(shown.as_dict(), indent=1))
-    elif not quiet:
-        for line in shown.lines():
-            typer.echo(line)
+    found = summary(out)
+    show(found.as_dict(), "\n".join(found.lines()), as_json=as_json, quiet=quiet)
     echo(f"wrote {out}; next: redefense verify {out}", quiet)
 
 
@@ -77,13 +72,10 @@ def verify(
 
     checks = checks_of(path, against=against, signer=signer)
     failed = [check for check in checks if not check.passed]
-    if as_json:
-        shown = {"bundle": str(path), "holds": not failed}
-        shown |= {"checks": [dataclasses.asdict(check) for check in checks]}
-        typer.echo(json.dumps(shown, indent=1))
-    elif not quiet:
-        for check in checks:
-            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.id:<10}  {check.detail}")
+    rows = [dataclasses.asdict(check) for check in checks]
+    document = {"bundle": str(path), "holds": not failed, "checks": rows}
+    text = check_lines(((check.id, check.passed, check.detail) for check in checks), 10)
+    show(document, text, as_json=as_json, quiet=quiet)
     if failed:
         echo(f"{path} does not hold: {failed[0].id}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)

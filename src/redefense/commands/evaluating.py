@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import DataSpec, Device, Json, Quiet, Replay, RunDir, echo
+from redefense.commands.options import DataSpec, Device, Json, Quiet, Replay, RunDir, echo, show
 
 
 def evaluate(
@@ -140,7 +140,7 @@ def report(
     results = join(paths)
     if as_json:
         files = {"files": [str(path) for path in written]}
-        typer.echo(json.dumps(files | json.loads(to_json(results)), indent=1))
+        show(files | json.loads(to_json(results)), as_json=True)
     elif not quiet:
         # a pipe has no width, and a wrapped table is unreadable
         width = None if sys.stdout.isatty() else 160
@@ -164,16 +164,11 @@ def audit(
 
     findings = findings_of(path)
     errors = sum(finding.severity == "error" for finding in findings)
-    if as_json:
-        shown = {"holds": not errors, "findings": [dataclasses.asdict(f) for f in findings]}
-        typer.echo(json.dumps(shown, indent=1))
-    else:
-        for finding in findings:
-            rows = f" [{', '.join(finding.rows)}]" if finding.rows else ""
-            typer.echo(f"{finding.severity} {finding.id}: {finding.subject}{rows}: {finding.why}")
-        notes = len(findings) - errors
-        message = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
-        echo(f"{path}: {message}, {notes} note{'s' * (notes != 1)}", quiet)
+    document = {"holds": not errors, "findings": [dataclasses.asdict(f) for f in findings]}
+    show(document, "\n".join(map(str, findings)), as_json=as_json)
+    notes = len(findings) - errors
+    message = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
+    echo(f"{path}: {message}, {notes} note{'s' * (notes != 1)}", quiet or as_json)
     raise typer.Exit(exit_code(findings))
 
 
@@ -194,8 +189,7 @@ def landscape(
     from redefense.report.landscape import write_landscape
 
     written = write_landscape(paths, out, image=image)
-    if as_json:
-        typer.echo(json.dumps({"file": str(written)}))
+    show({"file": str(written)}, as_json=as_json)
     echo(f"wrote {written}", quiet)
 
 
@@ -212,6 +206,5 @@ def card(
     from redefense.report.card import write_card
 
     written = write_card(path, out, license_name=license_name)
-    if as_json:
-        typer.echo(json.dumps({"file": str(written)}))
+    show({"file": str(written)}, as_json=as_json)
     echo(f"wrote {written}", quiet)

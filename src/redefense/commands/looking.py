@@ -1,13 +1,21 @@
 """Information: list, show, data check."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redefense.commands.options import DataSpec, Json, Quiet, Set, echo, resolve_run
+from redefense.commands.options import (
+    DataSpec,
+    Json,
+    Quiet,
+    Set,
+    check_lines,
+    echo,
+    resolve_run,
+    show,
+)
 from redefense.errors import ConfigError, DataError
 from redefense.radius import eps_text
 
@@ -24,15 +32,13 @@ def list_names(
 ) -> None:
     """List attacks, defences, models, data, recipes or suites."""
     entries = _entries(kind)
-    if as_json:
-        typer.echo(json.dumps([{"name": n, "summary": s} for n, s in entries], indent=1))
-        return
     width = max(len(name) for name, _ in entries)
-    for name, summary in entries:
-        typer.echo(name if quiet else f"{name:<{width}}  {summary}".rstrip())
+    lines = [name if quiet else f"{name:<{width}}  {text}".rstrip() for name, text in entries]
+    show([{"name": name, "summary": text} for name, text in entries], "\n".join(lines),
+         as_json=as_json)  # fmt: skip
 
 
-def show(
+def show_run(
     what: Annotated[str, typer.Argument(metavar="RECIPE|DIR", help="What to show.")],
     changes: Set = None,
     data: DataSpec = None,
@@ -63,27 +69,22 @@ def show(
         from redefense.train.cost import predict_run, table
 
         predicted = predict_run(what, resolved, accelerator, devices)
-        _print(json.dumps(predicted, indent=1) if as_json else table(predicted), as_json, quiet)
+        show(predicted, table(predicted), as_json=as_json, quiet=quiet)
         return
     if parameters:
         from redefense.train.describe import count_parameters
 
         shown = count_parameters(what, resolved, kind)
     if as_json or not parameters:
-        _print(json.dumps(shown, indent=1), as_json, quiet)
-    else:
-        parts = shown.pop("parts")
-        lines = [f"{key:<38} {value:>14,}" for key, value in shown.items()]
-        for name, sizes in parts.items():
-            counts = ", ".join(f"{value:,} {key}" for key, value in sizes.items())
-            lines.append(f"  {name:<16} {counts}")
-        _print("\n".join(lines), as_json, quiet)
-
-
-def _print(text: str, as_json: bool, quiet: bool) -> None:
-    """Print a result; with --quiet and without --json print nothing."""
-    if as_json or not quiet:
-        typer.echo(text)
+        if as_json or not quiet:  # a run is JSON in either case
+            show(shown, as_json=True)
+        return
+    parts = shown.pop("parts")
+    lines = [f"{key:<38} {value:>14,}" for key, value in shown.items()]
+    for name, sizes in parts.items():
+        counts = ", ".join(f"{value:,} {key}" for key, value in sizes.items())
+        lines.append(f"  {name:<16} {counts}")
+    show(None, "\n".join(lines), as_json=False, quiet=quiet)
 
 
 def data_check(
@@ -98,11 +99,7 @@ def data_check(
     from redefense.data.check import check_dataset
 
     found = check_dataset(spec)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=1))
-    elif not quiet:
-        for line in found.lines():
-            typer.echo(line)
+    show(found.as_dict(), "\n".join(found.lines()), as_json=as_json, quiet=quiet)
     if found.problems:
         count = len(found.problems)
         more = f" (and {count - 1} more)" if count > 1 else ""
@@ -128,14 +125,10 @@ def check_plugin(
 
     found = check_file(path)
     failed = [check for check in found if not check.passed]
-    if as_json:
-        shown = {"plugin": str(path), "holds": not failed}
-        shown |= {"checks": [dataclasses.asdict(check) for check in found]}
-        typer.echo(json.dumps(shown, indent=1))
-    elif not quiet:
-        for check in found:
-            mark = "ok  " if check.passed else "FAIL"
-            typer.echo(f"{mark}  {check.name:<24}  {check.detail}")
+    rows = [dataclasses.asdict(check) for check in found]
+    document = {"plugin": str(path), "holds": not failed, "checks": rows}
+    text = check_lines(((check.name, check.passed, check.detail) for check in found), 24)
+    show(document, text, as_json=as_json, quiet=quiet)
     if failed:
         echo(f"{path} failed: {failed[0].name}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)

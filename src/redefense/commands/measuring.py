@@ -1,6 +1,5 @@
 """Benchmarks: bench."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -13,8 +12,9 @@ from redefense.commands.options import (
     Set,
     echo,
     resolve_run,
+    show,
 )
-from redefense.errors import ConfigError
+from redefense.limits import one_of
 
 
 def bench_attacks(
@@ -51,7 +51,7 @@ def bench_attacks(
         json=as_json,
         names=attack,
     )
-    typer.echo(json.dumps(result, indent=1) if as_json else tables(result))
+    show(result, tables(result), as_json=as_json)
 
 
 def bench_inference(
@@ -73,7 +73,7 @@ def bench_inference(
 
     echo(f"timing {members} members of {model}, {rounds} rounds", quiet)
     result = run(model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device)
-    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+    show(result, table(result), as_json=as_json)
 
 
 def bench_train(
@@ -105,7 +105,7 @@ def bench_train(
         device=device,
         log=lambda line: echo(line, quiet),
     )
-    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+    show(result, table(result), as_json=as_json)
 
 
 def bench_memory(
@@ -130,8 +130,7 @@ def bench_memory(
 
     The joint graph is measured, too.
     """
-    if precision not in ("bf16", "fp32"):
-        raise ConfigError(f"--precision must be bf16 or fp32, got {precision}")
+    one_of("--precision", precision, ("bf16", "fp32"))
     from redefense.bench.memory import MEMBERS, run, table
 
     result = run(
@@ -144,7 +143,7 @@ def bench_memory(
         device=device,
         log=lambda line: echo(line, quiet),
     )
-    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+    show(result, table(result), as_json=as_json)
 
 
 def bench_scaling(
@@ -173,4 +172,4 @@ def bench_scaling(
         steps=steps,
         log=lambda line: echo(line, quiet),
     )
-    typer.echo(json.dumps(result, indent=1) if as_json else table(result))
+    show(result, table(result), as_json=as_json)

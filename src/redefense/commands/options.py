@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,5 +83,22 @@ def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: in
 
 
 def echo(line: str, quiet: bool) -> None:
+    """Print a line for people on stderr."""
     if not quiet:
         typer.echo(line, err=True)
+
+
+def show(document: object, text: str = "", *, as_json: bool, quiet: bool = False) -> None:
+    """Print a result on stdout: with --json the document, else the text unless --quiet."""
+    if as_json:
+        typer.echo(json.dumps(document, indent=1))
+    elif text and not quiet:
+        typer.echo(text)
+
+
+def check_lines(checks: Iterable[tuple[str, bool, str]], width: int) -> str:
+    """Checks (name, passed, detail) as text, one per line."""
+    return "\n".join(
+        f"{'ok  ' if passed else 'FAIL'}  {name:<{width}}  {detail}"
+        for name, passed, detail in checks
+    )

@@ -1,14 +1,13 @@
 """Serving: serve a bundle, and audit whether a server reveals its draws."""
 
 import dataclasses
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redefense.commands.options import Json, Quiet, echo
+from redefense.commands.options import Json, Quiet, check_lines, echo, show
 from redefense.errors import ConfigError, lacking
 from redefense.serve.settings import Mode, Policy, Settings, check_address
 
@@ -196,12 +195,11 @@ def _audit(
     )
     findings = run_audit(model, settings, lambda: child(bundle, settings, *more))
     passed = all(finding.passed for finding in findings)
-    if as_json:
-        shown = {"bundle": str(bundle), "policy": settings.policy, "passed": passed}
-        rows = [dataclasses.asdict(finding) for finding in findings]
-        typer.echo(json.dumps(shown | {"findings": rows}, indent=1))
-    else:
-        for finding in (finding for finding in findings if not (quiet and finding.passed)):
-            mark = "ok  " if finding.passed else "FAIL"
-            typer.echo(f"{mark}  {finding.check:<30}  {finding.detail}")
+    document = {
+        "bundle": str(bundle), "policy": settings.policy, "passed": passed,
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }  # fmt: skip
+    shown = [f for f in findings if not (quiet and f.passed)]
+    text = check_lines(((f.check, f.passed, f.detail) for f in shown), 30)
+    show(document, text, as_json=as_json)
     raise typer.Exit(0 if passed else 1)

@@ -17,6 +17,7 @@ from redefense.commands.options import (
     Set,
     echo,
     resolve_run,
+    show,
 )
 from redefense.errors import RedefenseError
 
@@ -77,7 +78,7 @@ def train(
         lines = (target / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
         summary = {"run": str(target), "recipe": run.recipe, "seed": run.seed, "last": last}
-        typer.echo(json.dumps(summary, indent=1))
+        show(summary, as_json=True)
     echo(f"trained {target}; next: redefense evaluate {target}", quiet)
 
 
@@ -91,6 +92,5 @@ def materialise(
     from redefense.train.loading import materialise as write_out
 
     write_out(path, out)
-    if as_json:
-        typer.echo(json.dumps({"run": str(out)}))
+    show({"run": str(out)}, as_json=as_json)
     echo(f"wrote {out}; next: redefense evaluate {out}", quiet)

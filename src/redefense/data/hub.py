@@ -3,7 +3,6 @@
 The digests were published by several independent users of the same revisions.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Final
 
 from redefense.data.source import one_line
 from redefense.errors import DataError, lacking
+from redefense.runtime.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +85,6 @@ def fetch(kind: str, path: Path) -> None:
             )
         except (OSError, ValueError) as error:  # the client's own errors derive from these
             raise DataError(f"{what.repo}: {name}: download failed ({one_line(error)})") from error
-        with (path / name).open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        if found != digest:
+        if (found := sha256_of(path / name)) != digest:
             (path / name).unlink()
             raise DataError(f"{path / name}: SHA-256 {found}, expected {digest}; removed")

@@ -22,14 +22,15 @@ activations are in memory, at the cost of one more forward pass per member.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from redefense.defences.base import Adversary, CrossEntropyDefence, check_weights
+from redefense.defences.base import Adversary, CrossEntropyDefence
 from redefense.ensembles import Ensemble, frozen_statistics
 from redefense.errors import ConfigError
+from redefense.limits import not_negative
 from redefense.penalties import ensemble_entropy, log_det_diversity
 from redefense.radius import Eps
 from redefense.rng import drawn
@@ -62,7 +63,7 @@ class ADP(CrossEntropyDefence):
     smallest_eps: Eps = 0.01
 
     def __post_init__(self) -> None:
-        check_weights(entropy=self.entropy, log_det=self.log_det)
+        not_negative(entropy=self.entropy, log_det=self.log_det)
         if not 0 <= self.smallest_eps <= self.adversary.eps:
             raise ConfigError(
                 f"smallest_eps must lie in [0, adversary.eps = {self.adversary.eps}], "
@@ -96,7 +97,7 @@ class ADP(CrossEntropyDefence):
 
     def _parts(self, ensemble: Ensemble, x: Images, y: Labels) -> Iterator[Loss]:
         with phase(PENALTY):
-            with torch.no_grad(), frozen_statistics(cast(nn.Module, ensemble)):
+            with torch.no_grad(), frozen_statistics(ensemble):
                 logits = ensemble.member_logits(x)
             # in bf16 training the cotangents of the logits are not rounded to bf16
             logits = (logits.float() if logits.dtype.itemsize < 4 else logits).requires_grad_()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from redefense.defences.base import Adversary, CrossEntropyDefence, terms
 from redefense.ensembles import Ensemble
-from redefense.errors import ConfigError
+from redefense.limits import one_of
 from redefense.types import Batch, Loss
 
 
@@ -30,8 +30,7 @@ class AdversarialTraining(CrossEntropyDefence):
     adversary: Adversary = field(default_factory=Adversary)
 
     def __post_init__(self) -> None:
-        if self.variant not in ("shared", "independent", "joint"):
-            raise ConfigError(f"variant must be shared, independent or joint, got {self.variant!r}")
+        one_of("variant", self.variant, ("shared", "independent", "joint"))
 
     @property
     def spreads(self) -> bool:

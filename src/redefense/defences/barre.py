@@ -32,12 +32,11 @@ from redefense.defences.base import (
     After,
     CrossEntropyDefence,
     Stage,
-    check_weights,
     terms,
 )
 from redefense.defences.mrboost import boosted_examples, copy_member, one_by_one
 from redefense.ensembles import Ensemble, evaluating, frozen_weights, mean_log_probs
-from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative
 from redefense.penalties import margin_cross_entropy
 from redefense.threat import Threat
 from redefense.types import Batch, Float, Images, Int, Logits, Loss, correct
@@ -71,12 +70,9 @@ class BARRE(CrossEntropyDefence):
     refit_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        check_weights(other_weight=self.other_weight, refit_rate=self.refit_rate)
-        if self.refit_images < 1 or self.refit_steps < 0:
-            raise ConfigError(
-                "refit_images must be positive and refit_steps not negative, "
-                f"got {self.refit_images} and {self.refit_steps}"
-            )
+        not_negative(other_weight=self.other_weight, refit_rate=self.refit_rate)
+        at_least(1, refit_images=self.refit_images)
+        at_least(0, refit_steps=self.refit_steps)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """One stage per member; the mixture is refitted at the end of each but the first."""
@@ -145,18 +141,13 @@ class LogMeanProbability(nn.Module):
 
     def __init__(self, ensemble: Ensemble) -> None:
         super().__init__()
-        self.ensemble, self.chosen = ensemble, drawable(ensemble)
+        self.ensemble = ensemble
+        self.chosen = [m for m, share in enumerate(ensemble.shares()) if share > 0]
 
     def forward(self, x: Images) -> Logits:
         logits = torch.stack([self.ensemble.logits_of(m, x) for m in self.chosen])
         shares = torch.stack([self.ensemble.mixture[m] for m in self.chosen])
         return mean_log_probs(logits, shares)
-
-
-def drawable(ensemble: Ensemble) -> list[int]:
-    """The members of positive probability."""
-    shares = ensemble.shares() if isinstance(ensemble, Ensemble) else ensemble.mixture.tolist()
-    return [m for m, share in enumerate(shares) if share > 0]
 
 
 def begin(m: int, ensemble: Ensemble) -> None:

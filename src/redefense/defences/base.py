@@ -1,6 +1,5 @@
 """Base class of defences: settings, and the loss of each training stage."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from redefense.attacks.objectives import OBJECTIVES, Objective
 from redefense.config import Smoothing
 from redefense.ensembles import Averaged, Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
+from redefense.limits import at_least, positive
 from redefense.networks import Queried
 from redefense.radius import Eps, check_linf
 from redefense.rng import seed_from
@@ -50,10 +50,8 @@ class Adversary:
 
     def __post_init__(self) -> None:
         check_linf(self.eps, "adversary.eps")
-        if self.steps < 1:
-            raise ConfigError(f"adversary.steps must be at least 1, got {self.steps}")
-        if not self.step_size > 0:
-            raise ConfigError(f"adversary.step_size must be positive, got {self.step_size}")
+        at_least(1, **{"adversary.steps": self.steps})
+        positive(**{"adversary.step_size": self.step_size})
         if self.attack == "n-fgsm" and (self.steps, self.step_size) != (1, 1):
             raise ConfigError(
                 "adversary.attack=n-fgsm takes one step of length eps: set adversary.steps=1 and "
@@ -209,14 +207,3 @@ class CrossEntropyDefence(Defence):
 def terms(**values: Tensor) -> dict[str, Tensor]:
     """Detached scalars for the log."""
     return {name: value.detach() for name, value in values.items()}
-
-
-def check_weights(**values: float) -> None:
-    """Check that weights are finite and at least 0.
-
-    Raises:
-        ConfigError: naming the setting and its value.
-    """
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be finite and at least 0, got {value}")

@@ -13,14 +13,13 @@ tensors), and each member is then trained on its cross-entropy plus <g_m, v_m>.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.ensembles import Ensemble, frozen_statistics, frozen_weights
-from redefense.errors import ConfigError
 from redefense.models.double_backward import input_gradients
 from redefense.networks import differentiable_twice, differentiating
 from redefense.runtime.phases import INPUT_GRADIENTS, PENALTY, phase
@@ -29,6 +28,9 @@ from redefense.types import Float, Labels, Loss
 
 PerMember = Tensor | Sequence[Tensor]
 """Images for all members, or one batch of images a member."""
+
+DIFFERENTIATE: Final = ("exact", "finite")
+"""The two ways to differentiate <g_m, v_m>: double backward, or differences of losses."""
 
 FINITE_STEP = 1.0
 """L2 length of the finite difference, in pixel units: about that of the training adversary's steps.
@@ -95,7 +97,7 @@ class Coupled:
                 coupling = torch.stack(inner).sum()
             else:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
-                with frozen_statistics(cast(nn.Module, ensemble)):
+                with frozen_statistics(ensemble):
                     coupling = torch.stack(
                         [
                             directional(ensemble, m, _of(p, m), self.y, v[row].to(_of(p, m).dtype))
@@ -141,8 +143,7 @@ class Coupled:
         for point in self.points:
             shared = point is self.ce_images
             x = _of(point, m).detach().requires_grad_()
-            module = cast(nn.Module, ensemble)
-            with nullcontext() if shared else frozen_statistics(module), differentiable_twice():
+            with nullcontext() if shared else frozen_statistics(ensemble), differentiable_twice():
                 logits = ensemble.logits_of(m, x)
                 loss = F.cross_entropy(logits, self.y, reduction="sum")
             if shared:
@@ -158,9 +159,8 @@ class Coupled:
 
     def _detached(self, ensemble: Ensemble, point: PerMember) -> Float[Tensor, "O B D"]:
         """Input gradients of the members on this process, without graphs for the weights."""
-        module = cast(nn.Module, ensemble)
         grads = []
-        with frozen_weights(module), frozen_statistics(module), phase(INPUT_GRADIENTS):
+        with frozen_weights(ensemble), frozen_statistics(ensemble), phase(INPUT_GRADIENTS):
             for m in ensemble.spread.own(ensemble.num_members):
                 x = _of(point, m).detach().requires_grad_()
                 loss = F.cross_entropy(ensemble.logits_of(m, x), self.y, reduction="sum")
@@ -173,16 +173,6 @@ class Coupled:
 def _as_forward(v: Tensor) -> Tensor:
     kind = v.device.type
     return v.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else v
-
-
-def check_differentiate(value: str) -> None:
-    """Check the name of the method that differentiates <g_m, v_m>.
-
-    Raises:
-        ConfigError: if it is neither "exact" nor "finite".
-    """
-    if value not in ("exact", "finite"):
-        raise ConfigError(f"differentiate must be exact or finite, got {value!r}")
 
 
 def directional(

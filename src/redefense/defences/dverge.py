@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.base import OracleResult, input_gradient
-from redefense.attacks.gradient import climb
-from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, check_weights, terms
+from redefense.attacks.gradient import check_steps, climb
+from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, terms
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import Ensemble, evaluating, frozen_weights
 from redefense.errors import ConfigError
+from redefense.limits import not_negative, within
 from redefense.models import Tapped
 from redefense.radius import Eps
 from redefense.rng import drawn, stream
@@ -67,17 +68,12 @@ class DVERGE(CrossEntropyDefence):
     adversary: Adversary = field(default_factory=lambda: Adversary(eps=8 / 255))
 
     def __post_init__(self) -> None:
-        check_weights(weight=self.weight)
+        not_negative(weight=self.weight)
         if self.weight == 0 and not self.adversarial_training:
             raise ConfigError("weight must be positive without adversarial_training, got 0")
-        if not 0 <= self.eps <= 1:
-            raise ConfigError(f"eps must lie in [0, 1], got {self.eps}")
-        if self.steps < 1 or not self.step_size > 0:
-            raise ConfigError(
-                f"steps and step_size must be positive, got {self.steps} and {self.step_size}"
-            )
-        if not 0 <= self.start < 1:
-            raise ConfigError(f"start must lie in [0, 1), got {self.start}")
+        within("[0, 1]", eps=self.eps)
+        check_steps(self.steps, self.step_size)
+        within("[0, 1)", start=self.start)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """Undefended members for the fraction `start` of the epochs, then the method.

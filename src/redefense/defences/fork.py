@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.attacks.objectives import margin
-from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, check_weights, terms
-from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, terms
+from redefense.defences.coupled import DIFFERENTIATE, Coupled
 from redefense.defences.mrboost import begin_member, copy_member
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
+from redefense.limits import not_negative, one_of, positive, within
 from redefense.networks import Queried
 from redefense.penalties import gradient_similarity
 from redefense.rng import drawn
@@ -60,12 +61,10 @@ class Fork(CrossEntropyDefence):
     differentiate: str = "exact"
 
     def __post_init__(self) -> None:
-        check_weights(similarity=self.similarity)
-        check_differentiate(self.differentiate)
-        if not 0 < self.share < 1:
-            raise ConfigError(f"share must lie in (0, 1), got {self.share}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+        not_negative(similarity=self.similarity)
+        one_of("differentiate", self.differentiate, DIFFERENTIATE)
+        within("(0, 1)", share=self.share)
+        positive(temperature=self.temperature)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """One network, then all members on the rest of its learning-rate schedule.

@@ -28,10 +28,10 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from redefense.defences.base import CrossEntropyDefence, check_weights
-from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.defences.base import CrossEntropyDefence
+from redefense.defences.coupled import DIFFERENTIATE, Coupled
 from redefense.ensembles import Ensemble
-from redefense.errors import ConfigError
+from redefense.limits import not_negative, one_of
 from redefense.penalties import gradient_alignment
 from redefense.rng import drawn
 from redefense.runtime.spread import SINGLE_PROCESS, Spread
@@ -62,12 +62,11 @@ class GAL(CrossEntropyDefence):
     differentiate: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.preset not in NOISE:
-            raise ConfigError(f"preset must be one of {', '.join(NOISE)}, got {self.preset!r}")
+        one_of("preset", self.preset, NOISE)
         if self.noise is None:
             object.__setattr__(self, "noise", NOISE[self.preset])
-        check_weights(weight=self.weight, noise=self.noise or 0.0)
-        check_differentiate(self.differentiate)
+        not_negative(weight=self.weight, noise=self.noise or 0.0)
+        one_of("differentiate", self.differentiate, DIFFERENTIATE)
 
     @property
     def spreads(self) -> bool:

@@ -25,11 +25,11 @@ from redefense.defences.base import (
     After,
     CrossEntropyDefence,
     Stage,
-    check_weights,
     terms,
 )
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
+from redefense.limits import not_negative
 from redefense.penalties import margin_cross_entropy
 from redefense.types import Batch, Images, Labels, Logits, Loss
 
@@ -55,7 +55,7 @@ class MRBoost(CrossEntropyDefence):
     adversary: Adversary = field(default_factory=lambda: Adversary(eps=8 / 255))
 
     def __post_init__(self) -> None:
-        check_weights(other_weight=self.other_weight)
+        not_negative(other_weight=self.other_weight)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """One stage per member; before its stage a member has probability zero."""

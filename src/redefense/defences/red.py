@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from redefense.defences.base import Adversary, CrossEntropyDefence
-from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.defences.coupled import DIFFERENTIATE, Coupled
 from redefense.ensembles import Ensemble
-from redefense.errors import ConfigError, InputError
+from redefense.errors import InputError
+from redefense.limits import not_negative, one_of
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
 from redefense.types import Batch, Float, Images, Labels, Loss
 
@@ -79,18 +80,15 @@ class RED(CrossEntropyDefence):
     differentiate: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.preset not in WEIGHTS:
-            raise ConfigError(f"preset must be one of {', '.join(WEIGHTS)}, got {self.preset!r}")
-        check_differentiate(self.differentiate)
+        one_of("preset", self.preset, WEIGHTS)
+        one_of("differentiate", self.differentiate, DIFFERENTIATE)
         weights = WEIGHTS[self.preset]
         if self.adversarial_training and self.preset == "calibrated":
             weights = WITH_ADVERSARIAL_TRAINING
         for name, default in zip(("similarity", "lipschitz"), weights, strict=True):
-            value = getattr(self, name)
-            if value is None:
+            if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-            elif not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be a finite weight of at least 0, got {value}")
+            not_negative(**{name: getattr(self, name)})
 
     @property
     def spreads(self) -> bool:

@@ -30,19 +30,19 @@ code.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Final, cast
+from typing import ClassVar, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.attacks.base import OracleResult
-from redefense.attacks.gradient import climb, random_starts
-from redefense.defences.base import CrossEntropyDefence, Stage, check_weights
-from redefense.defences.coupled import Coupled, check_differentiate
+from redefense.attacks.gradient import check_steps, climb, random_starts
+from redefense.defences.base import CrossEntropyDefence, Stage
+from redefense.defences.coupled import DIFFERENTIATE, Coupled
 from redefense.defences.vanilla import after_plain
 from redefense.ensembles import Ensemble, evaluating, frozen_weights
-from redefense.errors import ConfigError
+from redefense.limits import not_negative, one_of, within
 from redefense.networks import differentiable_twice, differentiating
 from redefense.penalties import gradient_similarity, lipschitz, squared_lipschitz
 from redefense.radius import Eps
@@ -82,20 +82,12 @@ class TRS(CrossEntropyDefence):
     differentiate: str = "exact"
 
     def __post_init__(self) -> None:
-        if self.preset not in _SMOOTHNESS:
-            known = ", ".join(_SMOOTHNESS)
-            raise ConfigError(f"preset must be one of {known}, got {self.preset!r}")
-        check_weights(similarity=self.similarity, smoothness=self.smoothness)
-        for name in ("first_eps", "last_eps"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.steps < 1 or not self.step_size > 0:
-            raise ConfigError(
-                f"steps and step_size must be positive, got {self.steps} and {self.step_size}"
-            )
-        if not 0 <= self.warm_start < 1:
-            raise ConfigError(f"warm_start must lie in [0, 1), got {self.warm_start}")
-        check_differentiate(self.differentiate)
+        one_of("preset", self.preset, _SMOOTHNESS)
+        not_negative(similarity=self.similarity, smoothness=self.smoothness)
+        within("[0, 1]", first_eps=self.first_eps, last_eps=self.last_eps)
+        check_steps(self.steps, self.step_size)
+        within("[0, 1)", warm_start=self.warm_start)
+        one_of("differentiate", self.differentiate, DIFFERENTIATE)
 
     def stages(self, num_members: int, epochs: int) -> tuple[Stage, ...]:
         """Undefended members for the fraction `warm_start` of the epochs, then the method."""
@@ -140,13 +132,13 @@ class TRS(CrossEntropyDefence):
         self, ensemble: Ensemble, x: Images, y: Labels, eps: float, rng: torch.Generator
     ) -> Images:
         """The points of the ball that maximise the sum of the members' squared gradient norms."""
-        threat, module = Threat(eps=eps), cast(nn.Module, ensemble)
+        threat = Threat(eps=eps)
         unknown = torch.zeros(len(x), device=x.device)  # the objective is not used
 
         def oracle(point: Images, with_grad: bool) -> OracleResult:
             return OracleResult(unknown, unknown, roughness_gradient(ensemble, point, y))
 
-        with evaluating(module), frozen_weights(module), phase(EXAMPLES):
+        with evaluating(ensemble), frozen_weights(ensemble), phase(EXAMPLES):
             return climb(
                 oracle, random_starts(x, y, threat, rng)(), x, threat,
                 steps=self.steps, step_size=self.step_size * eps,

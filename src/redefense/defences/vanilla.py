@@ -8,7 +8,7 @@ import torch
 
 from redefense.defences.base import CrossEntropyDefence, LossFn, Stage, terms
 from redefense.ensembles import Ensemble
-from redefense.errors import ConfigError
+from redefense.limits import within
 from redefense.types import Batch, Loss
 
 
@@ -52,8 +52,7 @@ def after_plain(
     Raises:
         ConfigError: if the share is not in [0, 1).
     """
-    if not 0 <= share < 1:
-        raise ConfigError(f"the share of plain epochs must lie in [0, 1), got {share}")
+    within("[0, 1)", share=share)
     all_members = tuple(range(num_members))
     plain = min(round(share * epochs), epochs - 1)
     own = Stage(name=name, epochs=epochs - plain, members=all_members, loss=loss)

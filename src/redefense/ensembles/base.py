@@ -7,7 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import redefense
@@ -43,7 +45,7 @@ class Origin:
 class Ensemble(nn.Module):
     """M classifiers and the probabilities with which each answers a query.
 
-    A subclass implements `member`, or `logits_of` and `member`.
+    A subclass implements `member` or `logits_of`.
 
     Attributes:
         num_members: M.
@@ -74,6 +76,11 @@ class Ensemble(nn.Module):
         """The mixture as Python numbers; within `mixture_known` without device synchronisation."""
         return self.mixture.tolist() if self._shares is None else self._shares
 
+    def probabilities(self) -> NDArray[np.float64]:
+        """(M,) the mixture as a numpy array, for figures computed without torch."""
+        found: NDArray[np.float64] = self.mixture.detach().double().cpu().numpy()
+        return found
+
     @contextmanager
     def mixture_known(self) -> Iterator[None]:
         """Context in which `shares` uses the mixture read on entry; it must not change."""
@@ -92,8 +99,12 @@ class Ensemble(nn.Module):
         return [self.logits_of(m, x) for m, x in zip(members, xs, strict=True)]
 
     def member(self, m: int) -> nn.Module:
-        """Member m as a plain network."""
-        raise TypeError(f"{type(self).__name__} must implement `member`")
+        """Member m as a network; by default one that queries `logits_of`."""
+        from redefense.ensembles.views import MemberOf  # views are made of this class
+
+        if type(self).logits_of is Ensemble.logits_of:
+            raise TypeError(f"{type(self).__name__} must implement `member` or `logits_of`")
+        return MemberOf(self, m)
 
     def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
         """Logits of all members. Inputs are not checked."""

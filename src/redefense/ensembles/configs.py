@@ -1,6 +1,5 @@
 """Settings of ensembles, by name, from which an untrained ensemble is built."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,6 +9,7 @@ from torch import nn
 
 from redefense.ensembles import Ensemble, Hyper, Independent
 from redefense.errors import ConfigError
+from redefense.limits import at_least, not_negative, one_of
 from redefense.models import build
 from redefense.models.randomized import GaussianNoise, NoiseLayers
 from redefense.rng import stream
@@ -19,8 +19,7 @@ MAX_MEMBERS: Final = 100_000
 
 
 def _check_members(num_members: int) -> None:
-    if num_members < 1:
-        raise ConfigError(f"num_members must be at least 1, got {num_members}")
+    at_least(1, num_members=num_members)
     if num_members > MAX_MEMBERS:
         raise ConfigError(f"num_members must be at most {MAX_MEMBERS}, got {num_members}")
 
@@ -61,10 +60,8 @@ class IndependentConfig:
 
     def __post_init__(self) -> None:
         _check_members(self.num_members)
-        if self.noise not in ("none", "image", "layers"):
-            raise ConfigError(f"noise must be none, image or layers, got {self.noise!r}")
-        if not 0 <= self.sigma < math.inf:
-            raise ConfigError(f"sigma must be finite and not negative, got {self.sigma}")
+        one_of("noise", self.noise, ("none", "image", "layers"))
+        not_negative(sigma=self.sigma)
 
     def build(self, *, num_classes: int, shape: tuple[int, int, int], seed: int) -> Ensemble:
         """Members initialised from streams named by (seed, member)."""

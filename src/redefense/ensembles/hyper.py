@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.ensembles.base import Ensemble
-from redefense.errors import ConfigError
+from redefense.limits import at_least, one_of
 from redefense.models import hyper
 from redefense.networks import copied
 from redefense.types import (
@@ -56,12 +56,8 @@ class Hyper(Ensemble):
         rng: torch.Generator,
     ) -> None:
         super().__init__(len(members), mixture)
-        if taps not in hyper.TAPS:
-            raise ConfigError(f"taps must be one of {', '.join(hyper.TAPS)}, got {taps!r}")
-        if min(embedding, hidden) < 1:
-            raise ConfigError(
-                f"embedding and hidden must be at least 1, got {embedding} and {hidden}"
-            )
+        one_of("taps", taps, hyper.TAPS)
+        at_least(1, embedding=embedding, hidden=hidden)
         self.unit, self.taps, self.shared = unit, taps, shared
         self.grids = [hyper.grids_of(net, unit) for net in members]
         for net, grids in zip(members, self.grids, strict=True):

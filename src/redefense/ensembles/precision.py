@@ -31,7 +31,7 @@ def cast_input(victim: nn.Module, x: Images) -> nn.Module:
     if not isinstance(victim, Ensemble):
         return Queried(victim, x.dtype)
     # these ensembles already query their members so
-    if isinstance(victim, Ensemble) and x.dtype.itemsize >= 4:
+    if x.dtype.itemsize >= 4:
         return victim
     return _CastInput(victim, x.dtype)
 

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from redefense.ensembles.base import Ensemble
 from redefense.ensembles.guards import kernels_kept
 from redefense.ensembles.hyper import Hyper
-from redefense.ensembles.views import MemberOf
 from redefense.networks import mode_of
 from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
 from redefense.types import Images, Logits
@@ -168,10 +167,6 @@ class Recorded(Ensemble):
             return known.answer(x)
         logits: Tensor = _Replayed.apply(x, known, self._answer(m))  # type: ignore[no-untyped-call]  # untyped in torch
         return logits
-
-    def member(self, m: int) -> nn.Module:
-        """Member m, replayed."""
-        return MemberOf(self, m)
 
     def parameters_of(self, m: int) -> list[nn.Parameter]:
         """The parameters of member m."""

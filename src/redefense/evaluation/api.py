@@ -1,6 +1,5 @@
 """`evaluate` and `evaluate_run`: evaluate any model, or a trained run, under a suite."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,8 +18,7 @@ from redefense.errors import ConfigError, DataError, RedCheckWarning
 from redefense.evaluation.cells import Subject, image_digest
 from redefense.evaluation.folder import alone, claim, keeping, silent, stoppable
 from redefense.evaluation.inputs.arguments import (
-    check_checks,
-    check_precision,
+    check_choices,
     read_ensemble,
     read_threat,
 )
@@ -43,13 +41,14 @@ from redefense.evaluation.provenance import code, joined, place_of
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
-from redefense.evaluation.stochastic.recognise import Choice, as_stochastic, check_choice
-from redefense.evaluation.suite import Suite, suite_named
-from redefense.radius import eps_text, read_eps, read_norm
+from redefense.evaluation.stochastic.recognise import Choice, as_stochastic
+from redefense.evaluation.suite import AttackPrecision, Suite, suite_named
+from redefense.limits import one_of
+from redefense.radius import budget_text, read_eps, read_norm
 from redefense.results.schema import OF_DEFENCE
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_text
-from redefense.runtime.recording import check_replay, recorder_for
+from redefense.runtime.recording import REPLAY, recorder_for
 from redefense.runtime.workers import own_device, workers
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
@@ -133,23 +132,19 @@ def evaluate(
         DataError: if the data cannot be read.
         Interrupted: on SIGINT or SIGTERM, if results are saved in `out`.
     """
+    given = dict(locals())  # the arguments: no other name is bound yet
     if len(radii := read_radii(eps)) > 1:
         home = None if out is None else Path(out)
-        return over(
-            radii,
-            lambda radius, name: evaluate(
-                model, data, suite, threat, mixture, seed, images=images, seeds=seeds, eps=radius,
-                out=None if home is None else home / name, progress=progress, checks=checks,
-                cascade=cascade, precision=precision, stochastic=stochastic,
-                keep_images=keep_images, outputs=outputs, batch_size=batch_size,
-            ),
-        )  # fmt: skip
-    plan = suite_of(suite).cascading(cascade).computing(check_precision(precision))
+
+        def at(radius: float, name: str) -> Report:
+            return evaluate(**given | {"eps": radius, "out": None if home is None else home / name})
+
+        return over(radii, at)
+    check_choices(checks=checks, precision=precision, stochastic=stochastic)
+    plan = suite_of(suite).cascading(cascade).computing(cast("AttackPrecision | None", precision))
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
     batch_size = None if batch_size is None else whole(batch_size, "batch_size", 1)
-    check_checks(checks)
-    check_choice(stochastic)
     ensemble = read_ensemble(model, mixture, outputs)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
@@ -243,19 +238,14 @@ def evaluate_run(
         ConfigError: if an evaluation with other settings is stored there.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
+    given = dict(locals())  # the arguments: no other name is bound yet
     if len(radii := read_radii(eps, "--eps")) > 1:
-        return _over_radii(
-            radii, path, suite=suite, data=data, images=images, norm=norm, seed=seed, seeds=seeds,
-            device=device, out=out, checks=checks, cascade=cascade, precision=precision,
-            stochastic=stochastic, replay=replay, keep_images=keep_images, batch_size=batch_size,
-            log=log,
-        )  # fmt: skip
+        return _over_radii(radii, **given)
     eps = radii[0] if radii else None
     plan, device = suite_named(suite).cascading(cascade), own_device(device)
-    plan = plan.computing(check_precision(precision))
-    check_checks(checks)
-    check_choice(stochastic)
-    check_replay(replay)
+    check_choices(checks=checks, precision=precision, stochastic=stochastic)
+    plan = plan.computing(cast("AttackPrecision | None", precision))
+    one_of("--replay", replay, REPLAY)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)
@@ -277,7 +267,7 @@ def evaluate_run(
         "seeds": seeds,
         "checks": checks,
         "stochastic": stochastic,
-        "weights": _manifest(checkpoint.path),
+        "weights": checkpoint.weights_sha256(),
         "version": redefense.__version__,
         "code": code(),
         **plugins_of(plan, dataset.name),
@@ -346,7 +336,7 @@ def _run_of(subject: Subject) -> Callable[..., Report]:
 
 
 def _over_radii(
-    radii: Sequence[float], path: Path, *, suite: str, out: Path | None, **settings: Any
+    radii: Sequence[float], *, path: Path, suite: str, out: Path | None, **settings: Any
 ) -> tuple[Report, Path]:
     """`evaluate_run` at each radius; smaller radii are saved in the folder of the largest."""
     target = out or path / "evaluation" / f"{suite_named(suite).name}.json"
@@ -354,7 +344,7 @@ def _over_radii(
     def at(radius: float, name: str) -> Report:
         place = target if not name else target.with_suffix("") / f"{name}.json"
         place.parent.mkdir(parents=True, exist_ok=True)
-        return evaluate_run(path, suite=suite, eps=radius, out=place, **settings)[0]
+        return evaluate_run(path, suite=suite, out=place, **settings | {"eps": radius})[0]
 
     report = over(radii, at)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -376,12 +366,4 @@ def _override(threat: ThreatConfig, eps: float | str | None, norm: str | None) -
 def _words(suite: Suite, threat: ThreatConfig) -> str:
     """The distinct threats of the cells."""
     threats = dict.fromkeys((t.norm, t.eps) for t in (c.threat or threat for c in suite.cells))
-    return ", ".join(
-        f"{'L-inf' if norm == 'inf' else 'L2'} eps {eps_text(eps)}" for norm, eps in threats
-    )
-
-
-def _manifest(folder: Path) -> str:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    digest: str = manifest["sha256"]["weights.safetensors"]
-    return digest
+    return ", ".join(budget_text(norm, eps) for norm, eps in threats)

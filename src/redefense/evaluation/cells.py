@@ -208,11 +208,7 @@ class Task:
         begun = time.perf_counter()
         x_adv = self.attack(victim, x, y, budget, rng=rng, **more)
         seconds = time.perf_counter() - begun
-        reached = {}
-        if foreign:
-            # a user's attack may have another budget: points outside are projected onto the ball
-            reached = {"reached": norms(x_adv - x, budget.norm).double().cpu().numpy()}
-            x_adv = budget.project(x_adv, x)
+        x_adv, reached = projected(x_adv, x, budget) if foreign else (x_adv, {})
         if self.attack.bounded:
             verify_ball(x_adv, x, budget, self.name)
         judged = judge(subject.ensemble, x_adv, x, y) | reached
@@ -244,14 +240,7 @@ class Task:
             len(self.met), partial(self.chunk, progress=progress), fits=fits, kept=kept,
             workers=self.subject.workers, progress=progress,
         )  # fmt: skip
-        totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
-        count = max(1, int(self.met.sum()))
-        return Cell(
-            **_merge(parts),
-            forwards=totals["forwards"] / count,
-            backwards=totals["backwards"] / count,
-            seconds=totals["seconds"],
-        )
+        return Cell(**joined(parts, int(self.met.sum())))
 
 
 MEMBER: Final = "member "
@@ -295,21 +284,45 @@ def judge(ensemble: Ensemble, x_adv: Tensor, x: Tensor, y: Tensor) -> dict[str, 
     with torch.no_grad():
         logits = ensemble.member_logits(x_adv)
         averaged = mean_log_probs(logits, ensemble.mixture)
-    delta = x_adv - x
     return {
         "correct": correct(logits, y).cpu().numpy(),
         "averaged": correct(averaged, y).cpu().numpy(),
-        "linf": norms(delta, math.inf).double().cpu().numpy(),
-        "l2": norms(delta, 2.0).double().cpu().numpy(),
-        "l0": norms(delta, 0.0).double().cpu().numpy(),
+        **sizes(x_adv - x),
     }
+
+
+def sizes(delta: Tensor) -> dict[str, Floats]:
+    """(n,) norms of each perturbation, as records have them."""
+    return {"linf": lengths(delta, math.inf), "l2": lengths(delta, 2.0), "l0": lengths(delta, 0.0)}
+
+
+def lengths(delta: Tensor, p: float) -> Floats:
+    """(n,) p-norm of each perturbation."""
+    found: Floats = norms(delta, p).double().cpu().numpy()
+    return found
+
+
+def projected(x_adv: Images, x: Images, threat: Threat) -> tuple[Images, dict[str, Floats]]:
+    """The points of a user's attack on the ball, and how far they were from its centre before.
+
+    Such an attack may have a budget of its own; it is scored at the nearest allowed points.
+    """
+    return threat.project(x_adv, x), {"reached": lengths(x_adv - x, threat.norm)}
 
 
 def clean_cell(subject: Subject) -> Cell:
     """Records of the clean images."""
     pairs = zip(subject.x.split(CHUNK), subject.y.split(CHUNK), strict=True)
-    return Cell(**_merge([judge(subject.ensemble, x, x, y) for x, y in pairs]))
+    return Cell(**merged([judge(subject.ensemble, x, x, y) for x, y in pairs]))
 
 
-def _merge(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+def merged(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
+    """The arrays of all chunks, joined along the images."""
     return {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+
+
+def joined(parts: Sequence[dict[str, NDArray[Any]]], attacked: int) -> dict[str, Any]:
+    """The records of all chunks, with the passes per attacked image and the seconds of all."""
+    totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
+    each = {key: totals[key] / max(1, attacked) for key in ("forwards", "backwards")}
+    return merged(parts) | each | {"seconds": totals["seconds"]}

@@ -1,6 +1,5 @@
 """The folder of an evaluation: used by one job at a time, with one set of settings."""
 
-import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from redefense.evaluation.provenance import UNKNOWN, place_of
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
-from redefense.runtime.files import locked, write_text
+from redefense.runtime.files import locked, write_json, write_text
 from redefense.runtime.signals import handled
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
 
@@ -161,5 +160,4 @@ def _distinct(places: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def _write_plan(
     plan: Path, settings: Mapping[str, Any], started: str, places: Sequence[Mapping[str, str]]
 ) -> None:
-    known = {**settings, "started": started, "places": places}
-    write_text(plan, json.dumps(known, indent=1) + "\n")
+    write_json(plan, {**settings, "started": started, "places": places})

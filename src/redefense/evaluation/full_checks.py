@@ -42,7 +42,7 @@ def full_checks(
     ensemble, x, y = subject.ensemble, subject.x[:SAMPLE], subject.y[:SAMPLE]
     cells = sorted((p for p in plan if p.attack.bounded), key=lambda p: not p.aware)
     given = cells[0].threat if cells else ThreatConfig(eps=8 / 255)
-    mixture = ensemble.mixture.detach().double().cpu().numpy()
+    mixture = ensemble.probabilities()
     white = [
         exact_expectation(records[p.identity].correct[:, :SAMPLE], mixture)
         for p in cells

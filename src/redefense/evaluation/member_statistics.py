@@ -201,7 +201,7 @@ def curve(
     Returns:
         Rows (eps, accuracy, low, high).
     """
-    mixture = ensemble.mixture.detach().double().cpu().numpy()
+    mixture = ensemble.probabilities()
     unit = threat.eps or 1 / 255
     largest = 1.0 if threat.norm == math.inf else float(x[0].numel()) ** 0.5
     grid = [0.0, *(unit * k for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))]
@@ -375,7 +375,6 @@ def input_gradients(ensemble: Ensemble, x: Images, y: Labels) -> Float[Tensor, "
 
     Gradients of the members' weights are not computed.
     """
-    assert isinstance(ensemble, Ensemble)
     grads = []
     with frozen_weights(ensemble), torch.enable_grad():
         for m in range(ensemble.num_members):

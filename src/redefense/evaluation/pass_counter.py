@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from redefense.ensembles import Ensemble, MemberOf
+from redefense.ensembles import Ensemble
 from redefense.types import Images, Logits
 
 
@@ -58,7 +58,3 @@ class Metered(Ensemble):
             return logits
         counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]  # untyped in torch
         return counted
-
-    def member(self, m: int) -> nn.Module:
-        """Member m, counted."""
-        return MemberOf(self, m)

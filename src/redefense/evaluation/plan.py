@@ -1,6 +1,5 @@
 """Resolves a suite into cells with threats, names and attacks, and validates it."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from redefense.errors import ConfigError, suggestion
 from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest, outside_ball
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite
-from redefense.runtime.files import write_text
+from redefense.runtime.files import write_json
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
@@ -66,7 +65,7 @@ class Job:
     def write_json(self, name: str, value: object) -> None:
         """Store JSON on the writing process."""
         if (place := self.save(self.place(name))) is not None:
-            write_text(place, json.dumps(value, indent=1) + "\n")
+            write_json(place, value)
 
     def described(self, it: "Further", expected: float) -> dict[str, Any]:
         """JSON of an attack that counts for the headline but is no cell of the suite."""

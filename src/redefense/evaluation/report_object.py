@@ -20,7 +20,7 @@ from redefense.evaluation.cells import Cell, as_threat
 from redefense.evaluation.figures import UNKNOWN, Figure, figure_of, plot_bars, plot_curve
 from redefense.evaluation.headline import interval
 from redefense.evaluation.store import write_arrays
-from redefense.radius import eps_text
+from redefense.radius import budget_text
 from redefense.results.accuracy import Bools
 from redefense.results.escaping import escape_latex
 from redefense.results.examples import Examples
@@ -158,7 +158,7 @@ class Report:
 
     def _setting(self) -> str:
         threat, count = self.threat, self.data["data"]["num_images"]
-        budget = f", {_budget(threat)}" if threat is not None else ""
+        budget = f", {budget_text(threat.norm, threat.eps)}" if threat is not None else ""
         images = f"{count} image{'s' * (count != 1)}"
         return f"suite {self.data['suite']}, {images}{budget}"
 
@@ -231,7 +231,7 @@ class Report:
                 {
                     "attack": cell["label"] or cell["attack"],
                     "view": cell["view"],
-                    "threat": _budget(as_threat(ThreatConfig.of(threat["norm"], threat["eps"])))
+                    "threat": budget_text(threat["norm"], threat["eps"])
                     if cell["bounded"]
                     else "not bounded",
                     "norm": threat["norm"] if cell["bounded"] else None,
@@ -349,10 +349,6 @@ def _ends(right: Bools | None) -> tuple[float | None, float | None]:
 
 def _values(figure: Figure) -> dict[str, float | None]:
     return {"accuracy": figure.value, "low": figure.low, "high": figure.high}
-
-
-def _budget(threat: Threat) -> str:
-    return f"{'L-inf' if threat.norm != 2 else 'L2'} eps {eps_text(threat.eps)}"
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:

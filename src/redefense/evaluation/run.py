@@ -88,7 +88,7 @@ def run_suite(
     subject = replace(subject, precision=attack_precision(suite.precision, ensemble, x))
     if subject.workers.count > 1 and store is None:
         raise ConfigError("an evaluation on several processes needs a store")
-    mixture = ensemble.mixture.detach().double().cpu().numpy()
+    mixture = ensemble.probabilities()
     plan = plan_of(suite, threat, subject.randomized)
     # the baselines and the measures are compared with the headline: at its threat
     job = Job(
@@ -98,7 +98,8 @@ def run_suite(
     answers = Answers.to(ensemble, x)
     before = [answers.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))
-    clean = _clean(job)
+    clean = clean_cell(subject)
+    job.write_cell("clean", clean)
     runner = Runner(job, plan, mixture, clean)
     records, repeats = runner.cells(plan)
     records["clean"] = clean
@@ -170,13 +171,6 @@ def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
     if job.suite.measures:
         found.append((MEASURES, float(ROUGH_PASSES * members * min(count, MEASURED))))
     return found
-
-
-def _clean(job: Job) -> Cell:
-    """The records of the clean images."""
-    clean = clean_cell(job.subject)
-    job.write_cell("clean", clean)
-    return clean
 
 
 def _cell_json(

@@ -101,6 +101,36 @@ def own_images(count: int, workers: Workers) -> int:
     return sum(min(CHUNK, count - start) for start in workers.share(range(0, count, CHUNK)))
 
 
+class ChunkStore:
+    """Arrays of the chunks of attacks, by the attack's name and the chunk's first image.
+
+    Args:
+        folder: holds one file for each chunk; without it they are kept in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._memory: dict[tuple[str, int], Arrays] = {}
+
+    def write(self, name: str, start: int, arrays: Arrays) -> None:
+        """Keep the arrays of a chunk."""
+        if self._folder is None:
+            self._memory[name, start] = arrays
+        else:
+            write_arrays(self._folder / name / f"{start}.npz", arrays)
+
+    def read(self, name: str, start: int) -> Arrays | None:
+        """The arrays of a chunk; None if there are none, or they are damaged."""
+        if self._folder is None:
+            return self._memory.get((name, start))
+        return read_arrays(self._folder / name / f"{start}.npz")
+
+    def forget(self) -> None:
+        """Remove all."""
+        self._memory.clear()
+        forget(self._folder)
+
+
 def forget(kept: Path | None) -> None:
     """Remove the saved chunks."""
     if kept is not None and kept.is_dir():

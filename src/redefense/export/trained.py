@@ -13,6 +13,7 @@ from redefense.errors import ConfigError, DataError
 from redefense.export.quantise import Int8
 from redefense.export.signing import sign_with
 from redefense.export.write import PROBES, About, export, synthetic
+from redefense.limits import one_of
 from redefense.report.card import card, unmeasured_card
 from redefense.rng import stream
 from redefense.runtime.device import computing
@@ -61,8 +62,7 @@ def export_run(
         ConfigError: if a setting, the key or `out` does not fit, or members cannot be exported.
         DataError: if needed data cannot be read or are not those of the run; if there is no key.
     """
-    if precision not in ("fp32", "int8"):
-        raise ConfigError(f"--precision must be fp32 or int8, got {precision!r}")
+    one_of("--precision", precision, ("fp32", "int8"))
     if calibration is not None and precision != "int8":
         raise ConfigError("--calibration goes with --precision int8")
     signature_by = None if sign is None else sign_with(sign)

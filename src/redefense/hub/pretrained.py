@@ -28,7 +28,7 @@ from redefense.errors import (
     lacking,
 )
 from redefense.report.card import card, unmeasured_card
-from redefense.runtime.files import write_bytes, write_text
+from redefense.runtime.files import write_bytes, write_json, write_text
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import checked_path, find_final, load_checkpoint
 
@@ -75,7 +75,7 @@ def save_pretrained(
         "data": dict(origin.data),
     }
     write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
-    write_text(target / CONFIG, json.dumps(config, indent=1) + "\n")
+    write_json(target / CONFIG, config)
     write_text(target / CARD, text)
     return target
 

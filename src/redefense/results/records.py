@@ -152,10 +152,15 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
             f"{where} is a claim file, not an evaluation: check it with `redefense claim "
             f"check {where}`, or give the directory of its run"
         )
-    return _valid(Evaluation, dict(document), f"{where} is not a valid evaluation")
+    return valid(Evaluation, dict(document), f"{where} is not a valid evaluation")
 
 
-def _valid(kind: type[_Kind], document: object, wrong: str) -> _Kind:
+def valid(kind: type[_Kind], document: object, wrong: str) -> _Kind:
+    """A record from decoded JSON.
+
+    Raises:
+        DataError: that begins with `wrong` and names the first key without a valid value.
+    """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
@@ -231,7 +236,7 @@ def _plan(file: Path | None) -> Plan | None:
     """The plan stored with an evaluation; None if there is none."""
     if file is None or not (path := file.with_suffix("") / "plan.json").is_file():
         return None
-    return _valid(Plan, read_json(path), f"{path} is not a valid plan")
+    return valid(Plan, read_json(path), f"{path} is not a valid plan")
 
 
 def _stored(

@@ -5,6 +5,8 @@ and for concurrent readers, it is the previous or the new version.
 """
 
 import errno
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -128,6 +130,21 @@ def write_text(path: Path, text: str) -> None:
     # a path that cannot be decoded in the locale's encoding contains surrogates
     content = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, which is not held in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:

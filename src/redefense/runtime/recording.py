@@ -16,10 +16,12 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from redefense.errors import ConfigError
 from redefense.types import Int
 
 Work = Callable[[], Sequence[Tensor]]
+
+REPLAY: Final = ("auto", "off")
+"""Values of the option `--replay`: "auto" replays where recording is supported."""
 
 _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -110,16 +112,6 @@ class CudaGraphs:
         return Recording(
             outputs, graph.replay, reads, time.perf_counter() - begun, max(0, int(grown))
         )
-
-
-def check_replay(replay: str) -> None:
-    """Check that the option is auto or off.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    if replay not in ("auto", "off"):
-        raise ConfigError(f"--replay must be auto or off, got {replay!r}")
 
 
 def recorder_for(device: torch.device) -> CudaGraphs | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from redefense.errors import ConfigError
+from redefense.limits import at_least, one_of
 
 Policy = Literal["fresh", "per-input", "per-client"]
 """Draws are never reused, reused per image, or per client within one epoch."""
@@ -70,13 +71,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, kind in (("policy", Policy), ("mode", Mode)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)}")
+            one_of(name, getattr(self, name), get_args(kind))
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                at_least(1, **{name: value})
         for name in ("max_delay", "tick", "grace"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0 seconds, got {getattr(self, name)}")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri
 
 from redefense.errors import ConfigError
+from redefense.limits import within
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +76,7 @@ def certificate(
         raise ConfigError(f"a certificate needs noise: sigma must be positive, got {sigma}")
     if not radius >= 0:
         raise ConfigError(f"the radius must not be negative, got {radius}")
-    if not 0 < alpha < 1:
-        raise ConfigError(f"alpha must lie in (0, 1), got {alpha}")
+    within("(0, 1)", alpha=alpha)
     low = least_chance(right, draws, alpha / len(right))
     # ndtri(0) is -inf, so that a probability of 0 stays 0 at every radius
     shifted = ndtri(low) - radius / sigma

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from redefense.ensembles import Ensemble, MemberOf, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
+from redefense.limits import within
 from redefense.networks import query
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
 from redefense.types import Float, Images, Logits, Per, whole
@@ -219,8 +220,7 @@ class Vote(nn.Module):
 
     def __init__(self, ensemble: Ensemble, *, alpha: float = 0.001) -> None:
         super().__init__()
-        if not 0 < alpha < 1:
-            raise ConfigError(f"alpha must lie in (0, 1), got {alpha}")
+        within("(0, 1)", alpha=alpha)
         self.ensemble, self.alpha = ensemble, alpha
 
     def forward(self, x: Images) -> Logits:

@@ -5,7 +5,6 @@ disk does not damage the previous one. An altered or truncated one is reported a
 is used.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from redefense.config import Run, parse_run, to_json
 from redefense.errors import BAD_JSON, CheckpointError, TrainingError, WriteError
-from redefense.runtime.files import is_full, reason
+from redefense.runtime.files import is_full, reason, sha256_of
 
 FORMAT = 1
 KEEP = 2
@@ -46,6 +45,11 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the file of weights, as in the manifest, by which claims name them."""
+        manifest = json.loads((self.path / "manifest.json").read_text())
+        return str(manifest["sha256"]["weights.safetensors"])
 
 
 def save(
@@ -77,7 +81,7 @@ def save(
             _tensors(aside / "optimizer.safetensors", optimizer)
         (aside / "run.json").write_text(to_json(run))
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
-        files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": files}, indent=1) + "\n")
         for path in aside.iterdir():
             _flush(path)
@@ -132,7 +136,7 @@ def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
     if not {"weights.safetensors", "run.json", "state.json"} <= set(manifest):
         raise CheckpointError(f"checkpoint {path} is not complete: {sorted(manifest)}")
     for name, expected in manifest.items():
-        if Path(name).name != name or _sha256(path / name) != expected:
+        if Path(name).name != name or sha256_of(path / name) != expected:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} has another hash")
     state = json.loads((path / "state.json").read_text())
     if not 1 <= state["format"] <= FORMAT:
@@ -213,11 +217,6 @@ def _tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(plain, path)
     except SafetensorError as error:  # safetensors raises it for a failed write
         raise OSError(str(error)) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -23,6 +23,7 @@ from redefense.data import published
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble, channels_last
 from redefense.errors import ConfigError, suggestion
+from redefense.limits import at_least
 from redefense.rng import stream
 from redefense.runtime.phases import EXAMPLES, PHASES, RECORDED
 from redefense.train.accelerators import ACCELERATORS, Accelerator
@@ -266,8 +267,7 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     Raises:
         ConfigError: for an accelerator that is not in the table, or fewer than one device.
     """
-    if devices < 1:
-        raise ConfigError(f"devices must be at least 1, got {devices}")
+    at_least(1, devices=devices)
     on, memory = _named(accelerator), cost.memory
     times = {"one device": _seconds(cost, lambda stage: stage.seconds(on))}
     if on.replayed is not None:

@@ -14,10 +14,11 @@ from redefense.defences import Defence
 from redefense.ensembles import Ensemble, Origin, channels_last
 from redefense.ensembles.configs import EnsembleConfig
 from redefense.errors import BAD_JSON, CheckpointError, ConfigError, DataError
+from redefense.limits import one_of
 from redefense.runtime.device import computing
-from redefense.runtime.files import UNFINISHED, write_text
+from redefense.runtime.files import UNFINISHED, write_json, write_text
 from redefense.runtime.mesh import Mesh, processes
-from redefense.runtime.recording import Recorder, check_replay, recorder_for
+from redefense.runtime.recording import REPLAY, Recorder, recorder_for
 from redefense.train.checkpoint import (
     ASIDE,
     Checkpoint,
@@ -81,7 +82,7 @@ def train(
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    check_replay(replay)
+    one_of("--replay", replay, REPLAY)
     with processes(mesh, device) as team:
         records = replay == "auto" and team.size == 1 and not profile
         recorder = recorder_for(team.device) if records else None
@@ -329,7 +330,7 @@ def _claim(run: Run, out: Path, resume: bool) -> str | None:
 def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
     """Write the run and its starting point; `run.json` is written atomically."""
     if started is not None:
-        write_text(out / "start.json", json.dumps(started, indent=1) + "\n")
+        write_json(out / "start.json", started)
     write_text(out / "run.json", to_json(run))
 
 

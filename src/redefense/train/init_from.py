@@ -1,8 +1,6 @@
 """Initialises a run from the members of another: copied, or fitted to hypernetworks."""
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +18,7 @@ from redefense.ensembles.configs import EnsembleConfig, HyperConfig, Independent
 from redefense.errors import ConfigError, DataError
 from redefense.models import fitting, hyper
 from redefense.models.published import Fitted, State, fit, read_states
+from redefense.runtime.files import sha256_of
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import find_final, load_checkpoint, resolve
 from redefense.types import Batch
@@ -52,13 +51,9 @@ def open_source(path: Path, device: str = "cpu") -> Source:
     """
     if path.is_file():
         states = read_states(path)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        return Source(path, found, partial(_from_file, path, states))
+        return Source(path, sha256_of(path), partial(_from_file, path, states))
     checkpoint = find_final(path)
-    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
-    found = manifest["sha256"]["weights.safetensors"]
-    return Source(path, found, partial(_from_run, checkpoint, device))
+    return Source(path, checkpoint.weights_sha256(), partial(_from_run, checkpoint, device))
 
 
 def _from_run(

@@ -1,6 +1,5 @@
 """Profile of a training: seconds by phase, as a table and as `RUN/profile.json`."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from redefense.runtime.files import write_text
+from redefense.runtime.files import write_json
 from redefense.runtime.phases import OTHER, PHASES, watched
 from redefense.train.log import note
 
@@ -77,5 +76,5 @@ def profiled(folder: Path, device: str | torch.device) -> Iterator[None]:
             yield
     finally:
         profile.charge()
-        write_text(folder / "profile.json", json.dumps(profile.as_dict(), indent=1) + "\n")
+        write_json(folder / "profile.json", profile.as_dict())
         note(profile.table())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from redefense.evaluation.cascade.worst_case import WorstCase
 from redefense.evaluation.cells import Cell, Keep, Task
 from redefense.evaluation.plan import Job
-from redefense.evaluation.store import Arrays, forget, read_arrays, write_arrays
+from redefense.evaluation.store import ChunkStore, read_arrays, write_arrays
 from redefense.results.examples import CANDIDATES
 from redefense.rng import CHUNK
 from redefense.types import Images
@@ -34,9 +34,8 @@ class Attacked:
 
     def __init__(self, job: Job) -> None:
         self._job, self._x = job, job.subject.x
-        self._folder = job.place("attacked" + ".all" * job.keep_images)
+        self._chunks = ChunkStore(job.place("attacked" + ".all" * job.keep_images))
         self._count = len(self._x) if job.keep_images else min(len(self._x), CANDIDATES)
-        self._memory: dict[tuple[str, int], Arrays] = {}
         self._bytes = 0
         self.images: dict[str, NDArray[np.floating]] = {}
 
@@ -62,10 +61,7 @@ class Attacked:
                 return
             points = x_adv[torch.from_numpy(some).to(x_adv.device)].cpu().numpy()
             arrays = {"rows": images.start + rows[some], "points": points}
-            if (place := self._place(name, images.start)) is not None:
-                write_arrays(place, arrays)
-            else:
-                self._memory[name, images.start] = arrays
+            self._chunks.write(name, images.start, arrays)
 
         return keep
 
@@ -95,7 +91,7 @@ class Attacked:
         for start in range(0, self._count, CHUNK):
             if not cell.met[start : min(start + CHUNK, self._count)].any():
                 continue
-            if (part := self._read(name, start)) is None:
+            if (part := self._chunks.read(name, start)) is None:
                 return  # the evaluation was finished without saved images
             images[part["rows"]] = part["points"]
         if worst is not None:
@@ -109,19 +105,10 @@ class Attacked:
 
     def forget(self) -> None:
         """Remove the saved chunks, and log the size of the files of all images."""
-        self._memory.clear()
         if self._job.subject.workers.first:
-            forget(self._folder)
+            self._chunks.forget()
         if self._bytes:
             self._job.log(
                 f"{self._job.suite.name}: attacked images of {len(self.images)} attacks, "
                 f"{self._bytes / 1e6:.3g} MB, in {self._job.place('*' + SUFFIX)}"
             )
-
-    def _place(self, name: str, start: int) -> Path | None:
-        return None if self._folder is None else self._folder / name / f"{start}.npz"
-
-    def _read(self, name: str, start: int) -> Arrays | None:
-        if (place := self._place(name, start)) is not None:
-            return read_arrays(place)
-        return self._memory.get((name, start))

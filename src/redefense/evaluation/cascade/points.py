@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redefense.evaluation.cascade.worst_case import EQUAL, WorstCase
 from redefense.evaluation.cells import Task
-from redefense.evaluation.store import Arrays, forget, read_arrays, write_arrays
+from redefense.evaluation.store import Arrays, ChunkStore
 from redefense.results.accuracy import Bools
 from redefense.results.intervals import exact_expectation
 from redefense.types import Images
@@ -33,8 +33,7 @@ class Points:
     """
 
     def __init__(self, x: Images, folder: Path | None) -> None:
-        self._x, self._folder = x, folder
-        self._memory: dict[tuple[str, int], Arrays] = {}
+        self._x, self._chunks = x, ChunkStore(folder)
         self._tasks: dict[str, Task] = {}
         self._count = LIMIT // max(1, x[0].numel() * x.element_size())
 
@@ -47,7 +46,8 @@ class Points:
             some = (left < q[images][rows] - EQUAL) & (left > EQUAL)
             some &= images.start + rows < self._count
             points = x_adv[torch.from_numpy(some).to(x_adv.device)].cpu().numpy()
-            self._write(task.name, images.start, {"rows": rows[some], "points": points})
+            arrays = {"rows": rows[some], "points": points}
+            self._chunks.write(task.name, images.start, arrays)
 
         self._tasks[task.name] = replace(task, keep=keep)
         return self._tasks[task.name]
@@ -70,24 +70,12 @@ class Points:
 
     def forget(self) -> None:
         """Remove them."""
-        self._memory.clear()
-        forget(self._folder)
-
-    def _place(self, name: str, start: int) -> Path | None:
-        return None if self._folder is None else self._folder / name / f"{start}.npz"
-
-    def _write(self, name: str, start: int, arrays: Arrays) -> None:
-        if (place := self._place(name, start)) is not None:
-            write_arrays(place, arrays)
-        else:
-            self._memory[name, start] = arrays
+        self._chunks.forget()
 
     def _read(self, name: str, images: slice) -> Arrays | None:
-        place = self._place(name, images.start)
-
-        def found() -> Arrays | None:
-            return self._memory.get((name, images.start)) if place is None else read_arrays(place)
-
-        if found() is None and name in self._tasks:
+        found = self._chunks.read(name, images.start)
+        if found is None and name in self._tasks:
+            # the records of an earlier process were reused, which did not leave its points
             self._tasks[name].chunk(images)
-        return found()
+            found = self._chunks.read(name, images.start)
+        return found

@@ -27,7 +27,7 @@ class Tried:
     def __init__(self, ensemble: Ensemble, x: Images, y: Labels, threat: Threat) -> None:
         self._ensemble, self._x, self._y, self._threat = ensemble, x, y, threat
         self._clean = Cell(**judge(ensemble, x, x, y))
-        self._worst = WorstCase(ensemble.mixture.detach().double().cpu().numpy(), self._clean)
+        self._worst = WorstCase(ensemble.probabilities(), self._clean)
 
     @property
     def cell(self) -> Cell:

@@ -8,31 +8,24 @@ from torch import nn
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble, Independent, as_ensemble
 from redefense.errors import ConfigError, InputError
+from redefense.evaluation.stochastic.recognise import Choice
 from redefense.evaluation.suite import AttackPrecision
+from redefense.limits import one_of
 from redefense.networks import FromProbabilities, check_values
 from redefense.threat import Threat
 from redefense.train.api import TrainedRun
 
 
-def check_checks(checks: object) -> None:
-    """Check that `checks` is "quick" or "full".
+def check_choices(*, checks: object, precision: object, stochastic: object) -> None:
+    """Check the arguments that are names; `precision` may be None, the suite's setting.
 
     Raises:
-        ConfigError: for any other value.
+        ConfigError: naming the first that has another value.
     """
-    if checks not in ("quick", "full"):
-        raise ConfigError(f"checks must be quick or full, got {checks!r}")
-
-
-def check_precision(precision: object) -> AttackPrecision | None:
-    """The precision of attacks, or None for the suite's setting.
-
-    Raises:
-        ConfigError: for any other value.
-    """
-    if precision is not None and precision not in get_args(AttackPrecision):
-        raise ConfigError(f"precision must be auto, fp32 or bf16, got {precision!r}")
-    return cast("AttackPrecision | None", precision)
+    one_of("checks", checks, ("quick", "full"))
+    if precision is not None:
+        one_of("precision", precision, get_args(AttackPrecision))
+    one_of("stochastic", stochastic, get_args(Choice))
 
 
 def read_threat(threat: object) -> ThreatConfig:
@@ -67,11 +60,8 @@ def read_ensemble(
     if isinstance(model, TrainedRun):
         model = model.ensemble
     ensemble = as_ensemble(model)
-    if not isinstance(ensemble, Ensemble):
-        raise InputError(f"cannot evaluate a {type(model).__name__}")
     check_values(ensemble)
-    if outputs not in ("logits", "probabilities"):
-        raise ConfigError(f"outputs must be logits or probabilities, got {outputs!r}")
+    one_of("outputs", outputs, ("logits", "probabilities"))
     if mixture is not None and not isinstance(model, Sequence | nn.ModuleList):
         raise InputError("mixture requires a list of networks, with one probability each")
     if outputs == "probabilities":

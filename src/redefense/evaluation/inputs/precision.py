@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redefense.attacks.base import input_gradient
 from redefense.checks.sample import spread
-from redefense.ensembles import Ensemble, Independent, MemberOf, evaluating, frozen_weights
+from redefense.ensembles import Ensemble, Independent, evaluating, frozen_weights
 from redefense.evaluation.suite import AttackPrecision
 from redefense.networks import Queried
 from redefense.threat import TINY
@@ -89,9 +89,6 @@ class InBfloat16(Ensemble):
         with torch.no_grad():
             shift = self.ensemble.logits_of(m, x.detach()[rows]) - logits[rows]
         return logits.index_add(0, rows, shift)
-
-    def member(self, m: int) -> nn.Module:
-        return MemberOf(self, m)
 
 
 def gap(logits: Logits) -> Float[Tensor, " B"]:

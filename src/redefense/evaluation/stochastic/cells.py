@@ -4,9 +4,8 @@ Seeds are derived from (seed, purpose, draw, chunk). The draws that score a poin
 those on which it was optimised or selected.
 """
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -25,7 +24,17 @@ from redefense.attacks.objectives import margin
 from redefense.attacks.subset import Subset
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble
-from redefense.evaluation.cells import COST, Cell, Keep, Subject, as_threat, verify_ball
+from redefense.evaluation.cells import (
+    Cell,
+    Keep,
+    Subject,
+    as_threat,
+    joined,
+    merged,
+    projected,
+    sizes,
+    verify_ball,
+)
 from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.stochastic.views import Fresh, InCalls, InPlace, counted
@@ -33,7 +42,6 @@ from redefense.evaluation.store import in_chunks
 from redefense.results.accuracy import Bools
 from redefense.rng import CHUNK, stream
 from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
-from redefense.threat import norms
 from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
 FRESH: Final = (Hinge, MeanProbPGD, MeanProbAPGD)
@@ -172,11 +180,8 @@ def attack_drawn(
             rows = (attacked & undecided(rated)).nonzero().flatten()
         seconds = time.perf_counter() - begun
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
-        reached = {}
-        if isinstance(attack, Foreign):
-            # a user's attack may have another budget: points outside are projected onto the ball
-            reached = {"reached": _length(x_adv - x, budget.norm)}
-            x_adv = budget.project(x_adv, x)
+        foreign = isinstance(attack, Foreign)
+        x_adv, reached = projected(x_adv, x, budget) if foreign else (x_adv, {})
         numbers = seeds_of(seed, purpose, draws.score, chunk)
         judged = scored(network, x_adv, x, y, numbers)
         if keep is not None:
@@ -185,13 +190,7 @@ def attack_drawn(
 
     count = len(subject.x)
     parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
-    totals = {key: sum(float(part.pop(key)) for part in parts) for key in COST}
-    return DrawnCell(
-        **merged(parts),
-        forwards=totals["forwards"] / count,
-        backwards=totals["backwards"] / count,
-        seconds=totals["seconds"],
-    )
+    return DrawnCell(**joined(parts, count))
 
 
 def ratings(judge: Stochastic, points: Images, y: Labels) -> Float[Tensor, "n 4"]:
@@ -247,16 +246,13 @@ def scored(
     whole, *halves = (correct(vote, y) & ~vote.isinf().all(1) for vote in answers)
     answer = whole.to(torch.int8)
     answer[answers[0].isinf().all(1)] = -1
-    delta = x_adv - x
     return {
         "correct": torch.stack(right).cpu().numpy(),
         "averaged": correct(torch.logaddexp(*log_means), y).cpu().numpy(),
         "averaged_halves": torch.stack([correct(z, y) for z in log_means]).cpu().numpy(),
         "vote": answer.cpu().numpy(),
         "vote_halves": torch.stack(halves).cpu().numpy(),
-        "linf": _length(delta, math.inf),
-        "l2": _length(delta, 2.0),
-        "l0": _length(delta, 0.0),
+        **sizes(x_adv - x),
     }
 
 
@@ -267,13 +263,3 @@ def clean_drawn(subject: Subject, network: Stochastic, count: int, *, seed: int)
         x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]
         parts.append(scored(network, x, x, y, seeds_of(seed, "score", count, start)))
     return DrawnCell(**merged(parts))
-
-
-def merged(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:
-    """The arrays of all chunks, joined along the images."""
-    return {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
-
-
-def _length(delta: Tensor, p: float) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = norms(delta, p).double().cpu().numpy()
-    return found

@@ -1,6 +1,5 @@
 """`redefense certify`: certified L2 accuracy of a trained run under Gaussian noise."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from redefense.errors import ConfigError
 from redefense.evaluation.cells import image_digest
 from redefense.evaluation.plan import Log
 from redefense.evaluation.provenance import provenance
+from redefense.limits import at_least
 from redefense.models.randomized import GaussianNoise
 from redefense.rng import CHUNK
 from redefense.runtime.device import computing
-from redefense.runtime.files import write_text
+from redefense.runtime.files import write_json
 from redefense.stochastic.certificates import certificate
 from redefense.stochastic.ensemble import Drawn, Stochastic, seeds_of
 from redefense.train.loading import find_final, input_check, load_checkpoint
@@ -80,8 +80,7 @@ def certify_run(
         ConfigError: for settings outside their ranges, and other noise than the run's own.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
-    if draws < 1:
-        raise ConfigError(f"draws must be at least 1, got {draws}")
+    at_least(1, draws=draws)
     levels = tuple(radii) or (0.0, sigma / 2, sigma)
     # checked before anything is computed
     for radius in levels:
@@ -126,7 +125,7 @@ def certify_run(
     if target.suffix != ".json":
         raise ConfigError(f"--out must name a .json file, got {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, json.dumps(document, indent=1) + "\n")
+    write_json(target, document)
     return document, target
 
 

@@ -3,9 +3,9 @@
 Models are queried in the modes in which they were given: active dropout is part of the model.
 """
 
-from typing import Final, Literal, cast
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from redefense.checks.answers import (
     GROSS,
@@ -24,23 +24,13 @@ from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
 
 Choice = Literal["auto", "on", "off"]
-CHOICES: Final = ("auto", "on", "off")
+"""Whether a model is measured by draws: "auto" detects it."""
 
 GIVEN = (
     "the model answers equal images differently ({what}), so it is measured as a stochastic "
     "network: its figures are estimates from fresh draws; pass stochastic='on' to silence this "
     "warning, stochastic='off' to refuse such models"
 )
-
-
-def check_choice(stochastic: str) -> None:
-    """Check the argument `stochastic`.
-
-    Raises:
-        ConfigError: unless it is "auto", "on" or "off".
-    """
-    if stochastic not in CHOICES:
-        raise ConfigError(f"stochastic must be auto, on or off, got {stochastic!r}")
 
 
 def drawing(ensemble: Ensemble, x: Images) -> str:
@@ -104,8 +94,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
             in distribution.
     """
     points = sample_points(x)
-    module = cast(nn.Module, network)
-    with kept_as_it_was(module):
+    with kept_as_it_was(network):
         check_alone(network, x)
         network.rows = rows_per_call(network, x)
         for m in range(min(3, network.num_members)):

@@ -9,9 +9,9 @@ from itertools import pairwise
 from typing import Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from redefense.ensembles import Ensemble, Independent, MemberOf
+from redefense.ensembles import Ensemble, Independent
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.rng import draw_seed
 from redefense.stochastic.ensemble import BLOCK, Stochastic
@@ -55,9 +55,6 @@ class InPlace(Ensemble):
     def _filled(self, places: Int[Tensor, " K"], x: Float[Tensor, "K ch H W"]) -> Tensor:
         """The clean images, with queries at their positions."""
         return self.x.to(x.dtype).index_copy(0, places, x)
-
-    def member(self, m: int) -> nn.Module:
-        return MemberOf(self, m)
 
     def _places(self, x: Images) -> Int[Tensor, " K"]:
         """Distinct positions in ascending order, since attacks preserve the order of the images."""
@@ -141,9 +138,6 @@ class Fresh(Ensemble):
             copies = torch.stack(list(xs[start : start + BLOCK]))
             found += self.ensemble.draw_copies(draw_seed(self.rng), copies)
         return found
-
-    def member(self, m: int) -> nn.Module:
-        return MemberOf(self, m)
 
 
 def counted(ensemble: Stochastic, meter: Meter) -> Stochastic:
