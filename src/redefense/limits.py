@@ -17,7 +17,7 @@ def one_of(what: str, value: object, names: Collection[str]) -> None:
         raise ConfigError(f"{what} must be {', '.join(others)} or {last}, got {value!r}")
 
 
-def at_least(least: int, **values: float) -> None:
+def at_least(least: int, **values: int | float) -> None:
     """Check that numbers are not smaller than `least`.
 
     Raises:
@@ -28,21 +28,21 @@ def at_least(least: int, **values: float) -> None:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
-def positive(**values: float) -> None:
+def positive(**values: int | float) -> None:
     """Check that numbers are larger than 0."""
     for name, value in values.items():
         if not value > 0:  # false for NaN, too
             raise ConfigError(f"{name} must be positive, got {value}")
 
 
-def not_negative(**values: float) -> None:
+def not_negative(**values: int | float) -> None:
     """Check that numbers are finite and at least 0."""
     for name, value in values.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{name} must be finite and not negative, got {value}")
 
 
-def within(interval: str, **values: float) -> None:
+def within(interval: str, **values: int | float) -> None:
     """Check that numbers lie in an interval, such as "(0, 1]" for 0 < value <= 1."""
     low, high = map(float, interval[1:-1].split(","))
     for name, value in values.items():

@@ -143,7 +143,7 @@ def test_a_network_without_taps_is_refused() -> None:
         ({"weight": -1.0}, "weight must be"),
         ({"weight": 0.0}, "weight must be positive without adversarial_training"),
         ({"eps": 2.0}, "eps must lie"),
-        ({"steps": 0}, "steps and step_size"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"start": 1.0}, "start must lie"),
     ],
 )

@@ -151,7 +151,7 @@ def test_published_constants() -> None:
         ({"similarity": -1.0}, "similarity must be"),
         ({"smoothness": math.inf}, "smoothness must be"),
         ({"last_eps": 2.0}, "last_eps must lie"),
-        ({"steps": 0}, "steps and step_size"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"warm_start": 1.0}, "warm_start must lie"),
         ({"differentiate": "fast"}, "exact or finite"),
     ],

@@ -238,7 +238,7 @@ def test_published_constants() -> None:
         (BARRE, {"other_weight": math.inf}, "other_weight must be"),
         (BARRE, {"refit_rate": -0.1}, "refit_rate must be"),
         (BARRE, {"refit_images": 0}, "refit_images must be"),
-        (BARRE, {"refit_steps": -1}, "refit_images must be"),
+        (BARRE, {"refit_steps": -1}, "refit_steps must be"),
     ],
 )
 def test_senseless_settings_are_refused(cls: type, values: dict[str, Any], says: str) -> None:

@@ -203,7 +203,7 @@ def test_building_is_reproducible_and_leaves_the_global_generator_alone() -> Non
         ({"model": "resnet8", "unit": 64}, "units of 64 do not tile"),
         ({"model": "resnet8", "unit": 8}, "unit must be one of 16, 32, 64"),
         ({"model": "mlp"}, "needs a convolution"),
-        ({"model": "resnet8", "unit": 16, "embedding": 0}, "embedding and hidden must be"),
+        ({"model": "resnet8", "unit": 16, "embedding": 0}, "embedding must be at least 1"),
         ({"model": "resnet8", "unit": 16, "num_members": 0}, "num_members"),
     ],
 )
