@@ -200,12 +200,14 @@ def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Orac
                 if not with_grad:
                     continue
                 slope = norms(grad, dual(norm)).clamp_min(TINY)
+                # fooled members have no part: the step goes to those that are left
                 unit = -grad * per_image(correct / slope, grad)
                 total += share * unit
                 distance = torch.where(correct, left / slope, math.inf)
                 single = torch.where((distance < nearest).view(-1, 1, 1, 1), unit, single)
                 nearest = nearest.minimum(distance)
         if with_grad:
+            # opposite unit gradients leave rounding errors, whose direction would be random
             cancel = norms(total, math.inf) <= 1e-6 * norms(single, math.inf)
             total = torch.where(cancel.view(-1, 1, 1, 1), single, total)
         return OracleResult(value, support.correct(logits, y), total if with_grad else None)

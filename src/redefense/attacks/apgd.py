@@ -90,7 +90,9 @@ def auto_climb(
     assert seen.grad is not None
     point, before, grad = start, start, seen.grad
     top, top_value, top_grad = start, seen.value, seen.grad
+    # the published code compares the first step with 0, a rise wherever losses are positive
     last = seen.value if guard else torch.zeros_like(seen.value)
+    # as in the paper: the first step may cross the whole ball
     size = torch.full_like(seen.value, 2 * threat.eps)
     rises, top_at_check = torch.zeros_like(size), top_value
     halved = torch.ones_like(size, dtype=torch.bool)
@@ -98,6 +100,7 @@ def auto_climb(
     for step in range(steps):
         stride = per_image(size[:1] if one_size else size, x)
         ahead = into_ball(point + stride * steepest(grad, threat.norm), x, threat)
+        # the paper's momentum: a quarter of each move repeats the one before; the first has none
         share = 0.75 if step > 0 else 1.0
         moved = point + (ahead - point) * share + (point - before) * (1 - share)
         before, point = point, into_ball(moved, x, threat)
@@ -111,11 +114,15 @@ def auto_climb(
         top_grad = torch.where(better.view(-1, 1, 1, 1), grad, top_grad)
         until -= 1
         if until == 0:
+            # the paper's two conditions: too few rises, or no new maximum since a check without
+            # halving
             halved = (rises <= rho * period) | (~halved & (top_at_check >= top_value))
             size = torch.where(halved, size / 2, size)
             point = torch.where(halved.view(-1, 1, 1, 1), top, point)
             grad = torch.where(halved.view(-1, 1, 1, 1), top_grad, grad)
             rises, top_at_check = torch.zeros_like(rises), top_value
+            # checkpoints at 22, 41, 57, ... percent of the steps: ever closer, at least 6 percent
+            # apart
             period = max(period - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
             until = period
 
@@ -145,6 +152,7 @@ def face_starts(x: Images, y: Labels, threat: Threat, rng: Generator) -> Callabl
 
     def start() -> Images:
         cube = 2 * streams.uniform(*x.shape[1:]) - 1
+        # the inverse error function of uniform numbers is normal, so that directions are uniform
         direction = cube if threat.norm == math.inf else cube.clamp_min(-1 + 1e-15).erfinv()
         return onto_face(direction.to(x.dtype), x, threat)
 
@@ -162,6 +170,7 @@ def batch_face_start(x: Images, threat: Threat, rng: Generator) -> Images:
 
 def onto_face(direction: Images, x: Images, threat: Threat) -> Images:
     length = norms(direction, threat.norm)
+    # the published code adds the constant in L2 only, and equal points must repeat its bits
     if threat.norm != math.inf:
         length = length + TINY
     return (x + threat.eps * direction / per_image(length, x)).clamp(0.0, 1.0)

@@ -88,9 +88,8 @@ class ARC(Attack):
             part, clean = best.select(rows), x[rows]
             turn, local = self._turns(support, part, order, point, correct, clean, y[rows], threat)
             best.update(rows, part)
-            moved = threat.project(point + turn, clean)
-            point = torch.where((local <= correct).view(-1, 1, 1, 1), moved, point)
-            correct = local.minimum(correct)
+            # no round raises the expected accuracy: `_turns` accepts no move that does
+            point, correct = threat.project(point + turn, clean), local
 
     def _turns(
         self,
@@ -114,12 +113,16 @@ class ARC(Attack):
             amount = torch.full_like(distance, radius)
             if place > 0:
                 along = self._along(slope, turn, threat)
+                # the length after which the rescaled sum of both moves reaches this boundary, from
+                # the paper
                 needed = radius / (radius - distance).clamp_min(TINY) * (distance - along).abs()
                 needed = needed + self.overshoot * threat.eps
                 amount = torch.where(distance < radius, needed, amount)
             bent = turn + per_image(amount, x) * unit
+            # always of full length; the sum with the point is projected onto the ball afterwards
             bent = radius * bent / per_image(norms(bent, threat.norm).clamp_min(TINY), x)
             candidate = support.offer(best, threat.project(point + bent, x), y)
+            # equal is accepted: a move may pay only after the next member has moved as well
             accepted = candidate <= local
             turn = torch.where(accepted.view(-1, 1, 1, 1), bent, turn)
             local = torch.where(accepted, candidate, local)
@@ -155,6 +158,7 @@ def nearest_boundary(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = ensemble.logits_of(m, x)
+        # the predicted class and its competitors
         nearest_few = min(competitors, logits.shape[1] - 1) + 1
         top = logits.topk(nearest_few, dim=1).values
         gaps = [top[:, 0] - top[:, j] for j in range(1, nearest_few)]

@@ -58,6 +58,7 @@ class AutoAttack(Attack):
             return self._published(victim, x, y, threat, rng)
         best = Best.start(x)
         with torch.no_grad():
+            # the targeted DLR needs a fourth class: with fewer the plain margin takes its place
             few = victim(x[:1]).shape[1] < APGDT().least_classes
         early = self.early_stop
         for attack in (

@@ -109,6 +109,7 @@ class Attack(ABC):
             given = getattr(self, key)
             if defaults[key] is not MISSING and given not in (defaults[key], value):
                 raise ConfigError(f"preset {name!r} fixes {key}={value!r}, got {given!r}")
+            # the class is frozen; this runs within its construction
             object.__setattr__(self, key, value)
 
     @property
@@ -163,8 +164,10 @@ class Attack(ABC):
             raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
         if not isinstance(victim, nn.Module):
             victim = cast(nn.Module, as_ensemble(victim))
+        # otherwise a network without values fails inside the attack, with a message of torch
         check_values(victim)
         with (
+            # a caller's inference mode would forbid the gradients of the images
             torch.inference_mode(False),
             torch.no_grad(),
             frozen_weights(victim),
@@ -230,10 +233,12 @@ class Attack(ABC):
         starts = starts.detach().clone() if starts.is_inference() else starts.detach()
         starts = starts.to(x.dtype)
         farthest = max(float(norms(start - x, threat.norm).max()) for start in starts)
+        # slack for starts that were computed or stored in single precision
         if farthest > threat.eps * (1 + 1e-4) + 1e-6:
             raise InputError(
                 f"starts must lie within {threat.eps:g} of their images, got {farthest:g}"
             )
+        # within the slack above, exactly into the ball
         return torch.stack([threat.project(start, x) for start in starts])
 
 
@@ -267,6 +272,7 @@ def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Im
         total = values.sum()
     with differentiating():
         (grad,) = torch.autograd.grad(total, x, retain_graph=keep_graph, allow_unused=True)
+    # nan_to_num also replaces infinities, by the largest numbers: their direction counts
     return torch.zeros_like(x) if grad is None else grad.nan_to_num(nan=0.0)
 
 
@@ -298,6 +304,7 @@ class Best:
 
     def update(self, rows: Int[Tensor, " K"], part: "Best") -> None:
         """Write back the records of some of the images."""
+        # copies, not changes in place: callers may still hold the earlier tensors
         self.x = self.x.index_copy(0, rows, part.x)
         self.correct = self.correct.index_copy(0, rows, part.correct)
         self.value = self.value.index_copy(0, rows, part.value)

@@ -104,6 +104,7 @@ def cw_descent(
     Returns:
         (B,) which images were fooled with this c.
     """
+    # the inverse of `to_box`, just inside its ends
     w = torch.atanh((2 * x - 1) * per_image(1 - inset, x))
     rows = torch.arange(len(x), device=x.device)
     adam = _Adam(per_image(rate, x), torch.zeros_like(w), torch.zeros_like(w))
@@ -115,6 +116,7 @@ def cw_descent(
             point = to_box(w)
             size = (point - x[rows]).square().flatten(1).sum(1)
             gain = margin(victim(point), y[rows]).to(size.dtype) - kappa
+            # a success is no longer pushed: only its distance falls
             loss = size + c[rows] * (-gain).clamp_min(0.0)
             total = loss.sum()
         fooled = best.offer(rows, point.detach(), size.detach(), gain.detach())
@@ -125,6 +127,7 @@ def cw_descent(
         falling = loss.detach() < _CONVERGED * lowest[rows]
         lowest[rows] = torch.where(falling, loss.detach(), lowest[rows])
         since[rows] = torch.where(falling, step, since[rows])
+        # half of the steps without progress: the rest, at a falling rate, would not help
         patient = step - since[rows] < max(steps // 2, 1)
         if not bool(patient.all()):
             w, rows = w[patient], rows[patient]
@@ -156,15 +159,21 @@ def carlini_wagner(
         part = _Smallest(best.x[rows], best.size[rows], best.margin[rows])
         success = cw_descent(
             victim, x[rows], y[rows], now[rows], part, steps=steps, kappa=kappa,
+            # an image that no descent fooled needs larger steps, and a start that can leave the
+            # border
             rate=rate * _BOLDER ** failures[rows],
             inset=(_INSET * 100 ** failures[rows]).clamp_max(_INSET_MOST),
         )  # fmt: skip
         best.x[rows], best.size[rows], best.margin[rows] = part.x, part.size, part.margin
         won, lost = rows[success], rows[~success]
         high[won], low[lost] = now[won], now[lost]
+        # also for images that are not attacked: they are never read again
         failures += high.isinf()
         now[rows] = torch.where(
-            high[rows].isinf(), 10 * now[rows], torch.sqrt(high[rows] * low[rows].clamp_min(1e-3))
+            # bisected on a log scale; the clamp is for a low of 0, before the first failure
+            high[rows].isinf(),
+            10 * now[rows],
+            torch.sqrt(high[rows] * low[rows].clamp_min(1e-3)),
         )
     shorten(victim, x, y, best, kappa)
     return best.x
@@ -195,6 +204,7 @@ def carlini_wagner_published(
     The whole batch stops when its summed loss has risen between two checks; images that do not fool
     the victim by then are returned unchanged.
     """
+    # at the border the published inverse is infinite, and such pixels never move
     scaled = (2 * x - 1).clamp(-1.0, 1.0)
     w = (0.5 * torch.log((1 + scaled) / (1 - scaled))).requires_grad_()
     optimizer = torch.optim.Adam([w], lr=rate)

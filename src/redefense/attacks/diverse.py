@@ -44,6 +44,7 @@ def _source(
 ) -> tuple[Tensor, Bool[Tensor, "B full"]]:
     """Source coordinate of each pixel of one axis, and whether it lies in the resized image."""
     place = torch.arange(full, device=like.device) - offset[:, None]
+    # centres of pixels, in the coordinates of grid_sample without aligned corners
     where = (2 * place + 1).to(like.dtype) / size[:, None].to(like.dtype) - 1
     return where, (place >= 0) & (place < size[:, None])
 

@@ -75,6 +75,7 @@ def reuse_unmoved(oracle_of: Callable[[Tensor], Oracle], y: Tensor) -> Oracle:
             seen = known[0][1]
         else:
             seen = _renewed(known[0][1], rows, oracle_of(y[rows])(x[rows], with_grad))
+        # one entry only: ascents do not return to earlier points
         known[:] = [(x, seen)]
         return seen
 
@@ -116,6 +117,7 @@ def early_stopping(
             left = left & (known[0].correct > 0)
         if queries == first:
             early = top
+        # at the second share of the steps, once; equal shares mean too few steps to judge
         if queries == last > first:
             left = left & ~out_of_reach(top, early, goal)
         queries += 1

@@ -48,6 +48,7 @@ def to_hyperplane(
     spent = done.cumsum(1) - done
     moving = rate.flip(1).cumsum(1).flip(1)
     need = gap.abs()[:, None]
+    # pixels without slope never arrive; they gain nothing, so that 0 stands for their time
     enough = spent + moving * hit.nan_to_num(posinf=0.0) >= need
     first = enough.to(torch.uint8).argmax(1, keepdim=True)
     reached = enough.any(1, keepdim=True)
@@ -181,10 +182,12 @@ class FAB(Attack):
             gap = targeted_margin(victim(here), y, target)
         slope = input_gradient(gap, here).flatten(1)
         gap = gap.detach()
+        # the same linear model, evaluated at the image
         at_image = gap + (slope * (x - point).flatten(1)).sum(1)
         near = to_hyperplane(point.flatten(1), slope, gap, norm).view_as(x)
         far = to_hyperplane(x.flatten(1), slope, at_image, norm).view_as(x)
         a, b = (norms(move, norm).clamp_min(1e-8) for move in (near, far))
+        # the paper leans to the image where the last point is far from its boundary
         share = per_image((a / (a + b)).clamp(0.0, self.alpha_max), x)
         mixed = (point + self.eta * near) * (1 - share) + (x + self.eta * far) * share
         return mixed.clamp(0.0, 1.0)

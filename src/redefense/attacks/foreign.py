@@ -53,6 +53,7 @@ class Foreign(Attack):
         offered = {"threat": threat, "eps": threat.eps}
         given = {key: offered[key] for key in self.keywords}
         with (
+            # other libraries draw from the global generators; they are restored afterwards
             seeded(int(seed_from(rng)), x.device),
             modes_kept(victim),
             torch.enable_grad(),

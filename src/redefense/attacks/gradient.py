@@ -45,6 +45,7 @@ def gradient_oracle(victim: Victim, y: Labels, objective: Objective, *, draws: i
     """Oracle for a victim's logits, averaged over `draws` queries of the same points."""
 
     def oracle(x: Tensor, with_grad: bool) -> OracleResult:
+        # without the graph of earlier steps: it would keep every step in memory
         x = x.detach().requires_grad_(with_grad)
         values, rights, grads = [], [], []
         for _ in range(draws):
@@ -62,6 +63,7 @@ def gradient_oracle(victim: Victim, y: Labels, objective: Objective, *, draws: i
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
+    # summed one by one, in the order of the queries: a stack would hold all gradients twice
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -110,6 +112,7 @@ def climb(
         velocity = (
             seen.grad if decay is None else unit_mean(seen.grad, guard=guard) + decay * velocity
         )
+        # geometric, so that early steps explore and late ones settle, whatever the number of steps
         size = step_size * shrink ** (step / steps)
         point = threat.project(point + size * steepest(velocity, threat.norm), x)
     if best is not None:
@@ -122,6 +125,7 @@ def unit_mean(grad: Images, *, guard: bool = True) -> Images:
     """Gradient divided by its mean magnitude, per image; with `guard`, zero stays zero."""
     size = grad.abs().flatten(1).mean(1)
     if guard:
+        # a zero gradient divided by its zero size would be NaN, and stay so in every later step
         size = size.clamp_min(torch.finfo(grad.dtype).tiny)
     return grad / per_image(size, grad)
 
@@ -157,6 +161,7 @@ def random_starts(
     With a seed in place of a generator, a part of a batch gets the same points as the whole batch.
     """
     flat = threat.norm == math.inf
+    # presets draw one tensor for the whole batch, in the order of the published code
     common = rng if of_batch and isinstance(rng, Generator) else None
     if common is not None and flat:
         return lambda: threat.project(x + batch_noise(x, -threat.eps, threat.eps, common), x)

@@ -55,6 +55,7 @@ def gaps_and_slopes(
         x = x.detach().requires_grad_()
         logits = cast(Tensor, victim(x))
         if isinstance(targets, int):
+            # the true class is no target
             wrong = logits.detach().scatter(1, y[:, None], -math.inf)
             targets = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
         gaps = logits.gather(1, targets) - logits.gather(1, y[:, None])
@@ -111,6 +112,7 @@ def deepfool(
             break
         _, _, gaps, slopes = gaps_and_slopes(victim, point, y[active], num_targets)
         move, _ = to_nearest(gaps, free_slopes(slopes, point), _NUDGE)
+        # beyond the boundary: on it neither class has the larger logit
         point = (point + (1 + overshoot) * move).clamp(0.0, 1.0)
     return best
 

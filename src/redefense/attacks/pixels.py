@@ -125,11 +125,13 @@ class StreamProposals:
         fresh = mine.uniform(*population.shape[1:])
         self.streams.counter = mine.counter
         own = torch.arange(self.size, device=a.device)
+        # distinct numbers from smaller ranges: skip the own index, then the two that are taken
         a = a + (a >= own).long()
         low, high = torch.minimum(a, own), torch.maximum(a, own)
         b = b + (b >= low).long()
         b = b + (b >= high).long()
         each = torch.arange(len(rows), device=a.device)[:, None]
+        # "best1": every candidate starts from the best one, as SciPy's solver does by default
         trial = population[:, :1] + scale * (population[each, a] - population[each, b])
         place = torch.arange(trial.shape[2], device=a.device) % (2 + self.channels) < 2
         outside = place & ((trial < 0) | (trial > 1))
@@ -158,6 +160,8 @@ class NumpyProposals:
         scale = state.rand() * 0.5 + 0.5
         pairs = np.empty((self.size, 2), dtype=np.int64)
         for i in range(self.size):
+            # the calls repeat those of the solver, so that its random numbers come out in the same
+            # order
             state.randint(0, self.genes)  # where a crossover would begin
             others = [j for j in range(self.size) if j != i]
             state.shuffle(others)

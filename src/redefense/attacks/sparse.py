@@ -30,11 +30,13 @@ def cross_hyperplane(x: Images, normal: Images, point: Images) -> Images:
         The moved images. Where `x` is already beyond the hyperplane, the result of the published
         loop: it moves every coordinate.
     """
+    # sums of thousands of terms decide a sign: single precision would cross too early or too late
     flat, n = x.flatten(1).double(), normal.flatten(1).double()
     start = (n * (flat - point.flatten(1).double())).sum(1)
     share, order = n.abs().sort(dim=1, descending=True, stable=True)
     sign = n.gather(1, order).sign()
     here = flat.gather(1, order)
+    # a coordinate without slope cannot help to cross
     room = torch.where(sign > 0, 1 - here, here).masked_fill(share == 0, 0.0)
     value = start[:, None] + (share * room).cumsum(1) - share * room  # before each coordinate
     side = start.sign()[:, None]

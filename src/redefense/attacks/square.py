@@ -125,6 +125,7 @@ def pyramid(side: int, flips: Bool[Tensor, " K"], dtype: torch.dtype) -> Float[T
         rows = (torch.arange(height, device=flips.device) - height // 2).abs()
         columns = (torch.arange(side, device=flips.device) - side // 2).abs()
         frames = max(height // 2, side // 2) + 1
+        # the published bumps: each frame adds 1 / k^2, so that the centre is highest
         steps = torch.arange(1, frames + 1, device=flips.device, dtype=dtype) ** -2.0
         stack = steps.flip(0).cumsum(0).flip(0)[torch.maximum(rows[:, None], columns)]
         return unit(stack)
@@ -180,6 +181,7 @@ def patch_l2(draws: Draws, x: Images, point: Images, side: int, eps: float) -> I
     source = window_index(draws.offsets(height - side), draws.offsets(width - side), side, width)
     target, source = (i[:, None, :].expand(len(x), channels, -1) for i in (target, source))
     involved = torch.zeros_like(flat).scatter(2, target, 1.0).scatter(2, source, 1.0)
+    # what is left of the budget, divided among the channels
     free = (eps**2 - _length(flat) ** 2).clamp_min(0.0) / channels
     budget = (free + _length(flat * involved) ** 2).sqrt()
     old = flat.gather(2, target)
@@ -297,6 +299,7 @@ class Square(Attack):
             draws.follow(own)
             new_value, new_fooled = judge(new, y[rows])
             better = new_value > value[rows]
+            # a success is taken whatever its margin; a single noisy answer proves nothing
             better = better if self.reevaluate else better | new_fooled
             point[rows[better]] = new[better]
             value[rows[better]] = new_value[better]

@@ -62,10 +62,14 @@ def subset_oracle(support: Support, y: Labels, goal: Goal, temperature: float) -
                 rows = goal.subset[:, place].nonzero().flatten()
                 if len(rows) == 0:
                     continue
+                # indexing copies the images, and the graph would keep the copy
                 logits = support.ensemble.logits_of(m, x if len(rows) == len(x) else x[rows])
                 labels, target = y[rows], goal.target[rows, place]
                 gap = margin(logits, labels)
+                # ANY is no class: its result is not used
                 aimed = targeted_margin(logits, labels, target.clamp_min(0))
+                # once the member errs, the target has served: the margin of any wrong class is the
+                # goal
                 gap = torch.where((target != ANY) & (gap <= 0), aimed, gap)
                 gap = (gap / goal.scale[rows, place]).to(x.dtype)
                 gaps = gaps.index_put((rows, torch.full_like(rows, place)), gap)
@@ -207,6 +211,7 @@ class Search:
         self.best = Best.start(x)
         with torch.no_grad():
             clean = torch.stack(list(support.each(x)), dim=1)
+        # margins of members with larger logits could not be compared with the others'
         self.scale = clean.std(2).nan_to_num(1.0, 1.0, 1.0).clamp_min(TINY)
         gaps = self._margins(clean.unbind(1), torch.arange(len(x), device=x.device))
         self.members = gaps.topk(min(MOST_MEMBERS, len(support.shares)), 1).indices
@@ -214,6 +219,7 @@ class Search:
         codes = torch.arange(1, 2 ** len(places), device=x.device)
         self.masks = (codes[:, None] >> places) & 1 == 1
         shares = torch.tensor(support.shares, dtype=torch.float64, device=x.device)
+        # double precision: probabilities of subsets are compared with each other below
         self.mass = over_subsets(shares[self.members], torch.add, 0.0)
         self.least = over_subsets(shares[self.members], torch.minimum, math.inf)
         self.height = torch.full_like(gaps[:, :1], -math.inf).expand(self.mass.shape).clone()
@@ -265,8 +271,11 @@ class Search:
         """List the minimal subsets more probable than those the best point fools, nearest first."""
         fooled = (1 - self.best.correct[rows].double().clamp(0, 1))[:, None]
         mass, least = self.mass[rows], self.least[rows]
+        # more probable than what is fooled, and minimal: without its least probable member it is
+        # not
         wanted = (mass > fooled + 1e-6) & (mass - least <= fooled + 1e-6)
         never = (~self.erred[rows]).gather(1, self.members[rows]).double()
+        # a member that no point fools alone is fooled in no subset either
         wanted &= never @ self.masks.double().t() == 0
         nearest = torch.where(wanted, self.height[rows], -math.inf).topk(self.listed.shape[1], 1)
         self.listed[rows], self.valid[rows] = nearest.indices, nearest.values > -math.inf
