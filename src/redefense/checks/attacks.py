@@ -77,6 +77,7 @@ def grey(sample: Sample) -> Check:
     accuracy = float(sample.q(x_adv).mean())
     with torch.no_grad():
         classes = sample.ensemble.logits_of(0, sample.x[:1]).shape[1]
+    # uniform grey has one label: chance, and two standard errors of the sample
     allowed = 1 / classes + 2 * 0.5 / len(sample.x) ** 0.5
     return Check("S12", accuracy <= allowed, f"accuracy at eps 0.5 is {100 * accuracy:.1f} %")
 

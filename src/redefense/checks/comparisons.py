@@ -77,6 +77,7 @@ def _mean(q: Mapping[str, NDArray[np.float64]], name: str) -> float:
 
 def _tolerance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Two paired standard errors."""
+    # paired: both attacks met the same images
     return 2 * float(np.std(a - b, ddof=1)) / len(a) ** 0.5 if len(a) > 1 else 1.0
 
 

@@ -156,6 +156,7 @@ def _bounds(
         f"aware {100 * aware:.1f} %, single members allow {100 * low:.1f} to {100 * high:.1f} %"
     )
     own = float(worst_case([q["clean"], *(q[name] for name in _of_headline(cells))]).mean())
+    # one image, or what equal attacks differ by through their starts
     slack = max(1 / len(q["clean"]), SEARCH_LUCK)
     if own > high + slack:
         message += f"; the suite's own cells give {100 * own:.1f} %: an attack on one member "

@@ -109,6 +109,7 @@ class BARRE(CrossEntropyDefence):
             risk = float(shares @ errors)
             if risk < lowest:
                 best, lowest = shares, risk
+            # the error rates are a sub-gradient; steps of 1 / t converge for such functions
             shares = project_simplex(shares - self.refit_rate / (step + 1) * errors)
         _set(ensemble, best)
 
@@ -154,6 +155,7 @@ def begin(m: int, ensemble: Ensemble) -> None:
     """Initialise member m from member m - 1 and set its probability to 1 / (m + 1)."""
     if m > 0:
         copy_member(ensemble, m - 1, m)
+    # the proportions that the refit found stay, and the new member gets the share of a uniform one
     earlier = ensemble.mixture[:m] / ensemble.mixture[:m].sum() * m / (m + 1)
     added = earlier.new_full((1,), 1 / (m + 1))
     _set(ensemble, torch.cat([earlier, added]))
@@ -172,6 +174,7 @@ def first_images(batches: Iterator[Batch], count: int) -> list[Part]:
 
 def project_simplex(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """The nearest probabilities, in L2 (by sorting: Held, Wolfe & Crowder, 1974)."""
+    # the nearest point subtracts one number from the largest entries and zeroes the others
     ordered = values.sort(descending=True).values
     excess = (ordered.cumsum(0) - 1) / torch.arange(1, len(values) + 1).to(values)
     return (values - excess[(ordered > excess).sum() - 1]).clamp_min(0)

@@ -84,7 +84,9 @@ class Adversary:
         ball, starts, length = 1.0, start, self.step_size
         if self.attack == "n-fgsm":
             ball, starts, length = 3.0, 2.0, 1.0  # no step of eps leaves three times the ball
+        # the ball of the steps and the ball of the starts differ for n-fgsm, and for boosting
         threat, noise = _ball(radius, ball), _ball(radius, starts)
+        # counted in images through one member, the unit in which memory grows
         room = GRAPHS * len(x) if room is None else room
         size = _images_at_once(victim, len(x), room)
         seed = seed_from(rng)  # every image has its own stream: results do not depend on the parts

@@ -127,6 +127,7 @@ class Coupled:
             logged["total"] = regularizer.detach()
             if not any(self.weights[k] != 0 and v.requires_grad for k, v in named.items()):
                 return [], logged
+            # materialised: a term may not depend on every point, and its gradient there is zero
             cotangents = torch.autograd.grad(regularizer, grads, materialize_grads=True)
             return [_as_forward(spread.local_cotangents(v)) for v in cotangents], logged
 
@@ -150,6 +151,7 @@ class Coupled:
                 ce = loss / len(self.y)
                 if smoothing := self.label_smoothing:
                     ce = F.cross_entropy(logits, self.y, label_smoothing=smoothing)
+            # kernels of the weights are not needed here: a `Function` cannot know that by itself
             with input_gradients(), differentiating():
                 (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
             grads.append(grad.flatten(1))
@@ -189,6 +191,7 @@ def directional(
     The value approximates the inner product, its gradient that of the inner product.
     """
     length = norms(v, 2.0)
+    # images with v = 0 stay in place: the clamp only prevents 0 / 0
     unit = (v / length.clamp_min(1e-30)[:, None]).view_as(x)
     loss: list[Tensor] = []
     for sign in (1.0, -1.0):

@@ -113,6 +113,8 @@ class Fork(CrossEntropyDefence):
         x, y, count = batch.x, batch.y, ensemble.num_members
 
         def subsets(rng: torch.Generator) -> Bool[Tensor, "B M"]:
+            # one number for each subset: bit k tells whether member k is in it; 0 would be the
+            # empty one
             code = torch.randint(1, 2**count, (len(x), 1), generator=rng, device=rng.device)
             return (code >> torch.arange(count, device=rng.device)) % 2 == 1
 
@@ -129,6 +131,7 @@ class Fork(CrossEntropyDefence):
                 ensemble.logits_of(m, point), y, reduction="none",
                 label_smoothing=self.label_smoothing,
             )  # fmt: skip
+            # the mean over the images of this member; a small batch may have none
             ce = (each * weight).sum() / weight.sum().clamp_min(1)
             yield Loss(ce, terms(ce=ce / count, total=ce))
 

@@ -79,6 +79,7 @@ class MRBoost(CrossEntropyDefence):
         logits = ensemble.logits_of(m, x)
         if not self.individual:
             with torch.no_grad():
+                # without graphs: only the new member is trained
                 earlier = [ensemble.logits_of(i, x) for i in range(m)]
             logits = torch.stack([*earlier, logits]).mean(0)
         mce = margin_cross_entropy(logits, y, self.other_weight, self.label_smoothing).mean()

@@ -121,6 +121,7 @@ class RED(CrossEntropyDefence):
         x, y = batch.x, batch.y
         first = 0 if self.preset == "printed" else len(x) // 2
         x_adv = x.clone()
+        # only the half that the loss reads is attacked
         x_adv[first:] = self.adversary.craft(
             ensemble.averaged(), x[first:], y[first:], rng, room=ROOM * len(x)
         )
@@ -140,6 +141,7 @@ class RED(CrossEntropyDefence):
         if self.adversarial_training and x_own is None:
             raise InputError("adversarial_training needs x_own, each member's own examples")
         half = len(x) // 2
+        # an odd image belongs to the adversarial half
         mixed = torch.cat([x[:half], x_adv[half:]])
         clean = x if x_own is None else list(x_own)
         points: tuple[Tensor | list[Tensor], ...]

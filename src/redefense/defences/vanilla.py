@@ -54,6 +54,7 @@ def after_plain(
     """
     within("[0, 1)", share=share)
     all_members = tuple(range(num_members))
+    # the method itself has at least one epoch
     plain = min(round(share * epochs), epochs - 1)
     own = Stage(name=name, epochs=epochs - plain, members=all_members, loss=loss)
     if plain == 0:

@@ -234,6 +234,7 @@ class Task:
         """Attack all chunks. Finished chunks are saved in the folder `kept`, as by `in_chunks`."""
 
         def fits(images: slice, part: Mapping[str, NDArray[Any]]) -> bool:
+            # a chunk of other images, saved before an earlier attack found more, cannot be reused
             return "met" in part and np.array_equal(part["met"], self.met[images])
 
         parts = in_chunks(

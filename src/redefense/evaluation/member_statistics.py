@@ -98,10 +98,14 @@ def best_mixture(corrects: Bools, present: Floats, steps: int = 300) -> tuple[Fl
     candidates = [present, weights, *np.eye(num_members)]
     for step in range(steps):
         q = np.einsum("m,amn->an", weights, wins)
+        # a supergradient of a minimum is that of the smallest term, here of each image's worst
+        # attack
         slope = wins[q.argmin(0), :, images].mean(0)
+        # multiplicative steps stay on the simplex; the largest slope is subtracted against overflow
         weights = weights * np.exp((slope - slope.max()) / (1 + step) ** 0.5)
         weights = weights / weights.sum()
         candidates.append(weights)
+    # the iterates circle the optimum: their mean is often better than any
     candidates.append(np.mean(candidates[-steps // 2 :], axis=0))
     values = [float(worst_over(corrects, c).mean()) for c in candidates]
     best = int(np.argmax(values))
@@ -202,6 +206,7 @@ def curve(
         Rows (eps, accuracy, low, high).
     """
     mixture = ensemble.probabilities()
+    # a threat of 0 has no scale of its own
     unit = threat.eps or 1 / 255
     largest = 1.0 if threat.norm == math.inf else float(x[0].numel()) ** 0.5
     grid = [0.0, *(unit * k for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))]

@@ -104,6 +104,7 @@ class Progress:
         piece, self._piece = self._piece, None
         if piece is not None and piece.done > piece.found:
             self._spent += self._clock() - piece.begun
+            # only what was computed now: chunks from the store took no time
             self._guessed += piece.guess * (piece.done - piece.found) / piece.share
 
     def _log(self) -> None:

@@ -70,6 +70,7 @@ def draws_interval(correct: Bools, *, folded: bool = False) -> list[float]:
     each = correct.mean(1)
     value, draws = float(each.mean()), len(each)
     if (correct == correct[0]).all():
+        # the largest probability of an outcome that S draws miss with probability 2.5 %
         unseen = 1 - ((1 - LEVEL) / 2) ** (1 / draws)
         return [max(0.0, value * (1 - unseen)), min(1.0, value + (1 - value) * unseen)]
     halves = np.split(each, 2) if folded else [each]
@@ -102,6 +103,7 @@ def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[flo
         weights = np.zeros((draws, 250))
         for half in halves:
             drawn = rng.multinomial(len(half), np.full(len(half), 1 / len(half)), 250).T
+            # deviations of the resample, widened as if the halves were one
             weights[half] = 1 + stretch * (drawn - 1)
         means.append((each * weights).sum(0) / draws)
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

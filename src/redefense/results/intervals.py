@@ -91,6 +91,7 @@ def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> 
     array = _vector(values, "correctness")
     if array.min() < 0 or array.max() > 1:
         raise InputError(f"correctness must lie in [0, 1], found {array.min()}, {array.max()}")
+    # counts have an exact theory; the bootstrap of nearly equal values is too narrow
     if np.isin(array, (0.0, 1.0)).all():
         interval = wilson(int(array.sum()), len(array), level)
     else:
@@ -114,6 +115,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
     difference = first - second
     n = len(difference) + 2
     centre = float(difference.sum()) / n
+    # the two pseudo-images differ by +1 and -1: each adds 1 to the sum of squares
     variance = (float(difference @ difference) + 2) / n - centre**2
     half = _z(level) * (variance / n) ** 0.5
     return Estimate(float(difference.mean()), max(-1.0, centre - half), min(1.0, centre + half))

@@ -261,6 +261,7 @@ def _over(q: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> E
 
 def _merged_checks(suites: Sequence[Stored]) -> tuple[Check, ...]:
     """One entry per check, which fails if it fails in any suite."""
+    # red in any suite is red; a check that did not run says nothing
     rank = {False: 0, True: 1, None: 2}
     checks: dict[str, Check] = {}
     for stored in suites:

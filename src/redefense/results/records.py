@@ -187,6 +187,7 @@ def _arrays(folder: Path | None, relative: str | None) -> dict[str, NDArray[Any]
     if folder is None or relative is None:
         return {}
     path = (folder / relative).resolve()
+    # an evaluation may come from elsewhere, and must not read other files
     if not path.is_relative_to(folder.resolve()):
         raise DataError(f"{relative} points outside {folder}: refused")
     if not path.is_file():

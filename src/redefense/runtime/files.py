@@ -93,6 +93,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         handle = path.open("a")
     with handle:
         try:
+            # the system releases it with the process, so that a killed one leaves no stale lock
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False

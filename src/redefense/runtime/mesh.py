@@ -87,6 +87,7 @@ class Mesh:
             return
         for bucket in _buckets([p.grad for p in params if p.grad is not None]):
             flat = self.sum(torch.cat([g.flatten() for g in bucket]), "gradients", self.batch_group)
+            # each process took the mean over its own, equally large part of the batch
             flat /= self.shape[0]
             for grad, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 grad.copy_(mean.view_as(grad))
@@ -104,6 +105,7 @@ class Mesh:
         """A signal of any process, 0 for none; and whether the first process has a save due."""
         if self.size == 1:
             return stop, due
+        # clocks differ: the first process alone decides when a save is due
         flags = torch.tensor([stop, int(due and self.first)], device=self.device)
         with _together(self):
             dist.all_reduce(flags, dist.ReduceOp.MAX)

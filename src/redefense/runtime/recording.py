@@ -126,6 +126,7 @@ def digest(tensors: Sequence[Tensor]) -> Int[Tensor, " N"]:
         for tensor in tensors:
             kind = _SAME_SIZE[tensor.element_size()]
             bits = tensor.detach().contiguous().view(-1).view(kind).to(torch.int64)
+            # a plain sum would not see exchanged values; weighted by the place it does
             place = torch.arange(1, bits.numel() + 1, device=tensor.device) % 65521
             sums += [bits.sum(), (bits * place).sum()]
     return torch.stack(sums)

@@ -52,6 +52,7 @@ def stop_signals() -> Iterator[list[int]]:
         nonlocal first
         if not received:
             first = time.monotonic()
+        # a second request: the user does not want to wait for the save
         elif time.monotonic() - first > ECHO:
             signal.signal(number, previous[number])
             signal.raise_signal(number)

@@ -17,6 +17,7 @@ from redefense.errors import ConfigError
 
 T = TypeVar("T")
 
+# torch's default of half an hour would end an evaluation whose chunks take longer
 PATIENCE: Final = timedelta(days=7)
 
 
@@ -42,6 +43,7 @@ class Workers:
             return list(results)
         shares: list[Any] = [None] * self.count
         dist.all_gather_object(shares, list(results))
+        # dealt round by round, so that taking one of each share in turn restores the order
         rounds = max(map(len, shares))
         return [share[i] for i in range(rounds) for share in shares if i < len(share)]
 

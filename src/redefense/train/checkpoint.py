@@ -83,6 +83,7 @@ def save(
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": files}, indent=1) + "\n")
+        # on disk before the rename, or a power failure could leave a renamed folder of empty files
         for path in aside.iterdir():
             _flush(path)
         _flush(aside)
@@ -90,6 +91,8 @@ def save(
             shutil.rmtree(
                 replaced, ignore_errors=True
             )  # left by a killed process of the same number
+            # a folder cannot be renamed onto another one: between these two renames `latest`
+            # restores it
             target.rename(replaced)
             aside.rename(target)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -136,6 +139,7 @@ def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
     if not {"weights.safetensors", "run.json", "state.json"} <= set(manifest):
         raise CheckpointError(f"checkpoint {path} is not complete: {sorted(manifest)}")
     for name, expected in manifest.items():
+        # a manifest must not name files elsewhere
         if Path(name).name != name or sha256_of(path / name) != expected:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} has another hash")
     state = json.loads((path / "state.json").read_text())
@@ -201,6 +205,7 @@ def restore_optimizer(
         if (p := by_name.get(name)) is None:  # trained by another process
             continue
         if tensor.ndim:
+            # in the memory format of the parameter, which a fused optimizer expects
             value = torch.empty_like(p).copy_(tensor)
         else:  # a step count: a fused optimizer needs it on the parameter's device
             value = tensor.to(p.device if optimizer.defaults.get("fused") else "cpu", copy=True)

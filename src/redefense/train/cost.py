@@ -207,6 +207,7 @@ def _counted(
         )  # fmt: skip
 
     epochs = stages[index].epochs
+    # two epochs tell whether the steps differ: counting costs seconds for each
     found = {epoch: step(epoch) for epoch in {0, epochs // 2}}
     if len({counter.flops() for counter in found.values()}) > 1:
         for epoch in range(0, epochs, max(1, epochs // 8)):
@@ -277,10 +278,12 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
         }
     if devices > 1:
         others = (devices - 1) / devices
+        # a ring all-reduce sends each gradient twice, less its own share
         averaging = 2 * others * cost.gradients / on.link
         times[f"{devices} devices, data"] = _seconds(
             cost, lambda stage: stage.seconds(on, 1 / devices) + averaging
         )
+        # the device with the most members sets the pace
         fullest = -(-cost.members // devices) / cost.members
         times[f"{devices} devices, members"] = _seconds(
             cost,

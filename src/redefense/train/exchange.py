@@ -115,6 +115,7 @@ class Shared:
         if self.mesh.shape[1] == 1:
             return values
         counts = [len(self.mesh.own(self.num_members, k)) for k in range(self.mesh.shape[1])]
+        # all-gather needs equal shapes, and columns may differ by a member
         padded = values.new_zeros((max(counts), *values.shape[1:]))
         padded[: len(values)] = values
         parts = self.mesh.gather(padded, self.mesh.member_group, "members")
@@ -166,6 +167,7 @@ class _Sum(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        # the sum is its own adjoint; as a Function it can be differentiated again
         return _apply(_Sum, grad, ctx.mesh), None
 
 

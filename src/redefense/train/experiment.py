@@ -106,6 +106,7 @@ def _train(
         stages = defence.stages(kind.num_members, run.epochs)
         check_apart(kind, stages)
         _check_mesh(team, run, defence, kind.num_members)
+    # one process decides: the others could see a folder that it is about to write
     begun = team.first_does(lambda: _claim(run, out, resume))
     final = team.first_does(lambda: _finished(out) if begun is not None else None)
     if final is not None and begun == run.data.spec:
@@ -136,6 +137,7 @@ def _train(
             )
     ensemble = fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
+    # before any work, since it cannot be repaired later
     check_weights(team, ensemble)
     checkpoint = team.first_does(
         lambda: latest(out / "checkpoints", note) if begun is not None else None

@@ -163,6 +163,8 @@ def fit(
     with spread_over(mesh, ensemble):
         for index in range(position.stage, len(stages)):
             stage = stages[index]
+            # a stage that begins anew is prepared; in a resumed one that work is in the weights
+            # already
             resumed = position.epoch + position.step > 0
             if not resumed and stage.before is not None:
                 with (
@@ -195,6 +197,8 @@ def fit(
                         )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
+                        # divided at once, so that a checkpoint within the epoch stores them as they
+                        # are
                         totals[name] = totals.get(name, 0.0) + value / len(loader)
                     yield StepDone(
                         position=position, totals=totals, optimizer=optimizer,
@@ -213,10 +217,14 @@ def fit(
                     ):
                         whole = mesh.joined(loader.epoch(0))
                         stage.after(ensemble, whole, stream(seed, "after", stage.name))
+                    # rounding of a refit may differ between processes: all continue with the same
+                    # mixture
                     mesh.broadcast(ensemble.mixture, 0)
                 elif last:
                     optimizer.put_averages()
                 position = Position(index, epoch + 1, 0, position.total)
+                # validated with the weights that the stage would end with; at its end they are in
+                # place
                 with nullcontext() if last else optimizer.averages_in_place():
                     yield EpochEnded(
                         position=position, totals=totals, optimizer=optimizer, stage=stage
@@ -263,8 +271,10 @@ def take_step(
     compute = compute or partial(gradients, ensemble, stage, params, precision)
     summed = compute(batch, rng)
     mesh.average(params)
+    # the only synchronisation of a step, before the optimizer can spread what is not finite
     terms = tally(summed)
     where = f"in stage {stage.name!r} at step {total + 1}"
+    # value - value is 0 for every finite number, NaN for all others
     bad = [f"{name} = {value}" for name, value in terms.items() if value - value != 0]
     if bad:
         raise mesh.mark_reported(TrainingError(f"non-finite loss {where}: {', '.join(bad)}"))

@@ -97,6 +97,7 @@ class OpCounter(TorchDispatchMode):
     ) -> Any:
         """Execute one operation, or simulate it in a dry run."""
         given = kwargs or {}
+        # a view has no memory and no arithmetic of its own
         if func.is_view:
             return func(*args, **given)
         tensors = [t for t in _flat((*args, *given.values())) if isinstance(t, Tensor)]
@@ -129,6 +130,7 @@ class OpCounter(TorchDispatchMode):
         self.live += size
         if self.live > self.peak:
             self.peak, self.worst = self.live, self._open[-1]
+        # storages are freed by reference counts, which this follows without keeping them alive
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:

@@ -34,6 +34,7 @@ class StageOptimizer:
 
     def __init__(self, ensemble: Ensemble, members: Sequence[int], config: OptimConfig) -> None:
         own = [m for m in members if m in ensemble.spread.own(ensemble.num_members)]
+        # in order and once each: members may share a hypernetwork
         found = dict.fromkeys(p for m in own for p in ensemble.parameters_of(m))
         self.params = [p for p in found if p.requires_grad]
         self.optimizer = make_optimizer(self.params, config)
@@ -151,6 +152,7 @@ def learning_rate(
     config: OptimConfig, step: int, num_steps: int, span: tuple[float, float] = (0.0, 1.0)
 ) -> float:
     """Learning rate of step 0 <= step < num_steps of a stage, which covers `span` of a schedule."""
+    # the middle of the step, so that a rate of exactly zero is never used
     done = span[0] + (span[1] - span[0]) * ((step + 0.5) / num_steps)
     match config.schedule:
         case "constant":

@@ -100,6 +100,7 @@ class Session:
 
     def _save_or_stop(self, event: Event, signal: int) -> None:
         """Save after a step if due; stop on a signal of any process, 0 for none."""
+        # all processes must save and stop at the same step: collectives wait for each of them
         stop, due = self.team.agree(signal, time.monotonic() - self.saved > SAVE_INTERVAL)
         if stop or due:
             self._save(event)

@@ -54,6 +54,7 @@ class WorstCase:
 
     def filled(self, cell: Cell) -> Cell:
         """The records, with the current worst case for images that were not attacked."""
+        # lost images count as fooled for every member, also those of probability zero
         met, before = cell.met, self.correct & ~self.lost
         correct = np.where(met, cell.correct, before)
         return replace(
@@ -65,6 +66,7 @@ class WorstCase:
 
     def add(self, name: str, cell: Cell) -> None:
         """Count the points of a record."""
+        # records of images that were not attacked repeat earlier ones
         better = cell.met & self.better(cell.correct)
         self.correct = np.where(better, cell.correct, self.correct)
         self.q = np.where(better, exact_expectation(cell.correct, self.mixture), self.q)

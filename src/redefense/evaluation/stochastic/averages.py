@@ -93,6 +93,7 @@ def _worst(answers: Bools, shares: Floats) -> Bools:
     """
     images, found = np.arange(answers.shape[2]), []
     for scored, chosen_on in ((0, 1), (1, 0)):
+        # halved, so that shares decide between equal answers and never against different ones
         worst = (answers[:, chosen_on] + shares[:, chosen_on] / 2).argmin(0)
         found.append(answers[worst, scored, images])
     return np.stack(found)

@@ -79,6 +79,7 @@ def rows_per_call(network: Stochastic, x: Images) -> int:
             chances.append(float(ks_2samp(within.ravel(), separate).pvalue))
     for scalar in range(2):
         total, freedom = sum(spreads[scalar::2]), (CALLS - 1) * len(images)
+        # the sum of independent Kruskal-Wallis statistics is chi-square; both tails reject
         chances.append(2 * min(chi2.cdf(total, freedom), chi2.sf(total, freedom)))
     if min(chances) < LEVEL / len(chances):
         return 0
