@@ -55,14 +55,20 @@ def dots(
 
 
 def picture(names: Sequence[str], x_label: str, title: str) -> tuple[Any, Axes]:
-    figure, axes = plt.subplots(figsize=(7.2, 0.34 * len(names) + 1.3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(4.6, 0.34 * len(names) + 1.6), layout="constrained")
     axes.set_yticks(range(len(names)), [name.rpartition("-")[0] for name in names])
     axes.set_xlabel(x_label)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="x", color=GREY, alpha=0.3)
+    axes.margins(y=0.03)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     return figure, axes
+
+
+def legend(figure: Any) -> None:
+    """Names of the two kinds of dots, below the plot: beside it, a phone has no room."""
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, handletextpad=0.2)
 
 
 def save(figure: Any, name: str, label: str) -> None:
@@ -85,12 +91,12 @@ def methods() -> None:
     """Unaware and aware accuracy of every method."""
     found = [headline(name) for name in METHODS]
     figure, axes = picture(
-        METHODS, "accuracy in percent, 95 % intervals", "CIFAR-10, L-inf eps 0.03, 1,000 images"
+        METHODS, "accuracy in percent, 95 % intervals", "CIFAR-10, eps 0.03, 1,000 images"
     )
     dots(axes, [it["unaware"] for it in found], shift=0.12, color=BLUE, fmt="o", label="unaware")
     dots(axes, [it["aware"] for it in found], shift=-0.12, color=ORANGE, fmt="D", label="aware")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, loc="lower right")
+    legend(figure)
     save(figure, "methods.svg", "Accuracy of thirteen methods, unaware and aware")
 
 
@@ -103,10 +109,10 @@ def worth() -> None:
     )
     axes.axvline(0, color=INK, linewidth=1)
     best = [it["over_alone"] or it["over_single"] for it in found]
-    dots(axes, best, shift=0.12, color=BLUE, fmt="o", label="than the best member alone")
+    dots(axes, best, shift=0.12, color=BLUE, fmt="o", label="than the best member")
     average = [it["over_averaged"] for it in found]
-    dots(axes, average, shift=-0.12, color=ORANGE, fmt="D", label="than the average of members")
-    axes.legend(frameon=False, loc="lower right")
+    dots(axes, average, shift=-0.12, color=ORANGE, fmt="D", label="than the average")
+    legend(figure)
     save(
         figure,
         "worth.svg",

@@ -27,7 +27,7 @@ from redefense.radius import Eps, Norm, check_linf, read_eps, read_norm
 T = TypeVar("T")
 _NAMED: Final[Mapping[str, set[str]]] = {
     "defence": set(),
-    "ensemble": {"model", "num_members", "width", "activation"},
+    "ensemble": {"model", "num_members", "width", "activation", "mean", "std"},
 }
 Settings = dict[str, Any]
 

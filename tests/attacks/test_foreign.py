@@ -1,6 +1,9 @@
 """Attacks of other libraries and plain functions, judged as our own."""
 
 import random
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -138,3 +141,43 @@ def test_a_step_outside_the_ball_is_said_and_judged_inside() -> None:
         report = evaluate(NET, (X, Y), [far], threat=THREAT, keep_images=True)
     identity = report.data["cells"][0]["id"]
     assert float((report.adversarial(identity) - X).abs().max()) <= THREAT.eps + 1e-6
+
+
+@pytest.fixture
+def adv_lib(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its attacks; the package that draws its plots, which are not asked for, is left out."""
+    monkeypatch.setitem(sys.modules, "visdom", ModuleType("visdom"))
+    return import_module("adv_lib.attacks")
+
+
+@pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
+def test_attacks_of_three_libraries_are_cells_that_are_judged(adv_lib: Any) -> None:
+    threat = Threat(eps=0.02)
+
+    def of_adv_lib(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        found: Tensor = adv_lib.pgd_linf(
+            model, x, y, eps, steps=2, random_init=False, absolute_step_size=eps
+        )
+        return found
+
+    def minimal(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = adv_lib.ddn(model, x, y, steps=30)
+        return found
+
+    cells = {"torchattacks": of_torchattacks, "foolbox": of_foolbox, "adv-lib": of_adv_lib,
+             "ddn": minimal}  # fmt: skip
+    with pytest.warns(UserWarning, match="ddn left the ball on"):
+        report = evaluate(NET, (X, Y), cells, threat=threat, keep_images=True)
+    ours = FGSM()(NET, X, Y, threat, rng=stream(0, "rng"))
+    fooled = NET(ours).argmax(1) != Y
+    assert 0 < int(fooled.sum()) < len(Y)
+    for name in ("torchattacks", "foolbox"):
+        assert torch.allclose(report.adversarial(name), ours, atol=1e-6, rtol=0)
+    # adv-lib returns an image unchanged that it does not fool
+    changed = torch.where(fooled[:, None, None, None], ours, X)
+    assert torch.allclose(report.adversarial("adv-lib"), changed, atol=1e-6, rtol=0)
+    rows = {row["label"]: row for row in report.data["cells"]}
+    left = 1 - float(fooled.double().mean())
+    assert [rows[name]["accuracy"]["expected"] for name in list(cells)[:3]] == [left] * 3
+    assert [name for name in cells if "outside" in rows[name]] == ["ddn"]
+    assert float((report.adversarial("ddn") - X).abs().max()) <= threat.eps + 1e-6

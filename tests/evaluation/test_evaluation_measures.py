@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.ensembles import Ensemble, Independent
+from redefense.evaluation import store
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.member_statistics import (
@@ -18,9 +19,10 @@ from redefense.evaluation.member_statistics import (
     gradient_diversity,
     joint_measures,
     member_measures,
-    pair_statistics,
     worst_over,
 )
+from redefense.results.accuracy import pair_statistics
+from redefense.rng import stream
 from redefense.threat import Threat
 
 
@@ -173,3 +175,23 @@ def test_member_measures_are_plain_data() -> None:
     # what is printed of the points is what is told of them: each member fooled on the first image
     assert points.alone.tolist() == [[False, True]] * 2
     assert points.correct.shape == (2, 2)
+
+
+def test_measures_of_large_images_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(7, 1, 2, 2, generator=stream(0, "x"), dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 0, 1, 0, 1])
+    ensemble = Independent([Ramp(0), Ramp(1, -1.0), Ramp(2)]).double()
+    subject = Subject(ensemble, x, y, np.arange(7), "made up")
+    worst = np.ones((3, 7), dtype=bool)
+    found = []
+    for values in (store.VALUES, 3 * 4):
+        monkeypatch.setattr(store, "VALUES", values)
+        found.append(member_measures(subject, Threat(eps=0.2), worst, seed=0))
+    assert subject.chunk == 3
+    (whole, points), (parts, others) = found
+    one, other = (it.pop("diversity") for it in (parts, whole))
+    assert one.pop("clean") == other.pop("clean")
+    assert one == pytest.approx(other)
+    assert parts == whole
+    assert np.array_equal(points.correct, others.correct)
+    assert np.array_equal(points.alone, others.alone)

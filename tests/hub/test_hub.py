@@ -15,6 +15,7 @@ from torch import nn
 import redefense
 from redefense.config import override
 from redefense.ensembles import Ensemble, Hyper, Independent
+from redefense.ensembles.configs import IndependentConfig
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError
 from redefense.evaluation.api import evaluate_run
 from redefense.hub import to_art, to_foolbox, to_robustbench
@@ -293,3 +294,52 @@ def test_the_contract_names_the_rule_that_is_broken(
 ) -> None:
     with pytest.raises(InputError, match=match):
         to_robustbench(model, images)
+
+
+def test_published_weights_answer_as_where_they_come_from(tmp_path: Path) -> None:
+    """An ensemble by the names of DVERGE's files: `model_0`, `model.conv1`, `normalizer.mean`."""
+    kind = IndependentConfig(
+        model="resnet8", num_members=2, width=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1)
+    )
+    source = kind.build(num_classes=4, shape=(3, 8, 8), seed=3).eval()
+    layers = {"stem": "conv1", "stem_bn": "bn1", "classifier": "fc", "normalise": "normaliser"}
+    file: dict[str, dict[str, torch.Tensor]] = {}
+    for m in range(2):
+        state = source.member(m).state_dict()
+        named = {}
+        for key, value in state.items():
+            part, _, rest = key.partition(".")
+            if part == "blocks":
+                number, _, rest = rest.partition(".")
+                part = f"layer{int(number) + 1}.0"
+            inner = f"{layers.get(part, part)}.{rest.replace('shortcut', 'downsample')}"
+            named[inner if part == "normalise" else f"model.{inner}"] = value
+        file[f"model_{m}"] = named
+    torch.save(file, path := tmp_path / "members.pth")
+    x = torch.rand(4, 3, 8, 8, generator=stream(0, "x"))
+    asked = {"model": {"model": "resnet8", "width": 4}, "num_classes": 4, "shape": (3, 8, 8)}
+    assert same(redefense.from_pretrained(path, **asked), source, x)
+    # without a stored normalisation that of the settings is used, or said to be missing
+    for state in file.values():
+        mean, std = state.pop("normaliser.mean"), state.pop("normaliser.std")
+    torch.save(file, path)
+    with pytest.warns(UserWarning, match="states no normalisation of images"):
+        assert not same(redefense.from_pretrained(path, **asked), source, x)
+    own = {"model": "resnet8", "width": 4, "mean": mean.tolist(), "std": std.tolist()}
+    assert same(redefense.from_pretrained(path, **{**asked, "model": own}), source, x)
+
+
+def test_published_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    net = IndependentConfig(num_members=1, width=4).build(num_classes=4, shape=(3, 8, 8), seed=0)
+    save_file(dict(net.member(0).state_dict()), path := tmp_path / "net.safetensors")
+    asked = {"model": {"model": "resnet8", "width": 4}, "shape": (3, 8, 8)}
+    with pytest.raises(ConfigError, match="name the model of its weights"):
+        redefense.from_pretrained(path)
+    with pytest.raises(DataError, match=r"classifier\.weight, classifier\.bias of member 0"):
+        redefense.from_pretrained(path, **asked)
+    with pytest.raises(ConfigError, match="unknown model 'resnet9'"):
+        redefense.from_pretrained(path, model="resnet9")
+    with pytest.raises(ConfigError, match="mean and std must be 3 numbers each"):
+        redefense.from_pretrained(path, model={"model": "resnet8", "mean": [0.5]})
+    with pytest.raises(DataError, match="cannot read weights"):
+        redefense.from_pretrained(tmp_path / "none.pt", model="resnet8")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from redefense.errors import DataError
 from redefense.models import build
+from redefense.models.layers import Normalise
 from redefense.models.published import fit, read_states
 from redefense.rng import stream
 
@@ -61,7 +62,7 @@ def test_names_of_other_repositories_find_their_place(
     )
     (read,) = read_states(tmp_path / "net.pt")
     fitted = fit(target, read)
-    assert (fitted.fresh, fitted.unused) == ((), ())
+    assert (fitted.fresh, fitted.unused, fitted.normalised) == ((), (), False)
     for key, value in source.state_dict().items():
         if "num_batches" not in key:
             assert torch.equal(target.state_dict()[key], value)
@@ -80,7 +81,7 @@ def test_what_does_not_fit_stays_and_is_listed() -> None:
     assert all(name == "classifier.weight" or "blocks.3.shortcut" in name for name in fitted.fresh)
 
 
-@pytest.mark.parametrize("style", ["model_0", "models.0.1", "nested", "ours"])
+@pytest.mark.parametrize("style", ["model_0", "model0.model", "models.0.1", "nested", "ours"])
 def test_members_of_one_file_are_told_apart(style: str, tmp_path: Path) -> None:
     nets = [network("resnet20", m) for m in range(2)]
     states = [theirs(net, "resnet20", "shortcut", "linear") for net in nets]
@@ -103,6 +104,50 @@ def test_members_of_one_file_are_told_apart(style: str, tmp_path: Path) -> None:
         target = network("resnet20", 9)
         assert fit(target, state).fresh == ()
         assert torch.equal(target.state_dict()["stem.weight"], net.state_dict()["stem.weight"])
+
+
+MEAN, STD = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.20, 0.19, 0.21])
+PER_PIXEL = (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "mean", "std", "shape"),
+    [
+        ("model.", "normalizer.mean", "normalizer.std", (3,)),  # advertorch's, in DVERGE
+        ("module.model.", "module.normalizer.mean", "module.normalizer.std", (3,)),
+        ("1.", "0.mean", "0.std", (3,)),
+        ("", "mu", "sigma", (1, *PER_PIXEL)),  # RobustBench's
+        ("module.", "module.mu", "module.sigma", PER_PIXEL),
+    ],
+)
+def test_a_stored_normalisation_is_taken_over(
+    prefix: str, mean: str, std: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    source, target = network("resnet20"), network("resnet20", 1)
+    layer = source.normalise
+    assert isinstance(layer, Normalise)
+    layer.mean.copy_(MEAN)
+    layer.std.copy_(STD)
+    state = theirs(source, "resnet20", "downsample", "fc")
+    torch.save(
+        {**{prefix + k: t for k, t in state.items()}, mean: MEAN.view(shape), std: STD.view(shape)},
+        tmp_path / "net.pt",
+    )
+    (read,) = read_states(tmp_path / "net.pt")
+    fitted = fit(target, read)
+    assert (fitted.fresh, fitted.unused, fitted.normalised) == ((), (), True)
+    x = torch.rand(2, 3, 32, 32, generator=stream(0, "x"))
+    assert torch.equal(target.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize("std", [torch.ones(1), torch.tensor([0.2, 0.0, 0.2]), None])
+def test_half_a_normalisation_is_none(std: Tensor | None) -> None:
+    target = network("resnet20")
+    before = {k: t.clone() for k, t in target.state_dict().items()}
+    fitted = fit(target, {"mu": MEAN} | ({} if std is None else {"sigma": std}))
+    assert not fitted.normalised
+    assert fitted.unused == ("mu", "sigma")[: 1 + (std is not None)]
+    assert all(torch.equal(before[k], t) for k, t in target.state_dict().items())
 
 
 class Runs:

@@ -116,13 +116,16 @@ DATASETS: Final[Registry[Reader]] = Registry(
             published=Published(images=100_000, num_classes=200, shape=(3, 64, 64)),
         ),
         "folder": Reader(
-            summary="images as split/class/file, packed or not: folder:PATH", read=folder.read
+            summary="images as split/class/file, packed or not: folder:PATH, or of several sizes "
+            "folder:PATH?resize=256&crop=224",
+            read=folder.read,
+            options=("resize", "crop"),
         ),
         "parquet": Reader(
             summary="any image set in the layout of the Hugging Face hub: parquet:PATH, "
-            "or parquet:PATH?config=NAME&label=COLUMN&image=COLUMN",
+            "or parquet:PATH?config=NAME&label=COLUMN&image=COLUMN&resize=N&crop=N",
             read=parquet.read,
-            options=("config", "label", "image"),
+            options=("config", "label", "image", "resize", "crop"),
         ),
         "npz": Reader(
             summary="arrays x_train y_train x_test y_test in one file: npz:FILE", read=npz.read

@@ -191,7 +191,7 @@ def _readable(part: Part, shape: tuple[int, int, int], refuse: Refuse) -> Iterat
 
     def attempt(name: str, raw: bytes) -> Block | str:
         try:
-            return decode(raw, name, shape)
+            return decode(raw, name, shape, part.framing)
         except DataError as error:
             return str(error)
 

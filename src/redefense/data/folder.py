@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from redefense.data.framing import framing_of
 from redefense.data.labels import SPLITS, check_classes, check_labels, one_form, refuse_twins
 from redefense.data.source import Refuse, Source, common_shape, encoded, spread
 from redefense.data.tree import Tree, open_tree
@@ -13,17 +14,26 @@ from redefense.errors import DataError
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 
 
-def read(path: Path, refuse: Refuse) -> Source:
-    """Images of one size in `train/CLASS/FILE` and `test/CLASS/FILE` (or `val/...`).
+def read(
+    path: Path, refuse: Refuse, *, resize: str | None = None, crop: str | None = None
+) -> Source:
+    """Images in `train/CLASS/FILE` and `test/CLASS/FILE` (or `val/...`), of one size when framed.
 
     Classes are the folders of the training split in sorted order. Hidden files and folders are
     skipped. The EXIF orientation is applied, and transparent pixels become white. Grey images are
     converted to RGB if one of 64 images, evenly spaced over the set, is in colour; otherwise all
     must be grey.
 
+    Args:
+        path: a folder, or a zip or tar archive of one.
+        refuse: handler of faults.
+        resize: see `Framing`.
+        crop: likewise.
+
     Raises:
         DataError: naming the file or folder that breaks a rule.
     """
+    framing = framing_of(resize, crop)
     tree = open_tree(path, refuse)
     at, train_folder, test_folder = _splits(tree)
     train = _images(tree, f"{at}{train_folder}/", refuse)
@@ -45,7 +55,7 @@ def read(path: Path, refuse: Refuse) -> Source:
         if not listing:
             raise DataError(f"{where}: no images below {at}{what}")
     names = [name for name, _ in (*train, *test)]
-    shape = common_shape(tree.items(spread(names)), refuse, where)
+    shape = common_shape(tree.items(spread(names)), refuse, where, framing)
 
     def labels(listing: Sequence[tuple[str, str]]) -> np.ndarray:
         return np.array([number[one_form(label)] for _, label in listing], np.int64)
@@ -55,9 +65,10 @@ def read(path: Path, refuse: Refuse) -> Source:
         name="folder",
         classes=classes,
         shape=shape,
-        train=encoded(labels(train), lambda: tree.items(names[: len(train)]), shape),
-        test=encoded(labels(test), lambda: tree.items(names[len(train) :]), shape),
-        found=f"images as split/class/file in {tree.kind} {tree.root}, test from {test_folder!r}",
+        train=encoded(labels(train), lambda: tree.items(names[: len(train)]), shape, framing),
+        test=encoded(labels(test), lambda: tree.items(names[len(train) :]), shape, framing),
+        found=f"images as split/class/file in {tree.kind} {tree.root}, test from {test_folder!r}"
+        + f"; {framing}" * bool(framing),
         files=tree.files(names),
     )
 

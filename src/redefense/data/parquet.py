@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from redefense.data.framing import Framing, framing_of
 from redefense.data.labels import SPLITS, check_classes, check_labels
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above, is_hidden
@@ -41,6 +42,8 @@ def read(
     config: str | None = None,
     label: str | None = None,
     image: str | None = None,
+    resize: str | None = None,
+    crop: str | None = None,
 ) -> Source:
     """The parquet files of one configuration below a folder.
 
@@ -55,10 +58,13 @@ def read(
         config: folder of the configuration, if there are several.
         label: name of the label column, if it is not a usual one.
         image: name of the image column, if there are several.
+        resize: see `Framing`.
+        crop: likewise.
 
     Raises:
         DataError: if pyarrow is missing, or files, splits, columns or labels are invalid.
     """
+    framing = framing_of(resize, crop)
     files = split_files(path, config)
     pq = _pyarrow_parquet()
     train, test = (_Table(files[split], pq, path, label, image) for split in ("train", "test"))
@@ -70,15 +76,16 @@ def read(
     check_classes(classes, str(path), refuse)
     check_labels(train.labels, classes, f"{path} train", refuse, full=True)
     check_labels(test.labels, classes, f"{path} test", refuse, full=False)
-    shape = common_shape((*train.sample(), *test.sample()), refuse, str(path))
+    shape = common_shape((*train.sample(), *test.sample()), refuse, str(path), framing)
     everything = (*files["train"], *files["test"])
     return Source(
         name=name,
         classes=classes,
         shape=shape,
-        train=train.part(shape),
-        test=test.part(shape),
-        found=f"hub parquet in {path}: image column {train.image!r}, label column {train.label!r}",
+        train=train.part(shape, framing),
+        test=test.part(shape, framing),
+        found=f"hub parquet in {path}: image column {train.image!r}, label column {train.label!r}"
+        + f"; {framing}" * bool(framing),
         files=(*folders_above(everything, path), *everything),
     )
 
@@ -298,5 +305,5 @@ class _Table:
         """Some images, from the first rows of each of some files."""
         return [row for file in spread(self.files) for row in islice(self._rows(file, 8), 8)]
 
-    def part(self, shape: tuple[int, int, int]) -> Part:
-        return encoded(self.labels, self.images, shape)
+    def part(self, shape: tuple[int, int, int], framing: Framing) -> Part:
+        return encoded(self.labels, self.images, shape, framing)

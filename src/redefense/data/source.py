@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from redefense.data.dataset import Dataset, Split
+from redefense.data.framing import WHOLE, Framing
 from redefense.errors import DataError
 from redefense.pictures import PictureError, as_shown
 
@@ -52,11 +53,13 @@ class Part:
         labels: (N,) class of each image.
         blocks: the decoded images.
         items: the encoded images, if each has a file.
+        framing: how these are resized and cropped.
     """
 
     labels: NDArray[np.int64]
     blocks: Callable[[], Iterator[Block]]
     items: Items | None = None
+    framing: Framing = WHOLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,25 +94,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def encoded(labels: Sequence[int] | NDArray[np.int64], items: Items, shape: Shape) -> Part:
+def encoded(
+    labels: Sequence[int] | NDArray[np.int64], items: Items, shape: Shape, framing: Framing = WHOLE
+) -> Part:
     """A split with one encoded file for each image."""
     return Part(
-        labels=np.asarray(labels, np.int64), blocks=lambda: decoded(items(), shape), items=items
-    )
+        labels=np.asarray(labels, np.int64), blocks=lambda: decoded(items(), shape, framing),
+        items=items, framing=framing,
+    )  # fmt: skip
 
 
-def decode(raw: bytes, name: str, shape: Shape) -> Block:
+def decode(raw: bytes, name: str, shape: Shape, framing: Framing = WHOLE) -> Block:
     """One encoded image as bytes (ch, H, W); grey becomes RGB if `shape` has three channels.
 
     Raises:
         DataError: naming the image, if it is damaged, too large or of another kind than `shape`.
     """
     channels, height, width = shape
-    image = _shown(raw, name)
+    image = framing.apply(_shown(raw, name), name)
     if image.size != (width, height):
         raise DataError(
             f"{name}: is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
-            "images of one set must have one size"
+            "images of one set must have one size: of a folder or parquet, add ?resize=N&crop=N "
+            "to the specification"
         )
     if channels == 1 and image.mode != "L":
         raise DataError(f"{name}: a colour image among grey ones; save it as grey, or all as RGB")
@@ -117,13 +124,13 @@ def decode(raw: bytes, name: str, shape: Shape) -> Block:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def measure(raw: bytes, name: str) -> Shape:
-    """Channels, height and width of one encoded image.
+def measure(raw: bytes, name: str, framing: Framing = WHOLE) -> Shape:
+    """Channels, height and width of one encoded image, framed.
 
     Raises:
         DataError: naming the image, if it is damaged, too large or not 8 bits deep.
     """
-    image = _shown(raw, name)
+    image = framing.apply(_shown(raw, name), name)
     return len(image.getbands()), image.size[1], image.size[0]
 
 
@@ -151,7 +158,9 @@ def _shown(raw: bytes, name: str) -> Image.Image:
     return shown
 
 
-def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) -> Shape:
+def common_shape(
+    items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str, framing: Framing = WHOLE
+) -> Shape:
     """The most common shape of some images; three channels if any of them is in colour.
 
     Raises:
@@ -161,7 +170,7 @@ def common_shape(items: Iterable[tuple[str, bytes]], refuse: Refuse, what: str) 
     with _decoding():
         for name, raw in items:
             try:
-                shapes.append(measure(raw, name))
+                shapes.append(measure(raw, name, framing))
             except DataError as error:
                 refuse(str(error))
     if not shapes:
@@ -177,9 +186,11 @@ def spread(names: Sequence[T]) -> list[T]:
     return [names[place] for place in places]
 
 
-def decoded(items: Iterable[tuple[str, bytes]], shape: Shape) -> Iterator[Block]:
+def decoded(
+    items: Iterable[tuple[str, bytes]], shape: Shape, framing: Framing = WHOLE
+) -> Iterator[Block]:
     """Blocks of decoded images from pairs (name, encoded bytes), by threads on all cores."""
-    for some in by_threads(items, lambda name, raw: decode(raw, name, shape), shape):
+    for some in by_threads(items, lambda name, raw: decode(raw, name, shape, framing), shape):
         yield np.stack(some)
 
 

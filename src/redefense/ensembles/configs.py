@@ -45,6 +45,8 @@ class IndependentConfig:
         num_members: M.
         width: channels of the first stage; the architecture's own if None.
         activation: "relu", "leaky" (slope 0.1), which GAL needs, or the smooth "silu".
+        mean: of each channel of the images, subtracted by the first layer; 0.5 if None.
+        std: of each channel, divided by in the first layer; 0.25 if None.
         noise: "image" adds Gaussian noise to the image, "layers" before each convolution and fully
             connected layer (RSE), both in training and afterwards; "none" adds none.
         sigma: standard deviation of the noise, in units of the images; half of it before layers
@@ -55,6 +57,8 @@ class IndependentConfig:
     num_members: int = 3
     width: int | None = None
     activation: Literal["relu", "leaky", "silu"] = "relu"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     noise: Literal["none", "image", "layers"] = "none"
     sigma: float = 0.25
 
@@ -88,6 +92,8 @@ class HyperConfig:
         num_members: M.
         width: channels of the first stage; the architecture's own if None.
         activation: "relu", "leaky" (slope 0.1), which GAL needs, or the smooth "silu".
+        mean: of each channel of the images, subtracted by the first layer; 0.5 if None.
+        std: of each channel, divided by in the first layer; 0.25 if None.
         embedding: dimension of a unit's embedding.
         hidden: width of a hypernetwork between its two layers, per output channel of a unit.
             ResNet-18 keeps 10.66 % of its parameters with 128, 5.60 % with 64.
@@ -100,6 +106,8 @@ class HyperConfig:
     num_members: int = 3
     width: int | None = None
     activation: Literal["relu", "leaky", "silu"] = "relu"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     embedding: int = 128
     hidden: int = 128
     unit: int = 64
@@ -128,6 +136,8 @@ class HyperConfig:
             num_members=self.num_members,
             width=self.width,
             activation=self.activation,
+            mean=self.mean,
+            std=self.std,
         )
 
 
@@ -142,6 +152,8 @@ def networks(
             shape=shape,
             width=kind.width,
             activation=kind.activation,
+            mean=kind.mean,
+            std=kind.std,
             generator=stream(seed, "member", m),
             member=m,
         )

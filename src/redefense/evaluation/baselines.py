@@ -147,7 +147,8 @@ def _on_validation(job: Job) -> Bools | None:
         return stored["right"]
     x, y = (part[:SELECTION_IMAGES] for part in job.subject.validation)
     ensemble, workers = job.subject.ensemble, job.subject.workers
-    own = own_images(len(x), workers)
+    size = job.subject.chunk
+    own = own_images(len(x), workers, size)
     job.progress.begin(CHOICE, len(x), share=own)
 
     def work(images: slice) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def _on_validation(job: Job) -> Bools | None:
         return {"right": right, "forwards": meter.forwards}
 
     kept = job.place("choice.chunks")
-    parts = in_chunks(len(x), work, kept=kept, workers=workers, progress=job.progress)
+    parts = in_chunks(len(x), work, size=size, kept=kept, workers=workers, progress=job.progress)
     right = np.concatenate([part["right"] for part in parts], axis=1)
     if (saved := job.save(place)) is not None:
         write_arrays(saved, {"right": right})

@@ -21,9 +21,9 @@ from redefense.errors import InputError
 from redefense.evaluation.inputs.precision import in_attack_precision
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
-from redefense.evaluation.store import in_chunks, read_arrays, write_arrays
+from redefense.evaluation.store import chunk_size, in_chunks, read_arrays, write_arrays
 from redefense.results.accuracy import Bools, Floats
-from redefense.rng import CHUNK, stream
+from redefense.rng import stream
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
 from redefense.threat import Threat, norms
 from redefense.types import Images, Labels, Victim, check_images, correct
@@ -139,6 +139,11 @@ class Subject:
     batch_size: int | None = None
 
     @property
+    def chunk(self) -> int:
+        """Images per chunk."""
+        return chunk_size(self.x.shape[1:])
+
+    @property
     def attacked(self) -> Ensemble:
         """The ensemble that built-in attacks query.
 
@@ -238,8 +243,8 @@ class Task:
             return "met" in part and np.array_equal(part["met"], self.met[images])
 
         parts = in_chunks(
-            len(self.met), partial(self.chunk, progress=progress), fits=fits, kept=kept,
-            workers=self.subject.workers, progress=progress,
+            len(self.met), partial(self.chunk, progress=progress), size=self.subject.chunk,
+            fits=fits, kept=kept, workers=self.subject.workers, progress=progress,
         )  # fmt: skip
         return Cell(**joined(parts, int(self.met.sum())))
 
@@ -313,7 +318,8 @@ def projected(x_adv: Images, x: Images, threat: Threat) -> tuple[Images, dict[st
 
 def clean_cell(subject: Subject) -> Cell:
     """Records of the clean images."""
-    pairs = zip(subject.x.split(CHUNK), subject.y.split(CHUNK), strict=True)
+    size = subject.chunk
+    pairs = zip(subject.x.split(size), subject.y.split(size), strict=True)
     return Cell(**merged([judge(subject.ensemble, x, x, y) for x, y in pairs]))
 
 

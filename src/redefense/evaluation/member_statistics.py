@@ -4,7 +4,7 @@ The JSON states the number of images and the settings of each measurement.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -23,10 +23,11 @@ from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.inputs.precision import in_attack_precision
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
+from redefense.evaluation.store import chunk_size
 from redefense.networks import differentiating
 from redefense.penalties import gradient_similarity, lipschitz, pairwise_cosines
 from redefense.radius import eps_text
-from redefense.results.accuracy import Bools, Floats
+from redefense.results.accuracy import Bools, Floats, pair_statistics
 from redefense.results.headline import TRIES
 from redefense.results.intervals import (
     accuracy_interval,
@@ -34,7 +35,7 @@ from redefense.results.intervals import (
     fooled_histogram,
     success_within,
 )
-from redefense.rng import stream
+from redefense.rng import CHUNK, stream
 from redefense.threat import Threat
 from redefense.types import Bool, Float, Images, Labels, correct
 
@@ -129,8 +130,7 @@ def member_measures(
         Tried(ensemble, x, y, threat),
         in_attack_precision(subject.precision, ensemble),
     )
-    with torch.no_grad():
-        right = correct(ensemble.member_logits(x), y)
+    right = torch.from_numpy(tried.clean.correct).to(x.device)
     common = right.all(0)
     jobs: list[Callable[[Tried], Any]] = [
         lambda tried: _costed_curve(attacked, x, y, threat, worst, tried, seed=seed),
@@ -162,7 +162,7 @@ def member_measures(
         "transfer": conventions["dverge"]["matrix"],
         "transfer_conventions": conventions,
         "diversity": {
-            **gradient_diversity(ensemble, x, y),
+            **_diversity_of_all(ensemble, x, y),
             "clean": pair_statistics(right.cpu().numpy()),
             "images": len(x),
         },
@@ -211,21 +211,19 @@ def curve(
     largest = 1.0 if threat.norm == math.inf else float(x[0].numel()) ** 0.5
     grid = [0.0, *(unit * k for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32))]
     grid = [eps for eps in grid if eps < largest] + [largest]
-    with torch.no_grad():
-        hits = correct(ensemble.member_logits(x), y).cpu().numpy()
-    lowest, table = exact_expectation(hits, mixture), []
+    lowest, table = exact_expectation(tried.clean.correct, mixture), []
     for eps in grid:
-        left = torch.from_numpy(lowest > EQUAL).to(x.device)
-        if eps > 0 and left.any():
-            at = Threat(norm=threat.norm, eps=eps)
+        at = Threat(norm=threat.norm, eps=eps)
+        for left in _parts(torch.from_numpy(lowest > EQUAL), x) if eps > 0 else ():
+            # the same stream for each part: an image's numbers do not depend on the part
             rng = stream(seed, "curve", f"{eps:.9g}")
             points = ATTACKS["hinge"]()(ensemble, x[left], y[left], at, rng=rng)
+            rows = left.cpu().numpy()
             if eps <= threat.eps:
-                hits = tried.offer(points, left).correct[:, left.cpu().numpy()]
+                hits = tried.offer(points, left).correct[:, rows]
             else:
                 with torch.no_grad():
                     hits = correct(ensemble.member_logits(points), y[left]).cpu().numpy()
-            rows = left.cpu().numpy()
             lowest[rows] = np.minimum(lowest[rows], exact_expectation(hits, mixture))
         if eps >= threat.eps:
             lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))
@@ -234,6 +232,17 @@ def curve(
         if estimate.value == 0:
             break
     return table
+
+
+def _parts(rows: Bool[Tensor, " B"], x: Images) -> Iterator[Bool[Tensor, " B"]]:
+    """Masks of at most a chunk of the chosen images; of all chosen ones where they are small."""
+    size = chunk_size(x.shape[1:])
+    chosen = rows.nonzero().flatten()
+    for some in chosen.split(MEASURED if size == CHUNK else size):
+        if len(some):
+            part = torch.zeros(len(x), dtype=torch.bool)
+            part[some] = True
+            yield part.to(x.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,18 +285,18 @@ class Convention:
         `tried`.
         """
         rows = common if self.only_correct else torch.ones_like(common)
-        x, y = x[rows], y[rows]
-        if len(x) == 0:
+        if not rows.any():
             return []
-        fooled = torch.zeros(ensemble.num_members + 1, len(x), dtype=torch.bool, device=x.device)
+        fooled = np.zeros((ensemble.num_members + 1, len(x)), dtype=bool)
         for start in range(self.starts):
-            # the same random stream for every member, so that equal members get equal attacks
-            rng = stream(seed, "transfer", self.steps, start)
-            x_adv = self.attack(ensemble.member(source), x, y, threat, rng=rng)
-            found = tried.offer(x_adv, rows)
-            right = np.concatenate([found.correct, found.averaged[None]])[:, found.met]
-            fooled |= ~torch.from_numpy(right).to(x.device)
-        shares: list[float] = fooled.double().mean(1).tolist()
+            for part in _parts(rows.cpu(), x):
+                # the same random stream for every member, so that equal members get equal attacks
+                rng = stream(seed, "transfer", self.steps, start)
+                x_adv = self.attack(ensemble.member(source), x[part], y[part], threat, rng=rng)
+                found = tried.offer(x_adv, part)
+                right = np.concatenate([found.correct, found.averaged[None]])
+                fooled[:, found.met] |= ~right[:, found.met]
+        shares: list[float] = fooled[:, rows.cpu().numpy()].mean(1).tolist()
         return shares
 
     def table(
@@ -317,28 +326,17 @@ CONVENTIONS: Final = {
 or error rates."""
 
 
-def pair_statistics(correct: Bools) -> dict[str, float | None]:
-    """Means over member pairs, from correctness (M, n); None for a single member.
+def _diversity_of_all(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, float | None]:
+    """`gradient_diversity` from parts of the images: all its figures are means over images."""
+    parts = list(_parts(torch.ones(len(x), dtype=torch.bool), x))
+    found = [gradient_diversity(ensemble, x[part], y[part]) for part in parts]
+    shares = [float(part.double().mean()) for part in parts]
 
-    disagreement: share of images on which exactly one of two is correct. double_fault: both wrong.
-    q_statistic: Yule's Q, from -1 (errors exclude each other) to 1 (same errors); None where it is
-    0 / 0 for every pair. overlap: Jaccard index of the images each gets wrong.
-    """
-    keys = ("disagreement", "double_fault", "q_statistic", "overlap")
-    values: dict[str, list[float]] = {key: [] for key in keys}
-    for i in range(len(correct)):
-        for j in range(i + 1, len(correct)):
-            a, b = correct[i], correct[j]
-            both, neither = float((a & b).mean()), float((~a & ~b).mean())
-            only_a, only_b = float((a & ~b).mean()), float((~a & b).mean())
-            values["disagreement"].append(only_a + only_b)
-            values["double_fault"].append(neither)
-            same, other = both * neither, only_a * only_b
-            if same + other > 0:
-                values["q_statistic"].append((same - other) / (same + other))
-            if both < 1:
-                values["overlap"].append(neither / (neither + only_a + only_b))
-    return {key: float(np.mean(v)) if v else None for key, v in values.items()}
+    def mean(values: Sequence[float | None]) -> float | None:
+        pairs = zip(shares, values, strict=True)
+        return math.fsum(w * v for w, v in pairs if v is not None) if None not in values else None
+
+    return {key: mean([part[key] for part in found]) for key in found[0]}
 
 
 def gradient_diversity(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, float | None]:

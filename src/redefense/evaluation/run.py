@@ -35,7 +35,6 @@ from redefense.evaluation.member_statistics import (
     ROUGH_PASSES,
     joint_measures,
     member_measures,
-    pair_statistics,
 )
 from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
@@ -43,7 +42,7 @@ from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
-from redefense.results.accuracy import Floats, accuracies
+from redefense.results.accuracy import Floats, accuracies, pair_statistics
 from redefense.results.intervals import exact_expectation
 from redefense.types import Images, check_images, check_labels
 

@@ -6,10 +6,11 @@ the chunk computed again, on any number of processes.
 
 import io
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from redefense.runtime.files import write_bytes
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
 
 Arrays = dict[str, NDArray[Any]]
+
+VALUES: Final = 2 * CHUNK * 3 * 64 * 64
+"""Largest number of values (pixels x channels, summed over images) in a chunk."""
 
 
 def read_object(path: Path | None) -> dict[str, Any] | None:
@@ -54,10 +58,22 @@ def read_arrays(path: Path | None) -> Arrays | None:
         return None
 
 
+def chunk_size(shape: Sequence[int]) -> int:
+    """Images per chunk: `CHUNK`, fewer if they are large; 16 of 224 x 224 pixels.
+
+    So the memory of an attack on large images does not grow with their number.
+
+    Args:
+        shape: (channels, height, width) of an image.
+    """
+    return max(1, min(CHUNK, VALUES // math.prod(shape)))
+
+
 def in_chunks(
     count: int,
     work: Callable[[slice], Mapping[str, Any]],
     *,
+    size: int = CHUNK,
     fits: Callable[[slice, Arrays], bool] = lambda images, part: True,
     kept: Path | None = None,
     workers: Workers = SINGLE_PROCESS,
@@ -68,6 +84,7 @@ def in_chunks(
     Args:
         count: number of images.
         work: computes the arrays of a chunk, including "forwards" (its number of passes).
+        size: images per chunk.
         fits: whether the arrays saved for a chunk can be those of `work`.
         kept: folder of finished chunks, to resume from after an interruption; call `forget` once
             their union is saved.
@@ -77,10 +94,10 @@ def in_chunks(
     Returns:
         The arrays of all chunks, in their order, on every process.
     """
-    starts = range(0, count, CHUNK)
+    starts = range(0, count, size)
     parts = []
     for start in workers.share(starts):
-        images = slice(start, min(start + CHUNK, count))
+        images = slice(start, min(start + size, count))
         # a single chunk is not saved separately from its union
         place = kept / f"{start}.npz" if kept is not None and len(starts) > 1 else None
         found = read_arrays(place)
@@ -96,9 +113,9 @@ def in_chunks(
     return workers.gather(parts)
 
 
-def own_images(count: int, workers: Workers) -> int:
-    """How many of `count` images this process computes."""
-    return sum(min(CHUNK, count - start) for start in workers.share(range(0, count, CHUNK)))
+def own_images(count: int, workers: Workers, size: int = CHUNK) -> int:
+    """How many of `count` images this process computes, in chunks of `size`."""
+    return sum(min(size, count - start) for start in workers.share(range(0, count, size)))
 
 
 class ChunkStore:

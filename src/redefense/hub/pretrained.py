@@ -27,6 +27,7 @@ from redefense.errors import (
     InputError,
     lacking,
 )
+from redefense.hub.published import from_file
 from redefense.report.card import card, unmeasured_card
 from redefense.runtime.files import write_bytes, write_json, write_text
 from redefense.train.checkpoint import Checkpoint
@@ -81,22 +82,47 @@ def save_pretrained(
 
 
 def from_pretrained(
-    name_or_folder: str | Path, *, revision: str | None = None, device: str = "cpu"
+    name_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    model: str | Mapping[str, Any] | None = None,
+    num_classes: int = 10,
+    shape: tuple[int, int, int] = (3, 32, 32),
 ) -> Ensemble:
-    """The ensemble of a local folder, or of a hub's repository `owner/name`, in evaluation mode.
+    """The ensemble of a folder, a hub's repository `owner/name`, or a file of published weights.
+
+    It is in evaluation mode.
 
     Args:
-        name_or_folder: an existing folder takes precedence over a repository of the same name.
+        name_or_folder: an existing folder takes precedence over a repository of the same name; or,
+            with `model`, a file that `models.published` can read.
         revision: commit, tag or branch of a repository; pin a commit for reproducibility.
         device: torch device.
+        model: of a file: a model's name, or settings such as {"model": "resnet20",
+            "mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.201]}. A normalisation that
+            the file states replaces that of the settings.
+        num_classes: of a file: number of logits.
+        shape: of a file: channels, height and width of the images.
+
+    Warns:
+        UserWarning: if a file has tensors that are not used, or states no normalisation of images
+            and none is given.
 
     Raises:
         CheckpointError: if a file is missing, damaged, of another format or does not fit.
         ConfigError: if a repository is named and huggingface_hub is not installed.
-        DataError: if the hub cannot be reached or has no such repository.
+        DataError: if the hub cannot be reached or has no such repository; or if a file cannot be
+            read, would execute code, or does not hold all tensors of the model.
         InputError: if the folder is not a path.
     """
     folder = checked_path(name_or_folder)
+    if model is not None:
+        return from_file(folder, model, num_classes=num_classes, shape=shape, device=device)
+    if folder.is_file():
+        raise ConfigError(
+            f"{folder} is a file: name the model of its weights, as in model='resnet20'"
+        )
     if not folder.is_dir():
         folder = _fetch(str(name_or_folder), revision)
     elif revision is not None:

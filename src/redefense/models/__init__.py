@@ -1,6 +1,7 @@
 """Networks by name: images (B, ch, H, W) in [0, 1] to logits, normalisation inside."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -162,8 +163,8 @@ def build(
     elif name in MODELS:
         model = MODELS[name]
         if isinstance(model, Own):
-            if width is not None or activation != "relu":
-                raise ConfigError(f"{name} has its own width and activation")
+            if (width, mean, std) != (None, None, None) or activation != "relu":
+                raise ConfigError(f"{name} has its own width, activation and normalisation")
             return _made(name, model, num_classes, shape, member, generator)
         with torch.device("meta"):  # no values yet, so torch's global generator is not used
             net = model.make(num_classes, shape, width or model.width, activation)
@@ -200,8 +201,11 @@ def _set_normalisation(
     net: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> None:
     mean, std = mean or [0.5] * channels, std or [0.25] * channels
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise ConfigError(f"need {channels} means and positive deviations, got {mean} and {std}")
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if len(mean) != channels or len(std) != channels or min(std) <= 0 or not finite:
+        raise ConfigError(
+            f"mean and std must be {channels} numbers each, std positive, got {mean} and {std}"
+        )
     (layer,) = (module for module in net.modules() if isinstance(module, Normalise))
     layer.mean.copy_(torch.tensor(mean))
     layer.std.copy_(torch.tensor(std))

@@ -4,7 +4,8 @@ A file is read by safetensors, or by `torch.load(weights_only=True)`. Tensors ar
 this package's names, or those of the residual networks of most repositories: torchvision's
 (`conv1`, `layer1.0.conv2`, `layer2.0.downsample.0`, `fc`) and the ResNet-20s of the repositories of
 ADP, GAL, DVERGE and TRS (`shortcut`, `linear`). Tensors of other shapes, and missing ones, are not
-changed.
+changed. If the file stores the normalisation of its images (as advertorch's `normalizer.mean` and
+`normalizer.std`, or RobustBench's `mu` and `sigma`), the network takes it over.
 """
 
 import pickle
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from redefense.errors import DataError
+from redefense.models.layers import Normalise
 
 State = Mapping[str, Tensor]
 
@@ -27,10 +29,13 @@ WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "net", "weights")
 """Keys of the state dict in checkpoints that also hold epochs, optimizers and the like."""
 
 _MEMBER: Final = re.compile(
-    r"^(?:module\.)?(?:(?:models|members|ensemble)\.|models?_)(\d+)(?:\.|$)"
+    r"^(?:module\.)?(?:(?:models|members|nets|ensemble)\.|(?:models?|members?|nets?)_?)(\d+)(?:\.|$)"
 )
 _PREFIX: Final = re.compile(r"^(?:module|model|net|1)\.")
 """Prefixes of a network's names: DataParallel, wrappers, a preceding normalisation."""
+
+_MEANS, _DEVIATIONS = ("mean", "means", "mu"), ("std", "stds", "sds", "sigma")
+"""Last parts of the names under which a normalisation is stored."""
 
 _NAMES: Final = (
     (re.compile(r"^conv1\.(.+)"), r"stem.\1"),
@@ -50,11 +55,13 @@ class Fitted:
         taken: tensors of the network that were loaded.
         fresh: tensors of the network without a match of equal shape.
         unused: tensors of the state without a match.
+        normalised: whether the normalisation of the images was loaded, too.
     """
 
     taken: tuple[str, ...]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
+    normalised: bool
 
 
 def read_states(path: Path) -> list[State]:
@@ -75,14 +82,34 @@ def fit(net: nn.Module, state: State) -> Fitted:
     found = {ours: theirs for theirs, ours in _renamed(state).items()}
     taken = {n: found[n] for n, t in own.items() if n in found and state[found[n]].shape == t.shape}
     net.load_state_dict({name: state[theirs] for name, theirs in taken.items()}, strict=False)
-    not_stored = ("normalise.mean", "normalise.std")  # settings, which other packages do not store
+    settings = ("normalise.mean", "normalise.std")
     counts = "num_batches_tracked"
-    used = set(taken.values())
+    normalisation = _normalise(net, state)
+    used = {*taken.values(), *normalisation}
     return Fitted(
-        tuple(n for n in taken if n not in not_stored),
-        tuple(n for n in own if n not in taken and n not in not_stored and counts not in n),
+        tuple(n for n in taken if n not in settings),
+        tuple(n for n in own if n not in taken and n not in settings and counts not in n),
         tuple(n for n in state if n not in used and counts not in n),
+        bool(normalisation),
     )
+
+
+def _normalise(net: nn.Module, state: State) -> tuple[str, ...]:
+    """Load a stored normalisation, and return the names of its two tensors, if there is one."""
+    layers = [part for part in net.modules() if isinstance(part, Normalise)]
+    for name, mean in state.items():
+        at, dot, last = name.rpartition(".")
+        others = (f"{at}{dot}{other}" for other in _DEVIATIONS) if last in _MEANS else ()
+        for other in others:
+            std = state.get(other)
+            if std is None or len(layers) != 1:
+                continue
+            size = layers[0].mean.numel()
+            if mean.numel() == std.numel() == size and bool((std > 0).all()):
+                layers[0].mean.copy_(mean.detach().flatten())
+                layers[0].std.copy_(std.detach().flatten())
+                return name, other
+    return ()
 
 
 def _tensors_of(path: Path) -> Any:
@@ -132,10 +159,15 @@ def _members(data: Any) -> list[State]:
 def _plain(state: State) -> State:
     """Remove the common prefix of all names except those of a preceding normalisation."""
     while True:
-        names = [name for name in state if not name.startswith("0.")]
+        names = [name for name in state if not _of_normalisation(name)]
         if not names or not all(_PREFIX.match(name) for name in names):
             return state
         state = {_PREFIX.sub("", name, count=1): value for name, value in state.items()}
+
+
+def _of_normalisation(name: str) -> bool:
+    """Whether the tensor may belong to a layer before the network, which has its own prefix."""
+    return name.startswith("0.") or name.rpartition(".")[2] in (*_MEANS, *_DEVIATIONS)
 
 
 def _renamed(state: State) -> dict[str, str]:

@@ -56,3 +56,27 @@ def worst_case(per_attack: Sequence[Floats]) -> Floats:
     """(n,) lowest expected correctness of each image over all attacks: the minimum per image."""
     lowest: Floats = np.minimum.reduce(list(per_attack))
     return lowest
+
+
+def pair_statistics(correct: Bools) -> dict[str, float | None]:
+    """Means over member pairs, from correctness (M, n); None for a single member.
+
+    disagreement: share of images on which exactly one of two is correct. double_fault: both wrong.
+    q_statistic: Yule's Q, from -1 (errors exclude each other) to 1 (same errors); None where it is
+    0 / 0 for every pair. overlap: Jaccard index of the images each gets wrong.
+    """
+    keys = ("disagreement", "double_fault", "q_statistic", "overlap")
+    values: dict[str, list[float]] = {key: [] for key in keys}
+    for i in range(len(correct)):
+        for j in range(i + 1, len(correct)):
+            a, b = correct[i], correct[j]
+            both, neither = float((a & b).mean()), float((~a & ~b).mean())
+            only_a, only_b = float((a & ~b).mean()), float((~a & b).mean())
+            values["disagreement"].append(only_a + only_b)
+            values["double_fault"].append(neither)
+            same, other = both * neither, only_a * only_b
+            if same + other > 0:
+                values["q_statistic"].append((same - other) / (same + other))
+            if both < 1:
+                values["overlap"].append(neither / (neither + only_a + only_b))
+    return {key: float(np.mean(v)) if v else None for key, v in values.items()}

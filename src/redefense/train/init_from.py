@@ -17,6 +17,7 @@ from redefense.ensembles import Ensemble, Hyper, Independent, evaluating
 from redefense.ensembles.configs import EnsembleConfig, HyperConfig, IndependentConfig
 from redefense.errors import ConfigError, DataError
 from redefense.models import fitting, hyper
+from redefense.models.layers import Normalise
 from redefense.models.published import Fitted, State, fit, read_states
 from redefense.runtime.files import sha256_of
 from redefense.train.checkpoint import Checkpoint
@@ -34,12 +35,13 @@ class Source:
         path: as given.
         sha256: checksum of the weights.
         networks: builds the networks, from the configuration of the new ensemble and an untrained
-            one; also returns unmatched names of a file, `fresh` and `unused`.
+            one; of a file also returns unmatched names, `fresh` and `unused`, and the
+            `normalisation` of the images with its origin, "file" or "settings".
     """
 
     path: Path
     sha256: str
-    networks: Callable[[EnsembleConfig, Ensemble], tuple[list[nn.Module], dict[str, Sequence[str]]]]
+    networks: Callable[[EnsembleConfig, Ensemble], tuple[list[nn.Module], dict[str, Any]]]
 
 
 def open_source(path: Path, device: str = "cpu") -> Source:
@@ -58,7 +60,7 @@ def open_source(path: Path, device: str = "cpu") -> Source:
 
 def _from_run(
     checkpoint: Checkpoint, device: str, kind: EnsembleConfig, like: Ensemble
-) -> tuple[list[nn.Module], dict[str, Sequence[str]]]:
+) -> tuple[list[nn.Module], dict[str, Any]]:
     model = load_checkpoint(checkpoint, device=device)
     nets = [model.member(m) for m in range(model.num_members)]
     theirs = resolve(checkpoint.run)[1].plain()
@@ -68,7 +70,7 @@ def _from_run(
 
 def _from_file(
     path: Path, states: Sequence[State], kind: EnsembleConfig, like: Ensemble
-) -> tuple[list[nn.Module], dict[str, Sequence[str]]]:
+) -> tuple[list[nn.Module], dict[str, Any]]:
     nets: list[nn.Module] = []
     fits: list[Fitted] = []
     for m, state in enumerate(states):
@@ -79,7 +81,12 @@ def _from_file(
         raise DataError(
             f"nothing in {path} fits a {kind.plain().model}: it holds {', '.join(unused[:5])} ..."
         )
-    return nets, {"fresh": fresh, "unused": unused}
+    found: dict[str, Any] = {"fresh": fresh, "unused": unused}
+    for layer in (part for part in nets[0].modules() if isinstance(part, Normalise)):
+        origin = "file" if fits[0].normalised else "settings"
+        values = {"mean": layer.mean.tolist(), "std": layer.std.tolist()}
+        found["normalisation"] = {"from": origin, **values}
+    return nets, found
 
 
 def recorded(start: StartConfig, source: Source) -> StartConfig:
@@ -181,6 +188,14 @@ def summary_of_start(started: Mapping[str, Any]) -> str:
         lines.append(
             f"members {', '.join(map(str, alike))} start alike ({len(set(chosen))} networks for "
             f"{len(chosen)} members): a method that shows them the same examples keeps them so"
+        )
+    if normalisation := started.get("normalisation"):
+        mean, std = (", ".join(f"{v:.4g}" for v in normalisation[key]) for key in ("mean", "std"))
+        lines.append(
+            f"images are normalised by mean {mean} and deviation {std}, as the file states"
+            if normalisation["from"] == "file"
+            else f"the file states no normalisation of images: mean {mean} and deviation {std} are "
+            "used; if the weights were trained with others, set ensemble.mean and ensemble.std"
         )
     for what, outcome in (("fresh", "stay as initialised"), ("unused", "are not used")):
         if names := started.get(what):

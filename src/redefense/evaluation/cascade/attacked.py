@@ -13,7 +13,6 @@ from redefense.evaluation.cells import Cell, Keep, Task
 from redefense.evaluation.plan import Job
 from redefense.evaluation.store import ChunkStore, read_arrays, write_arrays
 from redefense.results.examples import CANDIDATES
-from redefense.rng import CHUNK
 from redefense.types import Images
 
 SUFFIX: Final = ".images.npz"
@@ -88,8 +87,9 @@ class Attacked:
         if name in self.images:
             return
         images = self._x[: self._count].cpu().numpy().copy()
-        for start in range(0, self._count, CHUNK):
-            if not cell.met[start : min(start + CHUNK, self._count)].any():
+        size = self._job.subject.chunk
+        for start in range(0, self._count, size):
+            if not cell.met[start : min(start + size, self._count)].any():
                 continue
             if (part := self._chunks.read(name, start)) is None:
                 return  # the evaluation was finished without saved images

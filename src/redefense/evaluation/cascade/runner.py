@@ -145,7 +145,9 @@ class Runner:
         cell = Cell.read(job.place(f"{name}.npz")) if self.attacked.stored(name) else None
         if cell is None or not np.array_equal(cell.met, met):
             self.attacked.images.pop(name, None)
-            job.progress.begin(label, len(met), share=own_images(len(met), subject.workers))
+            job.progress.begin(
+                label, len(met), share=own_images(len(met), subject.workers, subject.chunk)
+            )
             cell = task.run(kept, job.progress)
             if worst is not None and not cell.whole:
                 cell = worst.filled(cell)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from redefense.ensembles import Ensemble
 from redefense.evaluation.cascade.worst_case import WorstCase
-from redefense.evaluation.cells import Cell, judge, verify_ball
+from redefense.evaluation.cells import Cell, judge, merged, verify_ball
+from redefense.evaluation.store import chunk_size
 from redefense.threat import Threat
 from redefense.types import Bool, Images, Labels
 
@@ -22,19 +23,24 @@ class Tried:
         x: (k, C, H, W) the first images of the evaluation.
         y: their labels.
         threat: that of the headline.
+
+    Attributes:
+        clean: the record of the clean images.
     """
 
     def __init__(self, ensemble: Ensemble, x: Images, y: Labels, threat: Threat) -> None:
         self._ensemble, self._x, self._y, self._threat = ensemble, x, y, threat
-        self._clean = Cell(**judge(ensemble, x, x, y))
-        self._worst = WorstCase(ensemble.probabilities(), self._clean)
+        size = chunk_size(x.shape[1:])
+        pairs = zip(x.split(size), y.split(size), strict=True)
+        self.clean = Cell(**merged([judge(ensemble, xs, xs, ys) for xs, ys in pairs]))
+        self._worst = WorstCase(ensemble.probabilities(), self.clean)
 
     @property
     def cell(self) -> Cell:
         """The record of the k images: correctness on the worst point, `alone` over all points."""
         worst = self._worst
         return replace(
-            self._clean, correct=worst.correct, averaged=worst.averaged, alone=worst.alone
+            self.clean, correct=worst.correct, averaged=worst.averaged, alone=worst.alone
         )
 
     def fork(self) -> "Tried":
@@ -59,12 +65,12 @@ class Tried:
         met = np.ones(len(self._x), dtype=bool) if rows is None else rows.cpu().numpy()
         chosen = slice(None) if rows is None else rows
         x, y = self._x[chosen], self._y[chosen]
-        correct, averaged = self._clean.correct.copy(), self._clean.averaged.copy()
+        correct, averaged = self.clean.correct.copy(), self.clean.averaged.copy()
         if len(x):
             verify_ball(points, x, self._threat, "a measurement")
             found = judge(self._ensemble, points, x, y)
             correct[:, met], averaged[met] = found["correct"], found["averaged"]
-        cell = replace(self._clean, correct=correct, averaged=averaged, alone=correct, met=met)
+        cell = replace(self.clean, correct=correct, averaged=averaged, alone=correct, met=met)
         self.add(cell)
         return cell
 

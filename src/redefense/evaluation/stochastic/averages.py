@@ -114,7 +114,7 @@ def _attacked(
         return stored
     at = torch.from_numpy(rows).to(subject.x.device)
     some = replace(subject, x=subject.x[at], y=subject.y[at], index=subject.index[rows])
-    job.progress.begin(name, len(rows), share=own_images(len(rows), subject.workers))
+    job.progress.begin(name, len(rows), share=own_images(len(rows), subject.workers, subject.chunk))
     cell = attack_drawn(
         some, network, attack, job.threat, "averaged", draws,
         seed=job.seed, name=name, kept=kept, progress=job.progress,

@@ -40,7 +40,7 @@ from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.stochastic.views import Fresh, InCalls, InPlace, counted
 from redefense.evaluation.store import in_chunks
 from redefense.results.accuracy import Bools
-from redefense.rng import CHUNK, stream
+from redefense.rng import stream
 from redefense.stochastic.ensemble import Stochastic, seeds_of, votes_as_logits
 from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
@@ -189,7 +189,9 @@ def attack_drawn(
         return judged | {"attacked": attacked.cpu().numpy()} | reached | cost
 
     count = len(subject.x)
-    parts = in_chunks(count, work, kept=kept, workers=subject.workers, progress=progress)
+    parts = in_chunks(
+        count, work, size=subject.chunk, kept=kept, workers=subject.workers, progress=progress
+    )
     return DrawnCell(**joined(parts, count))
 
 
@@ -258,8 +260,8 @@ def scored(
 
 def clean_drawn(subject: Subject, network: Stochastic, count: int, *, seed: int) -> DrawnCell:
     """Records of the clean images, scored by the same draws as all attacks."""
-    parts = []
-    for start in range(0, len(subject.x), CHUNK):
-        x, y = subject.x[start : start + CHUNK], subject.y[start : start + CHUNK]
+    parts, size = [], subject.chunk
+    for start in range(0, len(subject.x), size):
+        x, y = subject.x[start : start + size], subject.y[start : start + size]
         parts.append(scored(network, x, x, y, seeds_of(seed, "score", count, start)))
     return DrawnCell(**merged(parts))

@@ -16,9 +16,9 @@ from redefense.errors import ConfigError
 from redefense.evaluation.cells import image_digest
 from redefense.evaluation.plan import Log
 from redefense.evaluation.provenance import provenance
+from redefense.evaluation.store import chunk_size
 from redefense.limits import at_least
 from redefense.models.randomized import GaussianNoise
-from redefense.rng import CHUNK
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_json
 from redefense.stochastic.certificates import certificate
@@ -31,10 +31,10 @@ def right_answers(
     network: nn.Module, x: Images, y: Labels, draws: int, *, seed: int
 ) -> NDArray[np.int64]:
     """(n,) number of correct draws of a stochastic network, computed in chunks of images."""
-    noisy, found = Stochastic(network, draws=1), []
+    noisy, found, size = Stochastic(network, draws=1), [], chunk_size(x.shape[1:])
     with torch.no_grad():
-        for start in range(0, len(x), CHUNK):
-            points, labels = x[start : start + CHUNK], y[start : start + CHUNK]
+        for start in range(0, len(x), size):
+            points, labels = x[start : start + size], y[start : start + size]
             count = torch.zeros(len(labels), dtype=torch.int64, device=x.device)
             for number in seeds_of(seed, "certify", draws, start):
                 count += correct(noisy.draw(number, points), labels)

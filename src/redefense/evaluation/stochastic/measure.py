@@ -284,7 +284,8 @@ def _records(
             cell = DrawnCell.read(job.place(f"{name}.npz")) if attacked.stored(name) else None
             if not isinstance(cell, DrawnCell):
                 label, count = cell_label(number, planned, plan, repeat), len(subject.x)
-                job.progress.begin(label, count, share=own_images(count, subject.workers))
+                own = own_images(count, subject.workers, subject.chunk)
+                job.progress.begin(label, count, share=own)
                 cell = attack_drawn(
                     subject, network, planned.attack, planned.threat, planned.spec.view, draws,
                     seed=job.seed, name=name, kept=kept, progress=job.progress,

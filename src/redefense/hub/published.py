@@ -1,0 +1,70 @@
+"""Ensembles of published weights: the members of a file, as they answer."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from redefense.config import construct
+from redefense.ensembles import Ensemble, channels_last
+from redefense.ensembles.configs import IndependentConfig
+from redefense.errors import DataError
+from redefense.models.published import fit, read_states
+from redefense.runtime.device import check_device
+
+SHOWN = 5  # names in a message
+
+
+def from_file(
+    path: Path,
+    model: str | Mapping[str, Any],
+    *,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    device: str,
+) -> Ensemble:
+    """The networks of a file of weights as an ensemble, in evaluation mode.
+
+    Args:
+        path: read by safetensors, or by `torch.load(weights_only=True)`.
+        model: of every member, as in `from_pretrained`.
+        num_classes: number of logits.
+        shape: channels, height and width of the images.
+        device: torch device.
+
+    Warns:
+        UserWarning: if the file has tensors that are not used, or states no normalisation and
+            none is given.
+
+    Raises:
+        DataError: if the file cannot be read, or does not hold all tensors of the model.
+        ConfigError: for an unknown model or setting.
+    """
+    states = read_states(path)
+    settings = {"model": model} if isinstance(model, str) else dict(model)
+    kind = construct(IndependentConfig, {**settings, "num_members": len(states)}, "model")
+    ensemble = kind.build(num_classes=num_classes, shape=shape, seed=0)
+    for m, state in enumerate(states):
+        fitted = fit(ensemble.member(m), state)
+        if fitted.fresh:
+            raise DataError(
+                f"{path} does not hold all of a {kind.model} for {num_classes} classes: "
+                f"{_some(fitted.fresh)} of member {m} would stay random, "
+                f"{_some(fitted.unused) or 'nothing'} is left over; train on it with "
+                "redefense train --start"
+            )
+        if fitted.unused:
+            warnings.warn(f"{path} holds more than is used: {_some(fitted.unused)}", stacklevel=3)
+    if not fitted.normalised and kind.mean is None:
+        warnings.warn(
+            f"{path} states no normalisation of images: mean 0.5 and deviation 0.25 are used; if "
+            "the weights were trained with others, give model={'model': NAME, 'mean': [...], "
+            "'std': [...]}",
+            stacklevel=3,
+        )
+    return channels_last(ensemble).to(check_device(device)).eval()
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
