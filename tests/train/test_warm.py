@@ -343,7 +343,9 @@ def test_any_number_of_networks_starts_the_members_in_turn(
     assert "members 0, 2 start alike (2 networks for 3 members)" in told
     assert "not used" not in told
     assert "stay as initialised" not in told
-    assert ("images are normalised by mean 0.5, 0.5, 0.5" in told) == (kind == "file")
+    assert ("normalised by mean 0.5 and deviation 0.25, as the file states" in told) == (
+        kind == "file"
+    )
     record = json.loads((tmp_path / "run" / "start.json").read_text())
     assert record["from"] == [0, 1, 0]
     with pytest.raises(DataError, match="not those that this run"):
