@@ -4,7 +4,7 @@ Each rule takes all claims about one method and yields its findings. Tolerances 
 few tenths of a point for random starts, two images, one unit of the last stated digit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from redefense.audit.attack_names import (
     steps_of,
 )
 from redefense.audit.finding import Finding, finding_about
+from redefense.audit.rules_stated import Rule
 from redefense.audit.table import Claim, Group
 
 
@@ -81,37 +82,14 @@ def _above(
             yield high, below
 
 
-def autoattack_above_apgd(group: Group) -> Iterator[Finding]:
-    for high, below in _above(group, {"autoattack"}, {"apgd", "apgdt"}, 0.5):
-        why = (
-            "AutoAttack runs APGD first and keeps every success, so its accuracy cannot be higher; "
-            "it is if a random output makes it skip an image that is still correct."
-        )
-        yield finding_about(group, [high, *below], why)
+def _never_above(highs: Iterable[str], lows: Iterable[str], points: float, why: str) -> Rule:
+    """The rule that no figure of `highs` exceeds one of `lows` by more than the tolerance."""
 
+    def rule(group: Group) -> Iterator[Finding]:
+        for high, below in _above(group, highs, lows, points):
+            yield finding_about(group, [high, *below], why)
 
-def autoattack_above_pgd(group: Group) -> Iterator[Finding]:
-    for high, below in _above(group, {"autoattack"}, GRADIENT, 0.5):
-        why = (
-            "AutoAttack is stronger than any single gradient attack of at most its budget; if its "
-            "accuracy is higher it failed, as when a random output makes it skip an image."
-        )
-        yield finding_about(group, [high, *below], why)
-
-
-def apgd_above_pgd(group: Group) -> Iterator[Finding]:
-    for high, below in _above(group, {"apgd"}, ITERATIVE, 1.0):
-        why = (
-            "APGD is PGD with a better schedule, so its accuracy must not be higher; it returns "
-            "the clean image if a random output hid its success."
-        )
-        yield finding_about(group, [high, *below], why)
-
-
-def iterative_above_single_step(group: Group) -> Iterator[Finding]:
-    for high, below in _above(group, ITERATIVE - {"eotpgd"}, {"fgsm"}, 0.5):
-        why = "Accuracy is higher with many steps than with one: masked gradients or wrong steps."
-        yield finding_about(group, [high, *below], why)
+    return rule
 
 
 def rises_with_steps(group: Group) -> Iterator[Finding]:
@@ -315,24 +293,27 @@ def headline_above_attack(group: Group) -> Iterator[Finding]:
             yield replace(finding, id="unbounded-in-headline")
 
 
-def unbounded_attack(group: Group) -> Iterator[Finding]:
-    free = [c for c in group.attacks if not c.bounded]
-    if free:
-        why = (
-            "These attacks are unbounded: their accuracies mean nothing without the norm of the "
-            "perturbation, and must not be compared with bounded ones."
-        )
-        yield finding_about(group, free, why, "note")
-
-
-Rule = Callable[[Group], Iterator[Finding]]
-
 RULES: Final[Mapping[str, Rule]] = MappingProxyType(
     {
-        "autoattack-above-apgd": autoattack_above_apgd,
-        "autoattack-above-pgd": autoattack_above_pgd,
-        "apgd-above-pgd": apgd_above_pgd,
-        "iterative-above-single-step": iterative_above_single_step,
+        "autoattack-above-apgd": _never_above(
+            {"autoattack"}, {"apgd", "apgdt"}, 0.5,
+            "AutoAttack runs APGD first and keeps every success, so its accuracy cannot be higher; "
+            "it is if a random output makes it skip an image that is still correct.",
+        ),
+        "autoattack-above-pgd": _never_above(
+            {"autoattack"}, GRADIENT, 0.5,
+            "AutoAttack is stronger than any single gradient attack of at most its budget; if its "
+            "accuracy is higher it failed, as when a random output makes it skip an image.",
+        ),
+        "apgd-above-pgd": _never_above(
+            {"apgd"}, ITERATIVE, 1.0,
+            "APGD is PGD with a better schedule, so its accuracy must not be higher; it returns "
+            "the clean image if a random output hid its success.",
+        ),
+        "iterative-above-single-step": _never_above(
+            ITERATIVE - {"eotpgd"}, {"fgsm"}, 0.5,
+            "Accuracy is higher with many steps than with one: masked gradients or wrong steps.",
+        ),
         "rises-with-steps": rises_with_steps,
         "duplicates-differ": duplicates_differ,
         "black-box-below-white-box": black_box_below_white_box,
@@ -343,7 +324,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "unaware-only": unaware_only,
         "aware-above-unaware": aware_above_unaware,
         "headline-above-attack": headline_above_attack,
-        "unbounded-attack": unbounded_attack,
+        "unbounded-attack": stated.unbounded_attack,
         "unknown-attack": stated.unknown_attack,
         "draw-denied": stated.draw_denied,
         "draw-unstated": stated.draw_unstated,
@@ -356,7 +337,7 @@ RULES: Final[Mapping[str, Rule]] = MappingProxyType(
         "too-few-images": stated.too_few_images,
         "impossible-share": stated.impossible_share,
     }
-)
+)  # fmt: skip
 """Every rule that needs only figures, by the id of its findings."""
 
 _STRENGTH = frozenset(

@@ -1,35 +1,46 @@
 """Audit rules about how figures are described: budgets, images, digits, names and the draw."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from redefense.audit.attack_names import KNOWN
 from redefense.audit.finding import Finding, finding_about
-from redefense.audit.table import Group
+from redefense.audit.table import Claim, Group
 from redefense.results.intervals import wilson
 
-
-def eps_unstated(group: Group) -> Iterator[Finding]:
-    unstated = [c for c in group.attacks if c.bounded and c.eps is None]
-    if unstated:
-        yield finding_about(
-            group, unstated, "The budget eps of these attacks is not stated.", "note"
-        )
+Rule = Callable[[Group], Iterator[Finding]]
 
 
-def norm_unstated(group: Group) -> Iterator[Finding]:
-    unstated = [c for c in group.attacks if c.bounded and c.eps is not None and c.norm is None]
-    if unstated:
-        yield finding_about(group, unstated, "The norm of eps is not stated.", "note")
+def _noted(applies: Callable[[Claim], bool], why: str) -> Rule:
+    """A note about all attacks to which something applies."""
+
+    def rule(group: Group) -> Iterator[Finding]:
+        if found := [claim for claim in group.attacks if applies(claim)]:
+            yield finding_about(group, found, why, "note")
+
+    return rule
 
 
-def other_norm(group: Group) -> Iterator[Finding]:
-    other = [c for c in group.attacks if c.norm not in (None, "inf", "2")]
-    if other:
-        why = (
-            "`redefense evaluate` supports L-inf and L2 only: budgets in another norm are compared "
-            "with each other, but cannot be evaluated."
-        )
-        yield finding_about(group, other, why, "note")
+eps_unstated: Final = _noted(
+    lambda c: c.bounded and c.eps is None, "The budget eps of these attacks is not stated."
+)
+norm_unstated: Final = _noted(
+    lambda c: c.bounded and c.eps is not None and c.norm is None, "The norm of eps is not stated."
+)
+other_norm: Final = _noted(
+    lambda c: c.norm not in (None, "inf", "2"),
+    "`redefense evaluate` supports L-inf and L2 only: budgets in another norm are compared with "
+    "each other, but cannot be evaluated.",
+)
+unknown_attack: Final = _noted(
+    lambda c: c.key not in KNOWN,
+    "These attacks are unknown: only rules for all attacks were applied.",
+)
+unbounded_attack: Final = _noted(
+    lambda c: not c.bounded,
+    "These attacks are unbounded: their accuracies mean nothing without the norm of the "
+    "perturbation, and must not be compared with bounded ones.",
+)
 
 
 def fractions(group: Group) -> Iterator[Finding]:
@@ -47,13 +58,6 @@ def spelling(group: Group) -> Iterator[Finding]:
             names = ", ".join(map(repr, reversed(first)))
             why = f"Treated as one {what}: {names}. If they differ, rename them."
             yield finding_about(group, list(reversed(first.values())), why, "note")
-
-
-def unknown_attack(group: Group) -> Iterator[Finding]:
-    unknown = [c for c in group.attacks if c.key not in KNOWN]
-    if unknown:
-        why = "These attacks are unknown: only rules for all attacks were applied."
-        yield finding_about(group, unknown, why, "note")
 
 
 def draw_denied(group: Group) -> Iterator[Finding]:

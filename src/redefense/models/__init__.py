@@ -87,22 +87,10 @@ def _resnet(
 MODELS: Final[Registry[Model | Own]] = Registry(
     "models",
     {
-        "linear": Model(
-            summary="one linear layer",
-            make=lambda c, shape, _, act: tiny.linear(num_classes=c, shape=shape, activation=act),
-        ),
-        "mlp": Model(
-            summary="two hidden layers",
-            make=lambda c, shape, w, act: tiny.mlp(
-                num_classes=c, shape=shape, width=w, activation=act
-            ),
-            width=64,
-        ),
+        "linear": Model(summary="one linear layer", make=tiny.linear),
+        "mlp": Model(summary="two hidden layers", make=tiny.mlp, width=64),
         "digits-cnn": Model(
-            summary="three convolutions, for small grey images",
-            make=lambda c, shape, w, act: tiny.digits_cnn(
-                num_classes=c, shape=shape, width=w, activation=act
-            ),
+            summary="three convolutions, for small grey images", make=tiny.digits_cnn
         ),
         "resnet8": Model(summary="CIFAR ResNet-8", make=_resnet([1, 1, 1])),
         "resnet20": Model(summary="CIFAR ResNet-20", make=_resnet([3, 3, 3])),

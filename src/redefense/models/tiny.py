@@ -39,14 +39,14 @@ class Chain(nn.Module):
         return x
 
 
-def linear(*, num_classes: int, shape: tuple[int, int, int], activation: str) -> Chain:
-    """One linear layer."""
+def linear(num_classes: int, shape: tuple[int, int, int], width: int, activation: str) -> Chain:
+    """One linear layer; `width` does not apply."""
     channels, height, width = shape
     layer = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
     return Chain(channels, [layer], activation)
 
 
-def mlp(*, num_classes: int, shape: tuple[int, int, int], width: int, activation: str) -> Chain:
+def mlp(num_classes: int, shape: tuple[int, int, int], width: int, activation: str) -> Chain:
     """Two hidden layers."""
     channels, height, columns = shape
     first = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * columns, width))
@@ -54,9 +54,7 @@ def mlp(*, num_classes: int, shape: tuple[int, int, int], width: int, activation
     return Chain(channels, layers, activation)
 
 
-def digits_cnn(
-    *, num_classes: int, shape: tuple[int, int, int], width: int, activation: str
-) -> Chain:
+def digits_cnn(num_classes: int, shape: tuple[int, int, int], width: int, activation: str) -> Chain:
     """Three 3x3 convolutions with batch norm, pooling before the last and a mean after it."""
     channels = shape[0]
 

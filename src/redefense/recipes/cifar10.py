@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 from redefense.config import DataConfig, OptimConfig, Run, ThreatConfig
+from redefense.recipes.closing import closing
 
 EPS = 0.03
 PUBLISHED: Final = {"eps": EPS, "steps": 10, "step_size": 0.25}
@@ -45,10 +46,6 @@ def _full(defence: Mapping[str, Any], **changes: Any) -> Run:
         precision="bf16",
     )
     return base.model_copy(update=changes)
-
-
-def _red(adversary: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
-    return {"name": "red", "adversary": dict(adversary), **settings}
 
 
 # Published: SGD 0.1, 200 epochs, drops at 100 and 150, batch 128 (methods of DVERGE's code)
@@ -143,25 +140,7 @@ CIFAR10_MINI: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-mini-trs-printed": partial(_mini, {**_MINI_TRS, "preset": "printed"}),
     "cifar10-mini-mrboost": partial(_mini, {"name": "mrboost", "adversary": MINI}),
     "cifar10-mini-barre": partial(_mini, _MINI_BARRE),
-    "cifar10-mini-fork": partial(_mini, {"name": "fork", "adversary": MINI}),
-    "cifar10-mini-fork-subset": partial(
-        _mini, {"name": "fork", "adversary": MINI, "apart": "subset"}
-    ),
-    "cifar10-mini-snapshots": partial(_mini, {"name": "snapshots", "adversary": MINI}),
-    "cifar10-mini-red": partial(_mini, _red(MINI)),
-    "cifar10-mini-red-released": partial(_mini, _red(MINI, preset="released")),
-    "cifar10-mini-red-printed": partial(_mini, _red(MINI, preset="printed")),
-    "cifar10-mini-red-at": partial(_mini, _red(MINI, adversarial_training=True)),
-    "cifar10-mini-ps-red": partial(_mini, _red(MINI), ensemble=_MINI_HYPER),
-    "cifar10-mini-ps-red-released": partial(
-        _mini, _red(MINI, preset="released"), ensemble=_MINI_HYPER
-    ),
-    "cifar10-mini-ps-red-printed": partial(
-        _mini, _red(MINI, preset="printed"), ensemble=_MINI_HYPER
-    ),
-    "cifar10-mini-ps-red-at": partial(
-        _mini, _red(MINI, adversarial_training=True), ensemble=_MINI_HYPER
-    ),
+    **closing("cifar10-mini", _mini, MINI, _MINI_HYPER),
 }
 
 # ours: the arithmetic of cifar10-mini-at; an adversary of one step leaves it 2.7 times the images
@@ -188,19 +167,5 @@ CIFAR10: Final[Mapping[str, Callable[[], Run]]] = {
     "cifar10-trs-printed": partial(_full, {"name": "trs", "preset": "printed"}, **_TRS_RUN),
     "cifar10-mrboost": partial(_full, {"name": "mrboost"}, **_BOOST, batch_size=128),
     "cifar10-barre": partial(_full, {"name": "barre"}, **_BOOST),
-    "cifar10-fork": partial(_full, {"name": "fork", "adversary": PUBLISHED}),
-    "cifar10-fork-subset": partial(
-        _full, {"name": "fork", "adversary": PUBLISHED, "apart": "subset"}
-    ),
-    "cifar10-snapshots": partial(_full, {"name": "snapshots", "adversary": PUBLISHED}),
-    "cifar10-red": partial(_full, _red(PUBLISHED)),
-    "cifar10-red-released": partial(_full, _red(PUBLISHED, preset="released")),
-    "cifar10-red-printed": partial(_full, _red(PUBLISHED, preset="printed")),
-    "cifar10-red-at": partial(_full, _red(PUBLISHED, adversarial_training=True)),
-    "cifar10-ps-red": partial(_full, _red(PUBLISHED), ensemble=_HYPER),
-    "cifar10-ps-red-released": partial(_full, _red(PUBLISHED, preset="released"), ensemble=_HYPER),
-    "cifar10-ps-red-printed": partial(_full, _red(PUBLISHED, preset="printed"), ensemble=_HYPER),
-    "cifar10-ps-red-at": partial(
-        _full, _red(PUBLISHED, adversarial_training=True), ensemble=_HYPER
-    ),
+    **closing("cifar10", _full, PUBLISHED, _HYPER),
 }

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Final
 
 from redefense.config import DataConfig, OptimConfig, Run, ThreatConfig
+from redefense.recipes.closing import closing
 
 EPS = 0.2
 ADVERSARY: Final = {"eps": EPS, "steps": 10, "step_size": 0.25}
@@ -22,12 +23,6 @@ def _run(defence: Mapping[str, Any], **changes: Any) -> Run:
     )
     return base.model_copy(update=changes)
 
-
-_RED: Final = {"name": "red", "adversary": ADVERSARY, "similarity": 0.1, "lipschitz": 0.5}
-
-_RELEASED: Final = {"name": "red", "preset": "released", "adversary": ADVERSARY}
-_PRINTED: Final = {"name": "red", "preset": "printed", "adversary": ADVERSARY}
-_RED_AT: Final = {"name": "red", "adversary": ADVERSARY, "adversarial_training": True}
 
 _LEAKY: Final = {
     "name": "independent", "model": "digits-cnn", "num_members": 3, "activation": "leaky",
@@ -71,17 +66,5 @@ DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-trs-printed": partial(_run, {**_TRS, "preset": "printed"}),
     "digits-mrboost": partial(_run, {"name": "mrboost", "adversary": ADVERSARY}),
     "digits-barre": partial(_run, _BARRE),
-    "digits-fork": partial(_run, {"name": "fork", "adversary": ADVERSARY}),
-    "digits-fork-subset": partial(
-        _run, {"name": "fork", "adversary": ADVERSARY, "apart": "subset"}
-    ),
-    "digits-snapshots": partial(_run, {"name": "snapshots", "adversary": ADVERSARY}),
-    "digits-red": partial(_run, _RED),
-    "digits-red-released": partial(_run, _RELEASED),
-    "digits-red-printed": partial(_run, _PRINTED),
-    "digits-red-at": partial(_run, _RED_AT),
-    "digits-ps-red": partial(_run, _RED, ensemble=_HYPER),
-    "digits-ps-red-released": partial(_run, _RELEASED, ensemble=_HYPER),
-    "digits-ps-red-printed": partial(_run, _PRINTED, ensemble=_HYPER),
-    "digits-ps-red-at": partial(_run, _RED_AT, ensemble=_HYPER),
+    **closing("digits", _run, ADVERSARY, _HYPER, similarity=0.1, lipschitz=0.5),
 }
