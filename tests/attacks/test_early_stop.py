@@ -70,7 +70,7 @@ def test_what_is_out_of_reach_is_left_early(name: str, most: float) -> None:
     for early in (False, True):
         meter = Meter()
         victim = Metered(Independent([Planes()]), meter).averaged()
-        settings = {"steps": 20, "queries": 1000} if name == "autoattack" else {}
+        settings = {"steps": 20, "queries": 300} if name == "autoattack" else {}
         attack = made(name, early_stop=early, **settings)
         attack(victim, x[far], y[far], SMALL, rng=stream(0, "a"))
         passes.append(meter.forwards)

@@ -6,7 +6,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from test_cascade import FIRST, HANDING_ON, INDEPENDENT, THREAT, cell, members, subject
+from test_cascade import (
+    FIRST,
+    HANDING_ON,
+    INDEPENDENT,
+    THREAT,
+    TWO_CHUNKS,
+    cell,
+    members,
+    subject,
+)
 
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
@@ -24,7 +33,8 @@ PLAIN = Suite(name="mine", cells=(*FIRST, cell("cw", "averaged", steps=2)))
 
 
 def run(suite: Suite = INDEPENDENT, store: Path | None = None, **settings: Any) -> Report:
-    return run_suite(subject(), suite, THREAT, store=store, **{"keep_images": True, **settings})
+    settings = {"subject": subject(), "keep_images": True, **settings}
+    return run_suite(settings.pop("subject"), suite, THREAT, store=store, **settings)
 
 
 @pytest.mark.parametrize("suite", [INDEPENDENT, HANDING_ON, PLAIN], ids=["beside", "on", "plain"])
@@ -81,7 +91,8 @@ def test_images_are_found_again_and_made_again_where_they_are_missing(tmp_path: 
 def test_a_stopped_evaluation_keeps_the_images_that_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(HANDING_ON)
+    who = subject(TWO_CHUNKS)
+    whole = run(HANDING_ON, subject=who)
 
     class StoppedError(Exception):
         pass
@@ -100,8 +111,8 @@ def test_a_stopped_evaluation_keeps_the_images_that_it_had(
     with monkeypatch.context() as patch:
         patch.setattr(Task, "chunk", stopping)
         with pytest.raises(StoppedError):
-            run(HANDING_ON, tmp_path)
-    again = run(HANDING_ON, tmp_path)
+            run(HANDING_ON, tmp_path, subject=who)
+    again = run(HANDING_ON, tmp_path, subject=who)
     assert {k: v.tolist() for k, v in again.images.items()} == {
         k: v.tolist() for k, v in whole.images.items()
     }

@@ -23,7 +23,7 @@ from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.suite import CellSpec, Suite
 from redefense.results.intervals import exact_expectation
-from redefense.rng import stream
+from redefense.rng import CHUNK, stream
 from redefense.threat import Threat
 
 EPS = 0.15
@@ -41,9 +41,8 @@ FIRST = (
 )
 BESIDE = (cell("hinge", steps=6), cell("apgd", steps=5))
 INDEPENDENT = Suite(name="mine", cells=FIRST, baseline_attacks=BESIDE, cascade=True)
-HANDING_ON = Suite(
-    name="mine", cells=(*FIRST, cell("subset", steps=4, num_targets=1)), cascade=True
-)
+BRIEF = {"num_targets": 1, "mixed": 1, "subsets": 2}
+HANDING_ON = Suite(name="mine", cells=(*FIRST, cell("subset", steps=4, **BRIEF)), cascade=True)
 
 
 def members(count: int, *, pixels: int = 9, classes: int = 4) -> list[nn.Module]:
@@ -58,12 +57,15 @@ def members(count: int, *, pixels: int = 9, classes: int = 4) -> list[nn.Module]
     return made
 
 
-def subject(count: int = 130, mixture: list[float] | None = None, num: int = 3) -> Subject:
+def subject(count: int = 60, mixture: list[float] | None = None, num: int = 3) -> Subject:
     ensemble = Independent(members(num), mixture).eval().double()
     x = torch.rand(count, 1, 3, 3, generator=stream(0, "images"), dtype=torch.float64)
     y = ensemble.averaged()(x).argmax(1)
     y[::10] = (y[::10] + 1) % 4  # some are wrong as they are
     return Subject(ensemble, x, y, np.arange(count), "made up")
+
+
+TWO_CHUNKS = CHUNK + 20
 
 
 def run(suite: Suite, **settings: Any) -> Report:
@@ -101,11 +103,11 @@ def test_the_headline_is_that_of_attacks_on_all_images() -> None:
             assert record.met.tolist() == (q > 0).tolist()
             assert not record.correct[:, ~record.met].any()
         q = np.minimum(q, exact_expectation(record.correct, mixture))
-    assert 0 < second.met.sum() < first.met.sum() < 130
+    assert 0 < second.met.sum() < first.met.sum() < 60
     assert [c["met"] for c in with_cascade.data["cells"]] == [
-        130, first.met.sum(), second.met.sum(),
+        60, first.met.sum(), second.met.sum(),
     ]  # fmt: skip
-    assert {c["met"] for c in without.data["cells"]} == {130}
+    assert {c["met"] for c in without.data["cells"]} == {60}
 
 
 def test_a_member_of_probability_zero_keeps_no_image_and_is_judged_for_itself() -> None:
@@ -128,7 +130,7 @@ def test_everything_that_was_run_counts_and_no_figure_lies_below_aware(
 ) -> None:
     monkeypatch.setattr(checks_full, "CHECKS", (checks_full.more_restarts, checks_full.black_box))
     suite = HANDING_ON.model_copy(update={"baseline_attacks": BESIDE, "measures": True})
-    report = run(suite, subject=subject(40), checks="full", seeds=2)
+    report = run(suite, subject=subject(20), checks="full", seeds=2)
     data, headline = report.data, report.headline
     aware = headline["aware"]
     assert aware == pytest.approx(lowest(report).mean())
@@ -155,7 +157,7 @@ SHORT = (cell("hinge", steps=1, step_size=0.01),)
 
 @pytest.mark.parametrize(
     ("cells", "passed"),
-    [(SHORT, False), ((*SHORT, cell("subset", steps=1, num_targets=0)), True)],
+    [(SHORT, False), ((*SHORT, cell("subset", steps=1, num_targets=0, mixed=1)), True)],
     ids=["short", "enough"],
 )
 def test_a_suite_whose_attacks_stop_early_is_caught(
@@ -163,7 +165,7 @@ def test_a_suite_whose_attacks_stop_early_is_caught(
 ) -> None:
     monkeypatch.setattr(checks_full, "CHECKS", ())
     suite = Suite(name="mine", cells=cells, cascade=True)
-    quick, full = (run(suite, subject=subject(20, num=2), checks=c) for c in ("quick", "full"))
+    quick, full = (run(suite, subject=subject(12, num=2), checks=c) for c in ("quick", "full"))
     (check,) = [c for c in full.data["checks"] if c["id"] == "S44"]
     assert check["passed"] is passed
     # what it found counts
@@ -186,31 +188,30 @@ class Stop(BaseException):
     """Somebody pressed Ctrl-C."""
 
 
-@pytest.mark.parametrize(("kind", "allowed"), [(MeanProbPGD, 1), (Subset, 1)])
 def test_what_goes_on_in_the_middle_of_a_cascade_gives_the_same_bits(
-    kind: Any, allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = bits(run(HANDING_ON))
-    calls, original = [0], kind.perturb
+    who = subject(TWO_CHUNKS)
+    whole = bits(run(HANDING_ON, subject=who))
+    for kind, name in ((MeanProbPGD, "perturb"), (Subset, "perturb_from")):
+        store, calls, original = tmp_path / kind.__name__, [0], getattr(kind, name)
 
-    def perturb(self: Any, *given: Any, **named: Any) -> Tensor:
-        if calls[0] == allowed:
-            raise Stop
-        calls[0] += 1
-        found: Tensor = original(self, *given, **named)
-        return found
+        def perturb(*given: Any, calls: Any = calls, original: Any = original, **n: Any) -> Tensor:
+            if calls[0] == 1:
+                raise Stop
+            calls[0] += 1
+            found: Tensor = original(*given, **n)
+            return found
 
-    name = "perturb_from" if kind is Subset else "perturb"
-    original = getattr(kind, name)
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, name, perturb)
-        with pytest.raises(Stop):
-            run(HANDING_ON, store=tmp_path / "mine")
-    assert bits(run(HANDING_ON, store=tmp_path / "mine")) == whole
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, perturb)
+            with pytest.raises(Stop):
+                run(HANDING_ON, subject=who, store=store)
+        assert bits(run(HANDING_ON, subject=who, store=store)) == whole
     # a record that is lost is made again, from points that are made again
-    (tmp_path / "mine" / "subset-members-linf-0.15.npz").unlink()
-    assert bits(run(HANDING_ON, store=tmp_path / "mine")) == whole
-    assert not [path for path in (tmp_path / "mine").iterdir() if path.is_dir()]
+    (store / "subset-members-linf-0.15.npz").unlink()
+    assert bits(run(HANDING_ON, subject=who, store=store)) == whole
+    assert not [path for path in store.iterdir() if path.is_dir()]
 
 
 def test_a_record_of_other_images_is_made_again(tmp_path: Path) -> None:
@@ -252,6 +253,7 @@ def test_an_attack_begins_from_the_worst_point_of_those_before(
     run(HANDING_ON, subject=who)
     clean = who.x[torch.from_numpy(met)]
     late = met.nonzero()[0] >= 40
+    assert late.any()
     assert torch.equal(torch.cat(given, dim=1)[0][late], clean[late])
 
 

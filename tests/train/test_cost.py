@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from redefense.cli import app
 from redefense.config import OptimConfig, Run, override
-from redefense.defences import DEFENCES
+from redefense.defences import DEFENCES, RED, Adversary
 from redefense.ensembles import Ensemble
 from redefense.ensembles.configs import HyperConfig, IndependentConfig
 from redefense.errors import ConfigError
@@ -39,6 +39,9 @@ PLANE = Accelerator(
     half=4.0, single=2.0, bandwidth=8.0, memory=1e9, link=1.0, reach=0.5, stream=0.25, launch=1.0,
     source="made up",
 )  # fmt: skip
+
+
+QUICK_RED = RED(adversary=Adversary(steps=2))
 
 
 def members_and_batch(kind: IndependentConfig | HyperConfig, size: int) -> tuple[Ensemble, Batch]:
@@ -88,12 +91,12 @@ def test_members_that_hypernetworks_write_are_counted_with_their_writing() -> No
     kind = HyperConfig(model="resnet8", num_members=2, unit=16, embedding=16, hidden=16)
     found = []
     for dry in (False, True):
-        ensemble, batch = members_and_batch(kind, 8)
-        stages = DEFENCES["red"]().stages(2, 1)
+        ensemble, batch = members_and_batch(kind, 2)
+        stages = QUICK_RED.stages(2, 1)
         found.append(booked_step(ensemble, stages, batch, optim=OPTIM, precision="fp32", dry=dry))
     assert found[0].flops() == found[1].flops()
-    plain, batch = members_and_batch(kind.plain(), 8)
-    stages = DEFENCES["red"]().stages(2, 1)
+    plain, batch = members_and_batch(kind.plain(), 2)
+    stages = QUICK_RED.stages(2, 1)
     assert (
         found[0].flops() > booked_step(plain, stages, batch, optim=OPTIM, precision="fp32").flops()
     )
@@ -170,9 +173,7 @@ def test_living_memory_is_exact() -> None:
 def test_nothing_is_left_behind() -> None:
     ensemble, batch = members_and_batch(IndependentConfig(model="mlp", num_members=2, width=8), 4)
     state = torch.random.get_rng_state()
-    booked_step(
-        ensemble, DEFENCES["red"]().stages(2, 1), batch, optim=OPTIM, precision="fp32", dry=True
-    )
+    booked_step(ensemble, QUICK_RED.stages(2, 1), batch, optim=OPTIM, precision="fp32", dry=True)
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in ensemble.parameters())
 

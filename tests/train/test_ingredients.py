@@ -124,10 +124,13 @@ def test_weight_decay_spares_all_norms_and_biases_of_a_network() -> None:
 
 
 def small(method: str, *changes: str) -> Run:
-    return override(
-        recipe(f"digits-{method}"),
-        ["epochs=2", "batch_size=128", "data.images=384", "ensemble.num_members=2", *changes],
-    )
+    """Two epochs of three steps, with attacks of two."""
+    run = recipe(f"digits-{method}")
+    few = {"adversary": "adversary.steps=2", "refit_images": "refit_images=16",
+           "refit_steps": "refit_steps=2"}  # fmt: skip
+    quick = [f"defence.{text}" for key, text in few.items() if key in run.defence]
+    size = ["epochs=2", "batch_size=32", "data.images=96", "ensemble.num_members=2"]
+    return override(run, [*size, *quick, *changes])
 
 
 def decays(limit: float, count: int) -> list[float]:

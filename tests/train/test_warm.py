@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -132,8 +133,7 @@ def test_one_unit_is_written_by_biases(units: int) -> None:
     assert squared_error(target, found) <= along_units + along_taps + 1e-9
 
 
-@pytest.mark.parametrize("taps", ["mean", "sum"])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("taps", "shared"), [("mean", False), ("sum", True)])
 def test_no_small_change_of_a_source_betters_the_fit(
     taps: TapsName, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +287,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_without_its_source(
     place = tmp_path / "place"
     source_copy = place / "plain"
     source_copy.parent.mkdir()
-    train(PLAIN, source_copy, quiet=True)
+    shutil.copytree(source, source_copy)
     whole = train(starting(source), tmp_path / "whole", quiet=True)
     step = loop.take_step
 
