@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -215,3 +216,20 @@ def test_the_digits_network_learns_the_digits_in_seconds() -> None:
             optimizer.step()
     predicted = net.eval()(validation.float()).argmax(1)
     assert (predicted == validation.labels).float().mean().item() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import no_such_package", "needs no_such_package: pip install no_such_package"),
+        ("raise RuntimeError('no operator nms')", "timm cannot be imported: no operator nms"),
+    ],
+)
+def test_a_timm_that_cannot_be_imported_is_one_line(
+    source: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "timm.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(ConfigError, match=says):
+        build("timm:vit", num_classes=2, shape=(3, 8, 8), generator=stream(0))

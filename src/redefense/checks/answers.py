@@ -97,21 +97,23 @@ def laid_out(ensemble: Ensemble, x: Images) -> Images:
     Otherwise the memory format is unchanged, or contiguous if a member fails on the given one, as
     networks that call `view` on their features.
     """
-    last = x.contiguous(memory_format=torch.channels_last)
-    # a clone, since images of one channel have both formats and keep their strides
-    first = x.clone(memory_format=torch.contiguous_format)
-    # slices keep the strides, on which `view` in networks depends
-    with_last = _answers(ensemble, last[:SAMPLE])
+    some = x[:SAMPLE]
+    with_last = _answers(ensemble, some.contiguous(memory_format=torch.channels_last))
     if with_last is None:
-        return first
-    with_first = _answers(ensemble, first[:SAMPLE])
+        return _first(x)
+    with_first = _answers(ensemble, _first(some))
     if with_first is None or not _is_first(x):
-        return last
+        return x.contiguous(memory_format=torch.channels_last)
     alike = (
         bool((differences(a, b) <= KERNELS).all())
         for a, b in zip(with_first, with_last, strict=True)
     )
-    return last if all(alike) else first
+    return x.contiguous(memory_format=torch.channels_last) if all(alike) else _first(x)
+
+
+def _first(x: Images) -> Images:
+    """A copy in channels-first format: images of one channel have both formats."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def query_member(ensemble: Ensemble, m: int, x: Images) -> Logits:

@@ -202,8 +202,11 @@ def _set_normalisation(
 def _timm(name: str, num_classes: int, channels: int, rng: torch.Generator) -> nn.Module:
     try:
         import timm
-    except ImportError as error:
-        raise ConfigError(f"timm:{name} needs timm: pip install timm") from error
+    except ModuleNotFoundError as error:
+        lacking = error.name or "timm"
+        raise ConfigError(f"timm:{name} needs {lacking}: pip install {lacking}") from error
+    except Exception as error:  # torchvision raises RuntimeError where its build is not torch's
+        raise ConfigError(f"timm:{name}: timm cannot be imported: {first_line(error)}") from error
     # timm draws from the global generator, whose state is restored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(rng))
