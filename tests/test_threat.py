@@ -157,7 +157,10 @@ def test_what_is_no_radius_is_refused_as_it_was_written(eps: Any) -> None:
         read_eps(eps)
 
 
-@pytest.mark.parametrize("norm", ["", "l1", "l", "3", 1, True, None, [2], torch.tensor(2)])
+@pytest.mark.parametrize(
+    "norm",
+    ["", "l1", "l", "3", 1, -2, "-2", -math.inf, True, None, [2], torch.tensor(2)],
+)
 def test_what_is_no_norm_is_refused_as_it_was_written(norm: Any) -> None:
     with pytest.raises(ConfigError, match=rf"'inf' or '2'.*got {re.escape(repr(norm))}$"):
         read_norm(norm)

@@ -63,7 +63,7 @@ claim_app.command("check", cls=HelpfulCommand)(with_plugins(claiming.check))
 claim_app.command("recompute", cls=HelpfulCommand)(with_plugins(claiming.recompute))
 claim_app.command("compare", cls=HelpfulCommand)(claiming.compare)
 claim_app.command("table", cls=HelpfulCommand)(claiming.table)
-app.command(cls=HelpfulCommand)(claiming.leaderboard)
+app.command(cls=HelpfulCommand)(with_plugins(claiming.leaderboard))
 bench_app = typer.Typer(
     help="Benchmarks of speed and memory.", no_args_is_help=True, rich_markup_mode=None
 )

@@ -4,6 +4,7 @@ Imports no torch, as `redefense.config`.
 """
 
 import math
+import re
 from numbers import Real
 from typing import Annotated, Any, Literal, cast
 
@@ -20,13 +21,12 @@ def read_norm(value: object, what: str = "norm") -> Norm:
     Raises:
         ConfigError: for any other norm.
     """
-    plain = str(value).lower().replace("\u221e", "inf").replace("\u2113", "l")
-    plain = "".join(c for c in plain if c not in "-_ ").removeprefix("l").removesuffix(".0")
-    found = {"2": "2", "inf": "inf", "infty": "inf", "infinity": "inf"}.get(plain)
+    plain = str(value).lower().replace("\u221e", "inf").replace("\u2113", "l").replace(" ", "")
+    match = re.fullmatch(r"(?:l[-_]?)?(?:(2)(?:\.0)?|inf(?:ty|inity)?)", plain)
     # text and numbers only, not True or tensors that print alike
-    if found is None or not isinstance(value, str | Real):
+    if match is None or not isinstance(value, str | Real):
         raise ConfigError(f"{what} must be 'inf' or '2' (or 'linf', 'l2'), got {value!r}")
-    return cast(Norm, found)
+    return cast(Norm, match[1] or "inf")
 
 
 def read_eps(value: object, what: str = "eps") -> float:

@@ -14,11 +14,15 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # the two multipliers of the splitmix64 finaliser
 _MIX_2 = -7723592293110705685
+
+PROTOCOL_DRAWS: Final = 5
+"""Fresh draws by which the published protocol classifies the attacked images."""
 
 CHUNK: Final = 100
 """Images per chunk of an evaluation. Streams are named by chunk, so results depend on it."""
@@ -251,3 +255,15 @@ def draw_members(mixture: Tensor, count: int, rng: torch.Generator | None = None
     edges = probs.cumsum(0)
     # u * total: rounding of the sum can never select a member beyond the last possible one
     return torch.searchsorted(edges, u * edges[-1], right=True)
+
+
+def protocol_draws(
+    mixture: NDArray[np.float64], count: int, seed: int, name: str
+) -> NDArray[np.int64]:
+    """(PROTOCOL_DRAWS, count) members that answer `count` images in each draw of the protocol."""
+    probs = torch.from_numpy(mixture)
+    rngs = (stream(seed, "protocol", name, draw) for draw in range(PROTOCOL_DRAWS))
+    found: NDArray[np.int64] = torch.stack(
+        [draw_members(probs, count, rng) for rng in rngs]
+    ).numpy()
+    return found

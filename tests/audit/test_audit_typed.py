@@ -129,6 +129,7 @@ def test_members_of_whom_it_is_not_said_whether_one_is_drawn_are_noted(tmp_path:
         ("\u2113\u221e", "300", "got 300$"),  # no number of levels either
         ("L3", "0.5", "line 3: norm must be inf, 2, 1, 0 or empty, got 'L3'"),
         ("max", "0.5", "norm must be .* got 'max'"),
+        ("-2", "0.5", "norm must be .* got '-2'"),
     ],
 )
 def test_a_budget_that_cannot_be_meant_is_refused_by_line(

@@ -119,6 +119,8 @@ def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) ->
     held = command(*words, "--run", runs / "tiny-0")
     assert (held.code, held.out) == (0, f"{path}: holds\n")
     assert "quick" in held.err  # says what it does
+    checked = command("claim", "check", path, "--quiet")
+    assert (checked.code, checked.out, checked.err) == (0, "", "")
     (found,) = it.evaluations
     better = found.model_copy(update={"aware": format.Figure(value=0.99, low=0.98, high=1.0)})
     format.write(it.model_copy(update={"evaluations": (better,)}), path)

@@ -108,6 +108,9 @@ def test_a_bundle_given_in_place_of_its_run_is_one_line() -> None:
         refused = command(name, "bundle", "--out", "new.svg")
         assert (refused.code, refused.err.count("\n")) == (3, 1)
         assert "bundle is a bundle or a folder for a model hub, not a run" in refused.err
+    refused = command("verify", "v/final")
+    assert (refused.code, refused.err.count("\n")) == (3, 1)
+    assert "v/final is a checkpoint, not a bundle" in refused.err
 
 
 @pytest.mark.usefixtures("v")
@@ -143,6 +146,10 @@ def test_an_evaluation_with_other_settings_needs_another_file() -> None:
         (["report", "nowhere"], 3, "nowhere"),
         (["list", "colours"], 2, "cannot list 'colours'"),
         (["show", "digits-rde"], 2, "digits-red"),
+        (["show", "."], 3, "there is no run at .: it has no run.json"),
+        (["show", "no/where"], 3, "there is no run at no/where"),
+        (["bench", "inference", "--model", "nope"], 2, "unknown model 'nope'"),
+        (["bench", "attacks", "--attack", "nope"], 2, "no attack named nope"),
         (["show", "digits-red", "--cost", "--parameters"], 2, "use one of them"),
         (["show", "x" * 300], 2, "xxx"),
         (["show", "digits-red", "--set", "defence.name=[1]"], 2, "unknown defence [1]"),
@@ -162,6 +169,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(words: list[str], code: int, s
     assert len(result.err.strip().splitlines()) == 1
     assert result.out == ""
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_quiet_audit_prints_errors_only() -> None:
+    table = Path(redefense.__file__).parent / "audit" / "examples" / "red_table2.csv"
+    told, quiet = (command("audit", table, *words).out.splitlines() for words in ((), ("--quiet",)))
+    assert quiet == [line for line in told if line.startswith("error ")]
+    assert 0 < len(quiet) < len(told)
 
 
 def test_data_that_cannot_be_used_is_refused_with_its_faults() -> None:

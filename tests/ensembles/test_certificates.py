@@ -15,7 +15,7 @@ from cli_tools import command
 from redefense.config import ThreatConfig, override
 from redefense.data import load_dataset
 from redefense.data import test_indices as test_images
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, DataError
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.stochastic.cells import Draws
 from redefense.evaluation.stochastic.certify import certify_run, right_answers
@@ -115,6 +115,25 @@ def test_a_trained_run_is_certified(home: Path) -> None:
     assert again["certificates"] == document["certificates"]
     with pytest.raises(ConfigError, match=r"--out must name a \.json file"):
         certify_run(home, sigma=0.1, draws=1, images=1, out=home / "x.txt")
+    with pytest.raises(ConfigError, match="is not a certificate; choose another file"):
+        certify_run(home, sigma=0.1, draws=1, images=1, out=home / "run.json")
+
+
+def test_other_data_than_the_runs_own_are_named_and_never_taken_in_silence(tmp_path: Path) -> None:
+    def arrays(name: str, seed: int) -> Path:
+        rng, labels = np.random.default_rng(seed), np.arange(60) % 3
+        images = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / name, x_train=images, y_train=labels, x_test=images, y_test=labels)
+        return tmp_path / name
+
+    here, there = arrays("here.npz", 0), arrays("there.npz", 1)
+    changes = ["epochs=1", "ensemble.num_members=1", "ensemble.model=mlp", f"data.spec=npz:{here}"]
+    train(override(recipe("digits-vanilla"), changes), tmp_path / "run", quiet=True)
+    document, _ = certify_run(tmp_path / "run", sigma=0.1, draws=2, images=3, data=f"npz:{there}")
+    assert document["provenance"]["data"] == f"npz:{there}"
+    there.replace(here)
+    with pytest.raises(DataError, match=f"npz:{here} is not the data that .* was trained on"):
+        certify_run(tmp_path / "run", sigma=0.1, draws=2, images=3)
 
 
 def test_a_run_with_noise_of_its_own_is_certified_behind_that_noise(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import redefense
 from redefense.checks.answers import check_outputs
-from redefense.config import override
+from redefense.config import ThreatConfig, override
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
 from redefense.evaluation.report_object import Report
-from redefense.evaluation.suite import SUITES
+from redefense.evaluation.suite import SUITES, CellSpec, Suite
 from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.train.experiment import train
@@ -56,6 +56,27 @@ class Secret(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         drawn: Tensor = self.members[int(self.rng.integers(len(self.members)))](x)
         return drawn
+
+
+def test_a_cell_takes_the_threat_that_attacks_take() -> None:
+    given = redefense.Threat(norm="l2", eps="8/255")
+    cell = CellSpec(attack="fgsm", view="sampled", threat=given)
+    assert cell.threat == ThreatConfig(norm="2", eps=8 / 255)
+    assert CellSpec.model_validate(cell.model_dump(mode="json")) == cell
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"attack": "fgsm"}, "view Field required"),
+        ({"attack": "fgsm", "view": "seen"}, "'averaged', 'members' or 'protocol', got 'seen'"),
+        ({"attack": "fgsm", "view": "sampled", "threat": {"norm": "l7"}}, "norm must be .* 'l7'"),
+    ],
+)
+def test_a_wrong_cell_is_one_line(fields: dict[str, Any], says: str) -> None:
+    for make in (CellSpec, lambda **it: Suite(name="own", cells=(it,))):
+        with pytest.raises(ConfigError, match=f"^(CellSpec|Suite): .*{says}"):
+            make(**fields)
 
 
 def test_a_draw_inside_a_forward_pass_is_refused() -> None:

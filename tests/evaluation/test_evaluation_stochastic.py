@@ -225,6 +225,32 @@ def test_attacks_as_objects_are_kept_in_the_ball_and_no_headline_is_made_of_them
     assert low <= ndtr(-0.1) <= high
 
 
+def test_a_stated_distortion_scores_draws_as_it_scores_members() -> None:
+    x = X[:10].clone()
+    x[:, 0, 0] = torch.linspace(0.45, 1.0, 10)[:, None]  # the last is farther than the limit
+    found = [
+        evaluate(Plane(), x, suite=["deepfool", "hinge"], stochastic=way).data["cells"]
+        for way in ("on", "off")
+    ]
+    (drawn, bounded), (exact, _) = found
+    assert 0 < exact["stated"]["accuracy"] < 0.5
+    assert drawn["stated"] == exact["stated"]
+    assert "stated" not in bounded
+
+
+def test_plugins_are_named_for_draws_as_for_members() -> None:
+    def unmoved(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+    redefense.register(attacks={"unmoved": unmoved})
+    found = [
+        evaluate(Plane(), X[:8], suite=["unmoved"], stochastic=way).data["provenance"]["plugins"]
+        for way in ("on", "off")
+    ]
+    assert list(found[0]) == ["attacks.unmoved"]
+    assert found[0] == found[1]
+
+
 def test_attack_choice_and_score_never_share_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     network, used = Stochastic(GaussianNoise(Plane(), sigma=0.1)), list[int]()
     draw = Stochastic.draw

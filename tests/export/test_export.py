@@ -400,6 +400,8 @@ def test_what_redefense_did_not_build_answers_through_the_runtime(
 ) -> None:
     foreign = spoil(mlps, tmp_path / "b", lambda b: set_config(b, ensemble=None))
     loaded, x = redefense.load(foreign), synthetic(SHAPE, 5)
+    with pytest.raises(InputError, match=r"images must be .* as in training, got \(1, 5, 5\)"):
+        loaded(torch.rand(2, 1, 5, 5))
     with torch.no_grad():
         wanted = plain(2).member_logits(x)
     assert torch.allclose(loaded.member_logits(x), wanted, atol=1e-5)

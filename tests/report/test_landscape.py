@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from redefense.config import override
 from redefense.ensembles import Independent
-from redefense.errors import ConfigError
-from redefense.report.landscape import GRID, draw, surface, write_landscape
+from redefense.errors import ConfigError, DataError
+from redefense.recipes import recipe
+from redefense.report.landscape import GRID, draw, surface, surface_of, write_landscape
+from redefense.train.experiment import train
 
 
 class Slope(nn.Module):
@@ -55,6 +58,28 @@ def test_what_has_no_surface_is_refused(tmp_path: Path) -> None:
         surface(Independent([Slope(0), Flat()]), X, Y, radius=0.3)
     with pytest.raises(ConfigError, match=r"\.svg or \.png"):
         write_landscape([tmp_path], tmp_path / "a.pdf")
+
+
+def test_data_may_have_moved_but_must_be_those_of_the_run(tmp_path: Path) -> None:
+    def arrays(name: str, seed: int) -> str:
+        labels = np.arange(60) % 3
+        images = np.random.default_rng(seed).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / name, x_train=images, y_train=labels, x_test=images, y_test=labels)
+        return f"npz:{tmp_path / name}"
+
+    own, run = arrays("own.npz", 0), tmp_path / "run"
+    changes = ["epochs=1", "ensemble.num_members=2", "ensemble.model=mlp", f"data.spec={own}"]
+    train(override(recipe("digits-vanilla"), changes), run, quiet=True)
+    here = surface_of(run, image=0)
+    (tmp_path / "own.npz").rename(tmp_path / "moved.npz")
+    with pytest.raises(DataError, match="no such file"):
+        surface_of(run, image=0)
+    there = surface_of(run, image=0, data=f"npz:{tmp_path / 'moved.npz'}")
+    assert (there.losses == here.losses).all()
+    other = arrays("own.npz", 1)
+    for given in (None, other):
+        with pytest.raises(DataError, match=f"{own} is not the data that .* was trained on"):
+            surface_of(run, image=0, data=given)
 
 
 def test_the_drawing_is_whole_and_the_same_each_time() -> None:

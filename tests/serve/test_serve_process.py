@@ -299,14 +299,15 @@ def test_sigterm_answers_all_that_was_accepted(
     time.sleep(0.1)
     with Client(url) as client:
         reply = client.request("GET", "/v2/health/ready")
-        ready.append((reply.status, dict(reply.headers)["connection"]))
+        headers = dict(reply.headers)
+        ready.append((reply.status, headers["connection"], headers["retry-after"]))
     assert process.wait(15) == 0
     stop.set()
     for thread in threads:
         thread.join()
     log = [json.loads(line) for line in path.read_text().splitlines()]
     served = [line["status"] for line in log if line.get("route") == "infer"]
-    assert ready == [(503, "close")]
+    assert ready == [(503, "close", "1")]
     assert set(answered) == {200}
     assert served == answered, f"{len(served)} served, {len(answered)} answered, lost: {lost}"
     assert log[-1]["event"] == "stopped"

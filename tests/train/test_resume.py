@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from redefense.recipes import recipe
 from redefense.train import checkpoint
 from redefense.train import session as session_module
 from redefense.train.checkpoint import latest
+from redefense.train.cost import predict_run
 from redefense.train.experiment import train
 from redefense.train.loading import load
 
@@ -82,6 +84,26 @@ def test_what_is_written_today_says_its_format(tmp_path: Path) -> None:
     train(tiny("vanilla", "epochs=1"), tmp_path / "run", quiet=True)
     state = json.loads((tmp_path / "run" / "final" / "state.json").read_text())
     assert state["format"] == checkpoint.FORMAT
+
+
+def test_renamed_data_keep_their_validation_split(tmp_path: Path) -> None:
+    labels = np.arange(120) % 3
+    images = np.random.default_rng(0).integers(0, 256, (120, 8, 8), dtype=np.uint8)
+    own, moved = tmp_path / "own.npz", tmp_path / "moved.npz"
+    np.savez(own, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    run = tiny("vanilla", f"data.spec=npz:{own}", "epochs=2", "data.images=null")
+    train(run, tmp_path / "whole", quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "final")
+    shutil.rmtree(max((tmp_path / "stopped" / "checkpoints").iterdir()))
+    own.rename(moved)
+    run = override(run, [f"data.spec=npz:{moved}"])
+    train(run, tmp_path / "stopped", resume=True, quiet=True)
+    assert_same_bits(tmp_path / "stopped", tmp_path / "whole")
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("stopped", "whole")]
+    assert logs[0] == logs[1]
+    # the size of the data is known once a run is trained, too
+    assert predict_run(str(tmp_path / "whole"), run, "h100-sxm")["images"] == 108
 
 
 @pytest.mark.parametrize("save", [1, 2, 4])

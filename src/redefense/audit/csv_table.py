@@ -169,7 +169,8 @@ class _Row:
         """`Linf`, `L-inf`, `inf`, `L2`, `2` ... as one of `NORMS`; None if empty."""
         text = self.cells["norm"]
         plain = text.lower().replace("\u221e", "inf").replace("\u2113", "l")
-        plain = re.sub(r"[-_ {}\\$^]", "", plain).removeprefix("l").removesuffix(".0")
+        plain = re.sub(r"[_ {}\\$^]", "", plain)
+        plain = re.sub(r"^l-?", "", plain).removesuffix(".0")
         norm = {"infty": "inf", "infinity": "inf"}.get(plain, plain) or None
         if norm not in (None, *NORMS):
             raise ConfigError(f"norm must be {', '.join(NORMS)} or empty, got {text!r}")

@@ -7,7 +7,6 @@ naive evaluation.
 """
 
 import importlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -136,8 +135,8 @@ def run(
     seed: int = 0,
     train_images: int | None = None,
     single: bool = False,
-    json: bool = False,
     names: Sequence[str] | None = None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train the victims briefly, attack them, and gather both tables.
 
@@ -148,8 +147,8 @@ def run(
         seed: seed of the trainings and of every attack.
         train_images: images per epoch of the victims' training; None: all.
         single: only the first table, so that one network is trained.
-        json: print no progress; else each finished line goes to stderr.
         names: attacks to run; None runs all.
+        log: called with each line of progress.
 
     Returns:
         JSON-ready: `settings`, `single` (one row an attack), `random` (None if left out), `notes`.
@@ -163,8 +162,8 @@ def run(
     if single and all(ATTACKS[name].adaptive for name in chosen):
         raise ConfigError(f"--single leaves out the table of {', '.join(chosen)}")
     at_least(1, train_images=1 if train_images is None else train_images)
-    log = _silent if json else _to_stderr
     dataset = load_dataset(data or "digits")
+    log(f"attacking {images} images with each attack, here and with TorchAttacks: minutes")
     if model == "auto":
         model = "digits-cnn" if dataset.name == "digits" else "resnet8"
     library = _library()
@@ -326,11 +325,3 @@ def random_row(scene: Scene, name: str, log: Callable[[str], None]) -> dict[str,
     row |= asdict(scene.figures(go)[0])
     log(random_line(row))
     return row
-
-
-def _silent(line: str) -> None:
-    pass
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(line + "\n")

@@ -34,6 +34,7 @@ member, of which random draws make many.
 """
 
 View = Callable[[Tensor], Tensor]
+Log = Callable[[str], None]
 
 
 @computing()
@@ -46,6 +47,7 @@ def run(
     rounds: int = 5,
     device: str = "cpu",
     seed: int = 0,
+    log: Log = lambda _: None,
 ) -> dict[str, Any]:
     """Time the kinds of inference on random images of 32 x 32 pixels.
 
@@ -59,6 +61,7 @@ def run(
         rounds: number of timings of each.
         device: torch device.
         seed: seed of weights and images.
+        log: called with each log line.
 
     Returns:
         `sampled_over_member` and `averaged_over_member`, and for "hyper" `cached_over_member` and
@@ -72,6 +75,7 @@ def run(
     kind = named_kind(ensemble, model, num_members)
     built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed).to(place).eval()
     views = _views(channels_last(built))  # as `load` gives it
+    log(f"timing {num_members} members of {model}, {rounds} rounds")
     others = [name for name in views if name != "member"]
     result: dict[str, Any] = {
         **{f"{name}_over_member": {} for name in others},

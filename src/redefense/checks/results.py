@@ -17,8 +17,9 @@ from redefense.checks.comparisons import (
     fgsm_is_weaker,
     transfer_is_weaker,
 )
-from redefense.results.accuracy import PROTOCOL_DRAWS, protocol, worst_case
+from redefense.results.accuracy import protocol, worst_case
 from redefense.results.intervals import exact_expectation, paired_difference
+from redefense.rng import PROTOCOL_DRAWS, protocol_draws
 
 GAP_POINTS = 5.0
 
@@ -106,7 +107,8 @@ def _draws_repeat(
     for cell in cells:
         correct = records[cell["id"]].correct
         q = exact_expectation(correct, mixture)
-        one, other = (protocol(correct, mixture, seed, f"S32 {cell['id']}")[0] for seed in (0, 1))
+        draws = (protocol_draws(mixture, len(q), seed, f"S32 {cell['id']}") for seed in (0, 1))
+        one, other = (protocol(correct, drawn)[0] for drawn in draws)
         # means of five draws each; plus one image, since the normal approximation needs many
         bound = 3 * float((q * (1 - q)).sum() * 2 / PROTOCOL_DRAWS) ** 0.5 / len(q) + 1 / len(q)
         if abs(one - other) > bound + 1e-9:

@@ -23,7 +23,7 @@ from redefense.results.join import Result, results_of
 from redefense.results.records import Scored, Stored, load
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.cost import count
-from redefense.train.loading import find_final
+from redefense.train.loading import Signature, find_final
 
 
 def claim(sources: Sequence[Path], name: str | None = None, **about: str | None) -> Claim:
@@ -57,9 +57,9 @@ def of_run(
     checkpoint: Checkpoint, stored: Sequence[Stored], name: str, about: Mapping[str, str | None]
 ) -> Claim:
     """The claim of a trained run; arguments and errors as in `claim`."""
-    data = checkpoint.state["data"]
+    data = Signature.stored(checkpoint.state)
     run = without_paths(checkpoint.run)
-    cost = count(run, num_classes=len(data["classes"]), shape=tuple(data["shape"]))
+    cost = count(run, num_classes=len(data.classes), shape=data.shape, images=data.images)
     weights = checkpoint.weights_sha256()
     _same_weights(stored, weights)
     return Claim(

@@ -83,7 +83,7 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
         for finding in () if as_json else findings:
             if finding.severity == "error" or not quiet:
                 typer.echo(f"{file}: {finding}")
-        if not as_json:
+        if not as_json and (file in failed or not quiet):
             typer.echo(f"{file}: {'does not hold' if file in failed else 'holds'}")
     for reason in unread.values():
         echo(f"redefense: {reason}", quiet=False)
@@ -130,8 +130,10 @@ def recompute(
         folder.mkdir(parents=True, exist_ok=True)
         log = None if quiet else lambda line: echo(line, quiet)
         found = differences_of(it, data, folder, weights=weights, device=device, log=log)
-    lines = [*map(str, found), f"{path}: {'does not hold' if found else 'holds'}"]
-    document = {"claim": str(path), "holds": not found, "differences": lines[:-1]}
+    lines = list(map(str, found))
+    document = {"claim": str(path), "holds": not found, "differences": lines}
+    if found or not quiet:
+        lines.append(f"{path}: {'does not hold' if found else 'holds'}")
     show(document, "\n".join(lines), as_json=as_json)
     raise typer.Exit(int(bool(found)))
 

@@ -165,7 +165,8 @@ def audit(
     findings = findings_of(path)
     errors = sum(finding.severity == "error" for finding in findings)
     document = {"holds": not errors, "findings": [dataclasses.asdict(f) for f in findings]}
-    show(document, "\n".join(map(str, findings)), as_json=as_json)
+    lines = [str(f) for f in findings if f.severity == "error" or not quiet]
+    show(document, "\n".join(lines), as_json=as_json)
     notes = len(findings) - errors
     message = f"{errors} claim{'s do' if errors != 1 else ' does'} not hold"
     echo(f"{path}: {message}, {notes} note{'s' * (notes != 1)}", quiet or as_json)
@@ -179,6 +180,7 @@ def landscape(
         int | None,
         typer.Option(help="Validation image; by default the first that both classify correctly."),
     ] = None,
+    data: DataSpec = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -188,7 +190,7 @@ def landscape(
     """
     from redefense.report.landscape import write_landscape
 
-    written = write_landscape(paths, out, image=image)
+    written = write_landscape(paths, out, image=image, data=data)
     show({"file": str(written)}, as_json=as_json)
     echo(f"wrote {written}", quiet)
 

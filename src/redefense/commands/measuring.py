@@ -40,7 +40,6 @@ def bench_attacks(
     from redefense.bench.attack_tables import tables
     from redefense.bench.attacks import run
 
-    echo(f"attacking {images} images with each attack, here and with TorchAttacks: minutes", quiet)
     result = run(
         images=images,
         model=model,
@@ -48,8 +47,8 @@ def bench_attacks(
         seed=seed,
         train_images=train_images,
         single=single,
-        json=as_json,
         names=attack,
+        log=lambda line: echo(line, quiet or as_json),
     )
     show(result, tables(result), as_json=as_json)
 
@@ -71,8 +70,10 @@ def bench_inference(
     """
     from redefense.bench.inference import run, table
 
-    echo(f"timing {members} members of {model}, {rounds} rounds", quiet)
-    result = run(model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device)
+    result = run(
+        model=model, num_members=members, ensemble=ensemble, rounds=rounds, device=device,
+        log=lambda line: echo(line, quiet),
+    )  # fmt: skip
     show(result, table(result), as_json=as_json)
 
 

@@ -64,14 +64,23 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: int | None) -> "Run":
+    """The run of a recipe, a record or a run directory, with changed settings.
+
+    Raises:
+        ConfigError: for an unknown recipe or setting, or a damaged record.
+        DataError: for a folder that is no run.
+    """
     from redefense.config import override, read_run
-    from redefense.recipes import recipe
+    from redefense.errors import DataError
+    from redefense.recipes import RECIPES, recipe
 
     path = Path(what)
     if (path / "run.json").is_file():
         run = read_run(path / "run.json")
     elif path.suffix == ".json":
         run = read_run(path)
+    elif what not in RECIPES and (path.is_dir() or len(path.parts) > 1):
+        raise DataError(f"there is no run at {path}: it has no run.json")
     else:
         run = recipe(what)
     assignments = list(changes or [])

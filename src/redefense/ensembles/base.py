@@ -51,12 +51,14 @@ class Ensemble(nn.Module):
         num_members: M.
         mixture: (M,) float64 probabilities with which members answer.
         origin: run and data of a trained ensemble; None for one built by hand.
+        shape: of the images that it was trained on; None if it is not known.
         spread: the processes over which its training is currently distributed.
         together: number of members that `logits_of_each` computes in one call.
     """
 
     mixture: Tensor
     origin: Origin | None = None
+    shape: tuple[int, int, int] | None = None
     spread: Spread = SINGLE_PROCESS
     together: int = 1
     _shares: list[float] | None = None
@@ -169,9 +171,10 @@ class Ensemble(nn.Module):
                 shape is not that of the training images, where known.
         """
         check_images(x)
-        trained = None if self.origin is None else tuple(self.origin.data["shape"])
-        if trained is not None and x.shape[1:] != trained:
-            raise InputError(f"images must be {trained} as in training, got {tuple(x.shape[1:])}")
+        if self.shape is not None and x.shape[1:] != self.shape:
+            raise InputError(
+                f"images must be {self.shape} as in training, got {tuple(x.shape[1:])}"
+            )
         return cast(Tensor, self.sampled(per="image")(x))
 
 

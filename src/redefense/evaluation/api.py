@@ -14,7 +14,7 @@ from redefense.checks.catalogue import explained
 from redefense.config import Run, ThreatConfig
 from redefense.data import load_dataset
 from redefense.ensembles import Ensemble, evaluating, recorded
-from redefense.errors import ConfigError, DataError, RedCheckWarning
+from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.cells import Subject, image_digest
 from redefense.evaluation.folder import alone, claim, keeping, silent, stoppable
 from redefense.evaluation.inputs.arguments import (
@@ -53,7 +53,7 @@ from redefense.runtime.workers import own_device, workers
 from redefense.stochastic.ensemble import Stochastic
 from redefense.threat import Threat
 from redefense.train.api import weights_digest
-from redefense.train.loading import Signature, find_final, input_check, load_checkpoint
+from redefense.train.loading import data_of, find_final, input_check, load_checkpoint
 from redefense.types import whole
 
 
@@ -253,11 +253,8 @@ def evaluate_run(
     if target.suffix != ".json":
         raise ConfigError(f"--out must name a .json file, got {target}")
     ensemble = load_checkpoint(checkpoint, device=device)
-    dataset = load_dataset(data or run.data.spec)
+    dataset, own = data_of(checkpoint, data)
     input_check(ensemble, dataset, checkpoint)
-    own = dataset.checksum() == Signature.stored(checkpoint.state).checksum
-    if data is None and not own:
-        raise DataError(f"{run.data.spec} is not the data that {path} was trained on")
     settings = {
         "suite": plan.model_dump(mode="json"),
         "threat": threat.model_dump(mode="json"),
@@ -317,7 +314,7 @@ def evaluate_run(
         report.data["suite"] = plan.name
         report.data["provenance"] |= {**joined(places), "date": started}
         report.data["provenance"] |= plugins_of(plan, dataset.name)
-        if data is not None and not own:
+        if not own:
             report.data["provenance"]["data"] = data
         if team.first:
             write_text(target, report.to_json())

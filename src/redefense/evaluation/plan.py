@@ -11,9 +11,18 @@ from redefense.attacks import ATTACKS, Attack
 from redefense.checks.answers import check_outputs
 from redefense.config import ThreatConfig, construct
 from redefense.errors import ConfigError, suggestion
-from redefense.evaluation.cells import Cell, Subject, as_threat, image_digest, outside_ball
+from redefense.evaluation.cells import (
+    BUDGET_SLACK,
+    Cell,
+    Subject,
+    as_threat,
+    image_digest,
+    outside_ball,
+)
 from redefense.evaluation.progress import Progress
 from redefense.evaluation.suite import CellSpec, Suite
+from redefense.results.accuracy import Floats
+from redefense.results.intervals import exact_expectation
 from redefense.runtime.files import write_json
 from redefense.stochastic.ensemble import Stochastic
 from redefense.types import Images
@@ -126,6 +135,19 @@ class Planned:
     def aware(self) -> bool:
         """Whether the attack is aware of the ensemble."""
         return self.attack.adaptive if self.spec.aware is None else self.spec.aware
+
+    def stated(self, cell: Cell, clean: Cell, shares: Floats) -> dict[str, Any]:
+        """The JSON entry `stated` of an unbounded attack; empty for others.
+
+        Its accuracy is that where larger perturbations are replaced by the clean image. `shares`
+        has the probabilities of the rows of `correct`.
+        """
+        if self.attack.stated is None:
+            return {}
+        norm, limit = self.attack.stated
+        allowed = getattr(cell, norm) <= limit + BUDGET_SLACK
+        q = exact_expectation(np.where(allowed, cell.correct, clean.correct), shares)
+        return {"stated": {"norm": norm, "limit": limit, "accuracy": float(q.mean())}}
 
     def described(
         self, cell: Cell, expected: Sequence[float], suite: str, x: Images

@@ -19,7 +19,6 @@ from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import Runner, cell_label, run_order
 from redefense.evaluation.cascade.tried import record_of
 from redefense.evaluation.cells import (
-    BUDGET_SLACK,
     Cell,
     Subject,
     as_threat,
@@ -44,6 +43,7 @@ from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
 from redefense.results.accuracy import Floats, accuracies, pair_statistics
 from redefense.results.intervals import exact_expectation
+from redefense.rng import protocol_draws
 from redefense.types import Images, check_images, check_labels
 
 
@@ -142,15 +142,14 @@ def run_suite(
 def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> dict[str, Any]:
     """The evaluation's JSON entries known before the first attack."""
     subject, suite = job.subject, job.suite
-    accuracy = accuracies(clean.correct, clean.averaged, mixture, seed=job.seed, name="clean")
     return {
         **job.facts(made),
         "mixture": mixture.tolist(),
         "randomized": subject.randomized,
         "attack_precision": subject.precision,
         "clean": {
-            "expected": accuracy["expected"],
-            "averaged": accuracy["averaged"],
+            "expected": float(exact_expectation(clean.correct, mixture).mean()),
+            "averaged": float(clean.averaged.mean()),
             "per_member": clean.correct.mean(1).tolist(),
             "interval": interval(exact_expectation(clean.correct, mixture)),
             "per_image": f"{suite.name}/clean.npz",
@@ -181,36 +180,23 @@ def _cell_json(
     seed: int,
     x: Images,
 ) -> dict[str, Any]:
-    identity, attack, cell = planned.identity, planned.attack, records[planned.identity]
+    identity, cell = planned.identity, records[planned.identity]
     moved = cell.linf[cell.met] > 0
+    drawn = protocol_draws(mixture, len(cell.met), seed, identity)
     every = [float(exact_expectation(c.correct, mixture).mean()) for c in (cell, *repeats)]
-    found: dict[str, Any] = {
+    return {
         **planned.described(cell, every, suite.name, x),
+        **planned.stated(cell, records["clean"], mixture),
         "distortion": {k: _median(getattr(cell, k)[cell.met]) for k in ("l0", "l2", "linf")},
-        "accuracy": accuracies(cell.correct, cell.averaged, mixture, seed=seed, name=identity),
+        "accuracy": accuracies(cell.correct, cell.averaged, mixture, drawn),
         "interval": interval(exact_expectation(cell.correct, mixture)),
         "met": int(cell.met.sum()),
         "unchanged": float(1 - moved.mean()) if len(moved) else 0.0,
     }
-    if attack.stated is not None:
-        norm, limit = attack.stated
-        found["stated"] = {
-            "norm": norm,
-            "limit": limit,
-            "accuracy": within(cell, records["clean"], mixture, norm, limit),
-        }
-    return found
 
 
 def _median(values: Floats) -> float | None:
     return float(np.median(values)) if len(values) else None
-
-
-def within(cell: Cell, clean: Cell, mixture: Floats, norm: str, limit: float) -> float:
-    """Expected accuracy if perturbations larger than `limit` are replaced by the clean image."""
-    allowed = getattr(cell, norm) <= limit + BUDGET_SLACK
-    found = np.where(allowed, cell.correct, clean.correct)
-    return float(exact_expectation(found, mixture).mean())
 
 
 def _further_json(it: Further, job: Job, mixture: Floats) -> dict[str, Any]:

@@ -1,11 +1,19 @@
 """Suites: lists of attacks with the view and the threat of each, as plain data."""
 
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
 
 from redefense.config import ThreatConfig, one_line
 from redefense.errors import BAD_JSON, ConfigError, suggestion
@@ -20,6 +28,21 @@ AttackPrecision = Literal["auto", "fp32", "bf16"]
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    if not TYPE_CHECKING:  # type checkers know the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise ConfigError(f"{type(self).__name__}: {one_line(error)}") from None
+
+
+def _as_config(threat: Any) -> Any:
+    """The configuration of a `redefense.Threat`, which is not imported here as it needs torch."""
+    if isinstance(threat, ThreatConfig | Mapping) or not hasattr(threat, "eps"):
+        return threat
+    return ThreatConfig.of(threat.norm, threat.eps)
+
 
 class CellSpec(_Data):
     """One attack of a suite.
@@ -30,7 +53,7 @@ class CellSpec(_Data):
         view: the victim model: "sampled" draws a new member per call, "averaged" is the mean
             probability, "members" gives access to all members (adaptive attacks), "protocol" is
             the defence's own inference: "sampled" if it is randomized, else "averaged".
-        threat: the threat of this cell; the run's own if None.
+        threat: the threat of this cell, also as a `redefense.Threat`; the run's own if None.
         label: its name in tables.
         aware: whether the attack counts as aware of the ensemble; default: True for the view
             "members", else False.
@@ -39,7 +62,7 @@ class CellSpec(_Data):
     attack: str
     view: View
     settings: dict[str, Any] = {}
-    threat: ThreatConfig | None = None
+    threat: Annotated[ThreatConfig | None, BeforeValidator(_as_config)] = None
     label: str | None = None
     aware: bool | None = None
     # an attack object given in place of a name; not part of the record

@@ -52,6 +52,7 @@ def load_bundle(path: Path, *, device: str = "cpu") -> Ensemble:
             ensemble = Independent(members, bundle.mixture.tolist())
     except BundleError as error:
         raise DataError(f"{path}: {error}") from None
+    ensemble.shape = bundle.shape
     return ensemble.to(torch.device(device)).eval()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from redefense.config import settings_of
-from redefense.data import Dataset, load_dataset, train_validation
+from redefense.data import Dataset, train_validation
 from redefense.data.dataset import stratified_order
 from redefense.ensembles.configs import ENSEMBLES
 from redefense.errors import ConfigError, DataError
@@ -19,7 +19,14 @@ from redefense.rng import stream
 from redefense.runtime.device import computing
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.loading import Signature, find_final, load_checkpoint, resolve
+from redefense.train.loading import (
+    Signature,
+    data_of,
+    find_final,
+    load_checkpoint,
+    not_of,
+    resolve,
+)
 
 CALIBRATION = 512
 _EIGHT_BIT = (
@@ -97,17 +104,16 @@ def _dataset(
     checkpoint: Checkpoint, data: str | None, *, needed: bool, log: Callable[[str], None]
 ) -> Dataset | None:
     """The run's data, or None where they are not needed and not available."""
-    spec = data or checkpoint.run.data.spec
     try:
-        dataset = load_dataset(spec)
+        found, own = data_of(checkpoint, data or checkpoint.run.data.spec)
     except DataError as error:
         if needed:
             raise
         log(f"probes are synthetic, the run's data are not at hand: {error}")
         return None
-    if dataset.checksum() != Signature.stored(checkpoint.state).checksum:
-        raise DataError(f"{spec} is not the data that the run was trained on")
-    return dataset
+    if not own:
+        raise not_of(checkpoint, data)
+    return found
 
 
 def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, precision: str) -> str:

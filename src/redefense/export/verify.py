@@ -89,6 +89,10 @@ def verify(
     folder = Path(path)
     if not (folder / runner.MANIFEST).is_file():
         raise DataError(f"no bundle at {folder}: it lacks {runner.MANIFEST}")
+    if (folder / "weights.safetensors").is_file() and not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder} is a checkpoint, not a bundle: make one of its run with `export`"
+        )
     trust = None if signer is None else trust_in(Path(signer))
     try:
         opened = Opened(runner.open_bundle(folder, trust))

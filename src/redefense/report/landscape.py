@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redefense.data import load_dataset, train_validation
+from redefense.data import train_validation
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, DataError, lacking
 from redefense.evaluation.member_statistics import input_gradients
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_bytes
 from redefense.threat import TINY
-from redefense.train.loading import find_final, load_checkpoint
+from redefense.train.loading import data_of, find_final, load_checkpoint, not_of
 from redefense.types import correct
 
 GRID = 31
@@ -89,12 +89,19 @@ def surface(
     return Surface(steps=steps.cpu().numpy(), losses=shape.cpu().numpy(), cosine=cosine)
 
 
-def surface_of(path: Path, *, image: int | None = None) -> Surface:
-    """The surface at a validation image; by default the first that both classify correctly."""
+def surface_of(path: Path, *, image: int | None = None, data: str | None = None) -> Surface:
+    """The surface at a validation image; by default the first that both classify correctly.
+
+    Raises:
+        ConfigError: if there is no such image.
+        DataError: if the data are missing, or are not those of the run.
+    """
     checkpoint = find_final(path)
     ensemble = load_checkpoint(checkpoint)
     # only `evaluate` uses the test split
-    dataset = load_dataset(checkpoint.run.data.spec)
+    dataset, own = data_of(checkpoint, data)
+    if not own:
+        raise not_of(checkpoint, data)
     _, split, _ = train_validation(dataset, checkpoint.run.data.validation)
     if image is not None and not 0 <= image < len(split):
         raise ConfigError(f"--image must lie in [0, {len(split)}), got {image}")
@@ -150,16 +157,26 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
 
 
 @computing()
-def write_landscape(paths: Sequence[Path], out: Path, *, image: int | None = None) -> Path:
+def write_landscape(
+    paths: Sequence[Path], out: Path, *, image: int | None = None, data: str | None = None
+) -> Path:
     """Plot the surfaces of one or several runs into an .svg or .png file.
+
+    Args:
+        paths: the runs.
+        out: the file.
+        image: of the validation split; by default the first that both classify correctly.
+        data: where the data of the runs are now, as a specification; by default as in training.
 
     Raises:
         ConfigError: for another file name, or an ensemble of one member.
-        DataError: if a run or its data is missing.
+        DataError: if a run is missing, or its data are missing or others.
     """
     kind = out.suffix.removeprefix(".").lower()
     if kind not in ("svg", "png"):
         raise ConfigError(f"--out must name an .svg or .png file, got {out}")
-    drawing = draw([(path.resolve().name, surface_of(path, image=image)) for path in paths], kind)
+    found = [surface_of(path, image=image, data=data) for path in paths]
+    named = [path.resolve().name for path in paths]
+    drawing = draw(list(zip(named, found, strict=True)), kind)
     write_bytes(out, drawing)
     return out

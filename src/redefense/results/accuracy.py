@@ -7,37 +7,29 @@ expected correctness of image i is q_i = sum_j p_j c[j, i], which is enumerated,
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from redefense.results.intervals import exact_expectation
-from redefense.rng import draw_members, stream
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
-PROTOCOL_DRAWS = 5
 
-
-def protocol(correct: Bools, mixture: Floats, seed: int, name: str) -> tuple[float, float]:
+def protocol(correct: Bools, drawn: Ints) -> tuple[float, float]:
     """Mean and sd of accuracy over fresh draws of a member per image: the published protocol.
 
-    Each of the 5 draws classifies every image once; the adversarial images stay the same.
+    Args:
+        correct: (M, n) of the members; the adversarial images stay the same.
+        drawn: (K, n) member that answers each image, in each of K draws; see `rng.protocol_draws`.
     """
-    columns = np.arange(correct.shape[1])
-    accuracies = []
-    for draw in range(PROTOCOL_DRAWS):
-        rng = stream(seed, "protocol", name, draw)
-        members = draw_members(torch.from_numpy(mixture), len(columns), rng).numpy()
-        accuracies.append(float(correct[members, columns].mean()))
-    return float(np.mean(accuracies)), float(np.std(accuracies, ddof=1))
+    each = correct[drawn, np.arange(correct.shape[1])].mean(1)
+    return float(each.mean()), float(each.std(ddof=1))
 
 
-def accuracies(
-    correct: Bools, averaged: Bools, mixture: Floats, *, seed: int, name: str
-) -> dict[str, float]:
-    """Every accuracy that one cell reports, as fractions."""
-    mean, sd = protocol(correct, mixture, seed, name)
+def accuracies(correct: Bools, averaged: Bools, mixture: Floats, drawn: Ints) -> dict[str, float]:
+    """Every accuracy that one cell reports, as fractions; `drawn` as in `protocol`."""
+    mean, sd = protocol(correct, drawn)
     members = correct.mean(1)[mixture > 0]
     answering = correct[mixture > 0]
     return {

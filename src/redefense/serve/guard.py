@@ -55,6 +55,8 @@ class Guard:
                     headers[name] = value
                 if self._leaving():
                     headers["Connection"] = "close"
+                if status == 503:
+                    headers["Retry-After"] = "1"  # by then another server answers
             await send(message)
 
         try:

@@ -51,6 +51,11 @@ class Checkpoint:
         manifest = json.loads((self.path / "manifest.json").read_text())
         return str(manifest["sha256"]["weights.safetensors"])
 
+    @property
+    def run_dir(self) -> Path:
+        """The run directory of a final checkpoint; the folder itself of any other."""
+        return self.path.parent if self.path.name == "final" else self.path
+
 
 def save(
     target: Path,

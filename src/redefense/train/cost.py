@@ -28,7 +28,7 @@ from redefense.rng import stream
 from redefense.runtime.phases import EXAMPLES, PHASES, RECORDED
 from redefense.train.accelerators import ACCELERATORS, Accelerator
 from redefense.train.describe import known_images
-from redefense.train.loading import resolve
+from redefense.train.loading import Signature, resolve
 from redefense.train.op_counter import Entry, OpCounter
 from redefense.train.steps import booked_step, forward_flops
 from redefense.types import Batch
@@ -137,8 +137,12 @@ class Cost:
         return {**parts, "total": sum(parts.values())}
 
 
-def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
+def count(
+    run: Run, *, num_classes: int, shape: tuple[int, int, int], images: int | None = None
+) -> Cost:
     """Count the steps of a run for data of given classes and shape.
+
+    `images` is the number of training images, with those held out; None if it is not known.
 
     Where epochs of a stage differ (DVERGE draws a layer for each), the mean of up to eight is used.
 
@@ -146,7 +150,7 @@ def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
         ConfigError: if the number of training images is not known.
     """
     run, kind, defence = resolve(run)
-    images = _images(run)
+    images = _images(run, images)
     batch_size = min(run.batch_size, images)
     ensemble = kind.build(num_classes=num_classes, shape=shape, seed=run.seed)
     channels_last(ensemble)
@@ -185,9 +189,13 @@ def count(run: Run, *, num_classes: int, shape: tuple[int, int, int]) -> Cost:
     )
 
 
-def _images(run: Run) -> int:
-    if (known := published(run.data.spec)) is not None:
-        total = known.images - round(run.data.validation * known.images)
+def _images(run: Run, images: int | None) -> int:
+    """Number of images of an epoch."""
+    known = published(run.data.spec)
+    if images is None and known is not None:
+        images = known.images
+    if images is not None:
+        total = images - round(run.data.validation * images)
         return min(total, run.data.images or total)
     if run.data.images is None:
         family = run.data.spec.partition(":")[0]
@@ -245,8 +253,9 @@ def predict_run(what: str, run: Run, accelerator: str, devices: int = 1) -> dict
 
 
 def _cost_of(what: str, run: Run) -> Cost:
-    _, num_classes, shape = known_images(what, run)
-    return count(run, num_classes=num_classes, shape=shape)
+    checkpoint, num_classes, shape = known_images(what, run)
+    images = None if checkpoint is None else Signature.stored(checkpoint.state).images
+    return count(run, num_classes=num_classes, shape=shape, images=images)
 
 
 def _named(accelerator: str) -> Accelerator:

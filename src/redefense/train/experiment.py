@@ -36,6 +36,7 @@ from redefense.train.init_from import (
 )
 from redefense.train.loading import (
     Signature,
+    as_in_training,
     check_members,
     fresh,
     load_checkpoint,
@@ -110,13 +111,18 @@ def _train(
     begun = team.first_does(lambda: _claim(run, out, resume))
     final = team.first_does(lambda: _finished(out) if begun is not None else None)
     if final is not None and begun == run.data.spec:
-        return _loaded(final, out, device, team)
+        return _loaded(final, out, device, quiet)
     dataset = _load_data(run, team, download, progress=not quiet)
+    checkpoint = team.first_does(
+        lambda: latest(out / "checkpoints", note) if begun is not None and final is None else None
+    )
+    if checkpoint is not None:
+        dataset = as_in_training(dataset, Signature.stored(checkpoint.state))
     signature = Signature.of(dataset)
     if final is not None:
         with team.agreed():
             _check_data(run, out, begun, final, signature)
-        return _loaded(final, out, device, team)
+        return _loaded(final, out, device, quiet)
     train_split, validation, _ = train_validation(dataset, run.data.validation)
     with team.agreed():
         loader = Loader(
@@ -139,9 +145,6 @@ def _train(
     channels_last(ensemble)
     # before any work, since it cannot be repaired later
     check_weights(team, ensemble)
-    checkpoint = team.first_does(
-        lambda: latest(out / "checkpoints", note) if begun is not None else None
-    )
     start = Start()
     with team.agreed():
         if begun is not None:
@@ -153,7 +156,8 @@ def _train(
                 checkpoint.state["totals"],
                 checkpoint.optimizer,
             )
-            _say_resumed(checkpoint, team)
+            if not quiet:
+                _say_resumed(checkpoint, team)
         else:
             check_members(ensemble, train_split, len(signature.classes), device)
             started = _start(run, kind, ensemble, signature, train_split, validation, device)
@@ -202,8 +206,8 @@ def _finished(out: Path) -> Checkpoint | None:
         return None
 
 
-def _loaded(final: Checkpoint, out: Path, device: str, team: Mesh) -> Ensemble:
-    if team.first:
+def _loaded(final: Checkpoint, out: Path, device: str, quiet: bool) -> Ensemble:
+    if not quiet:
         note(f"{out} is finished; nothing to do")
     return load_checkpoint(final, device=device)
 
@@ -242,8 +246,6 @@ def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
 
 
 def _say_resumed(checkpoint: Checkpoint, team: Mesh) -> None:
-    if not team.first:
-        return
     note(f"resuming from {checkpoint.path.name}")
     rows, columns = checkpoint.state.get("mesh", (1, 1))
     if (rows, columns) != team.shape:

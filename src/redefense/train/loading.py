@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from redefense.config import Run, choose, settings_of, to_json
-from redefense.data import Dataset, Split
+from redefense.data import Dataset, Split, load_dataset
 from redefense.defences import DEFENCES, Defence
 from redefense.ensembles import Ensemble, Independent, Origin, channels_last
 from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig, HyperConfig
 from redefense.ensembles.guards import modes_kept
-from redefense.errors import CheckpointError, ConfigError, InputError, ModelError
+from redefense.errors import CheckpointError, ConfigError, DataError, InputError, ModelError
 from redefense.plugins import check_known, origins
 from redefense.rng import seeded
 from redefense.runtime.device import check_device
@@ -32,21 +32,28 @@ class Signature:
         classes: their names, in the order of the labels.
         shape: channels, height, width.
         checksum: SHA-256 of the data set's content.
+        images: number of training images, with those held out; None in runs of older versions.
     """
 
     name: str
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     checksum: str
+    images: int | None = None
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Signature":
-        return cls(dataset.name, dataset.classes, dataset.shape, dataset.checksum())
+        return cls(
+            dataset.name, dataset.classes, dataset.shape, dataset.checksum(), len(dataset.train)
+        )
 
     @classmethod
     def stored(cls, state: Mapping[str, Any]) -> "Signature":
         data = state["data"]
-        return cls(data["name"], tuple(data["classes"]), tuple(data["shape"]), data["checksum"])
+        return cls(
+            data["name"], tuple(data["classes"]), tuple(data["shape"]), data["checksum"],
+            data.get("images"),
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -54,6 +61,7 @@ class Signature:
             "classes": list(self.classes),
             "shape": list(self.shape),
             "checksum": self.checksum,
+            "images": self.images,
         }
 
 
@@ -124,8 +132,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, device: str = "cpu") -> Ensemble:
     _, kind, _ = resolve(checkpoint.run)
     ensemble = fresh(kind, Signature.stored(checkpoint.state), checkpoint.run.seed, device)
     load_weights(ensemble, checkpoint)
-    folder = checkpoint.path.parent if checkpoint.path.name == "final" else checkpoint.path
-    ensemble.origin = Origin(checkpoint.run, checkpoint.state["data"], folder)
+    ensemble.origin = Origin(checkpoint.run, checkpoint.state["data"], checkpoint.run_dir)
     return channels_last(ensemble).eval()
 
 
@@ -136,6 +143,7 @@ def fresh(kind: EnsembleConfig, signature: Signature, seed: int, device: str) ->
         ConfigError: if the device is not available, or the ensemble does not fit the data.
     """
     ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
+    ensemble.shape = signature.shape
     return ensemble.to(check_device(device))
 
 
@@ -184,6 +192,37 @@ def input_check(ensemble: Ensemble, dataset: Dataset, checkpoint: Checkpoint) ->
             f"the run was trained on {len(signature.classes)} classes of {signature.shape} images, "
             f"the data has {len(dataset.classes)} of {dataset.shape}"
         )
+
+
+def as_in_training(dataset: Dataset, signature: Signature) -> Dataset:
+    """The data set under the name that it had in training, which names its validation split.
+
+    Unchanged if it is another one. A file may have been renamed, or have another format.
+    """
+    if dataset.checksum() != signature.checksum:
+        return dataset
+    return replace(dataset, name=signature.name, known_checksum=signature.checksum)
+
+
+def data_of(checkpoint: Checkpoint, given: str | None = None) -> tuple[Dataset, bool]:
+    """The data of a run, or those of another specification, and whether they are the run's own.
+
+    Raises:
+        DataError: if they cannot be read, or none are given and the run's own have changed.
+    """
+    spec = given or checkpoint.run.data.spec
+    signature = Signature.stored(checkpoint.state)
+    dataset = as_in_training(load_dataset(spec), signature)
+    own = dataset.checksum() == signature.checksum
+    if not own and given is None:
+        raise not_of(checkpoint)
+    return dataset, own
+
+
+def not_of(checkpoint: Checkpoint, given: str | None = None) -> DataError:
+    """The error for data that are not those of a run."""
+    spec = given or checkpoint.run.data.spec
+    return DataError(f"{spec} is not the data that {checkpoint.run_dir} was trained on")
 
 
 def materialise(path: Path, out: Path) -> None:

@@ -9,21 +9,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from redefense.data import load_dataset, test_indices
+from redefense.data import test_indices
 from redefense.defences import DEFENCES
 from redefense.ensembles import Ensemble, evaluating
 from redefense.errors import ConfigError
 from redefense.evaluation.cells import image_digest
 from redefense.evaluation.plan import Log
 from redefense.evaluation.provenance import provenance
-from redefense.evaluation.store import chunk_size
+from redefense.evaluation.store import chunk_size, read_object
 from redefense.limits import at_least
 from redefense.models.randomized import GaussianNoise
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_json
 from redefense.stochastic.certificates import certificate
 from redefense.stochastic.ensemble import Drawn, Stochastic, seeds_of
-from redefense.train.loading import find_final, input_check, load_checkpoint
+from redefense.train.loading import data_of, find_final, input_check, load_checkpoint
 from redefense.types import Images, Labels, correct
 
 
@@ -80,15 +80,22 @@ def certify_run(
         ConfigError: for settings outside their ranges, and other noise than the run's own.
         DataError: if the run or its data is missing, damaged or does not fit.
     """
+    # all checked before anything is computed
+    target = out if out is not None else path / "certificates" / f"sigma-{sigma:g}.json"
+    if target.suffix != ".json":
+        raise ConfigError(f"--out must name a .json file, got {target}")
+    if target.exists() and (read_object(target) or {}).get("kind") != "certificate":
+        raise ConfigError(
+            f"{target} exists and is not a certificate; choose another file with --out"
+        )
     at_least(1, draws=draws)
     levels = tuple(radii) or (0.0, sigma / 2, sigma)
-    # checked before anything is computed
     for radius in levels:
         certificate(np.ones(1, dtype=np.int64), draws, sigma=sigma, radius=radius, alpha=alpha)
     checkpoint = find_final(path)
     run = checkpoint.run
     ensemble = load_checkpoint(checkpoint, device=device)
-    dataset = load_dataset(data or run.data.spec)
+    dataset, own_data = data_of(checkpoint, data)
     input_check(ensemble, dataset, checkpoint)
     index = test_indices(len(dataset.test), len(dataset.test) if images is None else images)
     x, y = dataset.test.float(index).to(device), dataset.test.labels[index].to(device)
@@ -110,7 +117,7 @@ def certify_run(
         "schema": 1,
         "kind": "certificate",
         "run": {"name": path.resolve().name},
-        "provenance": provenance(seed, x.device),
+        "provenance": provenance(seed, x.device) | ({} if own_data else {"data": data}),
         "data": {
             "name": dataset.name,
             "split": "test",
@@ -121,10 +128,6 @@ def certify_run(
         "norm": "2",
         "certificates": [one.as_dict() for one in found],
     }
-    target = out if out is not None else path / "certificates" / f"sigma-{sigma:g}.json"
-    if target.suffix != ".json":
-        raise ConfigError(f"--out must name a .json file, got {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, document)
     return document, target
 

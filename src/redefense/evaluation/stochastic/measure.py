@@ -16,6 +16,7 @@ from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import cell_label
 from redefense.evaluation.cells import Cell, Subject
+from redefense.evaluation.inputs.objects import plugins_of
 from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
 from redefense.evaluation.progress import SILENT, Progress, rough_passes
 from redefense.evaluation.provenance import provenance
@@ -30,6 +31,7 @@ from redefense.models.randomized import GaussianNoise
 from redefense.results.accuracy import Bools
 from redefense.results.draws import FIGURES, draws_interval, interval, pair
 from redefense.results.headline import TRIES
+from redefense.rng import PROTOCOL_DRAWS
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import BLOCK, Stochastic
 from redefense.types import Images, check_images, check_labels
@@ -62,7 +64,7 @@ def run_drawn(
     network, x, y = subject.ensemble, subject.x, subject.y
     assert isinstance(network, Stochastic)
     check_images(x)
-    made = provenance(seed, x.device)
+    made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     check_labels(y, len(x))
     check_plan(subject, suite, threat)
     if suite.precision == "bf16":
@@ -312,13 +314,15 @@ def _cell_json(
     seed: int,
 ) -> dict[str, Any]:
     cell = records[planned.identity]
-    each = cell.correct[:5].mean(1)
+    each = cell.correct[:PROTOCOL_DRAWS].mean(1)
+    shares = np.full(len(cell.correct), 1 / len(cell.correct))
     every = [float(c.correct.mean()) for c in (cell, *repeats)]
     return {
         **planned.described(cell, every, suite.name, x),
+        **planned.stated(cell, records["clean"], shares),
         "distortion": {k: float(np.median(getattr(cell, k))) for k in ("l0", "l2", "linf")},
         "accuracy": {
-            # the attack once, then five figures of the fresh draws
+            # the attack once, then as many fresh draws
             "protocol": float(each.mean()),
             "protocol_sd": float(each.std(ddof=1)),
             **_shares(cell),
