@@ -15,6 +15,7 @@ RedefenseError
 
 import difflib
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Final
 
 _NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memory")
@@ -27,6 +28,25 @@ def lacking(what: str, package: str, extra: str) -> str:
     """Message for a package that is not installed, with the extra that installs it."""
     # from a clone, since redefense is on no package index and the name could be another's
     return f"{what} needs {package}; in the clone: pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def need(
+    module: str,
+    what: str = "this",
+    *,
+    extra: str = "onnx",
+    error: "type[ConfigError] | type[DataError] | None" = None,
+) -> Any:
+    """The module of that name, of a package that an extra of redefense installs.
+
+    Raises:
+        ConfigError: if it is not installed, or the given `error`.
+    """
+    try:
+        return import_module(module)
+    except ImportError as missing:
+        package = (missing.name or module).partition(".")[0]
+        raise (error or ConfigError)(lacking(what, package, extra)) from None
 
 
 def text_of(error: BaseException) -> str:

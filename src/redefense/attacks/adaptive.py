@@ -20,7 +20,7 @@ from redefense.attacks.base import Attack, Best, Oracle, OracleResult, dual, inp
 from redefense.attacks.early_stop import reuse_unmoved
 from redefense.attacks.gradient import check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
-from redefense.ensembles import Ensemble, as_ensemble
+from redefense.ensembles import Ensemble, MemberOf, as_ensemble
 from redefense.limits import not_negative, within
 from redefense.threat import TINY, Threat, norms, per_image
 from redefense.types import Float, Images, Labels, Logits, correct
@@ -258,17 +258,6 @@ class Hinge(Attack):
         )  # fmt: skip
 
 
-class _Only(nn.Module):
-    """One member as a victim: no copy of its weights is written."""
-
-    def __init__(self, ensemble: Ensemble, index: int) -> None:
-        super().__init__()
-        self._answer = partial(ensemble.logits_of, index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._answer(x)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Transfer(Attack):
     """The best of an attack on each single member, all judged on all members.
@@ -290,7 +279,7 @@ class Transfer(Attack):
         state = rng.get_state()
         for m in support.indices:
             rng.set_state(state)  # equal members get equal attacks
-            only = _Only(support.ensemble, m)
+            only = MemberOf(support.ensemble, m)  # a plain member of a `Hyper` would be a copy
             support.offer(best, self.attack.perturb(only, x, y, threat, rng=rng), y)
         support.offer_clean(best, x, y)
         return best.x

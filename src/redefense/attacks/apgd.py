@@ -3,15 +3,14 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from redefense.attacks.base import (
     OFFICIAL,
-    RED_RELEASED,
-    TORCHATTACKS,
+    STEPS,
     Attack,
     Best,
     Oracle,
@@ -28,15 +27,6 @@ from redefense.types import Bool, Float, Images, Labels, Victim, correct
 
 Attempt = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images and labels to points and whether each fools."""
-
-
-@runtime_checkable
-class Keeper(Protocol):
-    """Is shown every point visited, e.g. `Best`."""
-
-    def offer(
-        self, x: Images, correct: Float[Tensor, " B"], value: Float[Tensor, " B"]
-    ) -> object: ...
 
 
 @dataclass
@@ -64,7 +54,7 @@ def auto_climb(
     *,
     steps: int,
     rho: float,
-    keeper: Keeper,
+    keeper: Best | LastFooled,
     guard: bool = True,
     one_size: bool = False,
 ) -> None:
@@ -297,7 +287,7 @@ class APGD(AutoAscent):
             "draws": 1,
             "early_stop": False,
         }
-        for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
+        for name, steps in STEPS.items()
     }
 
     def check(self) -> None:
@@ -347,7 +337,7 @@ class APGDT(AutoAscent):
             "steps": steps, "restarts": 1, "rho": 0.75, "num_targets": 9, "loss": "targeted_dlr",
             "early_stop": False,
         }
-        for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
+        for name, steps in STEPS.items()
     }  # fmt: skip
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import ClassVar, Final, Literal, NamedTuple, cast, final
 
 import torch
@@ -50,6 +51,9 @@ TORCHATTACKS: Final = "torchattacks-3.5.1"
 OFFICIAL: Final = "autoattack-official"
 RED_RELEASED: Final = "red-released"
 
+
+STEPS: Final = MappingProxyType({TORCHATTACKS: 10, OFFICIAL: 100, RED_RELEASED: 10})
+"""Steps of the parts of AutoAttack in each published setting."""
 
 Distortion = tuple[Literal["l0", "l2", "linf"], float]
 """A measure of distortion and its limit, such as an L2 distance or a number of pixels."""

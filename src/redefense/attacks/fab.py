@@ -10,9 +10,7 @@ from torch import Generator, Tensor
 
 from redefense.attacks.apgd import Attempt, filtered
 from redefense.attacks.base import (
-    OFFICIAL,
-    RED_RELEASED,
-    TORCHATTACKS,
+    STEPS,
     Attack,
     Best,
     Presets,
@@ -101,7 +99,7 @@ class FAB(Attack):
             "beta": 0.9,
             "early_stop": False,
         }
-        for name, steps in ((TORCHATTACKS, 10), (OFFICIAL, 100), (RED_RELEASED, 10))
+        for name, steps in STEPS.items()
     }
 
     def check(self) -> None:

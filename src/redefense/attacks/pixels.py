@@ -9,7 +9,7 @@ of pixels, Pixle (in `pixle`) bounds nothing.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -88,19 +88,6 @@ def paint_genes(x: Images, genes: Float[Tensor, "B P V"]) -> Float[Tensor, "B*P 
     return paint(x, rows, columns, 0.5 + (pixel[..., 2:] - 0.5))
 
 
-@runtime_checkable
-class Proposals(Protocol):
-    """Source of the candidates of a differential evolution."""
-
-    def first(self) -> Float[Tensor, "B P V"]:
-        """The first population."""
-        ...
-
-    def trials(self, population: Tensor, rows: Tensor) -> Float[Tensor, "A P V"]:
-        """Candidates for the images `rows`; the best of a population has index 0."""
-        ...
-
-
 @dataclass
 class StreamProposals:
     """best + F (a - b) with F in [0.5, 1) drawn per image, from streams of the images.
@@ -114,10 +101,12 @@ class StreamProposals:
     pixels: int
     channels: int
 
-    def first(self) -> Tensor:
+    def first(self) -> Float[Tensor, "B P V"]:
+        """The first population."""
         return self.streams.uniform(self.size, self.pixels * (2 + self.channels))
 
-    def trials(self, population: Tensor, rows: Tensor) -> Tensor:
+    def trials(self, population: Tensor, rows: Tensor) -> Float[Tensor, "A P V"]:
+        """Candidates for the images `rows`; the best of a population has index 0."""
         mine = self.streams.select(rows)
         a = mine.integers(0, self.size - 1, self.size)
         b = mine.integers(0, self.size - 2, self.size)
@@ -172,6 +161,9 @@ class NumpyProposals:
         trial[outside] = state.rand(int(outside.sum()))
         return cast(NDArray[np.float64], trial)
 
+
+Proposals = StreamProposals | NumpyProposals
+"""Source of the candidates of a differential evolution."""
 
 Score = Callable[[Tensor, Tensor], tuple[Float[Tensor, "A P"], Bool[Tensor, "A P"]]]
 """Energies, lower is better, and successes of candidates (A, P, V) for the images `rows` (A,)."""

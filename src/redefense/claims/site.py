@@ -16,8 +16,9 @@ from redefense import __version__
 from redefense.claims.format import Claim, Figure
 from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
 from redefense.claims.tables import points
-from redefense.errors import ConfigError, lacking
+from redefense.errors import ConfigError
 from redefense.radius import eps_text
+from redefense.report.page import templates_in
 from redefense.report.tables import interval, percent
 from redefense.results.intervals import Estimate
 from redefense.runtime.files import write_text
@@ -78,23 +79,13 @@ def _index(entries: Sequence[Entry], groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _renderer() -> Callable[[str, dict[str, Any]], str]:
-    try:
-        import jinja2
-    except ImportError:
-        raise ConfigError(lacking("the leaderboard", "jinja2", "report")) from None
     home = files("redefense.claims") / "pages"
-    sources = {
-        name: (home / name).read_text(encoding="utf-8")
-        for name in ("index.html", "claim.html", "base.html", "site.css", "site.js")
-    }
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(sources), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = templates_in(home, "the leaderboard")
+    styles, script = ((home / name).read_text("utf-8") for name in ("site.css", "site.js"))
     environment.filters |= {"percent": percent, "interval": interval, "points": points}
     environment.globals |= {
         "version": __version__, "scatter": scatter, "estimate": _estimate, "eps": eps_text,
-        "millions": _millions, "styles": sources["site.css"], "script": sources["site.js"],
+        "millions": _millions, "styles": styles, "script": script,
         "recompute": recompute_command, "cost": lambda row: row.passes,
         "clean": lambda row: None if row.clean is None else row.clean.value,
     }  # fmt: skip

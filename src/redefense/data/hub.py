@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Final
 
 from redefense.data.source import one_line
-from redefense.errors import DataError, lacking
+from redefense.errors import DataError, need
 from redefense.runtime.files import sha256_of
 
 
@@ -73,14 +73,11 @@ def fetch(kind: str, path: Path) -> None:
         return
     if kind not in HUB:
         raise DataError(f"{kind} cannot be downloaded; choose from {', '.join(HUB)}")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise DataError(lacking("--download", "huggingface_hub", "hub")) from error
+    client = need("huggingface_hub", "--download", extra="hub", error=DataError)
     what = HUB[kind]
     for name, digest in what.files.items():
         try:
-            hf_hub_download(
+            client.hf_hub_download(
                 what.repo, name, repo_type="dataset", revision=what.revision, local_dir=path
             )
         except (OSError, ValueError) as error:  # the client's own errors derive from these

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redefense.data.source import Refuse
+from redefense.errors import DataError
 
 SPLITS = {
     "train": ("train", "training"),
@@ -14,6 +15,22 @@ SPLITS = {
     "validation": ("validation", "valid", "val"),
 }
 """Names under which splits are found; validation images serve as test where there are no others."""
+
+
+MAX_UNNAMED = 10_000
+"""More classes without names are a mistake, such as a column of other numbers."""
+
+
+def numbered_classes(where: str, *labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """The classes of labels without names: the numbers from 0.
+
+    Raises:
+        DataError: naming the place, if there are too many.
+    """
+    top = max(int(some.max(initial=-1)) for some in labels)
+    if top >= MAX_UNNAMED:
+        raise DataError(f"{where}: labels up to {top} without names of classes")
+    return tuple(map(str, range(top + 1)))
 
 
 def check_labels(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.data.labels import check_classes, check_labels
+from redefense.data.labels import check_classes, check_labels, numbered_classes
 from redefense.data.source import Block, Part, Refuse, Source, one_line
 from redefense.data.tree import BROKEN, method_fault, size_fault
 from redefense.errors import DataError
@@ -60,7 +60,9 @@ def from_arrays(
     shape = images[x_train].shape[1:]
     if images[x_test].shape[1:] != shape:
         raise DataError(f"{where}: images of {x_train} and {x_test} differ in shape")
-    classes = _classes(arrays, where, max(int(y.max(initial=-1)) for y in labels.values()))
+    classes = _names(arrays["classes"], where) if "classes" in arrays else (
+        numbered_classes(where, *labels.values())
+    )  # fmt: skip
     check_classes(classes, where, refuse)
     for x, y, full in ((x_train, y_train, True), (x_test, y_test, False)):
         if len(images[x]) != len(labels[y]):
@@ -142,12 +144,7 @@ def _labels(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
     return labels.reshape(-1).astype(np.int64)
 
 
-def _classes(arrays: Mapping[str, NDArray[Any]], path: str, top: int) -> tuple[str, ...]:
-    if "classes" not in arrays:
-        if top >= 10_000:
-            raise DataError(f"{path}: labels up to {top} without names of classes")
-        return tuple(str(number) for number in range(top + 1))
-    names = arrays["classes"]
+def _names(names: NDArray[Any], path: str) -> tuple[str, ...]:
     if names.dtype.kind != "U" or names.ndim != 1:
         raise DataError(f"{path}: classes: needs strings (C,), got {names.dtype} {names.shape}")
     return tuple(str(name) for name in names)

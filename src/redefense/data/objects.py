@@ -36,7 +36,8 @@ def of_dataset(data: Dataset[Any], index: Iterable[int] | None = None) -> tuple[
         raise
     except Exception as error:  # a user's data set may raise anything
         raise DataError(f"the data set cannot be read: {first_line(error)}") from error
-    return _stacked(rows, "the data set must return pairs (image, label) of equal sizes")
+    rule = "the data set must return pairs (image, label) of equal sizes"
+    return _joined(rows, rule, torch.stack)
 
 
 def length_of(data: Any) -> int:
@@ -73,18 +74,13 @@ def of_loader(loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
     except Exception as error:  # a user's data set may raise anything
         raise DataError(f"the loader cannot be read: {first_line(error)}") from error
     rule = "the loader must return batches (images, labels) of equal sizes"
-    if not all(isinstance(b, tuple | list) and len(b) == 2 for b in batches):
-        raise InputError(rule)
     return _joined(batches, rule, torch.cat)
 
 
-def _stacked(rows: Sequence[Any], rule: str) -> tuple[Tensor, Tensor]:
+def _joined(rows: Sequence[Any], rule: str, join: Any) -> tuple[Tensor, Tensor]:
+    """The pairs joined by `torch.cat` or `torch.stack`; `rule` begins every error."""
     if not all(isinstance(row, tuple | list) and len(row) == 2 for row in rows):
         raise InputError(rule)
-    return _joined(rows, rule, torch.stack)
-
-
-def _joined(rows: Iterable[Any], rule: str, join: Any) -> tuple[Tensor, Tensor]:
     images, labels = zip(*rows, strict=True)
     if not all(isinstance(as_tensor(x), Tensor) for x in images):
         raise InputError(f"{rule}, as tensors: got {type(images[0]).__name__} as the first image")

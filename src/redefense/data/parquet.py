@@ -11,10 +11,10 @@ from urllib.parse import quote
 import numpy as np
 
 from redefense.data.framing import Framing, framing_of
-from redefense.data.labels import SPLITS, check_classes, check_labels
+from redefense.data.labels import SPLITS, check_classes, check_labels, numbered_classes
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above, is_hidden
-from redefense.errors import BAD_JSON, DataError, lacking
+from redefense.errors import BAD_JSON, DataError, need
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,8 +27,6 @@ SHARD = re.compile(r"(?P<what>.*?)(?P<number>\d{1,9})(-of-(?P<total>\d{1,9})(?!\
 """Pattern of the names of a table's parts, such as 0000, train-3 or train-00000-of-00002-ab12."""
 
 SHOWN = 3  # names in a message
-
-MAX_UNNAMED = 10_000
 
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
 """Base classes of pyarrow's errors."""
@@ -66,13 +64,13 @@ def read(
     """
     framing = framing_of(resize, crop)
     files = split_files(path, config)
-    pq = _pyarrow_parquet()
+    pq = need("pyarrow.parquet", "reading parquet", extra="parquet", error=DataError)
     train, test = (_Table(files[split], pq, path, label, image) for split in ("train", "test"))
     if (train.image, train.label) != (test.image, test.label):
         raise DataError(f"{path}: the columns of train and test differ")
     if train.classes != test.classes:
         raise DataError(f"{path}: the classes of train and test differ")
-    classes = train.classes or _numbered(path, train.labels, test.labels)
+    classes = train.classes or numbered_classes(str(path), train.labels, test.labels)
     check_classes(classes, str(path), refuse)
     check_labels(train.labels, classes, f"{path} train", refuse, full=True)
     check_labels(test.labels, classes, f"{path} test", refuse, full=False)
@@ -185,21 +183,6 @@ def _check_shards(files: Sequence[Path], where: str) -> None:
         some = [*islice((named(n) for n in expected if n not in numbers), SHOWN)]
         message = f"{missing} of {len(expected)} parts are missing"
         raise DataError(f"{where}: {message}: {_some(some, missing)}")
-
-
-def _pyarrow_parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(lacking("reading parquet", "pyarrow", "parquet")) from error
-    return pyarrow.parquet
-
-
-def _numbered(path: Path, *labels: np.ndarray) -> tuple[str, ...]:
-    top = max(int(some.max(initial=-1)) for some in labels)
-    if top >= MAX_UNNAMED:
-        raise DataError(f"{path}: labels up to {top} without names of classes")
-    return tuple(str(number) for number in range(top + 1))
 
 
 def _structs(schema: "pa.Schema") -> list[str]:

@@ -74,7 +74,7 @@ class Coupled:
         ces: list[Tensor] = []
         grads: list[list[Tensor]] = [[] for _ in self.points]
         for m in range(ensemble.num_members):
-            ce, member_grads = self._member(ensemble, m, create_graph=True)
+            ce, member_grads = self._member(ensemble, m)
             ces.append(ce)
             for collected, grad in zip(grads, member_grads, strict=True):
                 collected.append(grad)
@@ -91,7 +91,7 @@ class Coupled:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 coupling = torch.zeros_like(ce)
             elif differentiate == "exact":
-                ce, member_grads = self._member(ensemble, m, create_graph=True)
+                ce, member_grads = self._member(ensemble, m)
                 ce = self.ce_weight * ce
                 inner = [(g * v[row]).sum() for g, v in zip(member_grads, cotangents, strict=True)]
                 coupling = torch.stack(inner).sum()
@@ -135,9 +135,7 @@ class Coupled:
         logits = ensemble.logits_of(m, _of(self.ce_images, m))
         return F.cross_entropy(logits, self.y, label_smoothing=self.label_smoothing)
 
-    def _member(
-        self, ensemble: Ensemble, m: int, *, create_graph: bool
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _member(self, ensemble: Ensemble, m: int) -> tuple[Tensor, list[Tensor]]:
         """Cross-entropy of member m, and its input gradient (B, D) at every point."""
         ce: Tensor | None = None
         grads = []
@@ -153,7 +151,7 @@ class Coupled:
                     ce = F.cross_entropy(logits, self.y, label_smoothing=smoothing)
             # kernels of the weights are not needed here: a `Function` cannot know that by itself
             with input_gradients(), differentiating():
-                (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+                (grad,) = torch.autograd.grad(loss, x, create_graph=True)
             grads.append(grad.flatten(1))
         if ce is None:
             ce = self._cross_entropy(ensemble, m)

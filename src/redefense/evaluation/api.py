@@ -254,7 +254,7 @@ def evaluate_run(
         raise ConfigError(f"--out must name a .json file, got {target}")
     ensemble = load_checkpoint(checkpoint, device=device)
     dataset, own = data_of(checkpoint, data)
-    input_check(ensemble, dataset, checkpoint)
+    input_check(dataset, checkpoint)
     settings = {
         "suite": plan.model_dump(mode="json"),
         "threat": threat.model_dump(mode="json"),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from redefense.errors import need
 from redefense.export import runner
 from redefense.export.graph import member_graph, portable, skeleton
-from redefense.export.packages import need
 from redefense.export.quantise import quantised
 from redefense.export.runner import BundleError, Floats
 from redefense.networks import as_logits

@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from redefense.ensembles import Hyper
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, need
 from redefense.export.graph import member_graph
-from redefense.export.packages import need
 
 TEMPLATE, WEIGHTS = "template.onnx", "weights.npz"
 

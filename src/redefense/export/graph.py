@@ -17,8 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from redefense.errors import ConfigError, ModelError
-from redefense.export.packages import need
+from redefense.errors import ConfigError, ModelError, need
 from redefense.networks import copied, set_evaluation, unwrapped
 from redefense.types import Images, cannot_take, first_line
 

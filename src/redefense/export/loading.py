@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from redefense.config import choose
 from redefense.ensembles import Ensemble, Independent, channels_last
 from redefense.ensembles.configs import ENSEMBLES
-from redefense.errors import DataError, InputError
+from redefense.errors import DataError, InputError, need
 from redefense.export import runner
-from redefense.export.packages import need
 from redefense.export.runner import Bundle, BundleError
 from redefense.runtime.device import check_device
 from redefense.train.loading import checked_path

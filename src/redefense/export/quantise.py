@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from redefense.data import Split
+from redefense.errors import need
 from redefense.export import runner
 from redefense.export.graph import tidied
-from redefense.export.packages import need
 from redefense.types import Images, correct
 
 BATCH = 64

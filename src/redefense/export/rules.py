@@ -8,7 +8,7 @@ Operators of other domains, functions defined in the file and external weights a
 from collections.abc import Iterator
 from typing import Any
 
-from redefense.export.packages import need
+from redefense.errors import need
 
 _DOMAINS = ("", "ai.onnx")
 _FLOAT = 1  # TensorProto.FLOAT

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from redefense.errors import ConfigError, DataError
-from redefense.export.packages import need
+from redefense.errors import ConfigError, DataError, need
 from redefense.export.runner import SIGNATURE, BundleError, Trust
 
 Sign = Callable[[bytes], bytes]

@@ -25,7 +25,7 @@ from redefense.errors import (
     ConfigError,
     DataError,
     InputError,
-    lacking,
+    need,
 )
 from redefense.hub.published import from_file
 from redefense.report.card import card, unmeasured_card
@@ -283,8 +283,4 @@ def _short(error: Exception) -> str:
 
 
 def _client(why: str = "") -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ConfigError(why + lacking("reaching a hub", "huggingface_hub", "hub")) from None
-    return huggingface_hub
+    return need("huggingface_hub", f"{why}reaching a hub", extra="hub")

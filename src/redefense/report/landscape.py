@@ -17,7 +17,7 @@ from torch import Tensor
 
 from redefense.data import train_validation
 from redefense.ensembles import Ensemble
-from redefense.errors import ConfigError, DataError, lacking
+from redefense.errors import ConfigError, DataError, need
 from redefense.evaluation.member_statistics import input_gradients
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_bytes
@@ -125,12 +125,11 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
     Raises:
         ConfigError: if matplotlib, of the extra `report`, is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(lacking("the landscape", "matplotlib", "report")) from None
+    need("matplotlib", "the landscape", extra="report")
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4 * len(surfaces)), layout="constrained")
     FigureCanvasAgg(figure)
     for row, (name, found) in enumerate(surfaces):

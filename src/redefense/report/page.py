@@ -8,12 +8,13 @@ security policy forbids everything else.
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Final
 
 from redefense import __version__
 from redefense.checks.catalogue import CATALOGUE
-from redefense.errors import BAD_JSON, ConfigError, lacking
+from redefense.errors import BAD_JSON, ConfigError, need
 from redefense.report import answers, charts, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.latex import to_latex
@@ -311,22 +312,28 @@ def _code(text: str) -> str:
     )
 
 
+def templates_in(home: Traversable, what: str) -> Any:
+    """The jinja2 environment of the templates in a folder; `what` they are for, in the error.
+
+    Raises:
+        ConfigError: if jinja2, of the extra `report`, is not installed.
+    """
+    jinja2 = need("jinja2", what, extra="report")
+    loader = jinja2.FunctionLoader(lambda name: home.joinpath(name).read_text(encoding="utf-8"))
+    return jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=loader,
+    )  # fmt: skip
+
+
 def html(results: Sequence[Result], commands: Sequence[str]) -> str:
     """The page, with the commands that reproduce it.
 
     Raises:
         ConfigError: if jinja2, of the extra `report`, is not installed.
     """
-    try:
-        import jinja2
-    except ImportError:
-        raise ConfigError(lacking("the report page", "jinja2", "report")) from None
     home = files("redefense.report").joinpath("templates")
-    loader = jinja2.FunctionLoader(lambda name: home.joinpath(name).read_text(encoding="utf-8"))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=loader,
-    )  # fmt: skip
+    environment = templates_in(home, "the report page")
     environment.filters |= {"percent": tables.percent, "interval": tables.interval, "code": _code}
     networks = all(result.num_members == 1 for result in results)
     columns = tables.attack_columns(results)
@@ -369,4 +376,5 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "verdict": wording.verdict,
         "version": __version__,
     }
-    return environment.get_template("page.html").render(context)
+    text: str = environment.get_template("page.html").render(context)
+    return text

@@ -180,8 +180,8 @@ def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} does not fit its run: {first}") from None
 
 
-def input_check(ensemble: Ensemble, dataset: Dataset, checkpoint: Checkpoint) -> None:
-    """Check that data fit the ensemble.
+def input_check(dataset: Dataset, checkpoint: Checkpoint) -> None:
+    """Check that data fit the ensemble of a checkpoint.
 
     Raises:
         InputError: naming what differs.

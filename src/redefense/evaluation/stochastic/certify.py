@@ -96,7 +96,7 @@ def certify_run(
     run = checkpoint.run
     ensemble = load_checkpoint(checkpoint, device=device)
     dataset, own_data = data_of(checkpoint, data)
-    input_check(ensemble, dataset, checkpoint)
+    input_check(dataset, checkpoint)
     index = test_indices(len(dataset.test), len(dataset.test) if images is None else images)
     x, y = dataset.test.float(index).to(device), dataset.test.labels[index].to(device)
     answering = _answering(ensemble, str(run.defence.get("name")))
