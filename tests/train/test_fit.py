@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         with pytest.raises(Interrupted) as caught:
             train(run, tmp_path / "stopped", quiet=True)
         assert caught.value.code == 143
-    train(run, tmp_path / "stopped", resume=True, quiet=True)
+    train(run, tmp_path / "stopped", resume=True)
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
     assert logs[0] == logs[1]
@@ -116,9 +116,11 @@ def test_resuming_a_finished_run_does_nothing(
 ) -> None:
     out = whole
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    train(tiny("vanilla"), out, resume=True, quiet=True)
+    train(tiny("vanilla"), out, resume=True)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     assert "is finished; nothing to do" in capsys.readouterr().err
+    train(tiny("vanilla"), out, resume=True, quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_finished_run_keeps_its_last_checkpoints(whole: Path) -> None:
