@@ -21,7 +21,7 @@ from redefense.commands import (
 from redefense.commands.helping import HelpfulCommand
 from redefense.commands.options import with_plugins
 from redefense.commands.streams import accept_every_letter
-from redefense.errors import RedefenseError, lacks_memory
+from redefense.errors import RedefenseError, lacks_memory, one_line
 from redefense.plugins import raised_in
 from redefense.runtime.files import is_full, reason
 
@@ -118,9 +118,8 @@ def main() -> None:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
     except Exception as error:  # noqa: BLE001 - report where an unexpected error comes from
         if lacks_memory(error):
-            first = " ".join(str(error).split()) or "no memory left"
             advice = "use fewer or smaller networks, images or batches, or another device"
-            _fail(f"memory does not suffice: {first}; {advice}", 1)
+            _fail(f"memory does not suffice: {one_line(error)}; {advice}", 1)
         traceback.print_exc()
         if (place := raised_in(error)) is not None:
             _fail(f"the plug-in {place} raised {type(error).__name__}: {error}", 2)

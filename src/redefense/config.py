@@ -198,7 +198,7 @@ def parse_run(data: Any, source: str = "run") -> Run:
         run = Run.model_validate_json(json.dumps(data))
         run.threat.check()
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{source}: {one_line(error)}") from None
+        raise ConfigError(f"{source}: {first_fault(error)}") from None
     return run
 
 
@@ -289,7 +289,7 @@ def construct(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
         try:
             values[key] = TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
         except (ValidationError, TypeError) as error:
-            raise ConfigError(f"{where}.{key}: {one_line(error)}") from None
+            raise ConfigError(f"{where}.{key}: {first_fault(error)}") from None
     try:
         return cls(**values)
     except ConfigError as error:
@@ -340,7 +340,7 @@ def _places(data: Mapping[str, Any], key: str, at: str = "") -> list[str]:
     ]
 
 
-def one_line(error: Exception) -> str:
+def first_fault(error: Exception) -> str:
     """The first error of pydantic: place, rule and value; the text of other errors."""
     if not isinstance(error, ValidationError):
         return str(error)

@@ -12,7 +12,7 @@ from redefense.config import choose, settings_of
 from redefense.data import load_dataset, parse
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent
-from redefense.errors import RedefenseError
+from redefense.errors import RedefenseError, one_line
 from redefense.evaluation.cells import verify_ball
 from redefense.evaluation.plan import attack_of
 from redefense.evaluation.suite import SUITES
@@ -63,9 +63,7 @@ def found(kind: str, name: str) -> Found:
         detail = _CHECKS[kind](name)
     except Exception as error:  # noqa: BLE001 - whatever the code under test raises
         word = "" if isinstance(error, Broken | RedefenseError) else f"{type(error).__name__}: "
-        return Found(
-            name=f"{kind}.{name}", passed=False, detail=word + " ".join(str(error).split())
-        )
+        return Found(name=f"{kind}.{name}", passed=False, detail=word + one_line(error))
     return Found(name=f"{kind}.{name}", passed=True, detail=detail)
 
 

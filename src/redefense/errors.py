@@ -57,6 +57,18 @@ def text_of(error: BaseException) -> str:
         return ""
 
 
+def first_line(error: BaseException) -> str:
+    """The relevant line of an error's text; empty if it has none."""
+    lines = text_of(error).strip().splitlines() or [""]
+    # scripted networks have it in the last line
+    return lines[-1 if "TorchScript" in lines[0] else 0].strip()
+
+
+def one_line(error: BaseException) -> str:
+    """The whole text of an error on one line; its type if it has none."""
+    return " ".join(text_of(error).split()) or type(error).__name__
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error of Python or torch means that memory does not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from redefense.errors import ModelError, RedefenseError
-from redefense.types import cannot_differentiate, cannot_take, first_line, has_no_values
+from redefense.errors import ModelError, RedefenseError, first_line
+from redefense.types import cannot_differentiate, cannot_take, has_no_values
 
 
 def query(network: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from redefense.errors import (
     ModelError,
     RedefenseError,
     ResourceError,
+    first_line,
     lacks_memory,
     text_of,
 )
@@ -38,7 +39,7 @@ else:
 __all__ = [
     "Batch", "Bool", "Float", "Images", "Int", "Labels", "Logits", "Loss", "Per",
     "Progress", "UInt8", "Victim", "cannot_differentiate", "cannot_take", "check_images",
-    "check_labels", "correct", "first_line", "has_no_values", "whole",
+    "check_labels", "correct", "has_no_values", "whole",
 ]  # fmt: skip
 
 Per = Literal["call", "image"]
@@ -156,13 +157,6 @@ def cannot_differentiate(error: Exception) -> RedefenseError:
 _NO_SECOND_DERIVATIVE: Final = (
     "is not implemented", "once_differentiable", "double backward", "appears to not have been used",
 )  # fmt: skip
-
-
-def first_line(error: Exception) -> str:
-    """The relevant line of an error's text; empty if it has none."""
-    lines = text_of(error).strip().splitlines() or [""]
-    # scripted networks have it in the last line
-    return lines[-1 if "TorchScript" in lines[0] else 0].strip()
 
 
 def _refusal(error: Exception, what: str) -> RedefenseError:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from redefense.attacks.base import Attack
 from redefense.ensembles import modes_kept
-from redefense.errors import ConfigError, InputError, RedefenseError
+from redefense.errors import ConfigError, InputError, RedefenseError, first_line
 from redefense.plugins import summary_of
 from redefense.rng import seed_from, seeded
 from redefense.threat import Threat
-from redefense.types import Images, Labels, first_line
+from redefense.types import Images, Labels
 
 _OFFERED: Final = ("threat", "eps")
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from redefense.config import one_line
+from redefense.config import first_fault
 from redefense.errors import DataError
 from redefense.results.intervals import Estimate
 from redefense.results.records import read_json, valid
@@ -86,7 +86,7 @@ def _holding(kind: type[BaseModel], value: Any) -> Any:
     try:
         kind.model_validate(value)
     except ValidationError as error:
-        raise ValueError(one_line(error)) from None
+        raise ValueError(first_fault(error)) from None
     return value
 
 

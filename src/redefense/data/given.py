@@ -14,8 +14,7 @@ from redefense.data.dataset import Dataset, Split
 from redefense.data.npz import from_arrays
 from redefense.data.objects import of_dataset, of_loader
 from redefense.data.source import Part, Refuse, Source
-from redefense.errors import DataError, RedefenseError
-from redefense.types import first_line
+from redefense.errors import DataError, RedefenseError, first_line
 
 
 def needs_path(function: Callable[..., Any]) -> bool:

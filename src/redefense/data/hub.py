@@ -9,8 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from redefense.data.source import one_line
-from redefense.errors import DataError, need
+from redefense.errors import DataError, need, one_line
 from redefense.runtime.files import sha256_of
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redefense.data.labels import check_classes, check_labels, numbered_classes
-from redefense.data.source import Block, Part, Refuse, Source, one_line
+from redefense.data.source import Block, Part, Refuse, Source
 from redefense.data.tree import BROKEN, method_fault, size_fault
-from redefense.errors import DataError
+from redefense.errors import DataError, one_line
 
 KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),

@@ -14,8 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from redefense.errors import DataError, InputError, RedefenseError
-from redefense.types import first_line
+from redefense.errors import DataError, InputError, RedefenseError, first_line
 
 
 def of_dataset(data: Dataset[Any], index: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ import numpy as np
 
 from redefense.data.framing import Framing, framing_of
 from redefense.data.labels import SPLITS, check_classes, check_labels, numbered_classes
-from redefense.data.source import Part, Refuse, Source, common_shape, encoded, one_line, spread
+from redefense.data.source import Part, Refuse, Source, common_shape, encoded, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above, is_hidden
-from redefense.errors import BAD_JSON, DataError, need
+from redefense.errors import BAD_JSON, DataError, need, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.data.source import one_line
-from redefense.errors import DataError
+from redefense.errors import DataError, one_line
 
 
 class Dtype:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from redefense.data.dataset import Dataset, Split
 from redefense.data.framing import WHOLE, Framing
-from redefense.errors import DataError
+from redefense.errors import DataError, one_line
 from redefense.pictures import PictureError, as_shown
 
 Block = NDArray[np.uint8]
@@ -82,11 +82,6 @@ def strict(message: str) -> NoReturn:
         DataError: always.
     """
     raise DataError(message)
-
-
-def one_line(error: Exception) -> str:
-    """Another library's error message as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(text: str) -> str:

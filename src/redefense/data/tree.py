@@ -10,8 +10,8 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from redefense.data.source import Refuse, one_line, printable
-from redefense.errors import DataError
+from redefense.data.source import Refuse, printable
+from redefense.errors import DataError, one_line
 
 MAX_FILE = 2**28  # bytes of one file in an archive; CIFAR-100's largest has 155 MB
 MAX_FILES = 4_000_000

@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from redefense.config import ThreatConfig, one_line
+from redefense.config import ThreatConfig, first_fault
 from redefense.errors import BAD_JSON, ConfigError, suggestion
 from redefense.plugins import Registry
 
@@ -34,7 +34,7 @@ class _Data(BaseModel):
             try:
                 super().__init__(**fields)
             except ValidationError as error:
-                raise ConfigError(f"{type(self).__name__}: {one_line(error)}") from None
+                raise ConfigError(f"{type(self).__name__}: {first_fault(error)}") from None
 
 
 def _as_config(threat: Any) -> Any:
@@ -261,7 +261,7 @@ def suite_named(name: str | PathLike[str]) -> Suite:
     try:
         suite = Suite.model_validate({"name": path.stem, **json.loads(path.read_text())})
     except ValidationError as error:
-        raise ConfigError(f"{path} is not a suite: {one_line(error)}") from None
+        raise ConfigError(f"{path} is not a suite: {first_fault(error)}") from None
     except (*BAD_JSON, TypeError) as error:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():

@@ -17,9 +17,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from redefense.errors import ConfigError, ModelError, need
+from redefense.errors import ConfigError, ModelError, first_line, need
 from redefense.networks import copied, set_evaluation, unwrapped
-from redefense.types import Images, cannot_take, first_line
+from redefense.types import Images, cannot_take
 
 OPSET: Final = 18
 

@@ -8,7 +8,7 @@ Operators of other domains, functions defined in the file and external weights a
 from collections.abc import Iterator
 from typing import Any
 
-from redefense.errors import need
+from redefense.errors import first_line, need
 
 _DOMAINS = ("", "ai.onnx")
 _FLOAT = 1  # TensorProto.FLOAT
@@ -45,7 +45,7 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
 
 
 def _unsound(error: Exception) -> str:
-    return f"it is no sound ONNX file: {(str(error).splitlines() or ['?'])[0]}"
+    return f"it is no sound ONNX file: {first_line(error) or '?'}"
 
 
 def _node_faults(onnx: Any, node: Any, version: int) -> Iterator[str]:

@@ -26,6 +26,7 @@ from redefense.errors import (
     DataError,
     InputError,
     need,
+    one_line,
 )
 from redefense.hub.published import from_file
 from redefense.report.card import card, unmeasured_card
@@ -136,7 +137,9 @@ def from_pretrained(
         checkpoint = Checkpoint(folder, run, weights, {}, {"data": data})
         return load_checkpoint(checkpoint, device=device)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} describes no ensemble: {_short(error)}") from None
+        raise CheckpointError(
+            f"{folder / CONFIG} describes no ensemble: {one_line(error)[:200]}"
+        ) from None
 
 
 def push_to_hub(
@@ -181,7 +184,7 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
             )
         except (OSError, ValueError) as error:  # base classes of the client's errors
-            raise DataError(f"cannot upload to {repo_id}: {_short(error)}") from None
+            raise DataError(f"cannot upload to {repo_id}: {one_line(error)[:200]}") from None
     return str(getattr(done, "commit_url", done))
 
 
@@ -274,12 +277,7 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
             hub.snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
         )
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot fetch {repo_id} from the hub: {_short(error)}") from None
-
-
-def _short(error: Exception) -> str:
-    """Another library's error message on one line."""
-    return " ".join(str(error).split())[:200]
+        raise DataError(f"cannot fetch {repo_id} from the hub: {one_line(error)[:200]}") from None
 
 
 def _client(why: str = "") -> Any:

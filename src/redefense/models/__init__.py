@@ -9,13 +9,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from redefense.errors import ConfigError, RedefenseError
+from redefense.errors import ConfigError, RedefenseError, first_line
 from redefense.models import tiny
 from redefense.models.layers import ACTIVATIONS, Normalise, Tapped, activation_named, initialise
 from redefense.models.resnet import ResNet
 from redefense.plugins import Registry, summary_of
 from redefense.rng import draw_seed
-from redefense.types import first_line
 
 __all__ = ["ACTIVATIONS", "MODELS", "Model", "Tapped", "build"]
 

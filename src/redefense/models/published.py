@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from redefense.errors import DataError
+from redefense.errors import DataError, first_line
 from redefense.models.layers import Normalise
 
 State = Mapping[str, Tensor]
@@ -123,7 +123,7 @@ def _tensors_of(path: Path) -> Any:
             "the network's state_dict() alone, or as safetensors"
         ) from None
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        first = (str(error).splitlines() or ["?"])[0]
+        first = first_line(error) or "?"
         raise DataError(f"cannot read weights from {path}: {first}") from None
 
 

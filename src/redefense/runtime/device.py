@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, first_line
 
 
 def name_of(device: torch.device) -> str:
@@ -46,5 +46,5 @@ def check_device(device: str) -> torch.device:
             raise ConfigError(f"cannot use device {device!r}: it holds no numbers")
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ConfigError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"cannot use device {device!r}: {first_line(error)}") from None
     return place

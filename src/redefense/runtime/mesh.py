@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from redefense.errors import ConfigError, RedefenseError, TrainingError
+from redefense.errors import ConfigError, RedefenseError, TrainingError, first_line
 from redefense.runtime.device import check_device
 from redefense.runtime.workers import joined, own_device
 from redefense.types import Batch
@@ -241,7 +241,7 @@ def _together(mesh: Mesh) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).splitlines() or ["?"])[0]
+        reason = first_line(error) or "?"
         raise mesh.mark_reported(
             TrainingError(f"another process ended; continue with --resume ({reason})")
         ) from error

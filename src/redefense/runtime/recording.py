@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from redefense.errors import first_line
 from redefense.types import Int
 
 Work = Callable[[], Sequence[Tensor]]
@@ -134,4 +135,4 @@ def digest(tensors: Sequence[Tensor]) -> Int[Tensor, " N"]:
 
 def reason(error: BaseException) -> str:
     """The first line of an error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error) or type(error).__name__

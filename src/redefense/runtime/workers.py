@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -79,8 +79,8 @@ def joined(backend: str = "gloo", timeout: timedelta | None = None) -> Iterator[
         try:
             dist.init_process_group(backend, timeout=timeout)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"the processes of WORLD_SIZE cannot be joined: {reason}") from None
+            why = first_line(error)
+            raise ConfigError(f"the processes of WORLD_SIZE cannot be joined: {why}") from None
     try:
         yield exists or ours
     finally:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.errors import ConfigError, DataError
+from redefense.errors import ConfigError, DataError, first_line
 from redefense.export import runner
 from redefense.export.runner import sessions
 
@@ -174,7 +174,7 @@ def _fitting(folder: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error) or type(error).__name__
 
 
 def _session(content: bytes, m: int, threads: int | None) -> Any:

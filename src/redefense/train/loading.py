@@ -15,7 +15,14 @@ from redefense.defences import DEFENCES, Defence
 from redefense.ensembles import Ensemble, Independent, Origin, channels_last
 from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig, HyperConfig
 from redefense.ensembles.guards import modes_kept
-from redefense.errors import CheckpointError, ConfigError, DataError, InputError, ModelError
+from redefense.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    ModelError,
+    one_line,
+)
 from redefense.plugins import check_known, origins
 from redefense.rng import seeded
 from redefense.runtime.device import check_device
@@ -176,7 +183,7 @@ def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         ensemble.load_state_dict(dict(checkpoint.weights))
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
+        first = one_line(error)[:300]
         raise CheckpointError(f"{checkpoint.path} does not fit its run: {first}") from None
 
 
