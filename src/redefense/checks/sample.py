@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from redefense.attacks import Attack
 from redefense.ensembles import Ensemble
 from redefense.networks import MASKED
+from redefense.results.accuracy import Bools
 from redefense.rng import stream
 from redefense.threat import Threat
 from redefense.types import Images, Labels, correct
@@ -50,7 +51,8 @@ class Sample:
     Attributes:
         found: (n,) lowest expected correctness over the suite's bounded white-box cells; None
             if the suite has none.
-        keep: called with all points within the headline's threat; None at other threats.
+        keep: called with all points within the headline's threat, gives the members' (M, B)
+            correctness on them; None at other threats.
     """
 
     ensemble: Ensemble
@@ -59,7 +61,7 @@ class Sample:
     threat: Threat
     seed: int
     found: Tensor | None = None
-    keep: Callable[[Images], object] | None = None
+    keep: Callable[[Images], Bools] | None = None
 
     def run(self, attack: Attack, name: str, victim: nn.Module | None = None) -> Tensor:
         """Points (n, C, H, W) of an attack on the ensemble, or on another victim."""
@@ -73,11 +75,19 @@ class Sample:
         if self.keep is not None:
             self.keep(x)
 
+    def counted(self, x: Images) -> Tensor:
+        """(R n,) expected correctness on R rounds of points, which are counted in the same pass."""
+        if self.keep is not None:
+            hits = torch.from_numpy(self.keep(x)).to(x.device).double()
+            return self.ensemble.mixture.to(hits) @ hits
+        return self.q(x)
+
     def q(self, x: Tensor, ensemble: Ensemble | None = None) -> Tensor:
-        """(n,) expected correctness."""
+        """(R n,) expected correctness on R rounds of points, one for each image in each."""
         judge = self.ensemble if ensemble is None else ensemble
         with torch.no_grad():
-            hits = correct(judge.member_logits(x), self.y).double()
+            logits = judge.member_logits(x)
+        hits = correct(logits, self.y.repeat(len(x) // len(self.y))).double()
         return judge.mixture.to(hits) @ hits
 
     def at(self, eps: float, norm: float | None = None) -> "Sample":

@@ -64,7 +64,7 @@ def full_checks(
         apart = None if tried is None else tried.fork()
         results.append(
             (
-                job(replace(sample, keep=None if apart is None else apart.offer)),
+                job(replace(sample, keep=None if apart is None else apart.offer_rounds)),
                 None if apart is None else apart.cell,
             )
         )

@@ -11,6 +11,7 @@ from redefense.ensembles import Ensemble
 from redefense.evaluation.cascade.worst_case import WorstCase
 from redefense.evaluation.cells import Cell, judge, merged, verify_ball
 from redefense.evaluation.store import chunk_size
+from redefense.results.accuracy import Bools
 from redefense.threat import Threat
 from redefense.types import Bool, Images, Labels
 
@@ -73,6 +74,28 @@ class Tried:
         cell = replace(self.clean, correct=correct, averaged=averaged, alone=correct, met=met)
         self.add(cell)
         return cell
+
+    def offer_rounds(self, points: Images) -> Bools:
+        """Record R rounds of points within the threat, all judged in one pass.
+
+        Args:
+            points: (R k, C, H, W), one for each image in each round.
+
+        Returns:
+            (M, R k) correctness of the members.
+
+        Raises:
+            InputError: if a point lies outside the box or the ball.
+        """
+        rounds = len(points) // len(self._x)
+        x = self._x.repeat(rounds, 1, 1, 1)
+        verify_ball(points, x, self._threat, "a measurement")
+        found = judge(self._ensemble, points, x, self._y.repeat(rounds))
+        pairs = (np.split(found[key], rounds, axis=-1) for key in ("correct", "averaged"))
+        for correct, averaged in zip(*pairs, strict=True):
+            self.add(replace(self.clean, correct=correct, averaged=averaged, alone=correct))
+        hits: Bools = found["correct"]
+        return hits
 
     def add(self, cell: Cell) -> None:
         """Add a record of the same images."""
