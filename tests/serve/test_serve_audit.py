@@ -27,6 +27,8 @@ from redefense.serve.settings import Settings
 from serve_tools import make_bundle, serving
 
 EFFORT = Effort(draws=640, repeats=60, identical=6)
+FEW = Effort(draws=64, repeats=20, identical=6)
+"""Enough for what shows in a few answers: most of an audit is requests."""
 FRESH = Settings(grace=0.0)
 
 
@@ -92,7 +94,7 @@ def test_a_sound_server_passes(model: Model, policy: Any) -> None:
 
 
 def test_a_seed_at_start_is_caught(model: Model) -> None:
-    found = audited(model, lambda: seeded(model.mixture, 7))
+    found = audited(model, lambda: seeded(model.mixture, 7), effort=FEW)
     assert failed(found) == {"replicas draw independently"}
 
 
@@ -100,14 +102,17 @@ def test_one_draw_per_batch_is_caught(model: Model) -> None:
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return np.repeat(fresh(model.mixture)(images[:1], clients), len(images))
 
-    assert "images of a batch draw independently" in failed(audited(model, lambda: draw))
+    assert "images of a batch draw independently" in failed(
+        audited(model, lambda: draw, effort=FEW)
+    )
 
 
 def test_a_biased_draw_is_caught(model: Model) -> None:
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return np.array([byte % 4 % 3 for byte in os.urandom(len(images))])
 
-    assert "draws follow the mixture" in failed(audited(model, lambda: draw))
+    many = Effort(draws=640, repeats=10, identical=1)
+    assert "draws follow the mixture" in failed(audited(model, lambda: draw, effort=many))
 
 
 def test_a_draw_by_the_clock_is_caught(model: Model) -> None:
@@ -127,7 +132,9 @@ def test_a_cache_of_answers_is_caught(model: Model) -> None:
         pairs = zip(images, new, strict=True)
         return np.array([kept.setdefault(image.tobytes(), int(m)) for image, m in pairs])
 
-    assert "repeated requests draw independently" in failed(audited(model, lambda: draw))
+    assert "repeated requests draw independently" in failed(
+        audited(model, lambda: draw, effort=FEW)
+    )
 
 
 class RecordedDraw:
@@ -156,7 +163,7 @@ def test_a_member_in_a_header_is_caught(model: Model) -> None:
 
         return wrapped
 
-    found = audited(model, lambda: draw, wrap=wrap)
+    found = audited(model, lambda: draw, wrap=wrap, effort=FEW)
     assert failed(found) == {"headers, metrics and log do not reveal the member"}
     assert "header etag" in found["headers, metrics and log do not reveal the member"].detail
 
@@ -169,7 +176,7 @@ def test_a_member_in_the_log_is_caught(model: Model) -> None:
         LOG.info({"event": "run", "graph": f"graph-{inner.last}"})
         return members
 
-    found = audited(model, lambda: draw)
+    found = audited(model, lambda: draw, effort=Effort(draws=64, repeats=20, identical=12))
     assert failed(found) == {"headers, metrics and log do not reveal the member"}
     assert "log varies" in found["headers, metrics and log do not reveal the member"].detail
 
@@ -185,7 +192,7 @@ def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> No
         model,
         lambda: fresh(model.mixture),
         Settings(grouped=True, grace=0.0),
-        effort=Effort(draws=96, repeats=20, identical=6),
+        effort=Effort(draws=32, repeats=10, identical=2),
         around=lambda: mock.patch.object(sessions, "logits_of", slow),
     )
     assert failed(found) == {"response times do not reveal the member"}, found
@@ -208,13 +215,13 @@ def test_a_member_that_is_slower_is_caught(model: Model) -> None:
 
 def test_scores_show_who_answered(model: Model) -> None:
     settings = Settings(scores=True, grace=0.0)
-    found = audited(model, lambda: fresh(model.mixture), settings)
+    found = audited(model, lambda: fresh(model.mixture), settings, effort=FEW)
     assert "answers reveal hardly more than labels" in failed(found)
 
 
 def test_kept_draws_that_are_not_kept_are_caught(model: Model) -> None:
     settings = Settings(policy="per-input", grace=0.0)
-    found = audited(model, lambda: fresh(model.mixture), settings)
+    found = audited(model, lambda: fresh(model.mixture), settings, effort=FEW)
     assert "repeated requests give equal answers" in failed(found)
 
 

@@ -33,7 +33,7 @@ class Late(Exception):  # noqa: N818 - a state of the request, answered with 504
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    images: Floats
+    images: Floats = field(repr=False)  # `deque.remove` formats the job that it does not find
     client: str
     arrived: float
     future: "asyncio.Future[Answers]" = field(repr=False)
