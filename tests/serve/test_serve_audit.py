@@ -111,7 +111,7 @@ def test_a_biased_draw_is_caught(model: Model) -> None:
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:
         return np.array([byte % 4 % 3 for byte in os.urandom(len(images))])
 
-    many = Effort(draws=640, repeats=10, identical=1)
+    many = Effort(draws=640, repeats=20, identical=1)
     assert "draws follow the mixture" in failed(audited(model, lambda: draw, effort=many))
 
 
@@ -192,7 +192,7 @@ def test_grouped_images_tell_by_the_time_who_shares_a_member(model: Model) -> No
         model,
         lambda: fresh(model.mixture),
         Settings(grouped=True, grace=0.0),
-        effort=Effort(draws=32, repeats=10, identical=2),
+        effort=Effort(draws=32, repeats=20, identical=2),
         around=lambda: mock.patch.object(sessions, "logits_of", slow),
     )
     assert failed(found) == {"response times do not reveal the member"}, found
