@@ -59,7 +59,7 @@ class Secret(nn.Module):
 
 
 def test_a_cell_takes_the_threat_that_attacks_take() -> None:
-    given = redefense.Threat(norm="l2", eps="8/255")
+    given: Any = redefense.Threat(norm="l2", eps="8/255")
     cell = CellSpec(attack="fgsm", view="sampled", threat=given)
     assert cell.threat == ThreatConfig(norm="2", eps=8 / 255)
     assert CellSpec.model_validate(cell.model_dump(mode="json")) == cell
