@@ -151,14 +151,17 @@ def register(
         "attacks": attacks, "defences": defences, "models": models,
         "datasets": datasets, "recipes": recipes, "suites": suites,
     }  # fmt: skip
-    # suites last: they may name attacks that are registered with them
-    found = []
-    for kind, objects in given.items():
-        for name, value in (objects or {}).items():
-            held = registry(kind).accepted(name, value)
-            found.append((kind, name, held, _loading.get() or _module_of(value)))
-    for kind, name, held, origin in found:
-        registry(kind).add(name, held, origin)
+    before = {kind: dict(registry(kind)._added) for kind, objects in given.items() if objects}
+    try:
+        # suites last: they may name attacks that are registered with them
+        for kind, objects in given.items():
+            for name, value in (objects or {}).items():
+                held = registry(kind).accepted(name, value)
+                registry(kind).add(name, held, _loading.get() or _module_of(value))
+    except BaseException:
+        for kind, added in before.items():
+            registry(kind)._added = added
+        raise
 
 
 def load_file(path: Path) -> dict[str, list[str]]:

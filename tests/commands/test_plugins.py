@@ -140,6 +140,16 @@ def test_nothing_is_registered_unless_all_can_be() -> None:
     with pytest.raises(ConfigError, match="a name must consist of"):
         redefense.register(attacks={"fine": FGSM, "not fine": FGSM})
     assert "fine" not in ATTACKS
+    with pytest.raises(ConfigError, match="unknown attack 'missing'"):
+        redefense.register(attacks={"fine": FGSM}, suites={"mine": ["fine", "missing"]})
+    assert "fine" not in ATTACKS
+    assert "mine" not in SUITES
+
+
+def test_a_suite_may_name_attacks_that_are_registered_with_it() -> None:
+    redefense.register(suites={"mine": ["still"]}, attacks={"still": lambda model, x, y: x})
+    (cell,) = SUITES["mine"].cells
+    assert cell.attack == "still"
 
 
 class _Installed(Distribution):
