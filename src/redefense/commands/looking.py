@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,10 +17,6 @@ from redefense.commands.options import (
     show,
 )
 from redefense.errors import ConfigError, DataError
-from redefense.radius import eps_text
-
-if TYPE_CHECKING:
-    from redefense.config import Run
 
 
 def list_names(
@@ -146,35 +142,14 @@ def _entries(kind: str) -> list[tuple[str, str]]:
     for name in names:
         try:
             if kind == "recipes":
-                from redefense.recipes import recipe
+                from redefense.recipes import recipe, summary
 
-                summary = _first_line(recipe(name))
+                text = summary(recipe(name))
             else:
-                summary = summary_of(names[name])
+                text = summary_of(names[name])
             if (origin := names.origin(name)) is not None:
-                summary = f"{summary} (from {words(origin)})".lstrip()
+                text = f"{text} (from {words(origin)})".lstrip()
         except ConfigError as error:  # one plug-in cannot be loaded; list the others
-            summary = str(error)
-        rows.append((name, summary))
+            text = str(error)
+        rows.append((name, text))
     return rows
-
-
-def _first_line(run: "Run") -> str:
-    ensemble, defence = run.ensemble, run.defence
-    kinds = [defence[key] for key in ("preset", "variant", "apart") if key in defence]
-    method = " ".join([defence["name"], *kinds])
-    weights = [f"{key} {defence[key]:g}" for key in ("similarity", "smoothness") if key in defence]
-    if defence.get("adversarial_training"):
-        weights.append("adversarial training")
-    if weights:
-        method += f" with {' and '.join(weights)}"
-    members = f"{ensemble['num_members']} x {ensemble['model']}"
-    if ensemble["name"] == "hyper":
-        members += " written by a hypernetwork"
-    if (noise := ensemble.get("noise", "none")) != "none":
-        place = {"image": "the image", "layers": "the layers' inputs"}.get(noise, noise)
-        members += f" with Gaussian noise on {place}"
-    return (
-        f"{method}, {members}, "
-        f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {eps_text(run.threat.eps)}"
-    )

@@ -16,6 +16,9 @@ from redefense.commands.options import (
 )
 from redefense.limits import one_of
 
+Rounds = Annotated[int, typer.Option(min=1, help="Number of timings per measurement.")]
+Kind = Annotated[str, typer.Option(help="Kind of ensemble: independent or hyper.")]
+
 
 def bench_attacks(
     images: Annotated[int, typer.Option(min=1, help="Number of held-out images.")] = 256,
@@ -56,10 +59,8 @@ def bench_attacks(
 def bench_inference(
     model: Annotated[str, typer.Option(help="Architecture of the members.")] = "resnet18",
     members: Annotated[int, typer.Option(min=1, help="Number of members.")] = 8,
-    ensemble: Annotated[
-        str, typer.Option(help="Kind of ensemble: independent or hyper.")
-    ] = "independent",
-    rounds: Annotated[int, typer.Option(min=1, help="Number of timings per measurement.")] = 5,
+    ensemble: Kind = "independent",
+    rounds: Rounds = 5,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Results = False,
@@ -86,7 +87,7 @@ def bench_train(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=2, help="Batch size.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training adversary.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of timings per measurement.")] = 2,
+    rounds: Rounds = 2,
     device: Device = "cpu",
     as_json: Json = False,
     quiet: Results = False,
@@ -115,9 +116,7 @@ def bench_memory(
         list[int] | None,
         typer.Option(min=1, help="Number of members; may be repeated; by default 1 to 12."),
     ] = None,
-    ensemble: Annotated[
-        str, typer.Option(help="Kind of ensemble: independent or hyper.")
-    ] = "independent",
+    ensemble: Kind = "independent",
     batch: Annotated[int, typer.Option(min=2, help="Batch size.")] = 64,
     differentiate: Annotated[
         str, typer.Option(help="How to differentiate the input gradients: exact or finite.")

@@ -6,11 +6,12 @@ from typing import Any, Final
 from redefense.config import Run
 from redefense.errors import ConfigError, suggestion
 from redefense.plugins import Registry
+from redefense.radius import eps_text
 from redefense.recipes.cifar10 import CIFAR10, CIFAR10_MINI, CIFAR10_SWIFT
 from redefense.recipes.digits import DIGITS
 from redefense.recipes.tiny_imagenet import TINY_IMAGENET
 
-__all__ = ["RECIPES", "recipe"]
+__all__ = ["RECIPES", "recipe", "summary"]
 
 
 def _maker(name: str, value: Any) -> Callable[[], Run]:
@@ -38,3 +39,25 @@ def recipe(name: str) -> Run:
             "see `redefense list recipes`"
         )
     return RECIPES[name]().model_copy(update={"recipe": name})
+
+
+def summary(run: Run) -> str:
+    """One line for `redefense list recipes`."""
+    ensemble, defence = run.ensemble, run.defence
+    kinds = [defence[key] for key in ("preset", "variant", "apart") if key in defence]
+    method = " ".join([defence["name"], *kinds])
+    weights = [f"{key} {defence[key]:g}" for key in ("similarity", "smoothness") if key in defence]
+    if defence.get("adversarial_training"):
+        weights.append("adversarial training")
+    if weights:
+        method += f" with {' and '.join(weights)}"
+    members = f"{ensemble['num_members']} x {ensemble['model']}"
+    if ensemble["name"] == "hyper":
+        members += " written by a hypernetwork"
+    if (noise := ensemble.get("noise", "none")) != "none":
+        place = {"image": "the image", "layers": "the layers' inputs"}.get(noise, noise)
+        members += f" with Gaussian noise on {place}"
+    return (
+        f"{method}, {members}, "
+        f"{run.epochs} epochs on {run.data.spec.partition(':')[0]}, eps {eps_text(run.threat.eps)}"
+    )
