@@ -225,7 +225,15 @@ def test_dropout_and_pruning_keep_the_mean_of_a_linear_layer() -> None:
         assert bool(((z.mean(0) - exact).abs() < 5 * z.std(0) / math.sqrt(4000)).all())
 
 
-@pytest.mark.parametrize("draws", [5, 40, 200])  # all one by one, nearly all, few one by one
+@pytest.mark.parametrize("name", [*WRAPPERS, "many"])
+def test_the_noise_of_an_image_does_not_depend_on_other_images(name: str) -> None:
+    wrappers = WRAPPERS | {"many": lambda: ActivationPruning(two_layers(), share=10.0)}
+    network, other = Stochastic(wrappers[name]()), X.clone()
+    other[[0, 1, 3, 4, 5]] = torch.rand(5, 1, 4, 4, generator=stream(1, "images")).square()
+    assert torch.equal(network.logits_of(0, X)[2], network.logits_of(0, other)[2])
+
+
+@pytest.mark.parametrize("draws", [5, 40, 200])
 def test_pruning_keeps_as_many_activations_as_draws_with_replacement(draws: int) -> None:
     model = ActivationPruning(two_layers(), share=draws / 100)
     torch.manual_seed(draws)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.errors import ConfigError, InputError
-from redefense.types import Bool, Float, Images, Logits
+from redefense.types import Images, Logits
 
 MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -132,39 +132,16 @@ class ActivationPruning(_Hooked):
         if place == 0:
             return inputs
         size = inputs.detach().abs().flatten(1)
-        size = size.to(torch.promote_types(size.dtype, torch.float32))  # half would round the sums
         total = size.sum(1, keepdim=True)
         # an image without activations keeps them: zeros
-        tiny = torch.finfo(size.dtype).tiny
-        odds = torch.where(total > 0, size / total.clamp_min(tiny), 1 / size.shape[1])
+        odds = torch.where(total > 0, size / total.clamp_min(torch.finfo(size.dtype).tiny), 1.0)
         draws = max(1, round(self.share * size.shape[1]))
-        kept = _drawn(odds, draws)
+        drawn = torch.multinomial(odds, draws, replacement=True)
+        kept = torch.zeros_like(size).scatter(1, drawn, 1.0)
         # 1 - (1 - p)^r, without losing small p to rounding
         chance = -torch.expm1(draws * torch.log1p(-odds.clamp_max(1 - 1e-6)))
-        weight = kept / chance.clamp_min(tiny)
-        return inputs * weight.view_as(inputs).to(inputs.dtype)
-
-
-def _drawn(odds: Float[Tensor, "B D"], draws: int) -> Bool[Tensor, "B D"]:
-    """What is drawn at least once in so many draws with replacement, in rows of probabilities.
-
-    Independent Poisson counts are distributed as draws with replacement, given their sum. Counts
-    of a slightly smaller mean, and the few draws missing from their sum, thus have the distribution
-    of all draws, in a quarter of the time.
-    """
-    room = 4 * math.sqrt(draws)
-    counts = torch.poisson(max(draws - room, 0.0) * odds)
-    missing = draws - counts.sum(1, keepdim=True)
-    # as many in every row, so that later draws do not depend on the images
-    few = min(draws, math.ceil(2 * room))
-    further = torch.multinomial(odds, few, replacement=True)
-    counts.scatter_add_(1, further, (torch.arange(few, device=odds.device) < missing).to(odds))
-    # one row in ten thousand: a sum more than four standard deviations from its mean
-    far = ((missing < 0) | (missing > few)).flatten().nonzero().flatten()
-    if len(far) > 0:
-        again = torch.multinomial(odds[far], draws, replacement=True)
-        counts[far] = torch.zeros_like(counts[far]).scatter(1, again, 1.0)
-    return counts > 0
+        weight = kept / chance.clamp_min(torch.finfo(size.dtype).tiny)
+        return inputs * weight.view_as(inputs)
 
 
 class ResizeAndPad(nn.Module):
