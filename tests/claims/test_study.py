@@ -1,9 +1,11 @@
 """The workflow of a study: its configurations, its jobs, and the hours that stand in them."""
 
+import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,41 +67,57 @@ def test_long_runs_cost_the_same() -> None:
     assert max(costs) < 1.03 * min(costs)
 
 
-def snakemake(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "snakemake", "-s", str(STUDY / "Snakefile"), *words],
-        cwd=folder, capture_output=True, text=True, check=False,
+SEVERAL = """
+import json, os, sys
+from snakemake.cli import main
+
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if not (child := os.fork()):
+        os.dup2(os.open(f"{number}.txt", os.O_CREAT | os.O_WRONLY), 1)
+        main(words)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def dry_runs(folder: Path, *several: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Exit codes and output of dry runs, forked from one process: to import snakemake is slow."""
+    words = [["-s", str(STUDY / "Snakefile"), "-n", *more] for more in several]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(words)],
+        cwd=folder, capture_output=True, text=True, check=True,
     )  # fmt: skip
+    for number, code in enumerate(done.stdout.split()):
+        yield int(code), (folder / f"{number}.txt").read_text()
 
 
-def test_a_dry_run_lists_what_is_left(tmp_path: Path) -> None:
+def test_dry_runs_list_what_is_left_or_refuse_in_a_line_what_a_study_lacks(tmp_path: Path) -> None:
     study = read(STUDY / "digits.yaml")
     rows = study["runs"].values()
     runs = sum(len(row["seeds"]) for row in rows)
     evaluations = sum(len(row["seeds"]) * len(row["evaluations"]) for row in rows)
-    profile = str(STUDY / "profiles" / "local")
-    words = ("--configfile", str(STUDY / "digits.yaml"), "--profile", profile, "-n", "-p")
     done = tmp_path / study["out"] / "runs" / "digits-red-0"
     for file in (done / "final" / "manifest.json", done / "evaluation" / "quick.json"):
         file.parent.mkdir(parents=True)
         file.write_text("{}")
-    said = snakemake(tmp_path, *words)
-    assert said.returncode == 0, said.stderr
-    listed = Counter(re.findall(r"^rule (\w+):$", said.stdout, re.MULTILINE))
-    assert listed == {
-        "train": runs - 1, "evaluate": evaluations - 1, "claim": runs, "leaderboard": 1, "all": 1
-    }  # fmt: skip
-    assert "redefense train digits-vanilla --data digits  --seed 0 --device cpu" in said.stdout
-    assert not any(tmp_path.rglob("claims"))
-
-
-def test_a_study_that_lacks_something_is_refused_in_a_line(tmp_path: Path) -> None:
-    nothing = snakemake(tmp_path, "-n")
-    assert nothing.returncode != 0
-    assert "the study lacks accelerator, data, evaluations, out, runs" in nothing.stdout
     (tmp_path / "study.yaml").write_text(
         (STUDY / "digits.yaml").read_text().replace("data: digits,", "data: digit,")
     )
-    wrong = snakemake(tmp_path, "-n", "--configfile", "study.yaml")
-    assert wrong.returncode != 0
-    assert "has data 'digit'; there are digits" in wrong.stdout
+    profile = str(STUDY / "profiles" / "local")
+    begun, nothing, wrong = dry_runs(
+        tmp_path,
+        ["--configfile", str(STUDY / "digits.yaml"), "--profile", profile, "-p"],
+        [],
+        ["--configfile", "study.yaml"],
+    )
+    code, said = begun
+    assert code == 0, said
+    listed = Counter(re.findall(r"^rule (\w+):$", said, re.MULTILINE))
+    assert listed == {
+        "train": runs - 1, "evaluate": evaluations - 1, "claim": runs, "leaderboard": 1, "all": 1
+    }  # fmt: skip
+    assert "redefense train digits-vanilla --data digits  --seed 0 --device cpu" in said
+    assert not any(tmp_path.rglob("claims"))
+    assert nothing[0] != 0
+    assert "the study lacks accelerator, data, evaluations, out, runs" in nothing[1]
+    assert wrong[0] != 0
+    assert "has data 'digit'; there are digits" in wrong[1]

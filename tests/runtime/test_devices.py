@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import nn
 import redefense
 from far import FAR, Far, far_device
 from redefense.attacks import ATTACKS
+from redefense.checks import attacks as attacks_checks
+from redefense.checks import draws as draws_checks
+from redefense.checks import gradients as gradients_checks
+from redefense.checks import victim as victim_checks
 from redefense.config import override
 from redefense.defences import DEFENCES
 from redefense.evaluation.api import evaluate_run
@@ -66,10 +71,24 @@ def report(networks: list[nn.Module], suite: str, checks: str) -> dict[str, Any]
 
 def short(cell: dict[str, Any]) -> dict[str, Any]:
     """The attack with a few steps, which take the same operations as many."""
-    known = ATTACKS[cell["attack"]].__dataclass_fields__
-    return {**cell, "settings": {key: value for key, value in SHORT.items() if key in known}}
+    return {**cell, "settings": settings_of(cell["attack"])}
 
 
+def settings_of(name: str) -> dict[str, int]:
+    known = ATTACKS[name].__dataclass_fields__
+    return {key: value for key, value in SHORT.items() if key in known}
+
+
+@pytest.fixture
+def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The S-checks with attacks of a few steps, and few random corners."""
+    attacks = {name: partial(kind, **settings_of(name)) for name, kind in ATTACKS.items()}
+    for module in (attacks_checks, draws_checks, gradients_checks, victim_checks):
+        monkeypatch.setattr(module, "ATTACKS", attacks)
+    monkeypatch.setattr(attacks_checks, "CORNERS", 30)
+
+
+@pytest.mark.usefixtures("short_checks")
 @pytest.mark.parametrize(("suite", "checks"), [("aware", "full"), ("every", "quick")])
 def test_networks_are_measured_where_they_lie(suite: str, checks: str, tmp_path: Path) -> None:
     plan = suite_named("aware").model_dump(mode="json")
@@ -102,11 +121,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("name", [*DEFENCES, "ps-red"])
 def test_every_method_is_trained_and_evaluated_there(name: str, tmp_path: Path) -> None:
-    changes = ["data.images=16", "batch_size=8", "precision=fp32"]
+    changes = ["data.images=16", "batch_size=8", "precision=fp32", "ensemble.num_members=2"]
     changes += ["defence.refit_images=8"] if name == "barre" else []
-    run, kind, defence = loading.resolve(override(recipe(f"digits-{name}"), changes))
+    base = recipe(f"digits-{name}")
+    changes += ["defence.adversary.steps=2"] if "adversary" in base.defence else []
+    run, kind, defence = loading.resolve(override(base, changes))
     # an epoch for each stage
-    epochs = 1 if len(defence.stages(kind.num_members, 3)) == 1 else 3
+    epochs = 1 if len(defence.stages(kind.num_members, 2)) == 1 else 2
     run = override(run, [f"epochs={epochs}"])
     train(run, tmp_path / "near", quiet=True)
     (tmp_path / "few.json").write_text(json.dumps({"cells": FEW}))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer would import it in every process, for a second
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -116,8 +117,8 @@ def steps(folder: Path) -> None:
                 with given_examples():
                     grads, terms = one_step(defence, mesh, dtype)
                 keep(folder / f"{shape}-{name}-{dtype}", mesh, grads, terms)
-        grads, terms = one_step(STEPS["red"], mesh, torch.float32)
-        keep(folder / f"{shape}-crafted", mesh, grads, terms)
+    grads, terms = one_step(STEPS["red"], mesh, torch.float32)
+    keep(folder / f"{MESHES[-1]}-crafted", mesh, grads, terms)
     dist.destroy_process_group()
 
 
@@ -155,9 +156,10 @@ def runs(folder: Path) -> None:
             if not torch.equal(found.member_logits(x), copy.deepcopy(found).member_logits(x)):
                 said[name] = ["stale", "answers with kernels of other weights", False]
 
-    attempt("rows", tiny("red"), "2x1")
-    attempt("rows-again", tiny("red"), "2x1")
-    attempt("columns", tiny("red"), "1x2")
+    few = "defence.adversary.steps=3"
+    attempt("rows", tiny("red", few), "2x1")
+    attempt("rows-again", tiny("red", few), "2x1")
+    attempt("columns", tiny("red", few), "1x2")
     attempt("written", tiny("ps-red", "ensemble.width=16", "ensemble.unit=16", "epochs=1"), "1x2")
     wide = ("ensemble.width=16", "epochs=1")
     attempt("plain", tiny("vanilla", *wide), "2x1")
@@ -165,7 +167,8 @@ def runs(folder: Path) -> None:
     warm = tiny("ps-red", *wide, "ensemble.unit=16").model_copy(update={"start": begun})
     attempt("warm", warm, "1x2")
     attempt("resumed", read_run(folder / "resumed" / "run.json"), "2x1", resume=True)
-    attempt("barre", tiny("barre", "epochs=3", "defence.refit_images=128"), "2x1")
+    boosted = ("epochs=2", "ensemble.num_members=2", "defence.refit_images=64", few)
+    attempt("barre", tiny("barre", *boosted), "2x1")
     attempt("dverge", tiny("dverge"), "2x1")
     attempt("dverge-columns", tiny("dverge"), "1x2")
     attempt("odd", tiny("vanilla", "batch_size=62"), "2x1")
