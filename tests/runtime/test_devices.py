@@ -121,7 +121,9 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("name", [*DEFENCES, "ps-red"])
 def test_every_method_is_trained_and_evaluated_there(name: str, tmp_path: Path) -> None:
-    changes = ["data.images=16", "batch_size=8", "precision=fp32", "ensemble.num_members=2"]
+    changes = ["data.images=16", "batch_size=8", "precision=fp32"]
+    # of two members of dverge, Adam divides one gradient of rounding alone by its own size
+    changes += ["ensemble.num_members=2"] if name != "dverge" else []
     changes += ["defence.refit_images=8"] if name == "barre" else []
     base = recipe(f"digits-{name}")
     changes += ["defence.adversary.steps=2"] if "adversary" in base.defence else []
