@@ -100,8 +100,9 @@ PRESETS = sorted((n, p) for n, cls in ATTACKS.items() for p in cls.presets if n 
 def test_presets_take_every_shape(name: str, preset: str) -> None:
     cls: Any = ATTACKS[name]
     attack = cls(preset=preset)
-    if getattr(attack, "queries", 0):  # a budget that a preset does not fix
-        object.__setattr__(attack, "queries", 10)
+    for budget in ("queries", "steps"):  # shapes are the same at each
+        if getattr(attack, budget, None):
+            object.__setattr__(attack, budget, min(10, getattr(attack, budget)))
     for shape in SHAPES.values():
         x = images(shape, torch.float32)[:2]
         net = Answering(shape, torch.float32, torch.float64)

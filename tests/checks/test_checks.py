@@ -313,9 +313,12 @@ def sample(*members: nn.Module, x: Tensor = X, eps: float = 0.2, found: float = 
     )  # fmt: skip
 
 
-def test_a_sound_evaluation_passes_the_full_checks() -> None:
-    found = [check(sample(Plane(0), Plane(1))) for check in full.CHECKS]
-    track = health.track(sample(Plane(0), Plane(1)))
+def test_a_sound_evaluation_passes_the_full_checks_which_leave_it_as_it_was() -> None:
+    target, before = sample(Plane(0), Plane(1)), torch.get_rng_state()
+    found = [check(target) for check in full.CHECKS]
+    track = health.track(target)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert target.ensemble.member(0).training
     found += [health.incomplete(track), health.silent(track), health.ascent(track)]
     # a linear classifier is as unstable as its slope says
     assert [c.id for c in found if c.passed is False and c.id != "S25"] == []
@@ -419,12 +422,3 @@ def test_a_climb_that_fails_is_caught() -> None:
     falling = Track(value=-rising, correct=flat * 0.5, returned=returned)
     assert health.ascent(falling).passed is False
     assert health.silent(falling).passed is False
-
-
-def test_checks_leave_the_members_as_they_were() -> None:
-    target = sample(Plane(0), Plane(1))
-    before = torch.get_rng_state()
-    for check in full.CHECKS:
-        check(target)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert target.ensemble.member(0).training
