@@ -302,7 +302,11 @@ def test_an_aware_attack_that_helps_the_defender_is_caught() -> None:
 def test_coupled_draws_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from redefense.checks import results as checks
 
-    monkeypatch.setattr(checks, "protocol", lambda c, p, seed, name: (float(seed), 0.0))
+    # of the members of HALF one seed draws the right one for every image, the other the wrong one
+    def drawn(mixture: Any, count: int, seed: int, name: str) -> Any:
+        return np.tile((np.arange(count) < 10) ^ (seed == 1), (5, 1)).astype(np.int64)
+
+    monkeypatch.setattr(checks, "protocol_draws", drawn)
     assert checked({"pgd": ("pgd", HALF)})("S32").passed is False
 
 
