@@ -21,7 +21,7 @@ from redefense.train.accelerators import ACCELERATORS, Accelerator, known
 from redefense.train.cost import count, passes_per_image, predict, table
 from redefense.train.loading import resolve
 from redefense.train.op_counter import OpCounter
-from redefense.train.steps import booked_step, forward_flops
+from redefense.train.steps import counted_step, forward_flops
 from redefense.types import Batch
 
 STEM = 2 * 3 * 16 * 9 * 32 * 32
@@ -76,7 +76,7 @@ def test_pretending_counts_what_computing_counts(method: str, members: int, size
         if (before := stages[-1].before) is not None:
             before(ensemble)
         found.append(
-            booked_step(
+            counted_step(
                 ensemble, stages, batch, optim=OPTIM, precision=run.precision,
                 index=len(stages) - 1, dry=dry,
             )
@@ -93,12 +93,12 @@ def test_members_that_hypernetworks_write_are_counted_with_their_writing() -> No
     for dry in (False, True):
         ensemble, batch = members_and_batch(kind, 2)
         stages = QUICK_RED.stages(2, 1)
-        found.append(booked_step(ensemble, stages, batch, optim=OPTIM, precision="fp32", dry=dry))
+        found.append(counted_step(ensemble, stages, batch, optim=OPTIM, precision="fp32", dry=dry))
     assert found[0].flops() == found[1].flops()
     plain, batch = members_and_batch(kind.plain(), 2)
     stages = QUICK_RED.stages(2, 1)
     assert (
-        found[0].flops() > booked_step(plain, stages, batch, optim=OPTIM, precision="fp32").flops()
+        found[0].flops() > counted_step(plain, stages, batch, optim=OPTIM, precision="fp32").flops()
     )
 
 
@@ -173,7 +173,7 @@ def test_living_memory_is_exact() -> None:
 def test_nothing_is_left_behind() -> None:
     ensemble, batch = members_and_batch(IndependentConfig(model="mlp", num_members=2, width=8), 4)
     state = torch.random.get_rng_state()
-    booked_step(ensemble, QUICK_RED.stages(2, 1), batch, optim=OPTIM, precision="fp32", dry=True)
+    counted_step(ensemble, QUICK_RED.stages(2, 1), batch, optim=OPTIM, precision="fp32", dry=True)
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in ensemble.parameters())
 

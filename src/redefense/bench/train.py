@@ -49,7 +49,7 @@ from redefense.train.accelerators import known
 from redefense.train.cost import counted_seconds
 from redefense.train.op_counter import OpCounter
 from redefense.train.optim import make_optimizer
-from redefense.train.steps import Precision, booked_step, take_steps
+from redefense.train.steps import Precision, counted_step, take_steps
 from redefense.types import Batch, Images
 
 FLOOR_PASSES = 24
@@ -238,7 +238,7 @@ def _counted(
     """The operations of a step, counted on the CPU without running them."""
     stages = RED(adversary=adversary, differentiate=way[0]).stages(ensemble.num_members, 1)
     theirs = channels_last(copy.deepcopy(ensemble))
-    return booked_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
+    return counted_step(theirs, stages, batch, optim=OPTIM, precision=way[1])
 
 
 def _forwards(ensemble: Ensemble, x: Images) -> dict[str, Step]:

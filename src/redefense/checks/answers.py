@@ -78,7 +78,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
         return
     points = sample_points(x)
     for m in range(ensemble.num_members):
-        with kept_as_it_was(ensemble):
+        with state_restored(ensemble):
             with evaluating(ensemble):
                 evaluated, *again = (query_member(ensemble, m, points) for _ in range(1 + REPEATS))
             try:
@@ -91,7 +91,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
             raise _other_mode(ensemble, m, f"there {difference_text(evaluated, given)}")
 
 
-def laid_out(ensemble: Ensemble, x: Images) -> Images:
+def in_fastest_format(ensemble: Ensemble, x: Images) -> Images:
     """The images in channels-last format, which is fastest for convolutions, if outputs agree.
 
     Otherwise the memory format is unchanged, or contiguous if a member fails on the given one, as
@@ -216,7 +216,7 @@ def _other_mode(module: nn.Module, m: int, what: str) -> InputError:
 
 
 @contextmanager
-def kept_as_it_was(module: nn.Module) -> Iterator[None]:
+def state_restored(module: nn.Module) -> Iterator[None]:
     """Restore buffers and the global generators on exit."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = {b.device.index for b, _ in before if b.device.type == "cuda"}

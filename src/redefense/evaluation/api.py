@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import redefense
-from redefense.checks.answers import check_modes, laid_out
+from redefense.checks.answers import check_modes, in_fastest_format
 from redefense.checks.catalogue import explained
 from redefense.config import Run, ThreatConfig
 from redefense.data import load_dataset
 from redefense.ensembles import Ensemble, evaluating, recorded
 from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.cells import Subject, image_digest
-from redefense.evaluation.folder import alone, claim, keeping, silent, stoppable
+from redefense.evaluation.folder import begin_or_resume, exclusive, keeping, silent, stoppable
 from redefense.evaluation.inputs.arguments import (
     check_choices,
     read_ensemble,
@@ -25,10 +25,10 @@ from redefense.evaluation.inputs.arguments import (
 from redefense.evaluation.inputs.batches import bounded, in_batches, noise_of
 from redefense.evaluation.inputs.data import read_data
 from redefense.evaluation.inputs.objects import (
-    answers_of,
-    balls_left,
+    all_aware,
     fingerprints,
-    known_to_all,
+    function_digest,
+    outside_lines,
     plugins_of,
     suite_of,
 )
@@ -170,16 +170,16 @@ def evaluate(
     else:
         check_modes(ensemble, subject.x)
         if ensemble.num_members == 1:
-            plan = known_to_all(plan)
+            plan = all_aware(plan)
     with evaluating(ensemble):
-        subject = replace(subject, x=laid_out(ensemble, subject.x))
+        subject = replace(subject, x=in_fastest_format(ensemble, subject.x))
         settings = {
             "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
             "threat": allowed.model_dump(mode="json"), "images": images, "seed": seed,
             "seeds": seeds, "checks": checks, "stochastic": str(stochastic),
             "data": image_digest(subject.x, subject.y), "weights": weights_digest([own]),
             "version": redefense.__version__, "code": code(),
-            **plugins_of(plan, subject.data_name), **answers_of(ensemble, subject.x),
+            **plugins_of(plan, subject.data_name), **function_digest(ensemble, subject.x),
             **noise_of(subject),
         }  # fmt: skip
         with keeping(out, plan, settings, subject, progress=progress) as kept:
@@ -193,7 +193,7 @@ def evaluate(
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             message = RedCheckWarning(explained(check["id"], check["detail"]), report)
             warnings.warn(message, stacklevel=3)  # the caller's line, not the decorator's
-    for line in balls_left(report.data["cells"]):
+    for line in outside_lines(report.data["cells"]):
         warnings.warn(RedCheckWarning(line, report), stacklevel=3)
     return report
 
@@ -284,13 +284,13 @@ def evaluate_run(
     if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")
-    with workers() as team, alone(team, store, target):
+    with workers() as team, exclusive(team, store, target):
         here = team.gather([place_of(subject.x.device)])
         if team.first:
-            claim(store, target, settings, here)
+            begin_or_resume(store, target, settings, here)
         team.wait()
         # every process reads what the first one wrote, so that all raise the same error
-        started, places = claim(store, target, settings)
+        started, places = begin_or_resume(store, target, settings)
         subject = replace(subject, workers=team)
         shared = log if team.first else None
         log = shared or silent

@@ -45,7 +45,7 @@ class Kept:
 
 
 @contextmanager
-def alone(team: Workers, store: Path, target: Path) -> Iterator[None]:
+def exclusive(team: Workers, store: Path, target: Path) -> Iterator[None]:
     """Lock an evaluation against other processes.
 
     Raises:
@@ -81,8 +81,8 @@ def keeping(
         if out is not None:
             target = Path(out) / "evaluation" / f"{plan.name}.json"
             store, here = target.with_suffix(""), [place_of(subject.x.device)]
-            stack.enter_context(alone(SINGLE_PROCESS, store, target))
-            started, _ = claim(store, target, settings, here)
+            stack.enter_context(exclusive(SINGLE_PROCESS, store, target))
+            started, _ = begin_or_resume(store, target, settings, here)
             stack.enter_context(stoppable(store))
         bar = stack.enter_context(shown(log) if progress else nullcontext(SILENT))
         yield Kept(target=target, started=started, log=log, progress=bar)
@@ -109,12 +109,12 @@ def silent(line: str) -> None:
     """Log nothing."""
 
 
-def claim(
+def begin_or_resume(
     store: Path, target: Path, settings: Mapping[str, Any], here: Sequence[dict[str, str]] = ()
 ) -> tuple[str, list[dict[str, str]]]:
     """Check that saved cells have the settings of this plan.
 
-    With `places`, the machines are added to the plan of an unfinished evaluation.
+    With `here`, these machines are added to the plan of an unfinished evaluation.
 
     Returns:
         The start date of the evaluation, which is kept when it is resumed, and all machines that

@@ -203,7 +203,7 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
     """
     plan: list[Planned] = []
     for listed in suite.cells:
-        spec = listed.answered(randomized)
+        spec = listed.resolved(randomized)
         cell_threat = spec.threat or threat
         cell_threat.check()
         attack = attack_of(spec)

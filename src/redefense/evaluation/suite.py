@@ -73,13 +73,13 @@ class CellSpec(_Data):
         """The attack object that was given; None if the attack is given by name."""
         return self._made
 
-    def running(self, attack: Any) -> "CellSpec":
+    def with_attack(self, attack: Any) -> "CellSpec":
         """The same cell with an attack object in place of the named attack."""
         other = self.model_copy()
         other._made = attack
         return other
 
-    def answered(self, randomized: bool) -> "CellSpec":
+    def resolved(self, randomized: bool) -> "CellSpec":
         """The same cell with the view "protocol" resolved for this defence."""
         if self.view != "protocol":
             return self

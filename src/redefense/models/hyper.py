@@ -261,7 +261,7 @@ def strip(net: nn.Module, grids: Sequence[Grid]) -> None:
         del conv.weight
 
 
-_worn = threading.RLock()
+_lock = threading.RLock()
 
 
 @contextmanager
@@ -273,7 +273,7 @@ def with_kernels(
     One thread at a time, since all threads share the network.
     """
     convs = [net.get_submodule(grid.name) for grid in grids]
-    with _worn:
+    with _lock:
         for conv, kernel in zip(convs, kernels, strict=True):
             conv.__dict__["weight"] = kernel
         try:

@@ -30,7 +30,7 @@ from redefense.train.accelerators import ACCELERATORS, Accelerator
 from redefense.train.describe import known_images
 from redefense.train.loading import Signature, resolve
 from redefense.train.op_counter import Entry, OpCounter
-from redefense.train.steps import booked_step, forward_flops
+from redefense.train.steps import counted_step, forward_flops
 from redefense.types import Batch
 
 
@@ -209,7 +209,7 @@ def _counted(
     """A representative step of an epoch, or steps of several epochs if these differ."""
 
     def step(epoch: int) -> OpCounter:
-        return booked_step(
+        return counted_step(
             ensemble, stages, batch, optim=run.optim, precision=run.precision, seed=run.seed,
             index=index, epoch=epoch,
         )  # fmt: skip

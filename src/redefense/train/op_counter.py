@@ -52,13 +52,13 @@ class OpCounter(TorchDispatchMode):
 
     Args:
         dry: compute nothing large (on the CPU).
-        staying: phases whose tensors are not counted in `live`, like those that are `disowned`.
+        staying: phases whose tensors are not counted in `live`, like those of `forget_storage`.
 
     Attributes:
         entries: number of calls of each operation; views and the like are not counted.
         met: number of entries of each phase.
         recording: nothing is counted while this is false.
-        live: bytes of existing tensors created while recording, except those that were `disowned`.
+        live: bytes of existing tensors created while recording, except those of `forget_storage`.
         peak: maximum of `live`.
         worst: the phase of the maximum.
     """

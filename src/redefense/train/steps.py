@@ -53,7 +53,7 @@ def take_steps(
         on_step()
 
 
-def booked_step(
+def counted_step(
     ensemble: Ensemble,
     stages: Sequence[Stage],
     batch: Batch,

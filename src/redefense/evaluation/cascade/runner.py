@@ -153,7 +153,7 @@ class Runner:
                 cell = worst.filled(cell)
             if job.write_cell(name, cell):
                 forget(kept)
-            self._say(label, cell)
+            self._log(label, cell)
         self.attacked.finish(name, cell, worst)
         # no process reads the next cell before this one is written
         subject.workers.wait()
@@ -169,7 +169,7 @@ class Runner:
             self.points.forget()
         self.attacked.forget()
 
-    def _say(self, label: str, cell: Cell) -> None:
+    def _log(self, label: str, cell: Cell) -> None:
         if cell.whole:
             expected = float(exact_expectation(cell.correct, self._mixture).mean())
             found = f"{100 * expected:.1f} % expected accuracy"

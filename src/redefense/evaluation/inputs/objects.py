@@ -81,10 +81,10 @@ def cell_of(value: Any, label: str | None = None) -> CellSpec:
         view="members" if attack.adaptive else "protocol",
         settings=_settings(attack),
         label=label or (None if named else name_of(attack)),
-    ).running(attack)
+    ).with_attack(attack)
 
 
-def known_to_all(suite: Suite) -> Suite:
+def all_aware(suite: Suite) -> Suite:
     """The suite for a single network, which has no draw: every cell is aware."""
     cells = tuple(
         spec.model_copy(update={"aware": True}) if spec.made is not None else spec
@@ -93,7 +93,7 @@ def known_to_all(suite: Suite) -> Suite:
     return suite.model_copy(update={"cells": cells})
 
 
-def balls_left(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+def outside_lines(cells: Iterable[Mapping[str, Any]]) -> list[str]:
     """A line for each cell whose attack returned points outside the ball.
 
     Args:
@@ -127,7 +127,7 @@ def fingerprints(suite: Suite) -> dict[str, str]:
     return found
 
 
-def answers_of(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
+def function_digest(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
     """SHA-256 of the outputs of plain functions on a few images; empty for networks.
 
     The weights of a function cannot be read, and saved records of one function must not be mixed

@@ -13,9 +13,9 @@ from redefense.checks.answers import (
     ROUNDING,
     difference_text,
     differences,
-    kept_as_it_was,
     query_member,
     sample_points,
+    state_restored,
 )
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, InputError
@@ -40,7 +40,7 @@ def drawing(ensemble: Ensemble, x: Images) -> str:
     """
     points = sample_points(x)
     for m in range(ensemble.num_members):
-        with kept_as_it_was(ensemble):
+        with state_restored(ensemble):
             try:
                 first, *again = (query_member(ensemble, m, points) for _ in range(1 + REPEATS))
             except InputError:
@@ -94,7 +94,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
             in distribution.
     """
     points = sample_points(x)
-    with kept_as_it_was(network):
+    with state_restored(network):
         check_alone(network, x)
         network.rows = rows_per_call(network, x)
         for m in range(min(3, network.num_members)):
