@@ -153,6 +153,30 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("defence", "said"),
+    [
+        ("adp", "adp needs fewer members than classes, got 2 members for 2 classes"),
+        ("dverge", "dverge needs networks with feature taps, Sequential has none"),
+        *((name, "member 2 cannot start from member 1: shapes differ")
+          for name in ({"name": "mrboost", "persistent": True}, "barre", "fork", "snapshots")),
+    ],
+)  # fmt: skip
+def test_members_that_a_method_cannot_train_are_refused_before_anything_is_written(
+    defence: Any, said: str, tmp_path: Path
+) -> None:
+    x, y = torch.rand(40, 1, 2, 2, generator=stream(0, "images")), torch.arange(40) % 2
+    members = [
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 2)),
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2)),
+    ]
+    with pytest.raises(ConfigError, match=said):
+        redefense.train(
+            members, defence, ((x, y), (x, y)), out=tmp_path / "run", epochs=2, quiet=True
+        )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("value", [None, 3, b"run", ["run"]], ids=repr)
 def test_what_is_no_path_is_refused(value: Any) -> None:
     with pytest.raises(InputError, match="expected the path of a folder"):

@@ -114,16 +114,22 @@ class ADP(CrossEntropyDefence):
                 ce + (z * cotangent[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once}
             )
 
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:
+        _check_members(ensemble.num_members, num_classes)
+
     def _diversity(self, logits: Float[Tensor, "M B C"], y: Labels) -> dict[str, Tensor]:
-        num_members, _, num_classes = logits.shape
-        if num_members >= num_classes:
-            raise ConfigError(
-                f"adp needs fewer members than classes, got {num_members} members for "
-                f"{num_classes} classes: reduce num_members"
-            )
+        _check_members(logits.shape[0], logits.shape[2])
         entropy, log_det = ensemble_entropy(logits), log_det_diversity(logits, y)
         bonus = -self.entropy * entropy - self.log_det * log_det
         return {"entropy": entropy, "log_det": log_det, "bonus": bonus}
+
+
+def _check_members(num_members: int, num_classes: int) -> None:
+    if num_members >= num_classes:
+        raise ConfigError(
+            f"adp needs fewer members than classes, got {num_members} members for "
+            f"{num_classes} classes: reduce num_members"
+        )
 
 
 def _uniform(rng: torch.Generator) -> Float[Tensor, ""]:

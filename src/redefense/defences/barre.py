@@ -34,7 +34,12 @@ from redefense.defences.base import (
     Stage,
     terms,
 )
-from redefense.defences.mrboost import boosted_examples, copy_member, one_by_one
+from redefense.defences.mrboost import (
+    boosted_examples,
+    check_all_alike,
+    copy_member,
+    one_by_one,
+)
 from redefense.ensembles import Ensemble, evaluating, frozen_weights, mean_log_probs
 from redefense.limits import at_least, not_negative
 from redefense.penalties import margin_cross_entropy
@@ -81,6 +86,9 @@ class BARRE(CrossEntropyDefence):
             return partial(self.refit, m + 1) if m > 0 and self.refit_steps else None
 
         return one_by_one(num_members, epochs, loss=self.newest, before=begin, after=after)
+
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:
+        check_all_alike(ensemble)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The loss of the last stage, which uses all members."""

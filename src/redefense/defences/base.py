@@ -179,6 +179,13 @@ class Defence(ABC):
         all_members = tuple(range(num_members))
         return (Stage(name="joint", epochs=epochs, members=all_members, loss=self.loss),)
 
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:  # noqa: B027 - most need nothing
+        """Check that the method can train these members; called before anything is written.
+
+        Raises:
+            ConfigError: naming what the method needs.
+        """
+
     @property
     def spreads(self) -> bool:
         """Whether members can be distributed; the loss then uses `ensemble.spread`."""

@@ -121,12 +121,13 @@ class DVERGE(CrossEntropyDefence):
             self._distil(ensemble.member(m), x, target, layer) for m in range(ensemble.num_members)
         ]
 
-    def _distil(self, net: nn.Module, x: Images, target: Images, layer: float) -> Images:
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:
+        for m in range(ensemble.num_members):
+            _tapped(ensemble.member(m))
+
+    def _distil(self, member: nn.Module, x: Images, target: Images, layer: float) -> Images:
         """Move x, within eps, towards the target's features at a relative depth in [0, 1)."""
-        if not isinstance(net, Tapped):
-            raise ConfigError(
-                f"dverge needs networks with feature taps, {type(net).__name__} has none"
-            )
+        net = _tapped(member)
         name = net.tap_names[int(layer * len(net.tap_names))]
 
         def oracle(point: Images, with_grad: bool) -> OracleResult:
@@ -136,13 +137,19 @@ class DVERGE(CrossEntropyDefence):
             grad = input_gradient(-apart, point) if with_grad else None
             return OracleResult(-apart.detach(), torch.zeros_like(apart).detach(), grad)
 
-        with evaluating(net), frozen_weights(net), phase(EXAMPLES):
+        with evaluating(member), frozen_weights(member), phase(EXAMPLES):
             with torch.no_grad():
                 wanted = net.tap(target, name)
             return climb(
                 oracle, x, x, Threat(eps=self.eps),
                 steps=self.steps, step_size=self.step_size * self.eps, decay=1.0,
             ).detach()  # fmt: skip
+
+
+def _tapped(net: nn.Module) -> Tapped:
+    if not isinstance(net, Tapped):
+        raise ConfigError(f"dverge needs networks with feature taps, {type(net).__name__} has none")
+    return net
 
 
 @lru_cache(maxsize=1)  # shared by the steps of an epoch; a recorded step must not draw

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from redefense.attacks.objectives import margin
 from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, terms
 from redefense.defences.coupled import DIFFERENTIATE, Coupled
-from redefense.defences.mrboost import begin_member, copy_member
+from redefense.defences.mrboost import begin_member, check_all_alike, copy_member
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.limits import not_negative, one_of, positive, within
@@ -91,6 +91,9 @@ class Fork(CrossEntropyDefence):
         x = self.adversary.craft(Queried(ensemble.member(0)), batch.x, batch.y, rng)
         ce = self.cross_entropy(ensemble.logits_of(0, x), batch.y)
         yield Loss(ce, terms(ce=ce, total=ce))
+
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:
+        check_all_alike(ensemble)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The copies' losses, one part each."""

@@ -66,6 +66,10 @@ class MRBoost(CrossEntropyDefence):
             before=partial(begin_member, copied=self.persistent),
         )
 
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:
+        if self.persistent:
+            check_all_alike(ensemble)
+
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The loss of the last stage, which uses all members."""
         yield from self.newest(ensemble.num_members - 1, ensemble, batch, rng)
@@ -167,16 +171,31 @@ def copy_member(ensemble: Ensemble, source: int, target: int) -> None:
     Raises:
         ConfigError: if their shapes differ.
     """
-    pairs = list(zip(ensemble.parameters_of(source), ensemble.parameters_of(target), strict=True))
-    buffers = dict(ensemble.named_buffers())
-    prefix = f"members.{source}."
-    for name, buffer in buffers.items():
-        if name.startswith(prefix):
-            pairs.append((buffer, buffers[f"members.{target}.{name.removeprefix(prefix)}"]))  # type: ignore[arg-type]  # both kinds of tensors are copied alike
-    if any(a.shape != b.shape for a, b in pairs):
+    check_alike(ensemble, source, target)
+    with torch.no_grad():
+        pairs = zip(_tensors(ensemble, source), _tensors(ensemble, target), strict=True)
+        for value, place in pairs:
+            place.copy_(value)
+
+
+def check_all_alike(ensemble: Ensemble) -> None:
+    """Check that every member could start from the first; errors as in `copy_member`."""
+    for m in range(1, ensemble.num_members):
+        check_alike(ensemble, 0, m)
+
+
+def check_alike(ensemble: Ensemble, source: int, target: int) -> None:
+    """Check that one member could start from another; errors as in `copy_member`."""
+    shapes = ([value.shape for value in _tensors(ensemble, m)] for m in (source, target))
+    if next(shapes) != next(shapes):
         raise ConfigError(
             f"member {target + 1} cannot start from member {source + 1}: shapes differ"
         )
-    with torch.no_grad():
-        for value, place in pairs:
-            place.copy_(value)
+
+
+def _tensors(ensemble: Ensemble, m: int) -> list[Tensor]:
+    """The parameters and buffers of member m."""
+    buffers = [
+        value for name, value in ensemble.named_buffers() if name.startswith(f"members.{m}.")
+    ]
+    return [*ensemble.parameters_of(m), *buffers]

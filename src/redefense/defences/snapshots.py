@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from redefense.defences.base import Adversary, CrossEntropyDefence, Stage, terms
-from redefense.defences.mrboost import begin_member, one_by_one
+from redefense.defences.mrboost import begin_member, check_all_alike, one_by_one
 from redefense.ensembles import Ensemble
 from redefense.networks import Queried
 from redefense.types import Batch, Loss
@@ -37,6 +37,9 @@ class Snapshots(CrossEntropyDefence):
         """One stage per member; before its stage a member has probability zero."""
         before = partial(begin_member, copied=True)
         return one_by_one(num_members, epochs, loss=self.newest, before=before)
+
+    def check(self, ensemble: Ensemble, num_classes: int) -> None:
+        check_all_alike(ensemble)
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The loss of the last stage."""

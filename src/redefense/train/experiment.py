@@ -160,6 +160,7 @@ def _train(
                 _say_resumed(checkpoint, team)
         else:
             check_members(ensemble, train_split, len(signature.classes), device)
+            defence.check(ensemble, len(signature.classes))
             started = _start(run, kind, ensemble, signature, train_split, validation, device)
             if team.first:
                 _begin(run, out, started)
