@@ -317,7 +317,11 @@ def test_published_weights_answer_as_where_they_come_from(tmp_path: Path) -> Non
         file[f"model_{m}"] = named
     torch.save(file, path := tmp_path / "members.pth")
     x = torch.rand(4, 3, 8, 8, generator=stream(0, "x"))
-    asked = {"model": {"model": "resnet8", "width": 4}, "num_classes": 4, "shape": (3, 8, 8)}
+    asked: dict[str, Any] = {
+        "model": {"model": "resnet8", "width": 4},
+        "num_classes": 4,
+        "shape": (3, 8, 8),
+    }
     assert same(redefense.from_pretrained(path, **asked), source, x)
     # without a stored normalisation that of the settings is used, or said to be missing
     for state in file.values():
@@ -325,14 +329,19 @@ def test_published_weights_answer_as_where_they_come_from(tmp_path: Path) -> Non
     torch.save(file, path)
     with pytest.warns(UserWarning, match="states no normalisation of images"):
         assert not same(redefense.from_pretrained(path, **asked), source, x)
-    own = {"model": "resnet8", "width": 4, "mean": mean.tolist(), "std": std.tolist()}
+    own: dict[str, Any] = {
+        "model": "resnet8",
+        "width": 4,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+    }
     assert same(redefense.from_pretrained(path, **{**asked, "model": own}), source, x)
 
 
 def test_published_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     net = IndependentConfig(num_members=1, width=4).build(num_classes=4, shape=(3, 8, 8), seed=0)
     save_file(dict(net.member(0).state_dict()), path := tmp_path / "net.safetensors")
-    asked = {"model": {"model": "resnet8", "width": 4}, "shape": (3, 8, 8)}
+    asked: dict[str, Any] = {"model": {"model": "resnet8", "width": 4}, "shape": (3, 8, 8)}
     with pytest.raises(ConfigError, match="name the model of its weights"):
         redefense.from_pretrained(path)
     with pytest.raises(DataError, match=r"classifier\.weight, classifier\.bias of member 0"):
