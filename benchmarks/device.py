@@ -142,7 +142,7 @@ class Check:
             result = bench.run(
                 models=[model], members=members, batch=batch, steps=1 if self.small else 10,
                 rounds=1 if self.small else 3, device=str(self.device),
-                tell=show,
+                log=show,
             )  # fmt: skip
         for case in result["cases"]:
             self.tell(name, f"{model}, M = {case['members']}, batch {batch}", **case)
@@ -153,7 +153,7 @@ class Check:
             result = memory.run(
                 model="linear" if self.small else "resnet18",
                 members=(2, 3) if self.small else (2, 4, 8), batch=4 if self.small else 64,
-                device=str(self.device), tell=show,
+                device=str(self.device), log=show,
             )  # fmt: skip
         allocators = [case.get("allocator", case["engine"]) for case in result["cases"]]
         spread = max(allocators) / min(allocators) - 1
