@@ -94,7 +94,7 @@ SHORT = Suite(
     name="short",
     cells=(
         CellSpec(attack="pgd", view="sampled", settings={"steps": 3, "keep_best": False}),
-        CellSpec(attack="hinge", view="members", settings={"steps": 5}),
+        CellSpec(attack="hinge", view="members"),
     ),
 )
 
