@@ -87,13 +87,6 @@ PAIR = Suite(
     name="pair",
     cells=(
         CellSpec(attack="pgd", view="sampled", settings={"steps": 10, "keep_best": False}),
-        CellSpec(attack="hinge", view="members", settings={"steps": 10}),
-    ),
-)
-SHORT = Suite(
-    name="short",
-    cells=(
-        CellSpec(attack="pgd", view="sampled", settings={"steps": 3, "keep_best": False}),
         CellSpec(attack="hinge", view="members"),
     ),
 )
@@ -107,7 +100,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluate(model: Any, x: Tensor = X, **settings: Any) -> Report:
     data = (x, Y[: len(x)])
-    settings = {"suite": SHORT, **settings}
+    settings = {"suite": PAIR, **settings}
     return redefense.evaluate(model, data, threat=redefense.Threat(eps=EPS), **settings)
 
 
@@ -220,10 +213,10 @@ def test_answers_that_depend_on_other_images_are_refused() -> None:
 def test_an_evaluation_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     threat = ThreatConfig(eps=EPS)
     who = subject(Stochastic(GaussianNoise(Plane(), sigma=0.1)))
-    whole = run_drawn(who, SHORT, threat, draws=FEW, seeds=2)
-    stored = run_drawn(who, SHORT, threat, draws=FEW, seeds=2, store=tmp_path)
+    whole = run_drawn(who, PAIR, threat, draws=FEW, seeds=2)
+    stored = run_drawn(who, PAIR, threat, draws=FEW, seeds=2, store=tmp_path)
     (tmp_path / "hinge-members-linf-0.1.npz").unlink()
-    again = run_drawn(who, SHORT, threat, draws=FEW, seeds=2, store=tmp_path)
+    again = run_drawn(who, PAIR, threat, draws=FEW, seeds=2, store=tmp_path)
     assert whole.headline == stored.headline == again.headline
     assert all(len(cell["seeds"]["expected"]) == 2 for cell in whole.data["cells"])
 
