@@ -58,8 +58,10 @@ def load(at: Path, *, whole: bool = False) -> Dataset | None:
     try:
         meta: Meta = json.loads((at / "meta.json").read_bytes())
         seal = meta.pop("seal")
+        # the digests below protect the arrays, this seal the digests themselves
         if seal != _seal(meta) or meta["format"] != FORMAT:
             return None
+        # before the arrays: comparing times is cheap, digests read every byte
         if meta["sources"] != stamps([Path(place) for place, *_ in meta["sources"]]):
             return None
         if not all(_intact(at / name, how, whole=whole) for name, how in meta["arrays"].items()):
@@ -78,6 +80,7 @@ def store(at: Path, source: Source, tick: Tick) -> Dataset:
     """
     at.mkdir(parents=True, exist_ok=True)
     sources = stamps(source.files)  # before reading: a change meanwhile makes the cache stale
+    # two processes that decode the same set write different files
     token, arrays = uuid.uuid4().hex[:8], {}
     previous = _names(at)
     content = content_digest(source.classes, source.shape)
@@ -99,6 +102,7 @@ def store(at: Path, source: Source, tick: Tick) -> Dataset:
             "arrays": arrays,
             "checksum": content.hexdigest(),
         }
+    # an interrupt, too, must not leave gigabytes behind
     except BaseException:
         for left in at.glob(f"*-{token}-*.npy"):
             left.unlink(missing_ok=True)
@@ -207,5 +211,6 @@ def _clean(at: Path, previous: list[str]) -> None:
     current = _names(at)
     for file in at.glob("*.npy"):
         with contextlib.suppress(OSError):
+            # younger ones may be written by another process at this moment
             if file.name not in current and time.time() - file.stat().st_mtime > ABANDONED:
                 file.unlink()

@@ -54,6 +54,7 @@ class Augment:
         right = torch.arange(width, device=raw.device)
         rows = corner[:, :1] + down
         columns = corner[:, 1:] + torch.where(mirrored[:, None], width - 1 - right, right)
+        # crop and flip in one gather: the bytes are copied once
         index = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
         flat = index.flatten(1)[:, None].expand(-1, raw.shape[1], -1)
         cropped = padded.flatten(2).gather(2, flat).view_as(raw)
@@ -120,6 +121,7 @@ class Loader:
         # every n-th image: the first half of each rank's slice is part of the batch's first half
         self.share = slice(rank, None, world_size)
         self.augment = _as_augment(augment, cutout)
+        # seed 0, not that of the run: runs with a limit then train on the same images
         subset = torch.randperm(len(split), generator=stream(0, "training subset"))
         self.subset = torch.arange(len(split)) if total == len(split) else subset[:total]
 
@@ -144,6 +146,7 @@ class Loader:
         raw = self.split.take(index).to(self.device)
         labels, index = self.split.labels[index].to(self.device), index.to(self.device)
         if self.augment is not None:
+            # keyed by image and epoch, so neither rank nor step changes what is drawn
             raw = self.augment(raw, ImageStreams(mix64(mix64(index) ^ salt)))
         return Batch(raw.to(torch.float32).div_(255.0), labels, index)
 

@@ -111,6 +111,7 @@ def split_files(path: Path, config: str | None = None) -> dict[str, list[Path]]:
             folder = (path if file.parent == path else inside).relative_to(path).as_posix()
             configs.setdefault(folder, {name: [] for name in SPLITS})[split].append(file)
     found = _chosen(path, configs, config)
+    # sets without a public test, as ImageNet, are measured on their validation images
     found["test"] = found["test"] or found["validation"]
     for split in ("train", "test"):
         if not found[split]:
@@ -153,6 +154,7 @@ def _some(names: Sequence[str], count: int = 0) -> str:
 def _check_shards(files: Sequence[Path], where: str) -> None:
     """Check that the files of one split are all the parts of one table, each once."""
     shards = [match for file in files if (match := SHARD.fullmatch(file.stem))]
+    # files of two tables in one folder would be joined to one set silently
     several = len(shards) < len(files) or len({(s["what"], s["total"]) for s in shards}) > 1
     if several and len(files) > 1:
         raise DataError(

@@ -171,6 +171,7 @@ def common_shape(
     if not shapes:
         raise DataError(f"{what}: no readable image")
     sizes = [shape[1:] for shape in shapes]
+    # the most common size: one odd image is then reported as the fault, not all the others
     height, width = max(sizes, key=sizes.count)
     return max(channels for channels, *_ in shapes), height, width
 
@@ -228,6 +229,7 @@ def all_blocks(part: Part, what: str, tick: Callable[[int], None]) -> Iterator[B
     done = 0
     for block in part.blocks():
         done += len(block)
+        # of further blocks only the number is read, for the message
         if done <= len(part.labels):
             yield block
         tick(len(block))

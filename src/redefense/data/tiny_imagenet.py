@@ -87,6 +87,7 @@ def _root(tree: Tree) -> str:
         raise DataError(
             f"{tree.root}: this {tree.kind} has no wnids.txt, so it is not TinyImageNet"
         )
+    # the shortest path: copies of the set lie deeper
     return min(found, key=len).removesuffix("wnids.txt")
 
 
@@ -159,6 +160,7 @@ def _names(tree: Tree, name: str, ids: Sequence[str]) -> tuple[str, ...]:
         one, _, rest = line.partition("\t")
         if one in wanted:
             words[one] = rest.split(",")[0].strip()
+    # one word may name two classes, as crane does, the bird and the machine
     counts = Counter(word.casefold() for word in words.values())
     return tuple(
         word if (word := words.get(one, "")) and counts[word.casefold()] == 1 else

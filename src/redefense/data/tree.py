@@ -140,6 +140,8 @@ class FolderTree:
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             files = [name for name in files if not is_hidden(name)]
             here = Path(place)
+            # folders, too: os.walk does not enter links to folders, whose images would be missing
+            # silently
             faults = {name: file_fault(here / name, limit) for name in (*folders, *files)}
             for fault in filter(None, faults.values()):
                 refuse(fault)
@@ -180,6 +182,7 @@ class ZipTree:
         self._entries: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
         for entry in everything:
+            # the folder still counts: a class with hidden files only is reported as empty
             if is_hidden(entry.filename):
                 folders.add(str(PurePosixPath(entry.filename).parent))
             elif fault := self._fault(entry):
@@ -194,6 +197,7 @@ class ZipTree:
     def _fault(self, entry: zipfile.ZipInfo) -> str:
         if _plain(entry.filename) in self._entries:
             return "there twice"
+        # the upper half holds the mode that Unix gave the file
         if stat.S_ISLNK(entry.external_attr >> 16):
             return "link in an archive, refused"
         if entry.flag_bits & 1:
@@ -278,6 +282,7 @@ class TarTree:
         return _name_fault(member.name) or size_fault(member.size, member.size, MAX_FILE)
 
     def items(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        # one pass for all names: each jump back would unpack the archive from its start again
         wanted, found = set(names), {}
         try:
             with tarfile.open(self.root, tarinfo=_Header) as archive:
@@ -309,6 +314,7 @@ def _plain(name: str) -> str:
 
 def _name_fault(name: str) -> str:
     path = PurePosixPath(name)
+    # backslashes and colons separate folders and drives on Windows
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
         return "name leads out of the archive, refused"
     return "" if name.isprintable() else "unprintable name, refused"

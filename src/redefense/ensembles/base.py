@@ -206,10 +206,12 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
             f"the mixture needs one probability for each of {num_members} members, "
             f"got shape {tuple(probs.shape)}"
         )
+    # written so that NaN fails, too; 1e-5 admits mixtures stored in single precision
     if not bool((probs >= 0).all()) or abs(float(probs.sum()) - 1) > 1e-5:
         raise ConfigError(
             f"the mixture must hold probabilities that sum to 1, got {probs.tolist()}"
         )
+    # exactly one in double precision, whatever rounding was admitted
     return probs / probs.sum()
 
 

@@ -34,6 +34,7 @@ class InBatches(nn.Module):
 
     def forward(self, x: Images) -> Logits:
         once = partial(
+            # early_stop would end a repetition by an exception inside of a network of the user
             checkpoint, partial(query, self.network), use_reentrant=False, early_stop=False,
             context_fn=_contexts,
         )  # fmt: skip
@@ -61,4 +62,5 @@ class _SameDraws(AbstractContextManager[None]):
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a pass and of its repetitions."""
+    # built before the first pass, so it holds the states that this pass starts from
     return nullcontext(), _SameDraws()

@@ -80,6 +80,7 @@ class Hyper(Ensemble):
         grids, sources = self.grids[m], self._sources(m)
         written = self._written(m)
         kernels = written.kernels
+        # attacks freeze the weights: they need no graph through the hypernetwork
         if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
             kernels = hyper.linked(written, grids, self.taps, sources)
         with hyper.with_kernels(self.members[m], grids, kernels) as net:

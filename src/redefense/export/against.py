@@ -62,6 +62,8 @@ def compare(path: Path) -> Callable[["Opened"], str]:
                 exact &= _same_weights(opened.graphs[m], state, m)
                 _same_work(opened.graphs[m], plain, m, set(state))
             else:
+                # any images do: their ranges of activations are not compared, and weights do not
+                # depend on them
                 static = bundle.config["quantisation"]["method"] == "static"
                 again = quantised(plain, torch.from_numpy(images.copy()) if static else None)
                 _same_integers(opened.graphs[m], again, m)
@@ -131,6 +133,7 @@ def _same_weights(graph: bytes, state: dict[str, Floats], m: int) -> bool:
     if missing := set(state) - set(found):
         raise BundleError(f"member {m} lacks the weight {min(missing)}")
     for name, wanted in state.items():
+        # a tensor of zeros has no scale
         scale = ROUNDING * max(float(np.abs(wanted).max()), 1e-12)
         if found[name].shape != wanted.shape or np.abs(found[name] - wanted).max() > scale:
             raise BundleError(f"member {m} has other weights in {name} than the checkpoint")

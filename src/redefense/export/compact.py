@@ -33,6 +33,7 @@ def write_compact(
     onnx = need("onnx")
     template = onnx.load_from_string(member_graph(first, shape))
     own = set(first.state_dict())
+    # constants of the graph stay, weights come from the stored tensors
     kept = [tensor for tensor in template.graph.initializer if tensor.name not in own]
     template.graph.ClearField("initializer")
     template.graph.initializer.extend(kept)

@@ -34,6 +34,7 @@ def chi_square_p(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> float
     if (counts[probs == 0] > 0).any():
         return 0.0
     expected = probs * counts.sum()
+    # below ten the chi-square distribution is a poor fit and its p-values mislead
     rare = expected < 10
     found, wanted = counts[~rare].astype(float), expected[~rare]
     if expected[rare].sum() >= 10:
@@ -56,6 +57,7 @@ def draw_faults(draw: Draw, mixture: NDArray[np.float64]) -> list[str]:
     p = chi_square_p(np.bincount(drawn, minlength=size), mixture)
     if p < ALARM:
         return [f"members are not drawn by the mixture (chi-square p = {p:.1e})"]
+    # disjoint pairs, since overlapping ones depend on each other
     pairs = np.bincount(drawn[::2] * size + drawn[1::2], minlength=size**2)
     p = chi_square_p(pairs, np.outer(mixture, mixture).ravel())
     if p < ALARM:

@@ -56,6 +56,7 @@ def member_graph(net: nn.Module, shape: tuple[int, int, int]) -> bytes:
         ConfigError: if torch cannot export the network, with the reason.
     """
     optimizer = need("onnxscript.optimizer")
+    # two images: the exporter would take a batch of one for a constant
     plain, example = portable(net), torch.full((2, *shape), 0.5)
     _make_traceable(plain, example)
     try:
@@ -106,6 +107,7 @@ def _make_traceable(net: nn.Module, example: Images) -> None:
     logits = _plain(answer)
     check_finite(logits)
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    # the exporter finds inputs by name, so *args do not do
     named = bool(kinds) and kinds[0] is inspect.Parameter.POSITIONAL_OR_KEYWORD
     if not named or logits is not answer or not torch.equal(given, example):
         net.forward = lambda images: _plain(forward(images.clone()))
@@ -138,6 +140,7 @@ def tidied(model: Any) -> bytes:
         noted.ClearField("doc_string")
     graph.ClearField("value_info")
     used = {node.domain for node in graph.node}
+    # folding may leave operator sets that no node uses, which old runtimes do not know
     imports = [entry for entry in model.opset_import if entry.domain in used]
     model.ClearField("opset_import")
     model.opset_import.extend(imports)
@@ -156,6 +159,7 @@ def skeleton(graph: bytes, free: Callable[[Any], bool]) -> bytes:
         if free(tensor):
             for field in ("raw_data", "float_data", "int32_data", "int64_data"):
                 tensor.ClearField(field)
+    # the order of weights in the file has no effect and differs between versions of the exporter
     ordered = sorted(model.graph.initializer, key=lambda tensor: str(tensor.name))
     model.graph.ClearField("initializer")
     model.graph.initializer.extend(ordered)
@@ -177,11 +181,8 @@ def _operators_read_once() -> Iterator[None]:
     try:
         kind = import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
         before, table = vars(kind)["from_torchlib"], _table_of(kind)
-    except (
-        ImportError,
-        AttributeError,
-        KeyError,
-    ):  # another version of torch, which builds it each time
+    except (ImportError, AttributeError, KeyError):
+        # another version of torch, which builds the table each time
         yield
         return
     kind.from_torchlib = staticmethod(table)

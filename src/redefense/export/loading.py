@@ -78,6 +78,7 @@ class Deployed(nn.Module):
                 "or use attacks that need none"
             )
         logits = runner.logits_of(self.session, x.detach().float().cpu().numpy())
+        # onnxruntime's arrays may be read-only, and torch warns of these
         return torch.from_numpy(logits.copy()).to(x)
 
 

@@ -41,6 +41,7 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
         onnx.checker.check_model(proto)
     except Exception as error:  # noqa: BLE001 - the checker's errors share no narrower class
         faults.append(_unsound(error))
+    # a fault that occurs in a hundred nodes is named once
     return list(dict.fromkeys(faults))
 
 
@@ -61,6 +62,7 @@ def _node_faults(onnx: Any, node: Any, version: int) -> Iterator[str]:
             yield f"{name} holds a graph of its own"
         if attribute.t.data_location == _EXTERNAL:
             yield f"{name} takes data from outside the file"
+        # deterministic by the standard, but one image would change the answer to another
         if (name, attribute.name) == ("BatchNormalization", "training_mode") and attribute.i:
             yield "its batch norm is in training mode, so answers depend on batch mates"
 

@@ -70,6 +70,7 @@ def trust_in(public: Path) -> Trust:
 
     def trust(folder: Path, manifest: bytes) -> None:
         place = folder / SIGNATURE
+        # a link could be turned to another file after the check
         if place.is_symlink() or not place.is_file():
             raise SignatureError(f"the bundle is not signed: it lacks {SIGNATURE}")
         if place.stat().st_size != _SIZE:

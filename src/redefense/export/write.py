@@ -116,6 +116,7 @@ def export(
     try:
         with writing(target), runner.aside(target) as folder:
             _write(ensemble, folder, about, images, int8, target.name)
+            # read back from disk: what is checked are the files that users get
             _check(runner.open_bundle(folder))
             if sign is not None:
                 signature = sign((folder / runner.MANIFEST).read_bytes())
@@ -143,6 +144,7 @@ def synthetic(shape: tuple[int, int, int], count: int = PROBES) -> Images:
     rng = stream(0, "probes")
     coarse = torch.rand(count, shape[0], 4, 4, generator=rng)
     fine = torch.rand(count, *shape, generator=rng)
+    # mostly smooth: on pure noise all members of many networks name one class
     smooth = F.interpolate(coarse, shape[1:], mode="bilinear", align_corners=False)
     return (0.8 * smooth + 0.2 * fine).clamp(0.0, 1.0)
 
@@ -204,6 +206,7 @@ def _write(
         (folder / "members").mkdir()
         for path, graph in zip(names, graphs, strict=True):
             (folder / path).write_bytes(graph)
+    # logits of torch, not of the written files: they are what verification compares with
     np.savez(folder / "probes.npz", images=images.numpy(), logits=logits.numpy())
     (folder / "run.py").write_bytes(runner.text().encode())
     text = (

@@ -54,6 +54,7 @@ def _own(name: str, value: Any) -> Model | Own:
     if isinstance(value, nn.Module):
         value = [value]
     if isinstance(value, list | tuple) and value and all(isinstance(n, nn.Module) for n in value):
+        # copies: what the caller trains later must not change what the name stands for
         nets = tuple(copy.deepcopy(net) for net in value)
         return Own(
             summary=f"{type(nets[0]).__name__}, as given",

@@ -228,17 +228,23 @@ class _BatchNormBackward(Function):
     @once_differentiable
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Any:
         """Derivatives of <a, gx> + <b, gw> + <c, gb>."""
+        # x
         gy, x, weight, mu, r, gw, gb = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         by_gy = by_x = by_weight = None
         if a is not None:
             by_gy, a_sum_x, a_sum = _pull(a, x, weight, mu, r, ctx.eps)
+            # A, G, m(a) and m(gy) of the text: gw and gb are the sums that the first pass made
+            # anyway
             big_a, big_g, mean_a, mean_g = (t / count for t in (a_sum_x, gw, a_sum, gb))
+            # a sum over a batch of half-precision pixels would overflow or lose its small terms
             wide = torch.promote_types(x.dtype, torch.float32)
             big_c = (a * gy).sum((0, 2, 3), dtype=wide) / count - mean_a * mean_g
             by_weight = (count * r * (big_c - big_a * big_g)).to(weight.dtype)
             k = -weight * r.square()
             of_x = k * r * (big_c - 3 * big_a * big_g)
+            # the means and mu are constants of a channel: one offset, so three passes over memory
+            # suffice
             constant = -(k * (mean_a * big_g + mean_g * big_a) + of_x * mu)
             by_x = _combine(((a, k * big_g), (gy, k * big_a), (x, of_x)), constant)
         if b is not None:
@@ -290,6 +296,7 @@ class _SiLUBackward(Function):
         """Derivatives of <a, gy f'(x)>, where f'' = s (1 - s) (2 + x (1 - 2 s))."""
         gy, x = ctx.saved_tensors
         s = x.sigmoid()
+        # in place on own memory: this layer is bound by memory, not by arithmetic
         bend = torch.addcmul(x, x, s, value=-2).add_(2).mul_(s).mul_(s.neg_().add_(1))
         return _aten.silu_backward(a, x), bend.mul_(gy).mul_(a)
 

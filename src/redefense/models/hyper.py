@@ -139,6 +139,7 @@ class Hypernetwork(nn.Module):
 def embeddings(num_units: int, size: int, rng: torch.Generator) -> Float[Tensor, "U e"]:
     """Random directions of length sqrt(size): the second moment of standard normal vectors."""
     z = torch.randn(num_units, size, generator=rng)
+    # equal lengths: no unit starts with larger weights than another
     scale: Tensor = math.sqrt(size) / z.norm(dim=1, keepdim=True)
     return z * scale
 
@@ -162,6 +163,7 @@ def tile(
     """A kernel from rows x columns units, in the order of reading; laid out channels last."""
     n = units.shape[1]
     blocks = units.view(rows, columns, n, n, 3, 3).permute(0, 2, 4, 5, 1, 3)
+    # channels last is what convolutions take, so no copy is made at each use
     return blocks.reshape(rows * n, 3, 3, columns * n).permute(0, 3, 1, 2)
 
 
@@ -184,6 +186,7 @@ def kernels_from(
 def gain(grid: Grid, unit: int, taps: str) -> float:
     """Factor that scales units of variance 1 to He's variance."""
     mean_square = TAPS[taps].mean_square if grid.size == 1 else 1.0
+    # as plain members start, so that learning rates carry over
     return math.sqrt(2 / (grid.size**2 * grid.columns * unit * mean_square))
 
 
@@ -261,6 +264,7 @@ def strip(net: nn.Module, grids: Sequence[Grid]) -> None:
         del conv.weight
 
 
+# reentrant: a network may hold another one whose kernels are generated, too
 _lock = threading.RLock()
 
 
@@ -275,6 +279,7 @@ def with_kernels(
     convs = [net.get_submodule(grid.name) for grid in grids]
     with _lock:
         for conv, kernel in zip(convs, kernels, strict=True):
+            # past nn.Module, which would refuse a tensor that is no parameter
             conv.__dict__["weight"] = kernel
         try:
             yield net

@@ -105,6 +105,7 @@ def _normalise(net: nn.Module, state: State) -> tuple[str, ...]:
             if std is None or len(layers) != 1:
                 continue
             size = layers[0].mean.numel()
+            # a tensor called mean may be of something else, such as a batch norm
             if mean.numel() == std.numel() == size and bool((std > 0).all()):
                 layers[0].mean.copy_(mean.detach().flatten())
                 layers[0].std.copy_(std.detach().flatten())
@@ -158,6 +159,7 @@ def _members(data: Any) -> list[State]:
 
 def _plain(state: State) -> State:
     """Remove the common prefix of all names except those of a preceding normalisation."""
+    # wrappers nest, as in module.model.conv1
     while True:
         names = [name for name in state if not _of_normalisation(name)]
         if not names or not all(_PREFIX.match(name) for name in names):

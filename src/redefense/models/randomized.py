@@ -166,6 +166,7 @@ class ResizeAndPad(nn.Module):
         full = [
             max(side + (self.largest > 1), round(self.largest * side)) for side in (height, width)
         ]
+        # one share for both sides, which keeps the aspect ratio
         share = float(torch.rand(()))
         size = [
             side + int(share * (end - side))

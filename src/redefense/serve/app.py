@@ -77,6 +77,7 @@ class Service:
         Raises:
             ConfigError: if its inputs or classes differ.
         """
+        # clients have read these once and keep them
         for what in ("name", "shape", "classes"):
             was, now = getattr(self.model, what), getattr(model, what)
             if was != now:

@@ -112,6 +112,8 @@ class Batcher:
             except Exception as error:  # noqa: BLE001 - goes to every request of the batch
                 outcome = error
             spent = (time.monotonic() - started) / len(images)
+            # a moving average, so that Retry-After follows the load and no single slow batch
+            # decides it
             self._seconds_per_image += 0.1 * (spent - self._seconds_per_image)
             with contextlib.suppress(RuntimeError):  # the loop has ended: no request is waiting
                 loop.call_soon_threadsafe(self._deliver, jobs, outcome)
@@ -122,6 +124,7 @@ class Batcher:
             while not self._closed:
                 if self._jobs:
                     due = self._jobs[0].arrived + self._settings.max_delay - time.monotonic()
+                    # waits a little for others: one run of a member costs less than several
                     if due <= 0 or self.waiting >= self._settings.max_batch:
                         return self._take()
                     self._change.wait(due)
@@ -132,6 +135,7 @@ class Batcher:
     def _take(self) -> list[_Job]:
         jobs: list[_Job] = []
         room = self._settings.max_batch
+        # strictly in order: a large request must not wait for ever behind small ones
         while self._jobs and len(self._jobs[0].images) <= room:
             jobs.append(self._jobs.popleft())
             room -= len(jobs[-1].images)

@@ -59,6 +59,7 @@ def canonical(image: Floats) -> bytes:
 
 def keyed(key: bytes, *parts: bytes) -> int:
     """A pseudorandom number in [0, 2**64) (HMAC-SHA-256), uniform without the key."""
+    # with lengths: else (ab, c) and (a, bc) would be the same message
     framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     return int.from_bytes(hmac.digest(key, framed, "sha256")[:8], "big")
 
@@ -83,6 +84,7 @@ def per_client(
 
     def number(client: str, now: float) -> int:
         name = client.encode()
+        # each client has its own start, so that not all members change at one known moment
         shift = keyed(key, b"shift", name) / _STEPS
         turn = int(now / epoch + shift)
         return keyed(key, b"client", name, str(turn).encode())
@@ -102,8 +104,10 @@ def network_of(address: str) -> str:
         return address
     if isinstance(parsed, ipaddress.IPv4Address):
         return address
+    # the same client, seen by a socket that listens for both versions
     if parsed.ipv4_mapped is not None:
         return str(parsed.ipv4_mapped)
+    # whoever has one address of a /64 has all, and could come as a new client with each
     return str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
 
 

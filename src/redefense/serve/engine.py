@@ -75,10 +75,8 @@ class Engine:
 
     def use(self, model: Model, draw: Draw) -> None:
         """Use this model from the next batch on; a running batch is not affected."""
-        self._serving = (
-            model,
-            draw,
-        )  # one assignment: a batch never combines a model with another one's draw
+        # one assignment: a batch never combines a model with another one's draw
+        self._serving = model, draw
 
     @property
     def model(self) -> Model:

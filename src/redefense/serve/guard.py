@@ -134,6 +134,7 @@ class Bodies:
                 415, f"{plain} (Content-Encoding: {coding[:40]})", {**_UNREAD, **_PLAIN}
             )
         announced = request.headers.get("content-length", "")
+        # refused before a byte is read; int() of millions of digits would take seconds
         if announced.isdigit() and len(announced) < 20 and int(announced) > self._limit:
             self._too_large()
         try:

@@ -74,6 +74,7 @@ class Model:
         """Refuse members that draw random numbers: the draw is among members, not in them."""
         image = np.linspace(0, 1, self.pixels, dtype=np.float32).reshape(1, *self.shape)
         for m in range(self.num_members):
+            # deterministic kernels may still differ by rounding between runs, hence a tolerance
             first, *again = (self.logits_of(m, image) for _ in range(_ASKED))
             allowed = _ROUNDING * max(1.0, float(np.abs(first).max()))
             if any(float(np.abs(other - first).max()) > allowed for other in again):
@@ -181,6 +182,7 @@ def _session(content: bytes, m: int, threads: int | None) -> Any:
     import onnxruntime  # after `sessions`, which disables its telemetry
 
     options = onnxruntime.SessionOptions()
+    # errors only: its warnings about graphs would fill the server log
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     # members share the cores: waiting threads must not spin

@@ -47,6 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    # else a restarted server could not listen while old connections time out
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
@@ -88,6 +89,7 @@ async def run(app: ASGIApp, service: Service, listener: socket.socket, stop: asy
     if not serving.done():
         service.leaving = True
         LOG.info({"event": "leaving"})
+        # load balancers poll readiness every few seconds; until then they send requests
         await asyncio.sleep(settings.grace)
         for listening in server.servers:
             listening.close()
@@ -132,6 +134,7 @@ def serve(load: Load, settings: Settings, *, host: str, port: int) -> None:
 def _ready(load: Load, name: str | None, settings: Settings) -> tuple[Model, Draw]:
     model, draw = load(name)
     model.check_grouped(settings.grouped)
+    # only then do members get batches of several images
     together = settings.grouped or settings.mode != "sampled"
     model.warm_up((1, settings.max_batch) if together else (1,))
     return model, draw

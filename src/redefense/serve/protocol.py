@@ -54,6 +54,7 @@ def read_question(
     """Parse an inference request, JSON alone or JSON followed by binary tensors."""
     header, blobs = body, b""
     if header_length is not None:
+        # isdigit alone accepts other scripts, and int() of a long number is slow
         if not header_length.isascii() or not header_length.isdigit() or len(header_length) > 12:
             refuse(f"{BINARY_HEADER} must be a number of bytes")
         if int(header_length) > len(body):
@@ -107,6 +108,7 @@ def _parameters(holder: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_count(value: object) -> bool:
+    # true is an int in Python
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -159,6 +161,7 @@ def _numbers(data: object, datatype: str) -> NDArray[Any]:
         values = np.asarray(data)
     except (ValueError, OverflowError, RecursionError):
         refuse("data must be numbers, flat or nested as in the shape")
+    # strings and nulls become arrays of objects, which no reshaping would refuse
     if values.dtype.kind not in "iuf":
         refuse("data must be numbers, flat or nested as in the shape")
     if datatype == "UINT8":
@@ -254,4 +257,5 @@ def _to_bytes(values: Sequence[Any] | NDArray[Any], datatype: str) -> bytes:
     if isinstance(values, np.ndarray):
         return values.astype("<i8" if datatype == "INT64" else "<f4").tobytes()
     encoded = [str(value).encode() for value in values]
+    # how the protocol sends strings: each behind its length in four bytes
     return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)

@@ -77,6 +77,7 @@ def certificate(
     if not radius >= 0:
         raise ConfigError(f"the radius must not be negative, got {radius}")
     within("(0, 1)", alpha=alpha)
+    # Bonferroni over the images, so that all bounds hold at once
     low = least_chance(right, draws, alpha / len(right))
     # ndtri(0) is -inf, so that a probability of 0 stays 0 at every radius
     shifted = ndtri(low) - radius / sigma
@@ -85,6 +86,7 @@ def certificate(
         radius=radius,
         draws=draws,
         single=float(ndtr(shifted).mean()),
+        # a label with more than half of the probability wins every vote
         vote=float((shifted > 0).mean()),
         confidence=1 - alpha,
     )

@@ -11,7 +11,7 @@ from scipy.special import betainc
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from redefense.ensembles import Ensemble, MemberOf, as_ensemble, device_of
+from redefense.ensembles import Ensemble, as_ensemble, device_of
 from redefense.errors import ConfigError, InputError
 from redefense.limits import within
 from redefense.networks import query
@@ -125,6 +125,7 @@ class Stochastic(Ensemble):
         answered; default: all.
         """
         count = self.images_per_call(len(xs))
+        # flattening copies; without this the copy would lose the faster layout
         last = xs[0].is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         logits = []
@@ -150,10 +151,6 @@ class Stochastic(Ensemble):
         for start in range(0, len(seeds), BLOCK):
             block = seeds[start : start + BLOCK]
             yield from self.draw_copies(block[0], x.expand(len(block), *x.shape))
-
-    def member(self, m: int) -> nn.Module:
-        """The network at seed m, sharing its weights with the ensemble."""
-        return MemberOf(self, m)
 
     def sampled(self, *, rng: torch.Generator | None = None, per: Per = "call") -> nn.Module:
         """A view with a fresh seed for each call; with `per="image"` for each image.

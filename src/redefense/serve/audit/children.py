@@ -64,6 +64,7 @@ def url_in(process: "subprocess.Popen[bytes]", log: Path) -> str:
     while time.monotonic() < until:
         text = log.read_text(encoding="utf-8")
         for line in text.splitlines():
+            # a line may be read while it is being written
             if '"listening"' in line and line.endswith("}"):
                 return str(json.loads(line)["url"])
         if process.poll() is not None:

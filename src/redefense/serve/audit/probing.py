@@ -13,9 +13,8 @@ from redefense.serve.draws import Floats
 from redefense.serve.engine import CONFIDENCE, EDGES, label_and_word, probabilities
 from redefense.serve.model import Model
 
-_MARGIN = (
-    0.01  # distance of probabilities from thresholds at which rounding could change the answer
-)
+# nearer to a threshold between answers, rounding could change the answer
+_MARGIN = 0.01
 _CANDIDATES = (64, 2048)
 _SECONDS = 20.0  # limit of the search for images
 
@@ -75,14 +74,16 @@ def find_subjects(model: Model, rng: np.random.Generator) -> Subjects:
         InputError: the members agree on all of them, so that draws cannot be observed.
     """
     probes = model.probes()
+    # a large model gets fewer candidates, a tiny one not more than are useful
     started = time.perf_counter()
-    _, sure = _all_members(model, probes[:8])
+    _all_members(model, probes[:8])
     seconds = (time.perf_counter() - started) / (8 * model.num_members)
     affordable = int(_SECONDS / (seconds * model.num_members))
     count = min(max(affordable, _CANDIDATES[0]), _CANDIDATES[1])
     share = rng.random((count, 1, 1, 1), dtype=np.float32)
     first, second = (probes[rng.integers(len(probes), size=count)] for _ in range(2))
     noise = rng.normal(0, 0.2, first.shape).astype(np.float32)
+    # between two classes and under noise members disagree; at whole levels every encoding agrees
     mixed = np.rint((share * first + (1 - share) * second + noise).clip(0, 1) * 255)
     images = (mixed / np.float32(255)).astype(np.float32)
     answers, sure = _all_members(model, images)
@@ -140,6 +141,7 @@ def distinguished(model: Model, images: Floats, served: Sequence[str]) -> dict[s
         "served": guess_rate(label * len(CONFIDENCE) + word, model.mixture),
     }
     if "scores" in served:
+        # scores are compared by all their digits: one digit may tell the member
         distinct = np.unique(scores.reshape(-1, scores.shape[-1]), axis=0, return_inverse=True)[1]
         rates["served"] = guess_rate(distinct.reshape(label.shape), model.mixture)
     return rates

@@ -162,6 +162,7 @@ def _fresh(case: _Case, url: str) -> list[Finding]:
 
 
 def _drawn(case: _Case, client: Client) -> list[int]:
+    # the images are sorted: the first ones tell members apart best
     best = min(64, len(case.subjects.images))
     size = min(32, case.settings.max_batch)
     members: list[int] = []
@@ -202,6 +203,7 @@ def _pair(case: _Case, client: Client, *numbers: int) -> tuple[int, int]:
 
 
 def _mates(case: _Case, client: Client) -> Finding:
+    # about ten expected in each of the M x M cells of the test
     repeats = max(case.effort.repeats, 10 * len(case.mixture) ** 2)
     joint = [_pair(case, client, 0, 1) for _ in range(repeats)]
     p = independent(joint, case.mixture)
@@ -277,6 +279,7 @@ def _replicas(case: _Case, launch: Launch) -> Finding:
         replicas = pool.map(lambda _: stack.enter_context(launch()), range(2))
         left, right = (np.array(_sequence(case, replica.url)) for replica in list(replicas))
     per_client = case.settings.policy == "per-client"
+    # two servers with one sequence may be some draws apart, since each answered other requests
     lags = range(-_LAGS, _LAGS + 1) if case.settings.policy == "fresh" else range(1)
     chance = float((case.mixture**2).sum())
     found = []
@@ -286,6 +289,7 @@ def _replicas(case: _Case, launch: Launch) -> Finding:
         matches = int((a[:n] == b[:n]).sum())
         found.append((agreement(matches, n, chance), matches / n))
     p, share = min(found)
+    # Bonferroni: the smallest of many p-values is small by chance
     p = min(1.0, p * len(found))
     what = "clients" if per_client else "images"
     return Finding(
@@ -320,10 +324,12 @@ def _timing(case: _Case) -> Finding:
         rest = [s for j, group in enumerate(groups) if j != k for s in group]
         share, chance = separation(np.array(own), np.array(rest))
         if abs(share - 0.5) > abs(worst - 0.5):
+            # the oddest of M members was chosen, hence times M
             worst, p = share, min(1.0, chance * len(groups))
     same = np.array([s for equal, s in case.pairs if equal])
     other = np.array([s for equal, s in case.pairs if not equal])
     pair, pair_p = separation(other, same)
+    # both: with thousands of answers a difference of no use to an attacker is significant, too
     by_member, by_pair = (
         abs(share - 0.5) > _SLOWER and chance < ALPHA
         for share, chance in ((worst, p), (pair, pair_p))
