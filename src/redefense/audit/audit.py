@@ -24,9 +24,9 @@ from redefense.audit.finding import Finding
 from redefense.audit.rules import findings_of
 from redefense.audit.table import grouped, of_evaluation
 from redefense.errors import DataError
+from redefense.results.accuracy import degenerate_members
 from redefense.results.records import evaluations_of, load, parse, read_json
 from redefense.results.schema import Cell, Evaluation
-from redefense.results.untrained import degenerate_members
 
 __all__ = ["Finding", "audit", "exit_code", "findings_about"]
 
@@ -120,6 +120,7 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
         yield _about(evaluation, "headlines-swapped", why, aware=aware, unaware=unaware)
     unaware_values = [value for cell, value in bounded if not cell.aware]
     if unaware is not None and unaware_values and abs(unaware - min(unaware_values)) > _AGREE:
+        # a frequent mistake deserves its own message
         free = [value for cell, value in expected if not cell.bounded]
         if any(abs(unaware - value) <= _AGREE for value in free):
             why = "The unaware headline is the figure of an unbounded attack."

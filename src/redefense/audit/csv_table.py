@@ -38,6 +38,7 @@ def read_csv(path: Path) -> list[Claim]:
         DataError: if lines cannot be read; it names each line with its column and value.
     """
     try:
+        # spreadsheets write a byte-order mark before the first name
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -68,6 +69,7 @@ def read_csv(path: Path) -> list[Claim]:
             claims.append(_Row.of(row).claim(line))
         except ConfigError as error:
             refused.append(f"line {line}: {error}")
+    # all at once: a typed table has many slips, and one round for each would be tedious
     if len(refused) > 1:
         raise TableError(f"{path}: {len(refused)} lines cannot be read\n  " + "\n  ".join(refused))
     if refused:
@@ -113,8 +115,10 @@ class _Row:
         try:
             value = float(text)
         except ValueError:
+            # compares as false with every limit, so it is refused below
             value = float("nan")
         if not low <= value <= high:
+            # a decimal comma is guessed for the hint only: 1,234 may be a thousand
             point = text.replace(",", ".", 1)
             hint = f" (write {point})" if re.fullmatch(r"\d+,\d{1,2}", text) else ""
             if column == "accuracy" and (found := re.fullmatch(r"([\d.]+)\s*\(([\d.]+)\)", text)):
@@ -181,6 +185,7 @@ class _Row:
             raise ConfigError("method, attack and accuracy must not be empty")
         accuracy, decimals, spread, counted = self.accuracy()
         key, norm, eps = attack_key(self.cells["attack"]), self.norm(), self.eps()
+        # in L-inf a radius above 1 is surely meant in levels of 255
         if norm == "inf" and eps is not None:
             check_linf(eps)
         num_images, aware = self.count("num_images"), self.truth("aware")

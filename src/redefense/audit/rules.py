@@ -53,6 +53,7 @@ def _slack(claims: Sequence[Claim], points: float) -> float:
     high, low = (choose(claims, key=lambda c: c.accuracy) for choose in (max, min))
     smaller = 0.0
     if high.norm == low.norm and high.eps is not None and low.eps:
+        # accuracy falls about linearly with eps near 0; twice that covers steeper curves
         smaller = max(2 * (1 - high.eps / low.eps), 0.0) * (100 - low.accuracy)
     spreads = sum(c.spread or 0.0 for c in claims)
     return max([points, *([200 / min(sizes)] if sizes else []), *last]) + spreads + smaller
@@ -111,11 +112,13 @@ def rises_with_steps(group: Group) -> Iterator[Finding]:
 
 def duplicates_differ(group: Group) -> Iterator[Finding]:
     """The same attack or clean accuracy with two figures; an error beyond chance."""
+    # two evaluations of a randomized method differ by their draws, too
     chance = 0.5 if group.randomized is False else 2.0
     for first, second in combinations(group.claims, 2):
         if not _same_measurement(first, second):
             continue
         gap = abs(first.accuracy - second.accuracy)
+        # two roundings of one figure
         rounding = sum(0.5 * 10.0**-c.decimals for c in (first, second) if c.decimals is not None)
         if gap <= rounding + 1e-9:
             continue
@@ -181,6 +184,7 @@ def eot_against_pgd(group: Group) -> Iterator[Finding]:
 def inert_attack(group: Group) -> Iterator[Finding]:
     clean = group.clean
     for claim in group.named(MINIMAL):
+        # near chance level nothing is left that an attack could take
         if clean is None or clean.accuracy <= 10 or claim.eps is not None:
             continue
         if claim.accuracy >= clean.accuracy - _slack((claim, clean), 0.5):

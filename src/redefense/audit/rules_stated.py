@@ -94,6 +94,7 @@ def too_few_images(group: Group) -> Iterator[Finding]:
         n, decimals = claim.num_images, claim.decimals
         if n is None or decimals is None or claim.spread is not None:
             continue  # means of several runs may have more decimals
+        # 1e-9 for rounding: with 100 images whole percents are exactly the grain
         if 100 / n <= 10.0**-decimals * (1 + 1e-9):
             continue
         coarse = 100 / n > 10.0 ** (1 - decimals) * (1 + 1e-9)
@@ -112,6 +113,7 @@ def impossible_share(group: Group) -> Iterator[Finding]:
             continue
         if claim.spread is not None:
             continue
+        # n images allow n + 1 shares; the nearest must round to what is stated
         nearest = 100 * round(claim.accuracy * n / 100) / n
         if abs(nearest - claim.accuracy) > 0.5 * 10.0**-decimals + 1e-9:
             why = (

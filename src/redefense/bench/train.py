@@ -136,6 +136,7 @@ def _case(
     x = torch.rand(size, 3, 32, 32, generator=rng)
     batch = Batch(x, torch.randint(10, (size,), generator=rng), torch.arange(size))
     adversary = Adversary(steps=steps)
+    # before anything is moved to the device, whose free memory decides
     too_large = _too_large(ensemble, batch, here)
     at = known(here)
     counted = {name: _counted(ensemble, batch, way, adversary) for name, way in ENGINE.items()}
@@ -161,6 +162,7 @@ def _case(
                 continue
             ways[own], replayed[own], operations[own] = step, recording, handed_over(step)
     timed = {**_forwards(ensemble, batch.x), **ways}
+    # once without a clock: the first call allocates memory and chooses kernels
     for take in timed.values():
         take()
     found = [
@@ -172,6 +174,7 @@ def _case(
     for name in ways:
         plain = name.removesuffix(REPLAYED)
         unit = "forward bf16" if plain.endswith("bf16") else "forward fp32"
+        # ratios within a round: the speed of a shared machine drifts between rounds
         floor = [r[name] / (FLOOR_PASSES * num_members * r[unit]) for r in found]
         faster = None if too_large else statistics.median(r["joint"] / r[name] for r in found)
         shown[name] = {

@@ -80,6 +80,7 @@ def check(path: Path) -> list[Finding]:
 
 def _audited(it: Claim, found: Evaluated) -> Iterator[Finding]:
     """The audit's findings; errors become notes if another evaluation has the headline."""
+    # a claim may hold a quick evaluation beside the complete one
     has_aware = found.aware is None and it.headline.aware is not None
     for finding in findings_about(as_evaluation(it, found)):
         yield replace(finding, severity="note") if has_aware else finding
@@ -281,6 +282,7 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
     # entries with the most settings are matched first
     for attack, view, settings, name, aware in sorted(demanded, key=lambda it: -len(it[2])):
         fits = [c for c in left if (c.attack, c.view) == (attack, view) and _ran(c.repr, settings)]
+        # the first of equal ones: each result answers one entry of the suite
         if fits:
             left.remove(fits[0])
             yield from _described(it, found, fits[0], aware)

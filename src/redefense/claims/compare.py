@@ -85,6 +85,7 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
     chosen = max(shared, key=lambda subject: (len(common[subject]), subject))
     attacks = common[chosen]
     aware = {c.key for sets in every for c in sets[chosen].cells if c.aware} & attacks
+    # without both kinds a column of the table would be empty
     if not aware or aware == attacks:
         raise DataError("the claims must share at least one aware and one unaware attack")
     rows = {

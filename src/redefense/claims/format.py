@@ -315,6 +315,7 @@ def packed(
     """Correctness (n,) in [0, 1] as text: 16-bit levels, deflated, in URL-safe base64."""
     if q is None:
         return None
+    # 16 bits: half a level is 8e-6, below every stated digit
     raw = np.rint(STEPS * q).astype("<u2").tobytes()
     return base64.urlsafe_b64encode(zlib.compress(raw, 9) if deflate else raw).decode()
 
@@ -336,6 +337,7 @@ def _of_levels(raw: bytes) -> NDArray[np.float64]:
 
 def digest(value: object) -> str:
     """SHA-256 of data as JSON, independent of the order of its keys."""
+    # one way of writing equal data, or equal claims would have different hashes
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -97,6 +97,7 @@ class Row:
         lows, highs = ([getattr(f, end) for f in known] for end in ("low", "high"))
         mean = float(np.mean([figure.value for figure in known]))
         wide = None not in (*lows, *highs)
+        # without records the seeds cannot be resampled: the union of the intervals is safe
         return Estimate(mean, min(lows), max(highs)) if wide else Estimate(mean)
 
     @property
@@ -235,6 +236,7 @@ def _met(found: Evaluated) -> str:
         (plan.name, plan.version or digest(plan.suite), plan.seeds, plan.checks)
         for plan in found.suites
     )
+    # older evaluations have no hash of their data; then all that is known of them must agree
     data = found.data.get("sha256") or found.data
     attacks = sorted(map(str, found.attacks()))
     return digest([data, found.data["num_images"], found.norm, found.eps, suites, attacks])
@@ -242,6 +244,7 @@ def _met(found: Evaluated) -> str:
 
 def _method(it: Claim) -> str:
     """Key that is equal for claims whose runs differ only by the seed."""
+    # weights from elsewhere have no seed: other weights are another method
     settings = {key: value for key, value in it.run.items() if key != "seed"}
     return digest([settings, it.authors, None if it.trained else it.training.weights])
 
@@ -272,6 +275,7 @@ def parameters_of(it: Claim) -> int | None:
     """The stated number of parameters; for older claims that of the run's networks."""
     if it.training.parameters is not None or not it.trained:
         return it.training.parameters
+    # building an ensemble takes seconds, and a page shows each claim several times
     key = json.dumps([it.run["ensemble"], it.run["data"]["spec"]], sort_keys=True)
     if key not in _SIZES:
         run, kind, _ = resolve(parse_run(it.run, it.name))

@@ -217,6 +217,7 @@ def planned(stored: Stored) -> Plan:
             "others cannot run: register them under names in a plug-in, and evaluate again"
         )
     name = plan.suite["name"]
+    # whether the cascade was on may be chosen by an option and makes no other suite
     whole = {**plan.suite, "cascade": name in SUITES and SUITES[name].cascade}
     ours = name in SUITES and SUITES[name].model_dump(mode="json") == whole
     chosen = None if whole == plan.suite or not ours else bool(plan.suite.get("cascade"))

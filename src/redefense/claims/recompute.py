@@ -173,6 +173,7 @@ def _about(found: Evaluated) -> tuple[object, ...]:
 
 def _agree(a: Figure, b: Figure) -> bool:
     def inside(value: float, of: Figure) -> bool:
+        # a figure without interval agrees with equal ones only
         low, high = (of.value if v is None else v for v in (of.low, of.high))
         return low <= value <= high
 

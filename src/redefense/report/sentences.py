@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from redefense.radius import eps_text
 from redefense.report.tables import percent
+from redefense.results.accuracy import degenerate_members
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result
 from redefense.results.schema import OF_DEFENCE, Check
-from redefense.results.untrained import degenerate_members
 
 SAID = "About the defence:"
 """Heading of the checks in `OF_DEFENCE`."""

@@ -16,7 +16,7 @@ from redefense.defences import Defence, Stage
 from redefense.defences.overfitting import one_step_accuracy, one_step_adversary, overfitted
 from redefense.ensembles import Ensemble, evaluating, kernels_kept
 from redefense.errors import Interrupted, RedefenseError
-from redefense.results.untrained import degenerate_members
+from redefense.results.accuracy import degenerate_members
 from redefense.rng import draw_seed, seeded, stream
 from redefense.runtime.mesh import Mesh
 from redefense.runtime.recording import Recorder
