@@ -29,6 +29,8 @@ from redefense.models.randomized import GaussianNoise
 from redefense.results.examples import SHOWN
 from redefense.results.intervals import exact_expectation
 
+pytestmark = pytest.mark.usefixtures("without_victim_checks")
+
 PLAIN = Suite(name="mine", cells=(*FIRST, cell("cw", "averaged", steps=2)))
 
 

@@ -26,6 +26,8 @@ from redefense.results.intervals import exact_expectation
 from redefense.rng import CHUNK, stream
 from redefense.threat import Threat
 
+pytestmark = pytest.mark.usefixtures("without_victim_checks")
+
 EPS = 0.15
 THREAT = ThreatConfig(eps=EPS)
 

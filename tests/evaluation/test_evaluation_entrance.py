@@ -257,15 +257,34 @@ json.dump(found, sys.stdout)
 """
 
 
-def test_what_types_would_forbid_is_one_line_for_those_who_check_none() -> None:
-    # in a process of its own, without the type checks of this test run
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+MASKED = """
+from torch import nn
+class Masked(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).detach()
+x = torch.rand(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+evaluate(Masked(), (x, torch.arange(8) % 4))
+"""
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> subprocess.CompletedProcess[str]:
+    """Both programs in a process of its own, without the type checks of this test run."""
+    warned = (
+        f"import warnings; warnings.resetwarnings(); exec(compile({MASKED!r}, 'my.py', 'exec'))"
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT + warned],
         input=json.dumps(list(REFUSED)), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+
+
+def test_what_types_would_forbid_is_one_line_for_those_who_check_none(
+    unchecked: subprocess.CompletedProcess[str],
+) -> None:
+    assert unchecked.returncode == 0, unchecked.stderr
     for (expression, says), (code, line) in zip(
-        REFUSED.items(), json.loads(run.stdout), strict=True
+        REFUSED.items(), json.loads(unchecked.stdout), strict=True
     ):
         assert says in line, expression
         assert code in (2, 3), expression
@@ -339,16 +358,7 @@ def test_it_computes_without_denormal_numbers_and_repeatably_and_leaves_both_as_
     assert set(seen) == {(True, True)}
 
 
-def test_a_warning_points_at_the_line_that_asked() -> None:
-    # in a process of its own: the shape checker of this test run stands between
-    program = (
-        "import torch, redefense; from torch import nn\n"
-        "class Masked(nn.Module):\n"
-        "    def forward(self, x):\n"
-        "        return x.flatten(1).detach()\n"
-        "x = torch.rand(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))\n"
-        "redefense.evaluate(Masked(), (x, torch.arange(8) % 4))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "<string>:6: RedCheckWarning: S22" in done.stderr
+def test_a_warning_points_at_the_line_that_asked(
+    unchecked: subprocess.CompletedProcess[str],
+) -> None:
+    assert "my.py:7: RedCheckWarning: S22" in unchecked.stderr
