@@ -15,8 +15,8 @@ MODES = ("run", "parse", "model", "names", "added", "exit 1", "any exit")
 
 # on digits a page is tried with what takes seconds; an option that the page gives itself is kept
 TINY: dict[str, dict[str, list[str]]] = {
-    "train": {"--set": ["epochs=1", "data.images=512", "batch_size=32"], "--quiet": []},
-    "evaluate": {"--images": ["12"], "--quiet": []},
+    "train": {"--set": ["epochs=1", "data.images=64", "batch_size=32"], "--quiet": []},
+    "evaluate": {"--images": ["6"], "--quiet": []},
     "export": {"--quiet": []},
     "verify": {"--quiet": []},
 }
