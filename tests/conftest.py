@@ -31,18 +31,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Callable[[Any, Path], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all workers of this test run share."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if hasattr(request.config, "workerinput") else root
+
+
+@pytest.fixture(scope="session")
+def trained(shared: Path) -> Callable[[Any, Path], Path]:
     """Puts a trained `Run` into a new folder; equal runs are trained once by all workers."""
     from redefense.runtime.files import locked
     from redefense.train.experiment import train
 
-    root = tmp_path_factory.getbasetemp()
-    shared = (root.parent if hasattr(request.config, "workerinput") else root) / "trained"
-
     def put(run: Any, out: Path) -> Path:
-        known = shared / hashlib.sha256(run.model_dump_json().encode()).hexdigest()
+        known = shared / "trained" / hashlib.sha256(run.model_dump_json().encode()).hexdigest()
         with locked(known.with_suffix(".lock"), wait=True):
             if not known.exists():
                 train(run, known, quiet=True)

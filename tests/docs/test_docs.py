@@ -15,7 +15,6 @@ import torch
 import typer
 
 import redefense
-from cli_tools import command
 from docs_blocks import Block, blocks, commands, made_tiny
 from redefense import cli, plugins
 from redefense.attacks import Attack
@@ -31,6 +30,7 @@ from redefense.serve.model import Model
 from redefense.serve.protocol import read_question
 from redefense.serve.settings import Settings
 from redefense.train.loading import resolve
+from repeated import repeated
 
 ROOT = Path(redefense.__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -112,7 +112,7 @@ def check_request(words: list[str]) -> None:
         assert read_image(content, model.shape, 64).shape == (1, 1, 8, 8)
 
 
-def run_shell(block: Block) -> None:
+def run_shell(block: Block, known: Path) -> None:
     for words in commands(block.text):
         if block.mode == "parse" or words[0] not in ("redefense", "python"):
             check_words(words)
@@ -124,7 +124,7 @@ def run_shell(block: Block) -> None:
             code, said = done.returncode, done.stderr
         else:
             check_parse(words[1:])
-            answer = command(*made_tiny(words[1:]))
+            answer = repeated(made_tiny(words[1:]), known)
             code, said = answer.code, answer.err
         expected = {"exit 1": (1,), "any exit": (0, 1)}.get(block.mode, (0,))
         assert code in expected, f"{' '.join(words)}: exit {code}\n{said}"
@@ -177,6 +177,7 @@ def with_the_line(patch: pytest.MonkeyPatch, name: str, mapping: dict[str, Any])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(
     page: Path,
+    shared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -192,7 +193,7 @@ def test_a_page_does_what_it_says(
         if block.file is not None:
             Path(block.file).write_text(block.text)
         elif block.language == "sh":
-            run_shell(block)
+            run_shell(block, shared / "commands")
         else:
             run_python(block, names, str(page))
 

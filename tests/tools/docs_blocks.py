@@ -15,7 +15,16 @@ MODES = ("run", "parse", "model", "names", "added", "exit 1", "any exit")
 
 # on digits a page is tried with what takes seconds; an option that the page gives itself is kept
 TINY: dict[str, dict[str, list[str]]] = {
-    "train": {"--set": ["epochs=1", "data.images=64", "batch_size=32"], "--quiet": []},
+    "train": {
+        "--set": [
+            "epochs=1",
+            "data.images=128",
+            "batch_size=16",
+            "ensemble.num_members=2",
+            "ensemble.model=mlp",
+        ],
+        "--quiet": [],
+    },  # fmt: skip
     "evaluate": {"--images": ["6"], "--quiet": []},
     "export": {"--quiet": []},
     "verify": {"--quiet": []},
@@ -77,10 +86,14 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def made_tiny(words: list[str]) -> list[str]:
-    """A command of `redefense` with settings that take seconds."""
-    extra = []
+    """A command of `redefense` with settings that take seconds, but for those that the page sets."""
+    extra, assigned = [], {word.partition("=")[0] for word in words}
+    if "ps-red" in words[1]:  # hypernetworks write convolutions alone
+        assigned.add("ensemble.model")
     for option, values in TINY.get(words[0], {}).items():
-        # assignments add up, every other option is the page's
-        if option == "--set" or option not in words:
-            extra += [word for value in values for word in (option, value)] or [option]
+        if option == "--set":
+            own = [value for value in values if value.partition("=")[0] not in assigned]
+            extra += [word for value in own for word in (option, value)]
+        elif option not in words:
+            extra += [option, *values]
     return words + extra
