@@ -24,7 +24,7 @@ TINY: dict[str, dict[str, list[str]]] = {
             "ensemble.model=mlp",
         ],
         "--quiet": [],
-    },  # fmt: skip
+    },
     "evaluate": {"--images": ["6"], "--quiet": []},
     "export": {"--quiet": []},
     "verify": {"--quiet": []},
@@ -86,7 +86,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def made_tiny(words: list[str]) -> list[str]:
-    """A command of `redefense` with settings that take seconds, but for those that the page sets."""
+    """A command of `redefense` with settings that take seconds, where the page gives none."""
     extra, assigned = [], {word.partition("=")[0] for word in words}
     if "ps-red" in words[1]:  # hypernetworks write convolutions alone
         assigned.add("ensemble.model")
