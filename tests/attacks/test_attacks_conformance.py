@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import redefense.attacks
 import redefense.defences
-from redefense.attacks import ATTACKS, PGD
+from redefense.attacks import APGDT, ATTACKS, PGD
 from redefense.defences import DEFENCES
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError, InputError
@@ -29,7 +29,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "meanprob_apgd": {"steps": 25},
     "square": {"queries": 300},
     "subset": {"steps": 25},
-    "transfer": {"attack": ATTACKS["apgdt"](steps=10, loss="targeted_margin")},
+    "transfer": {"attack": APGDT(steps=10, loss="targeted_margin")},
 }
 EPS = 0.1
 CASES = [(name, norm) for name in NAMES for norm in ATTACKS[name].norms]
