@@ -108,7 +108,7 @@ class Check:
         facts = timing.machine(str(self.device))
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # in torch
+            cudnn = torch.backends.cudnn.version()
             facts |= {"cuda": torch.version.cuda, "cudnn": cudnn, "free": free, "total": total}
         self.tell(name, ", ".join(f"{key} {value}" for key, value in facts.items()), **facts)
 

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ from redefense.stochastic import (
 from redefense.stochastic.certificates import certificate
 
 BLOCK = 10
-WRAPPERS = {
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Gaussian noise 0.05": lambda net: GaussianNoise(net, sigma=0.05),
     "noise layers 0.05, 0.05": lambda net: NoiseLayers(net, first=0.05, inner=0.05),
     "resize and pad": ResizeAndPad,
@@ -142,8 +143,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     until, rows, found = time.monotonic() + 60 * options.minutes, [], {}
     for run in options.runs:
-        base = redefense.load(run).member(0).eval()
-        spec = redefense.load(run).origin.run.data.spec
+        loaded = redefense.load(run)
+        assert loaded.origin is not None
+        base, spec = loaded.member(0).eval(), loaded.origin.run.data.spec
         for name, wrapper in WRAPPERS.items():
             network = Stochastic(wrapper(base), draws=options.draws)
             rows.append((run.name, name))
@@ -167,7 +169,7 @@ def main() -> None:
             block = Subject(network, x[part], y[part], np.arange(len(x[part])), data.name)
             begun = time.perf_counter()
             values = measure(network, base, block, k, options)
-            np.savez(place.with_suffix(".tmp.npz"), **values)
+            np.savez(place.with_suffix(".tmp.npz"), allow_pickle=False, **values)
             place.with_suffix(".tmp.npz").rename(place)
             seconds = time.perf_counter() - begun
             sys.stderr.write(f"images {k * BLOCK} on, {' '.join(row)}: {seconds:.0f} s\n")
