@@ -24,6 +24,7 @@ from redefense.evaluation.cascade.attacked import SUFFIX
 from redefense.evaluation.cells import judge
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
+from redefense.evaluation.stochastic import measure
 from redefense.evaluation.suite import Suite
 from redefense.models.randomized import GaussianNoise
 from redefense.results.examples import SHOWN
@@ -148,7 +149,10 @@ def test_examples_are_the_worst_points_of_the_first_images(tmp_path: Path) -> No
     np.testing.assert_array_equal(again.attacked, shown.attacked)
 
 
-def test_saved_and_drawing_networks_keep_theirs(tmp_path: Path) -> None:
+def test_saved_and_drawing_networks_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "MOST_DRAWS", 32)
     whom = subject()
     noisy = GaussianNoise(Independent(members(1)).member(0).double(), sigma=0.1)
     with pytest.warns(UserWarning, match="draw"):

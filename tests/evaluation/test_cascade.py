@@ -130,9 +130,9 @@ def test_a_member_of_probability_zero_keeps_no_image_and_is_judged_for_itself() 
 def test_everything_that_was_run_counts_and_no_figure_lies_below_aware(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checks_full, "CHECKS", (checks_full.more_restarts, checks_full.black_box))
+    monkeypatch.setattr(checks_full, "CHECKS", (checks_full.black_box,))
     suite = HANDING_ON.model_copy(update={"baseline_attacks": BESIDE, "measures": True})
-    report = run(suite, subject=subject(20), checks="full", seeds=2)
+    report = run(suite, subject=subject(20, num=2), checks="full", seeds=2)
     data, headline = report.data, report.headline
     aware = headline["aware"]
     assert aware == pytest.approx(lowest(report).mean())
@@ -146,7 +146,7 @@ def test_everything_that_was_run_counts_and_no_figure_lies_below_aware(
     assert aware <= min(figures) + 1e-12
     # what single members allow holds exactly, since each point is put to all of them
     alone = np.array(headline["single_members"])
-    assert alone.mean() - 1e-12 <= aware <= 1 - (1 - alone).max() / 3 + 1e-12
+    assert alone.mean() - 1e-12 <= aware <= 1 - (1 - alone).max() / 2 + 1e-12
     # a member's own attacks and the matrix of transfer agree about it
     for m, row in enumerate(data["transfer_conventions"]["trs"]["matrix"]):
         assert alone[m] <= 1 - row[m] + 1e-12
