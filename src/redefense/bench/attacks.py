@@ -163,14 +163,17 @@ def run(
         raise ConfigError(f"--single leaves out the table of {', '.join(chosen)}")
     at_least(1, train_images=1 if train_images is None else train_images)
     dataset = load_dataset(data or "digits")
-    log(f"attacking {images} images with each attack, here and with TorchAttacks: minutes")
     if model == "auto":
         model = "digits-cnn" if dataset.name == "digits" else "resnet8"
     library = _library()
     notes = [] if library is not None else [HOW_TO_INSTALL]
+    shown, held, _ = train_validation(dataset, HELD_OUT)
+    if images > len(held):
+        raise ConfigError(f"{dataset.name} holds {len(held)} images out, not {images}")
+    build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=stream(seed))
+    log(f"attacking {images} images with each attack, here and with TorchAttacks: minutes")
     for note in notes:
         log(note)
-    shown, held, _ = train_validation(dataset, HELD_OUT)
     members = train_members(
         dataset, shown, model, 1 if single else MEMBERS,
         seed=seed, train_images=train_images, log=log,
@@ -208,8 +211,6 @@ def _library() -> ModuleType | None:
 
 
 def _scene(dataset: Dataset, held: Split, members: Independent, images: int, seed: int) -> Scene:
-    if images > len(held):
-        raise ConfigError(f"{dataset.name} holds {len(held)} images out, not {images}")
     index = torch.arange(images)
     return Scene(
         members=members,

@@ -32,7 +32,7 @@ from redefense.runtime.device import computing
 from redefense.runtime.mesh import Mesh, Tally, processes
 from redefense.threat import Threat
 from redefense.train.exchange import spread_over
-from redefense.train.experiment import train
+from redefense.train.experiment import check_batch, train
 from redefense.train.loading import Signature, load, resolve
 from redefense.train.loop import take_step
 from redefense.train.optim import make_optimizer
@@ -80,13 +80,13 @@ def _called(rank: int, count: int, port: int, work: Callable[..., None], args: A
         work(*args)
 
 
-def meshes(counts: Sequence[int], num_members: int) -> list[str]:
-    """All meshes of so many processes whose columns have members."""
+def meshes(counts: Sequence[int], most: int) -> list[str]:
+    """All meshes of so many processes with at most `most` columns."""
     return [
         f"{rows}x{count // rows}"
         for count in counts
         for rows in range(count, 0, -1)
-        if count % rows == 0 and count // rows <= num_members
+        if count % rows == 0 and count // rows <= most
     ]
 
 
@@ -113,10 +113,18 @@ def run(
         one process hands over in a step (largest of all, by what they are), `seconds` a step.
 
     Raises:
-        ConfigError: if a mesh could not be trained; messages of its processes are on stderr.
+        ConfigError: if a mesh cannot be trained, or could not; messages of its processes are then
+            on stderr.
+        DataError: if the data cannot be read.
     """
-    num_members = resolve(settings)[1].num_members
-    wanted = ["1x1", *(m for m in meshes(counts, num_members) if m != "1x1")]
+    _, kind, defence = resolve(settings)
+    num_members = kind.num_members
+    most = num_members if defence.spreads else 1
+    wanted = ["1x1", *(m for m in meshes(counts, most) if m != "1x1")]
+    # checked here, where an error is one line
+    load_dataset(settings.data.spec)
+    for mesh in wanted:
+        check_batch(int(mesh.partition("x")[0]), settings.batch_size)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for mesh in wanted:

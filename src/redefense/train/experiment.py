@@ -136,11 +136,7 @@ def _train(
             rank=team.row,
             world_size=team.shape[0],
         )
-        if team.shape[0] > 1 and loader.batch_size % (2 * team.shape[0]):
-            raise ConfigError(
-                f"{team.shape[0]} processes cannot split a batch of {loader.batch_size} images "
-                "into even numbers, as methods that halve it need: change the batch size or --mesh"
-            )
+        check_batch(team.shape[0], loader.batch_size)
     ensemble = fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
     # before any work, since it cannot be repaired later
@@ -185,6 +181,19 @@ def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> Non
         raise ConfigError(
             f"{run.defence['name']} with these settings needs all members in one process: let the "
             f"processes share the batch instead, with --mesh {team.size}x1"
+        )
+
+
+def check_batch(rows: int, batch_size: int) -> None:
+    """Check that rows of processes can share a batch.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    if rows > 1 and batch_size % (2 * rows):
+        raise ConfigError(
+            f"{rows} processes cannot split a batch of {batch_size} images into even numbers, as "
+            "methods that halve it need: change the batch size or --mesh"
         )
 
 
