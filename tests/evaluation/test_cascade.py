@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from redefense.attacks.adaptive import MeanProbPGD
 from redefense.attacks.subset import Subset
-from redefense.checks import attacks as checks_full
+from redefense.checks.attacks import black_box
 from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
+from redefense.evaluation import full_checks
 from redefense.evaluation.api import evaluate
 from redefense.evaluation.cascade import points as handover
 from redefense.evaluation.cascade.runner import run_order
@@ -130,7 +131,7 @@ def test_a_member_of_probability_zero_keeps_no_image_and_is_judged_for_itself() 
 def test_everything_that_was_run_counts_and_no_figure_lies_below_aware(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checks_full, "CHECKS", (checks_full.black_box,))
+    monkeypatch.setattr(full_checks, "JOBS", (lambda sample: [black_box(sample)],))
     suite = HANDING_ON.model_copy(update={"baseline_attacks": BESIDE, "measures": True})
     report = run(suite, subject=subject(20, num=2), checks="full", seeds=2)
     data, headline = report.data, report.headline
@@ -165,7 +166,7 @@ SHORT = (cell("hinge", steps=1, step_size=0.01),)
 def test_a_suite_whose_attacks_stop_early_is_caught(
     cells: tuple[CellSpec, ...], passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks_full, "CHECKS", ())
+    monkeypatch.setattr(full_checks, "JOBS", ())
     suite = Suite(name="mine", cells=cells, cascade=True)
     quick, full = (run(suite, subject=subject(12, num=2), checks=c) for c in ("quick", "full"))
     (check,) = [c for c in full.data["checks"] if c["id"] == "S44"]
