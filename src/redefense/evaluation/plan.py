@@ -25,7 +25,7 @@ from redefense.results.accuracy import Floats
 from redefense.results.intervals import exact_expectation
 from redefense.runtime.files import write_json
 from redefense.stochastic.ensemble import Stochastic
-from redefense.types import Images
+from redefense.types import Images, check_images, check_labels
 
 Log = Callable[[str], None]
 
@@ -136,6 +136,10 @@ class Planned:
         """Whether the attack is aware of the ensemble."""
         return self.attack.adaptive if self.spec.aware is None else self.spec.aware
 
+    def run_name(self, repeat: int) -> str:
+        """Name of the records of a run with other random streams; the first has the cell's."""
+        return self.identity + (f".seed{repeat}" if repeat else "")
+
     def stated(self, cell: Cell, clean: Cell, shares: Floats) -> dict[str, Any]:
         """The JSON entry `stated` of an unbounded attack; empty for others.
 
@@ -182,6 +186,8 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
         ConfigError: for an unknown attack, setting or view.
         InputError: for images, labels or members that do not match.
     """
+    check_images(subject.x)
+    check_labels(subject.y, len(subject.x))
     attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
     attacks += [attack_of(spec) for spec in suite.baseline_attacks]
     drawn = isinstance(subject.ensemble, Stochastic)

@@ -8,7 +8,7 @@ estimated in passes, at the speed so far.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -67,7 +67,7 @@ class Progress:
         self._spent = self._guessed = 0.0  # seconds and estimated passes of finished work
         self._piece: _Piece | None = None
 
-    def plan(self, pieces: Sequence[tuple[str, float]]) -> None:
+    def plan(self, pieces: Iterable[tuple[str, float]]) -> None:
         """Set the planned work: labels, and estimated passes (per image, times images)."""
         self._plan = list(pieces)
 

@@ -16,7 +16,7 @@ from redefense.errors import ConfigError
 from redefense.evaluation.baselines import NOTHING, attack_baselines, baselines, pieces
 from redefense.evaluation.budget_check import stronger_budget
 from redefense.evaluation.cascade.examples import known_examples, name_images
-from redefense.evaluation.cascade.runner import Runner, cell_label, run_order
+from redefense.evaluation.cascade.runner import Runner, planned_passes, run_order
 from redefense.evaluation.cascade.tried import record_of
 from redefense.evaluation.cells import (
     Cell,
@@ -36,7 +36,7 @@ from redefense.evaluation.member_statistics import (
     member_measures,
 )
 from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
-from redefense.evaluation.progress import SILENT, Progress, rough_passes
+from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.store import read_object
@@ -44,7 +44,7 @@ from redefense.evaluation.suite import Suite
 from redefense.results.accuracy import Floats, accuracies, pair_statistics
 from redefense.results.intervals import exact_expectation
 from redefense.rng import protocol_draws
-from redefense.types import Images, check_images, check_labels
+from redefense.types import Images
 
 
 def run_suite(
@@ -80,10 +80,8 @@ def run_suite(
         ConfigError: for an unknown attack or setting.
     """
     ensemble, x, y = subject.ensemble, subject.x, subject.y
-    check_images(x)
-    made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
-    check_labels(y, len(x))
     check_plan(subject, suite, threat)
+    made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     subject = replace(subject, precision=attack_precision(suite.precision, ensemble, x))
     if subject.workers.count > 1 and store is None:
         raise ConfigError("an evaluation on several processes needs a store")
@@ -159,15 +157,11 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
 
 def _pieces(job: Job, plan: Sequence[Planned]) -> list[tuple[str, float]]:
     """Labels and estimated passes of the planned work, for the progress."""
-    members, count = job.subject.ensemble.num_members, len(job.subject.x)
-    found = []
-    for number, planned in enumerate(run_order(plan), 1):
-        queried = 1 if planned.spec.view == "sampled" else members
-        passes = rough_passes(planned.attack) * queried * count
-        found += [(cell_label(number, planned, plan, again), passes) for again in range(job.seeds)]
-    found += pieces(job)
+    members = job.subject.ensemble.num_members
+    found = [*planned_passes(job, run_order(plan), lambda attack: members), *pieces(job)]
     if job.suite.measures:
-        found.append((MEASURES, float(ROUGH_PASSES * members * min(count, MEASURED))))
+        images = min(len(job.subject.x), MEASURED)
+        found.append((MEASURES, float(ROUGH_PASSES * members * images)))
     return found
 
 

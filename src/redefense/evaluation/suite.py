@@ -36,6 +36,9 @@ class _Data(BaseModel):
             except ValidationError as error:
                 raise ConfigError(f"{type(self).__name__}: {first_fault(error)}") from None
 
+        # else pydantic would call it for each cell of a suite, and faults would have no place
+        __init__.__pydantic_base_init__ = True
+
 
 def _as_config(threat: Any) -> Any:
     """The configuration of a `redefense.Threat`, which is not imported here as it needs torch."""

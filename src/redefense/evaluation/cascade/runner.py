@@ -5,7 +5,7 @@ member is already fooled. Unaware attacks run on all images, since the headline 
 accuracy. The images of an attack are determined by the records before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from redefense.evaluation.cascade.points import Points
 from redefense.evaluation.cascade.worst_case import WorstCase
 from redefense.evaluation.cells import Cell, Task
 from redefense.evaluation.plan import Further, Job, Planned, threat_of
+from redefense.evaluation.progress import rough_passes
 from redefense.evaluation.store import forget, own_images
 from redefense.evaluation.suite import CellSpec
 from redefense.results.accuracy import Bools, Floats
@@ -72,7 +73,7 @@ class Runner:
                 met = ~self.worst.lost
             # repetitions attack the same images, so that they can be compared
             for repeat in range(self.job.seeds):
-                name = planned.identity + (f".seed{repeat}" if repeat else "")
+                name = planned.run_name(repeat)
                 cell = self.attack(
                     name, planned.attack, planned.threat, planned.spec.view, met,
                     label=cell_label(number, planned, plan, repeat), aware=planned.aware,
@@ -182,3 +183,20 @@ def cell_label(number: int, planned: Planned, plan: Sequence[Planned], repeat: i
     """The label of a cell in the progress."""
     again = f", run {repeat + 1}" if repeat else ""
     return f"cell {number}/{len(plan)} {planned.spec.label or planned.identity}{again}"
+
+
+def planned_passes(
+    job: Job, plan: Sequence[Planned], queried: Callable[[Attack], int]
+) -> Iterator[tuple[str, float]]:
+    """Labels and estimated passes of the cells in their order, for the progress.
+
+    Args:
+        job: the evaluation.
+        plan: the cells.
+        queried: number of members that an attack queries on each image.
+    """
+    for number, planned in enumerate(plan, 1):
+        members = 1 if planned.spec.view == "sampled" else queried(planned.attack)
+        passes = rough_passes(planned.attack) * members * len(job.subject.x)
+        for repeat in range(job.seeds):
+            yield cell_label(number, planned, plan, repeat), passes

@@ -14,11 +14,11 @@ from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
 from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
-from redefense.evaluation.cascade.runner import cell_label
+from redefense.evaluation.cascade.runner import cell_label, planned_passes
 from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.inputs.objects import plugins_of
 from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
-from redefense.evaluation.progress import SILENT, Progress, rough_passes
+from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.stochastic import checks as drawn_checks
@@ -34,7 +34,7 @@ from redefense.results.headline import TRIES
 from redefense.rng import PROTOCOL_DRAWS
 from redefense.stochastic.certificates import Certificate, certificate
 from redefense.stochastic.ensemble import BLOCK, Stochastic
-from redefense.types import Images, check_images, check_labels
+from redefense.types import Images
 
 LEAST_DRAWS: Final = 32
 MOST_DRAWS: Final = 512
@@ -61,12 +61,10 @@ def run_drawn(
 
     `draws` has the numbers of seeds by purpose; by default a pilot run determines them.
     """
-    network, x, y = subject.ensemble, subject.x, subject.y
+    network, x = subject.ensemble, subject.x
     assert isinstance(network, Stochastic)
-    check_images(x)
-    made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
-    check_labels(y, len(x))
     check_plan(subject, suite, threat)
+    made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     if suite.precision == "bf16":
         raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")
     check_draws(network, x)
@@ -76,7 +74,8 @@ def run_drawn(
         store=store, checks=checks, log=log, progress=progress, keep_images=keep_images,
     )  # fmt: skip
     before = drawn_checks.before(network, subject)
-    progress.plan(_pieces(job, plan, network.num_members))
+    rough = Draws(score=LEAST_DRAWS, attack=network.num_members)
+    progress.plan(planned_passes(job, plan, rough.of))
     draws = draws or _pilot(job, network)
     log(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
     attacked = Attacked(job)
@@ -126,9 +125,8 @@ def _everything(
     corrects: dict[str, Bools] = {}
     for planned in plan:
         if planned.attack.bounded and planned.threat == threat:
-            name = planned.identity
-            each = enumerate((records[name], *repeats[name]))
-            corrects |= {f"{name}.seed{i}" if i else name: cell.correct for i, cell in each}
+            each = enumerate((records[planned.identity], *repeats[planned.identity]))
+            corrects |= {planned.run_name(i): cell.correct for i, cell in each}
     corrects["clean"] = records["clean"].correct
     check, found = drawn_checks.doubled_seeds(
         job.subject, network, threat, draws, corrects, seed=job.seed
@@ -150,8 +148,12 @@ def _further(
     """Attacks that count for the headline but are no cells of the suite; added to the records."""
     if not corrects:
         return []
-    known = {p.identity for p in plan if p.identity in corrects}
-    found = {f"{n}.seed{i}": c for n in known for i, c in enumerate(repeats[n], 1)}
+    found = {
+        planned.run_name(repeat): cell
+        for planned in plan
+        if planned.identity in corrects
+        for repeat, cell in enumerate(repeats[planned.identity], 1)
+    }
     found[DOUBLED] = replace(records["clean"], correct=corrects[DOUBLED])
     records |= found
     job.write_cell(DOUBLED, found[DOUBLED])
@@ -259,17 +261,6 @@ def _shares(cell: DrawnCell) -> dict[str, float]:
     }
 
 
-def _pieces(job: Job, plan: Sequence[Planned], members: int) -> list[tuple[str, float]]:
-    """Labels and estimated passes of the planned work, for the progress."""
-    found, count = [], len(job.subject.x)
-    seen = Draws(score=LEAST_DRAWS, attack=members)
-    for number, planned in enumerate(plan, 1):
-        queried = 1 if planned.spec.view == "sampled" else seen.of(planned.attack)
-        passes = rough_passes(planned.attack) * queried * count
-        found += [(cell_label(number, planned, plan, again), passes) for again in range(job.seeds)]
-    return found
-
-
 def _records(
     job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws, attacked: Attacked
 ) -> tuple[dict[str, DrawnCell], dict[str, list[DrawnCell]]]:
@@ -281,7 +272,7 @@ def _records(
     for number, planned in enumerate(plan, 1):
         again: list[DrawnCell] = []
         for repeat in range(job.seeds):
-            name = planned.identity + (f".seed{repeat}" if repeat else "")
+            name = planned.run_name(repeat)
             kept = attacked.chunks_of(name)
             cell = DrawnCell.read(job.place(f"{name}.npz")) if attacked.stored(name) else None
             if not isinstance(cell, DrawnCell):
