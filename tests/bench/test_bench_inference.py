@@ -7,7 +7,7 @@ from redefense.errors import ConfigError
 
 
 def test_every_ratio_lies_between_its_extremes_and_is_printed() -> None:
-    result = run(model="resnet8", num_members=4, batches=(1, 8), rounds=3)
+    result = run(model="digits-cnn", num_members=2, batches=(1, 8), rounds=3)
     for key in ("sampled_over_member", "averaged_over_member"):
         assert list(result[key]) == ["1", "8"]
         for ratio in result[key].values():
@@ -18,7 +18,7 @@ def test_every_ratio_lies_between_its_extremes_and_is_printed() -> None:
 
 
 def test_written_members_are_timed_with_their_kernels_kept_and_written_anew() -> None:
-    result = run(model="resnet8", num_members=2, ensemble="hyper", batches=(1,), rounds=3)
+    result = run(model="resnet8", num_members=2, ensemble="hyper", batches=(1,), rounds=1)
     assert result["settings"]["ensemble"] == "hyper"
     for name in ("sampled", "averaged", "cached", "first"):
         assert result[f"{name}_over_member"]["1"]["median"] > 0

@@ -201,17 +201,19 @@ def test_a_late_request_is_answered_504_at_its_deadline(model: Model) -> None:
 
 
 def test_images_that_wait_are_answered_together(model: Model) -> None:
-    settings = Settings(max_delay=2.0, max_batch=8, grace=0.0)
-    with serving(model, settings, Gate()) as url:
+    with serving(model, Settings(max_delay=4.0, max_batch=8, grace=0.0), Gate()) as url:
         started = time.perf_counter()
         finish(at_once(url, 4, size=2)[1])  # a full batch does not wait
-        assert time.perf_counter() - started < 1.9
+        assert time.perf_counter() - started < 3.9
         with Client(url) as client:
             text = client.request("GET", "/metrics").body.decode()
             assert 'redefense_batch_images_bucket{le="4.0"} 0.0' in text
             assert "redefense_images_total 8.0" in text
-            lone = client.infer(pictures(np.arange(1)))
-    assert lone.seconds > 1.9
+    with (
+        serving(model, Settings(max_delay=0.5, max_batch=8, grace=0.0), Gate()) as url,
+        Client(url) as client,
+    ):
+        assert client.infer(pictures(np.arange(1))).seconds > 0.45
 
 
 def test_answers_leave_on_a_grid_whoever_is_slow(model: Model) -> None:
@@ -374,7 +376,7 @@ def test_the_command_audits_a_server_of_its_own(
     from redefense.serve.audit import run as audit
 
     def lazy(*_: Any, **changes: Any) -> audit.Effort:
-        return dataclass_of(draws=320, repeats=60, identical=4)
+        return dataclass_of(draws=64, repeats=20, identical=4)
 
     dataclass_of = audit.Effort
     monkeypatch.setattr(audit, "Effort", lazy)
