@@ -120,7 +120,7 @@ def test_memory_of_a_recording_stands_beside_that_of_the_step(
 
 def test_written_members_take_the_memory_of_plain_ones_beside_their_kernels() -> None:
     plain, written = (
-        run_memory(members=[1, 2], ensemble=kind, batch=4) for kind in ("independent", "hyper")
+        run_memory(members=[1, 2], ensemble=kind, batch=8) for kind in ("independent", "hyper")
     )
     assert [case["written"] for case in plain["cases"]] == [0, 0]
     one, two = written["cases"]
