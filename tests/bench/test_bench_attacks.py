@@ -15,7 +15,7 @@ NAMES = ["fgsm", "pgd", "apgd", "deepfool", "pixle", "meanprob_pgd"]
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, object]:
-    return bench.run(images=24, model="mlp", names=NAMES)
+    return bench.run(images=16, model="mlp", train_images=500, names=NAMES)
 
 
 def rows(result: dict[str, object], table: str) -> dict[str, dict[str, object]]:
@@ -55,7 +55,7 @@ def test_the_second_table_shows_the_gap_of_a_naive_evaluation(result: dict[str, 
 def test_the_result_is_json_and_text_with_its_provenance(result: dict[str, object]) -> None:
     assert json.loads(json.dumps(result)) == result
     text = tables(result)
-    assert "mlp on digits, 24 images" in text
+    assert "mlp on digits, 16 images" in text
     for name in NAMES:
         assert name in text
 
@@ -64,7 +64,7 @@ def test_without_the_library_its_columns_stay_empty(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "_library", lambda: None)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     lines: list[str] = []
-    result = bench.run(images=4, model="linear", names=["fgsm"], log=lines.append)
+    result = bench.run(images=4, model="linear", train_images=200, names=["fgsm"], log=lines.append)
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()  # type: ignore[index]
     assert "theirs" not in rows(result, "single")["fgsm"]
