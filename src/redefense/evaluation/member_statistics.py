@@ -219,6 +219,7 @@ def curve(
             rng = stream(seed, "curve", f"{eps:.9g}")
             points = ATTACKS["hinge"]()(ensemble, x[left], y[left], at, rng=rng)
             rows = left.cpu().numpy()
+            # points of a larger ball must not count for the headline
             if eps <= threat.eps:
                 hits = tried.offer(points, left).correct[:, rows]
             else:
@@ -364,6 +365,7 @@ def gradient_diversity(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, fl
     others = torch.ones_like(mean, dtype=torch.bool).scatter(1, y[:, None], False)
     wrong = probs[:, others].view(num_members, len(x), classes - 1).transpose(0, 1)
     wrong = F.normalize(wrong, dim=-1)
+    # equal members would have determinant 0, and its logarithm would be -inf
     gram = wrong @ wrong.mT + 1e-6 * torch.eye(num_members, dtype=wrong.dtype, device=x.device)
     return found | {
         "cosine": float(cosines.mean()),

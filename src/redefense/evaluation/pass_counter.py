@@ -35,6 +35,7 @@ class _CountBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, meter: Meter) -> Tensor:
         ctx.meter = meter
+        # a view: a Function must not return its own input
         return logits.view_as(logits)
 
     @staticmethod

@@ -96,6 +96,7 @@ def _commit() -> str:
 
 def _git(*words: str) -> str | None:
     """Output of git in the package's folder; None if git fails."""
+    # several jobs may ask at once, and none may hold a lock that disturbs the user
     command = ["git", "--no-optional-locks", "-C", str(_PACKAGE), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

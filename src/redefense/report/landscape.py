@@ -64,6 +64,7 @@ def surface(
     first, other = grads / lengths[:, None]
     cosine = float(first @ other)
     rest = other - cosine * first
+    # unit vectors: below 1e-6 the direction of the rest is rounding
     if float(rest.norm()) < 1e-6:
         # the gradients are parallel: any orthogonal direction completes the plane
         rest = torch.zeros_like(first)
@@ -131,6 +132,7 @@ def draw(surfaces: Sequence[tuple[str, Surface]], kind: str = "svg") -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4 * len(surfaces)), layout="constrained")
+    # without pyplot, which would choose a window system
     FigureCanvasAgg(figure)
     for row, (name, found) in enumerate(surfaces):
         along, across = np.meshgrid(found.steps, found.steps, indexing="ij")

@@ -69,6 +69,7 @@ def mean_aware(group: Sequence[Result]) -> float:
 def best(results: Sequence[Result]) -> Result:
     """The run on the first screen: the median run over the seeds of the best method."""
     group = repeats(results)[0]
+    # the lower one of two: never the luckier seed
     return group[(len(group) - 1) // 2]
 
 
@@ -149,6 +150,7 @@ def _per_image(group: Sequence[Result], key: str) -> np.ndarray | None:
     images = {(r.suites[0].images[0], r.suites[0].images[3]) for r in group}
     each = [r.q_aware if key == "aware" else _clean(r) if key == "clean" else None for r in group]
     known = [q for q in each if q is not None]
+    # a mean per image needs the same images in all runs
     if len(images) > 1 or len(known) < len(group) or len({len(q) for q in known}) > 1:
         return None
     found: np.ndarray = np.stack(known).mean(0)

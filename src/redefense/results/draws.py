@@ -97,6 +97,7 @@ def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[flo
     stretch = 2**0.5 if folded else 1.0
     means = []
     for _ in range(0, RESAMPLES, 250):
+        # how often each image is in a resample: a product of matrices takes the place of indexing
         rows = rng.multinomial(images, np.full(images, 1 / images), 250).astype(np.float32)
         each = (values @ rows.T) / images
         halves = np.split(np.arange(draws), 2) if folded else [np.arange(draws)]
@@ -133,6 +134,7 @@ def success_within(correct: Bools, tries: int) -> Floats:
             found.append(float("nan"))
             continue
         enough = right >= k
+        # logarithms, since binomial coefficients of 512 draws overflow
         logs = gammaln(right[enough] + 1) - gammaln(right[enough] - k + 1)
         logs -= gammaln(draws + 1) - gammaln(draws - k + 1)
         found.append(1 - float(np.exp(logs).sum()) / len(right))

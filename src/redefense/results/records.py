@@ -222,6 +222,7 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
         raise DataError(f"records of {cell.id} have shape {correct.shape}, expected (M, {n})")
     q = exact_expectation(correct, mixture_of(evaluation, len(correct)))
     stored = cell.accuracy.expected
+    # a figure that its records do not give was edited, or belongs to other records
     if stored is not None and abs(float(q.mean()) - stored) > AGREE:
         raise DataError(
             f"{evaluation.suite}: {cell.id} states an accuracy of {stored:.4f}, "
@@ -260,6 +261,7 @@ def _stored(
     baselines_file = str(PurePosixPath(clean_file).with_name("baselines.npz"))
     baselines = _arrays(folder, baselines_file)
     indices = [a["index"] for a in [clean, *arrays] if "index" in a]
+    # a worst case per image needs the same image in each row
     if any(not np.array_equal(indices[0], other) for other in indices):
         raise DataError(f"{name}: cells of suite {suite} were run on different images")
     for key in baselines.keys() & {"single", "averaged"}:

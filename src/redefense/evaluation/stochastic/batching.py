@@ -54,6 +54,8 @@ def rows_per_call(network: Stochastic, x: Images) -> int:
     images = x[evenly_spread(x, IMAGES)]
     with torch.no_grad():
         apart = torch.stack([_ask(network, images, "apart", call) for call in range(SEPARATE)])
+        # two fixed classes per image: with sorted logits of each draw, noise alone would look like
+        # a gap
         order = apart.mean(0).argsort(1, descending=True)
         copies = torch.stack(
             [
@@ -101,6 +103,7 @@ def check_alone(network: Stochastic, x: Images) -> None:
         return
     with torch.no_grad():
         batches = torch.stack([_ask(network, images, "batch", call) for call in range(SEPARATE)])
+        # one scale for all images, in which rounding of kernels is negligible
         span = float((batches.amax((0, 1)) - batches.amin((0, 1))).amax())
         for row in (0, len(images) - 1):
             image = images[row : row + 1]

@@ -155,6 +155,7 @@ def attack_drawn(
         begun = time.perf_counter()
         judge = counted(network, meter).at(seeds_of(seed, "select", draws.select, chunk))
         x_adv, attacked = x, torch.ones(len(x), dtype=torch.bool, device=x.device)
+        # an attack on single draws is to be judged by single draws: no image is left out
         if view != "sampled":
             rated = ratings(judge, x, y)
             attacked = undecided(rated)
@@ -182,6 +183,7 @@ def attack_drawn(
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
         foreign = isinstance(attack, Foreign)
         x_adv, reached = projected(x_adv, x, budget) if foreign else (x_adv, {})
+        # seeds that neither the attack nor the selection has seen
         numbers = seeds_of(seed, purpose, draws.score, chunk)
         judged = scored(network, x_adv, x, y, numbers)
         if keep is not None:
@@ -206,6 +208,7 @@ def ratings(judge: Stochastic, points: Images, y: Labels) -> Float[Tensor, "n 4"
     with torch.no_grad():
         for logits in judge.fresh(judge.seeds, points):
             right += correct(logits, y)
+            # in double precision, since a sum over many draws decides between nearly equal points
             gaps -= margin(logits, y).double()
             logs.append(logits.double().log_softmax(1))
         mean = reduce(torch.logaddexp, logs)

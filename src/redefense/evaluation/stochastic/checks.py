@@ -59,6 +59,7 @@ def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Che
         records: of every cell and "clean".
     """
     cells = data["cells"]
+    # images that an attack left as they are count as unchanged by no fault of its own
     attacked = np.logical_and.reduce([record.attacked for record in records.values()])
     clean = np.where(attacked, records["clean"].correct.mean(0), 0.0)
     return [
@@ -116,6 +117,7 @@ def doubled_seeds(
     known = np.stack([correct[:, at] for correct in corrects.values()])
     more_known = np.concatenate([known, found.correct[None]])
     gain = float(worst_per_image(known).mean() - worst_per_image(more_known).mean())
+    # images outside of the sample keep their clean record, which lowers no worst case
     whole = corrects["clean"].copy()
     whole[:, at] = found.correct
     return Check(

@@ -105,6 +105,7 @@ def run_drawn(
 def _for_draws(planned: Planned) -> Planned:
     """Adapt a black-box attack that queries single draws to noisy answers."""
     attack = planned.attack
+    # else a lucky draw would be kept as the best answer for the rest of the search
     if isinstance(attack, Square) and attack.preset is None and planned.spec.view == "sampled":
         return replace(planned, attack=replace(attack, reevaluate=True))
     return planned

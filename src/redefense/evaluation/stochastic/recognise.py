@@ -104,6 +104,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
                 return
         half = len(points) // 2
         others = points.clone()
+        # other images of the same range, far from the first ones
         others[half:] = (points[half:] + 0.37).remainder(1.0)
         shorter = [
             differences(
