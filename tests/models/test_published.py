@@ -171,8 +171,13 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_files_without_a_network_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("weights")
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "page.pt").write_text("(lp0\n.")
     torch.save({"epoch": 3}, tmp_path / "none.pt")
-    for name, says in (("text.safetensors", "cannot read weights"), ("none.pt", "no tensors by")):
+    for name, says in (
+        ("text.safetensors", "cannot read weights"), ("none.pt", "no tensors by"),
+        ("table.csv", "table.csv"), ("page.pt", "page.pt"),
+    ):  # fmt: skip
         with pytest.raises(DataError, match=says):
             read_states(tmp_path / name)
     save_file({"conv1.weight": torch.ones(2, 2)}, tmp_path / "one.safetensors")

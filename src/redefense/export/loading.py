@@ -74,8 +74,8 @@ class Deployed(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise InputError(
-                "a deployed member has no gradients; attack the run it was made of, "
-                "or use attacks that need none"
+                "a deployed member has no gradients: evaluate the run that the bundle was made "
+                "from, or call an attack that needs none, such as Square"
             )
         logits = runner.logits_of(self.session, x.detach().float().cpu().numpy())
         # onnxruntime's arrays may be read-only, and torch warns of these

@@ -191,11 +191,11 @@ def input_check(dataset: Dataset, checkpoint: Checkpoint) -> None:
     """Check that data fit the ensemble of a checkpoint.
 
     Raises:
-        InputError: naming what differs.
+        DataError: naming what differs.
     """
     signature = Signature.stored(checkpoint.state)
     if dataset.shape != signature.shape or len(dataset.classes) != len(signature.classes):
-        raise InputError(
+        raise DataError(
             f"the run was trained on {len(signature.classes)} classes of {signature.shape} images, "
             f"the data has {len(dataset.classes)} of {dataset.shape}"
         )
