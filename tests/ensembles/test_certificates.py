@@ -131,7 +131,7 @@ def test_other_data_than_the_runs_own_are_named_and_never_taken_in_silence(tmp_p
     train(override(recipe("digits-vanilla"), changes), tmp_path / "run", quiet=True)
     document, _ = certify_run(tmp_path / "run", sigma=0.1, draws=2, images=3, data=f"npz:{there}")
     assert document["provenance"]["data"] == f"npz:{there}"
-    with pytest.raises(DataError, match="trained on 3 classes of .* images, the data has 10 of"):
+    with pytest.raises(DataError, match=r"trained on 3 classes of .* images, the data has 10 of"):
         certify_run(tmp_path / "run", sigma=0.1, draws=2, images=3, data="digits")
     there.replace(here)
     with pytest.raises(DataError, match=f"npz:{here} is not the data that .* was trained on"):
