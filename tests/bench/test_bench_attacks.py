@@ -10,7 +10,7 @@ from redefense.bench import attacks as bench
 from redefense.bench.attack_tables import tables
 from redefense.errors import ConfigError
 
-NAMES = ["fgsm", "pgd", "apgd", "deepfool", "pixle", "meanprob_pgd"]
+NAMES = ["fgsm", "pgd", "apgd", "deepfool", "meanprob_pgd"]
 
 
 @pytest.fixture(scope="module")

@@ -45,13 +45,16 @@ def cheap(path: Path) -> bool:
     return few and claim.run["data"]["spec"] == "digits"
 
 
+SMALL = ("epochs=1", "data.images=64", "ensemble.model=mlp", "ensemble.num_members=2")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds of a small run, each under a suite of the library's and one of the user's."""
     out = tmp_path_factory.mktemp("runs")
     (out / "mine.json").write_text(json.dumps(MINE))
     for seed in (0, 1):
-        run = override(recipe("digits-vanilla"), ["epochs=1", "data.images=64", f"seed={seed}"])
+        run = override(recipe("digits-vanilla"), [*SMALL, f"seed={seed}"])
         train(run, out / f"tiny-{seed}", quiet=True)
         for suite, name in (("quick", "quick"), (str(out / "mine.json"), "mine-30")):
             target = out / f"tiny-{seed}" / "evaluation" / f"{name}.json"

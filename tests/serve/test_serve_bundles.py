@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export_tools import SHAPE, bundle, hyper, plain, torch_logits
+from export_tools import SHAPE, bundle, hyper, plain, set_config, spoil, torch_logits
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError, DataError
 from redefense.export import runner
@@ -25,18 +25,15 @@ IMAGES = synthetic(SHAPE, 24).numpy()
 ONLY_SECOND = [0.0, 1.0]
 
 
-def small(mixture: list[float] | None) -> Ensemble:
-    return plain(2, "digits-cnn", mixture)
+def small() -> Ensemble:
+    return plain(2, "digits-cnn")
 
 
-def compact(mixture: list[float] | None) -> Ensemble:
-    ensemble = hyper(2)
-    if mixture is not None:
-        ensemble.set_mixture(mixture)
-    return ensemble
+def compact() -> Ensemble:
+    return hyper(2)
 
 
-MAKERS: dict[str, tuple[Callable[[list[float] | None], Ensemble], Int8 | None]] = {
+MAKERS: dict[str, tuple[Callable[[], Ensemble], Int8 | None]] = {
     "plain": (small, None),
     "int8": (small, Int8(calibration=synthetic(SHAPE, 128))),
     "int8 by batch": (small, Int8()),
@@ -51,10 +48,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path
 
     def make(kind: str, second: bool) -> Path:
         if (kind, second) not in known:
-            maker, int8 = MAKERS[kind]
             out = root / f"{kind.replace(' ', '-')}-{int(second)}"
-            ensemble = maker(ONLY_SECOND if second else None)
-            known[kind, second] = bundle(ensemble, out, int8=int8)
+            if second:
+                shares = {"mixture": ONLY_SECOND}
+                known[kind, True] = spoil(make(kind, False), out, lambda b: set_config(b, **shares))
+            else:
+                maker, int8 = MAKERS[kind]
+                known[kind, False] = bundle(maker(), out, int8=int8)
         return known[kind, second]
 
     return make
@@ -77,7 +77,7 @@ def test_a_request_is_answered_as_by_run_py_and_by_the_member_in_torch(
     words = [sys.executable, "-I", str(folder / "run.py"), *map(str, places)]
     said = subprocess.run(words, capture_output=True, check=True, text=True).stdout
     by_runner = [line.split("\t")[1] for line in said.splitlines()]
-    logits = torch_logits(MAKERS[kind][0](None), IMAGES)[1]
+    logits = torch_logits(MAKERS[kind][0](), IMAGES)[1]
     with serving(Model(folder, threads=1), Settings(grace=0.0)) as url, Client(url) as client:
         forms: list[Form] = ["binary", "json"]
         for form in forms:
@@ -91,7 +91,7 @@ def test_each_image_is_answered_by_the_member_that_was_drawn(
     kind: str, made: Callable[[str, bool], Path]
 ) -> None:
     folder = made(kind, False)
-    logits = torch_logits(MAKERS[kind][0](None), IMAGES)
+    logits = torch_logits(MAKERS[kind][0](), IMAGES)
     opened = runner.open_bundle(folder)
     sessions = [opened.open(m, threads=1) for m in range(2)]
     settings = Settings(research=True, seed=5, grace=0.0)
