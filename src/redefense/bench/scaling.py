@@ -33,7 +33,7 @@ from redefense.runtime.mesh import Mesh, Tally, processes
 from redefense.threat import Threat
 from redefense.train.exchange import spread_over
 from redefense.train.experiment import check_batch, train
-from redefense.train.loading import Signature, load, resolve
+from redefense.train.loading import Signature, load, loader_of, resolve
 from redefense.train.loop import take_step
 from redefense.train.optim import make_optimizer
 from redefense.train.session import accuracy
@@ -156,10 +156,7 @@ def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
         ensemble = kind.build(
             num_classes=len(signature.classes), shape=signature.shape, seed=run.seed
         )
-        loader = Loader(
-            split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
-            limit=run.data.images, rank=team.row, world_size=team.shape[0],
-        )  # fmt: skip
+        loader = loader_of(run, split, "cpu", rank=team.row, world_size=team.shape[0])
         own = team.own(kind.num_members)
         names = {p: n for n, p in ensemble.named_parameters()}
         params = [p for m in own for p in ensemble.parameters_of(m)]

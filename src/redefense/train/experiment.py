@@ -9,7 +9,6 @@ from typing import Any
 
 from redefense.config import Run, parse_run, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
-from redefense.data.loader import Loader
 from redefense.defences import Defence
 from redefense.ensembles import Ensemble, Origin, channels_last
 from redefense.ensembles.configs import EnsembleConfig
@@ -41,6 +40,7 @@ from redefense.train.loading import (
     fresh,
     load_checkpoint,
     load_weights,
+    loader_of,
     resolve,
 )
 from redefense.train.log import note
@@ -108,7 +108,7 @@ def _train(
         check_apart(kind, stages)
         _check_mesh(team, run, defence, kind.num_members)
     # one process decides: the others could see a folder that it is about to write
-    begun = team.first_does(lambda: _claim(run, out, resume))
+    begun = team.first_does(lambda: _check_folder(run, out, resume))
     final = team.first_does(lambda: _finished(out) if begun is not None else None)
     if final is not None and begun == run.data.spec:
         return _loaded(final, out, device, quiet)
@@ -125,17 +125,7 @@ def _train(
         return _loaded(final, out, device, quiet)
     train_split, validation, _ = train_validation(dataset, run.data.validation)
     with team.agreed():
-        loader = Loader(
-            train_split,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            augment=run.data.augment,
-            cutout=run.data.cutout,
-            limit=run.data.images,
-            device=device,
-            rank=team.row,
-            world_size=team.shape[0],
-        )
+        loader = loader_of(run, train_split, device, rank=team.row, world_size=team.shape[0])
         check_batch(team.shape[0], loader.batch_size)
     ensemble = fresh(kind, signature, run.seed, device)
     channels_last(ensemble)
@@ -294,17 +284,14 @@ def _start(
         device
     )
     nets, fitted = source.networks(kind, like)
-    batches = Loader(
-        train_split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
-        cutout=run.data.cutout, limit=run.data.images, device=device,
-    ).epoch(0)  # fmt: skip
+    batches = loader_of(run, train_split, device).epoch(0)
     started = initialise_from(
         run.start, nets, ensemble, batches, lambda it: accuracy(it, validation, run.batch_size)
     )
     return {**started, **fitted}
 
 
-def _claim(run: Run, out: Path, resume: bool) -> str | None:
+def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
     """The data specification with which this run in `out` was started; None for a new run.
 
     Raises:

@@ -11,6 +11,7 @@ from torch import nn
 
 from redefense.config import Run, choose, settings_of, to_json
 from redefense.data import Dataset, Split, load_dataset
+from redefense.data.loader import Loader
 from redefense.defences import DEFENCES, Defence
 from redefense.ensembles import Ensemble, Independent, Origin, channels_last
 from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig, HyperConfig
@@ -152,6 +153,15 @@ def fresh(kind: EnsembleConfig, signature: Signature, seed: int, device: str) ->
     ensemble = kind.build(num_classes=len(signature.classes), shape=signature.shape, seed=seed)
     ensemble.shape = signature.shape
     return ensemble.to(check_device(device))
+
+
+def loader_of(run: Run, split: Split, device: str, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """The batches of a run, or the share of one of several processes."""
+    return Loader(
+        split, batch_size=run.batch_size, seed=run.seed, augment=run.data.augment,
+        cutout=run.data.cutout, limit=run.data.images, device=device,
+        rank=rank, world_size=world_size,
+    )  # fmt: skip
 
 
 def check_members(ensemble: Ensemble, images: Split, num_classes: int, device: str) -> None:
