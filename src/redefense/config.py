@@ -195,6 +195,7 @@ def parse_run(data: Any, source: str = "run") -> Run:
         raise ConfigError(f"{source} must be a JSON object, got {type(data).__name__}")
     _check_keys(data, Run, source)
     try:
+        # through JSON: strict types would refuse a list where a tuple is stored
         run = Run.model_validate_json(json.dumps(data))
         run.threat.check()
     except (ValueError, TypeError) as error:
@@ -233,6 +234,7 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
             value = text
         here = data
         for depth, key in enumerate(keys[:-1]):
+            # a group that is unset, as `start`, is made by its first setting
             if here.get(key) is None:
                 here[key] = {}
             here = here[key]
@@ -287,6 +289,7 @@ def construct(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
             values[key] = construct(kind, value, f"{where}.{key}")
             continue
         try:
+            # strict: "3" is no number, and 1.5 no number of steps
             values[key] = TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
         except (ValidationError, TypeError) as error:
             raise ConfigError(f"{where}.{key}: {first_fault(error)}") from None
@@ -295,6 +298,7 @@ def construct(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except TypeError as error:
+        # the text behind the call, as in "__init__() missing 1 required argument"
         raise ConfigError(f"{where}: {str(error).partition(')')[2].strip() or error}") from None
 
 
@@ -306,6 +310,7 @@ def settings_of(mapping: Mapping[str, type[Any]], value: Any) -> Settings:
         key: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # type: ignore[arg-type]  # an instance, never a class
         for key, v in fields.items()
     }
+    # through JSON, so that tuples are lists as in a record that was read
     return {"name": name, **json.loads(json.dumps(plain))}
 
 

@@ -73,6 +73,7 @@ def network(seed: int) -> nn.Module:
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3),
         nn.Flatten(), nn.Linear(256, CLASSES),
     ).double()  # fmt: skip
+    # scaled by the number of inputs, so that logits have a usual size
     rng = stream(seed, "conformance")
     for p in net.parameters():
         p.data = torch.randn(p.shape, dtype=p.dtype, generator=rng) / max(1, p[0].numel()) ** 0.5
@@ -95,6 +96,7 @@ def check_attack(name: str) -> str:
         net = network(0)
         before = {key: value.clone() for key, value in net.state_dict().items()}
         flags, state = [p.requires_grad for p in net.parameters()], torch.get_rng_state()
+        # a copy: an attack that changes its input must not spoil the comparison
         x_adv = attack(net, x.clone(), y, threat, rng=stream(0, name))
         if x_adv.shape != x.shape or x_adv.dtype != x.dtype or x_adv.requires_grad:
             raise Broken(f"the result must be detached images like its input: {x_adv.shape}")
@@ -113,6 +115,7 @@ def check_attack(name: str) -> str:
         if not torch.equal(attack(net, x.clone(), y, threat, rng=stream(0, name)), x_adv):
             raise Broken("equal streams must give equal results")
         order = torch.arange(COUNT).flip(0)
+        # noise belongs to an image, not to a row: turned images get turned results
         turned = attack(net, x[order], y[order], threat, rng=stream(0, name))
         if not isinstance(attack, Foreign) and not torch.allclose(turned, x_adv[order]):
             raise Broken("the result for an image must not depend on the others of its batch")
@@ -126,6 +129,7 @@ def check_defence(name: str) -> str:
     again = choose(DEFENCES, settings_of(DEFENCES, defence), "defence")
     if again != defence:
         raise Broken("settings must be the same after they were written to a run's record")
+    # two members, since many losses compare members
     ensemble = Independent([network(0).float(), network(1).float()])
     x, y = batch()
     for stage in defence.stages(2, 2):

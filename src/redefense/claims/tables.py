@@ -183,6 +183,7 @@ def attacks_table(
     for head, row in rows.items():
         base = None if against is None else row.get(against)
         lines.append([head, *(_with_difference(row.get(name), base) for name in shown)])
+    # one line for all intervals: in each cell they would hide the figures
     reach = max(s.reach for row in rows.values() for s in row.values())
     note = f"95 % intervals reach at most {100 * reach:.1f} points to a side"
     if against is not None:
@@ -289,6 +290,7 @@ def _paired(found: Evaluated, base: Evaluated) -> str:
         except DataError:
             return "other attacks"
         note = f", {len(common)} attacks of both"
+        # images that an attack skipped since one that is not common had fooled them
         known = ~np.isnan(one) & ~np.isnan(other)
         if not known.all():
             one, other, note = one[known], other[known], f"{note}, {known.sum()} images"

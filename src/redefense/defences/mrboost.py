@@ -160,6 +160,7 @@ def begin_member(m: int, ensemble: Ensemble, *, copied: bool) -> None:
     """Members up to m are equally probable; m starts as a copy of the one before if `copied`."""
     if copied and m > 0:
         copy_member(ensemble, m - 1, m)
+    # later members are untrained and must not answer
     uniform = torch.zeros_like(ensemble.mixture)
     uniform[: m + 1] = 1 / (m + 1)
     ensemble.set_mixture(uniform)

@@ -83,6 +83,7 @@ class Cell:
     def save(self, path: Path, index: NDArray[np.int64]) -> None:
         """Write the records, and the indices (n,) of their images in the data set."""
         arrays = {"index": index, **asdict(self)}
+        # equal for attacks with one point per image: half of the file
         if self.alone is self.correct:
             del arrays["alone"]
         if not self.reached.any():
@@ -213,6 +214,7 @@ class Task:
         rng = stream(self.seed, "attack", self.name, images.start)
         begun = time.perf_counter()
         x_adv = self.attack(victim, x, y, budget, rng=rng, **more)
+        # before the points are judged, which is no part of the attack
         seconds = time.perf_counter() - begun
         x_adv, reached = projected(x_adv, x, budget) if foreign else (x_adv, {})
         if self.attack.bounded:
@@ -273,6 +275,7 @@ def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
         InputError: if a point lies outside; it names the attack and the largest distance.
     """
     check_images(x_adv, f"images returned by {name}")
+    # in double precision, so that the check itself adds no rounding
     furthest = float(norms(x_adv.double() - x.double(), threat.norm).max())
     if furthest > threat.eps + slack_of(threat, x):
         raise InputError(f"{name} left the ball: {furthest:.8f} > eps = {threat.eps}")

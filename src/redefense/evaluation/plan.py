@@ -211,6 +211,7 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
     for listed in suite.cells:
         spec = listed.resolved(randomized)
         cell_threat = spec.threat or threat
+        # a suite may be made in Python, past the checks of files
         cell_threat.check()
         attack = attack_of(spec)
         if attack.adaptive != (spec.view == "members"):
@@ -220,6 +221,7 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
                 + ' the view "members"'
             )
         identity = spec.identity(cell_threat)
+        # the same attack with other settings needs records of its own
         if any(identity == other.identity for other in plan):
             identity = f"{identity}-{len(plan)}"
         plan.append(Planned(spec=spec, threat=cell_threat, identity=identity, attack=attack))

@@ -92,6 +92,7 @@ def run_suite(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
         store=store, checks=checks, log=log, progress=progress, keep_images=keep_images,
     )  # fmt: skip
+    # asked again at the end: an attack must not have changed the ensemble
     answers = Answers.to(ensemble, x)
     before = [answers.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))
@@ -100,6 +101,7 @@ def run_suite(
     runner = Runner(job, plan, mixture, clean)
     records, repeats = runner.cells(plan)
     records["clean"] = clean
+    # after the cells: its points count for the headline, the cells must not depend on them
     attack_baselines(runner)
     measured = _measured(job, runner) if suite.measures else {}
     full = _full_checks(job, runner, plan, records) if checks == "full" else []

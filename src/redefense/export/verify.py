@@ -145,6 +145,7 @@ def _members(opened: Opened) -> str:
     worst = 0.0
     for m, answer in enumerate(opened.answers):
         distances = [_distance(answer, logits) for logits in stored]
+        # a swapped file would answer well, with the probability of another member
         if distances[m] > min(distances):
             nearest = distances.index(min(distances))
             raise BundleError(
@@ -206,6 +207,7 @@ def _draws(opened: Opened) -> str:
     answering = int((bundle.mixture > 0).sum())
     if bundle.config.get("randomized") is not (answering > 1):
         raise BundleError(f"by the mixture {answering} of {bundle.num_members} members answer")
+    # ours, not that of the bundle: both are the same text, as checked above
     faults = draw_faults(runner.draw_members, bundle.mixture)
     if faults := faults or seed_faults(runner.text()):
         raise BundleError(faults[0])

@@ -85,6 +85,7 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 def figures(row: Mapping[str, Any]) -> list[Estimate | None]:
     """A row's figures in the order of `COLUMNS`; for a single network each figure once."""
+    # without a draw all figures under attack are the same one
     twice = ("unaware", "best_member_alone", "averaged") if row["num_members"] == 1 else ()
     return [None if key in twice else row[key] for key in COLUMNS]
 

@@ -74,6 +74,7 @@ def _from_file(
     nets: list[nn.Module] = []
     fits: list[Fitted] = []
     for m, state in enumerate(states):
+        # members in turn: a file of one network starts all of them
         nets.append(copy.deepcopy(like.member(m % like.num_members)))
         fits.append(fit(nets[-1], state))
     fresh, unused = fits[0].fresh, fits[0].unused
@@ -118,6 +119,7 @@ def check_alike(
     theirs, ours = asdict(there), asdict(here)
     for settings in (theirs, ours):
         del settings["width"]  # None may be the same width: shapes are compared
+        # members are used in turn
         del settings["num_members"]
     shapes = [
         {n: tuple(t.shape) for n, t in net.state_dict().items()} for net in (net_there, net_here)
@@ -164,6 +166,7 @@ def initialise_from(
     """
     chosen = [m % len(nets) for m in range(ensemble.num_members)]
     errors = adopt(ensemble, [nets[k] for k in chosen])
+    # copied kernels have the moments that were copied with them
     if any(errors):
         measure_moments(ensemble, batches)
     return {
@@ -278,5 +281,6 @@ def _kernels(net: nn.Module, grids: Sequence[hyper.Grid]) -> tuple[Tensor, ...]:
 def _error(ensemble: Hyper, m: int, wanted: Sequence[Tensor]) -> float:
     net = ensemble.member(m)
     pairs = zip(_kernels(net, ensemble.grids[m]), wanted, strict=True)
+    # relative, so that layers of small kernels count as much as others
     shares = [float((a - b).square().sum() / b.square().sum().clamp_min(1e-30)) for a, b in pairs]
     return float((sum(shares) / len(shares)) ** 0.5)

@@ -180,6 +180,7 @@ class RecordedSteps:
             recording.replay()
         gradients = recording.outputs[len(self._names) :]
         for parameter, gradient in zip(self.params, gradients, strict=True):
+            # the memory of the recording itself: the optimizer reads it before the next replay
             parameter.grad = gradient
         return dict(zip(self._names, recording.outputs, strict=False))
 
@@ -190,6 +191,7 @@ class RecordedSteps:
         statistics = list(self.ensemble.buffers())
         before = [value.clone() for value in statistics]
         recording.replay()
+        # a digest: outputs of the recording are overwritten by its next replay
         found = digest([*recording.outputs, *statistics])
         with torch.no_grad():
             for value, old in zip(statistics, before, strict=True):
