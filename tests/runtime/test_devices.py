@@ -85,6 +85,12 @@ def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     attacks = {name: partial(kind, **settings_of(name)) for name, kind in ATTACKS.items()}
     for module in (attacks_checks, draws_checks, gradients_checks, victim_checks):
         monkeypatch.setattr(module, "ATTACKS", attacks)
+    for title, name in (
+        ("MeanProbAPGD", "meanprob_apgd"),
+        ("Hinge", "hinge"),
+        ("Square", "square"),
+    ):
+        monkeypatch.setattr(attacks_checks, title, lambda made=attacks[name], **_: made())
     monkeypatch.setattr(attacks_checks, "CORNERS", 30)
 
 
@@ -118,7 +124,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_device", place)
 
 
-@pytest.mark.usefixtures("known")
+@pytest.mark.usefixtures("known", "short_checks")
 @pytest.mark.parametrize("name", [*DEFENCES, "ps-red"])
 def test_every_method_is_trained_and_evaluated_there(name: str, tmp_path: Path) -> None:
     changes = ["data.images=16", "batch_size=8", "precision=fp32"]

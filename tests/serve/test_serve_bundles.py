@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path
         if (kind, second) not in known:
             out = root / f"{kind.replace(' ', '-')}-{int(second)}"
             if second:
-                shares = {"mixture": ONLY_SECOND}
+                shares = {"mixture": ONLY_SECOND, "randomized": False}
                 known[kind, True] = spoil(make(kind, False), out, lambda b: set_config(b, **shares))
             else:
                 maker, int8 = MAKERS[kind]
