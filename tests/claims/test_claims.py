@@ -138,6 +138,26 @@ def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) ->
     assert "the claim is of" in other.err
 
 
+@pytest.mark.parametrize("records", ["", "broken", None])
+def test_tables_of_damaged_records_are_one_line(
+    runs: Path, tmp_path: Path, records: str | None
+) -> None:
+    it = claim_of(runs)
+    (found,) = it.evaluations
+    few = format.packed(np.zeros(3)) if records is None else records
+    cell = found.cells[0].model_copy(update={"each": few})
+    damaged = found.model_copy(update={"cells": (cell, *found.cells[1:])})
+    path = tmp_path / "tiny-0.json"
+    format.write(it.model_copy(update={"evaluations": (damaged,)}), path)
+    for words in (("table", path, "--attacks"), ("compare", "tiny", "--claims", tmp_path)):
+        done = command("claim", *words)
+        assert (done.code, done.out) == (3, "")
+        assert done.err.strip() == (
+            f"redefense: {path}: the records of {cell.id} are damaged; "
+            f"see `redefense claim check {path}`"
+        )
+
+
 def test_the_table_shows_the_claims_and_paired_differences(runs: Path) -> None:
     both = [claim_of(runs, seed) for seed in (0, 1)]
     heading, _, first, second = tables.table(both, against="tiny-0").splitlines()

@@ -1,5 +1,6 @@
 """`evaluate` on networks that draw: recognised, measured by fresh draws, or refused."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -330,3 +331,8 @@ def test_suites_of_a_network_that_draws_are_joined_over_all_their_attacks(tmp_pa
     (mixed,) = join([tmp_path / "mixed"])
     assert mixed.aware is not None
     assert mixed.aware.value == min(again.headline["aware"], reports[1].headline["aware"])
+    # a damaged record of the seed is one of another seed
+    file = tmp_path / "mixed" / "evaluation" / "part-0.json"
+    file.write_text(json.dumps(again.data | {"provenance": {"seed": []}}))
+    (damaged,) = join([tmp_path / "mixed"])
+    assert damaged.aware == mixed.aware

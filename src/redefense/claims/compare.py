@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.claims.format import Attack, Claim, Evaluated, least, read, unpacked
-from redefense.claims.tables import points, with_brackets
+from redefense.claims.format import Attack, Claim, Evaluated, least, unpacked
+from redefense.claims.tables import points, read_whole, with_brackets
 from redefense.errors import ConfigError, DataError
 from redefense.report.tables import with_interval
 from redefense.results.intervals import difference_over_seeds, over_seeds
@@ -52,7 +52,7 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
-    found = [read(folder / f"{name}-{seed}.json") for seed in numbers]
+    found = [read_whole(folder / f"{name}-{seed}.json") for seed in numbers]
     if images is None:
         return found
     if not (parts := [part for it in found if (part := it.on(images)) is not None]):
@@ -100,7 +100,9 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
     # raises for claims without per-image correctness
     aware = [_worst(e, common) for e in seeds]
-    kept = [{a: unpacked(c.each) for a, c in e.attacks().items() if c.each} for e in seeds]
+    kept = [
+        {a: unpacked(c.each) for a, c in e.attacks().items() if c.each is not None} for e in seeds
+    ]
     return Row(
         clean=np.stack([unpacked(e.untouched) for e in seeds if e.untouched]),
         unaware=np.stack([min((left[a] for a in unaware), key=np.mean) for left in kept]),

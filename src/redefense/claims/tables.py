@@ -1,15 +1,47 @@
 """Claims as Markdown tables: of methods, of the gain of the draw, and of attacks."""
 
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.claims.format import Attacked, Claim, Evaluated, Figure, least, packed, unpacked
+from redefense.claims.format import (
+    Attacked,
+    Claim,
+    Evaluated,
+    Figure,
+    least,
+    packed,
+    read,
+    unpacked,
+)
 from redefense.errors import ConfigError, DataError
 from redefense.report.tables import markdown_table, percent, with_interval
 from redefense.results.intervals import Estimate, accuracy_interval, paired_difference
+
+
+def read_whole(path: Path) -> Claim:
+    """A stored claim whose per-image records are intact.
+
+    Raises:
+        DataError: as `read`, and for records that cannot be read or are of other images.
+    """
+    it = read(path)
+    for found in it.evaluations:
+        texts = [("clean", (found.untouched,)), *((c.id, (c.each, c.met)) for c in found.cells)]
+        for name, some in texts:
+            try:
+                sizes = {len(unpacked(text)) for text in some if text is not None}
+            except (ValueError, zlib.error):
+                sizes = {-1}
+            if sizes - {found.data["num_images"]}:
+                raise DataError(
+                    f"{path}: the records of {name} are damaged; see `redefense claim check {path}`"
+                )
+    return it
 
 
 def chosen(

@@ -179,14 +179,13 @@ def table(
     Accuracies are in percent, with 95 % intervals. The training cost is in millions of forward
     passes: its FLOPs, divided by those of one image through one member.
     """
-    from redefense.claims.format import read
-    from redefense.claims.tables import chosen
+    from redefense.claims.tables import chosen, read_whole
     from redefense.errors import ConfigError
 
     if attacks and draw:
         raise ConfigError("--attacks and --draw print different tables: use one of them")
     kind = "draw" if draw else "attacks" if attacks else "methods"
-    rows = chosen([read(path) for path in paths], kind, images, against)
+    rows = chosen([read_whole(path) for path in paths], kind, images, against)
     _print(rows, as_json=as_json, quiet=quiet)
 
 

@@ -98,7 +98,8 @@ def _joined_draws(
     """
     bounded = [c for c in cells if c.cell.bounded]
     every = [*bounded, *further]
-    same = {(s.evaluation.provenance.get("seed"), s.evaluation.stochastic) for s in suites}
+    # as text: a damaged record may hold anything
+    same = {(repr(s.evaluation.provenance.get("seed")), s.evaluation.stochastic) for s in suites}
     clean = suites[0].clean.correct
     if len(suites) < 2 or len(same) > 1 or clean is None or not all(s.further for s in suites):
         return None
