@@ -168,7 +168,7 @@ def conflicting_pairs(count: int) -> Iterator[tuple[Independent, Tensor]]:
 
 
 def test_hinge_fools_both_members_wherever_that_can_be_done() -> None:
-    pairs = list(conflicting_pairs(10))
+    pairs = list(conflicting_pairs(5))
     y = torch.zeros(40, dtype=torch.long)
 
     def both(attack: Hinge | MeanProbPGD | ARC | Transfer) -> float:
