@@ -101,7 +101,7 @@ def run_suite(
     runner = Runner(job, plan, mixture, clean)
     records, repeats = runner.cells(plan)
     records["clean"] = clean
-    # after the cells: its points count for the headline, the cells must not depend on them
+    # after the cells: images on which their points fool a baseline already are not attacked again
     attack_baselines(runner)
     measured = _measured(job, runner) if suite.measures else {}
     full = _full_checks(job, runner, plan, records) if checks == "full" else []

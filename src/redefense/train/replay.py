@@ -191,7 +191,7 @@ class RecordedSteps:
         statistics = list(self.ensemble.buffers())
         before = [value.clone() for value in statistics]
         recording.replay()
-        # a digest: outputs of the recording are overwritten by its next replay
+        # checksums: a copy of all gradients would double their memory
         found = digest([*recording.outputs, *statistics])
         with torch.no_grad():
             for value, old in zip(statistics, before, strict=True):
