@@ -27,10 +27,10 @@ from redefense.data.loader import Loader
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
+from redefense.evaluation.cells import as_threat
 from redefense.rng import stream
 from redefense.runtime.device import computing
 from redefense.runtime.mesh import Mesh, Tally, processes
-from redefense.threat import Threat
 from redefense.train.exchange import spread_over
 from redefense.train.experiment import check_batch, train
 from redefense.train.loading import Signature, load, loader_of, resolve
@@ -178,7 +178,6 @@ def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
 
 
 def _write(folder: Path, record: list[dict[str, Any]]) -> None:
-
     kinds = sorted({what for one in record for what in one["bytes"]})
     merged = {
         "seconds": max(one["seconds"] for one in record),
@@ -209,7 +208,6 @@ def _steps(
 
 
 def _compared(settings: Run, folder: Path, alone: Path) -> dict[str, Any]:
-
     record: dict[str, Any] = json.loads((folder / "record.json").read_text())
     found, one = load(folder / "run"), load(alone / "run")
     grads = [load_file(at / "gradients.safetensors") for at in (folder, alone)]
@@ -234,10 +232,9 @@ def _robust(ensemble: Ensemble, split: Split, settings: Run) -> float:
     """Accuracy of the averaged ensemble under PGD with 10 steps, at the run's threat."""
     index = torch.arange(min(len(split), IMAGES))
     x, y = split.float(index), split.labels[index].long()
-    norm = float("inf") if settings.threat.norm == "inf" else float(settings.threat.norm)
     attack = ATTACKS["pgd"](steps=10)  # type: ignore[call-arg]  # the mapping knows attacks alone
     victim = ensemble.averaged()
-    moved = attack(victim, x, y, Threat(norm=norm, eps=settings.threat.eps), rng=stream(0))
+    moved = attack(victim, x, y, as_threat(settings.threat), rng=stream(0))
     with torch.no_grad():
         return float(correct(victim(moved), y).double().mean())
 
