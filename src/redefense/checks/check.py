@@ -26,7 +26,7 @@ class Check:
     """Result of one check.
 
     Attributes:
-        id: S01 to S44.
+        id: S01 to S44, or the name of a check of a bundle.
         passed: None if the check does not apply.
         detail: the figure behind the result.
     """

@@ -1,6 +1,5 @@
 """Deployment: export, verify."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +71,7 @@ def verify(
 
     checks = checks_of(path, against=against, signer=signer)
     failed = [check for check in checks if not check.passed]
-    rows = [dataclasses.asdict(check) for check in checks]
+    rows = [check.as_dict() for check in checks]
     document = {"bundle": str(path), "holds": not failed, "checks": rows}
     text = check_lines(((check.id, check.passed, check.detail) for check in checks), 10)
     show(document, text, as_json=as_json, quiet=quiet)

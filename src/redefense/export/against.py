@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +12,9 @@ from redefense.export import runner
 from redefense.export.graph import member_graph, portable, skeleton
 from redefense.export.quantise import quantised
 from redefense.export.runner import BundleError, Floats
+from redefense.export.verify import Opened
 from redefense.networks import as_logits
 from redefense.train.loading import Signature, find_final, load_checkpoint
-
-if TYPE_CHECKING:
-    from redefense.export.verify import Opened
 
 ROUNDING = 1e-5
 """Tolerance of stored weights, relative to the largest of the tensor: numpy and torch round
@@ -24,7 +22,7 @@ generated kernels differently.
 """
 
 
-def compare(path: Path) -> Callable[["Opened"], str]:
+def compare(path: Path) -> Callable[[Opened], str]:
     """Compare a bundle with the checkpoint at `path`, for `verify --against`.
 
     Raises:
@@ -33,7 +31,7 @@ def compare(path: Path) -> Callable[["Opened"], str]:
     checkpoint = find_final(path)
     ensemble, signature = load_checkpoint(checkpoint), Signature.stored(checkpoint.state)
 
-    def look(opened: "Opened") -> str:
+    def look(opened: Opened) -> str:
         bundle, (images, stored) = opened.bundle, opened.probes
         facts = {
             "members": (bundle.num_members, ensemble.num_members),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from redefense.checks.check import Check
 from redefense.errors import DataError
 from redefense.export import runner
 from redefense.export.draws import NUM_DRAWS, draw_faults, seed_faults
@@ -21,21 +22,6 @@ from redefense.export.runner import Bundle, BundleError, Floats
 from redefense.export.signing import SignatureError, trust_in
 
 SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check.
-
-    Attributes:
-        id: name of the check.
-        passed: whether it passed.
-        detail: the findings.
-    """
-
-    id: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
