@@ -79,3 +79,9 @@ def browser() -> Iterator[Any]:
     """Chromium, for tests that are marked `browser`; pages of it by `browser.opened`."""
     with launched() as browser:
         yield browser
+
+
+@pytest.fixture
+def without_victim_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the checks before the first attack: they take as long as two short attacks."""
+    monkeypatch.setattr("redefense.evaluation.run.before_run", lambda ensemble, x, y: [])

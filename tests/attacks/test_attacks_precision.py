@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import redefense
-from redefense.attacks import ATTACKS
+from redefense.attacks import APGDT, ATTACKS
 from redefense.ensembles import Independent
 from redefense.ensembles.precision import rounded
 from redefense.errors import InputError
@@ -42,7 +42,7 @@ TINY: dict[str, dict[str, Any]] = {
     "sparsefool": {"steps": 2, "inner_steps": 4},
     "square": {"queries": 10},
     "subset": {"steps": 3, "num_targets": 1, "mixed": 1},
-    "transfer": {"attack": ATTACKS["apgdt"](steps=3, num_targets=2, loss="targeted_margin")},
+    "transfer": {"attack": APGDT(steps=3, num_targets=2, loss="targeted_margin")},
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import redefense
-from redefense.attacks import ATTACKS
+from redefense.attacks import APGDT, ATTACKS
 from redefense.checks.derivative import derivatives_agree
 from redefense.ensembles import Independent
 from redefense.evaluation.suite import suite_named
@@ -38,7 +38,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "square": {"queries": 50},
     "subset": {"steps": 5},
 }
-WITHIN = {"transfer": {"attack": ATTACKS["apgdt"](steps=5, loss="targeted_margin")}}
+WITHIN = {"transfer": {"attack": APGDT(steps=5, loss="targeted_margin")}}
 """Settings that are attacks themselves."""
 BOTH = {"same": (3, 3), "other": (3, 1)}
 

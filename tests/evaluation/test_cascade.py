@@ -44,7 +44,7 @@ FIRST = (
 )
 BESIDE = (cell("hinge", steps=6), cell("apgd", steps=5))
 INDEPENDENT = Suite(name="mine", cells=FIRST, baseline_attacks=BESIDE, cascade=True)
-BRIEF = {"num_targets": 1, "mixed": 1, "subsets": 2}
+BRIEF: dict[str, Any] = {"num_targets": 1, "mixed": 1, "subsets": 2}
 HANDING_ON = Suite(name="mine", cells=(*FIRST, cell("subset", steps=4, **BRIEF)), cascade=True)
 
 

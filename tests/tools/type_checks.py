@@ -25,7 +25,7 @@ _known: dict[CodeType, tuple[dict[str, Any], inspect.Signature, dict[str, Any]]]
 
 def install() -> None:
     """Make jaxtyping's import hook, which looks its decorator up by name, use `checked`."""
-    jaxtyping.jaxtyped = lambda **_: checked  # type: ignore[assignment, misc]
+    jaxtyping.jaxtyped = lambda **_: checked  # type: ignore[assignment]
 
 
 def checked(made: Any) -> Any:
@@ -37,7 +37,7 @@ def checked(made: Any) -> Any:
         return _checked(made)
     init = vars(made).get("__init__")
     if dataclasses.is_dataclass(made) and not hasattr(init, "__wrapped__"):
-        made.__init__ = _checked(init)  # type: ignore[misc]  # a class's own
+        made.__init__ = _checked(init)  # type: ignore[method-assign, misc]  # a class's own
     return made
 
 
@@ -45,7 +45,7 @@ def _checked(fn: Any) -> Callable[..., Any]:
     if "<locals>" in fn.__qualname__ or inspect.isgeneratorfunction(fn):
         return _uncompiled(fn)
     annotations, fn.__annotations__ = fn.__annotations__, _hints(fn)
-    found = beartype(fn, conf=CONF)
+    found: Callable[..., Any] = beartype(fn, conf=CONF)  # type: ignore[call-overload]  # any function
     hints = fn.__annotations__
     fn.__annotations__ = found.__annotations__ = annotations
     if not _has_shapes(*hints.values()):
