@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,9 +43,9 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = source.decode
 
-    def decode(raw: bytes, name: str, shape: tuple[int, int, int]) -> source.Block:
+    def decode(raw: bytes, name: str, *how: Any) -> source.Block:
         names.append(name)
-        return original(raw, name, shape)
+        return original(raw, name, *how)
 
     monkeypatch.setattr(source, "decode", decode)
     return names
