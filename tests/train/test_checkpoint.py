@@ -1,18 +1,22 @@
 """Checkpoints: whole or refused, and the good one before is used."""
 
+import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from redefense.errors import CheckpointError, TrainingError, WriteError
 from redefense.recipes import recipe
+from redefense.runtime.files import sha256_of
 from redefense.train import checkpoint
 from redefense.train.checkpoint import latest, prune, read, restore_optimizer, save, step_folder
 
 RUN = recipe("digits-vanilla")
+DATA = {"name": "some", "classes": ["0", "1"], "shape": [1, 2, 2], "checksum": "0"}
 
 
 def store(folder: Path, step: int) -> Path:
@@ -22,7 +26,7 @@ def store(folder: Path, step: int) -> Path:
         run=RUN,
         weights={"w": torch.full((2, 3), float(step)), "n": torch.tensor(step)},
         optimizer={"momentum_buffer/w": torch.ones(2, 3)},
-        state={"position": {"total": step}},
+        state={"position": {"total": step}, "data": DATA},
     )
     return target
 
@@ -59,6 +63,27 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, name: str, d
     assert found.state["position"]["total"] == 1
     assert len(said) == 1
     assert "step-000000002" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": 0}, "data should be an object, got 0"),
+        ({"data": DATA | {"shape": [True, 2, 2]}}, "data.shape.0 should be a valid integer"),
+        ({"data": {}}, "data.name Field required"),
+        ({"position": {"total": "x"}}, "position.total should be a valid integer, got 'x'"),
+    ],
+)
+def test_a_state_that_its_manifest_confirms_is_checked(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path = store(tmp_path, 1)
+    state, manifest = path / "state.json", path / "manifest.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    hashes = json.loads(manifest.read_text())["sha256"] | {"state.json": sha256_of(state)}
+    manifest.write_text(json.dumps({"sha256": hashes}))
+    with pytest.raises(CheckpointError, match=rf"step-000000001 is damaged: state.json: .*{said}"):
+        read(path)
 
 
 def test_no_sound_checkpoint_is_none(tmp_path: Path) -> None:
@@ -141,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused(
     target = tmp_path / "final"
     with monkeypatch.context() as patch:  # as an older version saved them
         patch.setattr(checkpoint, "_non_finite", lambda tensors: None)
-        save(target, run=RUN, weights={"w": torch.tensor([1.0, math.nan])}, state={})
+        save(target, run=RUN, weights={"w": torch.tensor([1.0, math.nan])}, state={"data": DATA})
     with pytest.raises(CheckpointError, match="non-finite numbers in w"):
         read(target)
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from redefense.config import Run, parse_run, to_json
+from redefense.config import Run, first_fault, parse_run, to_json
 from redefense.errors import BAD_JSON, CheckpointError, TrainingError, WriteError
 from redefense.runtime.files import is_full, reason, sha256_of
 
@@ -55,6 +56,31 @@ class Checkpoint:
     def run_dir(self) -> Path:
         """The run directory of a final checkpoint; the folder itself of any other."""
         return self.path.parent if self.path.name == "final" else self.path
+
+
+class _Data(BaseModel):
+    name: str
+    classes: list[str]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    checksum: str
+    images: PositiveInt | None = None
+
+
+class _Position(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    stage: NonNegativeInt = 0
+    epoch: NonNegativeInt = 0
+    step: NonNegativeInt = 0
+    total: NonNegativeInt = 0
+
+
+class _State(BaseModel):
+    """What `state.json` must hold; a final checkpoint has no position."""
+
+    data: _Data
+    position: _Position | None = None
+    totals: dict[str, float] = {}
 
 
 def save(
@@ -121,11 +147,16 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         state, data, weights, optimizer = _read(path)
+        _State.model_validate_json(json.dumps(state), strict=True)
         run = parse_run(data, f"{path}/run.json")
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks {Path(error.filename).name}") from None
     except KeyError as error:
         raise CheckpointError(f"checkpoint {path} is damaged: it lacks {error}") from None
+    except ValidationError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: state.json: {first_fault(error)}"
+        ) from None
     except (*BAD_JSON, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if (name := _non_finite(weights)) is not None:
