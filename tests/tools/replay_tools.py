@@ -58,7 +58,7 @@ class Setting:
 ADVERSARIAL = {"adversarial_training": True}
 SETTINGS: Final[Mapping[str, Setting]] = MappingProxyType({
     "red bf16": Setting(precision="bf16"),
-    "red fp32": Setting(),
+    "red fp32": Setting(kind=PLAIN),
     "red clipped": Setting(kind=PLAIN, precision="bf16", optim=CLIPPED),
     "red adam": Setting(kind=PLAIN, optim=ADAM),
     "red smooth": Setting(
