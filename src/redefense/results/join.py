@@ -56,7 +56,6 @@ class Result:
     cells: tuple[Scored, ...]
     further: tuple[Scored, ...]
     clean: Estimate | None
-    clean_averaged: float | None
     clean_members: tuple[float, ...]
     unaware: Estimate | None
     unaware_label: str | None
@@ -197,7 +196,6 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         cells=tuple(cells),
         further=tuple(further),
         clean=clean.expected,
-        clean_averaged=first.evaluation.clean.averaged,
         clean_members=first.evaluation.clean.per_member,
         unaware=pair.unaware,
         unaware_label=pair.unaware_label,
