@@ -8,9 +8,10 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from redefense.attacks import ATTACKS
+from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.auto import AutoAttack
 from redefense.attacks.square import Square
+from redefense.config import construct
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -175,5 +176,6 @@ def test_success_filter_returns_clean_images_only_in_presets() -> None:
     tiny = Threat(eps=1e-4)
     for name in ("apgd", "apgdt"):
         assert torch.equal(ours(name, network(0), tiny), x)
-        x_adv = ATTACKS[name](steps=10)(network(0), x, y, tiny, rng=stream(0, name))
+        short: Attack = construct(ATTACKS[name], {"steps": 10}, name)
+        x_adv = short(network(0), x, y, tiny, rng=stream(0, name))
         assert ((x_adv - x).flatten(1).abs().amax(1) > 0.5e-4).all()
