@@ -105,7 +105,7 @@ def show(document: object, text: str = "", *, as_json: bool, quiet: bool = False
         typer.echo(text)
 
 
-def check_lines(checks: Iterable[tuple[str, bool, str]], width: int) -> str:
+def check_lines(checks: Iterable[tuple[str, bool | None, str]], width: int) -> str:
     """Checks (name, passed, detail) as text, one per line."""
     return "\n".join(
         f"{'ok  ' if passed else 'FAIL'}  {name:<{width}}  {detail}"
