@@ -14,7 +14,7 @@ from torch import nn
 
 import redefense
 from far import FAR, Far, far_device
-from redefense.attacks import APGDT, ATTACKS
+from redefense.attacks import ATTACKS, Attack
 from redefense.checks import attacks as attacks_checks
 from redefense.checks import draws as draws_checks
 from redefense.checks import gradients as gradients_checks
@@ -82,9 +82,10 @@ def settings_of(name: str) -> dict[str, int]:
 @pytest.fixture
 def short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The S-checks with attacks of a few steps, and few random corners."""
-    attacks = {name: partial(kind, **settings_of(name)) for name, kind in ATTACKS.items()}
-    inner = APGDT(**settings_of("apgdt"), loss="targeted_margin")
-    attacks["transfer"] = partial(ATTACKS["transfer"], attack=inner)
+    kinds: dict[str, Callable[..., Attack]] = {**ATTACKS}
+    attacks = {name: partial(kind, **settings_of(name)) for name, kind in kinds.items()}
+    inner = attacks["apgdt"](loss="targeted_margin")
+    attacks["transfer"] = partial(kinds["transfer"], attack=inner)
     for module in (attacks_checks, draws_checks, gradients_checks, victim_checks):
         monkeypatch.setattr(module, "ATTACKS", attacks)
     for title, name in (
