@@ -110,7 +110,7 @@ def decode(raw: bytes, name: str, shape: Shape, framing: Framing = WHOLE) -> Blo
     if image.size != (width, height):
         raise DataError(
             f"{name}: is {image.size[0]}x{image.size[1]}, the others {width}x{height}; "
-            "images of one set must have one size: of a folder or parquet, add ?resize=N&crop=N "
+            "images of one set must have one size; for a folder or parquet add ?resize=N&crop=N "
             "to the specification"
         )
     if channels == 1 and image.mode != "L":
