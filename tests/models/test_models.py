@@ -161,8 +161,8 @@ def test_leaky_units_have_slope_a_tenth() -> None:
     [
         ({"name": "resnet9"}, "unknown model 'resnet9'"),
         ({"activation": "gelu"}, "unknown activation 'gelu'"),
-        ({"mean": [0.5]}, "need 3 means"),
-        ({"std": [0.5, 0.5, 0.0]}, "positive deviations"),
+        ({"mean": [0.5]}, "must be 3 numbers each"),
+        ({"std": [0.5, 0.5, 0.0]}, "std positive"),
         ({"num_classes": 0}, "must be positive"),
         ({"width": 0}, "must be positive"),
     ],
