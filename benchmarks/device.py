@@ -250,6 +250,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = os.environ.get("OUT")
     out = options.out or (Path(folder) / "device.json" if folder else None)
+    if out is not None and out.is_dir():
+        parser.error(f"--out must name a file, and {out} is a folder")
     with computing():
         check = Check(options.device, options.seconds, out, options.data)
         small = check.small
