@@ -68,6 +68,28 @@ def test_no_image_is_answered_right_more_often_than_before(
     assert after.mean() < expected(members, x, y).mean()
 
 
+class WrongAt(nn.Module):
+    """Right everywhere but at one image, where no gradient says so."""
+
+    def __init__(self, image: Tensor, label: int) -> None:
+        super().__init__()
+        self.image, self.label = image, label
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x == self.image).flatten(1).all(1)
+        logits = torch.zeros(len(x), 4, dtype=x.dtype) + 0.01 * x.flatten(1).mean(1, keepdim=True)
+        logits[:, self.label] += torch.where(there, -1.0, 1.0) + x.flatten(1).square().mean(1)
+        return logits
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_an_image_that_fools_all_members_untouched_is_returned_as_it_is(name: str) -> None:
+    x = batch(1)[0]
+    members = Independent([WrongAt(x[0], 2), WrongAt(x[0], 2)])
+    attack = ATTACKS[name](**QUICK.get(name, {}))
+    assert torch.equal(attack(members, x, torch.tensor([2]), LINF, rng=stream(0, "attack")), x)
+
+
 @pytest.mark.parametrize("name", ["meanprob_pgd", "hinge", "arc"])
 def test_more_restarts_never_help_the_victim(name: str) -> None:  # S15
     members, (_, y) = ensemble(), batch()
