@@ -87,6 +87,18 @@ def test_no_public_name_is_hidden_by_a_subpackage() -> None:
     assert callable(redefense.train)
 
 
+def test_modules_of_the_contract_are_reached_by_their_names() -> None:
+    names = [
+        "attacks.base.Attack", "config.Run", "data.check.check_dataset", "defences.red.RED",
+        "ensembles.configs.HyperConfig", "errors.RedefenseError", "export.export",
+        "models.MODELS", "penalties.lipschitz", "rng.stream", "stochastic.GaussianNoise",
+        "threat.Threat", "types.Batch",
+    ]  # fmt: skip
+    code = "\n".join(["import redefense", *(f"redefense.{name}" for name in names)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_public_names_are_offered_for_completion() -> None:
     assert dir(redefense) == redefense.__all__
 

@@ -36,15 +36,9 @@ _MODULES = {
 
 # `train` is also callable; none is imported before its first use
 _PACKAGES = {
-    "attacks",
-    "data",
-    "defences",
-    "ensembles",
-    "models",
-    "penalties",
-    "stochastic",
-    "train",
-}
+    "attacks", "config", "data", "defences", "ensembles", "errors", "export", "models", "penalties",
+    "rng", "stochastic", "threat", "train", "types",
+}  # fmt: skip
 
 __all__ = [
     "Hyper",

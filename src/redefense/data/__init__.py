@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
@@ -258,3 +259,10 @@ def _ticking(source: Source, *, progress: bool) -> Iterator[Callable[[int], None
             f"decoding {source.name}", total=len(source.train.labels) + len(source.test.labels)
         )
         yield lambda count: bar.advance(task, count)
+
+
+def __getattr__(name: str) -> Any:
+    # imported on first use, since it builds on this package
+    if name == "check":
+        return import_module("redefense.data.check")
+    raise AttributeError(f"module 'redefense.data' has no attribute {name!r}")

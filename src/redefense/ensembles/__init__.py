@@ -1,5 +1,8 @@
 """Ensembles of M classifiers, and the views of them that attacks, reports and users query."""
 
+from importlib import import_module
+from typing import Any
+
 from redefense.ensembles.base import Ensemble, Origin, channels_last, check_mixture, device_of
 from redefense.ensembles.guards import (
     evaluating,
@@ -34,3 +37,10 @@ __all__ = [
     "modes_kept",
     "recorded",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # imported on first use, since it builds on this package
+    if name == "configs":
+        return import_module("redefense.ensembles.configs")
+    raise AttributeError(f"module 'redefense.ensembles' has no attribute {name!r}")
