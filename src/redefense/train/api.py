@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class TrainedRun:
         path: the run directory.
     """
 
-    ensemble: Ensemble
+    ensemble: Ensemble = field(repr=False)  # its networks would fill pages
     config: Run
     path: Path
 
