@@ -35,6 +35,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-deps torchattacks==3.5.1 adv-lib==0.2.8
 	@touch $@
 
+# one thread: its networks are so small that a second one gains nothing, and waits where a core is busy
+demo: export OMP_NUM_THREADS = 1
 demo: setup
 	@for method in vanilla red; do \
 	  echo "demo: training digits-$$method"; \

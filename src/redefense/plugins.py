@@ -242,6 +242,10 @@ def origins(named: Iterable[tuple[str, str]]) -> dict[str, Origin]:
     return {key: origin for key, origin in found.items() if origin is not None}
 
 
+GIVEN: Final = "given-"
+"""Names of networks and data that were given as objects begin with it; a digest follows."""
+
+
 def check_known(recorded: Mapping[str, Origin]) -> None:
     """Check that the plug-ins of a record are available.
 
@@ -254,9 +258,15 @@ def check_known(recorded: Mapping[str, Origin]) -> None:
     for key, origin in recorded.items():
         kind, _, name = key.partition(".")
         if kind in MODULES and name not in registry(kind):
+            if name.startswith(GIVEN):
+                source = "were given as objects"
+                remedy = "pass equal ones (seed torch before you make networks)"
+            else:
+                source = "plug-ins bring"
+                remedy = "install it, give its file with --plugin FILE.py"
             raise ConfigError(
-                f"this needs {name!r} of {words(origin)}, one of the {kind} that plug-ins bring: "
-                "install it, give its file with --plugin FILE.py, or call redefense.register"
+                f"this needs {name!r} of {words(origin)}, one of the {kind} that {source}: "
+                f"{remedy}, or call redefense.register"
             )
 
 

@@ -110,6 +110,20 @@ def failing(*_: object, **__: object) -> None:
     raise KeyError(7)
 
 
+def test_a_run_on_networks_given_is_resumed_with_equal_ones_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, data = tmp_path / "run", stripes()
+    first = redefense.train(networks(), "vanilla", data, out=out, **BUDGET)
+    # in another process the networks of the first call are not known
+    monkeypatch.setattr(plugins.registry("models"), "_added", {})
+    others = [flat(2, (1, 8, 8)) for _ in range(2)]
+    with pytest.raises(ConfigError, match="models that were given as objects: pass equal ones"):
+        redefense.train(others, "vanilla", data, out=out, resume=True, **BUDGET)
+    again = redefense.train(networks(), "vanilla", data, out=out, resume=True, **BUDGET)
+    assert same(again.ensemble, first.ensemble)
+
+
 def test_torch_data_sets_are_read_as_their_tensors(tmp_path: Path) -> None:
     (x, y), (x_test, y_test) = stripes()
     sets = TensorDataset(x, y), DataLoader(TensorDataset(x_test, y_test), batch_size=7)

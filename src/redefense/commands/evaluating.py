@@ -108,7 +108,9 @@ def evaluate(
     if as_json and first:
         typer.echo(report.to_json(), nl=False)
     elif not as_json:
-        echo(f"wrote {target}; next: redefense report {path}", quiet)
+        # a report of the run does not read files elsewhere
+        what = path if out is None else target
+        echo(f"wrote {target}; next: redefense report {what}", quiet)
     if strict and red:
         raise typer.Exit(1)
 

@@ -135,8 +135,9 @@ def begin_or_resume(
                     "choose another file with --out"
                 )
             raise ConfigError(
-                f"{target} holds an evaluation with other settings ({', '.join(keys)}); "
-                "choose another file with --out"
+                f"{target if target.exists() else store} holds an evaluation with other settings "
+                f"({', '.join(keys)}); choose another file with --out, or remove {store} and "
+                f"{target.name} to start over"
             )
         places = known if target.exists() else _distinct([*known, *here])
         if places != known:

@@ -170,7 +170,8 @@ class Report:
         lines += [f"  {name:<18}  {figure}" for name, figure in self.figures().items()]
         if self.aware.value is None:
             lines.append("  no headline: the suite has no aware attack")
-        red = ", ".join(self._red()) or "none"
+        red = ", ".join(self._red())
+        red = f"{red} (explained in report.checks)" if red else "none"
         return "\n".join([*lines, f"  {'red checks':<18}  {red}"])
 
     def _repr_html_(self) -> str:

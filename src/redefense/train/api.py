@@ -19,7 +19,7 @@ from redefense.ensembles.configs import ENSEMBLES, EnsembleConfig
 from redefense.errors import ConfigError, InputError
 from redefense.models import MODELS
 from redefense.networks import check_values
-from redefense.plugins import Registry
+from redefense.plugins import GIVEN, Registry
 from redefense.recipes import RECIPES, recipe
 from redefense.threat import Threat
 from redefense.train.experiment import train as train_run
@@ -153,7 +153,7 @@ def _members(value: Any) -> dict[str, Any]:
         check_values(net)
     if any(isinstance(part, torch.jit.ScriptModule) for net in nets for part in net.modules()):
         raise InputError("a scripted or traced network cannot be trained: pass the network itself")
-    name = f"given-{weights_digest(nets)}"
+    name = f"{GIVEN}{weights_digest(nets)}"
     _adopt(MODELS, name, nets, type(nets[0]))
     return {"name": "independent", "model": name, "num_members": len(nets)}
 
@@ -195,7 +195,7 @@ def _data(value: Any) -> str:
         found = value
     else:
         found = materialise(as_source("given", value, strict), lambda count: None)
-    name = f"given-{found.checksum()[:12]}"
+    name = f"{GIVEN}{found.checksum()[:12]}"
     _adopt(DATASETS, name, lambda: found, Dataset)
     return name
 

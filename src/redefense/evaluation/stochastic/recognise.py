@@ -28,8 +28,9 @@ Choice = Literal["auto", "on", "off"]
 
 GIVEN = (
     "the model answers equal images differently ({what}), so it is measured as a stochastic "
-    "network: its figures are estimates from fresh draws; pass stochastic='on' to silence this "
-    "warning, stochastic='off' to refuse such models"
+    "network: its figures are estimates from fresh draws; if it draws in training mode only, call "
+    "its eval() first; pass stochastic='on' to silence this warning, stochastic='off' to refuse "
+    "such models"
 )
 
 
