@@ -24,7 +24,7 @@ BAD_JSON: Final = (OSError, ValueError, RecursionError)
 """Exceptions of a JSON file that cannot be read, is damaged, or is nested too deeply."""
 
 
-def lacking(what: str, package: str, extra: str) -> str:
+def not_installed(what: str, package: str, extra: str) -> str:
     """Message for a package that is not installed, with the extra that installs it."""
     # from a clone, since redefense is on no package index and the name could be another's
     return f"{what} needs {package}; in the clone: pip install -c constraints.txt -e '.[{extra}]'"
@@ -46,7 +46,7 @@ def need(
         return import_module(module)
     except ImportError as missing:
         package = (missing.name or module).partition(".")[0]
-        raise (error or ConfigError)(lacking(what, package, extra)) from None
+        raise (error or ConfigError)(not_installed(what, package, extra)) from None
 
 
 def text_of(error: BaseException) -> str:

@@ -24,7 +24,7 @@ def at_least(least: int, **values: int | float) -> None:
         ConfigError: naming the first that is, as the following functions do.
     """
     for name, value in values.items():
-        if value < least:
+        if not value >= least:  # true for NaN, too
             raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 

@@ -379,9 +379,9 @@ def test_records_that_contradict_their_summary_are_found(tmp_path: Path) -> None
 
 def test_findings_are_data_and_read_as_one_line(tmp_path: Path) -> None:
     (finding, *_) = audit(table(tmp_path, "clean 90.00", "PGD 40.00", "AutoAttack 45.00"))
-    told = json.loads(json.dumps(dataclasses.asdict(finding)))
-    assert told["id"] == "autoattack-above-pgd"
-    assert told["figures"] == {"AutoAttack": 45.0, "PGD": 40.0}
+    written = json.loads(json.dumps(dataclasses.asdict(finding)))
+    assert written["id"] == "autoattack-above-pgd"
+    assert written["figures"] == {"AutoAttack": 45.0, "PGD": 40.0}
     assert str(finding).startswith(
         "error autoattack-above-pgd: CIFAR-10 ours [line 4: AutoAttack 45.00, line 3: PGD 40.00]: "
     )

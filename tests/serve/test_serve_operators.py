@@ -40,8 +40,8 @@ def test_the_configuration_describes_the_tensors_of_one_image(client: Client) ->
     assert config["max_batch_size"] == 8
     assert config["dynamic_batching"] == {"max_queue_delay_microseconds": 2000}
     assert config["input"] == [{"name": "images", "data_type": "TYPE_FP32", "dims": list(SHAPE)}]
-    told = client.request("GET", PATH).json()["outputs"]
-    for output, described in zip(told, config["output"], strict=True):
+    outputs = client.request("GET", PATH).json()["outputs"]
+    for output, described in zip(outputs, config["output"], strict=True):
         assert output["name"] == described["name"]
         # the batch comes before the dimensions, as they are reshaped
         shape = described.get("reshape", {}).get("shape", described["dims"])

@@ -301,8 +301,8 @@ def test_sigterm_answers_all_that_was_accepted(
     time.sleep(0.1)
     with Client(url) as client:
         reply = client.request("GET", "/v2/health/ready")
-        told = dict(reply.headers)
-        ready.append((reply.status, told["connection"], told["retry-after"]))
+        sent = dict(reply.headers)
+        ready.append((reply.status, sent["connection"], sent["retry-after"]))
     assert process.wait(15) == 0
     stop.set()
     for thread in threads:

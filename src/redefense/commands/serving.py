@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redefense.commands.options import Json, Quiet, check_lines, echo, show
-from redefense.errors import ConfigError, lacking
+from redefense.errors import ConfigError, not_installed
 from redefense.serve.settings import Mode, Policy, Settings, check_address
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def serve(
     """
     for package in PACKAGES:
         if find_spec(package) is None:
-            raise ConfigError(lacking("serving", package, "serve"))
+            raise ConfigError(not_installed("serving", package, "serve"))
     from redefense.serve.draws import draw_by, read_key
     from redefense.serve.model import Model
     from redefense.serve.observe import log_to_stderr

@@ -203,8 +203,8 @@ def _timm(name: str, num_classes: int, channels: int, rng: torch.Generator) -> n
     try:
         import timm
     except ModuleNotFoundError as error:
-        lacking = error.name or "timm"
-        raise ConfigError(f"timm:{name} needs {lacking}: pip install {lacking}") from error
+        package = error.name or "timm"
+        raise ConfigError(f"timm:{name} needs {package}: pip install {package}") from error
     except Exception as error:  # torchvision raises RuntimeError where its build is not torch's
         raise ConfigError(f"timm:{name}: timm cannot be imported: {first_line(error)}") from error
     # timm draws from the global generator, whose state is restored
