@@ -6,6 +6,7 @@ Public names are imported on first use, so that `import redefense` and the comma
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# for type checkers and editors, which do not run `__getattr__`
 if TYPE_CHECKING:
     from redefense.ensembles import Hyper, Independent
     from redefense.errors import RedefenseError
@@ -71,7 +72,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_MODULES[name]), name)
     else:
         raise AttributeError(f"module 'redefense' has no attribute {name!r}")
-    globals()[name] = value
+    globals()[name] = value  # so that `__getattr__` is called once per name
     return value
 
 

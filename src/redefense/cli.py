@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+# `with_plugins` adds --plugin where a command resolves names
 app.command(cls=HelpfulCommand)(with_plugins(training.train))
 app.command(cls=HelpfulCommand)(with_plugins(evaluating.evaluate))
 app.command(cls=HelpfulCommand)(with_plugins(certifying.certify))
@@ -47,27 +48,24 @@ app.command(cls=HelpfulCommand)(with_plugins(training.materialise))
 app.command(cls=HelpfulCommand)(with_plugins(deploying.export))
 app.command(cls=HelpfulCommand)(with_plugins(deploying.verify))
 app.command(cls=HelpfulCommand)(serving.serve)
-data_app = typer.Typer(
-    help="Check data sets before using them.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(data_app, name="data")
+
+
+def _group(name: str, text: str) -> typer.Typer:
+    group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
+data_app = _group("data", "Check data sets before using them.")
 data_app.command("check", cls=HelpfulCommand)(with_plugins(looking.data_check))
-claim_app = typer.Typer(
-    help="Claims: figures that others can check and recompute.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(claim_app, name="claim")
+claim_app = _group("claim", "Claims: figures that others can check and recompute.")
 claim_app.command("make", cls=HelpfulCommand)(with_plugins(claiming.make))
 claim_app.command("check", cls=HelpfulCommand)(with_plugins(claiming.check))
 claim_app.command("recompute", cls=HelpfulCommand)(with_plugins(claiming.recompute))
 claim_app.command("compare", cls=HelpfulCommand)(claiming.compare)
 claim_app.command("table", cls=HelpfulCommand)(claiming.table)
 app.command(cls=HelpfulCommand)(with_plugins(claiming.leaderboard))
-bench_app = typer.Typer(
-    help="Benchmarks of speed and memory.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(bench_app, name="bench")
+bench_app = _group("bench", "Benchmarks of speed and memory.")
 bench_app.command("attacks", cls=HelpfulCommand)(with_plugins(measuring.bench_attacks))
 bench_app.command("inference", cls=HelpfulCommand)(with_plugins(measuring.bench_inference))
 bench_app.command("train", cls=HelpfulCommand)(with_plugins(measuring.bench_train))
@@ -95,6 +93,7 @@ def main() -> None:
     """Entry point: user errors are one line, internal errors show a traceback."""
     accept_every_letter()
     try:
+        # otherwise typer would print errors itself, and exit with its own codes
         code = app(standalone_mode=False)
     except RedefenseError as error:
         if error.reported:  # by another process of torchrun
@@ -106,12 +105,11 @@ def main() -> None:
             typer.echo(message, err=True)
             raise SystemExit(2) from None
         _fail(" ".join(message.split()), 2)
-    except typer.Abort:
-        raise SystemExit(130) from None
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         raise SystemExit(130) from None
     except OSError as error:
         if is_full(error):  # errors of files name them: this is a stream
+            # Python flushes the stream again at exit, which must not fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             _fail(f"cannot write standard output: {reason(error)}", 1)
         # unreadable or unwritable paths are user errors

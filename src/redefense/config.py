@@ -25,6 +25,7 @@ from redefense.errors import BAD_JSON, ConfigError, suggestion
 from redefense.radius import Eps, Norm, check_linf, read_eps, read_norm
 
 T = TypeVar("T")
+# settings that all methods and kinds have, which `override` keeps when their name changes
 _NAMED: Final[Mapping[str, set[str]]] = {
     "defence": set(),
     "ensemble": {"model", "num_members", "width", "activation", "mean", "std"},
@@ -33,6 +34,7 @@ Settings = dict[str, Any]
 
 
 class _Frozen(BaseModel):
+    # JSON, in which every run is stored, has neither NaN nor infinity
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -122,6 +124,7 @@ class OptimConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> "OptimConfig":
+        # torch's SGD refuses this too, but only after the data are read
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs name=sgd and a positive momentum")
         return self
@@ -175,6 +178,7 @@ def default_folder(run: Run) -> Path:
     Raises:
         ConfigError: if the recipe's name, which may come from a file, is not that of a folder.
     """
+    # the name of the path ".." is ".." itself
     if not run.recipe or run.recipe == ".." or Path(run.recipe).name != run.recipe:
         raise ConfigError(f"recipe {run.recipe!r} cannot name a folder below runs: choose --out")
     return Path("runs") / run.recipe
@@ -248,6 +252,7 @@ def override(run: Run, assignments: Sequence[str]) -> Run:
             for setting in set(here) - _NAMED[keys[0]]:
                 del here[setting]
         here[keys[-1]] = value
+        # here, not once at the end, so that the message names the assignment
         _check_keys(data, Run, f"--set {path}")
     return parse_run(data, f"--set {' '.join(assignments)}" if assignments else "run")
 

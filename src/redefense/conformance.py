@@ -69,6 +69,7 @@ def found(kind: str, name: str) -> Found:
 
 def network(seed: int) -> nn.Module:
     """A small network with batch norm and dropout, in evaluation mode, of fixed weights."""
+    # double precision: in single, results for an image depend on its batch by rounding
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3),
         nn.Flatten(), nn.Linear(256, CLASSES),
@@ -116,6 +117,7 @@ def check_attack(name: str) -> str:
             raise Broken("equal streams must give equal results")
         order = torch.arange(COUNT).flip(0)
         # noise belongs to an image, not to a row: turned images get turned results
+        # foreign functions draw from global generators, for the whole batch at once
         turned = attack(net, x[order], y[order], threat, rng=stream(0, name))
         if not isinstance(attack, Foreign) and not torch.allclose(turned, x_adv[order]):
             raise Broken("the result for an image must not depend on the others of its batch")

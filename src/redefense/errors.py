@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Final
 
+# on a CPU torch raises a plain RuntimeError, which only these parts of its text distinguish
 _NO_MEMORY: Final = ("not enough memory", "out of memory", "can't allocate memory")
 
 BAD_JSON: Final = (OSError, ValueError, RecursionError)

@@ -66,6 +66,7 @@ class Registry(Mapping[str, T]):
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
+        # that of `Mapping` would load the installed plug-in
         return name in self.own or name in self._added or name in _installed(self.kind)
 
     def accepted(self, name: str, value: Any) -> T:
@@ -151,9 +152,9 @@ def register(
         "attacks": attacks, "defences": defences, "models": models,
         "datasets": datasets, "recipes": recipes, "suites": suites,
     }  # fmt: skip
+    # added one by one, since a suite may name a new attack; all removed again if one is refused
     before = {kind: dict(registry(kind)._added) for kind, objects in given.items() if objects}
     try:
-        # suites last: they may name attacks that are registered with them
         for kind, objects in given.items():
             for name, value in (objects or {}).items():
                 held = registry(kind).accepted(name, value)
@@ -178,6 +179,7 @@ def load_file(path: Path) -> dict[str, list[str]]:
     except OSError as error:
         raise ConfigError(f"cannot read the plug-in {path}: {error.strerror}") from None
     origin = {"file": path.name, "sha256": digest}
+    # by content too, so that an edited file is run again
     if (str(path.resolve()), digest) not in _loaded:
         _run(path, origin)
         _loaded.add((str(path.resolve()), digest))
@@ -294,7 +296,7 @@ def _installed(kind: str) -> Mapping[str, EntryPoint]:
     points = sorted(
         entry_points(group=f"redefense.{kind}"),
         key=lambda point: point.dist.name if point.dist is not None else "",
-        reverse=True,
+        reverse=True,  # the last of equal keys stays in a dictionary
     )
     return {point.name: point for point in points}
 

@@ -54,6 +54,7 @@ def read_eps(value: object, what: str = "eps") -> float:
 
 def eps_text(eps: float) -> str:
     """A radius as text: a short decimal as it is, else a fraction of 255 where it is one."""
+    # 0.2 is 51/255 too, but is quoted as 0.2
     levels = round(eps * 255)
     long = len(f"{eps:g}") > 5
     return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"

@@ -148,7 +148,9 @@ class ImageStreams:
     @classmethod
     def of(cls, rng: torch.Generator | Seed, x: Tensor, y: Tensor) -> "ImageStreams":
         """Streams from one seed, drawn from `rng` or given, and each image's bits and label."""
+        # in single precision, so that images converted to another dtype keep their streams
         bits = x.detach().to(torch.float32).contiguous().flatten(1).view(torch.int32).long()
+        # mixed with its place, or images with permuted pixels would share a stream
         place = mix64(torch.arange(1, bits.shape[1] + 1, device=x.device) * _GOLDEN)
         content = (mix64(bits * _GOLDEN + place)).sum(1)
         return cls(mix64(mix64(content + y.long() * _GOLDEN) ^ seed_from(rng)))
@@ -166,6 +168,7 @@ class ImageStreams:
     def integers(self, low: Tensor | int, high: Tensor | int, *shape: int) -> Tensor:
         """(B, *shape) int64 in [low, high); the bias is at most (high - low) / 2**53."""
         span = torch.as_tensor(high, device=self.keys.device) - low
+        # the product may be rounded up to `span`
         return (self.uniform(*shape) * span).long().minimum(span.long() - 1) + low
 
     def select(self, rows: Tensor) -> "ImageStreams":
@@ -188,6 +191,7 @@ def generators_kept(device: str | torch.device = "cpu") -> Iterator[None]:
     place = torch.device(device)
     cuda = [] if place.type != "cuda" else [place]
     state, numpy_state = random.getstate(), np.random.get_state()
+    # named, since by default the generators of all GPUs are copied
     with torch.random.fork_rng(devices=cuda):
         try:
             yield
@@ -205,6 +209,7 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
         device: device whose generator is seeded besides that of the CPU.
     """
     with generators_kept(device):
+        # not torch.manual_seed, which seeds all devices, of which only this one is restored
         torch.default_generator.manual_seed(seed)
         if torch.device(device).type == "cuda":
             with torch.cuda.device(device):

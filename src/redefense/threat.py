@@ -65,6 +65,7 @@ class Threat:
 
     def with_radius(self, eps: Float[Tensor, ""]) -> "Threat":
         """The same ball with a radius on the device. The radius is not checked."""
+        # without the constructor, which would read the value from the device
         ball = copy.copy(self)
         object.__setattr__(ball, "eps", eps)
         return ball
@@ -77,6 +78,7 @@ class Threat:
         else:
             shrink = (self.eps / norms(delta, 2.0).clamp_min(TINY)).clamp_max(1.0)
             delta = delta * per_image(shrink, delta)
+        # clamping moves each pixel towards that of `x`, so the result stays in the ball
         return (x + delta).clamp(0.0, 1.0)
 
     def noise(self, uniform: Tensor, share: Tensor | None = None) -> Tensor:

@@ -124,6 +124,7 @@ def check_images(x: object, what: str = "images") -> None:
         raise InputError(f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}")
     if has_no_values(x) or x.layout is not torch.strided:
         raise InputError(f"{what} must be dense and hold values, got {x.layout} on {x.device}")
+    # floats of 8 bits are storage formats: torch does not compute with them
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         hint = " (bytes: divide them by 255)" if x.dtype == torch.uint8 else ""
         raise InputError(f"{what} must be floating point in [0, 1], got dtype {x.dtype}{hint}")
@@ -154,6 +155,7 @@ def cannot_differentiate(error: Exception) -> RedefenseError:
     return _refusal(error, f"the model cannot be differentiated{hint if twice else ''}")
 
 
+# parts of torch's messages where a second derivative does not exist
 _NO_SECOND_DERIVATIVE: Final = (
     "is not implemented", "once_differentiable", "double backward", "appears to not have been used",
 )  # fmt: skip
@@ -204,6 +206,7 @@ def whole(value: Any, name: str, least: int) -> int:
         ConfigError: for anything else, or a number below `least`.
     """
     try:
+        # for `operator.index` True is 1
         found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         found = None

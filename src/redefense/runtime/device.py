@@ -15,15 +15,14 @@ def name_of(device: torch.device) -> str:
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Flushes denormal numbers, and makes cuDNN deterministic.
-
-    On a CPU denormal numbers are tens of times slower than others. On a GPU cuDNN by default may
-    sum weight gradients in any order: two trainings with one seed differ, and a resumed one differs
-    from an uninterrupted one. That setting applies to the whole process, not the thread.
-    """
+    """Flushes denormal numbers, and makes cuDNN deterministic, in the whole process."""
     cudnn = torch.backends.cudnn
+    # torch has no getter for flushing: the product with a denormal number tells
     before = not bool(torch.tensor(1e-40) * 1.0), cudnn.deterministic
+    # on a CPU denormal numbers are tens of times slower than others
     torch.set_flush_denormal(True)
+    # otherwise cuDNN may sum weight gradients in any order: two trainings with one seed differ, and
+    # a resumed one differs from an uninterrupted one
     cudnn.deterministic = True
     try:
         # test loops of other libraries run in inference mode, which has no gradients
@@ -44,6 +43,7 @@ def check_device(device: str) -> torch.device:
         place = torch.device(device)
         if place.type == "meta":
             raise ConfigError(f"cannot use device {device!r}: it holds no numbers")
+        # a well-formed name may be of a device that is absent or fails: only an allocation tells
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"cannot use device {device!r}: {first_line(error)}") from None

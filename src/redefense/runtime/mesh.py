@@ -98,6 +98,7 @@ class Mesh:
             nn.utils.clip_grad_norm_(params, limit)
             return
         own = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        # each column has other parameters, so that squares of norms add up
         total = self.sum(own.square(), "log", self.member_group).sqrt()
         nn.utils.clip_grads_with_norm_(params, limit, total)
 
@@ -121,6 +122,7 @@ class Mesh:
         if self.size == 1:
             yield
             return
+        # not the exception itself: with more arguments than a message it could not be unpickled
         mine: tuple[type[RedefenseError], str] | None = None
         try:
             yield
@@ -139,6 +141,7 @@ class Mesh:
     def first_does(self, work: Callable[[], T]) -> T:
         """The result of `work`, which only the first process runs."""
         box: list[Any] = [None]
+        # an error in the first process would leave the others waiting for its broadcast
         with self.agreed():
             if self.first:
                 box[0] = work()
@@ -163,6 +166,7 @@ class Mesh:
             yield from batches
             return
         for batch in batches:
+            # row r has every D-th image of the batch from the r-th on, see `Loader`
             x, y, index = (
                 torch.stack(self.gather(t, self.batch_group, "images"), 1).flatten(0, 1)
                 for t in (batch.x, batch.y, batch.index)
@@ -228,6 +232,7 @@ class Mesh:
         """Broadcast values of the process of rank `source` to a group, in place."""
         if self.size == 1:
             return
+        # collectives need contiguous memory, which weights in channels_last do not have
         plain = values.detach().clone(memory_format=torch.contiguous_format)
         self.traffic["weights"] += plain.nbytes if self.rank == source else 0
         with _together(self):
@@ -297,6 +302,7 @@ def processes(mesh: str | None, device: str) -> Iterator[Mesh]:
     own = own_device(device)
     place = check_device(own)
     if own != device:
+        # NCCL's collectives and `torch.cuda` calls without a device use the current one
         torch.cuda.set_device(place)
     with joined("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo") as several:
         if not several:
@@ -346,6 +352,7 @@ class Tally:
             alone = torch.stack([*terms.values()]).tolist() if terms else []
             return dict(zip(terms, alone, strict=True))
         if self.names is None:
+            # a column without a member that the stage trains has no terms of its own
             every = self.mesh.gathered([*terms])
             self.names = sorted({name for names in every for name in names})
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

@@ -37,6 +37,7 @@ class Watcher(Protocol):
 
 
 _watcher: Watcher | None = None
+# one for all phases, so that an unwatched step allocates nothing
 _UNWATCHED: Final = nullcontext()
 
 
@@ -51,6 +52,7 @@ def each(name: str, items: Iterator[T]) -> Iterator[T]:
     while True:
         with phase(name):
             item = next(items, end)
+        # yielded outside the phase, or the work of the consumer would be assigned to it
         if item is end:
             return
         yield item  # type: ignore[misc]  # `end` is gone

@@ -65,6 +65,7 @@ class SingleProcess:
         return num_members
 
     def copies(self, x: Tensor, num_members: int) -> Sequence[Tensor]:
+        # no copies are needed: autograd sums the gradients of all uses of a tensor
         return [x] * num_members
 
     def members(self, values: Tensor) -> Tensor:

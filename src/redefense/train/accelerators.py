@@ -96,7 +96,7 @@ ACCELERATORS: Final[Mapping[str, Accelerator]] = MappingProxyType(
 def cores(count: int) -> Accelerator:
     """A CPU of as many cores as threads in use, each half of the two cores in the table."""
     two = ACCELERATORS["cpu-2-cores-avx512"]
-    share = count / 2
+    share = count / 2  # the size of the memory does not depend on it
     return replace(
         two, half=two.half * share, single=two.single * share, bandwidth=two.bandwidth * share
     )
@@ -104,6 +104,7 @@ def cores(count: int) -> Accelerator:
 
 def known(device: torch.device) -> Accelerator | None:
     """The entry of a device; for a CPU scaled to the threads in use."""
+    # torch uses the cores that it has threads for, however many there are
     if device.type == "cpu":
         return cores(torch.get_num_threads())
     return next((at for at in ACCELERATORS.values() if at.called == name_of(device)), None)

@@ -89,7 +89,11 @@ def train(
     if threat is not None and not isinstance(threat, Threat):
         raise InputError(f"threat must be a redefense.Threat, got {threat!r}")
     base = _base(ensemble)
-    settings = base.model_dump(mode="json") if base is not None else _defaults(ensemble)
+    settings: dict[str, Any] = (
+        {"ensemble": _members(ensemble), "epochs": 10, "batch_size": 128}
+        if base is None
+        else base.model_dump(mode="json")
+    )
     if defence is not None:
         settings["defence"] = _defence(defence)
     if data is not None:
@@ -117,11 +121,6 @@ def _base(value: Any) -> Run | None:
     if isinstance(value, Run):
         return value
     return recipe(value) if isinstance(value, str) and value in RECIPES else None
-
-
-def _defaults(ensemble: Any) -> dict[str, Any]:
-    """The settings of a run without a recipe."""
-    return {"ensemble": _members(ensemble), "epochs": 10, "batch_size": 128}
 
 
 def _members(value: Any) -> dict[str, Any]:
@@ -153,6 +152,7 @@ def _members(value: Any) -> dict[str, Any]:
         check_values(net)
     if any(isinstance(part, torch.jit.ScriptModule) for net in nets for part in net.modules()):
         raise InputError("a scripted or traced network cannot be trained: pass the network itself")
+    # named by content, so that --resume finds equal networks again and refuses others
     name = f"{GIVEN}{weights_digest(nets)}"
     _adopt(MODELS, name, nets, type(nets[0]))
     return {"name": "independent", "model": name, "num_members": len(nets)}
@@ -162,6 +162,7 @@ def weights_digest(nets: Sequence[nn.Module], digits: int = 12) -> str:
     """Hash of networks, up to 64 digits: equal for equal layers and weights."""
     digest = hashlib.sha256()
     for net in nets:
+        # layers without weights, such as activations, are only in the repr
         digest.update(repr(net).encode())
         for key, value in net.state_dict().items():
             if not isinstance(value, torch.Tensor):  # metadata of quantised layers
@@ -183,6 +184,7 @@ def _defence(value: Any) -> dict[str, Any]:
     cls = value if isinstance(value, type) else type(value)
     if not issubclass(cls, Defence):
         raise ConfigError(f"the defence must be a name, settings or a Defence, got {value!r}")
+    # own and added ones have a name already; installed plug-ins are not loaded to find out
     if cls not in (*DEFENCES.own.values(), *DEFENCES.added().values()):
         _adopt(DEFENCES, cls.__name__, cls, cls)
     return settings_of(DEFENCES, value() if isinstance(value, type) else value)

@@ -24,7 +24,7 @@ from redefense.errors import BAD_JSON, CheckpointError, TrainingError, WriteErro
 from redefense.runtime.files import is_full, reason, sha256_of
 
 FORMAT = 1
-KEEP = 2
+KEEP = 2  # the last one and, should it be damaged, the one before it
 ASIDE, REPLACED = ".saving-", ".replaced-"
 """Prefixes of folders being written and of folders being replaced."""
 
@@ -119,11 +119,10 @@ def save(
             _flush(path)
         _flush(aside)
         if target.exists():
-            shutil.rmtree(
-                replaced, ignore_errors=True
-            )  # left by a killed process of the same number
-            # a folder cannot be renamed onto another one: between these two renames `latest`
-            # restores it
+            # left by a killed process of the same number
+            shutil.rmtree(replaced, ignore_errors=True)
+            # a folder cannot be renamed onto another one: after a kill between these two renames
+            # `latest` restores it
             target.rename(replaced)
             aside.rename(target)
             shutil.rmtree(replaced, ignore_errors=True)

@@ -70,14 +70,13 @@ def counted_seconds(
 
     With `replayed`, a training step is replayed up to its gradients.
     """
-    return math.fsum(
-        n
-        * on.seconds(
-            half=e.half, flops=share * e.flops, moved=share * e.moved,
-            replayed=replayed and e.phase in RECORDED,
-        )
-        for e, n in entries.items()
-    )  # fmt: skip
+
+    def seconds(e: Entry) -> float:
+        # the launch of an operation does not become shorter with fewer images
+        moved, recorded = share * e.moved, replayed and e.phase in RECORDED
+        return on.seconds(half=e.half, flops=share * e.flops, moved=moved, replayed=recorded)
+
+    return math.fsum(n * seconds(e) for e, n in entries.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +122,7 @@ class Cost:
     @property
     def parameters(self) -> int:
         """Number of trainable parameters of all members."""
-        return self.gradients // 4
+        return self.gradients // 4  # in single precision, whatever that of forward passes
 
     @property
     def memory(self) -> dict[str, int]:
@@ -132,6 +131,7 @@ class Cost:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
+            # stages follow each other, and each frees its activations
             "activations": max(stage.living for stage in self.stages),
         }
         return {**parts, "total": sum(parts.values())}
@@ -168,6 +168,7 @@ def count(
         costs.append(
             StageCost(
                 name=stage.name,
+                # the loader drops the last, incomplete batch of an epoch
                 steps=stage.epochs * (images // batch_size),
                 entries={e: n / len(counted) for e, n in entries.items()},
                 living=max(counter.peak for counter in counted),
@@ -184,6 +185,7 @@ def count(
         stages=tuple(costs),
         weights=parameters + sum(b.nbytes for b in ensemble.buffers()),
         gradients=parameters,
+        # Adam stores two moments of each gradient, SGD a buffer if it has momentum
         optimizer=parameters * (2 if run.optim.name == "adam" else int(run.optim.momentum > 0))
         + (0 if run.optim.ema is None else parameters),
     )
@@ -195,6 +197,7 @@ def _images(run: Run, images: int | None) -> int:
     if images is None and known is not None:
         images = known.images
     if images is not None:
+        # as in `train_validation`
         total = images - round(run.data.validation * images)
         return min(total, run.data.images or total)
     if run.data.images is None:
@@ -248,7 +251,7 @@ def predict_run(what: str, run: Run, accelerator: str, devices: int = 1) -> dict
     Raises:
         ConfigError: for data of unknown shape or size, or an unknown accelerator.
     """
-    _named(accelerator)
+    _named(accelerator)  # before the steps are counted, which takes seconds
     return predict(_cost_of(what, run), accelerator, devices)
 
 
@@ -279,12 +282,11 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     """
     at_least(1, devices=devices)
     on, memory = _named(accelerator), cost.memory
-    times = {"one device": _seconds(cost, lambda stage: stage.seconds(on))}
+    eager = _seconds(cost, lambda stage: stage.seconds(on))
+    times = {"one device": eager}
     if on.replayed is not None:
-        times = {
-            "one device": _seconds(cost, lambda stage: stage.seconds(on, replayed=True)),
-            "one device, eager": times["one device"],
-        }
+        replayed = _seconds(cost, lambda stage: stage.seconds(on, replayed=True))
+        times = {"one device": replayed, "one device, eager": eager}
     if devices > 1:
         others = (devices - 1) / devices
         # a ring all-reduce sends each gradient twice, less its own share

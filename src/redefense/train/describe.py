@@ -72,6 +72,7 @@ def _sizes(ensemble: Ensemble) -> dict[str, Any]:
         "parameters of plain members": plain,
         "saved": round(1 - stored / plain, 6),
         "bytes on disk": state,
+        # kernels are in single precision, 4 bytes a number
         "bytes on disk of plain members": state + 4 * (plain - stored),
         "bytes in memory, all members written": state + 4 * sum(written),
         "bytes in memory, one member written": state + 4 * max(written),
@@ -92,8 +93,10 @@ def _parts(ensemble: Ensemble) -> dict[str, dict[str, int]]:
     stored: dict[str, int] = {}
     convolutions = 0
     for module in net.modules():
+        # of the module alone: its submodules are visited themselves
         count = sum(p.numel() for p in module.parameters(recurse=False))
         if isinstance(module, nn.Conv2d):
+            # the first one is stored also where a hypernetwork writes the others
             part = "convolutions" if convolutions else "stem"
             convolutions += 1
         elif isinstance(module, nn.BatchNorm2d):

@@ -178,6 +178,7 @@ class SyncedBatchNorm(_BatchNorm):
     """
 
     def __init__(self, norm: _BatchNorm, mesh: Mesh) -> None:
+        # without memory: parameters and statistics are those of `norm`, assigned below
         super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
         self.affine, self.track_running_stats = norm.affine, norm.track_running_stats
         self._parameters, self._buffers = norm._parameters, norm._buffers
@@ -198,6 +199,7 @@ class SyncedBatchNorm(_BatchNorm):
         # from the centred values: a difference of squares would lose precision
         variance = cast(Tensor, _apply(_Sum, centred.square().sum(axes), self.mesh)) / count
         if self.track_running_stats:
+            # as torch, which normalises by the biased variance and tracks the unbiased one
             self._follow(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
         scale = (variance + self.eps).rsqrt()
         if self.affine:

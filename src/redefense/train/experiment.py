@@ -18,13 +18,7 @@ from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_json, write_text
 from redefense.runtime.mesh import Mesh, processes
 from redefense.runtime.recording import REPLAY, Recorder, recorder_for
-from redefense.train.checkpoint import (
-    ASIDE,
-    Checkpoint,
-    latest,
-    read,
-    save,
-)
+from redefense.train.checkpoint import ASIDE, Checkpoint, latest, read, save
 from redefense.train.exchange import check_weights
 from redefense.train.init_from import (
     check_apart,
@@ -85,6 +79,7 @@ def train(
     """
     one_of("--replay", replay, REPLAY)
     with processes(mesh, device) as team:
+        # a replayed step is not divided into phases, and collectives are not recorded
         records = replay == "auto" and team.size == 1 and not profile
         recorder = recorder_for(team.device) if records else None
         return _train(run, out, team, resume, quiet or not team.first, download, profile, recorder)
@@ -110,6 +105,7 @@ def _train(
     # one process decides: the others could see a folder that it is about to write
     begun = team.first_does(lambda: _check_folder(run, out, resume))
     final = team.first_does(lambda: _finished(out) if begun is not None else None)
+    # finished: data of the same name need not even be read
     if final is not None and begun == run.data.spec:
         return _loaded(final, out, device, quiet)
     dataset = _load_data(run, team, download, progress=not quiet)
@@ -145,6 +141,7 @@ def _train(
             if not quiet:
                 _say_resumed(checkpoint, team)
         else:
+            # only at the start: a run that is resumed has passed these checks
             check_members(ensemble, train_split, len(signature.classes), device)
             defence.check(ensemble, len(signature.classes))
             started = _start(run, kind, ensemble, signature, train_split, validation, device)
@@ -236,7 +233,8 @@ def _check_data(
 
 
 def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
-    """The data set; the first process reads (and downloads) it before all others."""
+    """The data set."""
+    # the first process before the others: it downloads, which must happen once
     found: list[Dataset] = []
     for turn in (True, False):
         with team.agreed():
@@ -257,6 +255,7 @@ def _say_resumed(checkpoint: Checkpoint, team: Mesh) -> None:
 
 def _with_start(run: Run) -> Run:
     """The run with the checksum of its initial weights, if it names any."""
+    # with a checksum it was recorded before, and `_start` verifies it
     if run.start is None or run.start.sha256 is not None:
         return run
     return run.model_copy(update={"start": recorded(run.start, open_source(Path(run.start.path)))})
@@ -271,17 +270,16 @@ def _start(
     validation: Split,
     device: str,
 ) -> dict[str, Any] | None:
-    """Initialise a new run from the members it names; return how well they are matched.
-
-    Every process does all of it, so that all start from equal weights.
-    """
+    """Initialise a new run from the members it names; return how well they are matched."""
+    # in every process, on whole batches, so that all start from equal weights
     if run.start is None:
         return None
     source = open_source(Path(run.start.path), device)
     recorded(run.start, source)
-    plain = kind.plain()
-    like = plain.build(num_classes=len(signature.classes), shape=signature.shape, seed=run.seed).to(
-        device
+    like = (
+        kind.plain()
+        .build(num_classes=len(signature.classes), shape=signature.shape, seed=run.seed)
+        .to(device)
     )
     nets, fitted = source.networks(kind, like)
     batches = loader_of(run, train_split, device).epoch(0)
@@ -318,9 +316,8 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
     spec = str(stored["data"]["spec"])
     # data and initial weights may have moved: checksums are compared
     for settings in (stored, wanted):
-        with contextlib.suppress(KeyError, TypeError):
-            del settings["data"]["spec"]
-        with contextlib.suppress(KeyError, TypeError):
+        del settings["data"]["spec"]
+        if settings["start"] is not None:
             del settings["start"]["path"]
     if stored != wanted:
         keys = [k for k in wanted if stored.get(k) != wanted[k]]
@@ -329,7 +326,8 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
 
 
 def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
-    """Write the run and its starting point; `run.json` is written atomically."""
+    """Write the run and its starting point."""
+    # run.json last: without it a folder is that of a run which has not begun
     if started is not None:
         write_json(out / "start.json", started)
     write_text(out / "run.json", to_json(run))

@@ -119,8 +119,7 @@ def check_alike(
     theirs, ours = asdict(there), asdict(here)
     for settings in (theirs, ours):
         del settings["width"]  # None may be the same width: shapes are compared
-        # members are used in turn
-        del settings["num_members"]
+        del settings["num_members"]  # members are used in turn
     shapes = [
         {n: tuple(t.shape) for n, t in net.state_dict().items()} for net in (net_there, net_here)
     ]
@@ -219,6 +218,7 @@ def measure_moments(ensemble: Ensemble, batches: Iterable[Batch]) -> None:
         norm.momentum = None  # torch then computes the plain average
     seen = 0
     with evaluating(ensemble), torch.no_grad():
+        # batch norm updates its running statistics in training mode only
         ensemble.train_members(range(ensemble.num_members))
         for batch in batches:
             ensemble.member_logits(batch.x)
@@ -247,6 +247,7 @@ def adopt(ensemble: Ensemble, nets: Sequence[nn.Module]) -> tuple[float, ...]:
     for group in [all_members] if ensemble.shared else [(m,) for m in all_members]:
         _fit(ensemble, group, wanted)
     for member, net in zip(ensemble.members, nets, strict=True):
+        # without the kernels, which the hypernetwork writes
         mine = member.state_dict()
         member.load_state_dict({name: t for name, t in net.state_dict().items() if name in mine})
     return tuple(_error(ensemble, m, wanted[m]) for m in all_members)

@@ -79,6 +79,7 @@ def resolve(run: Run) -> tuple[Run, EnsembleConfig, Defence]:
     Raises:
         ConfigError: for an unknown name or setting, or a value of the wrong type.
     """
+    # a run can be loaded without its recipe, and evaluated on other data
     check_known({k: v for k, v in run.plugins.items() if k.split(".")[0] in ("models", "defences")})
     kind = choose(ENSEMBLES, run.ensemble, "ensemble")
     defence = choose(DEFENCES, run.defence, "defence")
@@ -172,6 +173,7 @@ def check_members(ensemble: Ensemble, images: Split, num_classes: int, device: s
     """
     if not any(p.requires_grad for p in ensemble.parameters()):
         raise ModelError("the members have no parameter that requires a gradient: unfreeze them")
+    # two, so that a network that ignores the batch axis is found
     x = images.float(torch.arange(min(2, len(images)))).to(device)
     # seeded and in evaluation mode: the trial pass must leave no trace in the training
     with modes_kept(ensemble), seeded(0, device), torch.no_grad():
@@ -194,6 +196,7 @@ def load_weights(ensemble: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         ensemble.load_state_dict(dict(checkpoint.weights))
     except RuntimeError as error:
+        # torch's message names every weight that does not fit
         first = one_line(error)[:300]
         raise CheckpointError(f"{checkpoint.path} does not fit its run: {first}") from None
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from redefense.runtime.files import append_line, write_text
 
-PLAIN_INTERVAL = 15.0
+PLAIN_INTERVAL = 15.0  # seconds between lines in a file, where no bar can be redrawn
 
 
 def note(message: str) -> None:
@@ -40,6 +40,7 @@ class Metrics:
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            # its records after the resumed checkpoint will be written again, too
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -47,6 +48,7 @@ class Metrics:
         append_line(self.path, json.dumps({"step": step, **values}))
         if self._board is not None:
             for key, value in values.items():
+                # names, and lists with a value for each member, are in the file alone
                 if isinstance(value, float):
                     self._board.add_scalar(key, value, step)
 
@@ -83,6 +85,7 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, text=text)
         elif not self._quiet and now - self._logged_at > PLAIN_INTERVAL and done > self._first:
             self._logged_at = now
+            # of the steps of this process: a resumed run has taken others before
             left = (now - self._start) / (done - self._first) * (self._total - done)
             note(f"{self._label}: {done}/{self._total}  {text}  about {left:.0f} s left")
 

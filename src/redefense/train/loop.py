@@ -163,8 +163,7 @@ def fit(
     with spread_over(mesh, ensemble):
         for index in range(position.stage, len(stages)):
             stage = stages[index]
-            # a stage that begins anew is prepared; in a resumed one that work is in the weights
-            # already
+            # in a resumed stage this work is in the weights already
             resumed = position.epoch + position.step > 0
             if not resumed and stage.before is not None:
                 with (
@@ -197,8 +196,7 @@ def fit(
                         )  # fmt: skip
                     position = Position(index, epoch, step + 1, position.total + 1)
                     for name, value in terms.items():
-                        # divided at once, so that a checkpoint within the epoch stores them as they
-                        # are
+                        # divided at once, as a checkpoint within the epoch stores them
                         totals[name] = totals.get(name, 0.0) + value / len(loader)
                     yield StepDone(
                         position=position, totals=totals, optimizer=optimizer,

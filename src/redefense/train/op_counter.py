@@ -141,6 +141,7 @@ class OpCounter(TorchDispatchMode):
         if not func._schema.returns:
             return None
         key = (func, *map(_shape, _flat((*args, *kwargs, *kwargs.values()))))
+        # operations of the same shapes recur in every layer and pass
         if key not in self._shapes:
             self._shapes[key] = func(*tree_map(_meta, args), **tree_map(_meta, dict(kwargs)))
         found, schema = self._shapes[key], func._schema

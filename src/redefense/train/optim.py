@@ -47,6 +47,7 @@ class StageOptimizer:
                 live |= {
                     name: buffer
                     for name, buffer in ensemble.named_buffers()
+                    # statistics of batch norm, not its counters of batches
                     if name.startswith(f"members.{m}.") and buffer.is_floating_point()
                 }
             self.average = WeightAverage(live, config.ema)
@@ -106,6 +107,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, *_: Any) -> None:
         """Update the averages; as a hook, after every step of an optimizer."""
+        # the warm-up of TensorFlow's ExponentialMovingAverage: first weights are soon forgotten
         decay = min(self.decay, (self.updates + 1) / (self.updates + 10))
         get_ema_multi_avg_fn(decay)([*self.values.values()], [*self.live.values()], 0)
         self.updates += 1
@@ -123,29 +125,16 @@ def make_optimizer(params: Sequence[nn.Parameter], config: OptimConfig) -> torch
     fused = {p.device.type for p in params} <= {"cpu", "cuda"}
     groups: list[dict[str, Any]] = [{"params": list(params)}]
     if not config.decay_norms_and_biases:
+        # scales of norm layers and biases are the parameters with one axis
         groups = [
             {"params": [p for p in params if p.ndim > 1]},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    optimizer: torch.optim.Optimizer
+    lr, decay = config.lr, config.weight_decay
     if config.name == "adam":
-        optimizer = torch.optim.Adam(
-            groups,
-            lr=config.lr,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    return optimizer
+        return torch.optim.Adam(groups, lr, eps=config.eps, weight_decay=decay, fused=fused)
+    momentum, nesterov = config.momentum, config.nesterov
+    return torch.optim.SGD(groups, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=fused)
 
 
 def learning_rate(

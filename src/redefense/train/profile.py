@@ -14,12 +14,7 @@ from redefense.train.log import note
 
 
 class Profile:
-    """Accumulates the seconds of each phase, excluding its inner phases.
-
-    Args:
-        device: an accelerator is synchronised where phases change, which makes a profiled training
-            slightly slower.
-    """
+    """Accumulates the seconds of each phase on a device, excluding its inner phases."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -38,6 +33,7 @@ class Profile:
 
     def charge(self) -> None:
         """Add the time since the last call to the innermost phase."""
+        # otherwise its work would be assigned to a later phase; training gets slightly slower
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         now = time.perf_counter()
@@ -75,6 +71,6 @@ def profiled(folder: Path, device: str | torch.device) -> Iterator[None]:
         with watched(profile):
             yield
     finally:
-        profile.charge()
+        profile.charge()  # the work outside all phases since the last one
         write_json(folder / "profile.json", profile.as_dict())
         note(profile.table())

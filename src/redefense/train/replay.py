@@ -32,6 +32,7 @@ SETTLING: Final = 2
 """Direct steps of a stage before one is recorded."""
 
 
+# a recording holds the values that a loss has read as constants: it fits only where they are equal
 class _Watched(Progress):
     """A step's position in training that records which of its fields a loss reads."""
 
@@ -127,8 +128,8 @@ class RecordedSteps:
     def _recorded(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """Record a step, and compute it directly."""
         assert self._draws is not None
-        own = Draws(rng, batch.x.device)  # a copy of the stream
         device = batch.x.device
+        own = Draws(rng, device)  # a copy of the stream, which `renew` advances
         self._batch = replace(
             batch, x=batch.x.clone(), y=batch.y.clone(), index=batch.index.to(device, copy=True)
         )
@@ -186,8 +187,9 @@ class RecordedSteps:
 
     def _compared(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """The proof step: replay, undo, compute directly, and compare."""
-        own = Draws(rng, batch.x.device)  # a copy of the stream
+        own = Draws(rng, batch.x.device)  # a copy of the stream, which `_load` advances
         recording = self._load(batch, rng)
+        # the replay updates them, and the direct step must find them as they were
         statistics = list(self.ensemble.buffers())
         before = [value.clone() for value in statistics]
         recording.replay()

@@ -27,7 +27,7 @@ from redefense.train.log import Metrics, ProgressLine, note
 from redefense.train.loop import EpochEnded, Event, Position, SaveDue, Start, StepDone, fit
 from redefense.types import correct
 
-SAVE_INTERVAL = 30.0
+SAVE_INTERVAL = 30.0  # seconds, the most work that a killed process loses
 VALIDATION_IMAGES = 2000
 ONE_STEP_IMAGES = 256
 
@@ -77,6 +77,7 @@ class Session:
             precision=self.run.precision, start=self.start, mesh=self.team, recorder=recorder,
         )  # fmt: skip
         try:
+            # closed, so that the contexts within `fit` end here and not when it is collected
             with stop_signals() as stopping, closing(events):
                 for event in events:
                     match event:
@@ -117,6 +118,7 @@ class Session:
         self.team.refresh(self.ensemble.state_dict(), self.ensemble.num_members)
         tensors = self.team.collect(event.optimizer.tensors())
         self.team.first_does(lambda: self._write(event.position, tensors, event.totals))
+        # from the end of the save on: a slow disk must not make every step save
         self.saved = time.monotonic()
 
     def _write(
@@ -135,10 +137,12 @@ class Session:
                 "mesh": list(self.team.shape),
             },
         )
+        # afterwards, so that a failed save removes nothing
         prune(self.out / "checkpoints")
 
     def _log(self, event: EpochEnded, metrics: Metrics | None) -> None:
         """Measure on validation images, and write the record of an epoch."""
+        # in every process, since members on other processes are evaluated there
         self.members = member_accuracies(self.ensemble, self.validation, self.run.batch_size)
         robust = self._one_step()
         if metrics is None:

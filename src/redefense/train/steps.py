@@ -85,6 +85,7 @@ def gradients_stay(ensemble: nn.Module, counter: OpCounter) -> Iterator[None]:
 
     def stay(parameter: Tensor) -> None:
         if parameter.grad is not None:
+            # they stay from step to step, and `Cost` counts them apart from activations
             counter.forget_storage(parameter.grad)
 
     hooks = [p.register_post_accumulate_grad_hook(stay) for p in ensemble.parameters()]
@@ -97,6 +98,7 @@ def gradients_stay(ensemble: nn.Module, counter: OpCounter) -> Iterator[None]:
 
 def forward_flops(ensemble: Ensemble, x: Tensor) -> int:
     """FLOPs of a forward pass of one member, without generating its weights."""
+    # `member` writes its weights before anything is counted
     net, counter = ensemble.member(0).eval(), OpCounter(dry=True)
     with torch.no_grad(), counter:
         net(x)
