@@ -157,7 +157,7 @@ def test_subsets_are_told_apart_by_their_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda s: s[0], "of shape"),
         (lambda s: s[:0], "of shape"),
@@ -166,9 +166,9 @@ def test_subsets_are_told_apart_by_their_bits() -> None:
         (lambda s: s + 2, "starts"),
     ],
 )
-def test_starts_that_are_no_points_of_the_ball_are_refused(change: Any, told: str) -> None:
+def test_starts_that_are_no_points_of_the_ball_are_refused(change: Any, message: str) -> None:
     x, y, starts = starting_points()
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         Subset()(planes(1, 0)[0], x, y, LINF, rng=stream(0, "a"), starts=change(starts))
 
 

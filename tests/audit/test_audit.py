@@ -87,7 +87,7 @@ def test_the_shipped_tables_hold_the_papers_figures() -> None:
     assert all(c.eps is None and c.num_images is None for c in claims)
 
 
-def test_a_sound_table_passes_without_a_word() -> None:
+def test_a_sound_table_passes_without_findings() -> None:
     assert audit(EXAMPLES / "sound_table.csv") == []
     assert exit_code([]) == 0
 
@@ -356,7 +356,7 @@ def test_an_evaluation_without_aware_attack_claims_nothing(tmp_path: Path) -> No
     assert "aware-without-attack" in errors(audit_of(tmp_path, document))
 
 
-def test_impossible_orders_unchanged_images_and_red_checks_are_told(tmp_path: Path) -> None:
+def test_impossible_orders_unchanged_images_and_red_checks_are_reported(tmp_path: Path) -> None:
     document = evaluation(checks=[{"id": "S34", "passed": False, "detail": "12 % unchanged"}])
     document["cells"][0]["accuracy"]["worst_member"] = 0.6
     document["cells"][0]["unchanged"] = 0.12

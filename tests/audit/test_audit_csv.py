@@ -89,7 +89,7 @@ def test_every_line_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     first, *lines = str(refused.value).splitlines()
     assert first.endswith("table.csv: 3 lines cannot be read")
     assert [line.split(":")[0].strip() for line in lines] == ["line 3", "line 6", "line 8"]
-    assert all(told in line for told, line in zip(("'many'", "8/255?", "10.5"), lines, strict=True))
+    assert all(part in line for part, line in zip(("'many'", "8/255?", "10.5"), lines, strict=True))
 
 
 def test_tabs_and_headers_in_other_letters_are_read_and_semicolons_refused(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_more_steps_leave_no_more(
      ("20-step PGD", 20), ("PGD$_{20}$", 20), ("1000 queries Square", 1000),
      ("PGD-EoT20", None), ("APGD (EoT-20)", None), ("PGD (eps 8/255)", None)],
 )  # fmt: skip
-def test_steps_are_told_from_a_name(name: str, steps: int | None) -> None:
+def test_steps_are_read_from_a_name(name: str, steps: int | None) -> None:
     assert steps_of(name) == steps
 
 
@@ -231,11 +231,11 @@ def test_steps_are_told_from_a_name(name: str, steps: int | None) -> None:
 def test_names_of_one_method_in_several_spellings_are_one_with_a_note(
     tmp_path: Path, first: str, second: str
 ) -> None:
-    told = found(tmp_path, f"PGD,51.1,,{first}", f"AutoAttack,65.3,,{second}")
+    severities = found(tmp_path, f"PGD,51.1,,{first}", f"AutoAttack,65.3,,{second}")
     if first.strip() == second.strip():  # cells have no outer spaces
-        assert told == {"autoattack-above-pgd": "error"}
+        assert severities == {"autoattack-above-pgd": "error"}
     else:
-        assert told == {"autoattack-above-pgd": "error", "spelling": "note"}
+        assert severities == {"autoattack-above-pgd": "error", "spelling": "note"}
 
 
 def test_names_that_differ_in_more_are_several_methods(tmp_path: Path) -> None:

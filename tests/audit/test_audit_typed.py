@@ -85,9 +85,7 @@ def test_an_aware_attack_excuses_others_of_its_budget_or_a_larger_one(
 
 
 @pytest.mark.parametrize("attack", ["adaptive PGD", "OurAttack"])
-def test_of_an_unknown_attack_nobody_can_tell_whether_it_knows_the_draw(
-    tmp_path: Path, attack: str
-) -> None:
+def test_whether_an_unknown_attack_knows_the_draw_is_unknown(tmp_path: Path, attack: str) -> None:
     named = {"unknown-attack": "note"}
     assert beside_pgd(tmp_path, attack) == {"unaware-only": "note"} | named
     assert beside_pgd(tmp_path, attack, aware="") == {"unaware-only": "note"} | named
@@ -95,7 +93,7 @@ def test_of_an_unknown_attack_nobody_can_tell_whether_it_knows_the_draw(
     assert beside_pgd(tmp_path, attack, aware="false") == {"unaware-only": "error"} | named
 
 
-def test_what_a_table_says_of_its_attackers_overrides_their_names(tmp_path: Path) -> None:
+def test_knowledge_stated_in_a_table_overrides_the_names_of_attacks(tmp_path: Path) -> None:
     assert beside_pgd(tmp_path, "MIM", aware="yes") == {}
     assert beside_pgd(tmp_path, "AutoAttack-rand", aware="no") == {"unaware-only": "error"}
 
@@ -105,7 +103,7 @@ def test_an_unknown_attack_that_beats_the_aware_ones_may_be_aware_itself(tmp_pat
     assert {f.id for f in typed(tmp_path, *rows)} == {"unknown-attack"}
 
 
-def test_members_of_whom_it_is_not_said_whether_one_is_drawn_are_noted(tmp_path: Path) -> None:
+def test_a_note_says_if_a_table_does_not_state_whether_a_member_is_drawn(tmp_path: Path) -> None:
     clean, pgd = "clean,87.8,,,10000,{0},{1}", "PGD,51.1,inf,0.03,10000,{0},{1}"
 
     def found(members: str, randomized: str, *more: str) -> list[tuple[str, str]]:
@@ -167,13 +165,13 @@ def test_a_budget_that_we_cannot_try_is_noted_and_judged(tmp_path: Path) -> None
         (("PGD,0.00", "MIM,0"), None),
     ],
 )
-def test_figures_that_look_like_fractions_are_told(
+def test_figures_that_look_like_fractions_are_reported(
     tmp_path: Path, rows: tuple[str, ...], severity: str | None
 ) -> None:
     findings = typed(tmp_path, *(f"{row},inf,8/255,,1,false" for row in rows))
-    told = [f for f in findings if f.id == "fractions"]
-    assert [f.severity for f in told] == ([] if severity is None else [severity])
-    assert all("percent" in f.why for f in told)
+    listed = [f for f in findings if f.id == "fractions"]
+    assert [f.severity for f in listed] == ([] if severity is None else [severity])
+    assert all("percent" in f.why for f in listed)
 
 
 def test_the_sound_randomized_table_passes_for_the_sake_of_its_aware_attacks(
@@ -190,7 +188,7 @@ def test_the_sound_randomized_table_passes_for_the_sake_of_its_aware_attacks(
     assert [f.id for f in audit(tmp_path / "table.csv")] == ["unaware-only"]
 
 
-def test_a_claim_file_is_told_from_an_evaluation() -> None:
+def test_a_claim_file_is_distinguished_from_an_evaluation() -> None:
     files = sorted((ROOT / "claims").glob("*.json"))
     assert files
     for file in files:
@@ -223,7 +221,7 @@ def test_a_headline_is_held_against_what_it_sums_up_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("eps", ["0.5/255", "0.001/255"])
-def test_an_aware_attack_of_a_smaller_budget_silences_nothing(tmp_path: Path, eps: str) -> None:
+def test_an_aware_attack_of_a_smaller_budget_excuses_no_other(tmp_path: Path, eps: str) -> None:
     rows = ("clean,85.0,,,10000,8,true", "PGD,65.0,inf,8/255,10000,8,true")
     assert errors(tmp_path, *rows, f"ARC,64.0,inf,{eps},10000,8,true") == {"unaware-only"}
     for enough in ("8/255", "16/255", ""):
@@ -241,7 +239,7 @@ def test_clean_rows_by_their_usual_names(tmp_path: Path, name: str) -> None:
     ) == {"unaware-only"}
 
 
-def test_fewer_steps_within_a_larger_budget_accuse_nobody(tmp_path: Path) -> None:
+def test_fewer_steps_within_a_larger_budget_are_no_contradiction(tmp_path: Path) -> None:
     clean, short = "clean,85.0,,,10000,1,false", "PGD-3,46.0,inf,8/255,10000,1,false"
     found = typed(tmp_path, clean, "PGD-1000,44.0,inf,7/255,10000,1,false", short)
     assert [(f.id, f.severity) for f in found] == [("rises-with-eps", "note")]

@@ -43,8 +43,8 @@ def test_a_section_that_fails_ends_alone_and_says_why(
 
 def test_no_step_is_taken_once_the_time_is_used_up(check: Any) -> None:
     check.bits("bits", ["vanilla"], 10_000)
-    (told,) = check.found["bits"]
-    assert told.startswith("stopped before vanilla: ")
+    (message,) = check.found["bits"]
+    assert message.startswith("stopped before vanilla: ")
 
 
 @pytest.mark.parametrize("section", ["machine", "steps", "memory", "attacks", "recipes"])

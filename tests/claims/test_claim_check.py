@@ -205,9 +205,11 @@ def test_what_was_changed_is_refused_with_the_reason(
     path.write_text(json.dumps(claim))
     checked = command("claim", "check", path, "--json")
     assert checked.code == 1
-    told = json.loads(checked.out)
-    assert told["holds"] is False
-    errors = {f["id"]: f["why"] for f in told["findings"][str(path)] if f["severity"] == "error"}
+    document = json.loads(checked.out)
+    assert document["holds"] is False
+    errors = {
+        f["id"]: f["why"] for f in document["findings"][str(path)] if f["severity"] == "error"
+    }
     assert reason in errors[rule]
     assert ("hash" in errors) is hashed
     words = command("claim", "check", path)

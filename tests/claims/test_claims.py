@@ -182,7 +182,9 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
     assert heading == "| attack | tiny-0 | tiny-1 |"
     assert views == "| views | sampled | sampled |"
     assert clean.startswith("| clean |")
-    told = {row.split(" | ")[0].strip("| ").replace("\\", ""): row.split(" | ")[1] for row in rows}
+    columns = {
+        row.split(" | ")[0].strip("| ").replace("\\", ""): row.split(" | ")[1] for row in rows
+    }
     found = both[0].headline
     cells = [cell for cell in found.cells if not cell.aware]
     least: dict[str, float] = {}
@@ -195,7 +197,7 @@ def test_the_table_of_attacks_shows_the_least_that_each_left(runs: Path) -> None
     least["worst of these for each image"] = worst.mean()
     assert found.aware.value - 1e-5 <= worst.mean() <= least["least of these"] + 1e-5
     least["with attackers who know"] = found.aware.value
-    assert told == {attack: f"{100 * value:.1f}" for attack, value in least.items()}
+    assert columns == {attack: f"{100 * value:.1f}" for attack, value in least.items()}
     shown = [c.expected for it in both for c in it.headline.cells if not c.aware]
     widest = max((figure.high or 1) - figure.value for figure in shown if figure)
     assert float(note.split()[-5]) >= round(100 * widest, 1)
@@ -229,8 +231,8 @@ def test_the_table_of_attacks_shows_paired_differences(runs: Path) -> None:
     assert one is not None
     assert other is not None
     (value, low, high) = (f"{100 * (v or 0):+.1f}" for v in paired_difference(other, one))
-    told = f"{100 * one.mean():.1f} | {100 * other.mean():.1f} ({value} [{low}, {high}])"
-    assert row == f"| with attackers who know | {told} |"
+    cells = f"{100 * one.mean():.1f} | {100 * other.mean():.1f} ({value} [{low}, {high}])"
+    assert row == f"| with attackers who know | {cells} |"
 
 
 def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluation(

@@ -137,7 +137,10 @@ def test_an_evaluation_with_other_settings_needs_another_file() -> None:
         (["train", "digits-rde"], 2, "did you mean digits-red"),
         (["train", "digits-red", "--set", "epoch=3"], 2, "did you mean epochs"),
         (["train", "digits-red", "--set", "epochs=x"], 2, "valid integer, got 'x'"),
-        (["train", "digits-red", "--data", "digitz"], 3, "digitz"),
+        (["train", "digits-red", "--data", "digitz"], 3, "'digitz' (did you mean digits?)"),
+        (["train", "digits-red", "--data", "no/where"], 3, "write folder:no/where"),
+        (["train", "digits-red", "--data", "my.npz"], 3, "write npz:my.npz"),
+        (["train", "digits-red", "--data", "."], 3, "write folder:."),
         (["train", "cifar10-mini-red", "--data", "cifar10:nowhere"], 3, "nowhere"),
         (["train", "digits-vanilla", "--device", "warp"], 2, "device 'warp'"),
         (["train", "digits-vanilla", "--device", "meta"], 2, "device 'meta'"),
@@ -179,9 +182,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(words: list[str], code: int, s
 
 def test_a_quiet_audit_prints_errors_only() -> None:
     table = Path(redefense.__file__).parent / "audit" / "examples" / "red_table2.csv"
-    told, quiet = (command("audit", table, *words).out.splitlines() for words in ((), ("--quiet",)))
-    assert quiet == [line for line in told if line.startswith("error ")]
-    assert 0 < len(quiet) < len(told)
+    full, quiet = (command("audit", table, *words).out.splitlines() for words in ((), ("--quiet",)))
+    assert quiet == [line for line in full if line.startswith("error ")]
+    assert 0 < len(quiet) < len(full)
 
 
 def test_data_that_cannot_be_used_is_refused_with_its_faults() -> None:
@@ -205,20 +208,20 @@ def test_a_refused_evaluation_leaves_no_claim_behind() -> None:
 def test_an_evaluation_names_every_machine_that_worked_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def told() -> dict[str, str]:
+    def provenance() -> dict[str, str]:
         command("evaluate", "v", "--images", "10")
         stored = json.loads(Path("v/evaluation/quick.json").read_text())
         found: dict[str, str] = stored["provenance"]
         return found
 
-    here = told()
+    here = provenance()
     file = Path("v/evaluation/quick.json")
     with monkeypatch.context() as patch:
         other = {"torch": "2.11.0+cu130", "machine": "another one, NVIDIA H100 80GB HBM3"}
         patch.setattr(api, "place_of", lambda device: other)
-        assert told()["machine"] == here["machine"], "a finished one is read, not worked on"
+        assert provenance()["machine"] == here["machine"], "a finished one is read, not worked on"
         file.unlink()
-        both = told()
+        both = provenance()
     assert both["torch"] == f"{here['torch']}; 2.11.0+cu130"
     assert both["machine"] == (
         f"{here['machine']}, torch {here['torch']}; {other['machine']}, torch 2.11.0+cu130"
@@ -228,7 +231,7 @@ def test_an_evaluation_names_every_machine_that_worked_on_it(
     del old["places"]  # as it was before places were written down
     plan.write_text(json.dumps(old))
     file.unlink()
-    assert told()["machine"].startswith("not recorded, torch not recorded; ")
+    assert provenance()["machine"].startswith("not recorded, torch not recorded; ")
 
 
 @pytest.mark.usefixtures("v")

@@ -11,7 +11,10 @@ import pytest
 import typer
 
 from redefense import cli
-from redefense.commands.helping import EXAMPLES, HEADINGS
+from redefense.commands.helping import EXAMPLES, HEADINGS, INSTEAD, SETTINGS
+from redefense.config import override
+from redefense.recipes import recipe
+from redefense.train.loading import resolve
 from report_tools import build_run
 
 
@@ -44,6 +47,43 @@ def test_headings_name_parameters_that_exist() -> None:
     listed = [name for names in HEADINGS.values() for name in names]
     assert set(listed) <= known
     assert len(listed) == len(set(listed))
+
+
+def test_hints_at_settings_are_settings_and_hints_at_commands_are_about_unknown_options() -> None:
+    run = recipe("digits-at")
+    for setting in SETTINGS.values():
+        resolve(override(run, [setting]))
+    for name, hints in INSTEAD.items():
+        known = {option for param in dict(commands())[name].params for option in param.opts}  # type: ignore[attr-defined]  # of typer's own click
+        assert not known & {f"--{option}" for option in hints}
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            "train digits-red --eps 8/255",
+            "--eps: it is a setting of the run: use --set threat.eps=",
+        ),
+        ("show digits-red --epoch=3", "--epoch: it is a setting of the run: use --set epochs="),
+        ("train digits-red --suite aware", "--suite: it is an option of redefense evaluate"),
+        ("evaluate runs/red --set threat.eps=0.1", "--set: a trained run keeps its settings"),
+        ("evaluate --recipe digits-red", "--recipe: give the directory of a trained run"),
+        ("claim table red.json --strict", "--strict: it is an option of redefense evaluate"),
+        ("train digits-red --resum", "--resum (Possible options: --mesh, --resume)"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_what_to_use_instead(
+    words: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["redefense", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("redefense: No such option: ")
+    assert hint in line
+    assert line.count("\n") == 1
 
 
 def test_help_groups_options_and_shows_examples_without_torch_or_rich() -> None:

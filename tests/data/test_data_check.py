@@ -288,7 +288,7 @@ def test_problems_alike_are_told_by_the_first_few_and_their_count(tmp_path: Path
     (root / "test" / "cat" / "empty.png").touch()
     report = check_dataset(f"folder:{root}")
     assert len(report.problems) == 10
-    told = [line for line in report.lines() if line.startswith(("problem", "..."))]
-    assert sum("one size" in line for line in told) == 3
-    assert "... and 6 more like the last" in told
-    assert sum("empty file" in line for line in told) == 1
+    printed = [line for line in report.lines() if line.startswith(("problem", "..."))]
+    assert sum("one size" in line for line in printed) == 3
+    assert "... and 6 more like the last" in printed
+    assert sum("empty file" in line for line in printed) == 1

@@ -281,7 +281,7 @@ def test_tar_archives_that_lead_out_or_expand_are_refused(tmp_path: Path) -> Non
 
 
 def stand_in_for_hub(content: dict[str, bytes], calls: list[str]) -> ModuleType:
-    """A client that writes what it is told into the folder it is asked to use."""
+    """A client that writes the given files into the folder it is asked to use."""
 
     def hf_hub_download(
         repo: str, name: str, *, repo_type: str, revision: str, local_dir: Path

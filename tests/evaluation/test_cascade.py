@@ -188,7 +188,7 @@ def test_one_network_its_average_and_its_draw_are_one() -> None:
 
 
 class Stop(BaseException):
-    """Somebody pressed Ctrl-C."""
+    """An interrupt by Ctrl-C."""
 
 
 def test_what_goes_on_in_the_middle_of_a_cascade_gives_the_same_bits(

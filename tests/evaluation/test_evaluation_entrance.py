@@ -324,9 +324,9 @@ def test_red_checks_of_the_measurement_are_warned_of() -> None:
         evaluate(masked)
     said = {str(w.message).partition(":")[0] for w in caught}
     assert said == red - {"S36", "S38"}
-    assert isinstance(told := caught[-1].message, redefense.RedCheckWarning)
-    assert told.report is not None  # whoever raises warnings keeps the measurement
-    assert told.report.headline == report.headline
+    assert isinstance(warning := caught[-1].message, redefense.RedCheckWarning)
+    assert warning.report is not None  # whoever raises warnings keeps the measurement
+    assert warning.report.headline == report.headline
 
 
 def test_a_trained_run_is_measured_as_its_own_threat_and_method_say(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_curve_falls_where_the_boundaries_are_and_ends_at_zero() -> None:
     assert accuracies[0.2] == pytest.approx(1 / 3)
     assert rows[-1][1] == 0.0
     assert all(len(row) == 4 for row in rows)
-    # its points within the threat are told; those beyond are none of it
+    # its points within the threat count as tried; those beyond do not
     assert tried.cell.correct.tolist() == [[False, True, True]]
 
 
@@ -172,7 +172,7 @@ def test_member_measures_are_plain_data() -> None:
     found, points = member_measures(subject, Threat(eps=0.1), worst, seed=0)
     assert len(found["transfer"]) == 2
     assert found["curve"][0][1] == 1.0
-    # what is printed of the points is what is told of them: each member fooled on the first image
+    # the printed curve and the recorded points agree: each member is fooled on the first image
     assert points.alone.tolist() == [[False, True]] * 2
     assert points.correct.shape == (2, 2)
 

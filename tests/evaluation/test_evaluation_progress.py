@@ -80,7 +80,7 @@ def test_what_is_found_in_the_store_does_not_count_as_speed() -> None:
     assert watched.lines[-1] == ("b", 0.75, "300/400 images, 0:10 left")
 
 
-def test_one_of_several_processes_speaks_for_all() -> None:
+def test_one_process_shows_the_progress_of_all() -> None:
     watched = Watched()
     watched.progress.begin("b", 400, share=200)
     watched.work(10.0, 0)
@@ -89,7 +89,7 @@ def test_one_of_several_processes_speaks_for_all() -> None:
     assert watched.lines[-1][2] == "200/400 images, 0:20 left"
 
 
-def test_lines_come_at_intervals_and_silence_is_free() -> None:
+def test_lines_come_at_intervals_and_none_without_a_display() -> None:
     watched = Watched()
     watched.progress.begin("b", 100, share=100)
     for _ in range(10):
@@ -116,7 +116,7 @@ def test_guessed_passes_grow_with_the_settings() -> None:
 
 
 class Stop(BaseException):
-    """Somebody pressed Ctrl-C."""
+    """An interrupt by Ctrl-C."""
 
 
 class Interrupted:

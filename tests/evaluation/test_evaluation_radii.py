@@ -116,9 +116,9 @@ def test_a_stopped_evaluation_says_what_is_kept_and_goes_on(tmp_path: Path) -> N
 
 def test_progress_is_shown_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     redefense.evaluate(linear(), images(), [FGSM()], progress=True)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("cell 1/1 fgsm-averaged-linf-0.031373: ")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("cell 1/1 fgsm-averaged-linf-0.031373: ")
 
 
 def test_a_trained_run_takes_several_radii(tmp_path: Path) -> None:

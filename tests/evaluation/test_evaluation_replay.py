@@ -33,11 +33,11 @@ def report_of(run: Path, suite: str, replay: str, said: list[str]) -> dict[str, 
     out = run / replay / "small.json"
     out.parent.mkdir()
     report, _ = evaluate_run(run, suite=suite, images=8, out=out, replay=replay, log=said.append)
-    told: dict[str, Any] = json.loads(report.to_json())
-    for cell in [*told["cells"], *told["further_cells"]]:
+    document: dict[str, Any] = json.loads(report.to_json())
+    for cell in [*document["cells"], *document["further_cells"]]:
         cell.pop("seconds", None)
-    told["provenance"].pop("date")
-    return told
+    document["provenance"].pop("date")
+    return document
 
 
 def test_a_suite_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

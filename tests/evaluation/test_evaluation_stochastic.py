@@ -158,7 +158,7 @@ def test_a_deterministic_network_keeps_its_figures() -> None:
     assert drawn.data["clean"]["expected"] == exact.data["clean"]["expected"]
 
 
-def test_two_modes_show_what_knowing_of_the_draw_is_worth() -> None:
+def test_two_modes_show_what_knowledge_of_the_draw_is_worth() -> None:
     threat = ThreatConfig(norm="2", eps=0.25)
     modes = TwoModes()
     exact = run_suite(subject(Independent(list(modes.modes))), PAIR, threat).headline

@@ -307,9 +307,9 @@ def test_the_runner_needs_numpy_and_onnxruntime_alone(compact: Path, tmp_path: P
     assert place == str(tmp_path / "x.npy")
     odds = torch_logits(hyper(2), images.numpy()).astype(np.float64)[:, 0]
     odds = np.exp(odds) / np.exp(odds).sum(-1, keepdims=True)
-    told = np.array([float(score.split("=")[1]) for score in scores])
-    assert np.abs(odds - told).max(1).min() < 2e-4  # one of the members answered
-    assert label == ABOUT.classes[int(told.argmax())]
+    printed = np.array([float(score.split("=")[1]) for score in scores])
+    assert np.abs(odds - printed).max(1).min() < 2e-4  # one of the members answered
+    assert label == ABOUT.classes[int(printed.argmax())]
     out = tmp_path / "plain"
     assert alone(compact, "materialise", str(out)) == [f"wrote {out}", "code 0", "[]"]
     code, modules, error = alone(compact, str(tmp_path / "no.npy"))

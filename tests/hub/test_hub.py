@@ -43,7 +43,7 @@ def same(one: Ensemble, other: Ensemble, x: torch.Tensor) -> bool:
         return torch.equal(one.member_logits(x), other.member_logits(x))
 
 
-def test_what_is_saved_comes_back_to_the_bit(
+def test_saved_ensembles_are_loaded_with_bit_identical_weights(
     run: Path, images: torch.Tensor, tmp_path: Path
 ) -> None:
     ensemble = redefense.load(run)
@@ -59,7 +59,7 @@ def test_what_is_saved_comes_back_to_the_bit(
     assert same(back, redefense.from_pretrained(back.save_pretrained(tmp_path / "again")), images)
 
 
-def test_compact_ensembles_stay_compact_and_kinds_are_told_apart(
+def test_compact_ensembles_stay_compact_and_kinds_are_distinguished(
     run: Path, images: torch.Tensor, tmp_path: Path
 ) -> None:
     changes = ["epochs=1", "data.images=64"]
@@ -73,7 +73,7 @@ def test_compact_ensembles_stay_compact_and_kinds_are_told_apart(
         Independent.from_pretrained(tmp_path / "compact")
 
 
-def test_no_path_of_this_machine_travels(run: Path, tmp_path: Path) -> None:
+def test_no_path_of_this_machine_is_saved(run: Path, tmp_path: Path) -> None:
     ensemble = redefense.load(run)
     assert ensemble.origin is not None
     data = ensemble.origin.run.data.model_copy(update={"spec": "cifar10:/home/me/secret"})
@@ -154,7 +154,7 @@ def test_networks_put_together_by_hand_cannot_be_described(tmp_path: Path) -> No
     assert not (tmp_path / "x").exists()
 
 
-def test_without_the_hubs_client_only_the_hub_is_out_of_reach(
+def test_without_huggingface_hub_only_the_hub_cannot_be_used(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -164,7 +164,7 @@ def test_without_the_hubs_client_only_the_hub_is_out_of_reach(
         redefense.load(run).push_to_hub("me/red")
 
 
-def test_a_hub_gets_the_folder_and_gives_it_back(
+def test_a_folder_is_uploaded_to_the_hub_and_downloaded(
     run: Path, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a stand-in that has the client's documented calls."""
@@ -209,7 +209,7 @@ def test_a_hub_gets_the_folder_and_gives_it_back(
         redefense.from_pretrained("me/none")
 
 
-def test_other_libraries_get_a_classifier_on_the_unit_box(
+def test_other_libraries_get_a_classifier_of_images_in_0_1(
     run: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With stand-ins that take the documented arguments of both constructors."""

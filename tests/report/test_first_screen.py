@@ -45,9 +45,9 @@ def test_baselines_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_
     assert weak.over_single.low > 0
     assert wording.verdict(weak).answer == "yes"
     assert wording.verdict(strong).answer == "no"
-    told = wording.verdict(strong).sentence.replace(wording.PERCENT, " %")
+    sentence = wording.verdict(strong).sentence.replace(wording.PERCENT, " %")
     kept = percent(strong.single)
-    assert f"the member chosen on validation images has {kept} % without a draw" in told
+    assert f"the member chosen on validation images has {kept} % without a draw" in sentence
     assert wording.verdict(strong).short == "no"
 
 
@@ -64,8 +64,8 @@ def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_
 
 
 def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
-    told = wording.members_weak((0.725, 0.1, 1 / 6))
-    assert told.replace(wording.PERCENT, " %") == (
+    sentence = wording.members_weak((0.725, 0.1, 1 / 6))
+    assert sentence.replace(wording.PERCENT, " %") == (
         "Without an attack, member 1 is correct on 10.0 % and member 2 is correct on 16.7 % of the "
         "images, while the best member is correct on 72.5 %. Queries answered by such a member are "
         "mostly wrong: train it again, or set its probability to 0."
@@ -80,8 +80,8 @@ def test_members_that_answer_next_to_nothing_are_named(tmp_path: Path) -> None:
     document["clean"]["per_member"] = [0.725, 0.1, 1 / 6]
     (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
     write_report([tmp_path / "red"], page)
-    assert told in page.read_text()
-    assert told.replace(wording.PERCENT, " %") in markdown.read_text()
+    assert sentence in page.read_text()
+    assert sentence.replace(wording.PERCENT, " %") in markdown.read_text()
 
 
 def test_baselines_are_compared_each_in_its_own_worst_case(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def test_the_first_screen_compares_what_is_about_the_same_data_and_budget(tmp_pa
     results = join(runs)
     assert ranking.best(results).data.name == "digits"
     assert ranking.best(results).eps == pytest.approx(0.2)
-    told = answers.answers(results)[0].text
-    assert "easy" not in told
-    assert "small" not in told
-    assert f", and {8 - 1 - answers.MOST_OTHERS} more below" in told
-    assert "Not compared: 2 runs on other data or within another budget." in told
+    sentence = answers.answers(results)[0].text
+    assert "easy" not in sentence
+    assert "small" not in sentence
+    assert f", and {8 - 1 - answers.MOST_OTHERS} more below" in sentence
+    assert "Not compared: 2 runs on other data or within another budget." in sentence
 
 
 def test_runs_that_differ_by_their_seed_alone_are_quoted_by_their_mean(tmp_path: Path) -> None:

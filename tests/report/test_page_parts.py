@@ -105,8 +105,8 @@ def test_certificates_stand_on_page_and_card(tmp_path: Path) -> None:
     (folder / "sigma-0.25.json").write_text(json.dumps(document))
     html, md, *_ = write_report([tmp_path / "red"], tmp_path / "page.html")
     for text in (html.read_text(), md.read_text(), card(tmp_path / "red")):
-        for told in ("0.125", "51.2", "60.4", "99.9", "360 test images of digits"):
-            assert told in text
+        for shown in ("0.125", "51.2", "60.4", "99.9", "360 test images of digits"):
+            assert shown in text
     (folder / "sigma-0.25.json").write_text(json.dumps(document | {"certificates": []}))
     with pytest.raises(DataError, match="not a valid certificate: certificates"):
         write_report([tmp_path / "red"], tmp_path / "page.html")
@@ -122,8 +122,8 @@ def test_the_curve_over_radii_stands_on_page_and_card(tmp_path: Path) -> None:
     html, md, *_ = write_report([tmp_path / "red"], tmp_path / "page.html")
     assert "evaluated at several radii" in html.read_text()
     for text in (html.read_text(), md.read_text(), card(tmp_path / "red")):
-        for told in ("70.0", "60.0", "50.0"):
-            assert told in text
+        for shown in ("70.0", "60.0", "50.0"):
+            assert shown in text
     assert "45.0 to 55.0" in html.read_text()
 
 

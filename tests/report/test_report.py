@@ -143,11 +143,11 @@ def test_tables_show_the_best_member_alone_and_say_which_was_chosen(tmp_path: Pa
     assert chosen == result.single == result.alone[1]
     html, md, table, data = (p.read_text() for p in write_report([run], tmp_path / "report.html"))
     members = ", ".join(f"{100 * estimate.value:.1f}" for estimate in result.alone)
-    told = f"Accuracy of the single members: {members}"
+    sentence = f"Accuracy of the single members: {members}"
     for text in (html, md, card(run)):
         assert "best member alone" in text
         assert "best single member" not in text
-        assert told in text
+        assert sentence in text
         assert "The one chosen on validation images is member 1, counting from 0." in text
     assert "best member alone (member 2)" in html
     assert f"| {with_interval(best)} |" in md.replace("\\", "")
@@ -489,8 +489,8 @@ def test_evaluations_of_one_run_are_told_apart_by_as_little_as_needed(tmp_path: 
         "red (linf 0.3)",
     ]  # fmt: skip
     # of a run the first screen quotes one result: here all met as many attacks
-    told = answers.answers(join([tmp_path / "plain", run]))[0].text
-    assert {name for name in labels(rows) if name in told} == {
+    sentence = answers.answers(join([tmp_path / "plain", run]))[0].text
+    assert {name for name in labels(rows) if name in sentence} == {
         "plain (linf 0.2)", "red (linf 0.2, 360 images)",
     }  # fmt: skip
     write_report([tmp_path / "plain", run], tmp_path / "report.html")

@@ -63,10 +63,10 @@ def test_the_far_device_refuses_what_a_gpu_refuses() -> None:
 def report(networks: list[nn.Module], suite: str, checks: str) -> dict[str, Any]:
     data, threat = (IMAGES, LABELS), redefense.Threat(eps=0.2)
     found = redefense.evaluate(networks, data, suite=suite, threat=threat, checks=checks)
-    told: dict[str, Any] = json.loads(found.to_json())
-    for cell in told["cells"]:
+    document: dict[str, Any] = json.loads(found.to_json())
+    for cell in document["cells"]:
         del cell["seconds"]
-    return told
+    return document
 
 
 def short(cell: dict[str, Any]) -> dict[str, Any]:

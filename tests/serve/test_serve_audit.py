@@ -150,12 +150,12 @@ def test_a_member_in_a_header_is_caught(model: Model) -> None:
 
     def wrap(app: ASGIApp) -> ASGIApp:
         async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-            async def told(message: Message) -> None:
+            async def reported(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     MutableHeaders(scope=message)["ETag"] = f'"{draw.last * 7919}"'
                 await send(message)
 
-            await app(scope, receive, told)
+            await app(scope, receive, reported)
 
         return wrapped
 

@@ -164,9 +164,9 @@ def test_a_damaged_end_is_made_again_from_the_last_checkpoint(
     end = out / "final" / "weights.safetensors"
     end.write_bytes(end.read_bytes()[:-1])
     train(tiny("vanilla"), out, resume=True, quiet=True)
-    told = capsys.readouterr().err
-    assert "is damaged" in told
-    assert "nothing to do" not in told
+    printed = capsys.readouterr().err
+    assert "is damaged" in printed
+    assert "nothing to do" not in printed
     assert_same_bits(weights(out), before)
     end.write_bytes(end.read_bytes()[:-1])
     shutil.rmtree(out / "checkpoints")

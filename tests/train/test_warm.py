@@ -155,9 +155,9 @@ def test_no_small_change_of_a_source_betters_the_fit(
     begun = torch.autograd.grad(loss(), sources)
     errors = adopt(ensemble, nets)
     value = loss()
-    # the errors that are told are those of the kernels
-    told = sum(error**2 for error in errors) * len(ensemble.grids[0])
-    assert value.item() == pytest.approx(told, rel=1e-9)
+    # the errors that are reported are those of the kernels
+    total = sum(error**2 for error in errors) * len(ensemble.grids[0])
+    assert value.item() == pytest.approx(total, rel=1e-9)
     for grad, before in zip(torch.autograd.grad(value, sources), begun, strict=True):
         assert float(grad.norm()) < 5e-3 * float(before.norm())
 
@@ -257,13 +257,13 @@ def starting(source: Path, **changes: Any) -> Run:
 
 def test_a_run_tells_what_it_started_from(source: Path, tmp_path: Path) -> None:
     train(starting(source), tmp_path / "run", quiet=True)
-    told = json.loads((tmp_path / "run" / "start.json").read_text())
+    stored = json.loads((tmp_path / "run" / "start.json").read_text())
     manifest = json.loads((source / "final" / "manifest.json").read_text())["sha256"]
     recorded = read_run(tmp_path / "run" / "run.json").start
     assert recorded is not None
-    assert recorded.sha256 == told["sha256"] == manifest["weights.safetensors"]
-    assert all(0 < error < 1 for error in told["kernel_error"])
-    accuracies = told["validation_accuracy"]
+    assert recorded.sha256 == stored["sha256"] == manifest["weights.safetensors"]
+    assert all(0 < error < 1 for error in stored["kernel_error"])
+    accuracies = stored["validation_accuracy"]
     assert accuracies["source"] > accuracies["start"] > 0.3
 
 
@@ -271,14 +271,14 @@ def test_plain_members_start_as_copies_and_written_ones_can_be_a_source(
     source: Path, tmp_path: Path
 ) -> None:
     train(starting(source, ensemble=PLAIN.ensemble), tmp_path / "copied", quiet=True)
-    told = json.loads((tmp_path / "copied" / "start.json").read_text())
-    assert told["kernel_error"] == [0.0, 0.0]
-    assert told["validation_accuracy"]["source"] == told["validation_accuracy"]["start"]
+    stored = json.loads((tmp_path / "copied" / "start.json").read_text())
+    assert stored["kernel_error"] == [0.0, 0.0]
+    assert stored["validation_accuracy"]["source"] == stored["validation_accuracy"]["start"]
     train(starting(source), tmp_path / "written", quiet=True)
     again = starting(tmp_path / "written")
     train(again, tmp_path / "again", quiet=True)
-    told = json.loads((tmp_path / "again" / "start.json").read_text())
-    assert max(told["kernel_error"]) < 1e-3  # what hypernetworks wrote they can write
+    stored = json.loads((tmp_path / "again" / "start.json").read_text())
+    assert max(stored["kernel_error"]) < 1e-3  # what hypernetworks wrote they can write
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits_without_its_source(
@@ -339,11 +339,11 @@ def test_any_number_of_networks_starts_the_members_in_turn(
     for m in range(3):
         for a, b in zip(found.parameters_of(m), nets.parameters_of(m % 2), strict=True):
             torch.testing.assert_close(a, b, rtol=0.0, atol=1e-8)
-    told = capsys.readouterr().err
-    assert "members 0, 2 start alike (2 networks for 3 members)" in told
-    assert "not used" not in told
-    assert "stay as initialised" not in told
-    assert ("normalised by mean 0.5 and deviation 0.25, as the file states" in told) == (
+    printed = capsys.readouterr().err
+    assert "members 0, 2 start alike (2 networks for 3 members)" in printed
+    assert "not used" not in printed
+    assert "stay as initialised" not in printed
+    assert ("normalised by mean 0.5 and deviation 0.25, as the file states" in printed) == (
         kind == "file"
     )
     record = json.loads((tmp_path / "run" / "start.json").read_text())

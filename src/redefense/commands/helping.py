@@ -1,9 +1,11 @@
-"""Help texts of commands: options under headings, and examples."""
+"""Help texts of commands: options under headings, examples, and hints at mistaken options."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
+import typer
 from typer.core import TyperCommand
 
 HEADINGS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
@@ -71,9 +73,56 @@ EXAMPLES: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
 )
 """Examples, by name of the command."""
 
+SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "augment": "data.augment=true",
+        "batch-size": "batch_size=64",
+        "defence": "defence.name=red",
+        "epochs": "epochs=3",
+        "eps": "threat.eps=8/255",
+        "images": "data.images=500",
+        "lr": "optim.lr=0.1",
+        "members": "ensemble.num_members=3",
+        "model": "ensemble.model=resnet8",
+        "norm": "threat.norm=l2",
+        "num-members": "ensemble.num_members=3",
+        "optimizer": "optim.name=adam",
+        "weight-decay": "optim.weight_decay=1e-4",
+        "width": "ensemble.width=16",
+    }
+)
+"""Values of --set, by the option that one might try in its place."""
+
+INSTEAD: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        "train": {"recipe": "give the recipe without an option: redefense train digits-red"},
+        "evaluate": {
+            "set": "a trained run keeps its settings: use --eps and --norm, or a --suite FILE.json",
+            "recipe": "give the directory of a trained run: redefense evaluate runs/digits-red",
+            "attack": "a suite lists the attacks: use --suite NAME, or a --suite FILE.json",
+            "attacks": "a suite lists the attacks: use --suite NAME, or a --suite FILE.json",
+        },
+    }
+)
+"""What to do instead of a mistaken option, by command and option."""
+
 
 class HelpfulCommand(TyperCommand):
     """A command whose help has headings and examples, without rich, which is slow to import."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {option for param in self.get_params(ctx) for option in param.opts}
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            name: str | None = getattr(error, "option_name", None)
+            # errors about an option of this command have this attribute, too
+            if name is not None and name not in known:
+                hint = hint_at(ctx, name.lstrip("-"), takes_settings="--set" in known)
+                if hint is not None:
+                    # in place of the options that are spelled alike
+                    error.message, error.possibilities = f"{error.message}: {hint}", None  # type: ignore[attr-defined]  # of an error about an unknown option
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -106,3 +155,31 @@ def command_of(ctx: Any) -> str:
         names.append(str(ctx.info_name))
         ctx = ctx.parent
     return " ".join(reversed(names))
+
+
+def hint_at(ctx: Any, option: str, *, takes_settings: bool) -> str | None:
+    """What to use in place of an option that a command does not have; None if unknown.
+
+    Args:
+        ctx: of the command.
+        option: without its hyphens.
+        takes_settings: whether the command has the option --set.
+    """
+    if hint := INSTEAD.get(command_of(ctx), {}).get(option):
+        return hint
+    near = difflib.get_close_matches(option, SETTINGS, n=1, cutoff=0.8)
+    if takes_settings and near:
+        return f"it is a setting of the run: use --set {SETTINGS[near[0]]}"
+    others = [
+        name for name, options in _options(ctx.find_root().command) if f"--{option}" in options
+    ]
+    return f"it is an option of redefense {', '.join(others)}" if others else None
+
+
+def _options(group: Any, above: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Every command below a group, with its options."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _options(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", {option for param in command.params for option in param.opts}

@@ -25,7 +25,7 @@ from redefense.data import (
 from redefense.data.dataset import Dataset, Split, test_indices, train_validation
 from redefense.data.loader import Augment, Loader
 from redefense.data.source import Refuse, Source, materialise, strict
-from redefense.errors import ConfigError, DataError
+from redefense.errors import ConfigError, DataError, suggestion
 from redefense.plugins import Registry, summary_of
 from redefense.runtime.files import locked
 
@@ -172,7 +172,8 @@ def parse(spec: str) -> Spec:
     """
     kind, _, place = spec.partition(":")
     if kind not in DATASETS:
-        raise DataError(f"unknown data set {kind!r}; choose from {', '.join(DATASETS)}")
+        hint = _as_a_path(spec) or suggestion(kind, list(DATASETS))
+        raise DataError(f"unknown data set {kind!r}{hint}; choose from {', '.join(DATASETS)}")
     if DATASETS[kind].place != bool(place):
         raise DataError(f"{kind} needs a path: {kind}:PATH" if not place else f"{kind} has no path")
     known, options = DATASETS[kind].options, {}
@@ -186,6 +187,16 @@ def parse(spec: str) -> Spec:
         if len(options) < len(pairs) or not options.keys() <= set(known):
             raise DataError(f"{spec}: the options are {', '.join(known)}, each once")
     return Spec(kind=kind, path=Path(os.path.expanduser(place)), options=options)
+
+
+def _as_a_path(spec: str) -> str:
+    """The specification of a path that lacks its kind, for an error; empty if it is no path."""
+    path = Path(os.path.expanduser(spec))
+    kind = path.suffix.removeprefix(".")
+    kind = kind if kind in ("npz", "parquet") else "folder"
+    named = len(path.parts) > 1 or path.suffix or spec in (".", "..")
+    # names of files may be longer than the system allows
+    return f" (of a path, write {kind}:{spec})" if named or os.path.exists(path) else ""
 
 
 def find(spec: str, refuse: Refuse = strict) -> Source:
