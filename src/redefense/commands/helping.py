@@ -178,7 +178,7 @@ def hint_at(ctx: Any, option: str, *, takes_settings: bool) -> str | None:
 
 def _options(group: Any, above: str = "") -> Iterator[tuple[str, set[str]]]:
     """Every command below a group, with its options."""
-    for name, command in group.commands.items():
+    for name, command in getattr(group, "commands", {}).items():  # a command may stand alone
         if hasattr(command, "commands"):
             yield from _options(command, f"{above}{name} ")
         else:
