@@ -76,6 +76,7 @@ class Support:
         """Use the clean image where it is strictly better."""
         with torch.no_grad():
             correct = self.correct(self.each(x), y)
+        # the lowest objective, so that ties keep the perturbed point
         best.offer(x, correct, torch.full_like(correct, -math.inf))
 
 
@@ -200,7 +201,7 @@ def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Orac
                 if not with_grad:
                     continue
                 slope = norms(grad, dual(norm)).clamp_min(TINY)
-                # fooled members have no part: the step goes to those that are left
+                # members already fooled have weight 0: they dominate the gradient of the mean loss
                 unit = -grad * per_image(correct / slope, grad)
                 total += share * unit
                 distance = torch.where(correct, left / slope, math.inf)

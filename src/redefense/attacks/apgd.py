@@ -8,16 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from redefense.attacks.base import (
-    OFFICIAL,
-    STEPS,
-    Attack,
-    Best,
-    Oracle,
-    Presets,
-)
+from redefense.attacks.base import OFFICIAL, STEPS, Attack, Best, Oracle, Presets
 from redefense.attacks.early_stop import early_stopping
-from redefense.attacks.gradient import check_steps, gradient_oracle
+from redefense.attacks.gradient import gradient_oracle
 from redefense.attacks.objectives import TARGETED, objective_named, wrong_classes
 from redefense.errors import ConfigError
 from redefense.limits import at_least, within
@@ -58,7 +51,7 @@ def auto_climb(
     guard: bool = True,
     one_size: bool = False,
 ) -> None:
-    """Momentum ascent whose step starts at 2 eps and halves, per image, when it stops paying.
+    """Momentum ascent whose step starts at 2 eps and halves, per image, when progress stalls.
 
     At checkpoints that come ever more often, an image goes back to its point of highest value and
     halves its step if at most a share `rho` of the steps since the last checkpoint raised the
@@ -169,9 +162,9 @@ def onto_face(direction: Images, x: Images, threat: Threat) -> Images:
 def filtered(
     victim: Victim, x: Images, y: Labels, attempts: Callable[[int], Iterable[Attempt]]
 ) -> Images:
-    """The published cascade: attack what is still answered right, hand the rest back clean.
+    """The published cascade: attempts on the images not fooled yet; what none fools stays clean.
 
-    On a random victim each answer is one draw, which is why the defaults do not do this.
+    On a random victim a single draw decides each success, so the defaults do not do this.
 
     Args:
         victim: what is attacked.
@@ -206,7 +199,7 @@ class AutoAscent(Attack):
     rho: float = 0.75
 
     def check(self) -> None:
-        check_steps(self.steps, 1.0, self.restarts)
+        at_least(1, steps=self.steps, restarts=self.restarts)
         within("(0, 1]", rho=self.rho)
 
     def improve(
@@ -238,6 +231,7 @@ class AutoAscent(Attack):
                 part, own_oracle = best.select(rows), oracle(rows)
                 if early_stop:
                     own_oracle = early_stopping(
+                        # bound as defaults: a closure would use the values of a later iteration
                         lambda part, of=oracle, rows=rows: of(rows[part]),  # type: ignore[misc]  # defaults of a lambda have no types
                         len(rows), steps=self.steps,
                     )  # fmt: skip
@@ -387,6 +381,7 @@ class APGDT(AutoAscent):
             return attempt
 
         def attempts(classes: int) -> list[Attempt]:
+            # rank 1 is the predicted class
             ranks = range(2, min(self.num_targets, classes - 1) + 2)
             return [towards(rank) for rank in ranks for _ in range(self.restarts)]
 

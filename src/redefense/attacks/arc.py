@@ -11,9 +11,9 @@ from torch import Generator, Tensor, nn
 
 from redefense.attacks.adaptive import Support
 from redefense.attacks.base import Attack, Best, dual, input_gradient
-from redefense.attacks.gradient import check_steps, random_starts
+from redefense.attacks.gradient import random_starts
 from redefense.ensembles import Ensemble
-from redefense.limits import at_least, not_negative
+from redefense.limits import at_least, not_negative, positive
 from redefense.threat import TINY, Threat, norms, per_image, steepest
 from redefense.types import Float, Images, Labels
 
@@ -47,8 +47,8 @@ class ARC(Attack):
     summary: ClassVar[str] = "across the nearest boundary of one member after the other"
 
     def check(self) -> None:
-        check_steps(self.steps, self.radius, self.restarts)
-        at_least(1, competitors=self.competitors)
+        at_least(1, steps=self.steps, restarts=self.restarts, competitors=self.competitors)
+        positive(radius=self.radius)
         not_negative(overshoot=self.overshoot)
 
     def perturb(
@@ -122,7 +122,7 @@ class ARC(Attack):
             # always of full length; the sum with the point is projected onto the ball afterwards
             bent = radius * bent / per_image(norms(bent, threat.norm).clamp_min(TINY), x)
             candidate = support.offer(best, threat.project(point + bent, x), y)
-            # equal is accepted: a move may pay only after the next member has moved as well
+            # equal is accepted: a move may lower the accuracy only together with the next one
             accepted = candidate <= local
             turn = torch.where(accepted.view(-1, 1, 1, 1), bent, turn)
             local = torch.where(accepted, candidate, local)
@@ -143,6 +143,7 @@ def member_orders(shares: Sequence[float]) -> Iterator[list[int]]:
     """
     for turn in count():
         ranks = [(k + turn // 2) % len(shares) for k in range(len(shares))]
+        # sorted is stable, also in reverse: equal shares keep the order of the rotation
         yield sorted(ranks[:: -1 if turn % 2 else 1], key=shares.__getitem__, reverse=True)
 
 
@@ -158,7 +159,7 @@ def nearest_boundary(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = ensemble.logits_of(m, x)
-        # the predicted class and its competitors
+        # of the predicted class, as in the paper, even if it is not the label
         nearest_few = min(competitors, logits.shape[1] - 1) + 1
         top = logits.topk(nearest_few, dim=1).values
         gaps = [top[:, 0] - top[:, j] for j in range(1, nearest_few)]

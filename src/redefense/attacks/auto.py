@@ -9,8 +9,8 @@ from torch import Generator
 from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Best, Presets
 from redefense.attacks.fab import FAB
-from redefense.attacks.gradient import check_steps
 from redefense.attacks.square import OwnDraws, Square
+from redefense.limits import at_least
 from redefense.rng import ImageStreams
 from redefense.threat import Threat
 from redefense.types import Images, Labels, Victim, correct
@@ -20,14 +20,14 @@ from redefense.types import Images, Labels, Victim, correct
 class AutoAttack(Attack):
     """Four attacks of different kinds, each on the images that the ones before did not fool.
 
-    Every image gets the best point that any of them found. A preset hands back clean images where
-    its last look found none, and is meant for comparison with published numbers only.
+    Every image gets the best point that any of them found. A preset returns clean images where its
+    last query found no success, and is meant for comparison with published numbers only.
 
     Attributes:
         steps: gradients per run of APGD, APGD-T and FAB.
         queries: of Square.
-        early_stop: leave images that are far from being fooled, which most are that withstand the
-            first attacks; Square leaves only those where gradients gained about as much as it did.
+        early_stop: stop on images that are far from being fooled; Square stops only on those where
+            attacks by gradients gained about as much as it did.
         preset: published settings.
     """
 
@@ -44,8 +44,7 @@ class AutoAttack(Attack):
     }
 
     def check(self) -> None:
-        check_steps(self.steps, 1.0)
-        check_steps(self.queries, 1.0)
+        at_least(1, steps=self.steps, queries=self.queries)
 
     @property
     def least_classes(self) -> int:
@@ -97,7 +96,7 @@ class AutoAttack(Attack):
         x_adv, state = x.clone(), rng.get_state()
         rows = torch.arange(len(x), device=x.device)
         for part in parts:
-            rng.set_state(state)  # every part seeds anew
+            rng.set_state(state)  # in the library every part seeds the generator again
             point = part(victim, x[rows], y[rows], threat, rng=rng)
             fooled = ~correct(victim(point), y[rows])
             x_adv[rows[fooled]] = point[fooled]

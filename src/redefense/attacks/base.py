@@ -110,6 +110,7 @@ class Attack(ABC):
             raise ConfigError(f"{type(self).__name__} has no preset {name!r}; known: {known}")
         defaults = {f.name: f.default for f in fields(self)}
         for key, value in self.presets[name].items():
+            # a field left at its default counts as not given: dataclasses do not record which were
             given = getattr(self, key)
             if defaults[key] is not MISSING and given not in (defaults[key], value):
                 raise ConfigError(f"preset {name!r} fixes {key}={value!r}, got {given!r}")
@@ -177,6 +178,7 @@ class Attack(ABC):
             frozen_weights(victim),
             frozen_statistics(victim),
         ):
+            # a tensor made in inference mode cannot require gradients; a clone made here can
             x = x.detach().clone() if x.is_inference() else x.detach()
             y = (y.clone() if y.is_inference() else y).long()
             # half precision is too coarse for steps and for sums over pixels
@@ -272,6 +274,7 @@ def input_gradient(values: Tensor, x: Images, *, keep_graph: bool = False) -> Im
     """
     if not values.requires_grad:
         return torch.zeros_like(x)
+    # attacks run under `no_grad`, where a sum would have no graph
     with torch.enable_grad():
         total = values.sum()
     with differentiating():
@@ -336,5 +339,6 @@ class Best:
 
 def batch_noise(x: Images, low: float, high: float, rng: torch.Generator) -> Images:
     """Uniform numbers in [low, high), one tensor for the batch, as the presets draw."""
+    # torch draws only on the generator's own device
     noise = torch.empty(x.shape, dtype=x.dtype, device=rng.device)
     return noise.uniform_(low, high, generator=rng).to(x.device)

@@ -116,7 +116,7 @@ def cw_descent(
             point = to_box(w)
             size = (point - x[rows]).square().flatten(1).sum(1)
             gain = margin(victim(point), y[rows]).to(size.dtype) - kappa
-            # a success is no longer pushed: only its distance falls
+            # a success has no margin term: from there on only its distance is minimised
             loss = size + c[rows] * (-gain).clamp_min(0.0)
             total = loss.sum()
         fooled = best.offer(rows, point.detach(), size.detach(), gain.detach())
@@ -208,6 +208,7 @@ def carlini_wagner_published(
     scaled = (2 * x - 1).clamp(-1.0, 1.0)
     w = (0.5 * torch.log((1 + scaled) / (1 - scaled))).requires_grad_()
     optimizer = torch.optim.Adam([w], lr=rate)
+    # 1e10 is the library's initial distance
     best, best_size, last = x.clone(), torch.full((len(x),), 1e10, dtype=x.dtype), math.inf
     best_size = best_size.to(x.device)
     for step in range(steps):

@@ -9,15 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from redefense.attacks.apgd import Attempt, filtered
-from redefense.attacks.base import (
-    STEPS,
-    Attack,
-    Best,
-    Presets,
-    input_gradient,
-)
+from redefense.attacks.base import STEPS, Attack, Best, Presets, input_gradient
 from redefense.attacks.early_stop import BOUNDARY_CHECKS, BOUNDARY_STEPS
-from redefense.attacks.gradient import check_steps
 from redefense.attacks.objectives import targeted_margin, wrong_classes
 from redefense.limits import at_least, within
 from redefense.threat import Threat, norms, per_image
@@ -32,7 +25,7 @@ def to_hyperplane(
     In L-inf and L2 the shortest move is min(t * speed, room) per pixel for some length t, where
     speed is 1 or |slope| and room the way to the box. What it gains, |slope| times the move, rises
     piecewise linearly in t: sorted by where the pixels hit the box, t is found in closed form.
-    Where the box keeps the hyperplane out of reach, all the room is used.
+    Where the hyperplane does not intersect the box, every pixel moves to its bound.
     """
     size = slope.abs()
     way = -slope.sign() * torch.where(gap >= 0, 1.0, -1.0).to(slope.dtype)[:, None]
@@ -46,8 +39,9 @@ def to_hyperplane(
     spent = done.cumsum(1) - done
     moving = rate.flip(1).cumsum(1).flip(1)
     need = gap.abs()[:, None]
-    # pixels without slope never arrive; they gain nothing, so that 0 stands for their time
+    # pixels without slope never hit the box and gain nothing: 0 in place of their infinite time
     enough = spent + moving * hit.nan_to_num(posinf=0.0) >= need
+    # argmax does not accept booleans, and returns the first of equal maxima
     first = enough.to(torch.uint8).argmax(1, keepdim=True)
     reached = enough.any(1, keepdim=True)
     length = (need - spent.gather(1, first)) / moving.gather(1, first).clamp_min(tiny)
@@ -67,16 +61,16 @@ class Found(NamedTuple):
 class FAB(Attack):
     """Targeted FAB: nearest points beyond the boundaries to the likeliest wrong classes.
 
-    It minimises the distance and so may come out beyond the budget; what it finds is then
-    projected back. A preset hands back the clean image instead.
+    It minimises the distance, so a point may lie outside the ball and is then projected back. A
+    preset returns the clean image instead.
 
     Attributes:
         steps: gradients per target.
         num_targets: wrong classes tried, on images not fooled yet; all there are if fewer.
-        alpha_max: largest weight of the way from the image, against the way from the last point.
+        alpha_max: largest weight of the move from the image, against that from the last point.
         eta: overshoot beyond the boundary, >= 1.
-        beta: share of the way kept after a success, in (0, 1).
-        early_stop: leave a target where it is reached within eps, or after some steps is not near.
+        beta: fraction of the perturbation kept after a success, in (0, 1).
+        early_stop: stop for a target that is reached within eps, or is still far after some steps.
         preset: published settings.
     """
 
@@ -103,8 +97,7 @@ class FAB(Attack):
     }
 
     def check(self) -> None:
-        check_steps(self.steps, 1.0)
-        at_least(1, num_targets=self.num_targets, eta=self.eta)
+        at_least(1, steps=self.steps, num_targets=self.num_targets, eta=self.eta)
         within("[0, 1]", alpha_max=self.alpha_max)
         within("(0, 1)", beta=self.beta)
 
@@ -166,7 +159,7 @@ class FAB(Attack):
             closer = fooled & (length < distance)
             nearest = torch.where(closer.view(-1, 1, 1, 1), point, nearest)
             distance = torch.where(closer, length, distance)
-            # after a success, part of the way back
+            # after a success the next step starts nearer to the image, to find closer points
             back = x + (point - x) * self.beta
             point = torch.where(fooled.view(-1, 1, 1, 1), back, point)
         return Found(nearest, distance, point)
@@ -207,5 +200,7 @@ class FAB(Attack):
             return attempt
 
         return lambda classes: [
-            towards(rank) for rank in range(2, min(self.num_targets, classes - 1) + 2)
+            # rank 1 is the predicted class
+            towards(rank)
+            for rank in range(2, min(self.num_targets, classes - 1) + 2)
         ]

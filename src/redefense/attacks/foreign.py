@@ -56,12 +56,14 @@ class Foreign(Attack):
             # other libraries draw from the global generators; they are restored afterwards
             seeded(int(seed_from(rng)), x.device),
             modes_kept(victim),
+            # off within attacks, but other libraries expect it on
             torch.enable_grad(),
             # stdout is reserved for machine-readable output
             contextlib.redirect_stdout(sys.stderr),
         ):
             try:
                 # contiguous, since many attacks call `view`
+                # a copy: the function may change its arguments in place
                 images = x.clone(memory_format=torch.contiguous_format)
                 found = type(self).function(victim, images, y.clone(), **given)
             except RedefenseError:

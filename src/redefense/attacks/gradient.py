@@ -35,7 +35,7 @@ PUBLISHED: Final = (TORCHATTACKS, RED_RELEASED)
 
 TEN_STEPS: Final[Mapping[str, object]] = {
     "steps": 10,
-    "step_size": 0.25,
+    "step_size": 0.25,  # 2/255 at the published eps of 8/255
     "keep_best": False,
     "loss": "cross_entropy",
 }
@@ -175,6 +175,7 @@ def random_starts(
 
     def start() -> Tensor:
         cube = uniform(x)
+        # an L2 start has a random direction and a second random number for its length
         return threat.project(x + threat.noise(cube, None if flat else uniform(y.to(x.dtype))), x)
 
     return start
@@ -304,6 +305,7 @@ class RandomAscent(Ascent):
     def check(self) -> None:
         Ascent.check(self)
         check_steps(self.steps, self.step_size, self.restarts)
+        # all starts from the image would be equal, and only the last restart would be returned
         if self.restarts > 1 and not (self.keep_best and self.random_start):
             raise ConfigError("more than one restart needs random_start and keep_best")
 
@@ -345,7 +347,9 @@ class EOTPGD(RandomAscent):
 
     summary: ClassVar[str] = "PGD on the mean gradient of several queries of a random victim"
     presets: ClassVar[Presets] = {
-        name: {**settings, "draws": 2} for name, settings in RandomAscent.presets.items()
+        # the library's default `eot_iter`
+        name: {**settings, "draws": 2}
+        for name, settings in RandomAscent.presets.items()
     }
 
     def check(self) -> None:

@@ -42,6 +42,7 @@ def format_of(x: Images) -> torch.memory_format:
 
 def numpy_states(rng: torch.Generator, x: Images, y: Labels) -> list[np.random.RandomState]:
     """One numpy stream per image, for presets of libraries that draw from numpy."""
+    # RandomState accepts seeds of 32 bits
     seeds = ImageStreams.of(rng, x, y).integers(0, 2**32)
     return [np.random.RandomState(seed) for seed in seeds.tolist()]
 
@@ -82,6 +83,7 @@ def paint_genes(x: Images, genes: Float[Tensor, "B P V"]) -> Float[Tensor, "B*P 
     channels, height, width = x.shape[1:]
     pixel = genes.unflatten(2, (-1, 2 + channels))
     rows, columns = (
+        # SciPy's order of operations, centre plus offset, for equal bits in the preset
         (0.5 * size + (pixel[..., i] - 0.5) * size).long().clamp(0, size - 1)
         for i, size in enumerate((height, width))
     )
@@ -194,6 +196,7 @@ def evolve(
     rows = torch.arange(len(population), device=population.device)
     energy, fooled = score(population, rows)
     lead = energy.argmin(1)
+    # the best candidate has index 0, where `trials` expects it
     for values in (population, energy, fooled):
         values[rows, 0], values[rows, lead] = values[rows, lead], values[rows, 0]
     for generation in range(generations + 1):
@@ -283,5 +286,6 @@ class OnePixel(Attack):
 
     def _numpy_proposals(self, x: Images, y: Labels, rng: torch.Generator) -> Proposals:
         genes = self.pixels * (2 + x.shape[1])
+        # TorchAttacks rounds to a multiple of the genes; SciPy's solver takes at least five
         size = max(5, max(1, self.popsize // genes) * genes)
         return NumpyProposals(numpy_states(rng, x, y), size, genes, x.device)

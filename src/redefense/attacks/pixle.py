@@ -68,6 +68,7 @@ class StreamPatches:
             mine.integers(0, self.width - wide + 1),
         )
         most = min(self.heights[1], self.height) * min(self.widths[1], self.width)
+        # as many as the largest window needs: all streams advance by the same count
         destinations = mine.integers(0, self.height * self.width, most)
         self.streams.counter = mine.counter
         k = torch.arange(most, device=rows.device)

@@ -34,7 +34,7 @@ class Draws(Protocol):
         ...
 
     def follow(self, part: "Draws") -> None:
-        """Count what these have drawn as drawn for all."""
+        """Advance to the position of a part of these streams."""
         ...
 
     def signs(self, *shape: int, shared: bool = False) -> Tensor:
@@ -174,7 +174,7 @@ def tiles(draws: Draws, x: Images, eps: float) -> Images:
 
 
 def patch_l2(draws: Draws, x: Images, point: Images, side: int, eps: float) -> Images:
-    """Length taken out of one window and, with what is left of eps, put into another."""
+    """Move the length of one window, and the unused part of eps, to another window."""
     channels, height, width = x.shape[1:]
     flat = (point - x).flatten(2)
     target = window_index(draws.offsets(height - side), draws.offsets(width - side), side, width)
@@ -199,15 +199,15 @@ def onto_sphere(flat: Float[Tensor, "B ch D"], x: Images, eps: float) -> Images:
 class Square(Attack):
     """Random search: moves a square patch to the ball's surface and keeps it if the margin falls.
 
-    Needs scores only. Returns the point of the smallest margin; a preset hands back the clean
-    image where a last query does not err, and moves the same patch in all images of the batch.
+    Needs scores only. Returns the point of the smallest margin; a preset returns the clean image
+    where a last query is correct, and moves the same patch in all images of the batch.
 
     Attributes:
         queries: patches tried per image, until it is fooled.
         p_init: share of the image that the first patches cover, in (0, 1].
         rescale: stretch the schedule of patch sizes, made for 10,000 queries, to `queries`.
-        reevaluate: compare each patch with a fresh answer to the point so far, and go on where an
-            answer was wrong: on a victim that draws, the best answer was the luckiest.
+        reevaluate: query the best point again before each patch, and do not stop at a success: on
+            a random victim the best score of many queries is biased by its draw.
         preset: published settings.
     """
 
@@ -267,8 +267,8 @@ class Square(Attack):
             draws: the source of all randomness.
             ties_fool: count equal logits as a success, as published.
             by_gradients: the margin that attacks by gradients reached. Every tenth of the queries,
-                images far from being fooled are left, but only where gradients gained about as
-                much as this search: see `GRADIENT_SHARE`. None leaves no image.
+                images far from being fooled are skipped, but only where gradients gained about as
+                much as this search: see `GRADIENT_SHARE`. None skips no image.
         """
         linf = threat.norm == math.inf
         propose = partial(patch_linf if linf else patch_l2, eps=threat.eps)
@@ -313,12 +313,14 @@ class Square(Attack):
         none = torch.zeros_like(value, dtype=torch.bool)
         tenth = int(SEARCH_CHECK * self.queries)
         period = max(int(SEARCH_CHECK * tenth), 1)
+        # with fewer than 100 queries a period, a tenth of a tenth of them, has less than one
         if tenth < 10 or query == 0 or query % period:
             return none
         seen[query] = value.clone()
         if query % tenth:
             return none
         before = seen[period * (query // (10 * period))]
+        # in factors of ten, since each tenfold of queries gains about as much
         remaining = math.log10(self.queries / query)
         return out_of_reach(value, before, 0.0, SEARCH_FACTOR * remaining)
 
@@ -327,6 +329,7 @@ class Square(Attack):
         place = int(query / self.queries * 10000) if self.rescale else query
         share = self.p_init / 2 ** sum(place > bound for bound in _HALVINGS)
         height, width = x.shape[2:]
+        # the L2 patch is symmetric around a central pixel, so its side is odd
         side = max(round(math.sqrt(share * height * width)), 3 if odd else 1)
         if odd and side % 2 == 0:
             side += 1

@@ -273,6 +273,7 @@ class Search:
         mass, least = self.mass[rows], self.least[rows]
         # more probable than what is fooled, and minimal: without its least probable member it is
         # not
+        # 1e-6, since `best.correct` is rounded to the precision of the images
         wanted = (mass > fooled + 1e-6) & (mass - least <= fooled + 1e-6)
         never = (~self.erred[rows]).gather(1, self.members[rows]).double()
         # a member that no point fools alone is fooled in no subset either
@@ -313,6 +314,7 @@ class Search:
         common = self.common[rows].gather(1, rank[:, None])
         alone = own.gather(2, rank[:, None, None].expand(-1, own.shape[1], 1)).squeeze(2)
         target = torch.where(subset.sum(1, keepdim=True) == 1, alone, common)
+        # shifts of 64-bit numbers are defined for fewer than 64 places only
         place = (subset.cumsum(1) - 1).clamp(0, 62)
         second = ((aim - 1 - self.targets).clamp_min(0)[:, None] >> place) & 1
         mixed = own.gather(2, second.clamp_max(own.shape[2] - 1)[:, :, None]).squeeze(2)
