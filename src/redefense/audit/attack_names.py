@@ -61,7 +61,9 @@ ALIASES = {
 def ordinary(text: str) -> str:
     """Text in lower case, Unicode-normalised, with plain hyphens and no invisible characters."""
     letters = unicodedata.normalize("NFKC", text.casefold())
+    # in Unicode the minus sign is a mathematical symbol, not a hyphen
     hyphens = ("-" if unicodedata.category(c) == "Pd" or c == "\u2212" else c for c in letters)
+    # text copied from a PDF contains soft hyphens and zero-width characters
     return "".join(c for c in hyphens if unicodedata.category(c) != "Cf").strip()
 
 
@@ -84,11 +86,13 @@ def attack_key(name: str) -> str:
     """
     telling = r"\((?:[^)]*?(?<![-\w])(rand|eot|adaptive)(?!-?[a-z]))?[^)]*\)"
     plain = re.sub(telling, r" \1", _steps_last(name)).replace("c&w", "cw")
+    # the rules compare attacks by family, whatever their steps and norm
     plain = re.sub(r"[-_ ](\d+|l[-_]?(inf|[012]))$", "", plain.strip())
     plain = re.sub(r"[^a-z0-9]", "", plain)
     # "random" may mean a random start: brackets count for AutoAttack only
     first = plain.removesuffix("rand")
     plain = first if ALIASES.get(first, first) in KNOWN - {"autoattack"} else plain
+    # only for these: in other names, such as `cwl2`, the digit has a meaning
     plain = re.sub(r"^(pgd|apgd|bim|mim|eotpgd|pgdeot|cw)\d+$", r"\1", plain)
     # "natural accuracy", "clean data": the measured quantity is not part of the name
     measured = re.sub(r"(accuracy|acc|data|images|examples|samples|test)+$", "", plain)
@@ -120,7 +124,7 @@ def steps_of(name: str) -> int | None:
         r"([a-z][a-z&\d -]*?)[-_ ^{(\[]*(\d+)[-_ ]*(steps?|iter(?:ation)?s?|queries)?[}\])]*",
         _steps_last(name),
     )
-    # the number after EoT is a number of draws
+    # after EoT it is a number of draws, in `cw-l2` a norm
     if found is None or ("eot" in found[1] and found[3] is None) or found[1].endswith("-l"):
         return None
     return int(found[2])

@@ -59,6 +59,7 @@ def _of_document(document: object, path: Path) -> list[Finding]:
     findings = findings_about(evaluation)
     try:
         missing = [file for stored in load(path) for file in stored.missing]
+    # an audit states that records are contradictory; reading them for use would refuse the file
     except DataError as error:
         findings.append(_about(evaluation, "records-contradict", f"{error}."))
     else:
@@ -99,6 +100,7 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
     headline = evaluation.headline
     expected = [
         (cell, cell.accuracy.expected)
+        # attacks of checks and curves count in the headline, too
         for cell in (*evaluation.cells, *evaluation.further_cells)
         if cell.accuracy.expected is not None
     ]

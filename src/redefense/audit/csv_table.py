@@ -45,6 +45,7 @@ def read_csv(path: Path) -> list[Claim]:
         raise DataError(f"cannot read {path}: {reason}") from None
     # not splitlines(): cells may contain other separators of lines and pages
     table = io.StringIO(text, newline="")
+    # strict: otherwise an unclosed quote would silently join lines
     reader = csv.DictReader(table, delimiter=_delimiter(path, text), strict=True)
     try:
         names = [name.strip().lower() for name in reader.fieldnames or ()]
@@ -63,6 +64,7 @@ def read_csv(path: Path) -> list[Claim]:
         raise DataError(f"{path} has more than one column {', '.join(twice)}")
     claims, refused = [], []
     for line, row in rows:
+        # spreadsheets export empty lines as separators only
         if not any(map(_filled, row.values())):
             continue
         try:
@@ -107,8 +109,10 @@ class _Row:
 
     @classmethod
     def of(cls, row: Mapping[str | None, object]) -> "_Row":
+        # DictReader collects surplus cells under the key None
         if None in row:
             raise ConfigError("more cells than columns")
+        # it gives None for cells that a short line lacks
         return cls({key: str(row.get(key) or "").strip() for key in (*COLUMNS, *OPTIONAL)})
 
     def number(self, text: str, column: str, low: float, high: float) -> float:
@@ -206,6 +210,7 @@ class _Row:
             members=self.count("members"),
             randomized=self.truth("randomized"),
             aware=knows_the_draw(key) if aware is None else aware,
+            # with a stated eps even CW counts as bounded: papers score it at a given distortion
             bounded=eps is not None or key not in UNBOUNDED,
         )
 

@@ -36,6 +36,7 @@ def finding_about(
     group: Group, rows: Sequence[Claim], why: str, severity: Literal["error", "note"] = "error"
 ) -> Finding:
     """A finding without the id of its rule, which `findings_of` adds."""
+    # two rows of one attack need different keys in `figures`
     unique = len({claim.attack for claim in rows}) == len(rows)
     return Finding(
         id="",

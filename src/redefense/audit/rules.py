@@ -357,6 +357,7 @@ def findings_of(group: Group) -> Iterator[Finding]:
     contained = _contained(group)
     for name, rule in RULES.items():
         for finding in rule(group):
+            # some rules yield findings of two ids and set them themselves
             named = replace(finding, id=finding.id or name)
             if contained and name in _STRENGTH:
                 # the figure is wrong, but a lower one is also stated and is what counts

@@ -46,6 +46,7 @@ unbounded_attack: Final = _noted(
 def fractions(group: Group) -> Iterator[Finding]:
     """Typed figures that are all at most 1: an error if clean accuracies are included."""
     claims = [c for c in group.claims if c.decimals is not None]
+    # 0 and 1 alone may be percent, as under strong attacks
     if claims and max(c.accuracy for c in claims) <= 1 and any(c.accuracy % 1 for c in claims):
         why = "Accuracies are percent, and all of these are at most 1: are they fractions?"
         yield finding_about(group, claims, why, "note" if group.clean is None else "error")
@@ -53,6 +54,7 @@ def fractions(group: Group) -> Iterator[Finding]:
 
 def spelling(group: Group) -> Iterator[Finding]:
     for what in ("dataset", "method"):
+        # reversed, so that the first row of each spelling is kept
         first = {getattr(c, what): c for c in reversed(group.claims)}
         if len(first) > 1:
             names = ", ".join(map(repr, reversed(first)))
@@ -85,6 +87,7 @@ def images_unstated(group: Group) -> Iterator[Finding]:
     unstated = [c for c in group.claims if c.num_images is None]
     if unstated:
         why = "The number of images is not stated, so no figure has an interval."
+        # one row stands for all, since a paper states the number once or never
         yield finding_about(group, unstated[:1], why, "note")
 
 

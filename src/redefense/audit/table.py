@@ -140,6 +140,7 @@ def of_evaluation(evaluation: Evaluation) -> list[Claim]:
         if cell.accuracy.expected is None or cell.attack == "clean":
             continue
         base = claim(cell.id, cell.attack, cell.accuracy.expected)
+        # an unbounded attack is not limited by the threat that it ran at
         threat = cell.threat if cell.bounded else None
         claims.append(
             replace(

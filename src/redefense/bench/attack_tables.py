@@ -7,6 +7,7 @@ from typing import Any, Final
 LIBRARY: Final = "torchattacks==3.5.1"
 HOW_TO_INSTALL: Final = (
     f"without {LIBRARY} the columns of the library stay empty: "
+    # it pins an old `requests`, which it does not import
     f"pip install --no-deps {LIBRARY}; pip install scipy tqdm"
 )
 THREE: Final = ("default", "preset", "theirs")

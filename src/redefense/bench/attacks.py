@@ -52,6 +52,7 @@ Theirs = Callable[[ModuleType, nn.Module, float, int], Any]
 THEIRS: Final[Mapping[str, Theirs]] = MappingProxyType(
     {
         "fgsm": lambda ta, net, eps, _: ta.FGSM(net, eps=eps),
+        # alpha = eps / 4: the library's default step, 2/255, at its default eps of 8/255
         "bim": lambda ta, net, eps, _: ta.BIM(net, eps=eps, alpha=eps / 4),
         "mim": lambda ta, net, eps, _: ta.MIFGSM(net, eps=eps, alpha=eps / 4),
         "pgd": lambda ta, net, eps, _: ta.PGD(net, eps=eps, alpha=eps / 4),
@@ -61,6 +62,7 @@ THEIRS: Final[Mapping[str, Theirs]] = MappingProxyType(
         "apgdt": lambda ta, net, eps, k: ta.APGDT(net, eps=eps, n_classes=k),
         "fab": lambda ta, net, eps, k: ta.FAB(net, eps=eps, n_classes=k),
         "square": lambda ta, net, eps, _: ta.Square(net, eps=eps),
+        # without a seed the library takes the clock
         "autoattack": lambda ta, net, eps, k: ta.AutoAttack(net, eps=eps, n_classes=k, seed=0),
         "cw": lambda ta, net, *_: ta.CW(net),
         "deepfool": lambda ta, net, *_: ta.DeepFool(net),
@@ -119,6 +121,7 @@ class Scene:
         left = self.expected(x_adv)
         return Figures(
             accuracy=float(left.mean()),
+            # 1e-6, since CW's change of variables does not return exactly the same pixels
             unchanged=float(((x_adv - self.x).abs().flatten(1).amax(1) <= 1e-6).double().mean()),
             forwards=meter.forwards / len(self.x),
             backwards=meter.backwards / len(self.x),
@@ -167,9 +170,11 @@ def run(
         model = "digits-cnn" if dataset.name == "digits" else "resnet8"
     library = _library()
     notes = [] if library is not None else [HOW_TO_INSTALL]
+    # benchmarks do not read the test split, which is for `evaluate` only
     shown, held, _ = train_validation(dataset, HELD_OUT)
     if images > len(held):
         raise ConfigError(f"{dataset.name} holds {len(held)} images out, not {images}")
+    # an unknown or unsuitable model fails here, before the trainings
     build(model, num_classes=dataset.num_classes, shape=dataset.shape, generator=stream(seed))
     log(f"attacking {images} images with each attack, here and with TorchAttacks: minutes")
     for note in notes:
@@ -262,6 +267,7 @@ def single_row(
     if library is not None and name in THEIRS:
         theirs, theirs_left = scene.figures(_theirs(scene, name, library))
         row["theirs"] = asdict(theirs)
+        # the preset does the same work as the library; the defaults take more steps
         row["times_faster"] = theirs.seconds / row.get("preset", row["default"])["seconds"]
         gap = paired_difference(left.numpy(), theirs_left.numpy())
         row["default_minus_theirs"] = [gap.value, gap.low, gap.high]
@@ -308,6 +314,7 @@ def _theirs(scene: Scene, name: str, library: ModuleType) -> Callable[[Metered],
 
 
 def _in_second(name: str) -> bool:
+    # the naive evaluation is that of published settings
     return ATTACKS[name].adaptive or TORCHATTACKS in ATTACKS[name].presets
 
 

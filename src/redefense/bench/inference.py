@@ -87,8 +87,10 @@ def run(
             **machine(device),
         },
     }
+    # as deployed, with constant weights; only the view "first" generates kernels
     with kernels_kept(built):
         for batch in batches:
+            # the time does not depend on the values of weights and images, so neither is real
             x = torch.rand(batch, 3, 32, 32, generator=stream(seed, "bench", batch)).to(place)
             # one image takes milliseconds: repeated until a round is long enough to time
             repeats = max(1, 64 // batch)
@@ -117,6 +119,7 @@ def named_kind(ensemble: str, model: str, num_members: int) -> EnsembleConfig:
         _, kind, _ = resolve(recipe(name))
         assert isinstance(kind, HyperConfig)
         try:
+            # one member shows whether the units tile the network
             replace(kind, model=model, num_members=1).build(
                 num_classes=10, shape=(3, 32, 32), seed=0
             )

@@ -22,6 +22,7 @@ MARGIN = 0.7
 
 def torch_layers(ensemble: Ensemble) -> Ensemble:
     """The same ensemble with torch's layers."""
+    # the package's layers have closed-form second derivatives, which the released code has not
     for module in ensemble.modules():
         for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
             if isinstance(module, kind):
@@ -39,6 +40,7 @@ def joint_step(
 ) -> None:
     """One step organised as in the released code: all members in one graph, single precision."""
     ensemble.train()
+    # an odd image belongs to the adversarial half, as in the engine
     half = len(x) // 2
     x_adv = x.clone()
     x_adv[half:] = _pgd(ensemble.averaged(), x[half:], y[half:], red.adversary, rng)
@@ -56,6 +58,7 @@ def _pgd(
     point = threat.project(x + threat.eps * (2 * noise - 1), x)
     for _ in range(adversary.steps):
         point = point.detach().requires_grad_()
+        # the averaged ensemble returns log-probabilities
         (grad,) = torch.autograd.grad(F.nll_loss(victim(point), y), point)
         ascent = adversary.step_size * threat.eps * grad.sign()
         point = threat.project(point.detach() + ascent, x)
@@ -73,6 +76,7 @@ def joint_counted(ensemble: Ensemble, batch: Batch, steps: int = 1) -> OpCounter
     The ensemble must be on the CPU; it is not changed.
     """
     theirs, counter = torch_layers(copy.deepcopy(ensemble)), OpCounter(dry=True)
+    # without momentum the optimizer has no state, which the figure excludes
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.0)
     red = RED(adversary=Adversary(steps=steps))
     with gradients_stay(theirs, counter), counter:

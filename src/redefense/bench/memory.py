@@ -78,6 +78,7 @@ def run(
     rng = stream(seed, "bench", "images")
     x = torch.rand(batch, 3, 32, 32, generator=rng)
     y = torch.randint(10, (batch,), generator=rng)
+    # two steps suffice: the graph of a step is freed before the next one
     red = RED(adversary=Adversary(steps=2), differentiate=differentiate)
     cases = []
     for num_members in members:
@@ -85,6 +86,7 @@ def run(
         built = kind.build(num_classes=10, shape=(3, 32, 32), seed=seed)
         written = SINGLE * sum(num_written(built, m) for m in range(num_members))
         case: dict[str, Any] = {"members": num_members, "written": written}
+        # before the move to the device, since operations are counted on the CPU
         case["joint"] = joint_living(built, Batch(x, y, torch.arange(batch))) - written
         channels_last(built.to(place))
         here = Batch(x.to(place), y.to(place), torch.arange(batch))
@@ -98,6 +100,7 @@ def run(
         case["engine"] -= written  # allocated from the first attack on, so included in the peak
         log(line(case))
         cases.append(case)
+    # one member has no similarity term, so its step needs less
     several = [case["engine"] for case in cases if case["members"] > 1]
     return {
         "settings": {
@@ -115,10 +118,12 @@ def run(
 
 def _engine(ensemble: Ensemble, red: RED, batch: Batch, precision: Precision) -> dict[str, Any]:
     counter, device, before = OpCounter(), batch.x.device, [0]
+    # the first step only creates the optimizer's state
     counter.recording = False
 
     def second_step() -> None:
         if not counter.recording and device.type == "cuda":
+            # called after the first step: the optimizer's state exists from here on
             torch.cuda.reset_peak_memory_stats(device)
             before[0] = torch.cuda.memory_allocated(device)
         counter.recording = True

@@ -52,12 +52,14 @@ class ReplayedStep:
             stage.name, self.why.append,
         )  # fmt: skip
         self._taken = 0
+        # a shared hypernetwork is among the parameters of every member
         optimizer = make_optimizer(list(dict.fromkeys(params)), optim)
 
         def take() -> None:
             take_step(
                 ensemble, stage, batch, optimizer, params, lr=optim.lr, clip=optim.clip,
                 precision=precision, total=self._taken, rng=stream(seed, "step", self._taken),
+                # the checks of a first step are no part of the steps that are replayed
                 first=False, compute=self.steps,
             )  # fmt: skip
             self._taken += 1

@@ -49,8 +49,10 @@ def launch(count: int, work: Callable[..., None], *args: Any, timeout: float = 3
     Each is forked from one that has imported torch and computed nothing; returns the exit codes.
     """
     with socket.socket() as free:
+        # port 0: the system chooses a free one
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # a fork of this process would lack the threads that torch has started here
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     started: list[ForkServerProcess] = []
@@ -62,6 +64,7 @@ def launch(count: int, work: Callable[..., None], *args: Any, timeout: float = 3
     for process in started:
         process.join(max(0.0, ends - time.monotonic()))
         if process.exitcode is None:
+            # a process that waits for one that has failed would wait forever
             process.kill()
             process.join()
     return [process.exitcode or 0 for process in started]
@@ -120,6 +123,7 @@ def run(
     _, kind, defence = resolve(settings)
     num_members = kind.num_members
     most = num_members if defence.spreads else 1
+    # first, since all others are compared with it
     wanted = ["1x1", *(m for m in meshes(counts, most) if m != "1x1")]
     # checked here, where an error is one line
     load_dataset(settings.data.spec)
@@ -166,6 +170,7 @@ def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
         with spread_over(team, ensemble):
             _steps(run, given.stages(kind.num_members, 1)[-1], ensemble, loader, team, params, 1)
             grads = team.collect({names[p]: p.grad for p in params if p.grad is not None})
+            # traffic is reported for the timed steps only
             team.traffic.clear()
             stage = defence.stages(kind.num_members, 1)[-1]
             seconds = _steps(run, stage, ensemble, loader, team, params, steps)
@@ -197,9 +202,11 @@ def _steps(
 ) -> float:
     """Median seconds of steps that do not change the weights."""
     optimizer, tally, seconds = make_optimizer(params, run.optim), Tally(team), []
+    # not strict: an epoch may have fewer steps
     for step, batch in zip(range(count), loader.epoch(0), strict=False):
         begun = time.perf_counter()
         take_step(
+            # rate 0: each timed step starts from the same weights
             ensemble, stage, batch, optimizer, params, lr=0.0, clip=None, precision="fp32",
             total=step, rng=stream(run.seed, "step", step), first=step == 0, tally=tally,
         )  # fmt: skip

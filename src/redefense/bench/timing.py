@@ -12,6 +12,7 @@ from redefense.runtime.device import name_of
 def seconds(take: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one call, the mean over `repeats`, all work on the device included."""
     _wait(device)
+    # not with the work that was queued before
     begun = time.perf_counter()
     for _ in range(repeats):
         take()

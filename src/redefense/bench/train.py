@@ -144,6 +144,7 @@ def _case(
     operations["joint"] = joint_counted(ensemble, batch, steps).entries.total()
     ensemble.to(here)
     batch = Batch(batch.x.to(here), batch.y.to(here), batch.index)
+    # copied before the change of the memory format: the released code uses the default one
     ways: dict[str, Step] = {} if too_large else {"joint": _joint(ensemble, batch, adversary, seed)}
     channels_last(ensemble)  # as training does
     for name, way in ENGINE.items():
@@ -166,6 +167,7 @@ def _case(
     for take in timed.values():
         take()
     found = [
+        # a forward pass is short, so it is timed over five calls
         {name: seconds(take, here, 1 if name in ways else 5) for name, take in timed.items()}
         for _ in range(rounds)
     ]
@@ -188,6 +190,7 @@ def _case(
                 counted[plain].entries, at, replayed=name in replayed
             )
         if name in replayed:
+            # the recording without the host's work for batch, optimizer and logged terms
             alone = statistics.median(seconds(replayed[name].replay, here) for _ in range(rounds))
             shown[name] |= {
                 "graph_seconds": alone,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from redefense.attacks.pixels import format_of
 from redefense.checks.check import Check
 from redefense.checks.sample import SAMPLE, evenly_spread, rounding_of
 from redefense.ensembles import Ensemble, evaluating
@@ -78,6 +79,7 @@ def check_modes(ensemble: Ensemble, x: Images) -> None:
         return
     points = sample_points(x)
     for m in range(ensemble.num_members):
+        # in training mode batch norm updates its statistics
         with state_restored(ensemble):
             with evaluating(ensemble):
                 evaluated, *again = (query_member(ensemble, m, points) for _ in range(1 + REPEATS))
@@ -102,7 +104,8 @@ def in_fastest_format(ensemble: Ensemble, x: Images) -> Images:
     if with_last is None:
         return _first(x)
     with_first = _answers(ensemble, _first(some))
-    if with_first is None or not _is_first(x):
+    # images that were given in channels-last format stay in it
+    if with_first is None or format_of(x) == torch.channels_last:
         return x.contiguous(memory_format=torch.channels_last)
     alike = (
         bool((differences(a, b) <= KERNELS).all())
@@ -179,6 +182,7 @@ def check_batches(ensemble: Ensemble, m: int, points: Images, answers: Logits) -
         InputError: if the output for an image depends on the other images in its batch.
     """
     for size in (1, 3):
+        # reversed, so that most images are in a batch with others than before
         other = _in_batches(ensemble, m, points.flip(0), size).flip(0)
         if bool((differences(answers, other) > GROSS).any()):
             raise InputError(
@@ -227,11 +231,6 @@ def state_restored(module: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _is_first(x: Tensor) -> bool:
-    """Whether images are contiguous, with channels first."""
-    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _answers(ensemble: Ensemble, x: Images) -> list[Tensor] | None:
     """Every member's logits, or None if one fails on images in this memory format."""
     try:
@@ -257,16 +256,15 @@ class Answers:
 
         Images with noise are added: the outputs of a single image would have no range.
         """
-        layout = torch.contiguous_format if _is_first(x) else torch.channels_last
         some = torch.cat([x[evenly_spread(x, REASKED)], sample_points(x)])
-        some = some.contiguous(memory_format=layout)
+        some = some.contiguous(memory_format=format_of(x))
         members = range(ensemble.num_members)
         return cls(ensemble, some, [_in_batches(ensemble, m, some, CHUNK) for m in members])
 
     def elsewhere(self) -> Check:
         """S42: the same images in small, shuffled batches and in the other memory layout."""
         order = torch.randperm(len(self.x), generator=stream(0, "S42")).to(self.x.device)
-        to = torch.channels_last if _is_first(self.x) else torch.contiguous_format
+        (to,) = {torch.channels_last, torch.contiguous_format} - {format_of(self.x)}
         bad, largest = [], 0.0
         for m, first in enumerate(self.logits):
             size = min(7, len(self.x) - 1)

@@ -57,6 +57,7 @@ def batch_mates(sample: Sample) -> Check:
 
 
 def repeats(sample: Sample) -> Check:
+    # a deterministic view: on the sampled one fresh draws would differ
     average = sample.ensemble.averaged()
     first, second = (sample.run(ATTACKS["pgd"](), "S09", average) for _ in range(2))
     same = torch.equal(first, second)
@@ -73,6 +74,7 @@ def precision(sample: Sample) -> Check:
 
 def grey(sample: Sample) -> Check:
     """S12: within 0.5 any image can become uniform grey."""
+    # in L-inf, whatever the run's norm: only there 0.5 brings every pixel to grey
     x_adv = sample.at(0.5, math.inf).run(ATTACKS["meanprob_pgd"](), "S12")
     accuracy = float(sample.q(x_adv).mean())
     with torch.no_grad():
@@ -90,6 +92,7 @@ def unbounded(sample: Sample) -> Check:
 def _gain(sample: Sample, less: Attack, more: Attack, name: str, allowed: float) -> Check:
     """Check that a larger attack budget lowers the accuracy by at most `allowed`."""
     short, long = sample.q(sample.run(less, name)), sample.q(sample.run(more, name))
+    # the larger budget is given both results, as it includes the smaller one
     drop = float((short - torch.minimum(short, long)).mean())
     # one image of the sample may be fooled by chance
     passed = drop <= max(allowed, 1 / len(sample.x))
@@ -127,6 +130,7 @@ def black_box(sample: Sample) -> Check:
     """S17b: S17 with a short Square attack, for suites without one."""
     if sample.found is None:
         return Check("S17b", None, "no white-box attack to compare with")
+    # on the sampled view the best of many scores would be that of a favourable draw
     x_adv = sample.run(Square(queries=200), "S17", sample.ensemble.averaged())
     only = int((sample.q(x_adv) < sample.found - 1e-9).sum())
     return Check("S17b", only == 0, f"{only} images fooled more often by Square-200 alone")
@@ -149,6 +153,7 @@ def another_implementation(sample: Sample) -> Check:
         return Check("S39", None, "torchattacks is not installed, or the norm is not linf")
     import torchattacks
 
+    # a copy, since the library changes the mode of the model
     member = copied(sample.ensemble.member(0))
     alone = Independent([member])
     ours = sample.run(APGD(preset="torchattacks-3.5.1"), "S39", member)

@@ -48,6 +48,7 @@ GROUPS: Final[Mapping[str, str]] = MappingProxyType(
 _STRONGER = "Evaluate with `--suite aware`, or with a custom suite of more steps"
 _OURS = "This points to a defect of redefense: report it with the run directory"
 
+# in the order of the page; the groups follow `GROUPS`
 _ENTRIES: Final = (
     # the model
     Entry("S03", "Same model as trained",

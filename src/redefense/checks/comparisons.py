@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from redefense.checks.check import Check, Records
 from redefense.results.accuracy import worst_case
 
+# the other attacks that use scores only are not bounded
 BLACK_BOX = frozenset({"square"})
 
 
@@ -62,6 +63,7 @@ def transfer_is_weaker(
         if before and own.any() and not own.all():
             lost = worst_case([q[o] for o in before])[q["clean"] > 0] == 0
             taken = (q[name][own] == 0).astype(float)
+            # not paired, since the two sets of images differ
             error = 2 * (taken.std() / len(taken) ** 0.5 + lost.std() / len(lost) ** 0.5)
             gaps.append(float(taken.mean() - lost.mean() - error))
     if not gaps:
@@ -78,6 +80,7 @@ def _mean(q: Mapping[str, NDArray[np.float64]], name: str) -> float:
 def _tolerance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Two paired standard errors."""
     # paired: both attacks met the same images
+    # the spread of a single image is unknown: no difference is significant
     return 2 * float(np.std(a - b, ddof=1)) / len(a) ** 0.5 if len(a) > 1 else 1.0
 
 

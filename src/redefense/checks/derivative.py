@@ -5,6 +5,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from redefense.attacks import objectives
 from redefense.attacks.base import input_gradient
 from redefense.checks.check import Check
 from redefense.checks.sample import evenly_spread, rounding_of
@@ -102,9 +103,11 @@ def _compared(ensemble: Ensemble, m: int, x: Images, y: Labels) -> tuple[Tensor,
     """
     with frozen_weights(ensemble), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
+        # a clone, since a network that changes its input in place would fail on a leaf
         logits = ensemble.logits_of(m, point.clone())
         grad = input_gradient(log_odds(logits, y), point)
     length = grad.double().flatten(1).norm(dim=1)
+    # 1e-300: below any nonzero gradient of single precision
     unit = grad.double() / length.clamp_min(1e-300).view(-1, 1, 1, 1)
     finite = logits.detach().double().nan_to_num(0.0, 0.0, 0.0)
     finite = finite.masked_fill(finite <= MASKED, 0.0)  # masked classes have large constants
@@ -112,6 +115,7 @@ def _compared(ensemble: Ensemble, m: int, x: Images, y: Labels) -> tuple[Tensor,
     measured = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     agrees, nears = measured.clone(), measured.clone()
     for step in STEPS:
+        # per pixel, so that the step sizes suit images of any resolution
         moved = step * x[0].numel() ** 0.5 * unit
         with torch.no_grad():
             ahead = log_odds(ensemble.logits_of(m, (x + moved).to(x.dtype)), y)
@@ -135,9 +139,11 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
     """
     rng, found = stream(0, "S41", m), []
     for size in SIZES:
+        # of independent signs: products of the errors then average to the scalar product
         directions = [_noise(x, rng).sign() for _ in range(DIRECTIONS)]
         errors, lengths = [], []
         for _ in range(2):
+            # further apart than the step, so that the points do not share kinks
             point = (x + 4 * size * _noise(x, rng)).clamp(size, 1 - size).requires_grad_()
             with frozen_weights(ensemble), torch.enable_grad():
                 grad = input_gradient(log_odds(ensemble.logits_of(m, point.clone()), y), point)
@@ -153,6 +159,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
             errors.append((ahead - behind) / (2 * size) - predicted)
         # in units of the gradient's norm, so that images have equal weight
         first, second = (
+            # bounded, so that a single kink does not decide the mean
             (error / length).nan_to_num(0.0, 0.0, 0.0).clamp(-4, 4).flatten()
             for error, length in zip(errors, lengths, strict=True)
         )
@@ -171,6 +178,4 @@ def _noise(x: Images, rng: torch.Generator) -> Tensor:
 
 def log_odds(logits: Tensor, y: Labels) -> Float[Tensor, " B"]:
     """(B,) log of the odds against the true class, in double precision."""
-    logits = logits.double()
-    others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(1)
-    return others - logits.gather(1, y[:, None]).squeeze(1)
+    return objectives.log_odds(logits.double(), y)

@@ -1,5 +1,6 @@
 """S-checks of randomness: results of attacks with the draw fixed or averaged out."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -21,6 +22,7 @@ def copies(sample: Sample) -> Check:
     one, many = Independent([member]), Independent([member] * 3)
     gap = 0
     for name in ("hinge", "meanprob_pgd", "transfer"):
+        # one stream for both, so that equality is exact
         alone, together = (sample.run(ATTACKS[name](), "S28", victim) for victim in (one, many))
         gap += int((sample.q(alone, one) - sample.q(together, one)).abs().sum())
     return Check("S28", gap == 0, f"three copies of member 0 change {gap} answers")
@@ -51,6 +53,7 @@ def planes(sample: Sample) -> Check:
     """S30: two linear members that are fooled in opposite directions, then in a common one."""
     x, y = torch.full((4, 1, 1, 1), 0.5), torch.zeros(4, dtype=torch.long)
     left = []
+    # opposite: boundaries at 0.4 and 0.6, one of which a point can cross; common: both at 0.4
     for second, name in ((-1.0, "opposite"), (1.0, "common")):
         pair = Independent([_Plane(1.0, 0.1), _Plane(second, 0.1)])
         toy = Sample(ensemble=pair, x=x, y=y, threat=Threat(eps=0.2), seed=sample.seed)
@@ -64,7 +67,7 @@ def expectation(sample: Sample) -> Check:
     """S35: the mean gradient over many draws has the direction of the exact expectation."""
     ensemble, rng = sample.ensemble, stream(sample.seed, "S35")
 
-    def gradient(loss_of: "partial[Tensor]") -> Tensor:
+    def gradient(loss_of: Callable[[Tensor], Tensor]) -> Tensor:
         point = sample.x.detach().clone().requires_grad_()
         with torch.enable_grad():
             loss = loss_of(point)
@@ -81,8 +84,9 @@ def expectation(sample: Sample) -> Check:
         return F.cross_entropy(view(x), sample.y, reduction="sum")
 
     shares = ensemble.mixture.tolist()
+    # the expectation over the draw is a finite sum
     exact = sum(p * gradient(partial(one, m)) for m, p in enumerate(shares) if p > 0)
-    draws = sum(gradient(partial(drawn)) for _ in range(64))
+    draws = sum(gradient(drawn) for _ in range(64))
     cosine = float(F.cosine_similarity(cast(Tensor, exact), cast(Tensor, draws)).mean())
     lost = not bool(cast(Tensor, exact).any())
     return Check("S35", None if lost else cosine >= 0.9,

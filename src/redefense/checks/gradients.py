@@ -60,6 +60,7 @@ def incomplete(tracked: Track) -> Check:
 
 
 def silent(tracked: Track) -> Check:
+    # 1e-6: the trace is in single precision
     lost = int((tracked.correct.amin(0) < tracked.returned - 1e-6).sum())
     return Check("S24", lost == 0, f"{lost} images had a better point than the one returned")
 
@@ -81,6 +82,7 @@ def stability(sample: Sample) -> Check:
     for _ in range(100):
         uniform = torch.rand(sample.x.shape, generator=rng).to(sample.x)
         point = threat.project(sample.x + threat.noise(uniform), sample.x)
+        # a loss near 0 has no meaningful relative change
         changes.append((loss(point) - base).abs() / base.clamp_min(1e-3))
     change = float(torch.stack(changes).mean())
     return Check("S25", change <= 0.1, f"mean relative loss change {change:.2f} (flag above 0.1)")
@@ -108,6 +110,7 @@ def active(sample: Sample) -> Check:
     """S27: the attack finds planted adversarial points (after Zimmermann et al., 2022)."""
     rng = stream(sample.seed, "S27")
     sign = torch.randint(0, 2, sample.x.shape, generator=rng).to(sample.x) * 2 - 1
+    # at half the radius: a point on the surface would be found by the last bit only
     planted = sample.threat.project(sample.x + 0.5 * sample.threat.eps * sign, sample.x)
     head = Planted(sample.ensemble, sample.x, planted)
     y = torch.zeros_like(sample.y)

@@ -71,6 +71,7 @@ def after_run(
 def _as_logged(log: float | None) -> Check:
     if log is None:
         return Check("S03", None, "no training log to compare with")
+    # 0.1 points, for rounding in another precision or on another device
     return Check("S03", abs(log) <= 1e-3, f"clean accuracy differs by {100 * log:+.2f} points")
 
 
@@ -90,6 +91,7 @@ def inert(cells: Sequence[Mapping[str, Any]]) -> Check:
     bad = [
         cell["id"]
         for cell in cells
+        # only this view returns log-probabilities, which are never positive
         if (cell["attack"], cell["view"]) == ("cw", "averaged")
         and "preset=None" not in cell["repr"]
     ]
@@ -122,6 +124,7 @@ def _no_better_than_clean(
     bad = {
         c["id"]: int((q[c["id"]] > q["clean"] + 1e-9).sum())
         for c in cells
+        # attacks that are given all members return the clean image if no point is better
         if c["aware"] and c["bounded"] and c["view"] == "members"
     }
     if not bad:
@@ -230,6 +233,7 @@ def unchanged(
     shares = {}
     for c in cells:
         if c["bounded"] and c["threat"]["eps"] > 0:
+            # an image that all members misclassify needs no perturbation
             record = records[c["id"]]
             worth = (clean > 0) & record.met
             shares[c["id"]] = float((record.linf[worth] <= 1e-6).mean()) if worth.any() else 0.0

@@ -38,6 +38,7 @@ def rounding_of(logits: Tensor) -> float:
     Half-precision logits arrive as float32, so their dtype does not show it.
     """
     known = logits[logits.isfinite() & (logits > MASKED)]
+    # the coarser one first: numbers of few digits are exact in both
     for coarse in (torch.bfloat16, torch.float16):
         if bool((known.to(coarse).to(known.dtype) == known).all()):
             return torch.finfo(coarse).eps

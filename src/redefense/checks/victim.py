@@ -50,6 +50,7 @@ def before_run(ensemble: Ensemble, x: Tensor, y: Tensor, *, repeats: bool = True
 
 def _units(x: Tensor) -> Check:
     """S04: images use the range [0, 1]; if they were scaled twice, every eps would be huge."""
+    # images divided by 255 twice span one level
     span = 255 * float(x.max() - x.min())
     return Check("S04", span > 8, f"the images span {span:.0f} of 255 levels")
 
@@ -58,10 +59,12 @@ def _isolation(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     """S06: the drawn members do not depend on the attack's seed or the global generator."""
     logs = []
     for seed in (0, 1):
+        # the draws have a fixed seed: only the attack's and the global one differ
         meter = QueryLog(ensemble)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             victim = meter.sampled(rng=stream(0, "S06 draws"))
+            # so many draws are not equal by chance
             PGD(steps=6)(victim, x, y, Threat(eps=0.1), rng=stream(seed, "S06"))
         logs.append(meter.queried)
     same = logs[0] == logs[1]
@@ -102,6 +105,7 @@ def unchanged_state(module: nn.Module) -> Iterator[Callable[[], list[str]]]:
             "modes": [mode_of(child) for child in module.modules()],
             "buffers": [b.clone() for b in module.buffers()],
             "torch's generator": torch.get_rng_state(),
+            # the state has an array, whose comparison with == is no single truth value
             "numpy's generator": str(np.random.get_state()),
             "Python's generator": random.getstate(),
         }
@@ -134,11 +138,8 @@ def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     kinds = (logits >= 0).flatten(1).all(1) & ((sums - 1).abs().amax(1) < allowed)
     if bool(kinds.any()):
         which = ", ".join(str(m) for m in kinds.nonzero().flatten().tolist())
-        return Check(
-            "S07",
-            False,
-            f"members {which} return probabilities; attacks need logits",
-        )
+        return Check("S07", False, f"members {which} return probabilities; attacks need logits")
+    # computed in another way than by `margin`, which is checked
     top = logits.topk(2, dim=-1)
     right = top.indices[..., 0] == y
     runner_up = torch.where(right, top.values[..., 1], top.values[..., 0])
@@ -149,7 +150,8 @@ def _output_kind(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
 
 def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     """S22: gradients at the images and at a random start, per member, in the attacks' precision."""
-    lost, starts = 0, (x + Threat(eps=8 / 255).noise(_uniform(x, "S22"))).clamp(0, 1)
+    uniform = torch.rand(x.shape, generator=stream(0, "S22"), dtype=torch.float64).to(x)
+    lost, starts = 0, (x + Threat(eps=8 / 255).noise(uniform)).clamp(0, 1)
     with frozen_weights(ensemble), torch.enable_grad():
         for m, at in itertools.product(range(ensemble.num_members), (x, starts)):
             point = at.detach().clone().requires_grad_()
@@ -166,8 +168,3 @@ def _zero_gradients(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
             lost += int((~(size > 0) | ~size.isfinite()).sum())
     total = 2 * ensemble.num_members * len(x)
     return Check("S22", lost == 0, f"{lost} of {total} input gradients are zero or not finite")
-
-
-def _uniform(x: Tensor, name: str) -> Tensor:
-    rng = stream(0, name)
-    return torch.rand(x.shape, generator=rng, dtype=torch.float64).to(x)

@@ -68,10 +68,12 @@ class Ensemble(nn.Module):
         if num_members < 1:
             raise ConfigError(f"an ensemble needs at least one member, got {num_members}")
         self.num_members = num_members
+        # a buffer, so that it is saved with the weights and moves with them
         self.register_buffer("mixture", check_mixture(mixture, num_members))
 
     def set_mixture(self, mixture: Sequence[float] | Tensor) -> None:
         """Replace the sampling probabilities, in place."""
+        # recorded passes read this memory
         self.mixture.copy_(check_mixture(mixture, self.num_members))
 
     def shares(self) -> list[float]:
@@ -197,6 +199,7 @@ def check_mixture(mixture: Sequence[float] | Tensor | None, num_members: int) ->
             mixture if isinstance(mixture, Tensor) else torch.tensor(mixture, dtype=torch.float64)
         )
         probs = given.detach().to(torch.float64)
+    # torch raises any of these for text, nested lists and huge integers
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ConfigError(f"the mixture must be a list of probabilities, got {mixture!r}") from None
     if has_no_values(probs):

@@ -60,6 +60,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norm in train mode uses batch statistics without updating its running ones."""
     norms = [c for c in module.modules() if isinstance(c, _BatchNorm) and c.track_running_stats]
     for norm in norms:
+        # torch then ignores the running statistics in train mode and still uses them in eval mode
         norm.track_running_stats = False
     try:
         yield

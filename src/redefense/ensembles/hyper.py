@@ -60,6 +60,7 @@ class Hyper(Ensemble):
         at_least(1, embedding=embedding, hidden=hidden)
         self.unit, self.taps, self.shared = unit, taps, shared
         self.grids = [hyper.grids_of(net, unit) for net in members]
+        # generated kernels must not be parameters, which would be trained and saved
         for net, grids in zip(members, self.grids, strict=True):
             hyper.strip(net, grids)
         self.members = nn.ModuleList(members)
@@ -122,6 +123,7 @@ class Hyper(Ensemble):
 
     def train_members(self, members: Sequence[int]) -> None:
         """Train mode for these members, evaluation mode for all others."""
+        # `member` returns a copy here, whose mode would have no effect
         for m, net in enumerate(self.members):
             net.train(m in members)
 

@@ -28,6 +28,7 @@ class Independent(Ensemble):
             raise _no_networks(members)
         super().__init__(len(members), mixture)
         self.members = nn.ModuleList(members)
+        # the members may be on an accelerator already
         self.mixture = self.mixture.to(device_of(self.members))
 
     def member(self, m: int) -> nn.Module:
@@ -68,6 +69,7 @@ def as_ensemble(model: object) -> Ensemble:
 
 
 def _is_function(model: object) -> TypeGuard[Callable[[Tensor], Any]]:
+    # a class is callable, too, but its instance was meant
     return callable(model) and not isinstance(model, nn.Module | type)
 
 

@@ -106,6 +106,7 @@ def _gradient(answer: Answer, x: Tensor, cotangent: Tensor | None) -> tuple[Tens
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits = answer(leaf)
+    # any cotangents serve a proof: these differ per logit and need no random numbers
     cotangent = logits.detach().cos() if cotangent is None else cotangent
     (grad,) = torch.autograd.grad(logits, leaf, cotangent)
     return logits.detach(), grad, cotangent
@@ -134,6 +135,7 @@ class Recorded(Ensemble):
         room: int = ROOM,
     ) -> None:
         super().__init__(ensemble.num_members, None)
+        # the same tensor, not a copy: `set_mixture` changes it in place
         self.mixture = ensemble.mixture
         self.ensemble, self.recorder = ensemble, recorder
         self.settling, self.most, self.room = settling, most, room
@@ -150,6 +152,7 @@ class Recorded(Ensemble):
         with_grad = torch.is_grad_enabled() and x.requires_grad
         if not self._may_replay(m, x):
             return self._computed(m, x)
+        # the memory format may choose the algorithm, and so the bits
         key = (m, x.shape, x.stride(), x.dtype, with_grad)
         known = self._passes.get(key)
         if known is None:
@@ -182,6 +185,7 @@ class Recorded(Ensemble):
         return not (
             self.why is not None
             or x.numel() == 0
+            # torch cannot save inference tensors for the backward pass
             or x.is_inference()
             or torch.is_inference_mode_enabled()
             or x.device != self.mixture.device

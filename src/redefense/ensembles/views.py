@@ -22,6 +22,7 @@ class MemberOf(nn.Module):
     def __init__(self, ensemble: Ensemble, m: int) -> None:
         super().__init__()
         self.ensemble, self.m = ensemble, m
+        # the flag alone: `train()` would change the modes of the members
         self.training = ensemble.training
 
     def forward(self, x: Images) -> Logits:
@@ -73,6 +74,7 @@ def logits_of_drawn(
             rounding, which may depend on the batch size.
     """
     if len(drawn) == 0:
+        # for the number of classes, which only a member knows
         return ensemble.logits_of(0, x)
     if padded is None:
         several = x.device.type != "cpu" and len(drawn) > 1
