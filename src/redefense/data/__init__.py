@@ -262,14 +262,12 @@ def _ticking(source: Source, *, progress: bool) -> Iterator[Callable[[int], None
     if not progress:
         yield _silent
         return
-    from rich.console import Console
-    from rich.progress import Progress
+    from redefense.runtime.progress import Counter, note
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(
-            f"decoding {source.name}", total=len(source.train.labels) + len(source.test.labels)
-        )
-        yield lambda count: bar.advance(task, count)
+    total = len(source.train.labels) + len(source.test.labels)
+    counter = Counter(f"decoding {source.name}", total, unit="images", log=note)
+    with contextlib.closing(counter):
+        yield counter.advance
 
 
 def __getattr__(name: str) -> Any:

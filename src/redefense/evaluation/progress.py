@@ -9,20 +9,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Final
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
-
 from redefense.attacks import Attack
+from redefense.runtime.progress import PLAIN_INTERVAL, Bar, times
 
 Show = Callable[[str, float, str], None]
 """Shows a label, a fraction in [0, 1], and a description."""
-
-PLAIN_INTERVAL: Final = 15.0
-BAR_INTERVAL: Final = 0.2
 
 _FACTORS: Final = frozenset(
     {"steps", "restarts", "draws", "num_targets", "competitors", "popsize", "iterations"}
@@ -62,7 +56,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._show, self._every, self._clock = show, every, clock
-        self._shown = clock()
+        self._begun = self._shown = clock()
         self._plan: list[tuple[str, float]] = []
         self._spent = self._guessed = 0.0  # seconds and estimated passes of finished work
         self._piece: _Piece | None = None
@@ -79,7 +73,8 @@ class Progress:
         names = [name for name, _ in self._plan]
         at = names.index(label) if label in names else -1
         guess = self._plan[at][1] if at >= 0 else float(total)
-        later = math.fsum(passes for _, passes in self._plan[at + 1 :]) if at >= 0 else 0.0
+        several = at >= 0 and len(names) > 1
+        later = math.fsum(passes for _, passes in self._plan[at + 1 :]) if several else None
         self._piece = _Piece(
             label=label, total=total, share=max(share, 1), unit=unit,
             begun=self._clock(), guess=guess, later=later,
@@ -114,15 +109,16 @@ class Progress:
             return
         self._shown = now
         share, spent = piece.fraction(), now - piece.begun
-        words = [f"{int(share * piece.total)}/{piece.total} {piece.unit}"]
+        words = f"{int(share * piece.total)}/{piece.total} {piece.unit}"
         fresh = share - piece.found / piece.share
         if fresh > 0:
             left = spent / fresh * (1 - share)
-            words.append(f"{clock_time(left)} left")
-            if piece.later:
+            if piece.later is None:
+                words += f", {times(spent, left)}"
+            else:
                 speed = (self._spent + spent) / (self._guessed + piece.guess * fresh)
-                words.append(f"{clock_time(left + piece.later * speed)} in all")
-        self._show(piece.label, share, ", ".join(words))
+                words += f"; in total {times(now - self._begun, left + piece.later * speed)}"
+        self._show(piece.label, share, words)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -131,7 +127,8 @@ class _Piece:
 
     Attributes:
         share: units of this process; `done` are finished, of them `found` in the store.
-        guess: estimated passes of the whole task; `later`, of all later tasks.
+        guess: estimated passes of the whole task; `later`, of all later tasks, None unless the
+            task is one of several that are planned.
         passes: of the finished chunks; `current`, of the current chunk.
     """
 
@@ -141,7 +138,7 @@ class _Piece:
     unit: str
     begun: float
     guess: float
-    later: float
+    later: float | None
     done: int = 0
     found: int = 0
     passes: float = 0.0
@@ -158,26 +155,8 @@ class _Piece:
 SILENT: Final = Progress()
 
 
-def clock_time(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 @contextmanager
 def shown(log: Callable[[str], None]) -> Iterator[Progress]:
     """Show progress as a bar on a terminal, else as a line by `log` every 15 seconds."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Progress(lambda label, _, words: log(f"{label}: {words}"))
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
-    with RichProgress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=1.0, words="")
-        yield Progress(
-            lambda label, share, words: bar.update(
-                task, description=label, completed=share, words=words
-            ),
-            every=BAR_INTERVAL,
-        )
+    with closing(Bar(log)) as bar:
+        yield Progress(bar.show, every=bar.every)

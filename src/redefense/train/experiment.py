@@ -17,6 +17,7 @@ from redefense.limits import one_of
 from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_json, write_text
 from redefense.runtime.mesh import Mesh, processes
+from redefense.runtime.progress import note
 from redefense.runtime.recording import REPLAY, Recorder, recorder_for
 from redefense.train.checkpoint import ASIDE, Checkpoint, latest, read, save
 from redefense.train.exchange import check_weights
@@ -37,7 +38,6 @@ from redefense.train.loading import (
     loader_of,
     resolve,
 )
-from redefense.train.log import note
 from redefense.train.loop import Position, Start
 from redefense.train.profile import profiled
 from redefense.train.session import Session, accuracy

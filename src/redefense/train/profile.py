@@ -10,7 +10,7 @@ import torch
 
 from redefense.runtime.files import write_json
 from redefense.runtime.phases import OTHER, PHASES, watched
-from redefense.train.log import note
+from redefense.runtime.progress import note
 
 
 class Profile:

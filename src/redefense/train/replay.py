@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from redefense.ensembles import Ensemble
 from redefense.rng import Draws
 from redefense.runtime.phases import REPLAYED, phase
+from redefense.runtime.progress import note
 from redefense.runtime.recording import Recorder, Recording, RecordingError, digest, reason
-from redefense.train.log import note
 from redefense.types import Batch, Progress
 
 Compute = Callable[[Batch, torch.Generator], dict[str, Tensor]]

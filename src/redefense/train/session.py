@@ -19,11 +19,12 @@ from redefense.errors import Interrupted, RedefenseError
 from redefense.results.accuracy import degenerate_members
 from redefense.rng import draw_seed, seeded, stream
 from redefense.runtime.mesh import Mesh
+from redefense.runtime.progress import Counter, note
 from redefense.runtime.recording import Recorder
 from redefense.runtime.signals import stop_signals
 from redefense.train.checkpoint import prune, save, step_folder
 from redefense.train.loading import Signature
-from redefense.train.log import Metrics, ProgressLine, note
+from redefense.train.log import Metrics
 from redefense.train.loop import EpochEnded, Event, Position, SaveDue, Start, StepDone, fit
 from redefense.types import correct
 
@@ -70,7 +71,10 @@ class Session:
         # within an epoch, even after its last step, its record is not written yet
         done = place.total - bool(place.step)
         metrics = Metrics(self.out, resume_step=done) if self.team.first else None
-        progress = ProgressLine(self.run.recipe, steps, done=place.total, quiet=self.quiet)
+        progress = Counter(
+            self.run.recipe, steps, unit="steps", done=place.total,
+            log=None if self.quiet else note,
+        )  # fmt: skip
         self.saved = time.monotonic()
         events = fit(
             self.ensemble, self.stages, self.loader, optim=self.run.optim, seed=self.run.seed,
@@ -82,9 +86,7 @@ class Session:
                 for event in events:
                     match event:
                         case StepDone():
-                            progress.update(
-                                event.position.total, f"loss {event.terms['total']:.3f}"
-                            )
+                            progress.advance(1, f"loss {event.terms['total']:.3f}")
                             self._save_or_stop(event, stopping[0] if stopping else 0)
                         case EpochEnded():
                             self._log(event, metrics)
