@@ -17,11 +17,7 @@ from redefense.ensembles import Ensemble, evaluating, recorded
 from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.cells import Subject, image_digest
 from redefense.evaluation.folder import begin_or_resume, exclusive, keeping, silent, stoppable
-from redefense.evaluation.inputs.arguments import (
-    check_choices,
-    read_ensemble,
-    read_threat,
-)
+from redefense.evaluation.inputs.arguments import check_choices, read_ensemble, read_threat
 from redefense.evaluation.inputs.batches import bounded, in_batches, noise_of
 from redefense.evaluation.inputs.data import read_data
 from redefense.evaluation.inputs.objects import (
@@ -160,7 +156,9 @@ def evaluate(
         x, y = (part.to(ensemble.mixture.device) for part in (x, y))
         ensemble, x = computed_in(ensemble, x)
         subject = Subject(ensemble, x, y, index, "given images", "given")
+    # several networks are drawn from, unless the run's method answers by their average
     drawn = ensemble.num_members > 1 and (run is None or randomized(run))
+    # `own` is recorded: the following wrappers would change its digest
     own, subject = ensemble, bounded(replace(subject, randomized=drawn), batch_size)
     ensemble, found = as_stochastic(subject.ensemble, subject.x, cast(Choice, stochastic))
     if found:
@@ -173,6 +171,7 @@ def evaluate(
             plan = all_aware(plan)
     with evaluating(ensemble):
         subject = replace(subject, x=in_fastest_format(ensemble, subject.x))
+        # all that determines the records: a call that resumes them must have the same
         settings = {
             "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
             "threat": allowed.model_dump(mode="json"), "images": images, "seed": seed,
@@ -190,6 +189,7 @@ def evaluate(
             report.data["plan"] = settings | _described(own)
             kept.finish(report)
     for check in report.data["checks"]:
+        # a red check of the defence does not make the figures wrong
         if check["passed"] is False and check["id"] not in OF_DEFENCE:
             message = RedCheckWarning(explained(check["id"], check["detail"]), report)
             warnings.warn(message, stacklevel=3)  # the caller's line, not the decorator's
@@ -280,6 +280,7 @@ def evaluate_run(
     if isinstance(measured, Stochastic):
         subject = replace(subject, ensemble=measured, randomized=True)
     settings |= noise_of(subject)
+    # here as well as in the run, so that a refused plan writes nothing
     check_plan(subject, plan, threat)
     if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
@@ -297,14 +298,17 @@ def evaluate_run(
         log(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
         if found:
             log(found)
+        # `per_image` names files in the folder of --out, which may differ from the suite's name
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
         drawn = isinstance(subject.ensemble, Stochastic)
+        # a stochastic network is seeded by the host for each draw, which no replay repeats
         recorder = None if drawn or replay == "off" else recorder_for(subject.x.device)
         with (
             stoppable(store),
             shown(shared) if shared else nullcontext(SILENT) as progress,
             recorded(ensemble, recorder, log) as passes,
         ):
+            # recorded from the ensemble as loaded, which is not bounded
             passes = in_batches(passes, subject.batch_size)
             subject = replace(subject, passes=None if drawn else passes)
             report = _run_of(subject)(
@@ -344,6 +348,7 @@ def _over_radii(
         return evaluate_run(path, suite=suite, out=place, **settings | {"eps": radius})[0]
 
     report = over(radii, at)
+    # the group of processes ended with the last evaluation
     if int(os.environ.get("RANK", "0")) == 0:
         write_text(target, report.to_json())
     return report, target

@@ -84,7 +84,7 @@ def attack_baselines(runner: Runner) -> None:
     Images on which a cell of the suite ran the same attack on the same view are skipped.
     """
     job, worst = runner.job, runner.worst
-    if worst is None:
+    if worst is None:  # nothing that the baselines could be compared with
         return
     for name, view, spec in _each(job):
         attack = attack_of(spec)
@@ -155,6 +155,7 @@ def _on_validation(job: Job) -> Bools | None:
         meter = Meter(job.progress.passed)
         metered = in_attack_precision(job.subject.precision, Metered(job.subject.attacked, meter))
         xs, ys = x[images], y[images]
+        # an image that a member misclassifies when clean is not correct under attack either
         right = judge(ensemble, xs, xs, ys)["correct"]
         for m in range(ensemble.num_members):
             # the same stream for every member, so that equal members get equal attacks
@@ -168,6 +169,6 @@ def _on_validation(job: Job) -> Bools | None:
     right = np.concatenate([part["right"] for part in parts], axis=1)
     if (saved := job.save(place)) is not None:
         write_arrays(saved, {"right": right})
-        forget(kept)
+        forget(kept)  # only now, so that an interruption loses nothing
     workers.wait()
     return right

@@ -36,6 +36,7 @@ def stronger_budget(runner: Runner, plan: Sequence[Planned]) -> Check:
         met = first & ~worst.lost
         if met.any():
             spec = CellSpec(attack=name, view="members")
+            # attacked in turn: each skips what those before it have fooled
             runner.further(f"stronger-{name}-{number}", spec, attack, "members", met)
             found.append(name)
     drop = float((before - worst.q[first]).mean())
@@ -61,5 +62,6 @@ def _stronger(plan: Sequence[Planned]) -> Iterator[tuple[str, Attack]]:
         more = {"steps": 2 * max(steps, getattr(type(attack), "steps", 0))}
         if isinstance(attack, Subset):
             more["subsets"] = 4 * attack.subsets
+        # a preset fixes its settings
         if getattr(attack, "preset", None) is None:
             yield name, cast(Attack, replace(attack, **more))

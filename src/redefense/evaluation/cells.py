@@ -103,6 +103,7 @@ class Cell:
 
 def image_digest(x: Images, y: Labels) -> str:
     """SHA-256 of the evaluated images and labels; only equal digests can be compared."""
+    # the bytes alone do not tell the shape
     digest = hashlib.sha256(str(tuple(x.shape)).encode())
     for images in x.split(chunk_size(x.shape[1:])):  # a whole copy would double the memory
         digest.update(images.float().contiguous().cpu().numpy().data)
@@ -147,10 +148,7 @@ class Subject:
 
     @property
     def attacked(self) -> Ensemble:
-        """The ensemble that built-in attacks query.
-
-        Users' attacks may need second derivatives, which recorded passes do not have.
-        """
+        """The ensemble that built-in attacks query."""
         return self.ensemble if self.passes is None else self.passes
 
 
@@ -205,12 +203,14 @@ class Task:
             x, y = x[chosen], y[chosen]
         budget, meter = as_threat(self.threat), Meter(progress.passed)
         foreign = isinstance(self.attack, Foreign)
+        # users' attacks may need second derivatives, which recorded passes do not have
         target = subject.ensemble if foreign else subject.attacked
         victim = self._victim(Metered(target, meter), images.start)
         more = {}
         if self.starts is not None:
             points = self.starts(images)
             more["starts"] = points if whole else points[:, chosen]
+        # by the chunk, so that it can be computed alone, by any process
         rng = stream(self.seed, "attack", self.name, images.start)
         begun = time.perf_counter()
         x_adv = self.attack(victim, x, y, budget, rng=rng, **more)
@@ -313,10 +313,8 @@ def lengths(delta: Tensor, p: float) -> Floats:
 
 
 def projected(x_adv: Images, x: Images, threat: Threat) -> tuple[Images, dict[str, Floats]]:
-    """The points of a user's attack on the ball, and how far they were from its centre before.
-
-    Such an attack may have a budget of its own; it is scored at the nearest allowed points.
-    """
+    """The points of a user's attack on the ball, and how far they were from its centre before."""
+    # it may have a budget of its own: the nearest allowed points are scored
     return threat.project(x_adv, x), {"reached": lengths(x_adv - x, threat.norm)}
 
 

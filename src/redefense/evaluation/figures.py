@@ -46,7 +46,7 @@ def plot_bars(ax: Any, figures: Mapping[str, Figure]) -> None:
     known = {name: f for name, f in figures.items() if f.value is not None}
     values = [100 * (f.value or 0.0) for f in known.values()]
     ax.barh(list(known), values, xerr=_errors(list(known.values())))
-    ax.invert_yaxis()
+    ax.invert_yaxis()  # matplotlib draws the first bar at the bottom
     ax.set_xlim(0, 100)
     ax.set_xlabel("accuracy (%)")
 
@@ -73,5 +73,6 @@ def _errors(figures: Sequence[Figure]) -> NDArray[np.float64]:
         for f in figures
     ]
     value, low, high = np.array(ends, dtype=np.float64).T
+    # matplotlib refuses negative lengths, which rounding could give
     lengths: NDArray[np.float64] = 100 * np.maximum(np.stack([value - low, high - value]), 0.0)
     return lengths

@@ -52,6 +52,7 @@ def exclusive(team: Workers, store: Path, target: Path) -> Iterator[None]:
         ConfigError: on every process of the team, if another process is working on it.
     """
     with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
+        # gathered, so that no process waits for one that has raised
         if not all(team.gather([free])):
             raise ConfigError(
                 f"another process is working on {target}: wait until it ends, or choose another "
@@ -77,6 +78,7 @@ def keeping(
     """
     log = partial(print, file=sys.stderr, flush=True) if progress else silent
     target, started = None, ""
+    # the lock is taken first and released last
     with ExitStack() as stack:
         if out is not None:
             target = Path(out) / "evaluation" / f"{plan.name}.json"
@@ -128,6 +130,7 @@ def begin_or_resume(
         started, known = str(stored.pop("started", "")), stored.pop("places", [UNKNOWN])
         if stored != settings:
             keys = [k for k in settings if stored.get(k) != settings[k]]
+            # other code may compute other records under equal settings
             if keys == ["code"]:
                 raise ConfigError(
                     f"{store} was begun by another version of the code, and their figures must not "
@@ -139,6 +142,7 @@ def begin_or_resume(
                 f"({', '.join(keys)}); choose another file with --out, or remove {store} and "
                 f"{target.name} to start over"
             )
+        # a finished evaluation is read only: this machine has no part in it
         places = known if target.exists() else _distinct([*known, *here])
         if places != known:
             _write_plan(plan, settings, started, places)

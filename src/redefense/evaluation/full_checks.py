@@ -46,6 +46,7 @@ def full_checks(
     white = [
         exact_expectation(records[p.identity].correct[:, :SAMPLE], mixture)
         for p in cells
+        # S17 asks whether black-box attacks find what these did not
         if p.threat == given and p.spec.attack not in BLACK_BOX
     ]
     threat = as_threat(given)

@@ -31,6 +31,7 @@ def headline(
     if worst is None:
         return dict.fromkeys(("unaware", "aware", "aware_interval"))
     threat = threat_of(plan)
+    # of whole cells, not of the worst case per image: an unaware attacker runs one attack
     unaware = [
         float(exact_expectation(records[p.identity].correct, worst.mixture).mean())
         for p in plan

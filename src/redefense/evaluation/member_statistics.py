@@ -114,12 +114,7 @@ def best_mixture(corrects: Bools, present: Floats, steps: int = 300) -> tuple[Fl
 
 
 def member_measures(
-    subject: Subject,
-    threat: Threat,
-    worst: Bools,
-    *,
-    seed: int,
-    progress: Progress = SILENT,
+    subject: Subject, threat: Threat, worst: Bools, *, seed: int, progress: Progress = SILENT
 ) -> tuple[dict[str, Any], Cell]:
     """Transfer, diversity and accuracy over eps, and the points that were tried at the threat.
 
@@ -144,6 +139,7 @@ def member_measures(
     progress.begin(MEASURES, len(jobs), share=len(own), unit="parts")
     results = []
     for job in own:
+        # a job must not see points of others, which depend on the number of processes
         apart = tried.fork()
         results.append((job(apart), apart.cell))
         progress.advance(1, 0.0)
@@ -352,11 +348,9 @@ def gradient_diversity(ensemble: Ensemble, x: Images, y: Labels) -> dict[str, fl
     with torch.no_grad():
         probs = ensemble.member_logits(x).double().softmax(-1)
     mean = probs.mean(0)
+    # against log(0), as in `penalties.ensemble_entropy`
     entropy = float(-(mean * mean.clamp_min(1e-20).log()).sum(-1).mean())
-    found: dict[str, float | None] = {
-        "gradient_norm": float(lipschitz(grads)),
-        "entropy": entropy,
-    }
+    found: dict[str, float | None] = {"gradient_norm": float(lipschitz(grads)), "entropy": entropy}
     num_members, classes = len(probs), probs.shape[-1]
     if num_members < 2:
         return found | dict.fromkeys(("cosine", "abs_cosine", "coherence", "log_det"))
@@ -384,6 +378,7 @@ def input_gradients(ensemble: Ensemble, x: Images, y: Labels) -> Float[Tensor, "
     with frozen_weights(ensemble), torch.enable_grad():
         for m in range(ensemble.num_members):
             point = x.detach().clone().requires_grad_()
+            # summed, so that the gradient of an image does not depend on the batch
             loss = F.cross_entropy(ensemble.logits_of(m, point), y, reduction="sum")
             with differentiating():
                 grad = (

@@ -55,7 +55,7 @@ class Metered(Ensemble):
     def logits_of(self, m: int, x: Images) -> Logits:
         logits = self.ensemble.logits_of(m, x)
         self.meter.forward(len(x))
-        if not logits.requires_grad:
+        if not logits.requires_grad:  # no backward pass can follow
             return logits
         counted: Tensor = _CountBackward.apply(logits, self.meter)  # type: ignore[no-untyped-call]  # untyped in torch
         return counted

@@ -86,6 +86,7 @@ class Job:
             "view": it.view,
             "aware": True,
             "bounded": True,
+            # always that of the headline: points of others do not count
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
             "met": int(it.cell.met.sum()),
             "accuracy": {"expected": expected},
@@ -189,6 +190,7 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
     check_images(subject.x)
     check_labels(subject.y, len(subject.x))
     attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
+    # these run last: a wrong name or setting is found before hours of work
     attacks += [attack_of(spec) for spec in suite.baseline_attacks]
     drawn = isinstance(subject.ensemble, Stochastic)
     classes = check_outputs(subject.ensemble, subject.x, subject.y, drawn=drawn)
@@ -214,6 +216,7 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
         # a suite may be made in Python, past the checks of files
         cell_threat.check()
         attack = attack_of(spec)
+        # adaptive attacks query single members, which only this view has
         if attack.adaptive != (spec.view == "members"):
             raise ConfigError(
                 f"suite {suite.name}: {spec.attack} "

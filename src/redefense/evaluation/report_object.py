@@ -79,6 +79,7 @@ class Report:
         """The lowest accuracy under a bounded attack that does not know of the draw."""
         value = self.headline.get("unaware")
         rows = [c for c in self._bounded() if not c["aware"]]
+        # the accuracy of one cell, and so its interval
         of = [c.get("interval") for c in rows if c["accuracy"]["expected"] == value]
         if "unaware_interval" in self.headline:  # an estimate: its interval covers the draws
             of = [self.headline["unaware_interval"]]
@@ -210,6 +211,7 @@ class Report:
             raise ConfigError(f"no attack {attack!r} in this report; choose one of {known}")
         if len(fits) > 1:
             raise ConfigError(f"{attack!r} matches several attacks; choose one: {', '.join(fits)}")
+        # the tensor shares memory with its array: changes must not reach the report
         return torch.from_numpy(self.images[fits[0]].copy())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -318,6 +320,7 @@ class Report:
         home = Path(folder) / "evaluation"
         target = home / f"{self.data['suite']}.json"
         records = home / self.data["clean"]["per_image"]
+        # only `redefense evaluate` writes a plan, to resume from the records beside it
         if (records.parent / "plan.json").exists():
             raise ConfigError(
                 f"{target} was made by `redefense evaluate` and is not replaced; "
@@ -336,7 +339,7 @@ class Report:
             write_arrays(home / self.data["examples"], self.examples.arrays())
         if self.baselines is not None:
             self.baselines.save(records.with_name("baselines.npz"))
-        write_text(target, self.to_json())
+        write_text(target, self.to_json())  # last, when all that it names is there
         return target
 
 

@@ -18,12 +18,7 @@ from redefense.evaluation.budget_check import stronger_budget
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import Runner, planned_passes, run_order
 from redefense.evaluation.cascade.tried import record_of
-from redefense.evaluation.cells import (
-    Cell,
-    Subject,
-    as_threat,
-    clean_cell,
-)
+from redefense.evaluation.cells import Cell, Subject, as_threat, clean_cell
 from redefense.evaluation.full_checks import full_checks
 from redefense.evaluation.headline import headline, interval
 from redefense.evaluation.inputs.objects import plugins_of
@@ -81,8 +76,10 @@ def run_suite(
     """
     ensemble, x, y = subject.ensemble, subject.x, subject.y
     check_plan(subject, suite, threat)
+    # now: the commit and the files may change during the work
     made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     subject = replace(subject, precision=attack_precision(suite.precision, ensemble, x))
+    # attacked points and measurements of one process are read from its files by the others
     if subject.workers.count > 1 and store is None:
         raise ConfigError("an evaluation on several processes needs a store")
     mixture = ensemble.probabilities()
@@ -107,6 +104,7 @@ def run_suite(
     full = _full_checks(job, runner, plan, records) if checks == "full" else []
     others = {it.identity: it.cell for it in runner.others}
     examples = known_examples(job, plan, runner.attacked, records, others, mixture)
+    # not before: the stronger attacks of the checks start from them
     runner.forget_points()
     baseline, worst = baselines(runner), runner.worst
     data = _facts(job, made, clean, mixture) | {
@@ -177,6 +175,7 @@ def _cell_json(
     x: Images,
 ) -> dict[str, Any]:
     identity, cell = planned.identity, records[planned.identity]
+    # the others have distance 0, which is no figure of this attack
     moved = cell.linf[cell.met] > 0
     drawn = protocol_draws(mixture, len(cell.met), seed, identity)
     every = [float(exact_expectation(c.correct, mixture).mean()) for c in (cell, *repeats)]
@@ -206,6 +205,7 @@ def _measured(job: Job, runner: Runner) -> dict[str, Any]:
     worst = runner.worst
     if worst is None:
         return {}
+    # both or none: figures without their points would leave the headline too high
     found, cell = read_object(job.place("measures.json")), Cell.read(job.place("measures.npz"))
     if found is None or cell is None:
         found, first = member_measures(
@@ -224,6 +224,7 @@ def _full_checks(
     job: Job, runner: Runner, plan: Sequence[Planned], records: Mapping[str, Cell]
 ) -> list[Check]:
     """The S-checks that run attacks; their points within the threat count for the headline."""
+    # first, since it compares with the worst case of the suite alone
     stronger, worst = stronger_budget(runner, plan), runner.worst
     stored, cell = read_object(job.place("checks.json")), Cell.read(job.place("checks.npz"))
     if stored is None or (worst is not None and cell is None):

@@ -66,6 +66,7 @@ def chunk_size(shape: Sequence[int]) -> int:
     Args:
         shape: (channels, height, width) of an image.
     """
+    # by the shape alone: streams are named by chunk, so results depend on its size
     return max(1, min(CHUNK, VALUES // math.prod(shape)))
 
 
@@ -100,10 +101,9 @@ def in_chunks(
         images = slice(start, min(start + size, count))
         # a single chunk is not saved separately from its union
         place = kept / f"{start}.npz" if kept is not None and len(starts) > 1 else None
-        found = read_arrays(place)
+        part = found = read_arrays(place)
         if found is not None and not fits(images, found):
-            found = None
-        part = found
+            part = found = None
         if part is None:
             part = {key: np.asarray(value) for key, value in work(images).items()}
             if place is not None:

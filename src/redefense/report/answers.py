@@ -80,9 +80,7 @@ def answers(results: Sequence[Result]) -> list[Answer]:
     return [
         *found,
         Answer(
-            question="Does the randomness help?",
-            lead=worth.short.capitalize(),
-            text=worth.sentence,
+            question="Does the randomness help?", lead=worth.short.capitalize(), text=worth.sentence
         ),
     ]
 

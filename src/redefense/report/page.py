@@ -189,9 +189,7 @@ def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
     yield from dict.fromkeys(message)
 
 
-def _eps_curves(
-    results: Sequence[Result],
-) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+def _eps_curves(results: Sequence[Result]) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
     """Name, chart, legend and points of each evaluation at several radii."""
     for name, points in tables.radii(results):
         lines = [

@@ -133,9 +133,7 @@ def _recorded_headline(
     correct = np.stack([c for _, _, c in scored if c is not None])[worst, :, np.arange(len(worst))]
     unaware = [i for i, c in enumerate(bounded) if not c.cell.aware]
     known = Pair(
-        aware=accuracy_interval(qs.min(0)),
-        q_aware=qs.min(0),
-        fooled=fooled_histogram(correct.T),
+        aware=accuracy_interval(qs.min(0)), q_aware=qs.min(0), fooled=fooled_histogram(correct.T)
     )
     if not unaware:
         return known

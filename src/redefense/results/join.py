@@ -8,13 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redefense.radius import eps_text
-from redefense.results.headline import (
-    TRIES,
-    Pair,
-    estimate_of,
-    estimated_headline,
-    joined_headline,
-)
+from redefense.results.headline import TRIES, Pair, estimate_of, estimated_headline, joined_headline
 from redefense.results.intervals import (
     Estimate,
     accuracy_interval,

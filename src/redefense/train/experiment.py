@@ -334,11 +334,6 @@ def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
 
 
 def _finish(run: Run, out: Path, ensemble: Ensemble, signature: Signature) -> None:
-    save(
-        out / "final",
-        run=run,
-        weights=ensemble.state_dict(),
-        state={"data": signature.as_dict()},
-    )
+    save(out / "final", run=run, weights=ensemble.state_dict(), state={"data": signature.as_dict()})
     for left in out.glob(f"{ASIDE}final-*"):  # left by a killed process
         shutil.rmtree(left, ignore_errors=True)

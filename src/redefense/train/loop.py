@@ -209,10 +209,7 @@ def fit(
                         position=position, totals=totals, optimizer=optimizer, before=work
                     )
                     optimizer.put_averages()
-                    with (
-                        interrupted_at_once(work, mesh),
-                        drawing(seed, mesh, "after", stage.name),
-                    ):
+                    with interrupted_at_once(work, mesh), drawing(seed, mesh, "after", stage.name):
                         whole = mesh.joined(loader.epoch(0))
                         stage.after(ensemble, whole, stream(seed, "after", stage.name))
                     # rounding of a refit may differ between processes: all continue with the same

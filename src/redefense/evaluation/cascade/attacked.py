@@ -33,6 +33,7 @@ class Attacked:
 
     def __init__(self, job: Job) -> None:
         self._job, self._x = job, job.subject.x
+        # chunks of the first images alone do not serve a call that keeps all
         self._chunks = ChunkStore(job.place("attacked" + ".all" * job.keep_images))
         self._count = len(self._x) if job.keep_images else min(len(self._x), CANDIDATES)
         self._bytes = 0
@@ -55,9 +56,9 @@ class Attacked:
         ) -> None:
             if before is not None:
                 before(images, rows, x_adv, correct)
-            some = images.start + rows < self._count
             if images.start >= self._count:
                 return
+            some = images.start + rows < self._count
             points = x_adv[torch.from_numpy(some).to(x_adv.device)].cpu().numpy()
             arrays = {"rows": images.start + rows[some], "points": points}
             self._chunks.write(name, images.start, arrays)
@@ -79,13 +80,10 @@ class Attacked:
         return True
 
     def finish(self, name: str, cell: Cell, worst: WorstCase | None = None) -> None:
-        """Collect the images of an attack.
-
-        Images that it skipped were fooled before: the point that fooled them is used, so that the
-        images match the records.
-        """
+        """Collect the images of an attack."""
         if name in self.images:
             return
+        # a copy: on the CPU the array shares the memory of the evaluated images
         images = self._x[: self._count].cpu().numpy().copy()
         size = self._job.subject.chunk
         for start in range(0, self._count, size):
@@ -94,6 +92,8 @@ class Attacked:
             if (part := self._chunks.read(name, start)) is None:
                 return  # the evaluation was finished without saved images
             images[part["rows"]] = part["points"]
+        # images that it skipped were fooled before: with the point that fooled them, they match the
+        # records
         if worst is not None:
             for row in np.flatnonzero(~cell.met[: self._count]).tolist():
                 if (fooled_by := worst.source[row]) in self.images:

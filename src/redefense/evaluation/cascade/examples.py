@@ -29,8 +29,6 @@ def known_examples(
 ) -> Examples | None:
     """The worst point of each of the first images that some member classifies correctly when clean.
 
-    The images are in a published random order, so the first ones are not selected by their looks.
-
     Args:
         job: the evaluation.
         plan: its cells; the bounded ones at the threat of the headline count.
@@ -46,6 +44,7 @@ def known_examples(
     known = {p.identity for p in plan if p.attack.bounded and p.threat == job.threat}
     cells = {name: cell for name, cell in {**records, **others}.items()
              if (name in known or name in others) and name in attacked.images}  # fmt: skip
+    # nothing was attacked now: the evaluation was finished before, and its examples are stored
     if not cells:
         stored = read_arrays(place)
         return None if stored is None else Examples.read(stored, str(place))
@@ -72,6 +71,7 @@ def _chosen(
     images: Mapping[str, NDArray[np.floating]],
     mixture: Floats | None,
 ) -> Examples:
+    # the first ones, in the published random order, so that none is selected by its looks
     count = min(CANDIDATES, len(job.subject.x))
     rows = np.flatnonzero(clean.correct[:, :count].any(0))[:SHOWN]
     names = ["clean", *cells]

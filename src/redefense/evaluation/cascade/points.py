@@ -24,8 +24,8 @@ LIMIT: Final = 2**30
 class Points:
     """For each attack, its points on the images whose worst case it lowered.
 
-    They are kept until the evaluation ends, except for images that fool all members, which are not
-    attacked again. If points are missing, the same attack computes them again.
+    They are kept until the evaluation ends. If points are missing, the same attack computes them
+    again.
 
     Args:
         x: (n, C, H, W) the clean images.
@@ -43,6 +43,7 @@ class Points:
 
         def keep(images: slice, rows: NDArray[np.int64], x_adv: Images, correct: Bools) -> None:
             left = exact_expectation(correct, mixture)
+            # points that fool all members start nothing: their images are not attacked again
             some = (left < q[images][rows] - EQUAL) & (left > EQUAL)
             some &= images.start + rows < self._count
             points = x_adv[torch.from_numpy(some).to(x_adv.device)].cpu().numpy()
@@ -54,6 +55,7 @@ class Points:
 
     def starts(self, worst: WorstCase) -> Callable[[slice], Tensor]:
         """Function from a chunk to its current best points (1, B, C, H, W), or clean images."""
+        # copied now, so that a chunk that is computed again starts from the same points
         source = np.array(worst.source)
 
         def best(images: slice) -> Tensor:

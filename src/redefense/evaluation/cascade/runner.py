@@ -56,6 +56,7 @@ class Runner:
         self._met: list[tuple[Attack, str, Bools]] = []
         self.attacked = Attacked(job)
         self.points = Points(job.subject.x, job.place("points"))
+        # the full checks attack with `Subset`, which starts from points of others
         self._hands_on = any(p.attack.takes_starts for p in plan) or job.checks == "full"
 
     @property
@@ -136,6 +137,7 @@ class Runner:
             subject=subject, attack=attack, threat=threat, view=view, seed=job.seed, name=name,
             met=met, aware=aware,
         )  # fmt: skip
+        # points of other budgets must not count for the headline
         worst = self.worst if attack.bounded and threat == self._threat else None
         if worst is not None and self._hands_on:
             if attack.takes_starts:
@@ -144,12 +146,14 @@ class Runner:
         task = self.attacked.kept(task)
         kept = self.attacked.chunks_of(name)
         cell = Cell.read(job.place(f"{name}.npz")) if self.attacked.stored(name) else None
+        # an earlier attack that was run again may have left other images
         if cell is None or not np.array_equal(cell.met, met):
             self.attacked.images.pop(name, None)
             job.progress.begin(
                 label, len(met), share=own_images(len(met), subject.workers, subject.chunk)
             )
             cell = task.run(kept, job.progress)
+            # filled before it is stored, since readers join the records of all images
             if worst is not None and not cell.whole:
                 cell = worst.filled(cell)
             if job.write_cell(name, cell):
@@ -165,7 +169,7 @@ class Runner:
 
     def forget_points(self) -> None:
         """Remove the points that were saved for later attacks."""
-        self.job.subject.workers.wait()
+        self.job.subject.workers.wait()  # others may still read them
         if self.job.subject.workers.first:
             self.points.forget()
         self.attacked.forget()

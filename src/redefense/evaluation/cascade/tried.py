@@ -46,6 +46,7 @@ class Tried:
 
     def fork(self) -> "Tried":
         """A copy of the current records, for one process."""
+        # shallow copies: `WorstCase` replaces its arrays and changes none
         other = copy(self)
         other._worst = copy(self._worst)
         return other
@@ -68,6 +69,7 @@ class Tried:
         x, y = self._x[chosen], self._y[chosen]
         correct, averaged = self.clean.correct.copy(), self.clean.averaged.copy()
         if len(x):
+            # a point outside would make the headline lower than it is
             verify_ball(points, x, self._threat, "a measurement")
             found = judge(self._ensemble, points, x, y)
             correct[:, met], averaged[met] = found["correct"], found["averaged"]
@@ -105,7 +107,7 @@ class Tried:
 def record_of(cell: Cell, worst: WorstCase) -> Cell:
     """A record of the first images, extended to all images; only the first count as attacked."""
     more = len(worst.q) - len(cell.met)
-
+    # zeros also for `met`: the images behind the first ones were not attacked
     whole: dict[str, Any] = {
         key: np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, more)])
         for key, values in asdict(cell).items()

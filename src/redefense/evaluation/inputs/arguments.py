@@ -65,6 +65,7 @@ def read_ensemble(
     if mixture is not None and not isinstance(model, Sequence | nn.ModuleList):
         raise InputError("mixture requires a list of networks, with one probability each")
     if outputs == "probabilities":
+        # others, as `Hyper`, do not have networks that could be wrapped one by one
         if type(ensemble) is not Independent:
             raise ConfigError(
                 "outputs='probabilities' requires a network or a list of networks, got a "

@@ -37,11 +37,13 @@ def in_batches(ensemble: Ensemble, batch_size: int | None) -> Ensemble:
         return ensemble
     if isinstance(ensemble, Stochastic):
         return ensemble.on(InBatches(ensemble.model, batch_size))
+    # members of others, as `Hyper`, are computed by the ensemble
     own = isinstance(ensemble, Independent)
     networks = [ensemble.member(m) if own else MemberOf(ensemble, m)
                 for m in range(ensemble.num_members)]  # fmt: skip
     found = Independent([InBatches(it, batch_size) for it in networks], ensemble.mixture)
     found.origin = ensemble.origin
+    # the modes of the networks are theirs: wrapping must not change what `training` says
     found.training = found.members.training = ensemble.training
     return found
 

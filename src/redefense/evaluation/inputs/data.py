@@ -36,6 +36,7 @@ def read_data(data: Any, images: int | None = None) -> tuple[Images, Labels, Ind
     if isinstance(data, DataLoader):
         pair: Any = of_loader(data)
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        # chosen before reading: a data set may be large and slow
         index = _chosen(length_of(data), images)
         return *_checked(*of_dataset(data, index.tolist())), index
     else:
@@ -59,6 +60,7 @@ def _chosen(total: int, images: int | None) -> Index:
 
 def _channels_first(value: Any) -> Any:
     x = as_tensor(value)
+    # tensors have channels first by torch's convention; arrays may come from image files
     if isinstance(value, np.ndarray) and isinstance(x, Tensor) and x.ndim == 4:
         turned = x.shape[-1] in _CHANNELS and x.shape[1] not in _CHANNELS
         if turned:

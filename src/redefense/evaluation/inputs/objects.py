@@ -109,10 +109,8 @@ def outside_lines(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def fingerprints(suite: Suite) -> dict[str, str]:
-    """SHA-256 of the source of users' attacks, by cell; of their repr without a source.
-
-    Saved records of an attack must not be mixed with those of other code.
-    """
+    """SHA-256 of the source of users' attacks, by cell; of their repr without a source."""
+    # saved records of an attack must not be mixed with those of other code
     found = {}
     for number, spec in enumerate(suite.cells):
         if spec.made is None:
@@ -120,7 +118,7 @@ def fingerprints(suite: Suite) -> dict[str, str]:
         code = type(spec.made).function if isinstance(spec.made, Foreign) else type(spec.made)
         try:
             source = inspect.getsource(code)
-        except (OSError, TypeError):
+        except (OSError, TypeError):  # typed in an interpreter, or compiled
             source = name_of(code)
         text = f"{spec.made!r}\n{source}"
         found[f"{number} {spec.attack}"] = hashlib.sha256(text.encode()).hexdigest()
@@ -128,15 +126,13 @@ def fingerprints(suite: Suite) -> dict[str, str]:
 
 
 def function_digest(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
-    """SHA-256 of the outputs of plain functions on a few images; empty for networks.
-
-    The weights of a function cannot be read, and saved records of one function must not be mixed
-    with those of another.
-    """
+    """SHA-256 of the outputs of plain functions on a few images; empty for networks."""
+    # a function's weights cannot be read, and its records must not be mixed with those of another
     if not any(isinstance(part, Function) for part in ensemble.modules()):
         return {}
     with torch.no_grad():
         answers = [ensemble.logits_of(m, x[:8]) for m in range(min(ensemble.num_members, 8))]
+    # numpy has no bfloat16
     raw = torch.stack(answers).cpu().double().numpy().tobytes()
     return {"answers": hashlib.sha256(raw).hexdigest()}
 
@@ -150,6 +146,7 @@ def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:
 
 
 def _known() -> list[str]:
+    # without installed plug-ins that are not loaded: none of them made this object
     return [*ATTACKS.own, *ATTACKS.added()]
 
 

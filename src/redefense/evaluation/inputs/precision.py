@@ -81,11 +81,13 @@ class InBfloat16(Ensemble):
         self.ensemble = ensemble
 
     def logits_of(self, m: int, x: Images) -> Logits:
+        # no cache, as in training: weights cast without a graph would have no gradient later
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             logits = self.ensemble.logits_of(m, x).to(x.dtype)
         rows = (gap(logits) < NEAR).nonzero().flatten()
         if len(rows) == 0:
             return logits
+        # added as constants: these values become exact, their gradients remain those of bfloat16
         with torch.no_grad():
             shift = self.ensemble.logits_of(m, x.detach()[rows]) - logits[rows]
         return logits.index_add(0, rows, shift)
@@ -154,4 +156,5 @@ def _answer(ensemble: Ensemble, m: int, x: Images) -> tuple[Logits, Float[Tensor
 def _computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # without these instructions bfloat16 is emulated, which is not faster than single precision
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())

@@ -51,6 +51,7 @@ def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Re
     Warns:
         RedCheckWarning: if the accuracy at a larger radius is higher than at a smaller one.
     """
+    # the largest last: its report, which gets the curve, takes the place of a single evaluation
     reports = [evaluate(r, "" if r == radii[-1] else f"eps-{r:.6g}") for r in radii]
     last = reports[-1]
     curve: list[dict[str, Any]] = []
@@ -69,7 +70,7 @@ def over(radii: Sequence[float], evaluate: Callable[[float, str], Report]) -> Re
                 "radius have not converged, and the curve shows the lower figure",
                 last,
             )
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=4)  # the line that called `evaluate`
             entry |= {key: curve[-1][key] for key in (name, f"{name}_interval")}
         curve.append(entry)
     last.data["eps_curve"] = curve

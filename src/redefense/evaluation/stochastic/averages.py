@@ -29,11 +29,7 @@ NOTHING: Final[dict[str, Any]] = dict.fromkeys(
 
 
 def average_and_vote(
-    job: Job,
-    plan: Sequence[Planned],
-    network: Stochastic,
-    draws: Draws,
-    cells: Sequence[DrawnCell],
+    job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws, cells: Sequence[DrawnCell]
 ) -> dict[str, Any]:
     """Entries of the headline.
 
@@ -56,7 +52,7 @@ def average_and_vote(
             continue  # it is among the cells
         answers = np.stack([cell.averaged_halves | cell.vote_halves for cell in tried])
         rows = np.flatnonzero(answers.any(1).all(0))
-        if len(rows) == 0:
+        if len(rows) == 0:  # and none for later attacks
             break
         found = _attacked(job, network, attack, draws, f"averaged-{spec.attack}-{number}", rows)
         # where no image was attacked, its clean image
@@ -100,12 +96,7 @@ def _worst(answers: Bools, shares: Floats) -> Bools:
 
 
 def _attacked(
-    job: Job,
-    network: Stochastic,
-    attack: Attack,
-    draws: Draws,
-    name: str,
-    rows: NDArray[np.int64],
+    job: Job, network: Stochastic, attack: Attack, draws: Draws, name: str, rows: NDArray[np.int64]
 ) -> DrawnCell:
     """The attack on the mean probability, on some of the images; read from the store if there."""
     subject, place, kept = job.subject, job.place(f"{name}.npz"), job.place(f"{name}.chunks")

@@ -117,6 +117,7 @@ def candidates(
     fresh, fixed = Fresh(network, count, rng), network.at(seeds_of(seed, "attack", count, chunk))
     batched = network.rows and isinstance(attack, BATCHED)
     steady = InCalls(fixed, x) if batched else InPlace(fixed, x)
+    # no seed repeats an answer of an ungoverned network: there is nothing to fix
     seen: list[tuple[str, Ensemble]] = [("fixed", steady)] if network.governed else []
     if isinstance(attack, FRESH) or not network.governed:
         seen.append(("fresh", fresh))
@@ -167,6 +168,7 @@ def attack_drawn(
             kind, victim = candidate
             rng = stream(seed, "attack", name, *([kind] if kind == "fresh" else []), chunk)
             found = attack(victim, x[rows], y[rows], budget, rng=rng)
+            # points of users' attacks are projected at the end
             if attack.bounded and not isinstance(attack, Foreign):
                 verify_ball(found, x[rows], budget, name)
             points = x_adv.index_copy(0, rows, found)
@@ -241,6 +243,7 @@ def scored(
                 right.append(correct(logits, y))
                 logs = logits.double().log_softmax(1)
                 one = torch.zeros_like(logs).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+                # sums: their constant factor changes no prediction
                 log_mean = logs if log_mean is None else torch.logaddexp(log_mean, logs)
                 vote = one if vote is None else vote + one
             assert log_mean is not None
@@ -248,6 +251,7 @@ def scored(
             log_means.append(log_mean)
             votes.append(vote)
     answers = [votes_as_logits(vote, ALPHA) for vote in (votes[0] + votes[1], *votes)]
+    # a vote that abstains, of logits -inf, is not correct
     whole, *halves = (correct(vote, y) & ~vote.isinf().all(1) for vote in answers)
     answer = whole.to(torch.int8)
     answer[answers[0].isinf().all(1)] = -1

@@ -31,6 +31,7 @@ def right_answers(
     network: nn.Module, x: Images, y: Labels, draws: int, *, seed: int
 ) -> NDArray[np.int64]:
     """(n,) number of correct draws of a stochastic network, computed in chunks of images."""
+    # `draw` is given its seeds: the network's own are not used
     noisy, found, size = Stochastic(network, draws=1), [], chunk_size(x.shape[1:])
     with torch.no_grad():
         for start in range(0, len(x), size):
@@ -91,10 +92,12 @@ def certify_run(
     at_least(1, draws=draws)
     levels = tuple(radii) or (0.0, sigma / 2, sigma)
     for radius in levels:
+        # of one made-up image: it refuses a sigma, radius or alpha out of range
         certificate(np.ones(1, dtype=np.int64), draws, sigma=sigma, radius=radius, alpha=alpha)
     checkpoint = find_final(path)
     run = checkpoint.run
     ensemble = load_checkpoint(checkpoint, device=device)
+    # other data are certified too, but the document says so
     dataset, own_data = data_of(checkpoint, data)
     input_check(dataset, checkpoint)
     index = test_indices(len(dataset.test), len(dataset.test) if images is None else images)

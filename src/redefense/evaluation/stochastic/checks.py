@@ -37,6 +37,7 @@ EXACT: Final = (
 
 def before(network: Stochastic, subject: Subject) -> list[Check]:
     """Checks of the network before the first attack, at two of its seeds."""
+    # two stand for all: each of its seeds is a member
     two = network.at(network.seeds[:2])
     found = before_run(two, subject.x, subject.y, repeats=network.governed)
     return [*found, _governed(network)]
@@ -80,6 +81,7 @@ def _in_order(headline: Mapping[str, Any], clean: Bools) -> Check:
     aware, unaware = headline["aware"], headline["unaware"]
     if aware is None or unaware is None:
         return Check("S20", None, "needs attacks of both kinds")
+    # the images are the same in both, so that only the draws can have changed their order
     above = headline["aware_interval_draws"][0] > headline["unaware_interval_draws"][1]
     over = headline["unaware_interval_draws"][0] > draws_interval(clean)[1]
     return Check(

@@ -67,6 +67,7 @@ def run_drawn(
     made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
     if suite.precision == "bf16":
         raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")
+    # before any attack: it decides how draws are computed
     check_draws(network, x)
     plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
@@ -187,12 +188,14 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
             )
             for attack, view in tried
         ]  # fmt: skip
+        # of the noisier attack, so that both have enough draws
         spread = max(float(cell.correct.mean(1).std(ddof=1)) for cell in cells)
         found = {"spread": spread, "draws": PILOT_DRAWS}
         job.write_json("pilot.json", found)
         job.subject.workers.wait()
     # the two halves are treated as fully dependent
     wanted = (1.96 * 2**0.5 * float(found["spread"]) / HALF_WIDTH) ** 2
+    # even, since one half of the draws selects for the other
     score = int(min(max(2 * np.ceil(wanted / 2), LEAST_DRAWS), MOST_DRAWS))
     return Draws(score=score, attack=network.num_members)
 

@@ -41,6 +41,7 @@ class InPlace(Ensemble):
         self.size = max(SMALLEST_GROUP, GROUP_VALUES // x[0].numel())
 
     def logits_of(self, m: int, x: Images) -> Logits:
+        # noise does not depend on positions, or an image has several points, as in a population
         if not self.ensemble.placed or len(x) > len(self.x):
             return self.ensemble.logits_of(m, x)
         places = self._places(x.detach())
@@ -96,6 +97,7 @@ class InCalls(InPlace):
             # the noise of a copy depends on its position: all copies of the block are computed
             whole = [self._filled(places, queried[m]) if m in queried else self.x for m in block]
             parts, rows = _groups(places, self.ensemble.images_per_call(len(block)))
+            # of the whole block, whichever of its members are queried
             seed = self.ensemble.seeds[start]
             logits = self.ensemble.draw_copies(seed, torch.stack(whole), parts)
             found |= dict(zip(block, logits[:, rows], strict=True))
