@@ -110,8 +110,20 @@ def has_no_values(x: Tensor) -> bool:
     return x.is_meta and type(x) in (Tensor, nn.Parameter, nn.Buffer)
 
 
+def _channels_come_last(height: int, width: int, channels: int) -> bool:
+    """Whether the shape of an image can only be read as (H, W, channels).
+
+    A network that flattens its images would take them in either order without an error.
+    """
+    # (channels, length, 1) is a signal, unless both are equal
+    grey = channels == 1 and height == width
+    return (grey or channels == 3) and min(height, width) > 4
+
+
 def check_images(x: object, what: str = "images") -> None:
     """Check for a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
+
+    Batches that are clearly (B, H, W, ch), with 1 or 3 channels, are refused.
 
     Raises:
         InputError: naming the rule and the offending shape, type or value.
@@ -122,6 +134,11 @@ def check_images(x: object, what: str = "images") -> None:
         raise InputError(f"{what} must be of one size, got a nested tensor")
     if x.ndim != 4 or x.numel() == 0:
         raise InputError(f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}")
+    if _channels_come_last(*x.shape[1:]):
+        raise InputError(
+            f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}, which is "
+            "(B, H, W, channels): permute them with permute(0, 3, 1, 2)"
+        )
     if has_no_values(x) or x.layout is not torch.strided:
         raise InputError(f"{what} must be dense and hold values, got {x.layout} on {x.device}")
     # floats of 8 bits are storage formats: torch does not compute with them

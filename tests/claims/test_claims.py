@@ -115,6 +115,17 @@ def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None
     assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
 
 
+def test_a_claim_is_not_trained_again_on_data_of_another_name(runs: Path, tmp_path: Path) -> None:
+    it = claim_of(runs)
+    (found,) = it.evaluations
+    renamed = found.model_copy(update={"data": {**found.data, "name": "numbers"}})
+    it = it.model_copy(update={"evaluations": (renamed,)})
+    # another name is another validation split, so that the weights would differ
+    with pytest.raises(DataError, match="digits is named digits, and the data of tiny-0 numbers"):
+        recompute(it, "digits", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) -> None:
     it = claim_of(runs)
     path = format.write(it, tmp_path / "claim.json")

@@ -186,8 +186,17 @@ def test_channels_that_come_last_in_arrays_are_turned_and_said() -> None:
     last = IMAGES.permute(0, 2, 3, 1)
     with pytest.warns(UserWarning, match=re.escape("(30, 6, 5, 3) are read as (B, H, W,")):
         assert torch.equal(read_data((last.numpy(), LABELS))[0], IMAGES)
-    # of a tensor the order is a rule, not a guess
-    assert read_data((last, LABELS))[0].shape == (30, 6, 5, 3)
+    # of a tensor the order is a rule, and no guess
+    with pytest.raises(InputError, match=re.escape("(30, 6, 5, 3), which is (B, H, W, channels)")):
+        read_data((last, LABELS))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (3, 8, 3), (3, 5, 1), (12, 100, 1), (1, 1, 1), (64, 4, 3), (16, 1, 1)]
+)
+def test_shapes_of_images_and_signals_are_read_as_channels_first(shape: tuple[int, ...]) -> None:
+    x = torch.rand(3, *shape, generator=stream(0))
+    assert torch.equal(read_data((x, LABELS[:3]))[0], x)
 
 
 def test_an_array_is_not_shared_with_its_owner() -> None:

@@ -1,5 +1,7 @@
 """Progress on a terminal and elsewhere."""
 
+import time
+
 import pytest
 from rich.console import Console
 
@@ -11,7 +13,7 @@ from redefense.runtime.progress import BAR_INTERVAL, PLAIN_INTERVAL, Bar, Counte
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that `progress` sees, in seconds; tests set it."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 

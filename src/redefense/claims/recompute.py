@@ -11,6 +11,7 @@ from redefense.claims.check import current
 from redefense.claims.format import Claim, Evaluated, Figure, Plan
 from redefense.claims.make import of_run, of_weights
 from redefense.config import parse_run
+from redefense.data import load_dataset
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.api import evaluate, evaluate_run
 from redefense.evaluation.suite import SUITES, Suite
@@ -49,7 +50,8 @@ def recompute(
 
     Raises:
         ConfigError: if the claim's weights were not trained by redefense and none are given.
-        DataError: if the weights are not those of the claim, or suites are of another version.
+        DataError: if the weights are not those of the claim, suites are of another version, or the
+            data have another name.
     """
     for plan in (plan for e in it.evaluations for plan in e.suites):
         if isinstance(plan.suite, str) and plan.version is not None and not current(plan):
@@ -89,6 +91,7 @@ def _of_run(
     """The recomputed claim: of a new training, or of the given run."""
     path = trained or folder / it.name
     if trained is None:
+        _check_name(it, data)
         run = parse_run(it.run, it.name)
         run = run.model_copy(update={"data": run.data.model_copy(update={"spec": data})})
         train(run, path, resume=True, device=device, quiet=log is None)
@@ -109,6 +112,21 @@ def _of_run(
         )  # fmt: skip
         stored += load(target)
     return of_run(checkpoint, stored, it.name, _attributed(it))
+
+
+def _check_name(it: Claim, data: str) -> None:
+    """Check the name of the data, which determines the validation split of a new training.
+
+    Raises:
+        DataError: if it is not the claim's.
+    """
+    found = load_dataset(data).name
+    names = sorted({str(e.data["name"]) for e in it.evaluations})
+    if found not in names:
+        raise DataError(
+            f"{data} is named {found}, and the data of {it.name} {' or '.join(names)}: the name "
+            "determines which images are held out, so give the claim's data under their own name"
+        )
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
