@@ -25,25 +25,32 @@ def title(results: Sequence[Result]) -> str:
 def summary(results: Sequence[Result]) -> str:
     """The summary in one sentence."""
     groups = repeats(results)
-    called, top, mine = names(groups, results), best(results), groups[0]
+    called, top, mine = names(groups, results)[0], best(results), groups[0]
     if top.aware is None:
         return (
-            f"Nothing can be claimed about the robustness of {called[0]}: no aware attack was run, "
+            f"Nothing can be claimed about the robustness of {called}: no aware attack was run, "
             "or its per-image records are missing."
         )
     mean = f", the mean of {len(mine)} seeds" if len(mine) > 1 else ""
     message = (
-        f"{called[0]} classifies {percent(mean_aware(mine))}{PERCENT} of the images correctly "
+        f"{called} classifies {percent(mean_aware(mine))}{PERCENT} of the images correctly "
         f"under the strongest attack on each image{mean}"
     )
-    others = [
+    if others := _others(results):
+        return f"{message}; next comes {others[0]}."
+    # of a single method the reader wants to know next whether the draw is worth it
+    return f"{message}{_worth(top, verdict(top))}."
+
+
+def _others(results: Sequence[Result]) -> list[str]:
+    """Every method but the best, with its accuracy under attack."""
+    groups = repeats(results)
+    return [
         f"{name} {percent(mean_aware(group))}{PERCENT}"
-        for name, group in zip(called[1:], groups[1:], strict=True)
+        for name, group in list(zip(names(groups, results), groups, strict=True))[1:]
+        # runs of one method differ only by their seed: all have this figure, or none
         if group[0].aware is not None
     ]
-    if others:
-        return f"{message}; next comes {others[0]}."
-    return f"{message}{_worth(top, verdict(top))}."
 
 
 def _worth(result: Result, worth: Verdict) -> str:
@@ -108,17 +115,12 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
     else:
         lead = f"{percent(top.aware)}{PERCENT}"
         message = f"Accuracy under attack ({called[top]}).{clean}"
-    groups = repeats(results)
-    others = [
-        f"{name} {percent(mean_aware(group))}{PERCENT}"
-        for name, group in list(zip(names(groups, results), groups, strict=True))[1:]
-        if group[0].aware is not None
-    ]
-    if others:
+    if others := _others(results):
         named = others[:MOST_OTHERS]
         more = len(others) - len(named)
         message += f" The others: {', '.join(named)}" + (f", and {more} more below." * bool(more))
         message += "" if more else "."
+    # said, or a reader would miss them in the ranking
     elsewhere = len({r.name for r in results}) - len(ranked(results))
     if elsewhere > 0:
         runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"
@@ -128,8 +130,10 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
 
 def _whom(top: Result) -> Answer:
     """The attacks, and the accuracy under unaware attacks."""
+    # attacks without a bound have no part in the figures of a budget
     attackers = len(top.bounded)
-    ran = f"{attackers} attack{'s' * (attackers != 1)} within this budget {_were(attackers)} run"
+    s, were = ("", "was") if attackers == 1 else ("s", "were")
+    ran = f"{attackers} attack{s} within this budget {were} run"
     alone = top.num_members == 1
     if not alone and top.aware is None:
         return Answer(
@@ -137,6 +141,7 @@ def _whom(top: Result) -> Answer:
             lead=f"An unaware attacker, {top.threat}",
             text=f"The attacker may {budget(top)} and does not know how a member is drawn; {ran}.",
         )
+    # the number of members is unknown without records
     members = f"all {top.num_members} members" if top.num_members else "the network"
     known = "the network" if alone else f"{members} and the probability of each"
     if top.stochastic is not None:
@@ -151,7 +156,3 @@ def _whom(top: Result) -> Answer:
             "lower figure."
         )
     return Answer(question="Against whom?", lead=f"An aware attacker, {top.threat}", text=message)
-
-
-def _were(count: int) -> str:
-    return "was" if count == 1 else "were"

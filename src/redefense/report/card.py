@@ -54,6 +54,7 @@ def write_card(run_dir: Path, out: Path | None = None, *, license_name: str = "m
         DataError: if the run has no evaluation or a file is damaged; then nothing is written.
         ConfigError: if the licence is not an SPDX identifier.
     """
+    # complete before the file is opened, so that an error leaves an old card as it is
     text = card(run_dir, license_name=license_name)
     path = out if out is not None else run_dir / "README.md"
     write_text(path, text)
@@ -116,6 +117,7 @@ def _settings(result: Result, *path: str) -> str:
     """One setting of the stored run, e.g. ("defence", "name"), as Markdown; empty if unknown."""
     value: object = next((e.run for e in result.evaluations if e.run), {})
     for key in path:
+        # evaluations made in Python have no run, those from elsewhere one of any form
         value = value.get(key) if isinstance(value, Mapping) else None
     return tables.escape_markdown(str(value)) if value is not None else ""
 
@@ -159,6 +161,7 @@ def _index(result: Result) -> dict[str, Any]:
 def _arguments(result: Result, estimate: Estimate, *, attacked: bool) -> dict[str, Any]:
     """Number of images, budget and interval of a figure."""
     arguments: dict[str, Any] = {"num_images": result.num_images}
+    # a budget says nothing about clean images
     if attacked and result.eps is not None:
         arguments |= {"norm": result.norm, "eps": result.eps}
     if estimate.low is not None and estimate.high is not None:
@@ -181,6 +184,7 @@ def _intended(num_members: str, model: str, method: str) -> str:
 def _use(name: str, opened_by: str) -> str:
     return (
         "## Use\n\n    import redefense\n"
+        # JSON quotes and escapes a text as Python does
         f"    ensemble = redefense.{opened_by}({json.dumps(name)})\n"
         "    logits = ensemble(images)  # (B, channels, H, W), floats in [0, 1]\n\n"
     )

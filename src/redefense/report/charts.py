@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from redefense.results.intervals import Estimate
 
+# in units of the drawing, which the page scales
 WIDTH, HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 12, 12, 44
 
@@ -34,10 +35,12 @@ def bar(estimate: Estimate | None, kind: str) -> str:
     """A horizontal bar from 0 to 100 % with its interval; `kind` names the colour class."""
     shapes = ['<rect class="track" x="0" y="3" width="100" height="6"/>']
     if estimate is not None:
+        # rounding may leave [0, 1], and evaluations from elsewhere may hold anything
         value = 100 * min(max(estimate.value, 0.0), 1.0)
         shapes.append(f'<rect class="fill {kind}" x="0" y="3" width="{value:.2f}" height="6"/>')
     if estimate is not None and estimate.low is not None and estimate.high is not None:
         low, high = 100 * estimate.low, 100 * estimate.high
+        # lengths of at least 0.4, or an interval of no width could not be seen
         shapes.append(
             f'<rect class="whisker" x="{low:.2f}" y="5.2" width="{max(high - low, 0.4):.2f}" '
             f'height="1.6"/><rect class="whisker" x="{low:.2f}" y="2" width="0.4" height="8"/>'
@@ -51,6 +54,7 @@ def bar(estimate: Estimate | None, kind: str) -> str:
 
 def _marker(style: int, x: float, y: float) -> str:
     """Circle, square, diamond or triangle, by the curve's style."""
+    # six colours and four marks: the pairs of twelve curves differ
     place = f'class="mark s{style % 6}"'
     match style % 4:
         case 0:
@@ -120,7 +124,7 @@ def line_chart(
     """Curves over a numeric axis; `at` marks one x, e.g. the threat of the headline."""
     xs = [point[0] for line in lines for point in line.points] + list(x_ticks)
     low, high = min(xs), max(xs)
-    span = (high - low) or 1.0
+    span = (high - low) or 1.0  # of a single point
 
     def px(x: float) -> float:
         return _LEFT + (WIDTH - _LEFT - _RIGHT) * (x - low) / span
@@ -132,6 +136,7 @@ def line_chart(
     if at is not None and low <= at <= high:
         body.append(f'<path class="at" d="M{px(at):.1f} {_TOP}V{HEIGHT - _BOTTOM}"/>')
     for line in lines:
+        # points without an interval have no part in the band
         banded = [p for p in line.points if len(p) >= 4]
         if len(banded) > 1:
             edge = [f"{px(p[0]):.1f},{py(p[3]):.1f}" for p in banded]
@@ -160,6 +165,7 @@ def histogram(counts: Sequence[int], *, title: str, x_label: str, y_label: str) 
         body.append(
             f'<rect class="column" x="{x - step * 0.36:.1f}" y="{y:.1f}" '
             f'width="{step * 0.72:.1f}" height="{tall:.1f}"/>'
+            # the figure of a full bar stays within the chart
             f'<text class="value" x="{x:.1f}" y="{max(y - 4, _TOP - 3):.1f}" '
             f'text-anchor="middle">{100 * share:.0f}</text>'
         )

@@ -31,6 +31,6 @@ def to_latex(results: Sequence[Result]) -> str:
 
 def _figure(estimate: Estimate | None) -> str:
     if estimate is None:
-        return "--"
+        return "--"  # an en dash in LaTeX
     known = interval(estimate)
     return percent(estimate) + (rf" {{\scriptsize {known}}}" if known else "")

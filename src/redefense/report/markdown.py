@@ -30,6 +30,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         parts += [f"**{question} {escape_markdown(lead)}.** {escape_markdown(text)}", ""]
     rows = summary_rows(results)
     groups = ranking.grouped(results)
+    # without repeated runs this table would repeat the next one
     if any(len(group.runs) > 1 for group in groups):
         parts += [
             "Means over seeds, ± the standard deviation over seeds; 95 % intervals over images.",
@@ -65,6 +66,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
     columns = attack_columns(results)
     body = []
     for name, result in zip(labels(rows), results, strict=True):
+        # every run has every column: a dash says that it was not attacked so
         cells = [at(result, *column) for column in columns]
         body.append([name, *(with_interval(c.expected if c else None) for c in cells)])
     header = ["run", *(escape_markdown(f"{attack} ({view})") for attack, view in columns)]
@@ -75,6 +77,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         title = escape_markdown(f"{result.name}, {detail or result.threat}")
         parts += [f"## Checks of {title}", "", *_checks(result), ""]
     parts += ["## Reproduce", "", reproduce.HOW, ""]
+    # a line break in a name would end the block of code
     parts += [*(f"    {' '.join(c.split())}" for c in commands), ""]
     return "\n".join(parts)
 
@@ -109,6 +112,7 @@ def _certified(results: Sequence[Result]) -> Iterator[str]:
 def _spread(spread: ranking.Spread | None) -> str:
     message = with_interval(None if spread is None else spread.mean)
     if deviation := ranking.sd_text(spread):
+        # between the figure and its interval
         figure, _, ends = message.partition(" ")
         message = " ".join(filter(None, (figure, deviation, ends)))
     return message
@@ -128,6 +132,7 @@ def _listed(checks: Iterable[Check], words: Mapping[bool | None, str]) -> Iterat
     for check in checks:
         entry = CATALOGUE.get(check.id)
         message = f"{entry.title}: {check.detail}" if entry else check.detail
+        # explained only where a reader has to act
         if entry and check.passed is False:
             message = (
                 f"{message.rstrip('.')}. What it means: {entry.red} What to do next: {entry.todo}"

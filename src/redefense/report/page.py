@@ -73,6 +73,7 @@ def write_pages(
         ConfigError: as in `write_report`.
     """
     _check_ending(out)
+    # called on demand: only the page needs the extra `report`
     forms: Mapping[str, Callable[[], str]] = {
         ".html": lambda: html(results, commands),
         ".md": lambda: markdown(results, commands),
@@ -84,8 +85,10 @@ def write_pages(
     texts = {out: forms[ending]()}
     if ending == ".html":
         texts |= {out.with_suffix(other): forms[other]() for other in (".md", ".csv", ".json")}
+    # all are made and checked before the first is written
     kept = {path.resolve() for path in given}
     for path in texts:
+        # of these suffixes only .json can be that of a run or an evaluation
         if path.resolve() in kept or (path.suffix == ".json" and not _is_free(path)):
             raise ConfigError(
                 f"--out {out} would overwrite {path}, which is not a report: choose another file"
@@ -113,6 +116,7 @@ def _is_free(path: Path) -> bool:
         found = json.loads(path.read_text(encoding="utf-8"))
     except BAD_JSON:
         return False
+    # a key that runs, evaluations and claims do not have
     return isinstance(found, dict) and "results" in found
 
 
@@ -186,7 +190,7 @@ def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
         "points found within the budget count for the headline."
         for cost in costs
     )
-    yield from dict.fromkeys(message)
+    yield from dict.fromkeys(message)  # once, if several runs were measured alike
 
 
 def _eps_curves(results: Sequence[Result]) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
@@ -195,6 +199,7 @@ def _eps_curves(results: Sequence[Result]) -> Iterator[tuple[str, str, str, list
         lines = [
             charts.Line(
                 label=key,
+                # without an interval a point has no band
                 points=[
                     [at["eps"], *(v for v in at[key] if v is not None)] for at in points if at[key]
                 ],
@@ -297,7 +302,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         facts += [
             (key, str(provenance[key])) for key in keys if provenance.get(key) not in ("", None)
         ]
-    return list(dict.fromkeys(facts))
+    return list(dict.fromkeys(facts))  # suites of a run share most of them
 
 
 def _code(text: str) -> str:
@@ -305,6 +310,7 @@ def _code(text: str) -> str:
     from markupsafe import Markup, escape  # comes with jinja2
 
     parts = map(escape, text.split("`"))
+    # escaped first: names in a text are those of users
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts)
     )
@@ -317,7 +323,9 @@ def templates_in(home: Traversable, what: str) -> Any:
         ConfigError: if jinja2, of the extra `report`, is not installed.
     """
     jinja2 = need("jinja2", what, extra="report")
+    # not from the file system: an installed package may be in an archive
     loader = jinja2.FunctionLoader(lambda name: home.joinpath(name).read_text(encoding="utf-8"))
+    # strict, or a misspelt name would be an empty cell of the page
     return jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=loader,

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,6 +47,7 @@ class Shown:
 
 def png(pixels: Pixels) -> str:
     """A PNG as data URI, from (C, H, W) in [0, 1] with one or three channels."""
+    # rounded, so that images that were stored as bytes are shown exactly
     values = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
     image = Image.fromarray(values[0] if len(values) == 1 else values[:3].transpose(1, 2, 0))
     if max(image.size) > LARGEST:
@@ -67,22 +68,20 @@ def magnified(change: Pixels) -> tuple[Pixels, float]:
 
 def pictures(result: Result) -> list[Shown]:
     """The images of a result; empty if no examples are stored."""
-    known = [stored for stored in result.suites if stored.examples is not None]
+    known = [(s, s.examples) for s in result.suites if s.examples is not None]
     if not known:
         return []
     # of several suites the one with the lowest accuracy
-    stored = min(known, key=lambda s: float(_odds(s, s.examples).mean()) if s.examples else 1.0)
-    examples = stored.examples
-    assert examples is not None
+    stored, examples = min(known, key=lambda pair: float(_odds(*pair).mean()))
     labels = {c.cell.id: c.label for c in (*stored.cells, *stored.further)}
     odds = _odds(stored, examples)
     return [_shown(examples, k, labels, float(odds[k])) for k in range(len(examples.index))]
 
 
-def _odds(stored: Stored, examples: Examples | None) -> NDArray[np.float64]:
+def _odds(stored: Stored, examples: Examples) -> NDArray[np.float64]:
     """(k,) probability that the draw is correct."""
-    assert examples is not None
     correct = examples.correct.astype(np.float64)
+    # fresh draws are equally probable
     if stored.evaluation.stochastic or not len(correct):
         return correct.mean(0) if len(correct) else np.zeros(correct.shape[1])
     found: NDArray[np.float64] = mixture_of(stored.evaluation, len(correct)) @ correct
@@ -119,8 +118,4 @@ def _fooled(examples: Examples, k: int) -> str:
         return f"the network predicts {predicted[0]}" if wrong else "the network is correct"
     if not wrong:
         return "no member is fooled"
-    return f"{len(wrong)} of {len(right)} members fooled: {_listed(wrong)}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words)
+    return f"{len(wrong)} of {len(right)} members fooled: {', '.join(wrong)}"

@@ -19,6 +19,7 @@ SHOWN: Final = ("clean", "unaware", "aware", "best_member_alone", "averaged")
 def foremost(results: Sequence[Result]) -> list[Result]:
     """The main result of each run: under most attacks, then on most images."""
 
+    # a headline first: without one a result cannot be compared
     def weight(result: Result) -> tuple[bool, int, int]:
         return result.aware is not None, len(result.bounded), result.num_images
 
@@ -58,6 +59,7 @@ def _settings(result: Result) -> object:
     run = next((e.run for e in result.evaluations if e.run), {})
     if not isinstance(run.get("defence"), Mapping) or "seed" not in run or result.aware is None:
         return result
+    # as text, since dictionaries cannot be keys; without the name, which is that of a folder
     return json.dumps({k: run[k] for k in sorted(run) if k not in ("name", "seed")}, sort_keys=True)
 
 

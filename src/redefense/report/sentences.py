@@ -79,6 +79,7 @@ def verdict(result: Result) -> Verdict:
         )
     keeps = f"A randomly drawn member has {percent(result.aware)}{PERCENT} accuracy under attack"
     paired = [(baseline, baseline.gain) for baseline in baselines if baseline.gain is not None]
+    # intervals of two accuracies on the same images do not tell whether they differ
     if not paired:
         message = " and ".join(map(_keeps, baselines))
         return Verdict(
@@ -88,6 +89,7 @@ def verdict(result: Result) -> Verdict:
             "difference is significant.",
             baselines=baselines,
         )
+    # the whole interval of the paired difference lies below 0
     better = [baseline for baseline, gain in paired if gain.high is not None and gain.high < 0]
     if better:
         return Verdict(
@@ -97,6 +99,7 @@ def verdict(result: Result) -> Verdict:
             baselines=baselines,
         )
     first = _strongest([baseline for baseline, _ in paired])
+    # both kinds of baseline must be known, since either could be the better one
     if len(paired) > 1 and all(gain.low is not None and gain.low > 0 for _, gain in paired):
         return Verdict(
             answer="yes",
@@ -139,7 +142,7 @@ def points(gain: Estimate | None) -> tuple[str, str]:
 
 
 def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "\u2212")
+    return f"{100 * value:+.1f}".replace("-", "\u2212")  # the minus sign, as wide as a plus
 
 
 def _single(result: Result) -> list[tuple[str, Estimate | None, Estimate | None]]:
@@ -147,6 +150,7 @@ def _single(result: Result) -> list[tuple[str, Estimate | None, Estimate | None]
     best, chosen = result.best_alone, (result.single, result.over_single)
     if not result.alone:
         return [(f"member {_chosen_on(result)}", *chosen)]
+    # the chosen one is the best: one row instead of two equal ones
     if result.single is not None and best is not None and result.single.value >= best.value:
         return [("best member alone", *chosen)]
     return [
@@ -197,5 +201,6 @@ def weak_of(result: Result) -> str:
 def checks_of(result: Result) -> tuple[list[Check], list[Check]]:
     """The checks of the measurement, and the failed ones of `OF_DEFENCE`."""
     measured = [check for check in result.checks if check.id not in OF_DEFENCE]
+    # those that did not run say nothing about the defence
     of_defence = [c for c in result.checks if c.id in OF_DEFENCE and c.passed is not None]
     return measured, of_defence

@@ -50,6 +50,7 @@ def with_interval(estimate: Estimate | None) -> str:
 
 def of_attack(result: Result, attack: str) -> Scored | None:
     """The bounded cell of one attack: on the sampled view, or else the strongest."""
+    # a cascaded cell has no accuracy of its own
     cells = [c for c in result.bounded if c.cell.attack == attack and c.expected is not None]
     return min(
         cells,
@@ -111,6 +112,7 @@ def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     several = [key for key in ("data", "threat") if len({row[key] for row in rows}) > 1]
     values = [[str(row[key]) for key in several] for row in rows]
+    # one after the other: the second only for names that are still equal after the first
     for words in (
         [f"{row['num_images']} images" for row in rows],
         [f"suite {' + '.join(row['suites'])}" for row in rows],
@@ -199,9 +201,8 @@ def _estimate(entry: Mapping[str, Any], key: str) -> Estimate | None:
 def attack_columns(results: Sequence[Result]) -> list[tuple[str, str]]:
     """(attack, view) of every cell of any run: bounded unaware, bounded aware, then unbounded."""
     cells = [c.cell for result in results for c in result.cells]
-    cells.sort(
-        key=lambda cell: (not cell.bounded, cell.aware)
-    )  # stable: preserves the suite's order
+    # stable: the suite's order within each kind
+    cells.sort(key=lambda cell: (not cell.bounded, cell.aware))
     return list(dict.fromkeys((cell.attack, cell.view) for cell in cells))
 
 
@@ -235,6 +236,7 @@ _CSV_COLUMNS = (
 
 def _plain(value: object) -> object:
     """Escape names that a spreadsheet would interpret as a formula."""
+    # characters and remedy as OWASP gives them for CSV injection
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + value
     return value
@@ -270,9 +272,11 @@ def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
             row = _row(result, cell.attack, scored.expected)
             row |= {"suite": scored.suite, "cell": cell.id, "view": cell.view}
             row |= {"aware": cell.aware, "bounded": cell.bounded}
+            # an unbounded attack has a threat of its own, not that of the result
             if cell.threat is not None and not cell.bounded:
                 row |= {"norm": cell.threat.norm, "eps": cell.threat.eps}
             figures = accuracy.model_dump(exclude={"expected"}) | {"unchanged": cell.unchanged}
+            # accuracies on a part of the images would be compared with those on all
             if not scored.whole:
                 figures = {"unchanged": cell.unchanged}
             row |= {k: None if v is None else round(100 * v, 4) for k, v in figures.items()}
@@ -280,6 +284,7 @@ def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
             row |= {key: getattr(cell, key) for key in ("forwards", "backwards", "seconds")}
             row["met"] = cell.met
             rows.append(row)
+    # every row has every column, since readers of CSV count them
     return [{key: row.get(key) for key in _CSV_COLUMNS} for row in rows]
 
 

@@ -30,8 +30,9 @@ def protocol(correct: Bools, drawn: Ints) -> tuple[float, float]:
 def accuracies(correct: Bools, averaged: Bools, mixture: Floats, drawn: Ints) -> dict[str, float]:
     """Every accuracy that one cell reports, as fractions; `drawn` as in `protocol`."""
     mean, sd = protocol(correct, drawn)
-    members = correct.mean(1)[mixture > 0]
+    # a member that is never drawn must be neither the worst nor the best
     answering = correct[mixture > 0]
+    members = answering.mean(1)
     return {
         "protocol": mean,
         "protocol_sd": sd,
@@ -69,7 +70,7 @@ def pair_statistics(correct: Bools) -> dict[str, float | None]:
             same, other = both * neither, only_a * only_b
             if same + other > 0:
                 values["q_statistic"].append((same - other) / (same + other))
-            if both < 1:
+            if both < 1:  # otherwise neither has an error that could overlap
                 values["overlap"].append(neither / (neither + only_a + only_b))
     return {key: float(np.mean(v)) if v else None for key, v in values.items()}
 
@@ -79,12 +80,10 @@ def degenerate_members(
 ) -> tuple[int, ...]:
     """Members with positive probability and less than half the accuracy of the best member.
 
-    Penalties on input gradients can cause constant members: their gradient is zero, which minimises
-    the penalty. Queries answered by such a member are mostly wrong.
-
     Args:
         accuracies: of every member, on the same clean images.
         mixture: (M,) sampling probabilities; None counts all members.
     """
+    # penalties on input gradients can make a member constant, which has a gradient of zero
     weak = [m for m, value in enumerate(accuracies) if 2 * value < max(accuracies)]
     return tuple(m for m in weak if not mixture or mixture[m] > 0)

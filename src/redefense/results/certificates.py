@@ -36,6 +36,7 @@ def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
     Raises:
         DataError: if a file is damaged.
     """
+    # once for each run, however many suites it has
     homes = dict.fromkeys(home for stored in suites if (home := _home(stored)) is not None)
     found = []
     for path in (p for home in homes for p in sorted((home / "certificates").glob("*.json"))):
@@ -52,5 +53,6 @@ def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
 
 def _home(stored: Stored) -> Path | None:
     """The run's directory."""
+    # a file that was given alone has no run around it
     file = stored.file
     return None if file is None or file.parent.name != "evaluation" else file.parent.parent

@@ -10,13 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import gammaln, stdtrit
 
+from redefense.results.accuracy import Bools, Floats
 from redefense.results.intervals import wilson
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 
 FIGURES = (
     "unaware", "unaware_interval", "unaware_interval_draws",
@@ -93,10 +90,11 @@ def interval(correct: Bools, *, folded: bool = False, seed: int = 0) -> list[flo
     """
     rng = np.random.default_rng(seed)
     draws, images = correct.shape
+    # sums of so few ones are exact in single precision, in which products are faster
     values = correct.astype(np.float32)
     stretch = 2**0.5 if folded else 1.0
     means = []
-    for _ in range(0, RESAMPLES, 250):
+    for _ in range(0, RESAMPLES, 250):  # in parts, which bounds the memory
         # how often each image is in a resample: a product of matrices takes the place of indexing
         rows = rng.multinomial(images, np.full(images, 1 / images), 250).astype(np.float32)
         each = (values @ rows.T) / images
@@ -162,6 +160,7 @@ def pair(
     worst = worst_per_image(np.stack(list(corrects.values())))
     found: dict[str, Any] = dict.fromkeys(FIGURES) | {
         "aware": float(worst.mean()),
+        # each half selected the attack by which the other is scored
         "aware_interval": interval(worst, folded=True, seed=seed),
         "aware_interval_draws": draws_interval(worst, folded=True),
         "success_within": folded_success_within(worst, tries).tolist(),

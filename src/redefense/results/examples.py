@@ -49,12 +49,13 @@ class Examples:
         Raises:
             DataError: if arrays are missing or their shapes do not match.
         """
-        if not arrays:
+        if not arrays:  # none were stored, as by older versions
             return None
         names = cls.__dataclass_fields__
         if missing := [name for name in names if name not in arrays]:
             raise DataError(f"{where} is damaged: missing {', '.join(missing)}")
         found = cls(**{name: arrays[name] for name in names})
+        # the page indexes all by one number, and files may be damaged or made elsewhere
         k = len(found.index)
         fits = (
             found.clean.ndim == 4

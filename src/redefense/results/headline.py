@@ -50,6 +50,7 @@ def joined_headline(
         cells: attacks at this threat.
         further: attacks at this threat besides the cells.
     """
+    # draws first: a minimum over their records, as for members, would be biased down
     return (
         _drawn_headline(at_threat, cells, further)
         or _recorded_headline(suites, cells, further)
@@ -103,6 +104,7 @@ def _joined_draws(
     clean = suites[0].clean.correct
     if len(suites) < 2 or len(same) > 1 or clean is None or not all(s.further for s in suites):
         return None
+    # draws are paired by their row, so all need the same number of them
     known = [c.correct for c in every if c.correct is not None]
     if len(known) < len(every) or {len(c) for c in known} != {len(clean)}:
         return None
@@ -123,6 +125,7 @@ def _recorded_headline(
     bounded = [c for c in cells if c.cell.bounded]
     if not bounded or any(c.q is None for c in (*bounded, *further)):
         return None
+    # unaware attacks alone are no claim of robustness for a randomized defence
     if not any(c.cell.aware for c in bounded):
         return Pair()
     clean = [s.clean for s in suites if s.clean.q is not None][:1]
@@ -156,6 +159,7 @@ def _stored_headline(
     suites: Sequence[Stored], at_threat: Sequence[Stored], cells: Sequence[Scored]
 ) -> Pair:
     """The stored headline of a single suite, used without per-image records."""
+    # headlines of several suites cannot be joined: a worst case per image needs records
     headline = at_threat[0].evaluation.headline if len(suites) == len(at_threat) == 1 else None
     if headline is None:
         return Pair()

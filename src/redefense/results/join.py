@@ -90,6 +90,7 @@ class Result:
     def num_members(self) -> int | None:
         if self.stochastic is not None:
             return None  # draws are not enumerable
+        # records are surest: a stored list of members may be empty
         counts = [len(c.correct) for c in self.cells if c.correct is not None]
         return (counts or [len(self.clean_members) or len(self.alone)])[0] or None
 
@@ -156,6 +157,7 @@ def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
     threat = scored.cell.threat
     if not scored.cell.bounded or threat is None or threat.eps is None:
         return stored.budget
+    # so that 8/255 and its decimal digits are one budget
     return threat.norm, round(threat.eps, 9)
 
 
@@ -163,6 +165,7 @@ def results_of(run: Sequence[Stored]) -> list[Result]:
     """One result for each threat and set of images of the suites of one run."""
     groups: dict[tuple[object, ...], tuple[Budget, list[Stored], list[Scored]]] = {}
     for stored in run:
+        # a suite may have cells at several threats, and one without cells has clean images
         own = {_budget_of(scored, stored): None for scored in stored.cells} or {stored.budget: None}
         for budget in own:
             _, suites, cells = groups.setdefault((stored.images, budget), (budget, [], []))
@@ -175,6 +178,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
     first = suites[0]
     at_threat = [stored for stored in suites if stored.budget == budget]
     further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
+    # a suite with another threat of its own may have single cells at this one
     pair = joined_headline(suites, at_threat, cells, further)
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
     single, single_q, single_from = _baseline(at_threat, "single")
@@ -225,6 +229,7 @@ def _baseline(
             found.append((accuracy_interval(per_image), per_image, stored.evaluation))
         elif summary is not None:
             found.append((summary, None, stored.evaluation))
+    # each suite has an upper bound of its worst case: the lowest is the nearest
     return min(found, key=lambda entry: entry[0].value, default=(None, None, None))
 
 
@@ -244,6 +249,7 @@ def _members(
     stored = [h.single_members for h in headlines if h.single_members]
     n = at_threat[0].evaluation.data.num_images if at_threat else 0
     lowest = np.min(stored, axis=0).tolist() if stored else []
+    # a single member is right or wrong on an image: its accuracy is a count
     return tuple(Estimate(share, *wilson(round(share * n), n)) for share in lowest)
 
 
@@ -331,6 +337,7 @@ def _notes(
     if len(at_threat) == 1 and len({c.suite for c in cells}) == 1 and pair.q_aware is not None:
         stored = at_threat[0].evaluation.headline
         if stored is not None and stored.aware is not None and pair.aware is not None:
+            # records of another evaluation, or a figure that was edited
             gap = abs(stored.aware - pair.aware.value)
             if gap > AGREE:
                 notes.append(

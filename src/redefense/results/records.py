@@ -128,6 +128,7 @@ class Stored:
         """Identifies the images: suites with equal values can be joined."""
         data = self.evaluation.data
         digest = "" if self.index is None else hashlib.sha256(self.index.tobytes()).hexdigest()
+        # indices tell the choice of images, the checksum their content
         return data.name, data.split, data.num_images, f"{digest} {data.sha256}"
 
 
@@ -147,6 +148,7 @@ def parse(document: object, where: str = "evaluation") -> Evaluation:
         raise DataError(f"{where} is not an evaluation: expected an object")
     if document.get("schema") != 1:
         raise DataError(f"{where} has schema {document.get('schema')!r}, this version reads 1")
+    # claim files have a schema of the same number
     if "evaluations" in document and "suite" not in document:
         raise DataError(
             f"{where} is a claim file, not an evaluation: check it with `redefense claim "
@@ -252,6 +254,7 @@ def _stored(
         accuracy=Accuracy(expected=evaluation.clean.expected),
         interval=evaluation.clean.interval,
     )
+    # evaluations given as JSON may not name it
     clean_file = evaluation.clean.per_image or f"{suite}/clean.npz"
     every = (*evaluation.cells, *evaluation.further_cells)
     arrays = [_arrays(folder, cell.per_image) for cell in every]
@@ -327,6 +330,7 @@ def evaluations_of(run: Path) -> dict[Path, object]:
     Raises:
         DataError: if there is none, or a file cannot be read.
     """
+    # hidden files are incomplete ones, see `runtime.files.UNFINISHED`
     found = {path: read_json(path) for path in sorted((run / "evaluation").glob("[!.]*.json"))}
     evaluations = {path: document for path, document in found.items() if _is_evaluation(document)}
     if not evaluations:

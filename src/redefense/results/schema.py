@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class _Record(BaseModel):
+    # later versions may add keys to schema 1; JSON has neither NaN nor infinity
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
@@ -18,6 +19,7 @@ class Budget(_Record):
     @field_validator("norm", mode="before")
     @classmethod
     def _text(cls, value: object) -> str:
+        # files from elsewhere may have 2 for "2"
         return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
@@ -127,6 +129,7 @@ class Check(_Record):
 class Evaluation(_Record):
     """`DIR/evaluation/SUITE.json`, schema 1. Unknown keys are ignored."""
 
+    # `schema` is a method of pydantic's models
     version: Literal[1] = Field(alias="schema")
     suite: str
     run: dict[str, Any] = {}
