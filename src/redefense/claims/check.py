@@ -64,6 +64,7 @@ def check(path: Path) -> list[Finding]:
     try:
         it = parse(document, path)
     except DataError as error:
+        # JSON of another form is a finding; only a file that is no JSON is an error
         return [_finding(path.name, "schema", f"{error}.")]
     found = [*_identity(it, document)]
     for each in it.evaluations:
@@ -100,6 +101,7 @@ def _identity(it: Claim, document: Any) -> Iterator[Finding]:
     """Check hashes, settings, commits and authors."""
     stated = document.get("sha256")
     if stated is None:
+        # claims had no hash before their suites had versions
         earlier = all(plan.version is None for e in it.evaluations for plan in e.suites)
         made = "it was made by an earlier version" if earlier else "it was removed"
         why = f"The claim has no hash of its content: {made}."
@@ -119,6 +121,7 @@ def _identity(it: Claim, document: Any) -> Iterator[Finding]:
         yield _finding(it.name, "unattributed", why)
     for plan in (plan for each in it.evaluations for plan in each.suites):
         commit = str(plan.provenance.get("commit", ""))
+        # the figures may hold, but nobody else can obtain this code
         if commit.endswith("-dirty"):
             why = f"{plan.file} was made by code with uncommitted changes ({commit})."
             yield _finding(it.name, "changed-code", why, severity="note")
@@ -136,6 +139,7 @@ def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
             _images(cell.met, n, f"{cell.id}, met")
             yield from _mean(cell.id, cell.expected, q, found.exact)
             left.append(q)
+        # unbounded attacks do not count in a headline, so their records are not stored
         elif cell.bounded:
             yield "records-missing", f"The claim has no per-image correctness of {cell.id}."
     lowest = found.per_image()
@@ -188,6 +192,7 @@ def _mean(
         message = (
             f"{what} is stated as {_percent(stated.value)}, its records give {_percent(q.mean())}"
         )
+        # an interval around another mean cannot agree either, so it is not compared
         yield "records-contradict", f"{message}."
         return
     if not exact:  # the interval covers the draws, too
@@ -247,6 +252,7 @@ def _cells(plan: Plan) -> list[dict[str, Any]]:
     if (suite := _definition(plan)) is not None:
         return list(suite["cells"])
     now = SUITES[plan.suite].cells if isinstance(plan.suite, str) and plan.suite in SUITES else ()
+    # settings may differ between versions
     plain = [cell.model_dump(mode="json", exclude={"settings"}) for cell in now]
     return [cell for cell in plain if cell["attack"] not in ADDED]
 
@@ -273,13 +279,14 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
             yield _finding(_subject(it, found), "suite-version", why, severity="note")
         for spec in _cells(plan):
             threat = spec.get("threat")
+            # cells at another threat are part of another evaluation of the claim
             if threat is None or (threat["norm"], threat["eps"]) == (found.norm, found.eps):
                 view = spec["view"]
                 if view == "protocol":
                     view = "sampled" if _drawn(it, found) else "averaged"
                 settings, aware = spec.get("settings", {}), spec.get("aware")
                 demanded.append((spec["attack"], view, settings, plan.name, aware))
-    # entries with the most settings are matched first
+    # entries with the most settings first: their results would match entries without, too
     for attack, view, settings, name, aware in sorted(demanded, key=lambda it: -len(it[2])):
         fits = [c for c in left if (c.attack, c.view) == (attack, view) and _ran(c.repr, settings)]
         # the first of equal ones: each result answers one entry of the suite
@@ -299,6 +306,7 @@ def _described(
     it: Claim, found: Evaluated, cell: Attacked, aware: bool | None
 ) -> Iterator[Finding]:
     """Check what a cell states about its attack: awareness, boundedness and budget."""
+    # built-in attacks only: what a plug-in declares may differ between machines
     if (kind := ATTACKS.own.get(cell.attack)) is not None:
         known = {"aware": kind.adaptive if aware is None else aware, "bounded": kind.bounded}
         for key, value in known.items():
@@ -325,6 +333,7 @@ def _drawn(it: Claim, found: Evaluated) -> bool:
 def _ran(call: str, settings: Mapping[str, Any]) -> bool:
     """Whether the repr of an attack has these settings."""
     return all(
+        # up to the comma or bracket, so that steps=10 does not match steps=100
         re.search(rf"\b{key}={re.escape(repr(value))}(?=[,)])", call)
         for key, value in settings.items()
     )

@@ -49,6 +49,7 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
         ConfigError: if there is no claim.
     """
     seeds = [path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.json")]
+    # not decimal: of another method, as `red-at-0.json` is for `red`
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
@@ -100,6 +101,7 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
 def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
     # raises for claims without per-image correctness
     aware = [_worst(e, common) for e in seeds]
+    # for each seed the strongest attack: an attacker of one model chooses for this model
     kept = [
         {a: unpacked(c.each) for a, c in e.attacks().items() if c.each is not None} for e in seeds
     ]

@@ -34,6 +34,7 @@ Attack = tuple[str, str, str]
 
 
 class _Data(BaseModel):
+    # NaN would pass every comparison with a tolerance
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -49,6 +50,7 @@ class Figure(_Data):
         return Estimate(self.value, self.low, self.high)
 
 
+# further keys are allowed here, since they depend on the version and on plug-ins
 class _Named(BaseModel):
     """The required keys of a claim's run."""
 
@@ -293,6 +295,7 @@ class Claim(_Data):
 
     def keeping(self, older: "Claim") -> "Claim":
         """The claim with an older claim's results on other images or at other threats added."""
+        # results of other weights are those of another claim
         if older.training.weights != self.training.weights:
             return self
         mine = {e.subject for e in self.evaluations}
@@ -316,6 +319,7 @@ def packed(
     if q is None:
         return None
     # 16 bits: half a level is 8e-6, below every stated digit
+    # little-endian on every machine, since equal records must have equal hashes
     raw = np.rint(STEPS * q).astype("<u2").tobytes()
     return base64.urlsafe_b64encode(zlib.compress(raw, 9) if deflate else raw).decode()
 
@@ -344,6 +348,7 @@ def digest(value: object) -> str:
 
 def suite_version(suite: Mapping[str, Any]) -> str:
     """Version of a suite: 12 hexadecimal digits of the hash of its attacks and their settings."""
+    # name, summary and precision do not change which attacks are run
     parts = {key: suite[key] for key in ("cells", "baseline_attacks", "measures") if key in suite}
     return digest(parts)[:12]
 

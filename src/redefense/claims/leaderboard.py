@@ -233,6 +233,7 @@ def groups_of(entries: Iterable[Entry]) -> list[Group]:
 def _met(found: Evaluated) -> str:
     """Key of images, threat, suites and attacks: rows with equal keys may be ranked together."""
     suites = sorted(
+        # repetitions and full checks attack, too, and lower the worst case
         (plan.name, plan.version or digest(plan.suite), plan.seeds, plan.checks)
         for plan in found.suites
     )

@@ -50,7 +50,7 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
 def _home(source: Path) -> Path:
     """The run of a source, if it has one."""
     source = source.resolve()
-    return source if source.is_dir() else source.parent.parent
+    return source if source.is_dir() else source.parent.parent  # DIR/evaluation/SUITE.json
 
 
 def of_run(
@@ -58,6 +58,7 @@ def of_run(
 ) -> Claim:
     """The claim of a trained run; arguments and errors as in `claim`."""
     data = Signature.stored(checkpoint.state)
+    # a claim is public: paths of this machine are omitted
     run = without_paths(checkpoint.run)
     cost = count(run, num_classes=len(data.classes), shape=data.shape, images=data.images)
     weights = checkpoint.weights_sha256()
@@ -140,6 +141,7 @@ def _plan_of(stored: Stored) -> Any:
 def _same_weights(stored: Iterable[Stored], weights: str) -> None:
     for it in stored:
         found = _plan_of(it).weights
+        # older evaluations did not record their weights
         if found not in (None, weights):
             raise DataError(f"{it.file} is an evaluation of other weights ({found}, not {weights})")
 

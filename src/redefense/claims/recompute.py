@@ -54,6 +54,7 @@ def recompute(
             data have another name.
     """
     for plan in (plan for e in it.evaluations for plan in e.suites):
+        # older claims state no version, so it is unknown whether their attacks are the present ones
         if isinstance(plan.suite, str) and plan.version is not None and not current(plan):
             commit = plan.provenance.get("commit") or plan.provenance.get("version")
             raise DataError(
@@ -93,10 +94,12 @@ def _of_run(
     if trained is None:
         _check_name(it, data)
         run = parse_run(it.run, it.name)
+        # the claim names the data without its path on another machine
         run = run.model_copy(update={"data": run.data.model_copy(update={"spec": data})})
         train(run, path, resume=True, device=device, quiet=log is None)
     checkpoint = find_final(path)
     if trained is not None:
+        # before the attacks, which take hours
         _require(it, checkpoint.weights_sha256(), trained)
     stored = []
     for plan in _plans(it):
@@ -104,6 +107,7 @@ def _of_run(
         if not isinstance(suite, str):
             (folder / "suites").mkdir(parents=True, exist_ok=True)
             file = folder / "suites" / f"{plan.file}.json"
+            # a custom suite reaches `evaluate_run` as a file
             file.write_text(json.dumps(suite))
             suite = str(file)
         _, target = evaluate_run(
@@ -153,6 +157,7 @@ def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, log: Log |
         )  # fmt: skip
         stored += load(folder / plan.file / "evaluation" / f"{named.name}.json")
         found = stored[-1].plan
+        # the evaluation computes the hash of a network in memory
         _require(it, "" if found is None else str(found.weights), "the network")
     return of_weights(stored, it.name, _attributed(it))
 
@@ -195,4 +200,5 @@ def _agree(a: Figure, b: Figure) -> bool:
         low, high = (of.value if v is None else v for v in (of.low, of.high))
         return low <= value <= high
 
+    # both ways: one wide interval alone would agree with anything
     return inside(a.value, b) and inside(b.value, a)

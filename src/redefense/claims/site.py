@@ -54,9 +54,11 @@ def write_site(folder: Path, out: Path) -> list[Path]:
     for entry in entries:
         text = render("claim.html", {"entry": entry, "claim": entry.claim})
         pages[out / entry.page] = text
+    # written after all are rendered, so that an error leaves nothing behind
     for path, text in pages.items():
         write_text(path, text)
     for entry in entries:
+        # the file itself, which visitors check and recompute
         shutil.copyfile(entry.path, out / "claims" / entry.path.name)
     return list(pages)
 
@@ -141,6 +143,7 @@ def scatter(
     ticks = _decades(min(xs), max(xs)) if log else [0.0, 0.25, 0.5, 0.75, 1.0]
     low, span = ticks[0], ticks[-1] - ticks[0]
     top = max(a.high or a.value for _, _, _, a in known)
+    # the next multiple of ten percent, with room above an interval that ends on one
     top = min(1.0, math.ceil(top * 10 + 0.01) / 10)
 
     def px(x: float) -> float:
@@ -170,6 +173,7 @@ def scatter(
     for (number, row, _, aware), x in zip(known, xs, strict=True):
         ends = f"M{px(x):.1f} {py(aware.low or 0):.1f}V{py(min(aware.high or 0, top)):.1f}"
         bar = "" if aware.low is None or aware.high is None else f'<path class="bar" d="{ends}"/>'
+        # claims come from others: their names must not become markup
         message = escape(f"{row.name}: aware {percent(aware)} %")
         body.append(
             f'<g class="point {row.kind}" data-row="{number}"><title>{message}</title>{bar}'

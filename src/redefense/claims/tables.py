@@ -36,6 +36,7 @@ def read_whole(path: Path) -> Claim:
             try:
                 sizes = {len(unpacked(text)) for text in some if text is not None}
             except (ValueError, zlib.error):
+                # no number of images, so the records count as damaged
                 sizes = {-1}
             if sizes - {found.data["num_images"]}:
                 raise DataError(
@@ -196,6 +197,7 @@ def attacks_table(
     }
     bounded = _by_attack(met, unbounded=False)
     quoted = {
+        # one attack for all images, the strongest on average, as an unaware headline states it
         name: min(found, key=lambda it: it.value)
         for name in shown
         if (found := [row[name] for row in bounded.values() if name in row])
@@ -242,6 +244,7 @@ class _Shown(NamedTuple):
 
 def _least_of_each(found: Evaluated) -> dict[tuple[bool, str], Attacked]:
     """By (unbounded, attack), the unaware cell of lowest accuracy."""
+    # highest first: the dictionary keeps the last, which is the lowest
     cells = sorted(found.cells, key=lambda cell: -cell.expected.value if cell.expected else -1.0)
     return {(not c.bounded, c.attack): c for c in cells if not c.aware}
 
@@ -312,6 +315,7 @@ def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
 def _paired(found: Evaluated, base: Evaluated) -> str:
     """Points gained over the base on the same images, under the common attacks."""
     one, other = found.per_image(), base.per_image()
+    # paired differences need the same images
     if found is base or one is None or other is None or found.data != base.data:
         return ""
     mine, theirs, note = found.attacks(), base.attacks(), ""

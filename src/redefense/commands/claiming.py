@@ -50,6 +50,7 @@ def make(
         made = made.keeping(read(out))
     for plan in (plan for each in made.evaluations for plan in each.suites):
         commit = str(plan.provenance.get("commit", ""))
+        # nobody else can obtain this code
         if not commit or commit.endswith("-dirty"):
             echo(f"{plan.file} was made by code without a commit ({commit or 'unknown'})", quiet)
     write(made, out)
@@ -72,6 +73,7 @@ def check(paths: ClaimFiles, as_json: Json = False, quiet: Quiet = False) -> Non
     for path in paths:
         try:
             by_file[str(path)] = findings_of(path)
+        # collected: one unreadable file must not hide the findings about the others
         except DataError as error:
             unread[str(path)] = str(error)
     failed = [file for file, findings in by_file.items() if exit_code(findings)]
@@ -193,6 +195,7 @@ def _print(markdown: str, *, as_json: bool, quiet: bool) -> None:
     """Print a Markdown table, or its rows as JSON."""
     lines = [line.strip("| ") for line in markdown.splitlines() if line.startswith("|")]
     head, *rows = [[cell.strip() for cell in line.split(" | ")] for line in lines] or [[]]
+    # the first row below the heading is Markdown's ruler
     found = [dict(zip(head, row, strict=False)) for row in rows[1:]]
     show({"rows": found}, markdown, as_json=as_json, quiet=quiet)
 

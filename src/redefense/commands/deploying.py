@@ -37,15 +37,9 @@ def export(
     from redefense.export.trained import export_run
 
     export_run(
-        path,
-        out,
-        data=data,
-        precision=precision,
-        calibration=calibration,
-        license_name=license_name,
-        sign=sign,
-        log=lambda line: echo(line, quiet),
-    )
+        path, out, data=data, precision=precision, calibration=calibration,
+        license_name=license_name, sign=sign, log=lambda line: echo(line, quiet),
+    )  # fmt: skip
     found = summary(out)
     show(found.as_dict(), "\n".join(found.lines()), as_json=as_json, quiet=quiet)
     echo(f"wrote {out}; next: redefense verify {out}", quiet)
@@ -76,6 +70,7 @@ def verify(
     text = check_lines(((check.id, check.passed, check.detail) for check in checks), 10)
     show(document, text, as_json=as_json, quiet=quiet)
     if failed:
+        # also with --quiet: an exit code needs a reason
         echo(f"{path} does not hold: {failed[0].id}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)
     echo(f"{path} holds", quiet)

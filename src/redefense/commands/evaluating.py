@@ -80,32 +80,22 @@ def evaluate(
     from redefense.results.schema import OF_DEFENCE
 
     report, target = evaluate_run(
-        path,
-        suite=suite,
-        data=data,
-        images=images,
-        eps=eps,
-        norm=norm,
-        seed=seed,
-        seeds=seeds,
-        device=device,
-        out=out,
-        checks=checks,
+        path, suite=suite, data=data, images=images, eps=eps, norm=norm, seed=seed, seeds=seeds,
+        device=device, out=out, checks=checks,
+        # None: as the suite says
         cascade=False if no_cascade else None,
-        precision=precision,
-        stochastic=stochastic,
-        keep_images=save_images,
-        replay=replay,
-        batch_size=batch_size,
-        log=None if quiet else lambda line: echo(line, quiet),
-    )
+        precision=precision, stochastic=stochastic, keep_images=save_images, replay=replay,
+        batch_size=batch_size, log=None if quiet else lambda line: echo(line, quiet),
+    )  # fmt: skip
     red = [check for check in report.data["checks"] if check["passed"] is False]
     for check in red:
+        # such a check says nothing against the measurement
         word = "about the defence" if check["id"] in OF_DEFENCE else "check failed"
         echo(f"{word}, {explained(check['id'], check['detail'])}", quiet)
     if weak := members_weak(report.data["clean"]["per_member"], report.data["mixture"]):
         echo(weak.replace(PERCENT, " %"), quiet)
     if as_json and first:
+        # the bytes of the stored file, which end with a line break
         typer.echo(report.to_json(), nl=False)
     elif not as_json:
         # a report of the run does not read files elsewhere

@@ -151,6 +151,7 @@ def _heading(name: str) -> str:
 def command_of(ctx: Any) -> str:
     """The command's name without the program's, e.g. "bench train"."""
     names = []
+    # the outermost context is the program
     while ctx.parent is not None:
         names.append(str(ctx.info_name))
         ctx = ctx.parent

@@ -133,6 +133,7 @@ def check_plugin(
 def _entries(kind: str) -> list[tuple[str, str]]:
     from redefense.plugins import MODULES, registry, summary_of, words
 
+    # the registry of data sets has another name than the option --data
     plural = "datasets" if kind == "data" else kind
     if plural not in MODULES:
         raise ConfigError(

@@ -44,15 +44,9 @@ def bench_attacks(
     from redefense.bench.attacks import run
 
     result = run(
-        images=images,
-        model=model,
-        data=data,
-        seed=seed,
-        train_images=train_images,
-        single=single,
-        names=attack,
-        log=lambda line: echo(line, quiet or as_json),
-    )
+        images=images, model=model, data=data, seed=seed, train_images=train_images,
+        single=single, names=attack, log=lambda line: echo(line, quiet or as_json),
+    )  # fmt: skip
     show(result, tables(result), as_json=as_json)
 
 
@@ -99,14 +93,9 @@ def bench_train(
     from redefense.bench.train import run, table
 
     result = run(
-        models=model or ("resnet8", "resnet20"),
-        members=members or (3, 8),
-        batch=batch,
-        steps=steps,
-        rounds=rounds,
-        device=device,
-        log=lambda line: echo(line, quiet),
-    )
+        models=model or ("resnet8", "resnet20"), members=members or (3, 8), batch=batch,
+        steps=steps, rounds=rounds, device=device, log=lambda line: echo(line, quiet),
+    )  # fmt: skip
     show(result, table(result), as_json=as_json)
 
 
@@ -134,15 +123,12 @@ def bench_memory(
     from redefense.bench.memory import MEMBERS, run, table
 
     result = run(
-        model=model,
-        members=members or MEMBERS,
-        ensemble=ensemble,
-        batch=batch,
+        model=model, members=members or MEMBERS, ensemble=ensemble, batch=batch,
         differentiate=differentiate,
+        # checked above; written so that its type is narrowed
         precision="bf16" if precision == "bf16" else "fp32",
-        device=device,
-        log=lambda line: echo(line, quiet),
-    )
+        device=device, log=lambda line: echo(line, quiet),
+    )  # fmt: skip
     show(result, table(result), as_json=as_json)
 
 
@@ -167,9 +153,7 @@ def bench_scaling(
     from redefense.bench.scaling import run, table
 
     result = run(
-        settings=settings,
-        counts=processes or (1, 2, 4),
-        steps=steps,
+        settings=settings, counts=processes or (1, 2, 4), steps=steps,
         log=lambda line: echo(line, quiet),
-    )
+    )  # fmt: skip
     show(result, table(result), as_json=as_json)

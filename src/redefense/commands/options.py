@@ -79,6 +79,7 @@ def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: in
         run = read_run(path / "run.json")
     elif path.suffix == ".json":
         run = read_run(path)
+    # a path was meant, so the known recipes would be no help
     elif what not in RECIPES and (path.is_dir() or len(path.parts) > 1):
         raise DataError(f"there is no run at {path}: it has no run.json")
     else:

@@ -23,6 +23,7 @@ Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that ex
 
 def serve(
     bundle: Bundle,
+    # None where a default would do: --audit refuses options that it would ignore
     host: Annotated[str | None, typer.Option(help=f"Address to listen on; {HOST}.")] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help=f"{PORT}; 0 selects a free port.")
@@ -121,6 +122,7 @@ def serve(
     SIGHUP reloads BUNDLE; SIGTERM finishes pending requests and exits.
     """
     for package in PACKAGES:
+        # one line that names the extra, in place of an ImportError from inside the server
         if find_spec(package) is None:
             raise ConfigError(not_installed("serving", package, "serve"))
     from redefense.serve.draws import draw_by, read_key
@@ -128,27 +130,15 @@ def serve(
     from redefense.serve.observe import log_to_stderr
     from redefense.serve.process import serve as run_server
 
+    # not the option's default, since a seed without --research is refused
     if research and seed is None:
         seed = 0
     settings = Settings(
-        policy=policy,
-        mode=mode,
-        scores=scores,
-        research=research,
-        seed=seed,
-        grouped=grouped,
-        max_batch=max_batch,
-        max_delay=max_delay,
-        max_queue=max_queue,
-        deadline=deadline,
-        max_body=max_body,
-        max_pixels=max_pixels,
-        tick=tick,
-        epoch=epoch,
-        client_header=client_header,
-        grace=grace,
-        threads=threads,
-    )
+        policy=policy, mode=mode, scores=scores, research=research, seed=seed, grouped=grouped,
+        max_batch=max_batch, max_delay=max_delay, max_queue=max_queue, deadline=deadline,
+        max_body=max_body, max_pixels=max_pixels, tick=tick, epoch=epoch,
+        client_header=client_header, grace=grace, threads=threads,
+    )  # fmt: skip
     if audit:
         own = {"host": host, "port": port, "name": name, "key": key}
         if given := ", ".join(f"--{option}" for option, value in own.items() if value is not None):
@@ -166,6 +156,7 @@ def serve(
     log_to_stderr(quiet=quiet)
     secret, trust = read_key(key), _trust(signer)
 
+    # called again for each reload of the bundle
     def load(named: str | None) -> "tuple[Model, Draw]":
         model = Model(bundle, name=name if named is None else named, threads=threads, trust=trust)
         return model, draw_by(settings, model.mixture, secret)
@@ -189,10 +180,7 @@ def _audit(
     model = Model(bundle, threads=settings.threads, trust=_trust(signer))
     model.check_grouped(settings.grouped)
     more = () if signer is None else ("--signer", str(signer))
-    echo(
-        f"auditing {bundle}, policy {settings.policy}: takes about a minute",
-        quiet,
-    )
+    echo(f"auditing {bundle}, policy {settings.policy}: takes about a minute", quiet)
     findings = run_audit(model, settings, lambda: child(bundle, settings, *more))
     passed = all(finding.passed for finding in findings)
     document = {

@@ -30,6 +30,7 @@ _PLAIN: Final = MappingProxyType(
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
+        # errors in reading are not replaced: the text would be wrong
         raise error
     lost = error.object[error.start : error.end]
     return "".join(_PLAIN.get(letter, "?") for letter in lost), error.end
@@ -45,7 +46,9 @@ def accept_every_letter() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
+            # Python sets None for a descriptor that was closed at its start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+        # the streams of notebooks and test runners accept any text
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="redefense")
             if stream is getattr(sys, f"__{name}__"):  # the interpreter's own, which stays open
@@ -62,12 +65,14 @@ class _Pipe(io.FileIO):
         try:
             return super().write(data)
         except BrokenPipeError:
+            # the descriptor itself, so that Python's last flush at its exit succeeds, too
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return super().write(data)
 
 
 def _piped(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     return io.TextIOWrapper(
+        # closed by the interpreter's own stream
         io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
         errors=stream.errors,

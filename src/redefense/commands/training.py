@@ -63,6 +63,7 @@ def train(
     try:
         run = resolve_run(what, changes, data, seed)
     except RedefenseError as error:
+        # all processes raise it, and one message is enough
         error.reported = not first
         raise
     if start is not None:

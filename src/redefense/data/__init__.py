@@ -146,6 +146,7 @@ class Spec:
 
     def copy_in(self, folder: Path) -> Path:
         """Path of the decoded copy in the cache."""
+        # no path contains \0, so that options cannot be mistaken for a part of it
         options = "\0" + urlencode(sorted(self.options.items())) if self.options else ""
         return disk.entry(folder, self.kind, self.path, options)
 
@@ -178,6 +179,7 @@ def parse(spec: str) -> Spec:
         raise DataError(f"{kind} needs a path: {kind}:PATH" if not place else f"{kind} has no path")
     known, options = DATASETS[kind].options, {}
     before, mark, after = place.rpartition("?")
+    # a question mark may be part of the name of an existing file
     if known and mark and not os.path.exists(os.path.expanduser(place)):
         try:
             pairs = parse_qsl(after, keep_blank_values=True, strict_parsing=True)
@@ -253,7 +255,7 @@ def load_dataset(
 
 
 def _silent(count: int) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 @contextlib.contextmanager

@@ -109,6 +109,7 @@ def store(at: Path, source: Source, tick: Tick) -> Dataset:
         raise
     aside = at / f"meta-{token}.json"
     aside.write_text(json.dumps(meta | {"seal": _seal(meta)}))
+    # the last step: until then readers find the old arrays, afterwards the new ones
     aside.replace(at / "meta.json")
     _clean(at, previous)
     return _dataset(at, meta)

@@ -138,6 +138,7 @@ def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport
         train=train,
         test=test,
         checksum=None if problems else checksum,
+        # each once: an image of the sample is decoded again with all others
         problems=tuple(printable(problem) for problem in dict.fromkeys(problems)),
         notes=tuple(notes),
     )
@@ -163,6 +164,7 @@ def _content(source: Source, refuse: Refuse, notes: list[str]) -> str:
             content.update(whole.data)
             marks += [_mark(image) for image in whole]
         content.update(np.ascontiguousarray(part.labels).data)
+        # of encoded images some may be unreadable, which are reported by name
         if part.items is None and len(marks) != len(part.labels):
             refuse(f"{source.name} {what}: {len(marks)} images for {len(part.labels)} labels")
         prints.append(np.array(marks, np.int64))

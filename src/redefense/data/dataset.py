@@ -18,6 +18,7 @@ HASH_CHUNK = 64 * 2**20
 """Bytes hashed or copied at a time, so that a memory-mapped set is never loaded whole."""
 
 
+# no generated comparison: == of tensors has no single truth value
 @dataclass(frozen=True, slots=True, init=False, repr=False, eq=False)
 class Split:
     """N labelled images.

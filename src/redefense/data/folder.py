@@ -85,6 +85,7 @@ def _splits(tree: Tree) -> tuple[str, str, str]:
         for depth in (1, 2)
     }
     sets = []
+    # the root first: only if it has no splits, one folder in it may have them
     for at in ("", *sorted(f"{folder}/" for folder in folders if "/" not in folder)):
         found = {
             split: [word for word in words if f"{at}{word}" in folders]

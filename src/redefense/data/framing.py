@@ -50,6 +50,7 @@ class Framing:
         if self.resize is not None:
             short = min(width, height)
             width, height = (max(1, self.resize * side // short) for side in (width, height))
+            # the longer side of a narrow strip would grow without limit
             if width * height > LARGEST**2:
                 raise DataError(
                     f"{name}: {picture.size[0]}x{picture.size[1]} would be resized to "
@@ -81,6 +82,7 @@ def framing_of(resize: str | None, crop: str | None) -> Framing:
     for option, text in (("resize", resize), ("crop", crop)):
         if text is None:
             continue
+        # nine digits exceed the limit already; `int` refuses texts of thousands
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= LARGEST):
             raise DataError(
                 f"{option} must be a whole number of pixels from 1 to {LARGEST}, got {text!r}"

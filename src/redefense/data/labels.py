@@ -49,6 +49,7 @@ def check_labels(
             f"{where}: {len(wrong)} unknown labels outside [0, {len(classes)}), "
             f"the first is {labels[wrong[0]]} of image {wrong[0]}"
         )
+    # `bincount` refuses negative numbers
     counts = np.bincount(np.delete(labels, wrong), minlength=len(classes))
     for number in np.flatnonzero(counts == 0) if full else ():
         refuse(f"{where}: class {classes[int(number)]!r} has no images")
@@ -72,6 +73,7 @@ def refuse_twins(names: Sequence[str], where: str, refuse: Refuse) -> None:
     """Refuse class names that differ only in case, spaces or Unicode form."""
     seen: dict[str, str] = {}
     for name in names:
+        # once more, since folding the case may decompose letters
         key = one_form(one_form(name).casefold()).strip()
         if key in seen:
             alike = "" if name == seen[key] else " but for case, spaces or Unicode form"

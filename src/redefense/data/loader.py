@@ -148,6 +148,7 @@ class Loader:
         if self.augment is not None:
             # keyed by image and epoch, so neither rank nor step changes what is drawn
             raw = self.augment(raw, ImageStreams(mix64(mix64(index) ^ salt)))
+        # bytes up to here: a quarter of the memory, and of the traffic to the device
         return Batch(raw.to(torch.float32).div_(255.0), labels, index)
 
 

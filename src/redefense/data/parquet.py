@@ -281,6 +281,7 @@ class _Table:
         try:
             for batch in self._open(file).iter_batches(size, columns=[self.image]):
                 for raw in batch.column(0).field("bytes").to_pylist():
+                    # a null is reported as an empty file, under its name
                     yield f"{file} row {row}", raw or b""
                     row += 1
         except UNREADABLE as error:
@@ -288,6 +289,7 @@ class _Table:
 
     def sample(self) -> list[tuple[str, bytes]]:
         """Some images, from the first rows of each of some files."""
+        # batches of eight rows, since a file is read by whole batches
         return [row for file in spread(self.files) for row in islice(self._rows(file, 8), 8)]
 
     def part(self, shape: tuple[int, int, int], framing: Framing) -> Part:

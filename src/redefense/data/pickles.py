@@ -42,6 +42,7 @@ class Bytes:
         return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
+# Python 3 writes bytes as latin-1 text in the old protocols
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
@@ -92,6 +93,7 @@ def load(raw: bytes, where: str) -> dict[str, Any]:
     """
     try:
         _check_steps(raw)
+        # the batches were written by Python 2, whose strings are bytes
         found = _Reader(BytesIO(raw), encoding="bytes").load()
         return {_text(key): _value(value) for key, value in found.items()}
     except pickle.UnpicklingError as error:

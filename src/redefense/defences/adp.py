@@ -97,6 +97,7 @@ class ADP(CrossEntropyDefence):
 
     def _parts(self, ensemble: Ensemble, x: Images, y: Labels) -> Iterator[Loss]:
         with phase(PENALTY):
+            # the passes of the members below update the statistics, once
             with torch.no_grad(), frozen_statistics(ensemble):
                 logits = ensemble.member_logits(x)
             # in bf16 training the cotangents of the logits are not rounded to bf16
@@ -111,6 +112,7 @@ class ADP(CrossEntropyDefence):
             # logged for one member only: terms of parts are summed
             once = {**logged, "total": ce.detach() + bonus.detach()} if m == 0 else {}
             yield Loss(
+                # the product has the gradient of the regularizer through member m
                 ce + (z * cotangent[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once}
             )
 

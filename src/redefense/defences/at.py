@@ -45,6 +45,7 @@ class AdversarialTraining(CrossEntropyDefence):
             log_probs = ensemble.averaged()(x)
             ce = F.nll_loss(log_probs, y)
             if self.label_smoothing:
+                # `nll_loss` has no label smoothing
                 ce = torch.lerp(ce, -log_probs.mean(), self.label_smoothing)
             yield Loss(ce, terms(ce=ce, total=ce))
             return
@@ -53,4 +54,5 @@ class AdversarialTraining(CrossEntropyDefence):
             own = self.adversary.craft_own(ensemble, x, y, rng)
         for m in ensemble.spread.own(ensemble.num_members):
             ce = self.cross_entropy(ensemble.logits_of(m, own[m]), y)
+            # terms of parts are summed, so each logs its share of the mean
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))

@@ -109,6 +109,7 @@ class BARRE(CrossEntropyDefence):
     ) -> None:
         """Optimal sampling: optimise the current mixture of the first `count` members."""
         images = first_images(batches, self.refit_images)
+        # a copy: the mixture is changed in place below
         shares = ensemble.mixture[:count].clone()
         best, lowest = shares, float("inf")
         for step in range(self.refit_steps):

@@ -94,6 +94,7 @@ class Adversary:
         with evaluating(victim), frozen_weights(victim), phase(EXAMPLES):
             for images, labels in zip(x.split(size), y.split(size), strict=True):
                 crafted.append(
+                    # the last point, as in published trainings: the best one costs another pass
                     climb(
                         gradient_oracle(victim, labels, objective or OBJECTIVES["cross_entropy"]),
                         random_starts(images, labels, noise, seed)(),
@@ -114,11 +115,10 @@ class Adversary:
         for m in range(ensemble.num_members):
             if m in own:
                 examples.append(self.craft(Queried(ensemble.member(m)), x, y, rng))
-            else:
-                seed_from(
-                    rng
-                )  # as the attack does: examples must not depend on the process that makes them
-                examples.append(x)
+                continue
+            # as the attack does: examples must not depend on the process that makes them
+            seed_from(rng)
+            examples.append(x)
         return examples
 
 

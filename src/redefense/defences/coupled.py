@@ -144,6 +144,7 @@ class Coupled:
             x = _of(point, m).detach().requires_grad_()
             with nullcontext() if shared else frozen_statistics(ensemble), differentiable_twice():
                 logits = ensemble.logits_of(m, x)
+                # summed: an image's gradient must not depend on the size of the batch
                 loss = F.cross_entropy(logits, self.y, reduction="sum")
             if shared:
                 ce = loss / len(self.y)

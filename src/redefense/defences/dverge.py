@@ -112,6 +112,7 @@ class DVERGE(CrossEntropyDefence):
         x, size = batch.x, len(batch.x)
 
         def shift(rng: torch.Generator) -> Int[Tensor, ""]:
+            # from 1, so that no image is its own target; a batch of one has no other
             return torch.randint(1, max(size, 2), (), generator=rng, device=rng.device)
 
         roll = drawn(rng, shift, x.device)
@@ -128,11 +129,13 @@ class DVERGE(CrossEntropyDefence):
     def _distil(self, member: nn.Module, x: Images, target: Images, layer: float) -> Images:
         """Move x, within eps, towards the target's features at a relative depth in [0, 1)."""
         net = _tapped(member)
+        # a relative depth suits members of different depths
         name = net.tap_names[int(layer * len(net.tap_names))]
 
         def oracle(point: Images, with_grad: bool) -> OracleResult:
             point = point.detach().requires_grad_(with_grad)
             with torch.set_grad_enabled(with_grad):
+                # per image; its scale has no effect, since gradients are normalised
                 apart = (net.tap(point, name) - wanted).square().flatten(1).mean(1)
             grad = input_gradient(-apart, point) if with_grad else None
             return OracleResult(-apart.detach(), torch.zeros_like(apart).detach(), grad)

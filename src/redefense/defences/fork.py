@@ -107,6 +107,7 @@ class Fork(CrossEntropyDefence):
             ce_weight=1.0,
             points=(own,),
             penalty=lambda grads: {"similarity": gradient_similarity(grads)},
+            # weight 0 for "none": its members differ by their random starts only
             weights={"similarity": self.similarity if self.apart == "similarity" else 0.0},
             label_smoothing=self.label_smoothing,
         )

@@ -23,6 +23,7 @@ LEAST_RATIO = 0.5
 def one_step_adversary(defence: Defence) -> Adversary | None:
     """The one-step adversary of a method, if it has one."""
     adversary = getattr(defence, "adversary", None)
+    # methods with this switch use their adversary for a penalty if it is off
     learns = getattr(defence, "adversarial_training", True)
     found = isinstance(adversary, Adversary) and adversary.steps == 1 and learns
     return adversary if found else None

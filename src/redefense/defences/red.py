@@ -146,6 +146,7 @@ class RED(CrossEntropyDefence):
         clean = x if x_own is None else list(x_own)
         points: tuple[Tensor | list[Tensor], ...]
         if self.preset == "printed":
+            # adversarial training replaces the images of cross-entropy and similarity only
             points = (clean, x_adv) if x_own is None else (clean, x_adv, x)
         elif self.preset == "released":
             points = (clean, mixed)

@@ -178,6 +178,7 @@ def roughness_gradient(ensemble: Ensemble, x: Images, y: Labels) -> Images:
                     part = torch.autograd.grad(grad.square().sum(), point)[0]
             parts.append(part)
     total = torch.zeros_like(x)
+    # one by one in the order of members, so that the bits do not depend on the processes
     for part in spread.members(torch.stack(parts)):
         total += part
     return total

@@ -26,6 +26,7 @@ class Vanilla(CrossEntropyDefence):
         """One part per member; the log reports the mean over members."""
         for m in ensemble.spread.own(ensemble.num_members):
             ce = self.cross_entropy(ensemble.logits_of(m, batch.x), batch.y)
+            # terms of parts are summed, so each logs its share of the mean
             yield Loss(ce, terms(ce=ce / ensemble.num_members, total=ce))
 
 

@@ -39,6 +39,7 @@ def to_foolbox(model: nn.Module, *, device: Any = None) -> Any:
     foolbox = _library("foolbox", "foolbox")
     view = _view(model)
     where = device if device is not None else device_of(view)
+    # foolbox warns of models in training mode
     set_evaluation(view)
     return foolbox.PyTorchModel(view, bounds=(0, 1), device=where)
 
@@ -83,6 +84,7 @@ def to_robustbench(model: nn.Module, images: Tensor) -> nn.Module:
     Raises:
         InputError: naming the rule that is broken.
     """
+    # by type first: few calls may draw the same member each time
     if isinstance(model, Ensemble) or any(isinstance(part, Sampled) for part in model.modules()):
         raise InputError(NOT_ELIGIBLE)
     check_images(images)
@@ -110,6 +112,7 @@ def _has_gradient(model: nn.Module, images: Tensor) -> bool:
     """Whether the logits depend on every image."""
     x = images.detach().clone().requires_grad_()
     with torch.enable_grad(), frozen_weights(model):
+        # squared, since the plain sum is constant for log-odds and centred logits
         total = query(model, x).square().sum()
         if not total.requires_grad:
             return False

@@ -63,6 +63,7 @@ def save_pretrained(
     origin = _origin(ensemble)
     target = Path(folder)
     weights = {
+        # safetensors refuses tensors that share memory or are not contiguous
         key: value.detach().to("cpu", copy=True).contiguous()
         for key, value in ensemble.state_dict().items()
     }
@@ -76,6 +77,7 @@ def save_pretrained(
         "run": without_paths(origin.run).model_dump(mode="json"),
         "data": dict(origin.data),
     }
+    # the metadata that loaders of torch weights expect on the hub
     write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
     write_json(target / CONFIG, config)
     write_text(target / CARD, text)
@@ -172,6 +174,7 @@ def push_to_hub(
         InputError: for an ensemble of networks that redefense did not build.
     """
     hub = _client()
+    # refused before a repository is created
     _origin(ensemble)
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
@@ -263,17 +266,20 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     for key, tensor in weights.items():
+        # such members would answer NaN, and attacks on them would seem to fail
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path} holds non-finite numbers in {key}")
     return weights
 
 
 def _fetch(repo_id: str, revision: str | None) -> Path:
+    # no `owner/name`: a folder was meant, and no server is contacted for it
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no folder {repo_id}")
     hub = _client(f"{repo_id} is no folder here; ")
     try:
         return Path(
+            # nothing else of a repository is read, pickles in particular
             hub.snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
         )
     except (OSError, ValueError) as error:

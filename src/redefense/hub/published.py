@@ -43,6 +43,7 @@ def from_file(
     states = read_states(path)
     settings = {"model": model} if isinstance(model, str) else dict(model)
     kind = construct(IndependentConfig, {**settings, "num_members": len(states)}, "model")
+    # every tensor is replaced below, so the seed has no effect
     ensemble = kind.build(num_classes=num_classes, shape=shape, seed=0)
     for m, state in enumerate(states):
         fitted = fit(ensemble.member(m), state)
@@ -54,6 +55,7 @@ def from_file(
                 "redefense train --start"
             )
         if fitted.unused:
+            # level 3 is the caller of `from_pretrained`
             warnings.warn(f"{path} holds more than is used: {_some(fitted.unused)}", stacklevel=3)
     if not fitted.normalised and kind.mean is None:
         warnings.warn(
