@@ -69,6 +69,7 @@ def check(path: Path) -> list[Finding]:
     found = [*_identity(it, document)]
     for each in it.evaluations:
         try:
+            # a tuple, since a generator would raise outside of this block
             sums = (*_sums(each), *_members(it, each))
             found += [_finding(_subject(it, each), *message) for message in sums]
         except ValueError as error:  # records that cannot be unpacked

@@ -396,6 +396,7 @@ def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
         left = unpacked(cell.each)
         met = np.ones_like(known) if cell.met is None else unpacked(cell.met) > 0
         lowest, known = np.where(met, np.minimum(lowest, left), lowest), known & met
+    # no other attack can lower 0
     return np.where(known | (lowest == 0), lowest, np.nan)
 
 

@@ -119,6 +119,7 @@ def bench_memory(
 
     The joint graph is measured, too.
     """
+    # before the import of torch, so that a mistake is answered at once
     one_of("--precision", precision, ("bf16", "fp32"))
     from redefense.bench.memory import MEMBERS, run, table
 

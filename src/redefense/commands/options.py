@@ -53,6 +53,7 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
             load_file(path)
         command(*args, **options)
 
+    # `wraps` shows the signature of the command, which lacks the option
     own = inspect.signature(command)
     option = inspect.Parameter(
         "plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugins
@@ -84,6 +85,7 @@ def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: in
         raise DataError(f"there is no run at {path}: it has no run.json")
     else:
         run = recipe(what)
+    # the last assignment wins: --data and --seed over --set
     assignments = list(changes or [])
     if data is not None:
         assignments.append(f"data.spec={data}")

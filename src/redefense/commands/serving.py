@@ -177,6 +177,7 @@ def _audit(
     from redefense.serve.audit.run import run_audit
     from redefense.serve.model import Model
 
+    # a damaged bundle is refused before any server is started
     model = Model(bundle, threads=settings.threads, trust=_trust(signer))
     model.check_grouped(settings.grouped)
     more = () if signer is None else ("--signer", str(signer))

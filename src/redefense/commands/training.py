@@ -69,6 +69,7 @@ def train(
     if start is not None:
         run = run.model_copy(update={"start": StartConfig(path=str(start))})
     target = out if out is not None else default_folder(run)
+    # after the settings: a mistake in them is answered without the import of torch
     from redefense.train.experiment import train as train_run
 
     train_run(

@@ -242,6 +242,7 @@ def load_dataset(
     if (kept := disk.load(at)) is not None:
         return kept
     try:
+        # one process decodes, the others wait and map its copy
         with locked(at / "lock", wait=True):
             if (kept := disk.load(at)) is not None:  # another process was faster
                 return kept

@@ -144,6 +144,7 @@ def _digests(file: Path, which: "range | list[int]") -> list[str]:
             handle.seek(piece * PIECE)
             return hashlib.sha256(handle.read(PIECE)).hexdigest()
 
+    # threads, since hashing releases the interpreter's lock
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(digest, which))
 

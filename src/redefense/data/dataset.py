@@ -125,6 +125,7 @@ class Dataset:
             per_chunk = max(1, HASH_CHUNK // max(1, split.store[:1].numel()))
             for some in split.chunks(per_chunk):
                 digest.update(some.contiguous().numpy().data)
+            # one integer type, so that equal labels have one checksum
             digest.update(split.labels.to(torch.int64).contiguous().numpy().data)
         return digest.hexdigest()
 

@@ -50,6 +50,7 @@ def read(
                 f"{where}: {at}{test_folder}/{label}: unknown class, not among the training ones"
             )
     _refuse_empty(tree, at, (train_folder, test_folder), refuse)
+    # the others were reported above
     test = [(name, label) for name, label in test if one_form(label) in number]
     for what, listing in ((train_folder, train), (test_folder, test)):
         if not listing:

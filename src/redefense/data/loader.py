@@ -154,6 +154,7 @@ class Loader:
 
 def fits(split: Split, device: torch.device) -> bool:
     """Whether a split's images may be stored on a GPU, besides the training's memory."""
+    # on the CPU the bytes are where they are needed
     if device.type != "cuda":
         return False
     wanted = len(split) * split.store[:1].nbytes

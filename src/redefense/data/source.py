@@ -140,6 +140,7 @@ def _shown(raw: bytes, name: str) -> Image.Image:
     except BOMBS as error:
         raise DataError(f"{name}: decompression bomb, refused ({one_line(error)})") from error
     width, height = image.size
+    # `open` has read the header only: nothing is decoded yet
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{name}: decompression bomb, refused: {width}x{height} pixels, at most {MAX_PIXELS}"

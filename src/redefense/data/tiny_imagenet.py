@@ -47,6 +47,7 @@ def read(path: Path, refuse: Refuse) -> Source:
     ids = _ids(tree, f"{at}wnids.txt", refuse)
     train = _foldered(tree, f"{at}train/", ids, refuse)
     annotations = f"{at}val/val_annotations.txt"
+    # many scripts move the validation images to one folder for each class
     official = annotations in set(tree.names)
     if official and any(name.startswith(f"{at}val/images/") for name in tree.names):
         test, form = _annotated(tree, annotations, ids, refuse), "official validation folder"

@@ -113,7 +113,8 @@ class ADP(CrossEntropyDefence):
             once = {**logged, "total": ce.detach() + bonus.detach()} if m == 0 else {}
             yield Loss(
                 # the product has the gradient of the regularizer through member m
-                ce + (z * cotangent[m]).sum(), {"ce": ce.detach(), "total": ce.detach(), **once}
+                ce + (z * cotangent[m]).sum(),
+                {"ce": ce.detach(), "total": ce.detach(), **once},
             )
 
     def check(self, ensemble: Ensemble, num_classes: int) -> None:

@@ -34,6 +34,7 @@ class AdversarialTraining(CrossEntropyDefence):
 
     @property
     def spreads(self) -> bool:
+        # the loss of the averaged output needs all members in one graph
         return self.variant != "joint"
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:

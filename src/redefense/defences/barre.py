@@ -116,6 +116,7 @@ class BARRE(CrossEntropyDefence):
             _set(ensemble, shares)
             errors = self.errors(ensemble, count, images, rng)
             risk = float(shares @ errors)
+            # a sub-gradient step may raise the risk
             if risk < lowest:
                 best, lowest = shares, risk
             # the error rates are a sub-gradient; steps of 1 / t converge for such functions

@@ -125,6 +125,7 @@ class Adversary:
 def _ball(radius: float | Tensor, times: float) -> Threat:
     """A ball of `times` the radius, at most as wide as the images' range."""
     if isinstance(radius, Tensor):
+        # a radius on the device is not read, which would wait for the device
         return Threat(eps=1.0).with_radius((times * radius).clamp_max(1.0))
     return Threat(eps=min(1.0, times * radius))
 

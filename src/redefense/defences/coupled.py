@@ -140,6 +140,7 @@ class Coupled:
         ce: Tensor | None = None
         grads = []
         for point in self.points:
+            # by identity, since comparing values would wait for the device
             shared = point is self.ce_images
             x = _of(point, m).detach().requires_grad_()
             with nullcontext() if shared else frozen_statistics(ensemble), differentiable_twice():

@@ -64,6 +64,7 @@ class GAL(CrossEntropyDefence):
     def __post_init__(self) -> None:
         one_of("preset", self.preset, NOISE)
         if self.noise is None:
+            # filled in, so that a stored run keeps its noise if the defaults change
             object.__setattr__(self, "noise", NOISE[self.preset])
         not_negative(weight=self.weight, noise=self.noise or 0.0)
         one_of("differentiate", self.differentiate, DIFFERENTIATE)

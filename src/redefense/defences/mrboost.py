@@ -198,6 +198,8 @@ def _tensors(ensemble: Ensemble, m: int) -> list[Tensor]:
     """The parameters and buffers of member m."""
     buffers = [
         # by name, since `member(m)` of a `Hyper` is a copy
-        value for name, value in ensemble.named_buffers() if name.startswith(f"members.{m}.")
+        value
+        for name, value in ensemble.named_buffers()
+        if name.startswith(f"members.{m}.")
     ]
     return [*ensemble.parameters_of(m), *buffers]

@@ -43,6 +43,7 @@ def one_step_accuracy(
         right = []
         for m in ensemble.spread.own(ensemble.num_members):
             net = Queried(ensemble.member(m))
+            # one stream for both, so that they start from the same points
             point = attacker.craft(net, x, y, stream(seed, "overfitting"))
             with torch.no_grad(), evaluating(net):
                 right.append(correct(net(point), y).double().mean())

@@ -87,6 +87,7 @@ class RED(CrossEntropyDefence):
             weights = WITH_ADVERSARIAL_TRAINING
         for name, default in zip(("similarity", "lipschitz"), weights, strict=True):
             if getattr(self, name) is None:
+                # filled in, so that a stored run keeps its weights if the defaults change
                 object.__setattr__(self, name, default)
             not_negative(**{name: getattr(self, name)})
 

@@ -50,6 +50,7 @@ def compare(path: Path) -> Callable[[Opened], str]:
             with torch.no_grad():
                 given = torch.from_numpy(images.copy())
                 logits = as_logits(net(given), given).numpy()
+            # the stored probes, too: `verify` without a run relies on them
             if fault := runner.differs(stored[m], logits, "fp32"):
                 raise BundleError(f"not the checkpoint's: the probes' record of member {m} {fault}")
             if fault := runner.differs(opened.answers[m], logits, precision):

@@ -37,6 +37,7 @@ def write_compact(
     kept = [tensor for tensor in template.graph.initializer if tensor.name not in own]
     template.graph.ClearField("initializer")
     template.graph.initializer.extend(kept)
+    # equal ensembles give equal bytes
     (folder / TEMPLATE).write_bytes(template.SerializeToString(deterministic=True))
     np.savez(folder / WEIGHTS, allow_pickle=False, **stored(ensemble))
     return {"template": TEMPLATE, "weights": WEIGHTS, **layout(ensemble)}

@@ -71,6 +71,7 @@ def seed_faults(program: str) -> list[str]:
     Args:
         program: text of a `run.py`, which is executed.
     """
+    # -I: no file of the working folder can replace a module that run.py imports
     command = [sys.executable, "-I", "-c", _SEEDED]
     first, second = (
         subprocess.run(command, input=program, capture_output=True, check=True, text=True).stdout

@@ -34,6 +34,7 @@ def load(path: str | PathLike[str], *, device: str = "cpu") -> Ensemble:
         InputError: if it is not a path.
     """
     folder = checked_path(path)
+    # a checkpoint has a manifest, too, but no config.json
     bundle = (folder / "config.json").is_file() and (folder / runner.MANIFEST).is_file()
     return load_bundle(folder, device=device) if bundle else load_run(folder, device=device)
 
@@ -90,6 +91,7 @@ def _rebuilt(bundle: Bundle) -> Ensemble:
         raise BundleError(f"config.json: ensemble must have {bundle.num_members} members")
     try:
         kind = choose(ENSEMBLES, settings, "ensemble")
+        # every weight is replaced below, so the seed has no effect
         ensemble = kind.build(num_classes=len(bundle.classes), shape=bundle.shape, seed=0)
     except (TypeError, ValueError) as error:
         raise BundleError(f"config.json: ensemble: {error}") from None
@@ -110,6 +112,7 @@ def _weights(model: bytes) -> dict[str, Tensor]:
         tensor.name: onnx.numpy_helper.to_array(tensor)
         for tensor in onnx.load_from_string(model).graph.initializer
     }
+    # onnx returns views of read-only bytes
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 

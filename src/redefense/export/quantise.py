@@ -63,6 +63,7 @@ def quantised(model: bytes, calibration: Images | None) -> bytes:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    # within the function, since the base class needs onnxruntime
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is untyped
         """Yields the calibration images in batches."""
 
@@ -73,6 +74,7 @@ def quantised(model: bytes, calibration: Images | None) -> bytes:
             batch = next(self.batches, None)
             return None if batch is None else {"images": batch.numpy()}
 
+    # onnxruntime's quantiser reads and writes files only
     with tempfile.TemporaryDirectory() as scratch:
         source, ready, target = (Path(scratch) / f"{name}.onnx" for name in ("a", "b", "c"))
         source.write_bytes(model)
@@ -100,6 +102,7 @@ def accuracies(models: Sequence[bytes], split: Split) -> list[float]:
 def _accuracy(model: bytes, split: Split) -> float:
     session, right, start = runner.open_session(model), 0, 0
     for raw in split.chunks(BATCH):
+        # in single precision, as the runner scales bytes
         images = raw.numpy().astype(np.float32) / np.float32(255)
         logits = torch.from_numpy(runner.logits_of(session, images))
         right += int(correct(logits, split.labels[start : start + len(raw)]).sum())

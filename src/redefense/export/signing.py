@@ -34,6 +34,7 @@ def sign_with(private: Path) -> Sign:
     kinds = need("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign")
     try:
         key = serialization.load_pem_private_key(content, password=None)
+    # cryptography's error for an encrypted key without a password
     except TypeError:
         raise ConfigError(f"{private} has a passphrase, which is not supported") from None
     except Exception:  # noqa: BLE001 - damaged files raise many types
@@ -73,6 +74,7 @@ def trust_in(public: Path) -> Trust:
         # a link could be turned to another file after the check
         if place.is_symlink() or not place.is_file():
             raise SignatureError(f"the bundle is not signed: it lacks {SIGNATURE}")
+        # before it is read, since an untrusted file may be of any size
         if place.stat().st_size != _SIZE:
             raise SignatureError(f"{SIGNATURE} has {place.stat().st_size} bytes, not {_SIZE}")
         try:

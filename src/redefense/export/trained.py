@@ -72,6 +72,7 @@ def export_run(
     one_of("--precision", precision, ("fp32", "int8"))
     if calibration is not None and precision != "int8":
         raise ConfigError("--calibration goes with --precision int8")
+    # first: an unsuitable key is refused before anything is measured
     signature_by = None if sign is None else sign_with(sign)
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
@@ -81,6 +82,7 @@ def export_run(
     if dataset is not None:
         train, validation, _ = train_validation(dataset, run.data.validation)
         real = validation.float(torch.arange(min(PROBES, len(validation))))
+        # a small validation split is filled up with synthetic images
         probes = torch.cat([real, probes[len(real) :]])
         count = min(CALIBRATION, len(train)) if calibration is None else calibration
         if count > len(train):

@@ -75,6 +75,7 @@ def verify(
     folder = Path(path)
     if not (folder / runner.MANIFEST).is_file():
         raise DataError(f"no bundle at {folder}: it lacks {runner.MANIFEST}")
+    # a checkpoint has a manifest.json, too
     if (folder / "weights.safetensors").is_file() and not (folder / "config.json").is_file():
         raise DataError(
             f"{folder} is a checkpoint, not a bundle: make one of its run with `export`"
@@ -82,6 +83,7 @@ def verify(
     trust = None if signer is None else trust_in(Path(signer))
     try:
         opened = Opened(runner.open_bundle(folder, trust))
+    # before its base class
     except SignatureError as error:
         return [Check("signature", False, str(error))]
     except BundleError as error:
@@ -105,6 +107,7 @@ def _check(name: str, check: Callable[[Opened], str], opened: Opened) -> Check:
 def _records(opened: Opened) -> str:
     """Every file exists with its size and hash, and no other."""
     bundle = opened.bundle
+    # the manifest cannot hold its own hash, nor that of its signature
     known = {*bundle.files, runner.MANIFEST, runner.SIGNATURE}
     for place in sorted(bundle.path.rglob("*")):
         name = place.relative_to(bundle.path).as_posix()
@@ -201,6 +204,7 @@ def _draws(opened: Opened) -> str:
     return f"{drawn}: by the mixture, neighbours independent, seeds change nothing"
 
 
+# in this order: the hashes of files before what they contain
 CHECKS: dict[str, Callable[[Opened], str]] = {
     "records": _records,
     "graphs": _graphs,

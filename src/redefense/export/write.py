@@ -118,6 +118,7 @@ def export(
             _write(ensemble, folder, about, images, int8, target.name)
             # read back from disk: what is checked are the files that users get
             _check(runner.open_bundle(folder))
+            # last, so that only a checked bundle is signed
             if sign is not None:
                 signature = sign((folder / runner.MANIFEST).read_bytes())
                 (folder / runner.SIGNATURE).write_bytes(signature)
@@ -185,6 +186,7 @@ def _write(
         )
     logits = torch.stack(answers)
     check_finite(logits)
+    # the exported members are in evaluation mode, which must not change their outputs
     if any(mode_of(part) for m in members for part in ensemble.member(m).modules()):
         check_modes(Independent([portable(ensemble.member(m), as_given=True) for m in members]),
                     images)  # fmt: skip

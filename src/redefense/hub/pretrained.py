@@ -266,7 +266,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     for key, tensor in weights.items():
-        # such members would answer NaN, and attacks on them would seem to fail
+        # a damaged file: training stops before it writes such weights
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path} holds non-finite numbers in {key}")
     return weights

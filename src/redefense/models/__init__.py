@@ -194,6 +194,7 @@ def _set_normalisation(
         raise ConfigError(
             f"mean and std must be {channels} numbers each, std positive, got {mean} and {std}"
         )
+    # every network of this package has exactly one
     (layer,) = (module for module in net.modules() if isinstance(module, Normalise))
     layer.mean.copy_(torch.tensor(mean))
     layer.std.copy_(torch.tensor(std))
@@ -212,7 +213,11 @@ def _timm(name: str, num_classes: int, channels: int, rng: torch.Generator) -> n
         torch.manual_seed(draw_seed(rng))
         try:
             net = timm.create_model(
-                name, pretrained=False, num_classes=num_classes, in_chans=channels
+                # nothing is downloaded, here as everywhere without --download
+                name,
+                pretrained=False,
+                num_classes=num_classes,
+                in_chans=channels,
             )
         except RuntimeError as error:
             raise ConfigError(f"timm has no model {name!r}: {error}") from error

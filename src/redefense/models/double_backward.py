@@ -60,6 +60,7 @@ class Conv2d(nn.Conv2d):
         if not (simple and _differentiates(self, input)):
             return super().forward(input)
         x, weight = input, self.weight
+        # autocast does not reach into a `Function`
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
@@ -87,6 +88,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.zero.zero_()  # a layer created on the meta device has uninitialised memory
 
     def forward(self, input: Tensor) -> Tensor:
+        # torch's layer raises for a single value per channel, and knows momentum None
         known = self.affine and self.momentum is not None and input.numel() > input.shape[1]
         if not self.training and self._is_frozen() and _differentiates(self, input):
             state = (self.weight, self.bias, self.running_mean, self.running_var, self.zero)

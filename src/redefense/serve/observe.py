@@ -36,6 +36,7 @@ def log_to_stderr(*, quiet: bool) -> None:
     handler.setFormatter(JsonLines())
     for name in ("redefense.serve", "uvicorn"):
         logger = logging.getLogger(name)
+        # else a handler of the root logger would write each line again, in another form
         logger.handlers, logger.propagate = [handler], False
     LOG.setLevel(logging.WARNING if quiet else logging.INFO)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -53,6 +53,7 @@ def least_chance(right: NDArray[np.int64], draws: int, alpha: float) -> NDArray[
         draws: number of trials.
         alpha: in (0, 1).
     """
+    # the quantile is undefined for 0 successes, whose bound is 0
     low: NDArray[np.float64] = betaincinv(np.maximum(right, 1), draws - right + 1, alpha)
     return np.where(right > 0, low, 0.0)
 

@@ -200,6 +200,7 @@ class FreshDraw(nn.Module):
         self.ensemble, self.rng, self.per = ensemble, rng, per
 
     def forward(self, x: Images) -> Logits:
+        # a call may draw once for its whole batch
         parts = x.split(1) if self.per == "image" and len(x) > 1 else (x,)
         rng = system_stream() if self.rng is None else self.rng
         return torch.cat([self.ensemble.draw(draw_seed(rng), part) for part in parts])
@@ -224,6 +225,7 @@ class Vote(nn.Module):
         """(B, C) logarithms of the shares of votes; rows of -inf where the vote abstains."""
         logits = self.ensemble.member_logits(x)
         votes = torch.zeros(logits.shape[1:], dtype=torch.float64, device=x.device)
+        # draw by draw: `+=` counts an index that occurs twice only once
         for labels in logits.argmax(-1):
             votes[torch.arange(len(x), device=x.device), labels] += 1
         return votes_as_logits(votes, self.alpha).to(logits.dtype)
