@@ -34,16 +34,7 @@ from redefense.errors import ConfigError, InputError, RedefenseError
 from redefense.networks import check_values, differentiating
 from redefense.rng import system_stream
 from redefense.threat import Threat, norms
-from redefense.types import (
-    Bool,
-    Float,
-    Images,
-    Int,
-    Labels,
-    check_images,
-    check_labels,
-    correct,
-)
+from redefense.types import Bool, Float, Images, Int, Labels, check_images, check_labels, correct
 
 Presets = Mapping[str, Mapping[str, object]]
 

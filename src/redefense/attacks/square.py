@@ -10,12 +10,7 @@ from torch import Generator, Tensor
 
 from redefense.attacks.apgd import filtered
 from redefense.attacks.base import OFFICIAL, RED_RELEASED, TORCHATTACKS, Attack, Presets
-from redefense.attacks.early_stop import (
-    GRADIENT_SHARE,
-    SEARCH_CHECK,
-    SEARCH_FACTOR,
-    out_of_reach,
-)
+from redefense.attacks.early_stop import GRADIENT_SHARE, SEARCH_CHECK, SEARCH_FACTOR, out_of_reach
 from redefense.attacks.objectives import margin
 from redefense.limits import at_least, within
 from redefense.rng import ImageStreams

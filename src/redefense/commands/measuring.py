@@ -4,16 +4,7 @@ from typing import Annotated
 
 import typer
 
-from redefense.commands.options import (
-    DataSpec,
-    Device,
-    Json,
-    Results,
-    Set,
-    echo,
-    resolve_run,
-    show,
-)
+from redefense.commands.options import DataSpec, Device, Json, Results, Set, echo, resolve_run, show
 from redefense.limits import one_of
 
 Rounds = Annotated[int, typer.Option(min=1, help="Number of timings per measurement.")]

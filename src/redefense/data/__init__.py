@@ -9,19 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
-from redefense.data import (
-    cache as disk,
-)
-from redefense.data import (
-    cifar,
-    digits,
-    folder,
-    given,
-    hub,
-    npz,
-    parquet,
-    tiny_imagenet,
-)
+from redefense.data import cache as disk
+from redefense.data import cifar, digits, folder, given, hub, npz, parquet, tiny_imagenet
 from redefense.data.dataset import Dataset, Split, test_indices, train_validation
 from redefense.data.loader import Augment, Loader
 from redefense.data.source import Refuse, Source, materialise, strict

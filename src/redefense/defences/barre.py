@@ -27,19 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks.arc import ARC
-from redefense.defences.base import (
-    Adversary,
-    After,
-    CrossEntropyDefence,
-    Stage,
-    terms,
-)
-from redefense.defences.mrboost import (
-    boosted_examples,
-    check_all_alike,
-    copy_member,
-    one_by_one,
-)
+from redefense.defences.base import Adversary, After, CrossEntropyDefence, Stage, terms
+from redefense.defences.mrboost import boosted_examples, check_all_alike, copy_member, one_by_one
 from redefense.ensembles import Ensemble, evaluating, frozen_weights, mean_log_probs
 from redefense.limits import at_least, not_negative
 from redefense.penalties import margin_cross_entropy

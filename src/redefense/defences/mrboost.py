@@ -20,13 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from redefense.defences.base import (
-    Adversary,
-    After,
-    CrossEntropyDefence,
-    Stage,
-    terms,
-)
+from redefense.defences.base import Adversary, After, CrossEntropyDefence, Stage, terms
 from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.limits import not_negative

@@ -17,14 +17,7 @@ from redefense.config import Run
 from redefense.errors import ConfigError, InputError
 from redefense.networks import query
 from redefense.runtime.spread import SINGLE_PROCESS, Spread
-from redefense.types import (
-    Float,
-    Images,
-    Logits,
-    Per,
-    check_images,
-    has_no_values,
-)
+from redefense.types import Float, Images, Logits, Per, check_images, has_no_values
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,7 @@ from redefense.ensembles.base import Ensemble
 from redefense.limits import at_least, one_of
 from redefense.models import hyper
 from redefense.networks import copied
-from redefense.types import (
-    Images,
-    Logits,
-)
+from redefense.types import Images, Logits
 
 
 class Hyper(Ensemble):

@@ -8,12 +8,7 @@ from redefense.ensembles.base import Ensemble
 from redefense.errors import ConfigError
 from redefense.networks import mode_of
 from redefense.rng import draw_members
-from redefense.types import (
-    Float,
-    Images,
-    Logits,
-    Per,
-)
+from redefense.types import Float, Images, Logits, Per
 
 
 class MemberOf(nn.Module):

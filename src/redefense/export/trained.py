@@ -19,14 +19,7 @@ from redefense.rng import stream
 from redefense.runtime.device import computing
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
-from redefense.train.loading import (
-    Signature,
-    data_of,
-    find_final,
-    load_checkpoint,
-    not_of,
-    resolve,
-)
+from redefense.train.loading import Signature, data_of, find_final, load_checkpoint, not_of, resolve
 
 CALIBRATION = 512
 _EIGHT_BIT = (
