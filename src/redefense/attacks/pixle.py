@@ -25,10 +25,7 @@ from redefense.types import Bool, Float, Images, Int, Labels, Victim, correct
 
 
 def move_pixels(
-    source: Images,
-    base: Images,
-    origins: Int[Tensor, "B k"],
-    destinations: Int[Tensor, "B k"],
+    source: Images, base: Images, origins: Int[Tensor, "B k"], destinations: Int[Tensor, "B k"]
 ) -> Images:
     """Copy pixels of `source` into `base`, at flat positions; -1 as a destination copies nothing.
 

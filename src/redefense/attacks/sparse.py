@@ -177,7 +177,7 @@ class SparseFool(Attack):
     randomized: ClassVar[bool] = False
     summary: ClassVar[str] = "few changed coordinates by linearised boundaries"
     presets: ClassVar[Presets] = {
-        TORCHATTACKS: {"steps": 10, "lam": 3.0, "overshoot": 0.02, "inner_steps": 50},
+        TORCHATTACKS: {"steps": 10, "lam": 3.0, "overshoot": 0.02, "inner_steps": 50}
     }
 
     def check(self) -> None:

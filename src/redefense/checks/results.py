@@ -100,9 +100,7 @@ def inert(cells: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def _draws_repeat(
-    cells: Sequence[Mapping[str, Any]],
-    records: Mapping[str, Records],
-    mixture: NDArray[np.float64],
+    cells: Sequence[Mapping[str, Any]], records: Mapping[str, Records], mixture: NDArray[np.float64]
 ) -> Check:
     """S32: draws of two seeds differ by no more than independent draws of a member."""
     bad = []

@@ -47,8 +47,7 @@ def evaluate(
         ),
     ] = None,
     stochastic: Annotated[
-        str,
-        typer.Option(help="Measure stochastic networks by fresh draws: auto, on or off."),
+        str, typer.Option(help="Measure stochastic networks by fresh draws: auto, on or off.")
     ] = "auto",
     save_images: Annotated[
         bool,

@@ -84,10 +84,7 @@ def _joined(rows: Sequence[Any], rule: str, join: Any) -> tuple[Tensor, Tensor]:
     if not all(isinstance(as_tensor(x), Tensor) for x in images):
         raise InputError(f"{rule}, as tensors: got {type(images[0]).__name__} as the first image")
     try:
-        return (
-            join([as_tensor(x) for x in images]),
-            join([torch.as_tensor(y) for y in labels]),
-        )
+        return (join([as_tensor(x) for x in images]), join([torch.as_tensor(y) for y in labels]))
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{rule}: {first_line(error)}") from error
 

@@ -113,11 +113,7 @@ class BARRE(CrossEntropyDefence):
         _set(ensemble, best)
 
     def errors(
-        self,
-        ensemble: Ensemble,
-        count: int,
-        images: list[Part],
-        rng: torch.Generator,
+        self, ensemble: Ensemble, count: int, images: list[Part], rng: torch.Generator
     ) -> Float[Tensor, " N"]:
         """Error rate of each of the first members on ARC's examples against the mixture.
 

@@ -31,13 +31,7 @@ class Vanilla(CrossEntropyDefence):
 
 
 def after_plain(
-    name: str,
-    loss: LossFn,
-    *,
-    num_members: int,
-    epochs: int,
-    share: float,
-    label_smoothing: float,
+    name: str, loss: LossFn, *, num_members: int, epochs: int, share: float, label_smoothing: float
 ) -> tuple[Stage, ...]:
     """Stages of a method that starts from trained undefended members.
 

@@ -74,11 +74,7 @@ def per_input(mixture: Mixture, key: bytes) -> Draw:
 
 
 def per_client(
-    mixture: Mixture,
-    key: bytes,
-    *,
-    epoch: float,
-    clock: Callable[[], float] = time.time,
+    mixture: Mixture, key: bytes, *, epoch: float, clock: Callable[[], float] = time.time
 ) -> Draw:
     """A client is answered by one member for an epoch; the start of its epochs is secret, too."""
 
