@@ -88,6 +88,9 @@ def test_no_path_of_this_machine_is_saved(run: Path, tmp_path: Path) -> None:
 
 def test_the_card_quotes_the_evaluation_only_of_these_weights(run: Path, tmp_path: Path) -> None:
     ensemble = redefense.load(run)
+    (run / "evaluation").mkdir()
+    # a file manager's copy, which `report` skips, too
+    (run / "evaluation" / "._quick.json").write_text("no evaluation")
     ensemble.save_pretrained(tmp_path / "before")
     assert "Nothing was measured" in (tmp_path / "before" / "README.md").read_text()
     report, _ = evaluate_run(run, images=20)

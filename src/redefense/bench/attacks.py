@@ -184,6 +184,7 @@ def run(
         seed=seed, train_images=train_images, log=log,
     )  # fmt: skip
     scene = _scene(dataset, held, members, images, seed)
+    # the first table attacks one of the trained members
     alone = _scene(dataset, held, Independent([members.member(0)]), images, seed)
     first = [single_row(alone, name, library, log) for name in chosen if not ATTACKS[name].adaptive]
     second = [random_row(scene, name, log) for name in chosen if _in_second(name) and not single]

@@ -134,6 +134,7 @@ def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
     clean = _images(found.untouched, n, "clean")
     yield from _mean("clean", found.clean, clean, found.exact)
     left = []
+    # attacks that are no cells of a suite count in the headline, too
     every = (*found.cells, *(found.further or ()))
     for cell in every:
         if (q := _images(cell.each, n, cell.id)) is not None:

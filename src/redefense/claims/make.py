@@ -41,6 +41,7 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
     """
     stored = [it for source in sources for it in load(source)]
     homes = {_home(source) for source in sources}
+    # evaluations from several places have no common run whose settings could be stated
     home = homes.pop() if len(homes) == 1 else None
     if home is None or not (home / "final").is_dir():
         return of_weights(stored, name, about)

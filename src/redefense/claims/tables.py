@@ -30,6 +30,7 @@ def read_whole(path: Path) -> Claim:
         DataError: as `read`, and for records that cannot be read or are of other images.
     """
     it = read(path)
+    # before the first figure is shown: it may need any of the records
     for found in it.evaluations:
         texts = [("clean", (found.untouched,)), *((c.id, (c.each, c.met)) for c in found.cells)]
         for name, some in texts:
@@ -112,6 +113,7 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
         claims: one row each, in this order.
         against: name of the reference claim of paired differences of the aware figure.
     """
+    # there is one, which `chosen` has checked
     base = None if against is None else next(c for c in claims if c.name == against).headline
     rows = []
     for it in claims:
@@ -304,6 +306,7 @@ def _least_with_aware(it: Claim, found: Evaluated) -> NDArray[np.float64] | None
         return None
     each = [q[:n] for e in others if (q := _worst(e)) is not None]
     lowest: NDArray[np.float64] = np.min(each, axis=0)
+    # without the records of one of them the minimum would be too high
     return lowest if len(each) == len(others) else None
 
 

@@ -156,6 +156,7 @@ def audit(
     findings = findings_of(path)
     errors = sum(finding.severity == "error" for finding in findings)
     document = {"holds": not errors, "findings": [dataclasses.asdict(f) for f in findings]}
+    # notes do not change the exit code, so --quiet omits them
     lines = [str(f) for f in findings if f.severity == "error" or not quiet]
     show(document, "\n".join(lines), as_json=as_json)
     notes = len(findings) - errors

@@ -11,12 +11,14 @@ from redefense.commands.options import Json, Quiet, check_lines, echo, show
 from redefense.errors import ConfigError, not_installed
 from redefense.serve.settings import Mode, Policy, Settings, check_address
 
+# these need packages of the extra `serve`
 if TYPE_CHECKING:
     from redefense.export.runner import Trust
     from redefense.serve.draws import Draw
     from redefense.serve.model import Model
 
 PACKAGES = ("onnxruntime", "starlette", "uvicorn", "prometheus_client")
+# other machines reach a server only if --host says so
 HOST, PORT = "127.0.0.1", 8000
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 
@@ -154,6 +156,7 @@ def serve(
     address = HOST if host is None else host
     check_address(settings, address)
     log_to_stderr(quiet=quiet)
+    # read once: a reloaded bundle is checked with the same keys
     secret, trust = read_key(key), _trust(signer)
 
     # called again for each reload of the bundle

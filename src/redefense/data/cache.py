@@ -169,6 +169,7 @@ def _write_images(
     size = (len(part.labels), *source.shape)
     # written, not mapped: a full disk then raises an error instead of a signal
     with file.open("wb") as handle:
+        # the header of a .npy file first, so that blocks can be appended to it
         header = {"descr": "|u1", "fortran_order": False, "shape": size}
         np.lib.format.write_array_header_1_0(handle, header)
         for block in all_blocks(part, what, tick):

@@ -126,9 +126,9 @@ def check_dataset(spec: str, *, cache_folder: Path | None = None) -> CheckReport
         notes += _cached(spec, cache_folder or cache.default_folder(), checksum)
     train, test = _counts(source, "train"), _counts(source, "test")
     if source and (
-        unasked := [source.classes[n] for n, count in enumerate(test.per_class) if not count]
+        untested := [source.classes[n] for n, count in enumerate(test.per_class) if not count]
     ):
-        notes.append(f"{len(unasked)} classes have no test images: {_shortened(unasked)}")
+        notes.append(f"{len(untested)} classes have no test images: {_shortened(untested)}")
     return CheckReport(
         spec=spec,
         found=source.found if source else "",
@@ -148,6 +148,7 @@ def _counts(source: Source | None, what: Literal["train", "test"]) -> Counts:
     if source is None:
         return Counts(num_images=0, per_class=())
     part = source.train if what == "train" else source.test
+    # others are among the problems, and `bincount` refuses negative numbers
     known = part.labels[(part.labels >= 0) & (part.labels < len(source.classes))]
     per_class = np.bincount(known, minlength=len(source.classes))
     return Counts(num_images=len(part.labels), per_class=tuple(int(n) for n in per_class))

@@ -203,6 +203,7 @@ CIFAR100 = (
         train=("train.bin",),
         test="test.bin",
         names="fine_label_names.txt",
+        # a coarse label precedes the fine one
         read=_binary_batch(2),
         classes=_text_names,
     ),

@@ -82,5 +82,6 @@ def fetch(kind: str, path: Path) -> None:
         except (OSError, ValueError) as error:  # the client's own errors derive from these
             raise DataError(f"{what.repo}: {name}: download failed ({one_line(error)})") from error
         if (found := sha256_of(path / name)) != digest:
+            # removed, so that no later call without --download reads it
             (path / name).unlink()
             raise DataError(f"{path / name}: SHA-256 {found}, expected {digest}; removed")

@@ -13,6 +13,7 @@ from redefense.data.source import Block, Part, Refuse, Source
 from redefense.data.tree import BROKEN, method_fault, size_fault
 from redefense.errors import DataError, one_line
 
+# as in the files of Keras, and in those of MedMNIST
 KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),

@@ -49,6 +49,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): Bytes,
+    # as numpy 2 names it
     ("numpy._core.multiarray", "_reconstruct"): Bytes,
     ("numpy", "ndarray"): Bytes,
     ("numpy", "dtype"): Dtype,

@@ -152,6 +152,7 @@ class FolderTree:
             ]
             if len(found) > MAX_FILES:
                 raise DataError(f"{root}: more than {MAX_FILES} files")
+        # sorted, since the order of a folder differs between file systems
         self.names: Sequence[str] = sorted(found)
         self.empty = _empty(inside, self.names)
 

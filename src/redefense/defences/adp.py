@@ -128,6 +128,7 @@ class ADP(CrossEntropyDefence):
 
 
 def _check_members(num_members: int, num_classes: int) -> None:
+    # vectors of C - 1 wrong classes: from C members on they are dependent, and the determinant is 0
     if num_members >= num_classes:
         raise ConfigError(
             f"adp needs fewer members than classes, got {num_members} members for "

@@ -87,6 +87,7 @@ class Coupled:
         """One part per member; the sum of their gradients is that of `joint`'s total."""
         cotangents, logged = self._cotangents(ensemble)
         for row, m in enumerate(ensemble.spread.own(ensemble.num_members)):
+            # a penalty without a gradient, as the similarity of a single member
             if not cotangents:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
                 coupling = torch.zeros_like(ce)
@@ -97,6 +98,7 @@ class Coupled:
                 coupling = torch.stack(inner).sum()
             else:
                 ce = self.ce_weight * self._cross_entropy(ensemble, m)
+                # two more passes at other points, which must not update the statistics
                 with frozen_statistics(ensemble):
                     coupling = torch.stack(
                         [

@@ -123,6 +123,7 @@ class Fork(CrossEntropyDefence):
             return (code >> torch.arange(count, device=rng.device)) % 2 == 1
 
         chosen = drawn(rng, subsets, x.device)
+        # attacks expect one output; the objective separates the members again
         view = _Stacked(ensemble)
 
         def smooth_minimum(logits: Float[Tensor, "B MC"], labels: Labels) -> Float[Tensor, " B"]:

@@ -108,6 +108,7 @@ def boosted_examples(
     def objective(logits: Tensor, labels: Tensor) -> Tensor:
         return margin_cross_entropy(logits, labels, other_weight)
 
+    # as in the code of both methods
     return adversary.craft(victim, x, y, rng, objective=objective, start=0.5)
 
 

@@ -117,6 +117,7 @@ class TRS(CrossEntropyDefence):
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """The gradient of `terms`' total, one member's graph at a time."""
         x, y = batch.x, batch.y
+        # the released loss reads x' for the second half only
         first = 0 if self.preset == "printed" else len(x) // 2
         eps = self.eps(batch.progress.epoch, batch.progress.epochs)
         rough = x.clone()

@@ -128,4 +128,5 @@ def _fill(ensemble: Ensemble, weights: Mapping[str, Tensor]) -> None:
         stored = weights.get(name)
         if stored is None or stored.shape != own.shape or not bool(stored.isfinite().all()):
             raise BundleError(f"the weight {name} is missing, of another shape or not finite")
+        # `state_dict` gives detached tensors that share the parameters' memory
         own.copy_(stored)

@@ -29,9 +29,11 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
         return [_unsound(error)]
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     faults = [f"it uses the unknown domain {d!r}" for d in versions if d not in _DOMAINS]
+    # a function would hide operators from the loop below
     faults += [f"it brings the function {function.name} along" for function in proto.functions]
     if proto.training_info:
         faults.append("it holds a part for training")
+    # both names mean the operators of the standard
     version = versions.get("", versions.get("ai.onnx", 0))
     for node in proto.graph.node:
         faults += _node_faults(onnx, node, version)

@@ -114,6 +114,7 @@ def _dataset(
 def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, precision: str) -> str:
     """The card with the run's evaluations; without figures if none is of these members."""
     run = checkpoint.run
+    # hidden files are incomplete ones, see `runtime.files.UNFINISHED`
     if precision == "fp32" and any((path / "evaluation").glob("[!.]*.json")):
         text = card(path, license_name=license_name, name=name)
     else:

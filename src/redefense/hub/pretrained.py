@@ -211,7 +211,9 @@ def without_paths(run: Run) -> Run:
 
 def _card(origin: Origin, weights: Mapping[str, Tensor], name: str, license_name: str) -> str:
     run, folder = origin.run, origin.path
-    if any((folder / "evaluation").glob("*.json")) and _same(weights, find_final(folder).weights):
+    # hidden files are incomplete ones, or those of a file manager
+    measured = any((folder / "evaluation").glob("[!.]*.json"))
+    if measured and _same(weights, find_final(folder).weights):
         return card(folder, license_name=license_name, opened_by="from_pretrained", name=name)
     if all((folder / file).is_file() for file in (CARD, WEIGHTS)) and _same(
         weights, _read_weights(folder / WEIGHTS)

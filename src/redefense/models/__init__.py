@@ -58,6 +58,7 @@ def _own(name: str, value: Any) -> Model | Own:
         nets = tuple(copy.deepcopy(net) for net in value)
         return Own(
             summary=f"{type(nets[0]).__name__}, as given",
+            # with more members than networks they repeat
             make=lambda classes, shape, member: copy.deepcopy(nets[member % len(nets)]),
         )
     if not callable(value):

@@ -230,7 +230,6 @@ class _BatchNormBackward(Function):
     @once_differentiable
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Any:
         """Derivatives of <a, gx> + <b, gw> + <c, gb>."""
-        # x
         gy, x, weight, mu, r, gw, gb = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         by_gy = by_x = by_weight = None

@@ -87,6 +87,7 @@ def grids_of(net: nn.Module, unit: int) -> tuple[Grid, ...]:
     """
     if unit not in UNITS:
         raise ConfigError(f"unit must be one of {', '.join(map(str, UNITS))}, got {unit}")
+    # the first convolution has few channels and is stored
     convs = [(name, c) for name, c in net.named_modules() if isinstance(c, nn.Conv2d)][1:]
     if not convs:
         raise ConfigError("a hypernetwork needs a convolution beyond the first to write")
@@ -238,6 +239,7 @@ class _Link(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if (written := ctx.written()) is not None:
             written.linked = None  # this graph has been freed
+        # gradients are on in a backward pass that is itself differentiated
         again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
         sources = ctx.saved_tensors
         wanted = [s for s, need in zip(sources, needed, strict=True) if need]

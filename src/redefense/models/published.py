@@ -81,6 +81,7 @@ def fit(net: nn.Module, state: State) -> Fitted:
     own = net.state_dict()
     found = {ours: theirs for theirs, ours in _renamed(state).items()}
     taken = {n: found[n] for n, t in own.items() if n in found and state[found[n]].shape == t.shape}
+    # not strict: what is missing is reported as `fresh`
     net.load_state_dict({name: state[theirs] for name, theirs in taken.items()}, strict=False)
     settings = ("normalise.mean", "normalise.std")
     counts = "num_batches_tracked"

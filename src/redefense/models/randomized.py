@@ -69,6 +69,7 @@ def _inputs_changed(
 
     with ExitStack() as stack:
         for place, layer in enumerate(layers):
+            # removed after the call, so that the network is unchanged for other uses
             stack.callback(layer.register_forward_pre_hook(hook_of(place)).remove)
         yield
 

@@ -28,11 +28,13 @@ class Block(nn.Module):
         self.bn1 = BatchNorm2d(outputs)
         self.conv2 = conv(outputs, outputs, 3)
         self.bn2 = BatchNorm2d(outputs)
+        # without layers it is the identity
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), BatchNorm2d(outputs))
         self.activation = activation_named(activation)
 
+    # apart from `total`, since each is a layer of `tap`
     def first(self, x: Tensor) -> Tensor:
         """Output of the first convolution and batch norm."""
         return self.bn1(self.conv1(x))  # type: ignore[no-any-return]  # torch modules return Any

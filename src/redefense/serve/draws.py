@@ -109,6 +109,7 @@ def network_of(address: str) -> str:
 
 def seeded(mixture: Mixture, seed: int) -> Draw:
     """Reproducible draws, for research only."""
+    # named, since numpy may change the default generator and so the sequence of a seed
     generator = np.random.Generator(np.random.Philox(seed))
 
     def draw(images: Floats, clients: Sequence[str]) -> Ensemble:

@@ -38,6 +38,7 @@ def leaks_in_channels(replica: Replica, image: Floats, requests: int) -> list[st
         client.infer(image)
         wrong = _headers_and_fields(client, image, requests) + _metrics(client, image, requests)
         time.sleep(_PAUSE)
+        # lines of the requests so far have been written by now
         before = len(replica.log())
         for _ in range(requests):
             client.infer(image)
