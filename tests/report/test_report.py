@@ -460,7 +460,8 @@ def test_csv_holds_every_figure_in_percent(tmp_path: Path) -> None:
     row = summary_table([tmp_path / "digits-red"])[0]
     (aware,) = [r for r in rows if r["run"] == "digits-red" and r["attack"] == "headline-aware"]
     assert float(aware["accuracy"]) == pytest.approx(100 * row["aware"].value, abs=1e-3)
-    assert len(rows) == 2 * 6 + 5 + 4
+    # two runs: headlines and cells of each; differences of clean, worst case and common attacks
+    assert len(rows) == 2 * 6 + 5 + 4 + 2 + 4
 
 
 def test_terminal_table_shows_every_column_with_its_interval(tmp_path: Path) -> None:

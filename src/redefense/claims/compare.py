@@ -12,11 +12,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.claims.format import Attack, Claim, Evaluated, least, unpacked
-from redefense.claims.tables import points, read_whole, with_brackets
+from redefense.claims.format import Claim, Evaluated, least, unpacked
+from redefense.claims.tables import read_whole, with_brackets
 from redefense.errors import ConfigError, DataError
-from redefense.report.tables import with_interval
+from redefense.report.tables import points, with_interval
 from redefense.results.intervals import difference_over_seeds, over_seeds
+from redefense.results.paired import Attack
 
 Values = NDArray[np.float64]
 

@@ -21,16 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from redefense.config import first_fault
 from redefense.errors import DataError
+from redefense.results import paired
 from redefense.results.intervals import Estimate
+from redefense.results.paired import Attack
 from redefense.results.records import read_json, valid
 from redefense.results.schema import Budget, Check, Data
 from redefense.runtime.files import write_json
 
 STEPS: Final = 65535
 """Number of quantisation levels of an image's correctness."""
-
-Attack = tuple[str, str, str]
-"""Name, view and repr of an attack."""
 
 
 class _Data(BaseModel):
@@ -387,17 +386,26 @@ def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
     Raises:
         DataError: if there is no attack, or the claim has no per-image correctness of them.
     """
-    if not attacks or found.untouched is None:
-        raise DataError(_ANEW)
-    lowest, known = unpacked(found.untouched), np.ones(found.data["num_images"], dtype=bool)
-    for cell in (found.attacks()[attack] for attack in attacks):
-        if cell.each is None:
-            raise DataError(_ANEW)
-        left = unpacked(cell.each)
-        met = np.ones_like(known) if cell.met is None else unpacked(cell.met) > 0
-        lowest, known = np.where(met, np.minimum(lowest, left), lowest), known & met
-    # no other attack can lower 0
-    return np.where(known | (lowest == 0), lowest, np.nan)
+    it = recorded(found)
+    lowest = paired.least(it.clean, [it.attacks[attack] for attack in attacks])
+    if lowest is None:
+        raise DataError("a claim has no per-image correctness of its attacks: make it again")
+    return lowest
 
 
-_ANEW: Final = "a claim has no per-image correctness of its attacks: make it again"
+def recorded(found: Evaluated) -> paired.Recorded:
+    """The per-image records of an evaluation."""
+    attacks = found.attacks()
+
+    def q(text: str | None) -> NDArray[np.float64] | None:
+        return None if text is None else unpacked(text)
+
+    return paired.Recorded(
+        clean=q(found.untouched),
+        attacks={
+            key: paired.Met(q(c.each), None if c.met is None else unpacked(c.met) > 0)
+            for key, c in attacks.items()
+        },
+        aware={key for key, c in attacks.items() if c.aware},
+        lowest=found.per_image(),
+    )

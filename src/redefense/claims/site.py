@@ -15,11 +15,10 @@ from typing import Any
 from redefense import __version__
 from redefense.claims.format import Claim, Figure
 from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
-from redefense.claims.tables import points
 from redefense.errors import ConfigError
 from redefense.radius import eps_text
 from redefense.report.page import templates_in
-from redefense.report.tables import interval, percent
+from redefense.report.tables import interval, percent, points
 from redefense.results.intervals import Estimate
 from redefense.runtime.files import write_text
 

@@ -16,11 +16,13 @@ from redefense.claims.format import (
     least,
     packed,
     read,
+    recorded,
     unpacked,
 )
 from redefense.errors import ConfigError, DataError
-from redefense.report.tables import markdown_table, percent, with_interval
+from redefense.report.tables import markdown_table, percent, points, with_interval
 from redefense.results.intervals import Estimate, accuracy_interval, paired_difference
+from redefense.results.paired import worst_case_gain
 
 
 def read_whole(path: Path) -> Claim:
@@ -170,12 +172,6 @@ def _over(gained: Figure | None, drawn: Estimate | None, baseline: Estimate | No
     return percent(None) if gained is None else points(gained.estimate)
 
 
-def points(found: Estimate) -> str:
-    """A difference with its interval, e.g. `+2.5 [-0.5, +5.5]`."""
-    ends = (f"{100 * end:+.1f}" for end in (found.low, found.high) if end is not None)
-    return f"{100 * found.value:+.1f} [{', '.join(ends)}]".removesuffix(" []")
-
-
 def attacks_table(
     claims: Sequence[Claim], images: int | None = None, against: str | None = None
 ) -> str:
@@ -317,20 +313,10 @@ def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
 
 def _paired(found: Evaluated, base: Evaluated) -> str:
     """Points gained over the base on the same images, under the common attacks."""
-    one, other = found.per_image(), base.per_image()
     # paired differences need the same images
-    if found is base or one is None or other is None or found.data != base.data:
+    if found is base or found.lowest is None or base.lowest is None or found.data != base.data:
         return ""
-    mine, theirs, note = found.attacks(), base.attacks(), ""
-    if mine.keys() != theirs.keys():
-        common = mine.keys() & theirs.keys()
-        try:
-            one, other = (least(e, common) for e in (found, base))
-        except DataError:
-            return "other attacks"
-        note = f", {len(common)} attacks of both"
-        # images that an attack skipped since one that is not common had fooled them
-        known = ~np.isnan(one) & ~np.isnan(other)
-        if not known.all():
-            one, other, note = one[known], other[known], f"{note}, {known.sum()} images"
-    return gain(one, other) + note
+    if (it := worst_case_gain(recorded(found), recorded(base))) is None:
+        return "other attacks"
+    note = "" if it.attacks is None else f", {it.attacks} attacks of both"
+    return points(it.estimate) + note + ("" if it.images is None else f", {it.images} images")

@@ -123,6 +123,7 @@ def report(
     """Write a report on evaluated runs: a page, or a table."""
     from rich.console import Console
 
+    from redefense.report.differences import format_differences
     from redefense.report.page import write_report
     from redefense.report.tables import format_table, summary_rows, to_json
     from redefense.results.join import join
@@ -135,7 +136,10 @@ def report(
     elif not quiet:
         # a pipe has no width, and a wrapped table is unreadable
         width = None if sys.stdout.isatty() else 160
-        Console(width=width).print(format_table(summary_rows(results)))
+        console = Console(width=width)
+        console.print(format_table(summary_rows(results)))
+        if (differences := format_differences(results)) is not None:
+            console.print(differences)
         typer.echo(f"report: {written[0]}")
 
 

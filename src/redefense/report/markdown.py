@@ -6,6 +6,7 @@ from redefense.checks.catalogue import CATALOGUE
 from redefense.radius import eps_text
 from redefense.report import answers, ranking, reproduce, tables
 from redefense.report import sentences as wording
+from redefense.report.differences import markdown_differences
 from redefense.report.tables import (
     COLUMNS,
     at,
@@ -62,6 +63,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
     for name, result in zip(labels(rows), results, strict=True):
         for message in (wording.members_alone(result), wording.weak_of(result)):
             parts += [escape_markdown(f"{name}: {message}"), ""] if message else []
+    parts += markdown_differences(results)
     parts += ["## Every attack", ""]
     columns = attack_columns(results)
     body = []

@@ -15,12 +15,13 @@ from typing import Any, Final
 from redefense import __version__
 from redefense.checks.catalogue import CATALOGUE
 from redefense.errors import BAD_JSON, ConfigError, need
-from redefense.report import answers, charts, ranking, reproduce, tables
+from redefense.report import answers, charts, differences, ranking, reproduce, tables
 from redefense.report import sentences as wording
 from redefense.report.latex import to_latex
 from redefense.report.markdown import markdown
 from redefense.report.pictures import Shown, pictures
 from redefense.report.tables import format_table, summary_table
+from redefense.results import paired
 from redefense.results.headline import TRIES
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, join
@@ -356,6 +357,10 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "curve": _curve_chart(results),
         "curve_cost": list(_curve_cost(results)),
         "curves": list(_eps_curves(results)),
+        "differences": (compared := paired.differences(results)),
+        "differing": differences.attacks_of(compared),
+        "how_differ": differences.HOW,
+        "met": differences.met,
         "detail": dict(zip(results, details, strict=True)),
         "facts": _facts,
         "grid": [[tables.at(result, *column) for column in columns] for result in results],

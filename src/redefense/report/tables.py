@@ -11,6 +11,7 @@ from rich.table import Table
 from redefense.results.certificates import Level, certificates_of
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, join
+from redefense.results.paired import differences
 from redefense.results.records import Scored, Source
 
 COLUMNS: Mapping[str, str] = {
@@ -46,6 +47,14 @@ def with_interval(estimate: Estimate | None) -> str:
     """Figure and interval on one line, e.g. `41.2 [36.9, 45.6]`."""
     known = interval(estimate)
     return percent(estimate) + (f" [{known.replace(' to ', ', ')}]" if known else "")
+
+
+def points(found: Estimate | None) -> str:
+    """A difference in percentage points with its interval, e.g. `+2.5 [-0.5, +5.5]`."""
+    if found is None:
+        return DASH
+    ends = (f"{100 * end:+.1f}" for end in (found.low, found.high) if end is not None)
+    return f"{100 * found.value:+.1f} [{', '.join(ends)}]".removesuffix(" []")
 
 
 def of_attack(result: Result, attack: str) -> Scored | None:
@@ -230,7 +239,7 @@ _CSV_COLUMNS = (
     "run", "data", "split", "num_images", "norm", "eps", "suite", "cell", "attack", "view",
     "aware", "bounded", "accuracy", "low", "high", "protocol", "protocol_sd", "averaged",
     "worst_member", "best_member", "any", "all", "unchanged", "l0", "l2", "linf", "forwards",
-    "backwards", "seconds", "met",
+    "backwards", "seconds", "met", "against",
 )  # fmt: skip
 
 
@@ -254,8 +263,11 @@ def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, ob
     return row
 
 
-def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
-    """One row per figure, accuracies in percent: the headlines first, then every cell."""
+def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
+    """One row per figure in percent: of each run the headlines, then every cell.
+
+    Last come paired differences, in points, with the name of the reference in `against`.
+    """
     rows = []
     for result in results:
         heads = {
@@ -284,11 +296,17 @@ def csv_rows(results: Iterable[Result]) -> list[dict[str, object]]:
             row |= {key: getattr(cell, key) for key in ("forwards", "backwards", "seconds")}
             row["met"] = cell.met
             rows.append(row)
+    names = dict(zip(results, labels_of(results), strict=True))
+    for it in differences(results):
+        worst = None if it.worst is None else it.worst.estimate
+        for attack, estimate in {"clean": it.clean, "worst case": worst, **it.each}.items():
+            row = _row(it.run, f"difference: {attack}", estimate)
+            rows.append(row | {"against": names[it.reference]})
     # every row has every column, since readers of CSV count them
     return [{key: row.get(key) for key in _CSV_COLUMNS} for row in rows]
 
 
-def to_csv(results: Iterable[Result]) -> str:
+def to_csv(results: Sequence[Result]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -312,4 +330,17 @@ def to_json(results: Sequence[Result]) -> str:
         | {"notes": list(r.notes)}
         for row, r in zip(summary_rows(results), results, strict=True)
     ]
-    return json.dumps({"schema": 1, "results": rows}, indent=1) + "\n"
+    names = dict(zip(results, labels_of(results), strict=True))
+    compared = [
+        {
+            "run": names[it.run],
+            "against": names[it.reference],
+            "clean": it.clean and it.clean._asdict(),
+            "worst_case": it.worst and it.worst.estimate._asdict(),
+            "common_attacks": it.worst and it.worst.attacks,
+            "common_images": it.worst and it.worst.images,
+            "attacks": {label: estimate._asdict() for label, estimate in it.each.items()},
+        }
+        for it in differences(results)
+    ]
+    return json.dumps({"schema": 1, "results": rows, "differences": compared}, indent=1) + "\n"

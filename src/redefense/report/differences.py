@@ -1,0 +1,68 @@
+"""Paired differences between the runs of a report, for the terminal and Markdown."""
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from rich.table import Table
+
+from redefense.report.tables import DASH, escape_markdown, labels_of, markdown_table, points
+from redefense.results.join import Result
+from redefense.results.paired import Difference, differences
+
+HOW: Final = (
+    "Percentage points that a run keeps more (+) or fewer (\u2212) than the first one given, on "
+    "the same images, with 95 % intervals. Worst case: the strongest on each image of the attacks "
+    "that both met. An attack has a difference if both met it on all images."
+)
+"""What the table of differences shows."""
+
+
+def attacks_of(found: Sequence[Difference]) -> list[str]:
+    """Labels of the attacks with a difference, in the order of the evaluations."""
+    return list(dict.fromkeys(label for it in found for label in it.each))
+
+
+def met(it: Difference) -> str:
+    """The attacks of a worst case and its images, e.g. `the same` or `4 of both, 320 images`."""
+    if it.worst is None:
+        return DASH
+    attacks = "the same" if it.worst.attacks is None else f"{it.worst.attacks} of both"
+    return attacks + ("" if it.worst.images is None else f", {it.worst.images} images")
+
+
+def _rows(results: Sequence[Result]) -> Iterator[tuple[Difference, list[str]]]:
+    """Each difference with the first cells of its row."""
+    names = dict(zip(results, labels_of(results), strict=True))
+    for it in differences(results):
+        worst = None if it.worst is None else it.worst.estimate
+        yield it, [names[it.run], names[it.reference], points(it.clean), points(worst), met(it)]
+
+
+HEADER: Final = ("run", "against", "clean", "worst case", "attacks")
+
+
+def format_differences(results: Sequence[Result]) -> Table | None:
+    """A table for the terminal; None if no runs can be compared."""
+    rows = [row for _, row in _rows(results)]
+    if not rows:
+        return None
+    table = Table(
+        title="Paired differences in percentage points with 95 % intervals",
+        title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for heading in HEADER:
+        table.add_column(heading, justify="right" if heading in ("clean", "worst case") else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_differences(results: Sequence[Result]) -> Iterator[str]:
+    """The parts of a section; none if no runs can be compared."""
+    rows = list(_rows(results))
+    if not rows:
+        return
+    attacks = attacks_of([it for it, _ in rows])
+    header = [*HEADER, *map(escape_markdown, attacks)]
+    body = [row + [points(it.each.get(attack)) for attack in attacks] for it, row in rows]
+    yield from ("## Differences between runs", "", HOW, "", markdown_table(header, body), "")

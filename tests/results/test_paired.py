@@ -1,0 +1,128 @@
+"""Paired differences of runs: over the same images, under the attacks that both met."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from redefense.report import sentences
+from redefense.report.differences import format_differences, markdown_differences
+from redefense.report.page import write_report
+from redefense.report.tables import escape_markdown, points
+from redefense.results.intervals import paired_difference
+from redefense.results.join import Result, join
+from redefense.results.paired import differences, least, recorded, worst_case_gain
+from report_tools import QUICK, build_run, q_of
+
+SQUARE = ("square", "sampled", False)
+UNAWARE = {key: share for key, share in QUICK.items() if not key[2]}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two runs under equal attacks; one of them again with a further, stronger attack."""
+    build_run(tmp_path / "one")
+    build_run(tmp_path / "two", {k: 0.8 * share for k, share in QUICK.items()}, seed=1)
+    build_run(tmp_path / "more", {**QUICK, SQUARE: 0.2})
+    return tmp_path
+
+
+def joined(runs: Path, *names: str) -> list[Result]:
+    return join([runs / name for name in names])
+
+
+def test_a_difference_is_that_of_the_records_and_changes_its_sign_with_the_order(
+    runs: Path,
+) -> None:
+    one, two = (q_of(runs / name, "quick") for name in ("one", "two"))
+    (found,) = differences(joined(runs, "one", "two"))
+    assert (found.run.name, found.reference.name) == ("two", "one")
+    assert found.worst is not None
+    assert found.worst.estimate == paired_difference(two.min(0), one.min(0))
+    assert (found.worst.attacks, found.worst.images) == (None, None)
+    assert found.clean == paired_difference(two[-1], one[-1])
+    assert list(found.each.values()) == [
+        paired_difference(mine, theirs) for mine, theirs in zip(two[:-1], one[:-1], strict=True)
+    ]
+    (turned,) = differences(joined(runs, "two", "one"))
+    assert turned.worst is not None
+    value, low, high = found.worst.estimate
+    assert low is not None
+    assert high is not None
+    assert turned.worst.estimate == pytest.approx((-value, -high, -low))
+
+
+def test_an_attack_that_only_one_run_met_does_not_count(runs: Path) -> None:
+    (known,) = differences(joined(runs, "two", "one"))
+    (found,) = differences(joined(runs, "two", "more"))
+    assert known.worst is not None
+    assert found.worst is not None
+    assert found.run.aware is not None
+    assert known.run.aware is not None
+    assert found.run.aware.value < known.run.aware.value  # by the further attack, which is stronger
+    # the same weights under the attacks of both
+    _, aware = (recorded(result) for result in joined(runs, "one", "more"))
+    common = [met for key, met in aware.attacks.items() if key[0] != "square"]
+    q = least(aware.clean, common)
+    (other,) = joined(runs, "two")
+    assert q is not None
+    assert other.q_aware is not None
+    assert found.worst.estimate == paired_difference(q, other.q_aware)
+    assert found.worst.attacks == len(QUICK)
+    assert len(found.each) == len(QUICK)
+
+
+def test_images_that_an_attack_skipped_are_left_out(runs: Path) -> None:
+    one, more = (recorded(result) for result in joined(runs, "one", "more"))
+    key = next(key for key in one.attacks if key[0] == "hinge")
+    assert one.clean is not None
+    reached = np.arange(len(one.clean)) < 200
+    partial = replace(more, attacks={**more.attacks, key: more.attacks[key]._replace(met=reached)})
+    found = worst_case_gain(partial, one)
+    q = least(partial.clean, [met for k, met in partial.attacks.items() if k in one.attacks])
+    assert found is not None
+    assert q is not None
+    assert one.lowest is not None
+    known = reached | (q == 0)  # an image without a correct answer cannot get worse
+    assert found.images == known.sum()
+    assert found.estimate == paired_difference(q[known], one.lowest[known])
+
+
+def test_runs_without_a_common_aware_attack_or_common_images_are_not_compared(
+    runs: Path,
+) -> None:
+    build_run(runs / "other", {**UNAWARE, ("arc", "all members", True): 0.3})
+    (found,) = differences(joined(runs, "one", "other"))
+    assert found.worst is None
+    assert found.clean is not None
+    assert len(found.each) == len(UNAWARE)
+    build_run(runs / "fewer", n=180)
+    build_run(runs / "larger", eps=0.3)
+    assert differences(joined(runs, "one", "fewer", "larger")) == []
+    assert format_differences(joined(runs, "one", "fewer")) is None
+    assert list(markdown_differences(joined(runs, "one"))) == []
+
+
+def test_every_form_of_the_report_has_the_differences(runs: Path) -> None:
+    page = write_report([runs / "one", runs / "two"], runs / "report.html")[0]
+    (found,) = differences(joined(runs, "one", "two"))
+    assert found.worst is not None
+    worst = found.worst.estimate
+    assert worst.low is not None
+    html = page.read_text()
+    assert f"<small>minus one</small></th>\n<td>{sentences.points(found.clean)[0]}<small>" in html
+    assert f"<td>{sentences.points(worst)[0]}<small>{sentences.points(worst)[1]}</small>" in html
+    assert escape_markdown(points(worst)) in page.with_suffix(".md").read_text()
+    rows = csv.DictReader(io.StringIO(page.with_suffix(".csv").read_text()))
+    (row,) = [row for row in rows if row["attack"] == "difference: worst case"]
+    assert (row["run"], row["against"]) == ("two", "one")
+    assert float(row["low"]) == pytest.approx(100 * worst.low, abs=1e-4)
+    (stored,) = json.loads(page.with_suffix(".json").read_text())["differences"]
+    assert stored["worst_case"] == worst._asdict()
+    table = format_differences(joined(runs, "one", "two"))
+    assert table is not None
+    assert points(worst) in table.columns[3]._cells
