@@ -28,7 +28,7 @@ CLASSES, COUNT, SHAPE = 5, 8, (1, 8, 8)
 EPS = 0.1
 
 
-class Broken(Exception):  # noqa: N818 - a rule is broken, which is what is asked
+class Broken(Exception):  # noqa: N818 - the result of a test, not a defect of this code
     """A rule of the contract is violated; the text names it."""
 
 
@@ -97,7 +97,7 @@ def check_attack(name: str) -> str:
         net = network(0)
         before = {key: value.clone() for key, value in net.state_dict().items()}
         flags, state = [p.requires_grad for p in net.parameters()], torch.get_rng_state()
-        # a copy: an attack that changes its input must not spoil the comparison
+        # a copy, since the attack may change its input, with which the result is compared
         x_adv = attack(net, x.clone(), y, threat, rng=stream(0, name))
         if x_adv.shape != x.shape or x_adv.dtype != x.dtype or x_adv.requires_grad:
             raise Broken(f"the result must be detached images like its input: {x_adv.shape}")
@@ -106,7 +106,7 @@ def check_attack(name: str) -> str:
         if attack.bounded:
             verify_ball(x_adv, x, threat, name)
         if any(p.grad is not None for p in net.parameters()) or net.training:
-            raise Broken("it left gradients or another mode behind in the victim")
+            raise Broken("it changed the victim's gradients or its mode")
         if any(not torch.equal(value, before[key]) for key, value in net.state_dict().items()):
             raise Broken("it changed the victim's weights or moments")
         if flags != [p.requires_grad for p in net.parameters()]:
@@ -122,7 +122,7 @@ def check_attack(name: str) -> str:
         if not isinstance(attack, Foreign) and not torch.allclose(turned, x_adv[order]):
             raise Broken("the result for an image must not depend on the others of its batch")
         norms.append(f"{norm:g}")
-    return f"images in the ball and the box, equal streams, no traces; norms {', '.join(norms)}"
+    return f"images in ball and box, equal streams, no side effects; norms {', '.join(norms)}"
 
 
 def check_defence(name: str) -> str:

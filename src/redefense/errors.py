@@ -2,7 +2,7 @@
 
 RedefenseError
 ├── ConfigError      a setting, recipe or option is wrong                      exit 2
-├── InputError       images, labels or arguments handed to the API are wrong   exit 2
+├── InputError       images, labels or arguments of a function are wrong       exit 2
 │   └── ModelError   a network refuses images, its answers are no logits       exit 3
 ├── DataError        a data set or a run is missing, damaged or refused        exit 3
 │   ├── CheckpointError  a checkpoint is missing, truncated or altered         exit 3

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class PictureError(ValueError):
-    """A picture is not one image of 8 bits a channel; the message goes on behind its name."""
+    """A picture is not one image of 8 bits a channel; the message follows its file name."""
 
 
 def as_shown(picture: Any) -> Any:

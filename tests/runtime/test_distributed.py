@@ -14,7 +14,7 @@ import mesh_tools
 from mesh_tools import MESHES, STEPS, given_examples, one_step, step_ensemble, work
 from redefense.bench.scaling import meshes, table
 from redefense.config import read_run
-from redefense.errors import ConfigError
+from redefense.errors import ConfigError, WriteError
 from redefense.runtime.mesh import Mesh, parse_mesh, processes
 from redefense.train.experiment import train
 from redefense.train.loading import load
@@ -150,6 +150,29 @@ def test_what_a_mesh_returns_answers_with_the_weights_that_it_saved(runs: Path) 
         said = json.loads((runs / f"said-{rank}.json").read_text())
         assert said.keys().isdisjoint({"rows", "columns", "written", "plain", "warm"})
     assert (runs / "warm" / "final").is_dir()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_error_has_one_exit_code_in_all_processes(
+    full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = WriteError("no space left", full=full)
+    gathered = list[object]()
+
+    def gather(mesh: Mesh, value: object) -> list[object]:
+        gathered.append(value)
+        return gathered
+
+    monkeypatch.setattr(Mesh, "gathered", gather)
+    with pytest.raises(WriteError) as first, Mesh(shape=(2, 1)).agreed():
+        raise error
+    with pytest.raises(WriteError) as other, Mesh(shape=(2, 1), rank=1).agreed():
+        pass  # it fails since the first process did
+    found = [first.value, other.value]
+    assert [(str(it), it.code, it.reported) for it in found] == [
+        (str(error), error.code, False),
+        (str(error), error.code, True),
+    ]
 
 
 def test_a_mesh_is_two_numbers_for_as_many_processes() -> None:

@@ -301,7 +301,7 @@ def evaluate_run(
         # `per_image` names files in the folder of --out, which may differ from the suite's name
         named = plan if store.name == plan.name else plan.model_copy(update={"name": store.name})
         drawn = isinstance(subject.ensemble, Stochastic)
-        # a stochastic network is seeded by the host for each draw, which no replay repeats
+        # a replay would repeat the numbers that a stochastic network drew when it was recorded
         recorder = None if drawn or replay == "off" else recorder_for(subject.x.device)
         with (
             stoppable(store),

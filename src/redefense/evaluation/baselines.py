@@ -145,6 +145,7 @@ def _on_validation(job: Job) -> Bools | None:
     place = job.place("choice.npz")
     if (stored := read_arrays(place)) is not None:
         return stored["right"]
+    # the validation split is ordered so that its first images are stratified by class
     x, y = (part[:SELECTION_IMAGES] for part in job.subject.validation)
     ensemble, workers = job.subject.ensemble, job.subject.workers
     size = job.subject.chunk

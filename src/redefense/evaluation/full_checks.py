@@ -40,6 +40,7 @@ def full_checks(
         The checks, and the record of their points within the headline's threat on the first images.
     """
     ensemble, x, y = subject.ensemble, subject.x[:SAMPLE], subject.y[:SAMPLE]
+    # the aware cells have the threat of the headline
     cells = sorted((p for p in plan if p.attack.bounded), key=lambda p: not p.aware)
     given = cells[0].threat if cells else ThreatConfig(eps=8 / 255)
     mixture = ensemble.probabilities()

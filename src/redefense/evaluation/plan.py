@@ -62,6 +62,7 @@ class Job:
 
     def save(self, place: Path | None) -> Path | None:
         """The same place on the writing process, None on others."""
+        # all processes have the same results, and would write the same file at once
         return place if self.subject.workers.first else None
 
     def write_cell(self, name: str, cell: Cell) -> bool:
@@ -233,6 +234,7 @@ def plan_of(suite: Suite, threat: ThreatConfig, randomized: bool) -> list[Planne
 
 def threat_of(plan: Sequence[Planned]) -> ThreatConfig | None:
     """The threat of the headline: that of all bounded aware cells, None if they differ."""
+    # a worst case over several budgets would be that of none of them
     threats = {
         (p.threat.norm, p.threat.eps): p.threat for p in plan if p.attack.bounded and p.aware
     }

@@ -175,7 +175,7 @@ class Report:
         red = f"{red} (explained in report.checks)" if red else "none"
         return "\n".join([*lines, f"  {'red checks':<18}  {red}"])
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str:  # notebooks show it
         def row(*cells: str, tag: str = "td") -> str:
             return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
@@ -241,6 +241,7 @@ class Report:
                     "eps": threat["eps"] if cell["bounded"] else None,
                     "aware": cell["aware"],
                     "met": met,
+                    # an accuracy on a part of the images would be compared with those on all
                     **_values(figure if whole else Figure(None)),
                 }
             )

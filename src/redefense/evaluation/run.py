@@ -89,7 +89,7 @@ def run_suite(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
         store=store, checks=checks, log=log, progress=progress, keep_images=keep_images,
     )  # fmt: skip
-    # asked again at the end: an attack must not have changed the ensemble
+    # queried again at the end: an attack must not have changed the ensemble
     answers = Answers.to(ensemble, x)
     before = [answers.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))

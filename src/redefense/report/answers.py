@@ -134,7 +134,7 @@ def _whom(top: Result) -> Answer:
     attackers = len(top.bounded)
     s, were = ("", "was") if attackers == 1 else ("s", "were")
     ran = f"{attackers} attack{s} within this budget {were} run"
-    alone = top.num_members == 1
+    alone = top.num_members == 1  # then there is no draw that an attacker could be unaware of
     if not alone and top.aware is None:
         return Answer(
             question="Against whom?",

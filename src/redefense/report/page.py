@@ -261,29 +261,30 @@ def _headline(result: Result, columns: int) -> list[Estimate | None]:
     return [result.clean, result.unaware, result.aware, result.best_alone, result.averaged]
 
 
-def _rungs(result: Result) -> list[tuple[str, str, Estimate | None, str]]:
+def _bars(result: Result) -> list[tuple[str, str, Estimate | None, str]]:
     """The bars of a result: name, colour, figure and class of the row."""
     clean = ("no attack", "clean", result.clean, "")
     if result.num_members == 1:
         return [clean, ("attack", "aware", result.aware, "head")]
     which = "" if result.best_index is None else f" (member {result.best_index})"
-    rungs = [
+    bars = [
         clean,
         ("unaware attacks", "unaware", result.unaware, ""),
         ("aware attacks", "aware", result.aware, "head"),
     ]
     if result.best_alone is not None or result.averaged is not None:
-        rungs += [
+        bars += [
             (f"best member alone{which}", "single", result.best_alone, "rule"),
             ("averaged ensemble", "averaged", result.averaged, ""),
         ]
-    return rungs
+    return bars
 
 
 def _failing(results: Sequence[Result]) -> Iterator[str]:
     """Lines about failed checks of the measurement."""
     failed: dict[str, list[str]] = {}
     for name, result in zip(tables.labels_of(results), results, strict=True):
+        # those about the defence are no faults of the measurement
         for check in wording.checks_of(result)[0]:
             if check.passed is False:
                 failed.setdefault(check.id, []).append(name)
@@ -378,7 +379,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "results": results,
         "baselines": wording.HOW_COMPARED,
         "said_heading": wording.SAID,
-        "rungs": _rungs,
+        "bars": _bars,
         "sd_text": ranking.sd_text,
         "settings": _run_settings,
         "summary": answers.summary(results),

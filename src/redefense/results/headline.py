@@ -70,9 +70,7 @@ def _drawn_headline(
 ) -> Pair | None:
     """The stored estimates of a suite, or joined estimates of several suites.
 
-    The worst attack is selected on one half of the draws and scored on the other, since a minimum
-    over attacks on the scoring draws would be biased down. For suites that cannot be joined the
-    lowest figures are returned.
+    For suites that cannot be joined the lowest figures are returned.
     """
     headline = estimated_headline(suites)
     if headline is None:

@@ -96,7 +96,6 @@ def accuracy_interval(values: ArrayLike, seed: int = 0, level: float = 0.95) -> 
         interval = wilson(int(array.sum()), len(array), level)
     else:
         low, high = bootstrap_mean(array, seed, level)
-        # at least as wide as the interval of n images that are all wrong or all correct
         n = len(array)
         interval = min(low, wilson(n, n, level)[0]), max(high, wilson(0, n, level)[1])
     return Estimate(float(array.mean()), *interval)

@@ -175,7 +175,7 @@ def results_of(run: Sequence[Stored]) -> list[Result]:
 
 
 def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
-    first = suites[0]
+    first = suites[0]  # all have the same run and the same images
     at_threat = [stored for stored in suites if stored.budget == budget]
     further = [c for s in suites for c in s.further if _budget_of(c, s) == budget]
     # a suite with another threat of its own may have single cells at this one
@@ -205,6 +205,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         alone=_members(at_threat, alone),
         over_single=_over(q_aware, single_q),
         over_averaged=_over(q_aware, averaged_q),
+        # the best on these very images: chance in that choice favours the baseline
         over_alone=_over(q_aware, max(alone, key=np.mean, default=None)),
         q_aware=q_aware,
         fooled=pair.fooled,

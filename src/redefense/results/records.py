@@ -313,6 +313,7 @@ def load(source: Source, position: int = 1) -> list[Stored]:
     if source.is_file():
         evaluation = parse(read_json(source), str(source))
         run = source.parent.parent if source.parent.name == "evaluation" else source
+        # without a run around it the file itself gives the name
         return [_stored(run.resolve().stem, evaluation, source, source)]
     if not source.exists():
         raise DataError(

@@ -77,7 +77,7 @@ class Headline(_Record):
     unaware: float | None = None
     aware: float | None = None
     aware_interval: tuple[float, float] | None = None
-    exact: bool = True
+    exact: bool = True  # all were, before stochastic networks could be evaluated
     draws: int | None = None
     unaware_interval: tuple[float, float] | None = None
     unaware_interval_draws: tuple[float, float] | None = None

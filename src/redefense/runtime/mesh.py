@@ -123,15 +123,17 @@ class Mesh:
             yield
             return
         # not the exception itself: with more arguments than a message it could not be unpickled
-        mine: tuple[type[RedefenseError], str] | None = None
+        mine: tuple[type[RedefenseError], str, int] | None = None
         try:
             yield
         except RedefenseError as error:
-            mine = type(error), str(error)
+            mine = type(error), str(error), error.code
         found = next((error for error in self.gathered(mine) if error is not None), None)
         if found is not None:
-            kind, message = found
-            raise self.mark_reported(kind(message))
+            kind, message, code = found
+            raised = self.mark_reported(kind(message))
+            raised.code = code  # that of a full disk is not that of the class
+            raise raised
 
     def mark_reported(self, error: RedefenseError) -> RedefenseError:
         """An error that all processes raise; only the first one prints it."""
@@ -352,7 +354,7 @@ class Tally:
             alone = torch.stack([*terms.values()]).tolist() if terms else []
             return dict(zip(terms, alone, strict=True))
         if self.names is None:
-            # a column without a member that the stage trains has no terms of its own
+            # terms of the whole ensemble are logged with one member, and so in one column
             every = self.mesh.gathered([*terms])
             self.names = sorted({name for names in every for name in names})
         zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

@@ -105,9 +105,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "optim": optim.model_dump(mode="json") if isinstance(optim, OptimConfig) else optim,
-        "threat": None
-        if threat is None
-        else ThreatConfig.of(threat.norm, threat.eps).model_dump(mode="json"),
+        "threat": threat and ThreatConfig.of(threat.norm, threat.eps).model_dump(mode="json"),
     }
     settings |= {key: value for key, value in changed.items() if value is not None}
     run = parse_run(settings)

@@ -347,8 +347,8 @@ def _exchanged(cost: Cost, stage: StageCost) -> float:
     """Bytes of input gradients exchanged per step by processes that split the members."""
     image = 4 * math.prod(cost.shape)
     # an adversary's gradient is two passes of every member, each exchanged once
-    climbed = stage.flops(EXAMPLES) / (2 * cost.members * cost.forward)
-    return image * cost.members * (cost.batch + climbed)
+    crafted = stage.flops(EXAMPLES) / (2 * cost.members * cost.forward)
+    return image * cost.members * (cost.batch + crafted)
 
 
 def table(it: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +145,12 @@ def _train(
             defence.check(ensemble, len(signature.classes))
             started = _start(run, kind, ensemble, signature, train_split, validation, device)
             if team.first:
-                _begin(run, out, started)
-                if started is not None and not quiet:
-                    note(summary_of_start(started))
+                if started is not None:
+                    write_json(out / "start.json", started)
+                # last: without it a folder is that of a run which has not begun
+                write_text(out / "run.json", to_json(run))
+            if started is not None and not quiet:
+                note(summary_of_start(started))
     session = Session(
         run, out, defence, stages, ensemble, loader, validation, signature, start, quiet, team
     )
@@ -297,6 +299,7 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out must name a folder, and {out} is a file")
+    # remains of a write that was killed are no contents
     if not out.exists() or all(path.name.startswith(UNFINISHED) for path in out.iterdir()):
         return None
     if not (out / "run.json").is_file():
@@ -323,14 +326,6 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
         keys = [k for k in wanted if stored.get(k) != wanted[k]]
         raise ConfigError(f"{out} holds another run (it differs in {', '.join(keys)})")
     return spec
-
-
-def _begin(run: Run, out: Path, started: Mapping[str, Any] | None) -> None:
-    """Write the run and its starting point."""
-    # run.json last: without it a folder is that of a run which has not begun
-    if started is not None:
-        write_json(out / "start.json", started)
-    write_text(out / "run.json", to_json(run))
 
 
 def _finish(run: Run, out: Path, ensemble: Ensemble, signature: Signature) -> None:

@@ -175,7 +175,7 @@ def check_members(ensemble: Ensemble, images: Split, num_classes: int, device: s
         raise ModelError("the members have no parameter that requires a gradient: unfreeze them")
     # two, so that a network that ignores the batch axis is found
     x = images.float(torch.arange(min(2, len(images)))).to(device)
-    # seeded and in evaluation mode: the trial pass must leave no trace in the training
+    # seeded and in evaluation mode: this pass must not change the training
     with modes_kept(ensemble), seeded(0, device), torch.no_grad():
         ensemble.eval()
         found = [ensemble.logits_of(m, x).shape[1] for m in range(ensemble.num_members)]

@@ -142,10 +142,7 @@ def fit(
 
     Random streams are derived from (seed, total step), so a run resumed at any step is
     bit-identical. The device is synchronised once per step, where the terms of the loss are read
-    and checked.
-
-    Reading them one step later would gain about one percent but needs guards on the device: see
-    docs/gpus.md. The processes of `mesh` train together: the loader gives each its part of every
+    and checked. The processes of `mesh` train together: the loader gives each its part of every
     batch, and all yield the same events; weights of members on other processes are then out of
     date.
 
@@ -266,7 +263,8 @@ def take_step(
     compute = compute or partial(gradients, ensemble, stage, params, precision)
     summed = compute(batch, rng)
     mesh.average(params)
-    # the only synchronisation of a step, before the optimizer can spread what is not finite
+    # the only synchronisation of a step, before the optimizer can spread what is not finite; one
+    # step later it would gain about one percent, but needs guards on the device, see docs/gpus.md
     terms = tally(summed)
     where = f"in stage {stage.name!r} at step {total + 1}"
     # value - value is 0 for every finite number, NaN for all others

@@ -57,7 +57,7 @@ class Runner:
         self.attacked = Attacked(job)
         self.points = Points(job.subject.x, job.place("points"))
         # the full checks attack with `Subset`, which starts from points of others
-        self._hands_on = any(p.attack.takes_starts for p in plan) or job.checks == "full"
+        self._keeps_points = any(p.attack.takes_starts for p in plan) or job.checks == "full"
 
     @property
     def everything(self) -> Bools:
@@ -139,7 +139,7 @@ class Runner:
         )  # fmt: skip
         # points of other budgets must not count for the headline
         worst = self.worst if attack.bounded and threat == self._threat else None
-        if worst is not None and self._hands_on:
+        if worst is not None and self._keeps_points:
             if attack.takes_starts:
                 task = replace(task, starts=self.points.starts(worst))
             task = self.points.kept(task, worst)

@@ -62,6 +62,7 @@ def read_ensemble(
     ensemble = as_ensemble(model)
     check_values(ensemble)
     one_of("outputs", outputs, ("logits", "probabilities"))
+    # ensembles have a mixture of their own
     if mixture is not None and not isinstance(model, Sequence | nn.ModuleList):
         raise InputError("mixture requires a list of networks, with one probability each")
     if outputs == "probabilities":

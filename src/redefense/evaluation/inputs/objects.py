@@ -58,7 +58,7 @@ def suite_of(value: Any, name: str | None = None) -> Suite:
         raise ConfigError("a suite needs at least one attack, got an empty list")
     return Suite(
         name=name or CUSTOM,
-        summary=f"{len(labelled)} attack{'s' * (len(labelled) > 1)}, handed over as objects",
+        summary=f"{len(labelled)} attack{'s' * (len(labelled) > 1)}, given as objects",
         cells=tuple(cell_of(attack, label) for label, attack in labelled),
     )
 

@@ -106,7 +106,7 @@ def certify_run(
     own = {member.sigma for member in ensemble.modules() if isinstance(member, GaussianNoise)}
     if own - {sigma}:
         raise ConfigError(
-            f"{path} answers behind noise of its own, of deviation {max(own):g}, got {sigma:g}: "
+            f"{path} adds noise of standard deviation {max(own):g} itself, got sigma {sigma:g}: "
             f"certify it with --sigma {max(own):g}"
         )
     log(f"certify: {len(x)} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")

@@ -60,7 +60,7 @@ def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Che
         records: of every cell and "clean".
     """
     cells = data["cells"]
-    # images that an attack left as they are count as unchanged by no fault of its own
+    # only images that were attacked can show an attack that changes nothing
     attacked = np.logical_and.reduce([record.attacked for record in records.values()])
     clean = np.where(attacked, records["clean"].correct.mean(0), 0.0)
     return [

@@ -69,6 +69,7 @@ def run_drawn(
         raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")
     # before any attack: it decides how draws are computed
     check_draws(network, x)
+    # the network answers by a draw: the view "protocol" is the sampled one
     plan = [_for_draws(planned) for planned in plan_of(suite, threat, True)]
     job = Job(
         subject=subject, suite=suite, threat=threat_of(plan) or threat, seed=seed, seeds=seeds,
@@ -76,6 +77,7 @@ def run_drawn(
     )  # fmt: skip
     before = drawn_checks.before(network, subject)
     rough = Draws(score=LEAST_DRAWS, attack=network.num_members)
+    # the number of scoring draws is not known before the pilot run
     progress.plan(planned_passes(job, plan, rough.of))
     draws = draws or _pilot(job, network)
     log(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
@@ -179,6 +181,7 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
     """
     found = read_object(job.place("pilot.json"))
     if found is None:
+        # an unaware and an aware attack, whose accuracies vary differently over the draws
         tried = ((PGD(steps=5, keep_best=False), "sampled"), (Hinge(steps=5), "members"))
         few = Draws(score=PILOT_DRAWS, attack=min(4, network.num_members))
         cells = [
