@@ -138,17 +138,17 @@ def test_other_data_than_the_runs_own_are_named_and_never_taken_in_silence(tmp_p
         certify_run(tmp_path / "run", sigma=0.1, draws=2, images=3)
 
 
-def test_a_run_with_noise_of_its_own_is_certified_behind_that_noise(tmp_path: Path) -> None:
+def test_a_run_with_noise_of_its_own_is_certified_with_that_noise(tmp_path: Path) -> None:
     changes = ["epochs=1", "ensemble.model=mlp", "data.images=200"]
     ensemble = train(override(recipe("digits-image-noise"), changes), tmp_path, quiet=True)
     document, _ = certify_run(tmp_path, sigma=0.25, draws=20, images=40)
     data = load_dataset("digits").test
     index = test_images(len(data), 40)
     x, y = data.float(index), data.labels[index]
-    # not behind noise on noise
+    # without further noise
     expected = right_answers(ensemble.member(0), x, y, 20, seed=0)
     assert document["clean"] == expected.mean() / 20
-    with pytest.raises(ConfigError, match=r"noise of its own, of deviation 0.25, got 0.5"):
+    with pytest.raises(ConfigError, match=r"adds noise of standard deviation 0.25 .*, got sigma 0.5"):
         certify_run(tmp_path, sigma=0.5, draws=1, images=1)
 
 
