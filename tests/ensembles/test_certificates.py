@@ -148,7 +148,9 @@ def test_a_run_with_noise_of_its_own_is_certified_with_that_noise(tmp_path: Path
     # without further noise
     expected = right_answers(ensemble.member(0), x, y, 20, seed=0)
     assert document["clean"] == expected.mean() / 20
-    with pytest.raises(ConfigError, match=r"adds noise of standard deviation 0.25 .*, got sigma 0.5"):
+    with pytest.raises(
+        ConfigError, match=r"adds noise of standard deviation 0.25 .*, got sigma 0.5"
+    ):
         certify_run(tmp_path, sigma=0.5, draws=1, images=1)
 
 
