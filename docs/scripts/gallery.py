@@ -22,7 +22,15 @@ METHODS = ["vanilla-1", "gal-1", "adp-1", "dverge-1", "ps-red-1", "trs-0", "red-
            "red-at-0", "barre-1", "at-1", "swift-1", "swift-one-1"]  # fmt: skip
 CURRENT = ["vanilla-1", "at-1", "red-1", "swift-1", "swift-one-1", "fork-subset-1"]
 EARLIER = ["long-at-0", "long-swift-0", "long-swift-one-0"]
+LABELS = {"vanilla": "undefended", "mrboost": "MRBoost", "swift": "one-step AT",
+          "swift-one": "one-step AT, one network", "fork-subset": "late fork"}  # fmt: skip
 VARIABLES = {INK: "--color-foreground-primary", PAPER: "--color-background-primary"}
+
+
+def label_of(name: str) -> str:
+    """A label for the claim of that name, whose last part is the seed."""
+    method = name.rpartition("-")[0].removeprefix("long-")
+    return LABELS.get(method, method.upper())
 
 
 def claim_of(name: str) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def dots(
 
 def picture(names: Sequence[str], x_label: str, title: str) -> tuple[Any, Axes]:
     figure, axes = plt.subplots(figsize=(4.6, 0.34 * len(names) + 1.6), layout="constrained")
-    axes.set_yticks(range(len(names)), [name.rpartition("-")[0] for name in names])
+    axes.set_yticks(range(len(names)), [label_of(name) for name in names])
     axes.set_xlabel(x_label)
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(axis="x", color=GREY, alpha=0.3)
@@ -147,7 +155,8 @@ def cost() -> None:
                 passes, value, yerr=[[value - low], [high - value]], color=color, fmt=marker,
                 capsize=2, **style,
             )  # fmt: skip
-            labels.append((name.rpartition("-")[0], passes, value))
+            # the marker shows that it is one network
+            labels.append((label_of(name).removesuffix(", one network"), passes, value))
     for label, passes, value in labels:
         beside = any(1 < other / passes < 1.07 for other in drawn)
         axes.annotate(
@@ -156,7 +165,7 @@ def cost() -> None:
         )  # fmt: skip
     for color, marker, label in kinds.values():
         axes.plot([], [], marker, color=color, label=label)
-    axes.plot([], [], "o", color=GREY, markerfacecolor=PAPER, label="older, weaker suite")
+    axes.plot([], [], "o", color=GREY, markerfacecolor=PAPER, label="longer training, older suite")
     axes.set_xscale("log")
     axes.set_xlim(0.4, 22)
     axes.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
