@@ -268,7 +268,7 @@ def single_row(
     if library is not None and name in THEIRS:
         theirs, theirs_left = scene.figures(_theirs(scene, name, library))
         row["theirs"] = asdict(theirs)
-        # the preset does the same work as the library; the defaults take more steps
+        # the preset does the same work as the library; the default may do more
         row["times_faster"] = theirs.seconds / row.get("preset", row["default"])["seconds"]
         gap = paired_difference(left.numpy(), theirs_left.numpy())
         row["default_minus_theirs"] = [gap.value, gap.low, gap.high]

@@ -78,7 +78,7 @@ def run(
     rng = stream(seed, "bench", "images")
     x = torch.rand(batch, 3, 32, 32, generator=rng)
     y = torch.randint(10, (batch,), generator=rng)
-    # two steps suffice: the graph of a step is freed before the next one
+    # two steps suffice for the peak: the graph of a step is freed before the next one
     red = RED(adversary=Adversary(steps=2), differentiate=differentiate)
     cases = []
     for num_members in members:

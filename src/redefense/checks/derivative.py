@@ -167,6 +167,7 @@ def _lacks(ensemble: Ensemble, m: int, x: Images, y: Labels) -> float:
         mean, deviation = float(both.mean()), float(both.std()) / len(both) ** 0.5
         alike = mean > ALIKE * float((first.square() + second.square()).mean()) / 2
         found.append(mean if alike and mean > CERTAIN * deviation else 0.0)
+    # a missing part may be significant at one size only
     return max(found)
 
 

@@ -54,6 +54,7 @@ def incomplete(tracked: Track) -> Check:
     """S23: share of the objective's total gain in the last 10 steps."""
     best = tracked.value.cummax(0).values
     span = (best[-1] - best[0]).clamp_min(1e-12)
+    # ten steps before the last point, which follows the last step
     late = float(((best[-1] - best[-11]) / span).median())
     return Check("S23", late <= 0.05, f"the last 10 of {TRACKED_STEPS} steps have {late:.3f} "
                  "of the gain (flag above 0.05)")  # fmt: skip
@@ -110,7 +111,7 @@ def active(sample: Sample) -> Check:
     """S27: the attack finds planted adversarial points (after Zimmermann et al., 2022)."""
     rng = stream(sample.seed, "S27")
     sign = torch.randint(0, 2, sample.x.shape, generator=rng).to(sample.x) * 2 - 1
-    # at half the radius: a point on the surface would be found by the last bit only
+    # at half the radius, so that the attack need not reach the surface exactly
     planted = sample.threat.project(sample.x + 0.5 * sample.threat.eps * sign, sample.x)
     head = Planted(sample.ensemble, sample.x, planted)
     y = torch.zeros_like(sample.y)

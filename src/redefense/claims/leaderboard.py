@@ -70,6 +70,7 @@ class Row:
     def seeds(self) -> int:
         return len(self.entries)
 
+    # cached, since resampling is slow and pages show each figure several times
     @cached_property
     def clean(self) -> Estimate | None:
         return self._over([e.clean for e in self.found], lambda e: _unpacked(e.untouched))
@@ -87,6 +88,7 @@ class Row:
     ) -> Estimate | None:
         """The figure of one claim, or the mean over the images and seeds of several."""
         known = [figure for figure in figures if figure is not None]
+        # no mean over only some of the seeds
         if len(known) < len(figures):
             return None
         if len(known) == 1:

@@ -169,6 +169,7 @@ def _attributed(it: Claim) -> dict[str, str | None]:
 def differences(one: Claim, other: Claim) -> list[str]:
     """Headlines of two claims of one run that are outside each other's intervals."""
     found = []
+    # further results of the other claim are additions, not differences
     again = {_about(e): e for e in other.evaluations}
     for mine in one.evaluations:
         theirs = again.get(_about(mine))

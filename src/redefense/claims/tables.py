@@ -231,6 +231,7 @@ class _Shown(NamedTuple):
 
     @property
     def value(self) -> float:
+        # an unknown figure is never the least
         return 1.0 if self.estimate is None else self.estimate.value
 
     @property

@@ -126,6 +126,7 @@ def check_plugin(
     text = check_lines(((check.name, check.passed, check.detail) for check in found), 24)
     show(document, text, as_json=as_json, quiet=quiet)
     if failed:
+        # also with --quiet: an exit code needs a reason
         echo(f"{path} failed: {failed[0].name}: {failed[0].detail}", quiet=False)
         raise typer.Exit(1)
 

@@ -55,6 +55,7 @@ def _read(
     path: Path, refuse: Refuse, name: str, layouts: Sequence[Layout], num_classes: int
 ) -> Source:
     source = _from_batches(path, refuse, name, layouts)
+    # the hub's layout, only where there are no official batches
     if source is None and path.is_dir() and next(path.rglob("*.parquet"), None):
         source = parquet.read(path, refuse, name)
     if source is None:

@@ -55,6 +55,7 @@ def read(path: Path, refuse: Refuse) -> Source:
         test, form = _foldered(tree, f"{at}val/", ids, refuse), "re-foldered validation images"
     for what, listing in (("train", train), ("val", test)):
         labels = np.asarray(listing.labels, np.int64)
+        # only training needs images of every class
         check_labels(labels, tuple(ids), f"{tree.root}: {at}{what}", refuse, full=what == "train")
     lists = [f"{at}wnids.txt", annotations, f"{at}words.txt"]
     used = [*train.names, *test.names, *(name for name in lists if name in set(tree.names))]

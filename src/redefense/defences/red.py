@@ -144,6 +144,7 @@ class RED(CrossEntropyDefence):
         half = len(x) // 2
         # an odd image belongs to the adversarial half
         mixed = torch.cat([x[:half], x_adv[half:]])
+        # a list: one batch of images for each member
         clean = x if x_own is None else list(x_own)
         points: tuple[Tensor | list[Tensor], ...]
         if self.preset == "printed":

@@ -95,5 +95,6 @@ def mean_log_probs(logits: Float[Tensor, "M B C"], mixture: Tensor) -> Logits:
     # members of probability zero are masked, whatever their logits; selecting the others would
     # synchronise with the device at every step of an attack
     logits = logits.where((mixture > 0)[:, None, None], 0.0)
+    # half precision has too few digits for small probabilities
     log_probs = F.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
     return torch.logsumexp(log_probs + mixture.log().to(log_probs)[:, None, None], dim=0)

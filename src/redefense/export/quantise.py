@@ -18,6 +18,7 @@ from redefense.types import Images, correct
 BATCH = 64
 
 
+# no generated comparison: == of tensors has no single truth value
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Int8:
     """Settings of quantisation.

@@ -48,6 +48,7 @@ class Opened:
         images, stored = self.probes
         answers = []
         for m, session in enumerate(self.sessions):
+            # twice, since the logits of a member that draws cannot be compared with stored ones
             answer, again = (runner.logits_of(session, images) for _ in range(2))
             if answer.shape != stored[m].shape or not np.isfinite(answer).all():
                 raise BundleError(f"member {m} gives logits of shape {answer.shape}, or not finite")

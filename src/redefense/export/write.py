@@ -210,6 +210,7 @@ def _write(
             (folder / path).write_bytes(graph)
     # logits of torch, not of the written files: they are what verification compares with
     np.savez(folder / "probes.npz", images=images.numpy(), logits=logits.numpy())
+    # as bytes, which `verify` compares with those of its own runner
     (folder / "run.py").write_bytes(runner.text().encode())
     text = (
         about.card(name)

@@ -170,6 +170,7 @@ def _made(
     rng: torch.Generator,
 ) -> nn.Module:  # fmt: skip
     """A user's network; torch's global generator is seeded from `rng` for it."""
+    # the CPU's generator only, since networks are built there
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(rng))
         try:

@@ -74,6 +74,7 @@ def target_of(grids: Sequence[Grid], kernels: Sequence[Tensor], unit: int, taps:
         if grid.size == 1:
             own = own.expand(-1, -1, -1, 3, 3) / (9 if taps == "sum" else 1)
         units.append(own.flatten(2))
+        # a kernel of zeros has no norm to divide by
         weight.append(own.new_full((len(own),), 1 / (float(own.norm()) or 1.0)))
         # the largest of nine is not linear: there all nine are fitted
         mean_counts = grid.size == 1 and taps != "max"
@@ -117,6 +118,7 @@ def fit(target: Target, embedding: int, hidden: int, rounds: int = ROUNDS) -> Fi
         gap[target.free] = _tap_means(gap[target.free])
         x = model + gap
         before, error = error, float(gap.square().sum())
+        # 1e-24: exact up to rounding in double precision
         if error < 1e-24 * wanted or before - error < ENOUGH * error:
             break
     return _sources(target.weight, q, v, core, slices, constant)

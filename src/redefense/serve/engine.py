@@ -45,6 +45,7 @@ class Answers:
 
 def probabilities(logits: Floats) -> Floats:
     """Softmax over the last axis; NaN where logits are."""
+    # NaN is answered with the label -1, and needs no warning
     with np.errstate(invalid="ignore"):
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
     result: Floats = (shifted / shifted.sum(-1, keepdims=True)).astype(np.float32)
