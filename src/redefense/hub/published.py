@@ -25,20 +25,7 @@ def from_file(
 ) -> Ensemble:
     """The networks of a file of weights as an ensemble, in evaluation mode.
 
-    Args:
-        path: read by safetensors, or by `torch.load(weights_only=True)`.
-        model: of every member, as in `from_pretrained`.
-        num_classes: number of logits.
-        shape: channels, height and width of the images.
-        device: torch device.
-
-    Warns:
-        UserWarning: if the file has tensors that are not used, or states no normalisation and
-            none is given.
-
-    Raises:
-        DataError: if the file cannot be read, or does not hold all tensors of the model.
-        ConfigError: for an unknown model or setting.
+    Arguments, warnings and errors are those of `from_pretrained`.
     """
     states = read_states(path)
     settings = {"model": model} if isinstance(model, str) else dict(model)
