@@ -32,7 +32,7 @@ from redefense.bench import train as bench
 from redefense.config import Run, override
 from redefense.ensembles import channels_last, recorded
 from redefense.ensembles.configs import IndependentConfig
-from redefense.ensembles.replay import Recorded
+from redefense.ensembles.recorded_passes import RecordedPasses
 from redefense.evaluation.api import evaluate_run
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.recipes import recipe
@@ -173,7 +173,7 @@ class Check:
             y = ensemble.member_logits(x).mean(0).argmax(1)
         said: list[str] = []
         with recorded(ensemble, self.recorder(), said.append) as passes:
-            assert isinstance(passes, Recorded)
+            assert isinstance(passes, RecordedPasses)
             for label, (view, settings) in ATTACKED.items():
                 rows = {}
                 # the second of each kind is timed: the first one prepares and records

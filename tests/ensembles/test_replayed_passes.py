@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from redefense.attacks import APGDT, ATTACKS, PGD, Attack
 from redefense.ensembles import Ensemble, Hyper, Independent, kernels_kept, recorded
 from redefense.ensembles.configs import HyperConfig
-from redefense.ensembles.replay import Recorded
+from redefense.ensembles.recorded_passes import RecordedPasses
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.rng import stream
 from redefense.threat import Threat
@@ -62,9 +62,9 @@ def images(seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, torch.arange(COUNT) % 5
 
 
-def replaying(ensemble: Ensemble, said: list[str] | None = None, **settings: Any) -> Recorded:
+def replaying(ensemble: Ensemble, said: list[str] | None = None, **settings: Any) -> RecordedPasses:
     said = [] if said is None else said
-    return Recorded(ensemble, TapeRecorder(), said.append, settling=2, **settings)
+    return RecordedPasses(ensemble, TapeRecorder(), said.append, settling=2, **settings)
 
 
 def points(attack: Attack, ensemble: Ensemble, view: str) -> tuple[Tensor, int, int]:
@@ -105,7 +105,7 @@ def test_written_kernels_are_those_of_the_evaluation() -> None:
     with recorded(ensemble, TapeRecorder(), said.append, settling=2) as passes:
         # the second attack replays what the first one has recorded
         found = [points(PGD(steps=4), passes, "averaged") for _ in range(2)]
-        assert isinstance(passes, Recorded)
+        assert isinstance(passes, RecordedPasses)
         assert passes.counts["replayed"] > 0
     assert said == []
     assert all(torch.equal(one[0], plain[0]) for one in found)
@@ -117,7 +117,7 @@ def test_without_a_recorder_the_ensemble_is_asked_itself() -> None:
         assert passes is ensemble
 
 
-def settled(passes: Recorded, *, grad: bool = True) -> Recorded:
+def settled(passes: RecordedPasses, *, grad: bool = True) -> RecordedPasses:
     """Until both members' passes are replayed."""
     for k in range(5):
         x = images(k)[0].requires_grad_(grad)
@@ -201,7 +201,7 @@ def test_recordings_that_outgrow_their_room_are_given_up() -> None:
             made = super().record(*given, **named)
             return type(made)(made.outputs, made.replay, made.reads, 0.0, 100)
 
-    passes = Recorded(ensemble, Large(), list[str]().append, settling=2, room=150)
+    passes = RecordedPasses(ensemble, Large(), list[str]().append, settling=2, room=150)
     for k in range(5):
         x, _ = images(k)
         assert torch.equal(passes.member_logits(x), ensemble.member_logits(x))

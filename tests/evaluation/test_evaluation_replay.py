@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from redefense.config import DataConfig, OptimConfig, Run, ThreatConfig
-from redefense.ensembles.replay import Recorded
+from redefense.ensembles.recorded_passes import RecordedPasses
 from redefense.errors import ConfigError
 from redefense.evaluation import api
 from redefense.evaluation.api import evaluate_run
@@ -41,14 +41,14 @@ def report_of(run: Path, suite: str, replay: str, said: list[str]) -> dict[str, 
 
 
 def test_a_suite_gives_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Recorded] = []
+    made: list[RecordedPasses] = []
 
-    class Kept(Recorded):
+    class Kept(RecordedPasses):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named | {"settling": 2})
             made.append(self)
 
-    monkeypatch.setattr("redefense.ensembles.replay.Recorded", Kept)
+    monkeypatch.setattr("redefense.ensembles.recorded_passes.RecordedPasses", Kept)
     monkeypatch.setattr(api, "recorder_for", lambda device: TapeRecorder())
     run, suite = tmp_path / "run", tmp_path / "suite.json"
     small = {"name": "independent", "model": "digits-cnn", "num_members": 2, "width": 4}

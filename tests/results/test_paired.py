@@ -15,7 +15,7 @@ from redefense.report.page import write_report
 from redefense.report.tables import escape_markdown, points
 from redefense.results.intervals import paired_difference
 from redefense.results.join import Result, join
-from redefense.results.paired import differences, least, recorded, worst_case_gain
+from redefense.results.paired import differences, least, records_of, worst_case_gain
 from report_tools import QUICK, build_run, q_of
 
 SQUARE = ("square", "sampled", False)
@@ -65,7 +65,7 @@ def test_an_attack_that_only_one_run_met_does_not_count(runs: Path) -> None:
     assert known.run.aware is not None
     assert found.run.aware.value < known.run.aware.value  # by the further attack, which is stronger
     # the same weights under the attacks of both
-    _, aware = (recorded(result) for result in joined(runs, "one", "more"))
+    _, aware = (records_of(result) for result in joined(runs, "one", "more"))
     common = [met for key, met in aware.attacks.items() if key[0] != "square"]
     q = least(aware.clean, common)
     (other,) = joined(runs, "two")
@@ -77,7 +77,7 @@ def test_an_attack_that_only_one_run_met_does_not_count(runs: Path) -> None:
 
 
 def test_images_that_an_attack_skipped_are_left_out(runs: Path) -> None:
-    one, more = (recorded(result) for result in joined(runs, "one", "more"))
+    one, more = (records_of(result) for result in joined(runs, "one", "more"))
     key = next(key for key in one.attacks if key[0] == "hinge")
     assert one.clean is not None
     reached = np.arange(len(one.clean)) < 200

@@ -386,21 +386,21 @@ def least(found: Evaluated, attacks: Collection[Attack]) -> NDArray[np.float64]:
     Raises:
         DataError: if there is no attack, or the claim has no per-image correctness of them.
     """
-    it = recorded(found)
+    it = records_of(found)
     lowest = paired.least(it.clean, [it.attacks[attack] for attack in attacks])
     if lowest is None:
         raise DataError("a claim has no per-image correctness of its attacks: make it again")
     return lowest
 
 
-def recorded(found: Evaluated) -> paired.Recorded:
+def records_of(found: Evaluated) -> paired.Records:
     """The per-image records of an evaluation."""
     attacks = found.attacks()
 
     def q(text: str | None) -> NDArray[np.float64] | None:
         return None if text is None else unpacked(text)
 
-    return paired.Recorded(
+    return paired.Records(
         clean=q(found.untouched),
         attacks={
             key: paired.Met(q(c.each), None if c.met is None else unpacked(c.met) > 0)

@@ -16,7 +16,7 @@ from redefense.claims.format import (
     least,
     packed,
     read,
-    recorded,
+    records_of,
     unpacked,
 )
 from redefense.errors import ConfigError, DataError
@@ -317,7 +317,7 @@ def _paired(found: Evaluated, base: Evaluated) -> str:
     # paired differences need the same images
     if found is base or found.lowest is None or base.lowest is None or found.data != base.data:
         return ""
-    if (it := worst_case_gain(recorded(found), recorded(base))) is None:
+    if (it := worst_case_gain(records_of(found), records_of(base))) is None:
         return "other attacks"
     note = "" if it.attacks is None else f", {it.attacks} attacks of both"
     return points(it.estimate) + note + ("" if it.images is None else f", {it.images} images")

@@ -13,7 +13,7 @@ from redefense.ensembles.guards import (
 )
 from redefense.ensembles.hyper import Hyper
 from redefense.ensembles.independent import Independent, as_ensemble
-from redefense.ensembles.replay import recorded
+from redefense.ensembles.recorded_passes import recorded
 from redefense.ensembles.views import Averaged, MemberOf, Sampled, logits_of_drawn, mean_log_probs
 
 __all__ = [

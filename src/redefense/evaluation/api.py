@@ -227,7 +227,7 @@ def evaluate_run(
 
     Args (beyond those of `evaluate`):
         replay: "auto" records the passes of members on a CUDA device and replays them in attacks,
-            with bit-identical results (`ensembles.replay`); "off" computes every pass anew.
+            with bit-identical results (see `recorded_passes`); "off" computes every pass anew.
         log: called with each log line; the remaining time is a log line unless stderr is a
             terminal, which shows a bar. By default nothing is logged.
 

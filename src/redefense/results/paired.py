@@ -25,7 +25,7 @@ class Met(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Recorded:
+class Records:
     """The per-image records of one run at one threat.
 
     Attributes:
@@ -71,7 +71,7 @@ def least(clean: Values | None, attacks: Sequence[Met]) -> Values | None:
     return np.where(known | (lowest == 0), lowest, np.nan)
 
 
-def worst_case_gain(one: Recorded, other: Recorded) -> Gain | None:
+def worst_case_gain(one: Records, other: Records) -> Gain | None:
     """One run minus another in the worst case over the attacks that both met.
 
     None if records are missing or no common attack is aware: without one the figure is no claim of
@@ -127,7 +127,7 @@ def differences(results: Iterable[Result]) -> list[Difference]:
 
 
 def _difference(run: Result, reference: Result) -> Difference | None:
-    one, other = recorded(run), recorded(reference)
+    one, other = records_of(run), records_of(reference)
     labels = {_key(c): c.label for c in reference.bounded}
     # an attack that skipped fooled images met other images of each run
     each = {
@@ -148,11 +148,11 @@ def _difference(run: Result, reference: Result) -> Difference | None:
     return Difference(run=run, reference=reference, clean=clean, worst=worst, each=each)
 
 
-def recorded(result: Result) -> Recorded:
+def records_of(result: Result) -> Records:
     """The records of a joined result."""
     # of an attack of several suites the records over all images, if there are any
     cells = sorted(result.bounded, key=lambda c: c.whole)
-    return Recorded(
+    return Records(
         clean=next((s.clean.q for s in result.suites if s.clean.q is not None), None),
         attacks={_key(c): _met(c) for c in cells},
         aware={_key(c) for c in cells if c.cell.aware},

@@ -112,7 +112,7 @@ def _gradient(answer: Answer, x: Tensor, cotangent: Tensor | None) -> tuple[Tens
     return logits.detach(), grad, cotangent
 
 
-class Recorded(Ensemble):
+class RecordedPasses(Ensemble):
     """An ensemble whose members' passes are replayed where the same kind of pass recurs.
 
     Created by `recorded`. Members must be in evaluation mode, and their weights must not move in
@@ -306,7 +306,7 @@ def recorded(
         yield ensemble
         return
     with kernels_kept(ensemble):
-        passes = Recorded(ensemble, recorder, log, settling=settling)
+        passes = RecordedPasses(ensemble, recorder, log, settling=settling)
         try:
             yield passes
         finally:
