@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redefense.attacks.base import Oracle, OracleResult, Presets, input_gradient
-from redefense.attacks.gradient import PUBLISHED, TEN_STEPS, Ascent, climb_from
+from redefense.attacks.gradient import PUBLISHED, TEN_STEPS, Ascent
 from redefense.attacks.objectives import Objective, objective_named
 from redefense.limits import not_negative, within
 from redefense.rng import ImageStreams
@@ -147,9 +147,5 @@ class DI2FGSM(Ascent):
         else:
             transform = batch_transforms(rng, self.resize_rate, self.diversity_prob)
         objective = objective_named(self.loss)
-        return climb_from(
-            [x], transformed_oracle(transform, victim, y, objective, judge=self.keep_best),
-            x, threat,
-            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
-            decay=self.decay, guard=self.preset is None,
-        )  # fmt: skip
+        oracle = transformed_oracle(transform, victim, y, objective, judge=self.keep_best)
+        return self.ascend(oracle, [x], x, threat, decay=self.decay)

@@ -130,29 +130,6 @@ def unit_mean(grad: Images, *, guard: bool = True) -> Images:
     return grad / per_image(size, grad)
 
 
-def climb_from(
-    starts: Iterable[Images],
-    oracle: Oracle,
-    x: Images,
-    threat: Threat,
-    *,
-    steps: int,
-    step_size: float,
-    keep_best: bool,
-    decay: float | None = None,
-    guard: bool = True,
-) -> Images:
-    """Ascend from each start, in steps of a fraction of eps; return the best point, or the last."""
-    best = Best.start(x) if keep_best else None
-    last = x
-    for start in starts:
-        last = climb(
-            oracle, start, x, threat, steps=steps, step_size=step_size * threat.eps, decay=decay,
-            best=best, guard=guard,
-        )  # fmt: skip
-    return last if best is None else best.x
-
-
 def random_starts(
     x: Images, y: Labels, threat: Threat, rng: Generator | Seed, *, of_batch: bool = False
 ) -> Callable[[], Tensor]:
@@ -241,6 +218,24 @@ class Ascent(Attack):
         objective_named(self.loss)
         check_steps(self.steps, self.step_size)
 
+    def ascend(
+        self,
+        oracle: Oracle,
+        starts: Iterable[Images],
+        x: Images,
+        threat: Threat,
+        *,
+        decay: float | None = None,
+    ) -> Images:
+        """Ascend from each start; return the best point of all, or the last."""
+        best, last = Best.start(x) if self.keep_best else None, x
+        for start in starts:
+            last = climb(
+                oracle, start, x, threat, steps=self.steps, step_size=self.step_size * threat.eps,
+                decay=decay, best=best, guard=self.preset is None,
+            )  # fmt: skip
+        return last if best is None else best.x
+
 
 @dataclass(frozen=True, kw_only=True)
 class BIM(Ascent):
@@ -252,10 +247,7 @@ class BIM(Ascent):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
-        return climb_from(
-            [x], gradient_oracle(victim, y, objective_named(self.loss)), x, threat,
-            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
-        )  # fmt: skip
+        return self.ascend(gradient_oracle(victim, y, objective_named(self.loss)), [x], x, threat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,11 +271,8 @@ class MIM(Ascent):
     def perturb(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, *, rng: Generator
     ) -> Images:
-        return climb_from(
-            [x], gradient_oracle(victim, y, objective_named(self.loss)), x, threat,
-            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
-            decay=self.decay, guard=self.preset is None,
-        )  # fmt: skip
+        oracle = gradient_oracle(victim, y, objective_named(self.loss))
+        return self.ascend(oracle, [x], x, threat, decay=self.decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,10 +303,7 @@ class RandomAscent(Ascent):
         if self.random_start:
             start = random_starts(x, y, threat, rng, of_batch=self.preset is not None)
             starts = (start() for _ in range(self.restarts))
-        return climb_from(
-            starts, oracle, x, threat,
-            steps=self.steps, step_size=self.step_size, keep_best=self.keep_best,
-        )  # fmt: skip
+        return self.ascend(oracle, starts, x, threat)
 
 
 @dataclass(frozen=True, kw_only=True)
