@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from redefense.attacks.apgd import APGDT, AutoAscent, face_starts
+from redefense.attacks.apgd import APGDT, AutoAscent
 from redefense.attacks.base import Attack, Best, Oracle, OracleResult, dual, input_gradient
 from redefense.attacks.early_stop import reuse_unmoved
 from redefense.attacks.gradient import check_steps, climb, random_starts
@@ -165,9 +165,8 @@ class MeanProbAPGD(AutoAscent):
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator
     ) -> Images:
-        support, best = Support(victim), Best.start(x)
-        oracles = [lambda rows: mean_oracle(support, y[rows])]
-        self.improve(best, oracles, x, face_starts(x, y, threat, rng), threat)
+        support = Support(victim)
+        best = self.improve([lambda rows: mean_oracle(support, y[rows])], x, y, threat, rng)
         support.offer_clean(best, x, y)
         return best.x
 

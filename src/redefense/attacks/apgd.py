@@ -204,30 +204,31 @@ class AutoAscent(Attack):
 
     def improve(
         self,
-        best: Best,
         oracles: Iterable[Callable[[Tensor], Oracle]],
         x: Images,
-        start: Callable[[], Images],
+        y: Labels,
         threat: Threat,
+        rng: Generator,
         *,
         early_stop: bool = False,
-    ) -> None:
-        """Climb from `restarts` starts, with the images not fooled yet.
+    ) -> Best:
+        """The best points of climbs from `restarts` starts, with the images not fooled yet.
 
         Args:
-            best: record of all images, updated.
             oracles: makes, from the indices of the images attacked, what to climb.
             x: clean images.
-            start: makes starting points for all images.
+            y: their labels.
             threat: the ball.
+            rng: generator of the starts.
             early_stop: skip images that are fooled or far from being fooled.
         """
+        best, start = Best.start(x), face_starts(x, y, threat, rng)
         for oracle in oracles:
             for _ in range(self.restarts):
                 points = start()  # for all, so that streams do not depend on who is left
                 rows = (best.correct > 0).nonzero().flatten()
                 if len(rows) == 0:
-                    return
+                    return best
                 part, own_oracle = best.select(rows), oracle(rows)
                 if early_stop:
                     own_oracle = early_stopping(
@@ -240,6 +241,7 @@ class AutoAscent(Attack):
                     steps=self.steps, rho=self.rho, keeper=part,
                 )  # fmt: skip
                 best.update(rows, part)
+        return best
 
     def last_fooled(
         self, oracle: Oracle, start: Images, x: Images, threat: Threat, *, one_size: bool = False
@@ -295,10 +297,7 @@ class APGD(AutoAscent):
         objective = objective_named(self.loss)
         if self.preset is None:
             oracles = [lambda rows: gradient_oracle(victim, y[rows], objective, draws=self.draws)]
-            best = Best.start(x)
-            start = face_starts(x, y, threat, rng)
-            self.improve(best, oracles, x, start, threat, early_stop=self.early_stop)
-            return best.x
+            return self.improve(oracles, x, y, threat, rng, early_stop=self.early_stop).x
 
         def attempt(x: Images, y: Labels) -> tuple[Images, Bool[Tensor, " B"]]:
             start = batch_face_start(x, threat, rng)
@@ -360,10 +359,7 @@ class APGDT(AutoAscent):
             return lambda rows: self._oracle(victim, y[rows], target[rows])
 
         oracles = [towards(target) for target in targets]
-        best = Best.start(x)
-        start = face_starts(x, y, threat, rng)
-        self.improve(best, oracles, x, start, threat, early_stop=self.early_stop)
-        return best.x
+        return self.improve(oracles, x, y, threat, rng, early_stop=self.early_stop).x
 
     def _published(
         self, victim: Victim, x: Images, y: Labels, threat: Threat, rng: Generator

@@ -53,6 +53,7 @@ class ADP(CrossEntropyDefence):
     summary: ClassVar[str] = (
         "adaptive diversity promoting: diverse predictions of the wrong classes"
     )
+    spreads = True
 
     entropy: float = 2.0
     log_det: float = 0.5
@@ -69,10 +70,6 @@ class ADP(CrossEntropyDefence):
                 f"smallest_eps must lie in [0, adversary.eps = {self.adversary.eps}], "
                 f"got {self.smallest_eps}"
             )
-
-    @property
-    def spreads(self) -> bool:
-        return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
         """The loss at given images, as one joint graph over all members.

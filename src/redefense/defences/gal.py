@@ -55,6 +55,7 @@ class GAL(CrossEntropyDefence):
     """
 
     summary: ClassVar[str] = "gradient alignment loss: dissimilar input gradients"
+    spreads = True
 
     preset: str = "dverge"
     weight: float = 0.5
@@ -68,10 +69,6 @@ class GAL(CrossEntropyDefence):
             object.__setattr__(self, "noise", NOISE[self.preset])
         not_negative(weight=self.weight, noise=self.noise or 0.0)
         one_of("differentiate", self.differentiate, DIFFERENTIATE)
-
-    @property
-    def spreads(self) -> bool:
-        return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels) -> dict[str, Tensor]:
         """The loss at given images: `ce`, `alignment` without its weight, `total` with it."""

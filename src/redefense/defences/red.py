@@ -71,6 +71,7 @@ class RED(CrossEntropyDefence):
         "Random Ensemble Defence: dissimilar and small input gradients, one random member a query"
     )
     randomized: ClassVar[bool] = True
+    spreads = True
 
     preset: str = "calibrated"
     similarity: float | None = None
@@ -90,10 +91,6 @@ class RED(CrossEntropyDefence):
                 # filled in, so that a stored run keeps its weights if the defaults change
                 object.__setattr__(self, name, default)
             not_negative(**{name: getattr(self, name)})
-
-    @property
-    def spreads(self) -> bool:
-        return True
 
     def terms(
         self,

@@ -70,6 +70,7 @@ class TRS(CrossEntropyDefence):
     summary: ClassVar[str] = (
         "transferability reduced smoothness: dissimilar gradients, small in the worst case nearby"
     )
+    spreads = True
 
     preset: str = "released"
     similarity: float = 40.0
@@ -95,10 +96,6 @@ class TRS(CrossEntropyDefence):
             "trs", self.loss, num_members=num_members, epochs=epochs, share=self.warm_start,
             label_smoothing=self.label_smoothing,
         )  # fmt: skip
-
-    @property
-    def spreads(self) -> bool:
-        return True
 
     def terms(self, ensemble: Ensemble, x: Images, y: Labels, rough: Tensor) -> dict[str, Tensor]:
         """The loss, as one joint graph over all members.

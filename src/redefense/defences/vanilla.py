@@ -17,10 +17,7 @@ class Vanilla(CrossEntropyDefence):
     """Each member minimises its own cross-entropy on clean images (the sum over members)."""
 
     summary: ClassVar[str] = "no defence: members trained separately on clean images"
-
-    @property
-    def spreads(self) -> bool:
-        return True
+    spreads = True
 
     def loss(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         """One part per member; the log reports the mean over members."""
