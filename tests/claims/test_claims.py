@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import redefense
 from cli_tools import command
 from redefense.claims import format, make, tables
 from redefense.claims.check import check
+from redefense.claims.leaderboard import evaluate_command
 from redefense.claims.recompute import differences, recompute
 from redefense.config import override
 from redefense.errors import DataError
@@ -28,7 +30,7 @@ STORED = sorted((ROOT / "claims").glob("*.json"))
 CHEAP = 150_000
 """Forward passes of one member that a test may spend on a training."""
 
-MINE = {
+MINE: dict[str, Any] = {
     "name": "mine",
     "cells": [
         {"attack": "fgsm", "view": "sampled"},
@@ -124,6 +126,23 @@ def test_a_claim_is_not_trained_again_on_data_of_another_name(runs: Path, tmp_pa
     with pytest.raises(DataError, match="digits is named digits, and the data of tiny-0 numbers"):
         recompute(it, "digits", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_claim_under_a_suite_that_fixes_its_threat_is_recomputed(
+    runs: Path, tmp_path: Path
+) -> None:
+    run, suite = tmp_path / "tiny", tmp_path / "fixed.json"
+    shutil.copytree(runs / "tiny-0", run, ignore=shutil.ignore_patterns("evaluation"))
+    fixed = [{**cell, "threat": {"eps": 0.05}} for cell in MINE["cells"]]
+    suite.write_text(json.dumps({"name": "fixed", "cells": fixed}))
+    evaluate_run(run, suite=str(suite), images=10)
+    it = make.claim([run])
+    (found,) = it.evaluations
+    assert (found.eps, found.suites[0].eps) == (0.05, 0.2)
+    assert recompute(it, "digits", tmp_path / "again", weights=run) == []
+    assert evaluate_command(found.suites[0]) == (
+        "redefense evaluate DIR --suite fixed.json --images 10"
+    )
 
 
 def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) -> None:

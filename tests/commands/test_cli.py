@@ -18,6 +18,8 @@ from redefense.commands import looking
 from redefense.config import Run, override
 from redefense.evaluation import api
 from redefense.recipes import RECIPES, recipe
+from redefense.report.reproduce import commands
+from redefense.results.join import join
 from redefense.runtime.files import locked
 from serve_tools import make_bundle
 
@@ -243,6 +245,9 @@ def test_a_threat_is_said_as_it_is_and_one_that_a_suite_fixes_is_not_changed() -
     assert "fixes its threat" in refused.err
     alone = command("evaluate", "v", "--suite", "mine.json", "--images", "10")
     assert "L-inf eps 0.03\n" in alone.err
+    # the printed command is accepted, and finds the evaluation that it repeats
+    line, _ = commands(join([Path("v/evaluation/mine.json")]))
+    assert command(*shlex.split(line)[1:]).code == 0
     Path("both.json").write_text(json.dumps({"cells": [fixed, {**fixed, "threat": None}]}))
     both = command("evaluate", "v", "--suite", "both.json", "--images", "10", "--eps", "0.3")
     assert "L-inf eps 0.03, L-inf eps 0.3\n" in both.err

@@ -21,6 +21,7 @@ from redefense.claims.format import Claim, Evaluated, Figure, Plan, digest, read
 from redefense.config import parse_run
 from redefense.data import published
 from redefense.errors import DataError
+from redefense.evaluation.suite import fixes_threat
 from redefense.radius import eps_text
 from redefense.results.intervals import Estimate, over_seeds
 from redefense.train.loading import resolve
@@ -196,7 +197,8 @@ def evaluate_command(plan: Plan) -> str:
     suite = plan.suite if isinstance(plan.suite, str) else f"{plan.name}.json"
     words = ["redefense", "evaluate", "DIR", "--suite", suite]
     words += [] if plan.images is None else ["--images", str(plan.images)]
-    words += ["--norm", f"l{plan.norm}", "--eps", eps_text(plan.eps)]
+    if not fixes_threat(plan.suite):
+        words += ["--norm", f"l{plan.norm}", "--eps", eps_text(plan.eps)]
     words += ["--seeds", str(plan.seeds)] if plan.seeds > 1 else []
     words += ["--checks", plan.checks] if plan.checks != "quick" else []
     words += ["--no-cascade"] if plan.cascade is False else []

@@ -14,7 +14,7 @@ from redefense.config import parse_run
 from redefense.data import load_dataset
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.api import evaluate, evaluate_run
-from redefense.evaluation.suite import SUITES, Suite
+from redefense.evaluation.suite import SUITES, Suite, fixes_threat
 from redefense.hub.pretrained import CONFIG, from_pretrained
 from redefense.report.tables import with_interval
 from redefense.results.records import load
@@ -110,9 +110,11 @@ def _of_run(
             # a custom suite reaches `evaluate_run` as a file
             file.write_text(json.dumps(suite))
             suite = str(file)
+        # `evaluate_run` refuses a threat for a suite that has its own
+        eps, norm = (None, None) if fixes_threat(plan.suite) else (plan.eps, plan.norm)
         _, target = evaluate_run(
             path, data=data, suite=suite, out=folder / "evaluation" / f"{plan.file}.json",
-            eps=plan.eps, norm=plan.norm, device=device, log=log, **_settings(plan),
+            eps=eps, norm=norm, device=device, log=log, **_settings(plan),
         )  # fmt: skip
         stored += load(target)
     return of_run(checkpoint, stored, it.name, _attributed(it))

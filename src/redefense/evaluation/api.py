@@ -38,7 +38,7 @@ from redefense.evaluation.report_object import Report
 from redefense.evaluation.run import run_suite
 from redefense.evaluation.stochastic.measure import run_drawn
 from redefense.evaluation.stochastic.recognise import Choice, as_stochastic
-from redefense.evaluation.suite import AttackPrecision, Suite, suite_named
+from redefense.evaluation.suite import AttackPrecision, Suite, fixes_threat, suite_named
 from redefense.limits import one_of
 from redefense.radius import budget_text, read_eps, read_norm
 from redefense.results.schema import OF_DEFENCE
@@ -282,7 +282,7 @@ def evaluate_run(
     settings |= noise_of(subject)
     # here as well as in the run, so that a refused plan writes nothing
     check_plan(subject, plan, threat)
-    if (eps, norm) != (None, None) and all(spec.threat is not None for spec in plan.cells):
+    if (eps, norm) != (None, None) and fixes_threat(plan.model_dump()):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")
     with workers() as team, exclusive(team, store, target):

@@ -238,6 +238,19 @@ SUITES: Final[Registry[Suite]] = Registry(
 )
 
 
+def fixes_threat(suite: object) -> bool:
+    """Whether a suite has a threat for each cell, which the run's or another cannot replace.
+
+    Args:
+        suite: its name, or its definition as JSON data.
+    """
+    if isinstance(suite, str):
+        return suite in SUITES and fixes_threat(SUITES[suite].model_dump())
+    cells = suite.get("cells") if isinstance(suite, Mapping) else None
+    # stored definitions may be damaged
+    return bool(cells) and all(isinstance(c, Mapping) and c.get("threat") for c in cells or ())
+
+
 def suite_named(name: str | PathLike[str]) -> Suite:
     """A suite by name, or from a user's `.json` file.
 

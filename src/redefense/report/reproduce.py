@@ -10,7 +10,7 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any, Final
 
-from redefense.evaluation.suite import SUITES
+from redefense.evaluation.suite import SUITES, fixes_threat
 from redefense.results.join import Result
 from redefense.results.records import Stored
 
@@ -48,7 +48,8 @@ def command(stored: Stored) -> str | None:
     words += [] if images is None else ["--images", str(images)]
     norm, eps = stored.budget if plan is None else (plan.threat.norm, plan.threat.eps)
     # all digits: a stored evaluation with any other threat is refused
-    words += [] if eps is None else ["--eps", repr(eps), "--norm", norm]
+    if eps is not None and not fixes_threat(evaluation.suite if plan is None else plan.suite):
+        words += ["--eps", repr(eps), "--norm", norm]
     seed = evaluation.provenance.get("seed") if plan is None else plan.seed
     words += [] if seed is None else ["--seed", str(seed)]
     if plan is not None:

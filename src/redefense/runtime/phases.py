@@ -52,10 +52,10 @@ def each(name: str, items: Iterator[T]) -> Iterator[T]:
     while True:
         with phase(name):
             item = next(items, end)
-        # yielded outside the phase, or the work of the consumer would be assigned to it
         if item is end:
             return
-        yield item  # type: ignore[misc]  # `end` is gone
+        # outside the phase, or the work of the consumer would be assigned to it
+        yield item  # type: ignore[misc]  # never `end`
 
 
 @contextmanager
