@@ -126,7 +126,7 @@ def by_batch(folder: Path) -> None:
         (drawn_inside, "graphs", "RandomUniformLike"),
         (always_the_first, "draws", "not the runner"),
         (first_by_mixture, "draws", "1 of 3 members answer"),
-        (by_batch, "members", "batch mates"),
+        (by_batch, "members", "other images of a batch"),
     ],
 )
 def test_a_frozen_bundle_is_caught(
@@ -249,7 +249,7 @@ def test_a_graph_that_is_no_fixed_function_in_one_file_is_refused(model: Any, sa
 def test_a_plain_graph_has_no_fault_and_a_damaged_one_is_no_graph() -> None:
     sound = member(helper.make_node("Relu", ["images"], ["a"]))
     assert graph_faults(sound.SerializeToString(), SHAPE, 10) == []
-    assert "sound ONNX" in graph_faults(b"\x01\x02", SHAPE, 10)[0]
+    assert "valid ONNX" in graph_faults(b"\x01\x02", SHAPE, 10)[0]
     sound.functions.append(
         onnx.helper.make_function("own", "F", ["x"], ["y"], [], [helper.make_opsetid("", 18)])
     )

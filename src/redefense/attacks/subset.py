@@ -68,8 +68,7 @@ def subset_oracle(support: Support, y: Labels, goal: Goal, temperature: float) -
                 gap = margin(logits, labels)
                 # ANY is no class: its result is not used
                 aimed = targeted_margin(logits, labels, target.clamp_min(0))
-                # once the member errs, the target has served: the margin of any wrong class is the
-                # goal
+                # once the member errs, the target is no longer needed: any wrong class counts
                 gap = torch.where((target != ANY) & (gap <= 0), aimed, gap)
                 gap = (gap / goal.scale[rows, place]).to(x.dtype)
                 gaps = gaps.index_put((rows, torch.full_like(rows, place)), gap)

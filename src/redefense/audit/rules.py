@@ -60,7 +60,7 @@ def _slack(claims: Sequence[Claim], points: float) -> float:
 
 
 def _includes(a: Claim, c: Claim) -> bool:
-    """Whether the budget of `a` equals or includes that of `c`: `a` may leave at most as much."""
+    """Whether the budget of `a` equals or includes that of `c`: then `a` must not be weaker."""
     larger = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) >= (c.eps or 0)
     return a.bounded and c.bounded and (a.same_budget(c) or larger) and _same_view(a, c)
 
@@ -184,7 +184,7 @@ def eot_against_pgd(group: Group) -> Iterator[Finding]:
 def inert_attack(group: Group) -> Iterator[Finding]:
     clean = group.clean
     for claim in group.named(MINIMAL):
-        # near chance level nothing is left that an attack could take
+        # near chance level an attack cannot lower the accuracy
         if clean is None or clean.accuracy <= 10 or claim.eps is not None:
             continue
         if claim.accuracy >= clean.accuracy - _slack((claim, clean), 0.5):

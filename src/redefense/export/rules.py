@@ -30,9 +30,9 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     faults = [f"it uses the unknown domain {d!r}" for d in versions if d not in _DOMAINS]
     # a function would hide operators from the loop below
-    faults += [f"it brings the function {function.name} along" for function in proto.functions]
+    faults += [f"it defines the function {function.name}" for function in proto.functions]
     if proto.training_info:
-        faults.append("it holds a part for training")
+        faults.append("it contains training information")
     # both names mean the operators of the standard
     version = versions.get("", versions.get("ai.onnx", 0))
     for node in proto.graph.node:
@@ -48,33 +48,33 @@ def graph_faults(model: bytes, shape: tuple[int, int, int], num_classes: int) ->
 
 
 def _unsound(error: Exception) -> str:
-    return f"it is no sound ONNX file: {first_line(error) or '?'}"
+    return f"it is not a valid ONNX file: {first_line(error) or '?'}"
 
 
 def _node_faults(onnx: Any, node: Any, version: int) -> Iterator[str]:
     name = node.op_type
     if node.domain not in _DOMAINS or not onnx.defs.has(name, version, ""):
-        yield f"it holds the unknown operator {node.domain or 'ai.onnx'}.{name}"
+        yield f"it contains the unknown operator {node.domain or 'ai.onnx'}.{name}"
         return
     schema = onnx.defs.get_schema(name, version, "")
     if schema.node_determinism == schema.NodeDeterminism.NonDeterministic:
-        yield f"it holds {name}, whose answer is not fixed by its inputs"
+        yield f"it contains {name}, whose output is not determined by its inputs"
     for attribute in node.attribute:
         if attribute.type in _GRAPHS:
-            yield f"{name} holds a graph of its own"
+            yield f"{name} contains a subgraph"
         if attribute.t.data_location == _EXTERNAL:
-            yield f"{name} takes data from outside the file"
-        # deterministic by the standard, but one image would change the answer to another
+            yield f"{name} reads data from outside the file"
+        # deterministic by the standard, but one image would change the output for another
         if (name, attribute.name) == ("BatchNormalization", "training_mode") and attribute.i:
-            yield "its batch norm is in training mode, so answers depend on batch mates"
+            yield "its batch norm is in training mode, so outputs depend on the whole batch"
 
 
 def _weight_faults(graph: Any) -> Iterator[str]:
     names = [tensor.name for tensor in graph.initializer]
     if len(names) != len(set(names)):
-        yield "it holds a weight twice"
+        yield "it contains a weight twice"
     if graph.sparse_initializer:
-        yield "it holds sparse weights"
+        yield "it contains sparse weights"
     for tensor in graph.initializer:
         if tensor.data_location == _EXTERNAL or tensor.external_data:
             yield f"its weight {tensor.name} lies outside the file"
@@ -82,11 +82,12 @@ def _weight_faults(graph: Any) -> Iterator[str]:
 
 def _ends_faults(graph: Any, shape: tuple[int, int, int], num_classes: int) -> Iterator[str]:
     """Inputs and outputs: one of each, with a batch axis of any length."""
-    for values, name, rest in (
-        (graph.input, "images", list(shape)), (graph.output, "logits", [num_classes]),
-    ):  # fmt: skip
+    for ends, values, name, rest in (
+        ("inputs", graph.input, "images", list(shape)),
+        ("outputs", graph.output, "logits", [num_classes]),
+    ):
         if [value.name for value in values] != [name]:
-            yield f"it must have {name} at one end, it has {[value.name for value in values]}"
+            yield f"its {ends} must be [{name!r}], got {[value.name for value in values]}"
             continue
         kind = values[0].type.tensor_type
         batch, *sizes = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]

@@ -23,8 +23,8 @@ from redefense.train.loading import Signature, data_of, find_final, load_checkpo
 
 CALIBRATION = 512
 _EIGHT_BIT = (
-    " The members of this bundle are 8-bit. With rounded weights and activations they answer, and "
-    "are fooled, otherwise than those of the run they were made from, whose figures are not theirs."
+    " The members of this bundle are 8-bit. With rounded weights and activations their predictions "
+    "differ from those of the run they were made from, so its figures do not apply to them."
 )
 
 
@@ -104,7 +104,7 @@ def _dataset(
     except DataError as error:
         if needed:
             raise
-        log(f"probes are synthetic, the run's data are not at hand: {error}")
+        log(f"probes are synthetic, since the run's data are not available: {error}")
         return None
     if not own:
         raise not_of(checkpoint, data)
@@ -133,10 +133,9 @@ def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, prec
 _DEPLOYED = """## On a device
 
 `run.py` needs Python, numpy and onnxruntime (and pillow to read pictures), neither torch nor
-redefense. Every image is answered by a member of its own, drawn from the operating system's
-entropy.
+redefense. A member is drawn for every image, from the operating system's entropy.
 
     python run.py IMAGE...
-    python run.py --check        # are all members themselves?
+    python run.py --check        # compare all members with their recorded outputs
     redefense verify BUNDLE      # the same and more, where redefense is installed
 """

@@ -126,7 +126,7 @@ def _graphs(opened: Opened) -> str:
         if faults:
             more = f" (and {len(faults) - SHOWN} more)" if len(faults) > SHOWN else ""
             raise BundleError(f"member {m}: {'; '.join(faults[:SHOWN])}{more}")
-    return "one input, one output, known operators, nothing random, nothing outside the file"
+    return "one input, one output, known operators, no random operator, no external data"
 
 
 def _members(opened: Opened) -> str:
@@ -145,10 +145,14 @@ def _members(opened: Opened) -> str:
             raise BundleError(f"member {m} does not give its recorded outputs: it {fault}")
         alone = runner.logits_of(opened.sessions[m], images[:1])
         if fault := runner.differs(alone, answer[:1], precision):
-            raise BundleError(f"member {m} answers by batch mates: alone, its answer {fault}")
+            raise BundleError(
+                f"member {m} depends on the other images of a batch: for a single image it {fault}"
+            )
         worst = max(worst, runner.deviation(answer, stored[m])[0])
     most = runner.TOLERANCE[precision]
-    return f"{len(stored)} reached, each itself: deviation at most {worst:.1e} ({most:g} allowed)"
+    return (
+        f"{len(stored)} members give their recorded outputs, up to {worst:.1e} ({most:g} allowed)"
+    )
 
 
 def _distance(answer: Floats, stored: Floats) -> float:
@@ -162,17 +166,17 @@ def _distinct(opened: Opened) -> str:
     if len(answering) > 1 and all(
         np.array_equal(stored[answering[0]], stored[m]) for m in answering
     ):
-        raise BundleError("all members are the same, by the probes too: nothing is random")
+        raise BundleError("all members are equal, also in the probes: nothing is random")
     pairs = list(combinations(range(len(stored)), 2))
     twins = [(i, j) for i, j in pairs if np.array_equal(stored[i], stored[j])]
     for i, j in set(pairs) - set(twins):
         if opened.graphs[i] == opened.graphs[j] or np.array_equal(
             opened.answers[i], opened.answers[j]
         ):
-            raise BundleError(f"members {i} and {j} are the same, their probes are not")
+            raise BundleError(f"members {i} and {j} are the same, but their probes differ")
     if not twins:
         return f"{len(stored)} different members"
-    return f"members {_listed(twins)} are the same in the probes too: training made them so"
+    return f"members {_listed(twins)} are equal, and so are their probes: they were exported equal"
 
 
 def _listed(pairs: list[tuple[int, int]]) -> str:
@@ -202,7 +206,7 @@ def _draws(opened: Opened) -> str:
     if faults := faults or seed_faults(runner.text()):
         raise BundleError(faults[0])
     drawn = f"{NUM_DRAWS:,} draws of {answering} members" if answering > 1 else "nothing is drawn"
-    return f"{drawn}: by the mixture, neighbours independent, seeds change nothing"
+    return f"{drawn}: with the stated probabilities, independently, and whatever the seeds"
 
 
 # in this order: the hashes of files before what they contain

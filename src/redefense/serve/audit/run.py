@@ -324,7 +324,7 @@ def _timing(case: _Case) -> Finding:
         rest = [s for j, group in enumerate(groups) if j != k for s in group]
         share, chance = separation(np.array(own), np.array(rest))
         if abs(share - 0.5) > abs(worst - 0.5):
-            # the oddest of M members was chosen, hence times M
+            # Bonferroni: the largest deviation among M members was chosen
             worst, p = share, min(1.0, chance * len(groups))
     same = np.array([s for equal, s in case.pairs if equal])
     other = np.array([s for equal, s in case.pairs if not equal])
@@ -334,7 +334,9 @@ def _timing(case: _Case) -> Finding:
         abs(share - 0.5) > _SLOWER and chance < ALPHA
         for share, chance in ((worst, p), (pair, pair_p))
     )
-    detail = f"{len(case.alone)} answers, the oddest member is slower in {100 * worst:.0f} %"
+    detail = (
+        f"{len(case.alone)} answers, the member that differs most is slower in {100 * worst:.0f} %"
+    )
     if case.pairs:
         detail += f", pairs of two members in {100 * pair:.0f} % of comparisons"
     if by_pair and case.settings.grouped:
