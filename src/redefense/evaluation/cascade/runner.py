@@ -7,6 +7,7 @@ accuracy. The images of an attack are determined by the records before it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +41,9 @@ class Runner:
         job: the evaluation.
         plan: the cells.
         mixture: (M,) sampling probabilities.
-        clean: the records of the clean images.
+        clean: the records of the clean images, of the class of all records.
+        run: attacks in another way, in chunks saved in a folder. Then no worst case is accumulated:
+            the lowest of several estimates would be biased.
 
     Attributes:
         worst: the worst case so far; None for a suite without a headline.
@@ -48,9 +51,17 @@ class Runner:
         attacked: the images that the attacks returned.
     """
 
-    def __init__(self, job: Job, plan: Sequence[Planned], mixture: Floats, clean: Cell) -> None:
-        self.job, self._mixture = job, mixture
-        self._threat = threat_of(plan)
+    def __init__(
+        self,
+        job: Job,
+        plan: Sequence[Planned],
+        mixture: Floats,
+        clean: Cell,
+        run: Callable[[Task, Path | None], Cell] | None = None,
+    ) -> None:
+        self.job, self._mixture, self._read = job, mixture, type(clean).read
+        self._run = run or (lambda task, kept: task.run(kept, job.progress))
+        self._threat = threat_of(plan) if run is None else None
         self.worst = None if self._threat is None else WorstCase(mixture, clean)
         self.others: list[Further] = []
         self._met: list[tuple[Attack, str, Bools]] = []
@@ -145,14 +156,14 @@ class Runner:
             task = self.points.kept(task, worst)
         task = self.attacked.kept(task)
         kept = self.attacked.chunks_of(name)
-        cell = Cell.read(job.place(f"{name}.npz")) if self.attacked.stored(name) else None
+        cell = self._read(job.place(f"{name}.npz")) if self.attacked.stored(name) else None
         # an earlier attack that was run again may have left other images
         if cell is None or not np.array_equal(cell.met, met):
             self.attacked.images.pop(name, None)
             job.progress.begin(
                 label, len(met), share=own_images(len(met), subject.workers, subject.chunk)
             )
-            cell = task.run(kept, job.progress)
+            cell = self._run(task, kept)
             # filled before it is stored, since readers join the records of all images
             if worst is not None and not cell.whole:
                 cell = worst.filled(cell)

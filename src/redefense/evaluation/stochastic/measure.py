@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -12,9 +12,8 @@ from redefense.attacks.square import Square
 from redefense.checks.check import Check
 from redefense.config import ThreatConfig
 from redefense.errors import ConfigError
-from redefense.evaluation.cascade.attacked import Attacked
 from redefense.evaluation.cascade.examples import known_examples, name_images
-from redefense.evaluation.cascade.runner import cell_label, planned_passes
+from redefense.evaluation.cascade.runner import Runner, planned_passes, run_order
 from redefense.evaluation.cells import Cell, Subject
 from redefense.evaluation.inputs.objects import plugins_of
 from redefense.evaluation.plan import Further, Job, Log, Planned, check_plan, plan_of, threat_of
@@ -25,7 +24,7 @@ from redefense.evaluation.stochastic import checks as drawn_checks
 from redefense.evaluation.stochastic.averages import NOTHING, average_and_vote
 from redefense.evaluation.stochastic.cells import DrawnCell, Draws, attack_drawn, clean_drawn
 from redefense.evaluation.stochastic.recognise import check_draws
-from redefense.evaluation.store import forget, own_images, read_object
+from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
 from redefense.models.randomized import GaussianNoise
 from redefense.results.accuracy import Bools
@@ -78,14 +77,22 @@ def run_drawn(
     before = drawn_checks.before(network, subject)
     rough = Draws(score=LEAST_DRAWS, attack=network.num_members)
     # the number of scoring draws is not known before the pilot run
-    progress.plan(planned_passes(job, plan, rough.of))
+    progress.plan(planned_passes(job, run_order(plan), rough.of))
     draws = draws or _pilot(job, network)
     log(f"{suite.name}: every attack is scored by {draws.score} fresh draws")
-    attacked = Attacked(job)
-    records, repeats = _records(job, plan, network, draws, attacked)
-    examples = known_examples(job, plan, attacked, records, {}, None)
-    subject.workers.wait()
-    attacked.forget()
+    clean = clean_drawn(subject, network, draws.score, seed=seed)
+    job.write_cell("clean", clean)
+    runner = Runner(
+        job, plan, np.full(draws.score, 1 / draws.score), clean,
+        lambda task, kept: attack_drawn(
+            subject, network, task.attack, task.threat, task.view, draws,
+            seed=seed, name=task.name, kept=kept, progress=progress, keep=task.keep,
+        ),
+    )  # fmt: skip
+    found = cast("tuple[dict[str, DrawnCell], dict[str, list[DrawnCell]]]", runner.cells(plan))
+    records, repeats = {"clean": clean, **found[0]}, found[1]
+    examples = known_examples(job, plan, runner.attacked, records, {}, None)
+    runner.forget_points()
     corrects, doubled = _everything(job, plan, records, repeats, network, draws)
     done = [*before, *doubled]
     data = _facts(job, network, made, records["clean"]) | {
@@ -98,9 +105,9 @@ def run_drawn(
         done.append(drawn_checks.below_attack(proven, data["headline"]))
     done += drawn_checks.after(data, records)
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
-    name_images(data, attacked, examples)
+    name_images(data, runner.attacked, examples)
     return Report(
-        data, records, subject.index, images=attacked.images if keep_images else {},
+        data, records, subject.index, images=runner.attacked.images if keep_images else {},
         examples=examples,
     )  # fmt: skip
 
@@ -266,41 +273,6 @@ def _shares(cell: DrawnCell) -> dict[str, float]:
         "vote": float((cell.vote == 1).mean()),
         "vote_abstained": float((cell.vote == -1).mean()),
     }
-
-
-def _records(
-    job: Job, plan: Sequence[Planned], network: Stochastic, draws: Draws, attacked: Attacked
-) -> tuple[dict[str, DrawnCell], dict[str, list[DrawnCell]]]:
-    """Records of every cell and of its repeats, computed now or read from the store."""
-    subject = job.subject
-    records = {"clean": clean_drawn(subject, network, draws.score, seed=job.seed)}
-    repeats: dict[str, list[DrawnCell]] = {}
-    job.write_cell("clean", records["clean"])
-    for number, planned in enumerate(plan, 1):
-        again: list[DrawnCell] = []
-        for repeat in range(job.seeds):
-            name = planned.run_name(repeat)
-            kept = attacked.chunks_of(name)
-            cell = DrawnCell.read(job.place(f"{name}.npz")) if attacked.stored(name) else None
-            if not isinstance(cell, DrawnCell):
-                label, count = cell_label(number, planned, plan, repeat), len(subject.x)
-                own = own_images(count, subject.workers, subject.chunk)
-                job.progress.begin(label, count, share=own)
-                cell = attack_drawn(
-                    subject, network, planned.attack, planned.threat, planned.spec.view, draws,
-                    seed=job.seed, name=name, kept=kept, progress=job.progress,
-                    keep=attacked.keeping(name),
-                )  # fmt: skip
-                if job.write_cell(name, cell):
-                    forget(kept)
-                share = float(cell.correct.mean())
-                job.log(f"{label}: {100 * share:.1f} % expected accuracy, {cell.seconds:.1f} s")
-            attacked.finish(name, cell)
-            again.append(cell)
-        records[planned.identity], *repeats[planned.identity] = again
-        # no process reads the next cell before this one is written
-        subject.workers.wait()
-    return records, repeats
 
 
 def _cell_json(
