@@ -110,6 +110,17 @@ def test_a_name_cannot_break_out_of_the_head_or_the_text(tmp_path: Path) -> None
     assert "# a --- \\<script\\>" in text
 
 
+def test_names_are_escaped_in_the_text_and_only_there(tmp_path: Path) -> None:
+    document = build(tmp_path / "red")
+    document["run"] |= {"ensemble": {"model": "my_net"}, "defence": {"name": "my_red"}}
+    (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
+    known = card(tmp_path / "red")
+    unknown = unmeasured_card("x", data="digits", num_members=3, model="my_net", method="my_red")
+    for text in (known, unknown):
+        assert "my_red" in head_of(text)["tags"]
+        assert r"each a my\_net, trained with the method my\_red." in text
+
+
 def test_a_card_is_written_beside_the_run_or_not_at_all(tmp_path: Path) -> None:
     build(tmp_path / "red")
     assert write_card(tmp_path / "red") == tmp_path / "red" / "README.md"

@@ -94,6 +94,7 @@ class Report:
     def members(self) -> tuple[BaselineFigure, ...]:
         """Every single member, under attack and clean."""
         per_member = self.data["clean"]["per_member"]
+        # None for a suite that does not attack the members
         robust: Sequence[Any] = self.headline.get("single_members") or [None] * len(per_member)
         attacked = None if self.baselines is None else self.baselines.members
         clean = self.cells["clean"].correct
@@ -329,10 +330,9 @@ class Report:
             )
         with writing(target):
             target.unlink(missing_ok=True)  # an old report must not remain with new records
-        for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
-            self.cells[cell["id"]].save(home / cell["per_image"], self.index)
         self.cells["clean"].save(records, self.index)
         for cell in (*self.data["cells"], *self.data.get("further_cells", ())):
+            self.cells[cell["id"]].save(home / cell["per_image"], self.index)
             if cell["id"] in self.images:
                 arrays = {"index": self.index, "images": self.images[cell["id"]]}
                 write_arrays(home / cell["images"], arrays)

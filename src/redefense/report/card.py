@@ -114,12 +114,12 @@ def _page(head: Mapping[str, Any], body: str) -> str:
 
 
 def _settings(result: Result, *path: str) -> str:
-    """One setting of the stored run, e.g. ("defence", "name"), as Markdown; empty if unknown."""
+    """One setting of the stored run, e.g. ("defence", "name"); empty if unknown."""
     value: object = next((e.run for e in result.evaluations if e.run), {})
     for key in path:
         # evaluations made in Python have no run, those from elsewhere one of any form
         value = value.get(key) if isinstance(value, Mapping) else None
-    return tables.escape_markdown(str(value)) if value is not None else ""
+    return "" if value is None else str(value)
 
 
 def _head(data: str, method: str, license_name: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _head(data: str, method: str, license_name: str) -> dict[str, Any]:
     return {
         "library_name": "redefense",
         "pipeline_tag": "image-classification",
-        "license": license_name.lower(),
+        "license": license_name.lower(),  # as in the list of the hub
         "tags": tags + ([method] if method else []),
         "datasets": [HUB_NAMES.get(data, data)],
     }
@@ -174,6 +174,8 @@ def _title(name: str) -> str:
 
 
 def _intended(num_members: str, model: str, method: str) -> str:
+    # here, since the header is no Markdown: there a method's name is a tag as it is
+    model, method = tables.escape_markdown(model), tables.escape_markdown(method)
     made = f", each a {model}" * bool(model) + f", trained with the method {method}" * bool(method)
     return (
         f"An ensemble of {num_members} classifiers{made}. Each query is answered by one of them, "

@@ -98,6 +98,7 @@ def verdict(result: Result) -> Verdict:
             sentence=f"{keeps}; {_keeps(_strongest(better))} without a draw, which is better.",
             baselines=baselines,
         )
+    # against the strongest one, since beating the others says little
     first = _strongest([baseline for baseline, _ in paired])
     # both kinds of baseline must be known, since either could be the better one
     if len(paired) > 1 and all(gain.low is not None and gain.low > 0 for _, gain in paired):

@@ -187,6 +187,7 @@ def certified(results: Sequence[Result]) -> list[tuple[str, str, Level]]:
         for result in results
         for made_on, level in certificates_of(result.suites)
     ]
+    # a run has a result for each threat, and the same certificates in all of them
     return list(dict.fromkeys(found))
 
 
@@ -203,6 +204,7 @@ def radii(results: Sequence[Result]) -> Iterator[tuple[str, list[dict[str, Any]]
 
 
 def _estimate(entry: Mapping[str, Any], key: str) -> Estimate | None:
+    # unknown figures and intervals are stored as None, and may be absent
     value = entry.get(key)
     return None if value is None else Estimate(value, *(entry.get(f"{key}_interval") or ()))
 

@@ -39,6 +39,7 @@ def computed_in(ensemble: Ensemble, x: Images) -> tuple[Ensemble, Images]:
         return ensemble, at
     members = [ensemble.member(m) for m in range(ensemble.num_members)]
     taken = [_taken(network, at, x.dtype) for network in members]
+    # the networks would round double images anyway
     if at.dtype == torch.float64 and all(dtype == torch.float32 for dtype in taken):
         return ensemble, at.float()
     if all(dtype == at.dtype for dtype in taken):

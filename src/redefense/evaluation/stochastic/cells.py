@@ -241,6 +241,7 @@ def scored(
             log_mean = vote = None
             for logits in network.fresh([seeds[place] for place in half], x_adv):
                 right.append(correct(logits, y))
+                # in double precision, since a sum over many draws decides between close classes
                 logs = logits.double().log_softmax(1)
                 one = torch.zeros_like(logs).scatter(1, logits.argmax(1, keepdim=True), 1.0)
                 # sums: their constant factor changes no prediction

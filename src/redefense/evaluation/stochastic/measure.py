@@ -165,6 +165,7 @@ def _further(
         if planned.identity in corrects
         for repeat, cell in enumerate(repeats[planned.identity], 1)
     }
+    # its points were not kept: the other fields are those of the clean images
     found[DOUBLED] = replace(records["clean"], correct=corrects[DOUBLED])
     records |= found
     job.write_cell(DOUBLED, found[DOUBLED])
@@ -238,6 +239,7 @@ def _headline(
 
 def _certified(job: Job, network: Stochastic, clean: DrawnCell) -> Certificate | None:
     """The certificate of Gaussian noise at the headline's threat; None for other defences."""
+    # Gaussian noise certifies L2 radii only (Cohen et al., 2019)
     noise = network.model
     if not isinstance(noise, GaussianNoise) or noise.sigma <= 0 or job.threat.norm != "2":
         return None

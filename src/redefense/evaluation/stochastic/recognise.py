@@ -98,6 +98,7 @@ def check_draws(network: Stochastic, x: Images) -> None:
     with state_restored(network):
         check_alone(network, x)
         network.rows = rows_per_call(network, x)
+        # three seeds tell: a generator that no seed governs differs at each
         for m in range(min(3, network.num_members)):
             first, again = query_member(network, m, points), query_member(network, m, points)
             if bool((differences(first, again) > ROUNDING).any()):

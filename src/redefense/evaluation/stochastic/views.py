@@ -61,6 +61,7 @@ class InPlace(Ensemble):
         """Distinct positions in ascending order, since attacks preserve the order of the images."""
         if len(x) >= len(self.x):
             return torch.arange(len(x), device=x.device)
+        # an attacked image is nearer to its clean one than to others, except for a large budget
         distances = torch.cdist(x.flatten(1), self.x.to(x.dtype).flatten(1))
         nearest = distances.argmin(1).tolist()
         if all(a < b for a, b in pairwise(nearest)):
