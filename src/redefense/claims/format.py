@@ -88,6 +88,7 @@ def _holding(kind: type[BaseModel], value: Any) -> Any:
         kind.model_validate(value)
     except ValidationError as error:
         raise ValueError(first_fault(error)) from None
+    # not the model: further keys are kept, and are part of the hash
     return value
 
 
@@ -242,9 +243,11 @@ class Claim(_Data):
         sha256: of all other entries; None in older claims.
     """
 
+    # an attribute `schema` would hide a method of pydantic
     version: Literal[1] = Field(default=1, alias="schema")
     name: str
     authors: str | None = None
+    # the site links to it: no other scheme, such as javascript
     link: str | None = Field(default=None, pattern=r"^https?://\S+$")
     licence: str | None = None
     run: dict[str, Any]

@@ -70,6 +70,7 @@ def export_run(
     checkpoint = find_final(path)
     run, kind, _ = resolve(checkpoint.run)
     ensemble, signature = load_checkpoint(checkpoint), Signature.stored(checkpoint.state)
+    # data that the user names, or that calibration uses, must be readable
     dataset = _dataset(checkpoint, data, needed=data is not None or precision == "int8", log=log)
     probes, int8 = synthetic(signature.shape), None
     if dataset is not None:

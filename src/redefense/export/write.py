@@ -97,6 +97,7 @@ def export(
         raise InputError(f"export takes an ensemble, such as Independent([network]), got {got}")
     images = synthetic(about.shape) if probes is None else probes
     check_images(images, "probes")
+    # as the members are exported
     images = images.float().cpu()
     if tuple(images.shape[1:]) != about.shape:
         raise ConfigError(f"probes must be {about.shape} images, got {tuple(images.shape[1:])}")
