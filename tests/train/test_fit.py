@@ -306,7 +306,7 @@ def test_a_member_that_answers_alike_whatever_it_sees_is_named(
     assert each.tolist() == [1.0, 0.1]
     assert accuracy(ensemble, split, batch_size=4) == pytest.approx(0.775)
     warn_degenerate(ensemble, each)
-    assert "member 1 is right on 10.0 % of the validation images, where the best is on 100.0 %" in (
+    assert "member 1 is right on 10.0 % of the validation images, the best member on 100.0 %" in (
         capsys.readouterr().err
     )
     warn_degenerate(Independent([Reader(), Silent()], mixture=[1.0, 0.0]), each)  # never drawn

@@ -10,8 +10,8 @@ from redefense.results.join import Result
 from redefense.results.paired import Difference, differences
 
 HOW: Final = (
-    "Percentage points that a run keeps more (+) or fewer (\u2212) than the first one given, on "
-    "the same images, with 95 % intervals. Worst case: the strongest on each image of the attacks "
+    "Accuracy of a run minus that of the first one given, in percentage points, on the same "
+    "images, with 95 % intervals. Worst case: the strongest on each image of the attacks "
     "that both met. An attack has a difference if both met it on all images."
 )
 """What the table of differences shows."""

@@ -207,6 +207,7 @@ def warn_degenerate(ensemble: Ensemble, accuracies: Tensor) -> None:
     if weak := degenerate_members(each, ensemble.mixture.tolist()):
         figures = ", ".join(f"member {m} is right on {100 * each[m]:.1f} %" for m in weak)
         note(
-            f"{figures} of the validation images, the best member on {100 * max(each):.1f} %: most "
-            "queries that it answers are wrong. Train longer, or with weaker penalties"
+            f"{figures} of the validation images, the best member on {100 * max(each):.1f} %: a "
+            "member below half of that answers most queries wrongly. Train longer, or with weaker "
+            "penalties"
         )
