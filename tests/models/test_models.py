@@ -1,10 +1,12 @@
 """Networks: counts and outputs against figures derived by other means, taps, initialisation."""
 
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,15 +185,20 @@ def test_timm_networks_are_built_from_the_generator(monkeypatch: pytest.MonkeyPa
         assert not pretrained
         if name != "net":
             raise RuntimeError("Unknown model (other)")
-        return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * 4, num_classes))
+        last = nn.Linear(in_chans * 4, num_classes)
+        # some networks initialise themselves by numpy or Python
+        nn.init.constant_(last.bias, np.random.rand() + random.random())
+        return nn.Sequential(nn.Flatten(), last)
 
     monkeypatch.setitem(sys.modules, "timm", stand_in_for_timm(create))
-    before = torch.random.get_rng_state()
+    # beartype draws from Python's generator in tests, so that its state is not compared
+    before, of_numpy = torch.random.get_rng_state(), str(np.random.get_state())
     nets = [make("timm:net", shape=(3, 2, 2), generator=stream(0, "net")) for _ in range(2)]
     x = torch.full((1, 3, 2, 2), 0.5)
     assert torch.equal(nets[0](x), nets[1](x))
     assert nets[0](x).shape == (1, 10)
     assert torch.equal(before, torch.random.get_rng_state())
+    assert str(np.random.get_state()) == of_numpy
     with pytest.raises(ConfigError, match="Unknown model"):
         make("timm:other", shape=(3, 2, 2))
     with pytest.raises(ConfigError, match="its own width"):

@@ -34,8 +34,7 @@ def _contained(group: Group) -> bool:
 
     def contains(a: Claim, c: Claim) -> bool:
         """Whether `a` has at most the accuracy of `c`, with at most its budget."""
-        smaller = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) <= (c.eps or 0)
-        return (a.same_budget(c) or smaller) and a.accuracy <= c.accuracy + 0.5
+        return (a.same_budget(c) or c.covers(a)) and a.accuracy <= c.accuracy + 0.5
 
     return bool(group.randomized and aware) and all(
         any(contains(a, c) for a in aware) for c in bounded
@@ -61,8 +60,7 @@ def _slack(claims: Sequence[Claim], points: float) -> float:
 
 def _includes(a: Claim, c: Claim) -> bool:
     """Whether the budget of `a` equals or includes that of `c`: then `a` must not be weaker."""
-    larger = a.norm == c.norm and None not in (a.eps, c.eps) and (a.eps or 0) >= (c.eps or 0)
-    return a.bounded and c.bounded and (a.same_budget(c) or larger) and _same_view(a, c)
+    return a.bounded and c.bounded and (a.same_budget(c) or a.covers(c)) and _same_view(a, c)
 
 
 def _same_view(a: Claim, b: Claim) -> bool:
@@ -226,8 +224,9 @@ def rises_with_eps(group: Group) -> Iterator[Finding]:
 
 def unaware_only(group: Group) -> Iterator[Finding]:
     bounded = [c for c in group.attacks if c.bounded]
-    # an aware attack covers its own budget and smaller ones
-    attacks = [c for c in bounded if not any(a.aware and _covers(a, c) for a in bounded)]
+    # an aware attack covers its own budget and smaller ones; an unstated budget counts as equal
+    aware = [a for a in bounded if a.aware]
+    attacks = [c for c in bounded if not any(None in (a.eps, c.eps) or a.covers(c) for a in aware)]
     if not group.randomized or not attacks:
         return
     # a row without an eps, where others state one, does not count as an aware attack
@@ -252,13 +251,6 @@ def unaware_only(group: Group) -> Iterator[Finding]:
             "known about attacks that use all members."
         )
         yield finding_about(group, [strongest], why)
-
-
-def _covers(a: Claim, c: Claim) -> bool:
-    """Whether the budget of `a` includes that of `c`; an unstated budget counts as equal."""
-    if a.eps is None or c.eps is None:
-        return True
-    return a.norm == c.norm and (a.eps or 0.0) >= (c.eps or 0.0)
 
 
 def aware_above_unaware(group: Group) -> Iterator[Finding]:

@@ -58,6 +58,11 @@ class Claim:
             return (self.norm, self.eps) == (other.norm, other.eps)
         return abs(self.eps - other.eps) <= SAME_EPS * max(self.eps, other.eps)
 
+    def covers(self, other: "Claim") -> bool:
+        """Whether both radii are stated, in one norm, and this one is at least as large."""
+        known = self.eps is not None and other.eps is not None
+        return known and self.norm == other.norm and (self.eps or 0) >= (other.eps or 0)
+
     def __str__(self) -> str:
         digits = 2 if self.decimals is None else self.decimals
         spread = "" if self.spread is None else f" +- {self.spread:g}"

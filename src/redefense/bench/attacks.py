@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.limits import at_least
 from redefense.models import build
 from redefense.results.intervals import paired_difference
-from redefense.rng import stream
+from redefense.rng import seeded, stream
 from redefense.runtime.device import computing
 from redefense.threat import Threat
 from redefense.train.loop import fit
@@ -302,14 +301,10 @@ def _theirs(scene: Scene, name: str, library: ModuleType) -> Callable[[Metered],
     def go(victim: Metered) -> Tensor:
         net = victim.member(0).eval()
         # the library draws from the global generators, whose states are restored
-        numpy_state = np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(scene.seed)
-            np.random.seed(scene.seed)
+        with seeded(scene.seed):
             attack = THEIRS[name](library, net, scene.eps, scene.num_classes)
             x_adv: Tensor = attack(scene.x.clone(), scene.y.clone())
-        np.random.set_state(numpy_state)
-        return x_adv
+            return x_adv
 
     return go
 

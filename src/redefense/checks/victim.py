@@ -18,7 +18,7 @@ from redefense.checks.derivative import derivatives_agree, log_odds
 from redefense.checks.sample import rounding_of, spread
 from redefense.ensembles import Ensemble, frozen_weights
 from redefense.networks import differentiating, mode_of
-from redefense.rng import stream
+from redefense.rng import seeded, stream
 from redefense.threat import Threat
 
 
@@ -59,10 +59,9 @@ def _isolation(ensemble: Ensemble, x: Tensor, y: Tensor) -> Check:
     """S06: the drawn members do not depend on the attack's seed or the global generator."""
     logs = []
     for seed in (0, 1):
-        # the draws have a fixed seed: only the attack's and the global one differ
+        # the draws have a fixed seed: only the attack's and the global ones differ
         meter = QueryLog(ensemble)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, x.device):
             victim = meter.sampled(rng=stream(0, "S06 draws"))
             # so many draws are not equal by chance
             PGD(steps=6)(victim, x, y, Threat(eps=0.1), rng=stream(seed, "S06"))

@@ -14,7 +14,7 @@ from redefense.models import tiny
 from redefense.models.layers import ACTIVATIONS, Normalise, Tapped, activation_named, initialise
 from redefense.models.resnet import ResNet
 from redefense.plugins import Registry, summary_of
-from redefense.rng import draw_seed
+from redefense.rng import draw_seed, seeded
 
 __all__ = ["ACTIVATIONS", "MODELS", "Model", "Tapped", "build"]
 
@@ -169,10 +169,9 @@ def _made(
     name: str, model: Own, num_classes: int, shape: tuple[int, int, int], member: int,
     rng: torch.Generator,
 ) -> nn.Module:  # fmt: skip
-    """A user's network; torch's global generator is seeded from `rng` for it."""
-    # the CPU's generator only, since networks are built there
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw_seed(rng))
+    """A user's network; the global generators are seeded from `rng` for it."""
+    # those of the CPU only, since networks are built there
+    with seeded(draw_seed(rng)):
         try:
             net = model.make(num_classes, shape, member)
         except RedefenseError:
@@ -210,9 +209,8 @@ def _timm(name: str, num_classes: int, channels: int, rng: torch.Generator) -> n
         raise ConfigError(f"timm:{name} needs {package}: pip install {package}") from error
     except Exception as error:  # torchvision raises RuntimeError where its build is not torch's
         raise ConfigError(f"timm:{name}: timm cannot be imported: {first_line(error)}") from error
-    # timm draws from the global generator, whose state is restored
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw_seed(rng))
+    # timm draws from the global generators, whose states are restored
+    with seeded(draw_seed(rng)):
         try:
             net = timm.create_model(
                 # nothing is downloaded, here as everywhere without --download
