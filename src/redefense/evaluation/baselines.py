@@ -19,8 +19,7 @@ from redefense.attacks.adaptive import Hinge
 from redefense.evaluation.cascade.runner import Runner
 from redefense.evaluation.cells import MEMBER, as_threat, judge, member_of
 from redefense.evaluation.headline import interval
-from redefense.evaluation.inputs.precision import in_attack_precision
-from redefense.evaluation.pass_counter import Meter, Metered
+from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.plan import Job, attack_of
 from redefense.evaluation.progress import rough_passes
 from redefense.evaluation.store import forget, in_chunks, own_images, read_arrays, write_arrays
@@ -154,7 +153,7 @@ def _on_validation(job: Job) -> Bools | None:
 
     def work(images: slice) -> dict[str, Any]:
         meter = Meter(job.progress.passed)
-        metered = in_attack_precision(job.subject.precision, Metered(job.subject.attacked, meter))
+        metered = job.subject.metered(meter)
         xs, ys = x[images], y[images]
         # an image that a member misclassifies when clean is not correct under attack either
         right = judge(ensemble, xs, xs, ys)["correct"]

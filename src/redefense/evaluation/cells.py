@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from redefense.attacks import Attack, Foreign
 from redefense.config import ThreatConfig
 from redefense.ensembles import Ensemble, mean_log_probs
 from redefense.errors import InputError
-from redefense.evaluation.inputs.precision import in_attack_precision
+from redefense.evaluation.inputs.precision import InBfloat16
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.store import chunk_size, in_chunks, read_arrays, write_arrays
@@ -123,7 +123,7 @@ class Subject:
         workers: the processes over which the chunks are distributed.
         passes: the ensemble with recorded passes, queried by attacks in its place.
         batch_size: largest number of images per call of a network; None if that is not bounded.
-        precision: floating-point precision in which aware attacks query the ensemble.
+        approximate: what aware attacks query in bfloat16; None for single precision.
     """
 
     ensemble: Ensemble
@@ -137,7 +137,7 @@ class Subject:
     randomized: bool = True
     drift: float | None = None
     workers: Workers = SINGLE_PROCESS
-    precision: Literal["fp32", "bf16"] = "fp32"
+    approximate: Ensemble | None = None
     passes: Ensemble | None = None
     batch_size: int | None = None
 
@@ -146,10 +146,21 @@ class Subject:
         """Images per chunk."""
         return chunk_size(self.x.shape[1:])
 
-    @property
-    def attacked(self) -> Ensemble:
-        """The ensemble that built-in attacks query."""
-        return self.ensemble if self.passes is None else self.passes
+    def metered(self, meter: Meter, *, aware: bool = True, foreign: bool = False) -> Ensemble:
+        """The ensemble that attacks query, with counted passes.
+
+        Args:
+            meter: counts the passes.
+            aware: whether the attack knows the ensemble; others query in single precision.
+            foreign: whether the attack is a user's: these query the networks themselves, since
+                they may need second derivatives, which recorded passes do not have.
+        """
+        if foreign:
+            return Metered(self.ensemble, meter)
+        exact = Metered(self.ensemble if self.passes is None else self.passes, meter)
+        if self.approximate is None or not aware:
+            return exact
+        return InBfloat16(exact, Metered(self.approximate, meter))
 
 
 def as_threat(config: ThreatConfig) -> Threat:
@@ -203,9 +214,8 @@ class Task:
             x, y = x[chosen], y[chosen]
         budget, meter = as_threat(self.threat), Meter(progress.passed)
         foreign = isinstance(self.attack, Foreign)
-        # users' attacks may need second derivatives, which recorded passes do not have
-        target = subject.ensemble if foreign else subject.attacked
-        victim = self._victim(Metered(target, meter), images.start)
+        queried = subject.metered(meter, aware=self.aware, foreign=foreign)
+        victim = self._victim(queried, images.start)
         more = {}
         if self.starts is not None:
             points = self.starts(images)
@@ -228,8 +238,6 @@ class Task:
         return empty | cost
 
     def _victim(self, metered: Ensemble, start: int) -> Victim:
-        if self.aware:
-            metered = in_attack_precision(self.subject.precision, metered)
         if self.view == "sampled":
             return metered.sampled(rng=stream(self.seed, "draws", self.name, start))
         if self.view == "averaged":

@@ -20,7 +20,6 @@ from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cascade.worst_case import EQUAL
 from redefense.evaluation.cells import Cell, Subject
-from redefense.evaluation.inputs.precision import in_attack_precision
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.store import chunk_size
@@ -121,10 +120,7 @@ def member_measures(
     Expensive measurements are distributed over the subject's processes; each returns all results.
     """
     ensemble, x, y = subject.ensemble, subject.x[:MEASURED], subject.y[:MEASURED]
-    tried, attacked = (
-        Tried(ensemble, x, y, threat),
-        in_attack_precision(subject.precision, ensemble),
-    )
+    tried, attacked = Tried(ensemble, x, y, threat), subject.metered(Meter())
     right = torch.from_numpy(tried.clean.correct).to(x.device)
     common = right.all(0)
     jobs: list[Callable[[Tried], Any]] = [

@@ -209,9 +209,10 @@ AWARE: Final = Suite(
         CellSpec(attack="subset", view="members", label="subset"),
         _AUTOATTACK,
     ),
-    # includes APGD-T, FAB and Square: the standard attack on deterministic networks
-    baseline_attacks=(*_AWARE_BUDGET, _AUTOATTACK.model_copy(update={"label": "AutoAttack"})),
+    # the standard attack on deterministic networks; the points of all cells count for them, too
+    baseline_attacks=(_AUTOATTACK.model_copy(update={"label": "AutoAttack"}),),
     cascade=True,
+    precision="auto",
     measures=True,
 )
 
@@ -222,6 +223,7 @@ FULL: Final = Suite(
     cells=(*QUICK.cells, *PAPER.cells, *LIBRARY.cells, *(c for c in AWARE.cells if c != _PGD)),
     baseline_attacks=AWARE.baseline_attacks,
     cascade=True,
+    precision="auto",
     measures=True,
 )
 
