@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from itertools import chain
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor, nn
