@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Final
 
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from redefense.attacks.base import input_gradient
 from redefense.checks.sample import spread
@@ -169,8 +169,26 @@ def _fused(network: nn.Module) -> nn.Module:
                 module.__class__ = nn.Conv2d
             elif type(module) is double_backward.BatchNorm2d:
                 module.__class__ = nn.BatchNorm2d
-        return fuse(other, inplace=True).eval().requires_grad_(False)
+        return _fused_graph(fx.symbolic_trace(other)).eval().requires_grad_(False)
     return network
+
+
+def _fused_graph(traced: fx.GraphModule) -> fx.GraphModule:
+    layers = dict(traced.named_modules())
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or {node.op, before.op} != {"call_module"}:
+            continue
+        conv, norm = layers[str(before.target)], layers[str(node.target)]
+        once = len(before.users) == calls[before.target] == 1
+        if once and type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
 
 
 def _agrees(ensemble: Ensemble, approximate: Ensemble, x: Images) -> bool:
