@@ -225,6 +225,21 @@ def test_dropout_and_pruning_keep_the_mean_of_a_linear_layer() -> None:
         assert bool(((z.mean(0) - exact).abs() < 5 * z.std(0) / math.sqrt(4000)).all())
 
 
+@pytest.mark.parametrize(
+    "wrapper", [GaussianNoise, NoiseLayers, TestTimeDropout, ActivationPruning]
+)
+def test_a_draw_does_not_depend_on_the_memory_format(
+    wrapper: Callable[[nn.Module], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(64, 3))
+    network, x = wrapper(nn.Sequential(*layers).eval()), torch.rand(5, 3, 6, 6)
+    contiguous = Stochastic(network).logits_of(0, x)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch
+    last = Stochastic(network).logits_of(0, x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, contiguous)
+
+
 @pytest.mark.parametrize("name", [*WRAPPERS, "many"])
 def test_the_noise_of_an_image_does_not_depend_on_other_images(name: str) -> None:
     wrappers = WRAPPERS | {"many": lambda: ActivationPruning(two_layers(), share=2.0)}
