@@ -79,6 +79,13 @@ SMALL: Final = 12
 would take longer than bfloat16 saves."""
 
 
+PLAIN: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    double_backward.Conv2d: nn.Conv2d,
+    double_backward.BatchNorm2d: nn.BatchNorm2d,
+}
+"""Layers of this package and those of torch that they extend by a second derivative."""
+
+
 class InBfloat16(Ensemble):
     """A view for attacks in bfloat16, except where that could change a prediction.
 
@@ -164,11 +171,9 @@ def _fused(network: nn.Module) -> nn.Module:
     with suppress(Exception), evaluating(network):
         other = copied(network)
         for module in other.modules():
-            # the same layers for first derivatives, and the only ones that torch recognises
-            if type(module) is double_backward.Conv2d:
-                module.__class__ = nn.Conv2d
-            elif type(module) is double_backward.BatchNorm2d:
-                module.__class__ = nn.BatchNorm2d
+            # the same layers for first derivatives, and the only ones that torch can fuse
+            if type(module) in PLAIN:
+                module.__class__ = PLAIN[type(module)]
         return _fused_graph(fx.symbolic_trace(other)).eval().requires_grad_(False)
     return network
 
