@@ -213,10 +213,10 @@ def _percent(value: float) -> str:
 
 def _unaware(found: Evaluated) -> Iterator[tuple[str, str]]:
     """Check the unaware headline, unless it is estimated from draws."""
-    each = [unpacked(c.each) for c in found.cells if c.bounded and not c.aware and c.each]
-    if not each or found.unaware is None or found.aware is None or not found.exact:
+    strongest = found.strongest_unaware()
+    if strongest is None or found.unaware is None or found.aware is None or not found.exact:
         return
-    lowest = min(float(q.mean()) for q in each)
+    lowest = float(strongest.mean())
     if abs(found.unaware.value - lowest) > TOLERANCE:
         message = (
             f"{_percent(found.unaware.value)}, the lowest of its attacks is {_percent(lowest)}"

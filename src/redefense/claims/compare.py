@@ -55,8 +55,6 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
     if not numbers:
         raise ConfigError(f"there is no claim {folder / name}-SEED.json")
     found = [read_whole(folder / f"{name}-{seed}.json") for seed in numbers]
-    if images is None:
-        return found
     if not (parts := [part for it in found if (part := it.on(images)) is not None]):
         raise ConfigError(f"no claim {folder / name}-SEED.json was measured on {images} images")
     return parts

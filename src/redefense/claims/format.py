@@ -209,6 +209,11 @@ class Evaluated(_Data):
         """(n,) lowest expected correctness under any bounded attack."""
         return None if self.lowest is None else _of_levels(base64.urlsafe_b64decode(self.lowest))
 
+    def strongest_unaware(self) -> NDArray[np.float64] | None:
+        """(n,) expected correctness under the strongest unaware attack; None if unknown."""
+        left = [unpacked(c.each) for c in self.cells if c.bounded and not c.aware and c.each]
+        return min(left, key=lambda q: float(q.mean()), default=None)
+
     def attacks(self) -> dict[Attack, Attacked]:
         """The bounded attacks by key, to find the common ones of two runs."""
         return {c.key: c for c in self.cells if c.bounded}
@@ -290,8 +295,10 @@ class Claim(_Data):
         known = [e for e in self.evaluations if e.aware is not None] or list(self.evaluations)
         return max(known, key=lambda e: (len(e.cells), e.data["num_images"]))
 
-    def on(self, images: int) -> "Claim | None":
+    def on(self, images: int | None) -> "Claim | None":
         """The claim with only its results on this number of images; None if there are none."""
+        if images is None:
+            return self
         found = tuple(e for e in self.evaluations if e.data["num_images"] == images)
         return self.model_copy(update={"evaluations": found}) if found else None
 
@@ -304,6 +311,10 @@ class Claim(_Data):
         others = [e for e in older.evaluations if e.subject not in mine]
         both = sorted([*self.evaluations, *others], key=lambda e: e.subject)
         return self.model_copy(update={"evaluations": tuple(both)})
+
+
+def estimate_of(found: Figure | None) -> Estimate | None:
+    return None if found is None else found.estimate
 
 
 def figure(estimate: Estimate | None) -> Figure | None:

@@ -78,11 +78,11 @@ class Row:
 
     @cached_property
     def unaware(self) -> Estimate | None:
-        return self._over([e.unaware for e in self.found], _strongest_unaware)
+        return self._over([e.unaware for e in self.found], Evaluated.strongest_unaware)
 
     @cached_property
     def aware(self) -> Estimate | None:
-        return self._over([e.aware for e in self.found], lambda e: e.per_image())
+        return self._over([e.aware for e in self.found], Evaluated.per_image)
 
     def _over(
         self, figures: Sequence[Figure | None], each: Callable[[Evaluated], Values | None]
@@ -266,11 +266,6 @@ def _ordered(rows: Mapping[str, Sequence[tuple[Entry, Evaluated]]]) -> tuple[Row
 
 def _unpacked(text: str | None) -> Values | None:
     return None if text is None else unpacked(text)
-
-
-def _strongest_unaware(found: Evaluated) -> Values | None:
-    left = [unpacked(c.each) for c in found.cells if c.bounded and not c.aware and c.each]
-    return min(left, key=lambda q: float(q.mean()), default=None)
 
 
 _SIZES: dict[str, int | None] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from redefense.claims.check import current
-from redefense.claims.format import Claim, Evaluated, Figure, Plan
+from redefense.claims.format import Claim, Evaluated, Figure, Plan, estimate_of
 from redefense.claims.make import of_run, of_weights
 from redefense.config import parse_run
 from redefense.data import load_dataset
@@ -184,7 +184,7 @@ def differences(one: Claim, other: Claim) -> list[str]:
         for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
             a, b = getattr(mine, key), getattr(theirs, key)
             if (a is None) != (b is None) or (a is not None and not _agree(a, b)):
-                shown = [with_interval(None if f is None else f.estimate) for f in (a, b)]
+                shown = [with_interval(estimate_of(f)) for f in (a, b)]
                 images = mine.data["num_images"]
                 found.append(f"{one.name}, {images} images, {key}: {shown[0]}, now {shown[1]}")
     return found

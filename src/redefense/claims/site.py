@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from redefense import __version__
-from redefense.claims.format import Claim, Figure
+from redefense.claims.format import Claim, estimate_of
 from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
 from redefense.errors import ConfigError
 from redefense.radius import eps_text
 from redefense.report.page import templates_in
 from redefense.report.tables import interval, percent, points
-from redefense.results.intervals import Estimate
 from redefense.runtime.files import write_text
 
 WIDTH, HEIGHT = 360, 250
@@ -85,16 +84,12 @@ def _renderer() -> Callable[[str, dict[str, Any]], str]:
     styles, script = ((home / name).read_text("utf-8") for name in ("site.css", "site.js"))
     environment.filters |= {"percent": percent, "interval": interval, "points": points}
     environment.globals |= {
-        "version": __version__, "scatter": scatter, "estimate": _estimate, "eps": eps_text,
+        "version": __version__, "scatter": scatter, "estimate": estimate_of, "eps": eps_text,
         "millions": _millions, "styles": styles, "script": script,
         "recompute": recompute_command, "cost": lambda row: row.passes,
         "clean": lambda row: None if row.clean is None else row.clean.value,
     }  # fmt: skip
     return lambda name, values: environment.get_template(name).render(values)
-
-
-def _estimate(figure: Figure | None) -> Estimate | None:
-    return None if figure is None else figure.estimate
 
 
 def _millions(count: int | float | None) -> str:

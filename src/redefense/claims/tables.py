@@ -13,6 +13,7 @@ from redefense.claims.format import (
     Claim,
     Evaluated,
     Figure,
+    estimate_of,
     least,
     packed,
     read,
@@ -62,7 +63,7 @@ def chosen(
     Raises:
         ConfigError: if no such claim is shown, or the kind has no differences.
     """
-    shown = [part for it in claims if (part := on_images(it, images)) is not None]
+    shown = [part for it in claims if (part := it.on(images)) is not None]
     if not shown:
         raise ConfigError(f"no claim was measured on --images {images}")
     if against not in (None, *(it.name for it in shown)):
@@ -82,15 +83,7 @@ def drawn(found: Evaluated) -> Estimate | None:
     attacked = [unpacked(c.each) for c in found.cells if c.on_baselines and c.each is not None]
     if attacked and found.untouched is not None:
         return accuracy_interval(np.min([*attacked, unpacked(found.untouched)], axis=0))
-    return _estimate(found.aware)
-
-
-def _estimate(found: Figure | None) -> Estimate | None:
-    return None if found is None else found.estimate
-
-
-def on_images(it: Claim, images: int | None) -> Claim | None:
-    return it if images is None else it.on(images)
+    return estimate_of(found.aware)
 
 
 def with_brackets(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -121,8 +114,8 @@ def table(claims: Sequence[Claim], against: str | None = None) -> str:
     for it in claims:
         found = it.headline
         figures = [
-            *map(_estimate, (found.clean, found.unaware, found.aware)),
-            drawn(found), _estimate(found.best_alone), _estimate(found.averaged),
+            *map(estimate_of, (found.clean, found.unaware, found.aware)),
+            drawn(found), estimate_of(found.best_alone), estimate_of(found.averaged),
         ]  # fmt: skip
         row = [it.name, str(found.data["num_images"])]
         row += [with_interval(figure) for figure in figures]
@@ -156,10 +149,10 @@ def draw_table(claims: Sequence[Claim]) -> str:
             continue
         figures = [
             with_interval(drawn(found)),
-            percent(_estimate(found.best_alone)),
-            _over(found.over_alone, drawn(found), _estimate(found.best_alone)),
-            percent(_estimate(found.averaged)),
-            _over(found.over_averaged, drawn(found), _estimate(found.averaged)),
+            percent(estimate_of(found.best_alone)),
+            _over(found.over_alone, drawn(found), estimate_of(found.best_alone)),
+            percent(estimate_of(found.averaged)),
+            _over(found.over_averaged, drawn(found), estimate_of(found.averaged)),
         ]
         rows.append([it.name, str(found.data["num_images"]), *figures])
     return with_brackets(DRAW_COLUMNS, rows)
@@ -187,10 +180,10 @@ def attacks_table(
         images: use only results on this number of images; claims without such results are skipped.
         against: name of the reference claim of paired differences, in rows that have them.
     """
-    shown = {it.name: part.headline for it in claims if (part := on_images(it, images)) is not None}
+    shown = {it.name: part.headline for it in claims if (part := it.on(images)) is not None}
     cells = {name: _least_of_each(e) for name, e in shown.items()}
     met = {
-        name: {key: _Shown(_estimate(c.expected), c.each) for key, c in each.items()}
+        name: {key: _Shown(estimate_of(c.expected), c.each) for key, c in each.items()}
         for name, each in cells.items()
     }
     bounded = _by_attack(met, unbounded=False)
@@ -203,7 +196,7 @@ def attacks_table(
     worst = {name: _worst(e, unaware=True) for name, e in shown.items()}
     aware = {it.name: _least_with_aware(it, shown[it.name]) for it in claims if it.name in shown}
     rows: dict[str, dict[str, _Shown]] = {
-        "clean": {name: _Shown(_estimate(e.clean), e.untouched) for name, e in shown.items()},
+        "clean": {name: _Shown(estimate_of(e.clean), e.untouched) for name, e in shown.items()},
         **bounded,
         "least of these": quoted,
         "worst of these for each image": _summed(worst),
