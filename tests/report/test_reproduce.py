@@ -1,12 +1,14 @@
 """The commands printed beside figures make these figures, wherever the report was written."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from redefense.errors import DataError
+from redefense.evaluation.inputs.radii import read_radii
 from redefense.report.reproduce import command, commands, shown
 from redefense.results.join import join
 from report_tools import build_run
@@ -18,6 +20,18 @@ def test_the_command_repeats_the_suite(tmp_path: Path) -> None:
     assert command(result.suites[0]) == (
         "redefense evaluate 'my run' --suite quick --images 360 --eps 0.2 --norm inf --seed 0"
     )
+
+
+def test_the_command_repeats_an_evaluation_at_several_radii(tmp_path: Path) -> None:
+    points = [{"eps": eps, "unaware": None, "aware": 0.5} for eps in (2 / 255, 0.2)]
+    document = build_run(tmp_path / "red") | {"eps_curve": points}
+    (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
+    (result,) = join([tmp_path / "red"])
+    line = command(result.suites[0])
+    assert line is not None
+    words = shlex.split(line)
+    radii = read_radii(words[words.index("--eps") + 1])
+    assert radii == [point["eps"] for point in points]
 
 
 def stored_as(run: Path, file: str, suite: str = "quick", **plan: Any) -> None:
@@ -35,14 +49,14 @@ def test_the_command_names_all_that_was_not_the_default(
     run = Path("runs/red")
     # all images, and a budget that six digits would round
     stored_as(run, "quick")
-    stored_as(run, "wide", images=360, seed=3, seeds=2, checks="full")
+    stored_as(run, "wide", images=360, seed=3, seeds=2, checks="full", batch_size=8)
     stored_as(run, "mine", "mine")
     threat = f"--eps {8 / 255!r} --norm inf"
     expected = [
         f"redefense evaluate runs/red --suite mine.json {threat} --seed 0",
         f"redefense evaluate runs/red --suite quick {threat} --seed 0",
         f"redefense evaluate runs/red --suite quick --images 360 {threat} --seed 3 --seeds 2 "
-        "--checks full --out runs/red/evaluation/wide.json",
+        "--checks full --batch-size 8 --out runs/red/evaluation/wide.json",
     ]
     page = "redefense report runs/red"
     assert commands(join([run])) == [*expected, page]

@@ -49,13 +49,16 @@ def command(stored: Stored) -> str | None:
     norm, eps = stored.budget if plan is None else (plan.threat.norm, plan.threat.eps)
     # all digits: a stored evaluation with any other threat is refused
     if eps is not None and not fixes_threat(evaluation.suite if plan is None else plan.suite):
-        words += ["--eps", repr(eps), "--norm", norm]
+        # an evaluation at several radii is stored with the largest one
+        radii = [point["eps"] for point in evaluation.eps_curve] or [eps]
+        words += ["--eps", ",".join(map(repr, radii)), "--norm", norm]
     seed = evaluation.provenance.get("seed") if plan is None else plan.seed
     words += [] if seed is None else ["--seed", str(seed)]
     if plan is not None:
         words += ["--seeds", str(plan.seeds)] * (plan.seeds != 1)
         words += ["--checks", plan.checks] * (plan.checks != "quick")
         words += ["--stochastic", plan.stochastic] * (plan.stochastic != "auto")
+        words += [] if plan.batch_size is None else ["--batch-size", str(plan.batch_size)]
         ours = SUITES.get(evaluation.suite)
         # a user's suite may set this in its file
         whole = plan.suite.get("cascade") is False and (ours is None or ours.cascade)

@@ -100,6 +100,7 @@ class Plan(_Record):
 
     Attributes:
         images: number of images; None for all.
+        batch_size: images per call, where random numbers depend on it; else None.
         weights: SHA-256 of the evaluated weights.
         objects: attacks given as objects, without a name.
     """
@@ -111,6 +112,7 @@ class Plan(_Record):
     seeds: int = 1
     checks: str = "quick"
     stochastic: str = "auto"
+    batch_size: int | None = None
     weights: str | None = None
     parameters: int | None = None
     objects: dict[str, str] = {}
