@@ -315,6 +315,7 @@ def _described(
             if getattr(cell, key) != value:
                 why = f"{cell.id} is stated as {key}={not value}, but its attack is {key}={value}."
                 yield _finding(_subject(it, found), "attack-kind", why)
+    # the whole number, so that 0.03 does not match 0.031
     budget = re.search(r"-(linf|l2)-(\d+(?:\.\d+)?)(?![\d.])", cell.id)
     norm = {"inf": "linf", "2": "l2"}[found.norm]
     if budget and (budget[1] != norm or abs(float(budget[2]) - found.eps) > 1e-6):

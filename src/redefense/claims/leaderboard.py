@@ -199,6 +199,7 @@ def evaluate_command(plan: Plan) -> str:
     words += [] if plan.images is None else ["--images", str(plan.images)]
     if not fixes_threat(plan.suite):
         words += ["--norm", f"l{plan.norm}", "--eps", eps_text(plan.eps)]
+    # options with their default values are omitted
     words += ["--seeds", str(plan.seeds)] if plan.seeds > 1 else []
     words += ["--checks", plan.checks] if plan.checks != "quick" else []
     words += ["--no-cascade"] if plan.cascade is False else []
