@@ -79,7 +79,7 @@ def test_an_evaluation_names_the_commit_it_began_with(
 
     def meanwhile(subject: Subject) -> Cell:
         _git(package.parent, "commit", "-q", "--allow-empty", "-m", "second")
-        return clean_cell(subject)
+        return clean_cell(subject.ensemble, subject.x, subject.y)
 
     monkeypatch.setattr(running, "clean_cell", meanwhile)
     x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])

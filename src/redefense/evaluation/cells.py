@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -145,6 +145,11 @@ class Subject:
     def chunk(self) -> int:
         """Images per chunk."""
         return chunk_size(self.x.shape[1:])
+
+    def some(self, rows: NDArray[np.int64]) -> "Subject":
+        """The same with only some of the images."""
+        at = torch.from_numpy(rows).to(self.x.device)
+        return replace(self, x=self.x[at], y=self.y[at], index=self.index[rows])
 
     def metered(self, meter: Meter, *, aware: bool = True, foreign: bool = False) -> Ensemble:
         """The ensemble that attacks query, with counted passes.
@@ -326,11 +331,11 @@ def projected(x_adv: Images, x: Images, threat: Threat) -> tuple[Images, dict[st
     return threat.project(x_adv, x), {"reached": lengths(x_adv - x, threat.norm)}
 
 
-def clean_cell(subject: Subject) -> Cell:
+def clean_cell(ensemble: Ensemble, images: Images, labels: Labels) -> Cell:
     """Records of the clean images."""
-    size = subject.chunk
-    pairs = zip(subject.x.split(size), subject.y.split(size), strict=True)
-    return Cell(**merged([judge(subject.ensemble, x, x, y) for x, y in pairs]))
+    size = chunk_size(images.shape[1:])
+    pairs = zip(images.split(size), labels.split(size), strict=True)
+    return Cell(**merged([judge(ensemble, x, x, y) for x, y in pairs]))
 
 
 def merged(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Any]:

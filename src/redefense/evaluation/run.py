@@ -95,7 +95,7 @@ def run_suite(
     answers = Answers.to(ensemble, x)
     before = [answers.elsewhere(), *before_run(ensemble, x, y)]
     progress.plan(_pieces(job, plan))
-    clean = clean_cell(subject)
+    clean = clean_cell(ensemble, x, y)
     job.write_cell("clean", clean)
     runner = Runner(job, plan, mixture, clean)
     records, repeats = runner.cells(plan)

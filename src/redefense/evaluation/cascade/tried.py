@@ -9,8 +9,7 @@ from torch import Tensor
 
 from redefense.ensembles import Ensemble
 from redefense.evaluation.cascade.worst_case import WorstCase
-from redefense.evaluation.cells import Cell, judge, merged, verify_ball
-from redefense.evaluation.store import chunk_size
+from redefense.evaluation.cells import Cell, clean_cell, judge, verify_ball
 from redefense.results.accuracy import Bools
 from redefense.threat import Threat
 from redefense.types import Bool, Images, Labels
@@ -31,9 +30,7 @@ class Tried:
 
     def __init__(self, ensemble: Ensemble, x: Images, y: Labels, threat: Threat) -> None:
         self._ensemble, self._x, self._y, self._threat = ensemble, x, y, threat
-        size = chunk_size(x.shape[1:])
-        pairs = zip(x.split(size), y.split(size), strict=True)
-        self.clean = Cell(**merged([judge(ensemble, xs, xs, ys) for xs, ys in pairs]))
+        self.clean = clean_cell(ensemble, x, y)
         self._worst = WorstCase(ensemble.probabilities(), self.clean)
 
     @property

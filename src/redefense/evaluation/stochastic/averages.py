@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from redefense.attacks import Attack
@@ -103,8 +102,7 @@ def _attacked(
     stored = DrawnCell.read(place)
     if isinstance(stored, DrawnCell) and stored.correct.shape == (draws.score, len(rows)):
         return stored
-    at = torch.from_numpy(rows).to(subject.x.device)
-    some = replace(subject, x=subject.x[at], y=subject.y[at], index=subject.index[rows])
+    some = subject.some(rows)
     job.progress.begin(name, len(rows), share=own_images(len(rows), subject.workers, subject.chunk))
     cell = attack_drawn(
         some, network, attack, job.threat, "averaged", draws,

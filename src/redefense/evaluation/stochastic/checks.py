@@ -109,13 +109,11 @@ def doubled_seeds(
     Returns:
         The check, and (S, n) under the attack, that of the clean image where none was attacked.
     """
-    rows = evenly_spread(subject.x, SAMPLE)
-    some = replace(
-        subject, x=subject.x[rows], y=subject.y[rows], index=subject.index[rows.cpu().numpy()]
-    )
+    at = evenly_spread(subject.x, SAMPLE).cpu().numpy()
     more = replace(draws, attack=2 * draws.attack)
-    found = attack_drawn(some, network, Hinge(), threat, "members", more, seed=seed, name="D2")
-    at = rows.cpu().numpy()
+    found = attack_drawn(
+        subject.some(at), network, Hinge(), threat, "members", more, seed=seed, name="D2"
+    )
     known = np.stack([correct[:, at] for correct in corrects.values()])
     more_known = np.concatenate([known, found.correct[None]])
     gain = float(worst_per_image(known).mean() - worst_per_image(more_known).mean())
@@ -125,7 +123,7 @@ def doubled_seeds(
     return Check(
         "D2",
         gain <= OVERFIT,
-        f"twice the attack seeds lower accuracy by {100 * gain:.1f} points on {len(rows)} images",
+        f"twice the attack seeds lower accuracy by {100 * gain:.1f} points on {len(at)} images",
     ), whole
 
 
