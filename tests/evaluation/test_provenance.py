@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,9 +78,9 @@ def test_an_evaluation_names_the_commit_it_began_with(
 ) -> None:
     began = _commit()
 
-    def meanwhile(subject: Subject) -> Cell:
+    def meanwhile(*given: Any) -> Cell:
         _git(package.parent, "commit", "-q", "--allow-empty", "-m", "second")
-        return clean_cell(subject.ensemble, subject.x, subject.y)
+        return clean_cell(*given)
 
     monkeypatch.setattr(running, "clean_cell", meanwhile)
     x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
