@@ -29,7 +29,7 @@ from redefense.claims.format import (
 )
 from redefense.claims.format import suite_version as version_of
 from redefense.config import parse_run
-from redefense.defences import DEFENCES
+from redefense.defences import draws_member
 from redefense.errors import DataError, RedefenseError
 from redefense.evaluation.suite import SUITES
 from redefense.results.intervals import accuracy_interval
@@ -329,8 +329,7 @@ def _drawn(it: Claim, found: Evaluated) -> bool:
         return True
     if not it.trained:
         return it.num_members > 1
-    method = DEFENCES.get(str(it.run["defence"]["name"]))
-    return method is None or method.randomized
+    return draws_member(it.run["defence"]["name"])
 
 
 def _ran(call: str, settings: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from redefense.plugins import Registry
 __all__ = [
     "ADP", "BARRE", "DEFENCES", "DVERGE", "GAL", "RED", "TRS", "AdversarialTraining", "Adversary",
     "Defence", "Fork", "MRBoost", "Snapshots", "Stage", "Vanilla",
+    "draws_member",
 ]  # fmt: skip
 
 
@@ -49,3 +50,9 @@ DEFENCES: Final[Registry[type[Defence]]] = Registry(
     },
     _defence_class,
 )
+
+
+def draws_member(name: object) -> bool:
+    """Whether the method of that name answers with a member drawn at random, as unknown ones do."""
+    defence = DEFENCES.get(str(name))
+    return defence is None or defence.randomized

@@ -13,6 +13,7 @@ from redefense.checks.answers import check_modes, in_fastest_format
 from redefense.checks.catalogue import explained
 from redefense.config import Run, ThreatConfig
 from redefense.data import load_dataset
+from redefense.defences import draws_member
 from redefense.ensembles import Ensemble, evaluating, recorded
 from redefense.errors import ConfigError, RedCheckWarning
 from redefense.evaluation.cells import Subject, image_digest
@@ -30,7 +31,7 @@ from redefense.evaluation.inputs.objects import (
 )
 from redefense.evaluation.inputs.precision import computed_in
 from redefense.evaluation.inputs.radii import over, read_radii
-from redefense.evaluation.inputs.subjects import drift_of, randomized, subject_of
+from redefense.evaluation.inputs.subjects import drift_of, subject_of
 from redefense.evaluation.plan import Log, check_plan
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import code, joined, place_of
@@ -157,7 +158,7 @@ def evaluate(
         ensemble, x = computed_in(ensemble, x)
         subject = Subject(ensemble, x, y, index, "given images", "given")
     # several networks are drawn from, unless the run's method answers by their average
-    drawn = ensemble.num_members > 1 and (run is None or randomized(run))
+    drawn = ensemble.num_members > 1 and (run is None or draws_member(run.defence.get("name")))
     # `own` is recorded: the following wrappers would change its digest
     own, subject = ensemble, bounded(replace(subject, randomized=drawn), batch_size)
     ensemble, found = as_stochastic(subject.ensemble, subject.x, cast(Choice, stochastic))
@@ -272,7 +273,9 @@ def evaluate_run(
     subject = subject_of(
         ensemble, dataset, images, _run_json(path, run), run if own else None, device
     )
-    subject = bounded(replace(subject, randomized=randomized(run)), batch_size)
+    subject = bounded(
+        replace(subject, randomized=draws_member(run.defence.get("name"))), batch_size
+    )
     # the validation split of other data was not held out in training
     drift = drift_of(path, subject.ensemble, dataset, run) if own else None
     subject = replace(subject, drift=drift)

@@ -146,6 +146,15 @@ class Subject:
         """Images per chunk."""
         return chunk_size(self.x.shape[1:])
 
+    def facts(self) -> dict[str, Any]:
+        """The images, as evaluations state them."""
+        return {
+            "name": self.data_name,
+            "split": self.split,
+            "num_images": len(self.x),
+            "sha256": image_digest(self.x, self.y),
+        }
+
     def some(self, rows: NDArray[np.int64]) -> "Subject":
         """The same with only some of the images."""
         at = torch.from_numpy(rows).to(self.x.device)

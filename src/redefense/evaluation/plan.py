@@ -16,7 +16,6 @@ from redefense.evaluation.cells import (
     Cell,
     Subject,
     as_threat,
-    image_digest,
     outside_ball,
 )
 from redefense.evaluation.progress import Progress
@@ -103,12 +102,7 @@ class Job:
             "run": dict(subject.run),
             "provenance": dict(made),
             "batch_size": subject.batch_size,
-            "data": {
-                "name": subject.data_name,
-                "split": subject.split,
-                "num_images": len(subject.x),
-                "sha256": image_digest(subject.x, subject.y),
-            },
+            "data": subject.facts(),
         }
 
 

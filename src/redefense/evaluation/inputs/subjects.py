@@ -10,7 +10,6 @@ from torch import Tensor
 
 from redefense.config import Run
 from redefense.data import Dataset, Split, test_indices, train_validation
-from redefense.defences import DEFENCES
 from redefense.ensembles import Ensemble
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
@@ -29,12 +28,6 @@ def drift_of(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> floa
         return None
     _, validation, _ = train_validation(dataset, run.data.validation)
     return accuracy(ensemble, validation, run.batch_size) - float(logged[-1])
-
-
-def randomized(run: Run) -> bool:
-    """Whether the method that made this run answers with a member drawn at random."""
-    defence = DEFENCES.get(str(run.defence.get("name")))
-    return defence is None or defence.randomized
 
 
 def subject_of(

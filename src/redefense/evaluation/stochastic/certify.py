@@ -9,11 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from redefense.data import test_indices
-from redefense.defences import DEFENCES
-from redefense.ensembles import Ensemble, evaluating
+from redefense.defences import draws_member
+from redefense.ensembles import evaluating
 from redefense.errors import ConfigError
-from redefense.evaluation.cells import image_digest
+from redefense.evaluation.inputs.subjects import subject_of
 from redefense.evaluation.plan import Log
 from redefense.evaluation.provenance import provenance
 from redefense.evaluation.store import chunk_size, read_object
@@ -100,19 +99,21 @@ def certify_run(
     # other data are certified too, but the document says so
     dataset, own_data = data_of(checkpoint, data)
     input_check(dataset, checkpoint)
-    index = test_indices(len(dataset.test), len(dataset.test) if images is None else images)
-    x, y = dataset.test.float(index).to(device), dataset.test.labels[index].to(device)
-    answering = _answering(ensemble, str(run.defence.get("name")))
+    subject = subject_of(ensemble, dataset, images, {}, device=device)
+    # the deployed view of the run
+    drawn = ensemble.num_members > 1 and draws_member(run.defence.get("name"))
+    answering = Drawn(ensemble) if drawn else ensemble.averaged()
     own = {member.sigma for member in ensemble.modules() if isinstance(member, GaussianNoise)}
     if own - {sigma}:
         raise ConfigError(
             f"{path} adds noise of standard deviation {max(own):g} itself, got sigma {sigma:g}: "
             f"certify it with --sigma {max(own):g}"
         )
-    log(f"certify: {len(x)} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")
+    count = len(subject.x)
+    log(f"certify: {count} test images of {dataset.name}, {draws} draws of noise {sigma:g} each")
     with evaluating(ensemble):
         noisy = answering if own else GaussianNoise(answering, sigma=sigma)
-        right = right_answers(noisy, x, y, draws, seed=seed)
+        right = right_answers(noisy, subject.x, subject.y, draws, seed=seed)
     found = [
         certificate(right, draws, sigma=sigma, radius=radius, alpha=alpha) for radius in levels
     ]
@@ -120,23 +121,11 @@ def certify_run(
         "schema": 1,
         "kind": "certificate",
         "run": {"name": path.resolve().name},
-        "provenance": provenance(seed, x.device) | ({} if own_data else {"data": data}),
-        "data": {
-            "name": dataset.name,
-            "split": "test",
-            "num_images": len(x),
-            "sha256": image_digest(x, y),
-        },
+        "provenance": provenance(seed, subject.x.device) | ({} if own_data else {"data": data}),
+        "data": subject.facts(),
         "clean": float(right.mean() / draws),
         "norm": "2",
         "certificates": [one.as_dict() for one in found],
     }
     write_json(target, document)
     return document, target
-
-
-def _answering(ensemble: Ensemble, defence: str) -> nn.Module:
-    """The deployed view of the run: a member drawn at each call, or the average."""
-    known = DEFENCES.get(defence)
-    drawn = ensemble.num_members > 1 and (known is None or known.randomized)
-    return Drawn(ensemble) if drawn else ensemble.averaged()
