@@ -120,7 +120,7 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
         more = len(others) - len(named)
         message += f" The others: {', '.join(named)}" + (f", and {more} more below." * bool(more))
         message += "" if more else "."
-    # said, or a reader would miss them in the ranking
+    # stated, since they are missing in the ranking
     elsewhere = len({r.name for r in results}) - len(ranked(results))
     if elsewhere > 0:
         runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"

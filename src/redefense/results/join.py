@@ -90,7 +90,7 @@ class Result:
     def num_members(self) -> int | None:
         if self.stochastic is not None:
             return None  # draws are not enumerable
-        # records are surest: a stored list of members may be empty
+        # records first: the stored list of members may be empty
         counts = [len(c.correct) for c in self.cells if c.correct is not None]
         return (counts or [len(self.clean_members) or len(self.alone)])[0] or None
 

@@ -92,8 +92,7 @@ class Attacked:
             if (part := self._chunks.read(name, start)) is None:
                 return  # the evaluation was finished without saved images
             images[part["rows"]] = part["points"]
-        # images that it skipped were fooled before: with the point that fooled them, they match the
-        # records
+        # skipped images get the point that fooled them before, which the records describe
         if worst is not None:
             for row in np.flatnonzero(~cell.met[: self._count]).tolist():
                 if (fooled_by := worst.source[row]) in self.images:

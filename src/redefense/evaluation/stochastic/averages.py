@@ -51,7 +51,7 @@ def average_and_vote(
             continue  # it is among the cells
         answers = np.stack([cell.averaged_halves | cell.vote_halves for cell in tried])
         rows = np.flatnonzero(answers.any(1).all(0))
-        if len(rows) == 0:  # and none for later attacks
+        if len(rows) == 0:  # nor for later attacks, which would have the same images
             break
         found = _attacked(job, network, attack, draws, f"averaged-{spec.attack}-{number}", rows)
         # where no image was attacked, its clean image

@@ -91,7 +91,7 @@ def certify_run(
     at_least(1, draws=draws)
     levels = tuple(radii) or (0.0, sigma / 2, sigma)
     for radius in levels:
-        # of one made-up image: it refuses a sigma, radius or alpha out of range
+        # a trial call, which refuses a sigma, radius or alpha out of range
         certificate(np.ones(1, dtype=np.int64), draws, sigma=sigma, radius=radius, alpha=alpha)
     checkpoint = find_final(path)
     run = checkpoint.run
