@@ -58,6 +58,22 @@ class Secret(nn.Module):
         return drawn
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"suite": [redefense.attacks.APGDT()]}, "needs at least 4 classes"),
+        ({"stochastic": "on", "precision": "bf16"}, "remove precision bf16"),
+    ],
+    ids=["classes", "precision"],
+)
+def test_a_refused_evaluation_writes_nothing(
+    settings: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        redefense.evaluate(Linear(2), (IMAGES, LABELS % 2), out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cell_takes_the_threat_that_attacks_take() -> None:
     given: Any = redefense.Threat(norm="l2", eps="8/255")
     cell = CellSpec(attack="fgsm", view="sampled", threat=given)

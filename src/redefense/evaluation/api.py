@@ -172,6 +172,9 @@ def evaluate(
             plan = all_aware(plan)
     with evaluating(ensemble):
         subject = replace(subject, x=in_fastest_format(ensemble, subject.x))
+        if out is not None:
+            # here as well as in the run, so that a refused plan writes nothing
+            check_plan(subject, plan, allowed)
         # all that determines the records: a call that resumes them must have the same
         settings = {
             "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
@@ -283,8 +286,7 @@ def evaluate_run(
     if isinstance(measured, Stochastic):
         subject = replace(subject, ensemble=measured, randomized=True)
     settings |= noise_of(subject)
-    # here as well as in the run, so that a refused plan writes nothing
-    check_plan(subject, plan, threat)
+    check_plan(subject, plan, threat)  # before anything is written, as in `evaluate`
     if (eps, norm) != (None, None) and fixes_threat(plan.model_dump()):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")

@@ -188,6 +188,8 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
     # these run last: a wrong name or setting is found before hours of work
     attacks += [attack_of(spec) for spec in suite.baseline_attacks]
     drawn = isinstance(subject.ensemble, Stochastic)
+    if drawn and suite.precision == "bf16":
+        raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")
     classes = check_outputs(subject.ensemble, subject.x, subject.y, drawn=drawn)
     for attack in attacks:
         if attack.least_classes > classes:

@@ -11,7 +11,6 @@ from redefense.attacks.gradient import PGD
 from redefense.attacks.square import Square
 from redefense.checks.check import Check
 from redefense.config import ThreatConfig
-from redefense.errors import ConfigError
 from redefense.evaluation.cascade.examples import known_examples, name_images
 from redefense.evaluation.cascade.runner import Runner, planned_passes, run_order
 from redefense.evaluation.cells import Cell, Subject
@@ -64,8 +63,6 @@ def run_drawn(
     assert isinstance(network, Stochastic)
     check_plan(subject, suite, threat)
     made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
-    if suite.precision == "bf16":
-        raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")
     # before any attack: it decides how draws are computed
     check_draws(network, x)
     # the network answers by a draw: the view "protocol" is the sampled one
