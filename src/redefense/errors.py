@@ -83,6 +83,12 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def first_of(names: Sequence[str], shown: int = 3, count: int = 0) -> str:
+    """The first of some names, and the number of the remaining ones, of at least `count`."""
+    more = max(count, len(names)) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
 class RedCheckWarning(UserWarning):
     """A self-check of an evaluation failed: read it before you quote a figure.
 

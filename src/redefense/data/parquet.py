@@ -14,7 +14,7 @@ from redefense.data.framing import Framing, framing_of
 from redefense.data.labels import SPLITS, check_classes, check_labels, numbered_classes
 from redefense.data.source import Part, Refuse, Source, common_shape, encoded, spread
 from redefense.data.tree import allowed_root, file_fault, folders_above, is_hidden
-from redefense.errors import BAD_JSON, DataError, need, one_line
+from redefense.errors import BAD_JSON, DataError, first_of, need, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,8 +25,6 @@ LABELS = ("label", "labels", "fine_label", "class", "target")
 
 SHARD = re.compile(r"(?P<what>.*?)(?P<number>\d{1,9})(-of-(?P<total>\d{1,9})(?!\d).*)?")
 """Pattern of the names of a table's parts, such as 0000, train-3 or train-00000-of-00002-ab12."""
-
-SHOWN = 3  # names in a message
 
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
 """Base classes of pyarrow's errors."""
@@ -136,19 +134,13 @@ def _chosen(
 ) -> dict[str, list[Path]]:
     names = sorted(configs)
     if config is not None and config not in configs:
-        raise DataError(f"{path}: no configuration {config!r}; there are {_some(names)}")
+        raise DataError(f"{path}: no configuration {config!r}; there are {first_of(names)}")
     if config is None and len(names) > 1:
         raise DataError(
-            f"{path}: {len(names)} configurations, {_some(names)}; choose one, "
+            f"{path}: {len(names)} configurations, {first_of(names)}; choose one, "
             f"as in parquet:{path}?config={quote(names[0])}, or give its folder"
         )
     return configs[config or names[0]] if names else {split: [] for split in SPLITS}
-
-
-def _some(names: Sequence[str], count: int = 0) -> str:
-    """The first of some names, and the number of the remaining ones of `count`."""
-    more = max(count, len(names)) - SHOWN
-    return ", ".join(names[:SHOWN]) + f" and {more} more" * (more > 0)
 
 
 def _check_shards(files: Sequence[Path], where: str) -> None:
@@ -158,7 +150,7 @@ def _check_shards(files: Sequence[Path], where: str) -> None:
     several = len(shards) < len(files) or len({(s["what"], s["total"]) for s in shards}) > 1
     if several and len(files) > 1:
         raise DataError(
-            f"{where}: {_some([file.name for file in files])} are not numbered as parts of one "
+            f"{where}: {first_of([file.name for file in files])} are not numbered as parts of one "
             f"table, as in train-00000-of-{len(files):05}.parquet"
         )
     if not shards:
@@ -182,9 +174,9 @@ def _check_shards(files: Sequence[Path], where: str) -> None:
     if unknown := numbers - set(expected):
         raise DataError(f"{where}: {named(min(unknown))}: more than {total} parts")
     if missing := len(expected) - len(numbers):
-        some = [*islice((named(n) for n in expected if n not in numbers), SHOWN)]
+        some = [*islice((named(n) for n in expected if n not in numbers), 3)]
         message = f"{missing} of {len(expected)} parts are missing"
-        raise DataError(f"{where}: {message}: {_some(some, missing)}")
+        raise DataError(f"{where}: {message}: {first_of(some, count=missing)}")
 
 
 def _structs(schema: "pa.Schema") -> list[str]:
@@ -239,7 +231,7 @@ class _Table:
         if chosen is not None:
             fields = [chosen] if chosen in fields else []
         if len(fields) != 1:
-            among = _some([*fields, *(name for name in schema.names if name not in fields)])
+            among = first_of([*fields, *(name for name in schema.names if name not in fields)])
             raise DataError(
                 f"{self.files[0]}: needs one image column (a struct with bytes), found "
                 f"{len(fields)} among {among}; of several name one, {self._hint}image=COLUMN"
@@ -256,8 +248,8 @@ class _Table:
         if len(known) != 1:
             raise DataError(
                 f"{self.files[0]}: needs a label column: an integer one named {LABELS[0]} or "
-                f"described as a ClassLabel; found {_some(fields) or 'no integers'}. Name another, "
-                f"{self._hint}label=COLUMN"
+                f"described as a ClassLabel; found {first_of(fields) or 'no integers'}. Name "
+                f"another, {self._hint}label=COLUMN"
             )
         return known[0]
 

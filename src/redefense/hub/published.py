@@ -8,11 +8,9 @@ from typing import Any
 from redefense.config import construct
 from redefense.ensembles import Ensemble, channels_last
 from redefense.ensembles.configs import IndependentConfig
-from redefense.errors import DataError
+from redefense.errors import DataError, first_of
 from redefense.models.published import fit, read_states
 from redefense.runtime.device import check_device
-
-SHOWN = 5  # names in a message
 
 
 def from_file(
@@ -37,13 +35,15 @@ def from_file(
         if fitted.fresh:
             raise DataError(
                 f"{path} does not hold all of a {kind.model} for {num_classes} classes: "
-                f"{_some(fitted.fresh)} of member {m} would stay random, "
-                f"{_some(fitted.unused) or 'nothing'} is left over; train on it with "
+                f"{first_of(fitted.fresh, 5)} of member {m} would stay random, "
+                f"{first_of(fitted.unused, 5) or 'nothing'} is left over; train on it with "
                 "redefense train --start"
             )
         if fitted.unused:
             # level 3 is the caller of `from_pretrained`
-            warnings.warn(f"{path} holds more than is used: {_some(fitted.unused)}", stacklevel=3)
+            warnings.warn(
+                f"{path} holds more than is used: {first_of(fitted.unused, 5)}", stacklevel=3
+            )
     if not fitted.normalised and kind.mean is None:
         warnings.warn(
             f"{path} states no normalisation of images: mean 0.5 and deviation 0.25 are used; if "
@@ -52,8 +52,3 @@ def from_file(
             stacklevel=3,
         )
     return channels_last(ensemble).to(check_device(device)).eval()
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

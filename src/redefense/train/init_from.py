@@ -15,7 +15,7 @@ from redefense.config import StartConfig
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble, Hyper, Independent, evaluating
 from redefense.ensembles.configs import EnsembleConfig, HyperConfig, IndependentConfig
-from redefense.errors import ConfigError, DataError
+from redefense.errors import ConfigError, DataError, first_of
 from redefense.models import fitting, hyper
 from redefense.models.layers import Normalise
 from redefense.models.published import Fitted, State, fit, read_states
@@ -201,8 +201,7 @@ def summary_of_start(started: Mapping[str, Any]) -> str:
         )
     for what, outcome in (("fresh", "stay as initialised"), ("unused", "are not used")):
         if names := started.get(what):
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"{len(names)} tensors {outcome}: {', '.join(names[:8])}{more}")
+            lines.append(f"{len(names)} tensors {outcome}: {first_of(names, 8)}")
     return "\n".join(lines)
 
 
