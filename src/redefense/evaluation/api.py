@@ -11,7 +11,7 @@ from typing import Any, cast
 import redefense
 from redefense.checks.answers import check_modes, in_fastest_format
 from redefense.checks.catalogue import explained
-from redefense.config import Run, ThreatConfig
+from redefense.config import ThreatConfig
 from redefense.data import load_dataset
 from redefense.defences import draws_member
 from redefense.ensembles import Ensemble, evaluating, recorded
@@ -273,9 +273,8 @@ def evaluate_run(
         "code": code(),
         **plugins_of(plan, dataset.name),
     }
-    subject = subject_of(
-        ensemble, dataset, images, _run_json(path, run), run if own else None, device
-    )
+    record = {"name": path.resolve().name, **run.model_dump(mode="json")}
+    subject = subject_of(ensemble, dataset, images, record, run if own else None, device)
     subject = bounded(
         replace(subject, randomized=draws_member(run.defence.get("name"))), batch_size
     )
@@ -357,10 +356,6 @@ def _over_radii(
     if int(os.environ.get("RANK", "0")) == 0:
         write_text(target, report.to_json())
     return report, target
-
-
-def _run_json(path: Path, run: Run) -> dict[str, Any]:
-    return {"name": path.resolve().name, **run.model_dump(mode="json")}
 
 
 def _override(threat: ThreatConfig, eps: float | str | None, norm: str | None) -> ThreatConfig:

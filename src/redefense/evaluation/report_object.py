@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,8 +66,7 @@ class Report:
     @property
     def headline(self) -> dict[str, Any]:
         """Accuracy of unaware and aware attacks and of the baselines, in [0, 1] or None."""
-        headline: dict[str, Any] = self.data["headline"]
-        return headline
+        return cast(dict[str, Any], self.data["headline"])
 
     @property
     def clean(self) -> Figure:
@@ -120,8 +119,7 @@ class Report:
     @property
     def checks(self) -> list[dict[str, Any]]:
         """The S-checks: "id", "passed" (None where one does not apply) and "detail"."""
-        checks: list[dict[str, Any]] = self.data["checks"]
-        return checks
+        return cast(list[dict[str, Any]], self.data["checks"])
 
     @property
     def threat(self) -> Threat | None:
@@ -297,8 +295,7 @@ class Report:
     @property
     def curve(self) -> list[dict[str, Any]]:
         """The headline at each evaluated radius; empty for a single radius."""
-        curve: list[dict[str, Any]] = self.data.get("eps_curve", [])
-        return curve
+        return cast(list[dict[str, Any]], self.data.get("eps_curve", []))
 
     def to_json(self) -> str:
         return json.dumps(self.data, indent=1) + "\n"

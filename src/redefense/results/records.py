@@ -288,12 +288,8 @@ def _stored(
         single=baselines["single"].astype(np.float64) if "single" in baselines else None,
         averaged=baselines["averaged"].astype(np.float64) if "averaged" in baselines else None,
         alone=None if alone is None else alone.astype(np.float64),
-        examples=_examples(folder, evaluation.examples),
+        examples=Examples.read(_arrays(folder, evaluation.examples), str(evaluation.examples)),
     )
-
-
-def _examples(folder: Path | None, relative: str | None) -> Examples | None:
-    return Examples.read(_arrays(folder, relative), str(relative))
 
 
 def _is_evaluation(document: object) -> bool:

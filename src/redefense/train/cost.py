@@ -283,8 +283,13 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
     at_least(1, devices=devices)
     on, memory = _named(accelerator), cost.memory
     eager = _seconds(cost, lambda stage: stage.seconds(on))
-    times = {"one device": eager}
+    times, replays = {"one device": eager}, list[str]()
     if on.replayed is not None:
+        replays.append(
+            "on one device what a step computes up to its gradients is replayed, an operation in "
+            f"{1e6 * on.replayed:g} us at least (fitted to two timings of parts of steps); a "
+            "method that cannot be recorded there is not"
+        )
         replayed = _seconds(cost, lambda stage: stage.seconds(on, replayed=True))
         times = {"one device": replayed, "one device, eager": eager}
     if devices > 1:
@@ -324,19 +329,9 @@ def predict(cost: Cost, accelerator: str, devices: int = 1) -> dict[str, Any]:
             *ASSUMPTIONS,
             f"convolutions reach {on.reach:.0%} of the peak, other operations {on.stream:.0%} of "
             f"the bandwidth, and each takes {1e6 * on.launch:g} us at least",
-            *_replayed(on),
+            *replays,
         ],
     }
-
-
-def _replayed(on: Accelerator) -> list[str]:
-    if on.replayed is None:
-        return []
-    return [
-        f"on one device what a step computes up to its gradients is replayed, an operation in "
-        f"{1e6 * on.replayed:g} us at least (fitted to two timings of parts of steps); a method "
-        "that cannot be recorded there is not"
-    ]
 
 
 def _seconds(cost: Cost, step: Callable[[StageCost], float]) -> float:

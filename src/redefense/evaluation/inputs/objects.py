@@ -72,7 +72,9 @@ def cell_of(value: Any, label: str | None = None) -> CellSpec:
             raise ConfigError(f"unknown attack {value!r}; there are {', '.join(ATTACKS)}")
         value = ATTACKS[value]
     attack = as_attack(value, label)
-    named = next((key for key in _known() if ATTACKS[key] is type(attack)), None)
+    # installed plug-ins that are not loaded cannot have made this object
+    known = (*ATTACKS.own, *ATTACKS.added())
+    named = next((key for key in known if ATTACKS[key] is type(attack)), None)
     plain = named or "".join(c if c.isalnum() else "_" for c in type(attack).__name__)
     if named is None and plain in ATTACKS.own:
         plain = f"own_{plain}"  # rules about the built-in attack of that name must not apply to it
@@ -143,11 +145,6 @@ def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:
     named = [("suites", suite.name), *(("attacks", spec.attack) for spec in cells)]
     found = origins(dict.fromkeys([*named, ("datasets", data)]))
     return {"plugins": found} if found else {}
-
-
-def _known() -> list[str]:
-    # without installed plug-ins that are not loaded: none of them made this object
-    return [*ATTACKS.own, *ATTACKS.added()]
 
 
 def _settings(attack: Attack) -> dict[str, Any]:

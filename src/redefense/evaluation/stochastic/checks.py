@@ -40,16 +40,10 @@ def before(network: Stochastic, subject: Subject) -> list[Check]:
     # two stand for all: each of its seeds is a member
     two = network.at(network.seeds[:2])
     found = before_run(two, subject.x, subject.y, repeats=network.governed)
-    return [*found, _governed(network)]
-
-
-def _governed(network: Stochastic) -> Check:
-    return Check(
-        "D1",
-        network.governed,
-        "a seed repeats an answer" if network.governed else
-        "the network has a generator of its own, which no seed governs",
-    )  # fmt: skip
+    detail = "a seed repeats an answer"
+    if not network.governed:
+        detail = "the network has a generator of its own, which no seed governs"
+    return [*found, Check("D1", network.governed, detail)]
 
 
 def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Check]:
