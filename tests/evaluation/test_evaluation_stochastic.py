@@ -233,6 +233,15 @@ def test_attacks_as_objects_are_kept_in_the_ball_and_no_headline_is_made_of_them
     assert low <= ndtr(-0.1) <= high
 
 
+@pytest.mark.parametrize("stochastic", ["on", "off"])
+def test_points_with_nan_are_refused_and_do_not_count_as_fooling(stochastic: str) -> None:
+    def without_values(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return x * math.nan
+
+    with pytest.raises(InputError, match="found the value nan"):
+        evaluate(Plane(), X[:8], suite=[without_values], stochastic=stochastic)
+
+
 def test_a_stated_distortion_scores_draws_as_it_scores_members() -> None:
     x = X[:10].clone()
     x[:, 0, 0] = torch.linspace(0.45, 1.0, 10)[:, None]  # the last is farther than the limit

@@ -185,6 +185,9 @@ def attack_drawn(
         cost = {"forwards": meter.forwards, "backwards": meter.backwards, "seconds": seconds}
         foreign = isinstance(attack, Foreign)
         x_adv, reached = projected(x_adv, x, budget) if foreign else (x_adv, {})
+        # again, since NaN is not projected, and would count as wrong answers
+        if attack.bounded:
+            verify_ball(x_adv, x, budget, name)
         # seeds that neither the attack nor the selection has seen
         numbers = seeds_of(seed, purpose, draws.score, chunk)
         judged = scored(network, x_adv, x, y, numbers)
