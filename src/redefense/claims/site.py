@@ -18,7 +18,7 @@ from redefense.claims.leaderboard import Entry, Group, Row, groups_of, read_all
 from redefense.errors import ConfigError
 from redefense.radius import eps_text
 from redefense.report.page import templates_in
-from redefense.report.tables import interval, percent, points
+from redefense.report.tables import percent
 from redefense.runtime.files import write_text
 
 WIDTH, HEIGHT = 360, 250
@@ -81,11 +81,9 @@ def _index(entries: Sequence[Entry], groups: Sequence[Group]) -> dict[str, Any]:
 def _renderer() -> Callable[[str, dict[str, Any]], str]:
     home = files("redefense.claims") / "pages"
     environment = templates_in(home, "the leaderboard")
-    styles, script = ((home / name).read_text("utf-8") for name in ("site.css", "site.js"))
-    environment.filters |= {"percent": percent, "interval": interval, "points": points}
     environment.globals |= {
         "version": __version__, "scatter": scatter, "estimate": estimate_of, "eps": eps_text,
-        "millions": _millions, "styles": styles, "script": script,
+        "millions": _millions,
         "recompute": recompute_command, "cost": lambda row: row.passes,
         "clean": lambda row: None if row.clean is None else row.clean.value,
     }  # fmt: skip

@@ -319,19 +319,33 @@ def _code(text: str) -> str:
 
 
 def templates_in(home: Traversable, what: str) -> Any:
-    """The jinja2 environment of the templates in a folder; `what` they are for, in the error.
+    """The jinja2 environment of the templates in a folder, and of those of the report.
+
+    Args:
+        home: the folder.
+        what: the templates are for, in the error.
 
     Raises:
         ConfigError: if jinja2, of the extra `report`, is not installed.
     """
     jinja2 = need("jinja2", what, extra="report")
+    folders = (home, files("redefense.report").joinpath("templates"))
+
     # not from the file system: an installed package may be in an archive
-    loader = jinja2.FunctionLoader(lambda name: home.joinpath(name).read_text(encoding="utf-8"))
+    def load(name: str) -> str | None:
+        found = (folder.joinpath(name) for folder in folders)
+        return next((file.read_text(encoding="utf-8") for file in found if file.is_file()), None)
+
     # strict, or a misspelt name would be an empty cell of the page
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=loader,
+        loader=jinja2.FunctionLoader(load),
     )  # fmt: skip
+    environment.filters |= {
+        "percent": tables.percent, "interval": tables.interval, "gain": wording.points,
+        "code": _code,
+    }  # fmt: skip
+    return environment
 
 
 def html(results: Sequence[Result], commands: Sequence[str]) -> str:
@@ -342,7 +356,6 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
     """
     home = files("redefense.report").joinpath("templates")
     environment = templates_in(home, "the report page")
-    environment.filters |= {"percent": tables.percent, "interval": tables.interval, "code": _code}
     networks = all(result.num_members == 1 for result in results)
     columns = tables.attack_columns(results)
     details = tables.details(tables.summary_rows(results))
@@ -375,7 +388,6 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "members_alone": wording.members_alone,
         "weak_of": wording.weak_of,
         "pictured": _pictured(results),
-        "points": wording.points,
         "results": results,
         "baselines": wording.HOW_COMPARED,
         "said_heading": wording.SAID,

@@ -1,24 +1,3 @@
-"use strict";
-const valueOf = (row, column) => row.cells[column].dataset.value;
-
-function sort(table, column) {
-  const head = table.tHead.rows[0].cells[column];
-  const first = head.dataset.first || "descending";
-  const second = first === "ascending" ? "descending" : "ascending";
-  const order = head.ariaSort === first ? second : first;
-  for (const cell of table.tHead.rows[0].cells) cell.ariaSort = "none";
-  head.ariaSort = order;
-  const sign = order === "ascending" ? 1 : -1;
-  const compare = (a, b) => {
-    const [one, other] = [valueOf(a, column), valueOf(b, column)];
-    // what is unknown comes last either way
-    if (one === "" || other === "") return (one === "") - (other === "");
-    const numbers = Number(one) - Number(other);
-    return sign * (Number.isNaN(numbers) ? one.localeCompare(other) : numbers);
-  };
-  table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
-}
-
 function filter(form) {
   const wanted = Object.fromEntries(new FormData(form));
   let any = false;
@@ -40,12 +19,6 @@ function filter(form) {
   document.querySelector(".none").hidden = any;
 }
 
-for (const button of document.querySelectorAll("thead button")) {
-  button.addEventListener("click", () => {
-    const cell = button.closest("th");
-    sort(cell.closest("table"), cell.cellIndex);
-  });
-}
 const form = document.querySelector("form.filters");
 form.addEventListener("change", () => filter(form));
 // a page that is opened again keeps what was chosen

@@ -13,7 +13,9 @@ for (const button of document.querySelectorAll("th[aria-sort] button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th"), table = button.closest("table"), body = table.tBodies[0];
     const column = Array.prototype.indexOf.call(head.parentNode.children, head);
-    const order = head.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
+    const orders = ["descending", "ascending"];
+    if (head.dataset.first === "ascending") orders.reverse();
+    const order = orders[head.getAttribute("aria-sort") === orders[0] ? 1 : 0];
     for (const other of table.querySelectorAll("th[aria-sort]")) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;
