@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,13 +99,21 @@ def test_runs_without_a_common_aware_attack_or_common_images_are_not_compared(
     build_run(runs / "other", {**UNAWARE, ("arc", "all members", True): 0.3})
     (found,) = differences(joined(runs, "one", "other"))
     assert found.worst is None
-    assert found.clean is not None
     assert len(found.each) == len(UNAWARE)
     build_run(runs / "fewer", n=180)
     build_run(runs / "larger", eps=0.3)
     assert differences(joined(runs, "one", "fewer", "larger")) == []
     assert format_differences(joined(runs, "one", "fewer")) is None
     assert list(markdown_differences(joined(runs, "one"))) == []
+
+
+def test_the_first_run_with_records_is_the_reference(runs: Path) -> None:
+    (known,) = differences(joined(runs, "one", "two"))
+    build_run(runs / "bare")
+    shutil.rmtree(runs / "bare" / "evaluation" / "quick")
+    (found,) = differences(joined(runs, "bare", "one", "two"))
+    assert (found.run.name, found.reference.name) == ("two", "one")
+    assert found.clean == known.clean
 
 
 def test_every_form_of_the_report_has_the_differences(runs: Path) -> None:

@@ -337,7 +337,7 @@ def to_json(results: Sequence[Result]) -> str:
         {
             "run": names[it.run],
             "against": names[it.reference],
-            "clean": it.clean and it.clean._asdict(),
+            "clean": it.clean._asdict(),
             "worst_case": it.worst and it.worst.estimate._asdict(),
             "common_attacks": it.worst and it.worst.attacks,
             "common_images": it.worst and it.worst.images,

@@ -107,7 +107,7 @@ class Difference:
 
     run: Result
     reference: Result
-    clean: Estimate | None
+    clean: Estimate
     worst: Gain | None
     each: Mapping[str, Estimate]
 
@@ -117,35 +117,38 @@ def differences(results: Iterable[Result]) -> list[Difference]:
 
     Runs without per-image records have none.
     """
-    first: dict[object, Result] = {}
+    first: dict[object, tuple[Result, Records]] = {}
     found = []
     for result in results:
-        reference = first.setdefault((result.suites[0].images, result.norm, result.eps), result)
-        if reference is not result and (it := _difference(result, reference)) is not None:
-            found.append(it)
+        records = records_of(result)
+        if records.clean is None:
+            continue
+        key = (result.suites[0].images, result.norm, result.eps)
+        reference, base = first.setdefault(key, (result, records))
+        if reference is result:
+            continue
+        labels = {_key(c): c.label for c in reference.bounded}
+        each = {
+            labels[key]: paired_difference(mine.q, theirs.q)
+            for key, mine in records.attacks.items()
+            if (theirs := base.attacks.get(key)) is not None
+            and mine.q is not None
+            and theirs.q is not None
+            # an attack that skipped fooled images met other images of each run
+            and mine.met is None
+            and theirs.met is None
+        }
+        assert base.clean is not None
+        found.append(
+            Difference(
+                run=result,
+                reference=reference,
+                clean=paired_difference(records.clean, base.clean),
+                worst=worst_case_gain(records, base),
+                each=each,
+            )
+        )
     return found
-
-
-def _difference(run: Result, reference: Result) -> Difference | None:
-    one, other = records_of(run), records_of(reference)
-    labels = {_key(c): c.label for c in reference.bounded}
-    # an attack that skipped fooled images met other images of each run
-    each = {
-        labels[key]: paired_difference(mine.q, theirs.q)
-        for key, mine in one.attacks.items()
-        if (theirs := other.attacks.get(key)) is not None
-        and mine.q is not None
-        and theirs.q is not None
-        and mine.met is None
-        and theirs.met is None
-    }
-    clean = None
-    if one.clean is not None and other.clean is not None:
-        clean = paired_difference(one.clean, other.clean)
-    worst = worst_case_gain(one, other)
-    if clean is None and worst is None and not each:
-        return None
-    return Difference(run=run, reference=reference, clean=clean, worst=worst, each=each)
 
 
 def records_of(result: Result) -> Records:
