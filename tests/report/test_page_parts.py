@@ -127,6 +127,24 @@ def test_the_curve_over_radii_stands_on_page_and_card(tmp_path: Path) -> None:
     assert "45.0 to 55.0" in html.read_text()
 
 
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        ({"eps_curve": [{"aware": 0.5}]}, r"eps_curve\.0\.eps"),
+        ({"eps_curve": [{"eps": 0.1, "aware_interval": [0.1]}]}, r"eps_curve\.0\.aware_interval"),
+        ({"curve_cost": {"attack": 7}}, r"curve_cost\.attack"),
+        ({"best_mixture": {"mixture": "even"}}, r"best_mixture\.mixture"),
+    ],
+    ids=["eps", "interval", "cost", "mixture"],
+)
+def test_a_damaged_record_of_a_curve_is_named(
+    extra: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    build_run(tmp_path / "red", extra=extra)
+    with pytest.raises(DataError, match=f"is not a valid evaluation: {key}"):
+        write_report([tmp_path / "red"], tmp_path / "page.html")
+
+
 def test_the_curve_states_its_cost(tmp_path: Path) -> None:
     cost = {"attack": "Hinge(steps=20)", "radii": 9, "images": 200, "forwards": 540.2,
             "backwards": 540.0}  # fmt: skip

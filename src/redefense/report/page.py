@@ -185,9 +185,8 @@ def _curve_cost(results: Sequence[Result]) -> Iterator[str]:
     """Number of images and cost of the curve."""
     costs = (e.curve_cost for r in results for e in r.evaluations if e.curve_cost)
     message = (
-        f"{cost['attack'].partition('(')[0]} at {cost['radii']} radii on the first "
-        f"{cost['images']} images, "
-        f"{cost['forwards']:.0f} forward and {cost['backwards']:.0f} backward passes per image; "
+        f"{cost.attack.partition('(')[0]} at {cost.radii} radii on the first {cost.images} images, "
+        f"{cost.forwards:.0f} forward and {cost.backwards:.0f} backward passes per image; "
         "points found within the budget count for the headline."
         for cost in costs
     )

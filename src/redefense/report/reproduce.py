@@ -50,7 +50,7 @@ def command(stored: Stored) -> str | None:
     # all digits: a stored evaluation with any other threat is refused
     if eps is not None and not fixes_threat(evaluation.suite if plan is None else plan.suite):
         # an evaluation at several radii is stored with the largest one
-        radii = [point["eps"] for point in evaluation.eps_curve] or [eps]
+        radii = [point.eps for point in evaluation.eps_curve] or [eps]
         words += ["--eps", ",".join(map(repr, radii)), "--norm", norm]
     seed = evaluation.provenance.get("seed") if plan is None else plan.seed
     words += [] if seed is None else ["--seed", str(seed)]

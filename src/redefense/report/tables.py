@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from redefense.results.certificates import Level, certificates_of
+from redefense.results.headline import estimate_of
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, join
 from redefense.results.paired import differences
@@ -198,15 +199,16 @@ def radii(results: Sequence[Result]) -> Iterator[tuple[str, list[dict[str, Any]]
         for evaluation in result.evaluations:
             curve = evaluation.eps_curve
             # the largest radius is that of the evaluation
-            if len(curve) < 2 or result.eps is None or abs(curve[-1]["eps"] - result.eps) > 1e-8:
+            if len(curve) < 2 or result.eps is None or abs(curve[-1].eps - result.eps) > 1e-8:
                 continue
-            yield name, [{"eps": at["eps"], **{k: _estimate(at, k) for k in keys}} for at in curve]
-
-
-def _estimate(entry: Mapping[str, Any], key: str) -> Estimate | None:
-    # unknown figures and intervals are stored as None, and may be absent
-    value = entry.get(key)
-    return None if value is None else Estimate(value, *(entry.get(f"{key}_interval") or ()))
+            yield (
+                name,
+                [
+                    {k: estimate_of(getattr(at, k), getattr(at, f"{k}_interval")) for k in keys}
+                    | {"eps": at.eps}
+                    for at in curve
+                ],
+            )
 
 
 def attack_columns(results: Sequence[Result]) -> list[tuple[str, str]]:

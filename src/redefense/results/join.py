@@ -131,14 +131,14 @@ class Result:
         for key, value in diversity.items():
             group = value if isinstance(value, dict) else {key: value}
             prefix = f"{key}: " if isinstance(value, dict) else ""
-            facts += [
-                (prefix + name.replace("_", " "), "unknown" if v is None else f"{v:.3g}")
-                for name, v in group.items()
-            ]
+            for name, v in group.items():
+                # not defined for every ensemble, and of records that may be damaged
+                text = f"{v:.3g}" if isinstance(v, int | float) else "unknown"
+                facts.append((prefix + name.replace("_", " "), text))
         if best is not None:
-            shares = ", ".join(f"{100 * p:.0f}" for p in best["mixture"])
-            gain = f"{100 * best['accuracy']:.1f} % against {100 * best['present']:.1f} %"
-            text = f"{shares} % of the draws would give {gain} now; {best['caveat']}"
+            shares = ", ".join(f"{100 * p:.0f}" for p in best.mixture)
+            gain = f"{100 * best.accuracy:.1f} % against {100 * best.present:.1f} %"
+            text = f"{shares} % of the draws would give {gain} now; {best.caveat}"
             facts.append(("best sampling probabilities", text))
         return tuple(facts)
 

@@ -118,6 +118,35 @@ class Plan(_Record):
     objects: dict[str, str] = {}
 
 
+class CurveCost(_Record):
+    """Settings of `curve`, and its passes per image."""
+
+    attack: str
+    images: int
+    radii: int
+    forwards: float
+    backwards: float
+
+
+class AtRadius(_Record):
+    """The headline at one of several radii."""
+
+    eps: float
+    unaware: float | None = None
+    unaware_interval: tuple[float, float] | None = None
+    aware: float | None = None
+    aware_interval: tuple[float, float] | None = None
+
+
+class BestMixture(_Record):
+    """Better sampling probabilities, and the worst-case accuracy with them and at present."""
+
+    mixture: tuple[float, ...]
+    accuracy: float
+    present: float
+    caveat: str
+
+
 OF_DEFENCE: Final = ("S36", "S38")
 """Checks about the defence, not about the quality of the measurement."""
 
@@ -148,8 +177,8 @@ class Evaluation(_Record):
     stochastic: bool = False
     transfer: tuple[tuple[float | None, ...], ...] | None = None
     curve: tuple[tuple[float, ...], ...] | None = None
-    curve_cost: dict[str, Any] | None = None
-    eps_curve: tuple[dict[str, Any], ...] = ()
+    curve_cost: CurveCost | None = None
+    eps_curve: tuple[AtRadius, ...] = ()
     examples: str | None = None
     diversity: dict[str, Any] | None = None
-    best_mixture: dict[str, Any] | None = None
+    best_mixture: BestMixture | None = None
