@@ -50,6 +50,7 @@ def format_differences(results: Sequence[Result]) -> Table | None:
         title="Paired differences in percentage points with 95 % intervals",
         title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
+    # a column for each attack, as in Markdown, would not fit on a terminal
     for heading in HEADER:
         table.add_column(heading, justify="right" if heading in ("clean", "worst case") else "left")
     for row in rows:

@@ -84,6 +84,7 @@ def _run(stored: Stored) -> str | None:
     if source is not None and source != file:
         return shown(source)
     if file is not None and _in_run(file):
+        # not `resolve`, which makes a relative path absolute
         return shown(Path(normpath(file.parent / "..")))
     name = stored.evaluation.run.get("name")
     return str(name) if name else None

@@ -176,6 +176,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
     for name, row in zip(labels(rows), rows, strict=True):
+        # on two lines: seven columns with both on one would not fit on a terminal
         cells = [f"{percent(figure)}\n{interval(figure)}" for figure in figures(row)]
         table.add_row(name, *cells)
     return table

@@ -209,6 +209,7 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
         over_alone=_over(q_aware, max(alone, key=np.mean, default=None)),
         q_aware=q_aware,
         fooled=pair.fooled,
+        # of a stochastic network the stored estimate: there are no expectations per image
         tries_aware=pair.tries if q_aware is None else success_within(q_aware, TRIES),
         tries_unaware=None if q_unaware is None else success_within(q_unaware, TRIES),
         checks=_merged_checks(suites),

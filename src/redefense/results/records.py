@@ -356,6 +356,7 @@ def load_all(sources: Iterable[Source]) -> list[Sequence[Stored]]:
     each = [run for source in sources for run in runs_in(source)]
     runs = [load(source, position) for position, source in enumerate(each, 1)]
     names = [run[0].name for run in runs]
+    # tables and charts name results by their run
     return [
         [replace(s, name=f"{s.name} #{i}") for s in run] if names.count(run[0].name) > 1 else run
         for i, run in enumerate(runs, 1)
