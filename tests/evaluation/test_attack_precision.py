@@ -1,5 +1,6 @@
 """Attacks in bfloat16: they see the verdicts of single precision, and are judged in it."""
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from redefense.attacks import Hinge
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.evaluation.inputs.batches import in_batches
-from redefense.evaluation.inputs.precision import NEAR, SMALL, InBfloat16, bfloat16_copy, gap
+from redefense.evaluation.inputs.precision import NEAR, SMALL, InBfloat16, attack_copy, gap
 from redefense.evaluation.suite import SUITES
 from redefense.models.double_backward import BatchNorm2d
 from redefense.models.resnet import conv
@@ -91,20 +92,25 @@ def test_an_attack_returns_points_in_the_precision_of_the_images() -> None:
     assert all(right)
 
 
-def test_auto_takes_bfloat16_only_where_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    from redefense.evaluation.inputs import precision
-
-    monkeypatch.setattr(precision, "_computes_bfloat16", lambda device: True)
-    x = images()
-    assert bfloat16_copy("auto", members(), x) is not None
-    assert bfloat16_copy("fp32", members(), x) is None
-    assert bfloat16_copy("auto", members(), x[:, :, :8, :8]) is None
-    assert bfloat16_copy("auto", members().double(), x.double()) is None
-    rounded = Independent([Offset(network(0))])
-    assert bfloat16_copy("auto", rounded, x) is None
+def test_bfloat16_is_taken_on_request_and_warned_of_where_it_differs() -> None:
+    x, rounded = images(), Independent([Offset(network(0))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert attack_copy("bf16", members(), x) is not None
+        for precision in ("auto", "bf16"):
+            assert attack_copy(precision, members().double(), x.double()) is None
+        assert attack_copy("fp32", members(), x) is None
     with pytest.warns(UserWarning, match="answers differently in bfloat16"):
-        assert bfloat16_copy("bf16", rounded, x) is rounded
-    assert bfloat16_copy("bf16", members(), x) is not None
+        assert attack_copy("bf16", rounded, x) is rounded
+
+
+def test_an_average_near_its_boundary_is_that_of_single_precision() -> None:
+    plain, x = members(), images(400)
+    given, exact = (ensemble.averaged()(x) for ensemble in (view(), plain))
+    near = gap(exact) < NEAR / 2
+    assert near.any()
+    torch.testing.assert_close(given[near], exact[near])
+    assert torch.equal(given.argmax(1), exact.argmax(1))
 
 
 class Branching(nn.Module):
@@ -140,7 +146,7 @@ def test_batch_norms_become_part_of_the_convolutions(size: int | None) -> None:
     ensemble = in_batches(Independent([normalised(0), Branching(normalised(1))]), size)
     before = deepcopy(ensemble.state_dict())
     x = images(20).requires_grad_()
-    folded = bfloat16_copy("bf16", ensemble, x.detach())
+    folded = attack_copy("auto", ensemble, x.detach())
     assert folded is not None
     # not the norm behind a convolution with two callers, nor the one behind an activation
     for m, norms in enumerate((2, 4)):
@@ -151,6 +157,22 @@ def test_batch_norms_become_part_of_the_convolutions(size: int | None) -> None:
         slopes = [torch.autograd.grad(logits.amax(1).sum(), x)[0] for logits in (exact, given)]
         torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=1e-4)
     assert all(torch.equal(values, before[name]) for name, values in ensemble.state_dict().items())
+
+
+class Scaled(nn.Module):
+    """Answers differently when torch traces it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(x)
+        return logits if isinstance(x, torch.Tensor) else logits + logits * logits
+
+
+def test_a_copy_that_answers_differently_is_not_used() -> None:
+    assert attack_copy("auto", Independent([Scaled(network(0))]), images()) is None
 
 
 def test_an_evaluation_says_how_it_attacked(tmp_path: Path) -> None:

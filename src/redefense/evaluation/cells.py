@@ -123,7 +123,8 @@ class Subject:
         workers: the processes over which the chunks are distributed.
         passes: the ensemble with recorded passes, queried by attacks in its place.
         batch_size: largest number of images per call of a network; None if that is not bounded.
-        approximate: what aware attacks query in bfloat16; None for single precision.
+        copy: what aware attacks query in place of the ensemble, from `attack_copy`.
+        half: whether they query it in bfloat16.
     """
 
     ensemble: Ensemble
@@ -137,7 +138,8 @@ class Subject:
     randomized: bool = True
     drift: float | None = None
     workers: Workers = SINGLE_PROCESS
-    approximate: Ensemble | None = None
+    copy: Ensemble | None = None
+    half: bool = False
     passes: Ensemble | None = None
     batch_size: int | None = None
 
@@ -165,16 +167,17 @@ class Subject:
 
         Args:
             meter: counts the passes.
-            aware: whether the attack knows the ensemble; others query in single precision.
+            aware: whether the attack knows the ensemble; others query the ensemble itself.
             foreign: whether the attack is a user's: these query the networks themselves, since
                 they may need second derivatives, which recorded passes do not have.
         """
         if foreign:
             return Metered(self.ensemble, meter)
         exact = Metered(self.ensemble if self.passes is None else self.passes, meter)
-        if self.approximate is None or not aware:
+        if self.copy is None or not aware:
             return exact
-        return InBfloat16(exact, Metered(self.approximate, meter))
+        copy = Metered(self.copy, meter)
+        return InBfloat16(exact, copy) if self.half else copy
 
 
 def as_threat(config: ThreatConfig) -> Threat:

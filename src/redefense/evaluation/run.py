@@ -22,7 +22,7 @@ from redefense.evaluation.cells import Cell, Subject, as_threat, clean_cell
 from redefense.evaluation.full_checks import full_checks
 from redefense.evaluation.headline import headline, interval
 from redefense.evaluation.inputs.objects import plugins_of
-from redefense.evaluation.inputs.precision import bfloat16_copy
+from redefense.evaluation.inputs.precision import attack_copy
 from redefense.evaluation.member_statistics import (
     MEASURED,
     MEASURES,
@@ -78,9 +78,8 @@ def run_suite(
     check_plan(subject, suite, threat)
     # now: the commit and the files may change during the work
     made = provenance(seed, x.device) | plugins_of(suite, subject.data_name)
-    subject = replace(
-        subject, approximate=bfloat16_copy(suite.precision, subject.passes or ensemble, x)
-    )
+    copy = attack_copy(suite.precision, subject.passes or ensemble, x)
+    subject = replace(subject, copy=copy, half=copy is not None and suite.precision == "bf16")
     # attacked points and measurements of one process are read from its files by the others
     if subject.workers.count > 1 and store is None:
         raise ConfigError("an evaluation on several processes needs a store")
@@ -146,7 +145,7 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
         **job.facts(made),
         "mixture": mixture.tolist(),
         "randomized": subject.randomized,
-        "attack_precision": "fp32" if subject.approximate is None else "bf16",
+        "attack_precision": "bf16" if subject.half else "fp32",
         "clean": {
             "expected": float(exact_expectation(clean.correct, mixture).mean()),
             "averaged": float(clean.averaged.mean()),

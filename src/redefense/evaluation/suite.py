@@ -100,10 +100,10 @@ class Suite(_Data):
         baseline_attacks: attacks on the baselines: each single member and the averaged ensemble.
         cascade: whether aware attacks skip images on which an earlier attack fooled every member;
             the headline needs only each image's worst case.
-        precision: precision in which aware attacks query the ensemble: "fp32"; "bf16", in which
-            gradients are faster, while outputs near a decision boundary and the points found are
-            computed in single precision; "auto" uses "bf16" where it is faster on this machine and
-            agrees on the first images.
+        precision: how aware attacks query the ensemble; the points found are always computed by
+            the ensemble itself, in its own precision. "fp32": as it is. "auto": a copy with batch
+            norms folded into convolutions, which is faster and equal up to rounding. "bf16": the
+            same in bfloat16, but for outputs near a decision boundary.
         measures: whether to measure the members: transfer, diversity, accuracy of each single
             member, and accuracy over eps.
     """
@@ -209,8 +209,8 @@ AWARE: Final = Suite(
         CellSpec(attack="subset", view="members", label="subset"),
         _AUTOATTACK,
     ),
-    # the standard attack on deterministic networks; the points of all cells count for them, too
-    baseline_attacks=(_AUTOATTACK.model_copy(update={"label": "AutoAttack"}),),
+    # includes APGD-T, FAB and Square: the standard attack on deterministic networks
+    baseline_attacks=(*_AWARE_BUDGET, _AUTOATTACK.model_copy(update={"label": "AutoAttack"})),
     cascade=True,
     precision="auto",
     measures=True,

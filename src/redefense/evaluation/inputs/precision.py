@@ -2,7 +2,9 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import Final
 
@@ -14,6 +16,7 @@ from redefense.attacks.base import input_gradient
 from redefense.checks.sample import spread
 from redefense.ensembles import Ensemble, Independent, evaluating, frozen_weights
 from redefense.ensembles.batches import InBatches
+from redefense.ensembles.views import mean_log_probs
 from redefense.evaluation.suite import AttackPrecision
 from redefense.models import double_backward
 from redefense.networks import Queried, copied
@@ -25,8 +28,9 @@ NEAR: Final = 0.08
 recomputed in full precision. On nine kinds of ResNet-8, bfloat16 changed this distance by at most
 0.057 on 200 images."""
 
-PIXELS: Final = 1024
-"""Smallest number of values in an image for which bfloat16 is faster despite its casts."""
+SMALL: Final = 12
+"""Fewer images than this are computed in single precision: recomputing the outputs of a few of them
+would take longer than bfloat16 saves."""
 
 
 def computed_in(ensemble: Ensemble, x: Images) -> tuple[Ensemble, Images]:
@@ -74,11 +78,6 @@ def _taken(network: nn.Module, x: Images, given: torch.dtype) -> torch.dtype:
     return x.dtype
 
 
-SMALL: Final = 12
-"""Fewer images than this are computed in single precision: recomputing the outputs of a few of them
-would take longer than bfloat16 saves."""
-
-
 PLAIN: Final[dict[type[nn.Module], type[nn.Module]]] = {
     double_backward.Conv2d: nn.Conv2d,
     double_backward.BatchNorm2d: nn.BatchNorm2d,
@@ -94,7 +93,7 @@ class InBfloat16(Ensemble):
 
     Args:
         ensemble: recomputes outputs near a decision boundary.
-        approximate: queried in bfloat16; from `bfloat16_copy`, or the ensemble itself.
+        approximate: from `attack_copy`; queried in bfloat16, and with few images in single precision.
     """
 
     def __init__(self, ensemble: Ensemble, approximate: Ensemble) -> None:
@@ -107,13 +106,28 @@ class InBfloat16(Ensemble):
         # no cache, as in training: weights cast without a graph would have no gradient later
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             logits = self.approximate.logits_of(m, x).to(x.dtype)
-        rows = (gap(logits) < NEAR).nonzero().flatten()
+        return self._exact_near(logits, x, logits, partial(self.ensemble.logits_of, m))
+
+    def member_logits(self, x: Images) -> Float[Tensor, "M B C"]:
+        logits = super().member_logits(x)
+        if self.num_members == 1 or len(x) < SMALL:
+            return logits
+        # the average can be near its boundary where no member is near its own
+        average = mean_log_probs(logits.detach(), self.mixture)
+        return self._exact_near(average, x, logits, self.ensemble.member_logits)
+
+    @staticmethod
+    def _exact_near(
+        answers: Logits, x: Images, logits: Tensor, exact: Callable[[Images], Tensor]
+    ) -> Tensor:
+        """The logits, with exact ones of the images whose answers are near a boundary."""
+        rows = (gap(answers) < NEAR).nonzero().flatten()
         if len(rows) == 0:
             return logits
         # added as constants: these values become exact, their gradients remain those of bfloat16
         with torch.no_grad():
-            shift = self.ensemble.logits_of(m, x.detach()[rows]) - logits[rows]
-        return logits.index_add(0, rows, shift)
+            shift = exact(x.detach()[rows]) - logits.index_select(-2, rows)
+        return logits.index_add(-2, rows, shift)
 
 
 def gap(logits: Logits) -> Float[Tensor, " B"]:
@@ -122,26 +136,25 @@ def gap(logits: Logits) -> Float[Tensor, " B"]:
     return (top[:, 0] - top[:, 1]) / logits.detach().std(1).clamp_min(TINY)
 
 
-def bfloat16_copy(wanted: AttackPrecision, ensemble: Ensemble, x: Images) -> Ensemble | None:
-    """The ensemble that aware attacks query in bfloat16; None if they query in single precision.
+def attack_copy(wanted: AttackPrecision, ensemble: Ensemble, x: Images) -> Ensemble | None:
+    """What aware attacks query in place of the ensemble; None for the ensemble itself.
 
-    "auto" takes bfloat16 where it is faster and agrees. It is faster if the processor supports it
-    and images are not small. It agrees if, on some images, the distance of the two largest logits
-    changes by at most three quarters of `NEAR`, and the gradients of the largest logit have a mean
-    cosine of at least 0.9 for every member.
+    For "auto" a copy with folded batch norms, which answers alike but for rounding, and faster. For
+    "bf16" the same, or the ensemble itself, to be queried in bfloat16 by `InBfloat16`.
 
     Warns:
-        UserWarning: if "bf16" is wanted and does not agree.
+        UserWarning: if "bf16" is wanted and does not agree on some images: the distance of the two
+            largest logits changes by more than three quarters of `NEAR`, or the gradients of the
+            largest logit have a mean cosine below 0.9 for a member.
     """
     if wanted == "fp32" or x.dtype != torch.float32:
         return None
-    if wanted == "auto" and (x[0].numel() < PIXELS or not _computes_bfloat16(x.device)):
-        return None
-    folded = _folded(ensemble)
-    if _agrees(ensemble, folded, x[spread(x)]):
-        return folded
+    folded, some = _folded(ensemble), x[spread(x)]
     if wanted == "auto":
-        return None
+        return folded if _agrees(ensemble, folded, some, moved=1e-3, cosine=0.999) else None
+    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+        if _agrees(ensemble, folded, some, moved=0.75 * NEAR, cosine=0.9):
+            return folded
     warnings.warn(
         "the model answers differently in bfloat16 and in single precision: attacks in "
         "bfloat16 may be weaker, and the accuracy too high. Use precision fp32 or auto",
@@ -196,14 +209,14 @@ def _fused_graph(traced: fx.GraphModule) -> fx.GraphModule:
     return traced
 
 
-def _agrees(ensemble: Ensemble, approximate: Ensemble, x: Images) -> bool:
+def _agrees(ensemble: Ensemble, other: Ensemble, x: Images, *, moved: float, cosine: float) -> bool:
+    """Whether another ensemble, under the current autocast, answers as this one without it."""
     for m in range(ensemble.num_members):
-        full, slope = _answer(ensemble, m, x)
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            half, coarse = _answer(approximate, m, x)
-        moved = (gap(half) - gap(full)).abs()
+        with torch.autocast(x.device.type, enabled=False):
+            exact, slope = _answer(ensemble, m, x)
+        given, coarse = _answer(other, m, x)
         alike = torch.cosine_similarity(slope, coarse, dim=1).mean()
-        if not (bool((moved <= 0.75 * NEAR).all()) and float(alike) >= 0.9):
+        if not (bool(((gap(given) - gap(exact)).abs() <= moved).all()) and float(alike) >= cosine):
             return False
     return True
 
@@ -215,10 +228,3 @@ def _answer(ensemble: Ensemble, m: int, x: Images) -> tuple[Logits, Float[Tensor
         logits = ensemble.logits_of(m, x)
         grad = input_gradient(logits.float().amax(1), x)
     return logits.detach().float(), grad.flatten(1)
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # without these instructions bfloat16 is emulated, which is not faster than single precision
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
