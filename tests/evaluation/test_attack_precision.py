@@ -105,7 +105,7 @@ def test_bfloat16_is_taken_on_request_and_warned_of_where_it_differs() -> None:
 
 
 def test_an_average_near_its_boundary_is_that_of_single_precision() -> None:
-    plain, x = members(), images(400)
+    plain, x = members(), images(4000)
     given, exact = (ensemble.averaged()(x) for ensemble in (view(), plain))
     near = gap(exact) < NEAR / 2
     assert near.any()

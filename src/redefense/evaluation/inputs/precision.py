@@ -93,7 +93,7 @@ class InBfloat16(Ensemble):
 
     Args:
         ensemble: recomputes outputs near a decision boundary.
-        approximate: from `attack_copy`; queried in bfloat16, or in single precision with few images.
+        approximate: from `attack_copy`; queried in bfloat16, with few images in single precision.
     """
 
     def __init__(self, ensemble: Ensemble, approximate: Ensemble) -> None:
