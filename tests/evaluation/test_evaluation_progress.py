@@ -16,7 +16,7 @@ from redefense.evaluation import store as stores
 from redefense.evaluation.cells import Cell, Subject, Task
 from redefense.evaluation.progress import Progress, rough_passes
 from redefense.evaluation.run import run_suite
-from redefense.evaluation.store import in_chunks, own_images, read_arrays
+from redefense.evaluation.store import in_chunks, own_images, read_arrays, read_object
 from redefense.evaluation.suite import SUITES
 from redefense.rng import stream
 from redefense.runtime.workers import Workers
@@ -164,6 +164,16 @@ def _figures(store: Path | None) -> dict[str, Any]:
     for cell in data["cells"]:
         cell.pop("seconds")
     return data
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "{}", '{"other": 1}'])
+def test_a_stored_object_without_its_key_is_damaged(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "measures.json"
+    assert read_object(path, "diversity") is None  # missing
+    path.write_text(text)
+    assert read_object(path, "diversity") is None
+    path.write_text('{"diversity": {}, "other": 1}')
+    assert read_object(path, "diversity") == {"diversity": {}, "other": 1}
 
 
 def test_a_finished_evaluation_leaves_no_chunks_behind(

@@ -207,7 +207,8 @@ def _measured(job: Job, runner: Runner) -> dict[str, Any]:
     if worst is None:
         return {}
     # both or none: figures without their points would leave the headline too high
-    found, cell = read_object(job.place("measures.json")), Cell.read(job.place("measures.npz"))
+    found = read_object(job.place("measures.json"), "diversity")
+    cell = Cell.read(job.place("measures.npz"))
     if found is None or cell is None:
         found, first = member_measures(
             job.subject, as_threat(job.threat), worst.correct, seed=job.seed, progress=job.progress
@@ -227,7 +228,10 @@ def _full_checks(
     """The S-checks that run attacks; their points within the threat count for the headline."""
     # first, since it compares with the worst case of the suite alone
     stronger, worst = stronger_budget(runner, plan), runner.worst
-    stored, cell = read_object(job.place("checks.json")), Cell.read(job.place("checks.npz"))
+    stored, cell = (
+        read_object(job.place("checks.json"), "checks"),
+        Cell.read(job.place("checks.npz")),
+    )
     if stored is None or (worst is not None and cell is None):
         found, first = full_checks(job.subject, plan, records, job.seed, counts=worst is not None)
         if worst is not None and first is not None:

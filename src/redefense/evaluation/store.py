@@ -28,15 +28,15 @@ VALUES: Final = 2 * CHUNK * 3 * 64 * 64
 """Largest number of values (pixels x channels, summed over images) in a chunk."""
 
 
-def read_object(path: Path | None) -> dict[str, Any] | None:
-    """The object in a JSON file; None if it is missing or damaged."""
+def read_object(path: Path | None, *keys: str) -> dict[str, Any] | None:
+    """The object in a JSON file; None if it is missing or damaged, or lacks one of the keys."""
     if path is None or not path.is_file():
         return None
     try:
         found = json.loads(path.read_text())
     except BAD_JSON:
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.keys() >= set(keys) else None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ def _pilot(job: Job, network: Stochastic) -> Draws:
     It is fixed before the first scoring draw and equal for all cells, since optional stopping would
     bias the figures. Pilot draws are not used for scoring.
     """
-    found = read_object(job.place("pilot.json"))
+    found = read_object(job.place("pilot.json"), "spread")
     if found is None:
         # an unaware and an aware attack, whose accuracies vary differently over the draws
         tried = ((PGD(steps=5, keep_best=False), "sampled"), (Hinge(steps=5), "members"))
