@@ -228,10 +228,8 @@ def _full_checks(
     """The S-checks that run attacks; their points within the threat count for the headline."""
     # first, since it compares with the worst case of the suite alone
     stronger, worst = stronger_budget(runner, plan), runner.worst
-    stored, cell = (
-        read_object(job.place("checks.json"), "checks"),
-        Cell.read(job.place("checks.npz")),
-    )
+    stored = read_object(job.place("checks.json"), "checks")
+    cell = Cell.read(job.place("checks.npz"))
     if stored is None or (worst is not None and cell is None):
         found, first = full_checks(job.subject, plan, records, job.seed, counts=worst is not None)
         if worst is not None and first is not None:
