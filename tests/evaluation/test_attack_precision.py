@@ -4,6 +4,7 @@ import warnings
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from redefense import evaluate
 from redefense.attacks import Hinge
 from redefense.ensembles import Independent
 from redefense.errors import ConfigError
+from redefense.evaluation.cells import Subject
 from redefense.evaluation.inputs.batches import in_batches
 from redefense.evaluation.inputs.precision import NEAR, SMALL, InBfloat16, attack_copy, gap
+from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.suite import SUITES
 from redefense.models.double_backward import BatchNorm2d
 from redefense.models.resnet import conv
@@ -172,8 +175,38 @@ class Scaled(nn.Module):
         return logits if isinstance(x, torch.Tensor) else logits + logits * logits
 
 
-def test_a_copy_that_answers_differently_is_not_used() -> None:
-    assert attack_copy("auto", Independent([Scaled(network(0))]), images()) is None
+class Failing(nn.Module):
+    """Fails when torch has traced it, since the traced code expects a mapping."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(x if isinstance(x, torch.Tensor) else x["image"])
+        return logits
+
+
+@pytest.mark.parametrize("other", [Scaled, Failing])
+def test_a_copy_that_answers_differently_is_not_used(
+    other: type[nn.Module], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert attack_copy("auto", Independent([other(network(0))]), images()) is None
+    assert capfd.readouterr().err == ""
+
+
+def test_attacks_that_are_not_aware_and_those_of_users_query_the_ensemble_itself() -> None:
+    ensemble, x = Independent([normalised(0)]), images(20)
+    copy = attack_copy("auto", ensemble, x)
+    subject = Subject(ensemble, x, torch.zeros(20).long(), np.arange(20), "squares", copy=copy)
+    exact = ensemble.logits_of(0, x)
+    meter = Meter()
+    assert torch.equal(subject.metered(meter, aware=False).logits_of(0, x), exact)
+    assert torch.equal(subject.metered(meter, foreign=True).logits_of(0, x), exact)
+    folded = subject.metered(meter).logits_of(0, x)
+    assert not torch.equal(folded, exact)
+    torch.testing.assert_close(folded, exact, rtol=1e-4, atol=1e-4)
+    assert meter.forwards == 60
 
 
 def test_an_evaluation_says_how_it_attacked(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def evaluate(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Precision in which aware attacks query the ensemble: fp32, bf16 or auto."
+            help="How aware attacks query the ensemble: fp32 (as it is), auto (batch norms folded) "
+            "or bf16 (folded, in bfloat16)."
         ),
     ] = None,
     stochastic: Annotated[

@@ -102,8 +102,9 @@ def evaluate(
         cascade: whether aware attacks skip images on which an earlier attack fooled every member;
             default: the suite's setting. The headline is the same either way if attacks do not
             start from points of others.
-        precision: precision in which aware attacks query the ensemble, "fp32", "bf16" or "auto";
-            default: the suite's setting. Points are verified in single precision.
+        precision: how aware attacks query the ensemble: "fp32" as it is, "auto" as a copy with
+            folded batch norms, "bf16" as such a copy in bfloat16; default: the suite's setting.
+            Points are judged by the ensemble itself.
         stochastic: "auto" detects models with random outputs and measures them by fresh draws, with
             a warning; "on" measures every model so; "off" refuses models with random outputs. The
             layers stay in the given modes: active dropout stays active.

@@ -200,7 +200,7 @@ class Task:
     Attributes:
         view: "sampled", "averaged", "members", or "member 0" for the first member alone.
         name: of its random streams.
-        aware: whether the attack is aware of the draw, and may compute in another precision.
+        aware: whether the attack is aware of the draw, and may query the copy of the ensemble.
         met: (n,) the images to attack; the others count as fooled.
         starts: returns starting points (K, B, C, H, W) of a chunk.
         keep: called after each attacked chunk.

@@ -20,7 +20,7 @@ from redefense.ensembles import Ensemble, frozen_weights
 from redefense.evaluation.cascade.tried import Tried
 from redefense.evaluation.cascade.worst_case import EQUAL
 from redefense.evaluation.cells import Cell, Subject
-from redefense.evaluation.pass_counter import Meter, Metered
+from redefense.evaluation.pass_counter import Meter
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.store import chunk_size
 from redefense.networks import differentiating
@@ -36,7 +36,7 @@ from redefense.results.intervals import (
 )
 from redefense.rng import CHUNK, stream
 from redefense.threat import Threat
-from redefense.types import Bool, Float, Images, Labels, correct
+from redefense.types import Bool, Float, Images, Labels
 
 MEASURED: Final = 200
 """Images on which members are measured; the attacks of the suite run on all images."""
@@ -124,7 +124,7 @@ def member_measures(
     right = torch.from_numpy(tried.clean.correct).to(x.device)
     common = right.all(0)
     jobs: list[Callable[[Tried], Any]] = [
-        lambda tried: _costed_curve(attacked, x, y, threat, worst, tried, seed=seed),
+        lambda tried: _costed_curve(subject, x, y, threat, worst, tried, seed=seed),
         *(
             partial(convention.row, attacked, m, x, y, common, threat, seed=seed)
             for convention in CONVENTIONS.values()
@@ -163,11 +163,11 @@ def member_measures(
 
 
 def _costed_curve(
-    ensemble: Ensemble, x: Images, *more: Any, seed: int
+    subject: Subject, x: Images, *more: Any, seed: int
 ) -> tuple[list[list[float]], dict[str, Any]]:
     """The `curve`, the number of its images and the number of passes per image."""
     meter = Meter()
-    rows = curve(Metered(ensemble, meter), x, *more, seed=seed)
+    rows = curve(subject.metered(meter), x, *more, seed=seed)
     count = max(1, len(x))
     return rows, {
         "attack": repr(ATTACKS["hinge"]()),
@@ -212,11 +212,10 @@ def curve(
             points = ATTACKS["hinge"]()(ensemble, x[left], y[left], at, rng=rng)
             rows = left.cpu().numpy()
             # points of a larger ball must not count for the headline
-            if eps <= threat.eps:
-                hits = tried.offer(points, left).correct[:, rows]
-            else:
-                with torch.no_grad():
-                    hits = correct(ensemble.member_logits(points), y[left]).cpu().numpy()
+            within = eps <= threat.eps
+            hits = (
+                tried.offer(points, left).correct[:, rows] if within else tried.judged(points, left)
+            )
             lowest[rows] = np.minimum(lowest[rows], exact_expectation(hits, mixture))
         if eps >= threat.eps:
             lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))

@@ -21,10 +21,10 @@ _MAKERS: Final = (
     "threat.py", "types.py", "runtime/device.py", "runtime/spread.py", "runtime/workers.py",
     "results/accuracy.py", "results/intervals.py", "stochastic/*.py",
     "evaluation/cascade/*.py", "evaluation/inputs/precision.py",
-    "evaluation/stochastic/*.py",
+    "evaluation/stochastic/*.py", "checks/*.py",
     *(f"evaluation/{name}.py" for name in (
-        "baselines", "budget_check", "cells", "member_statistics", "pass_counter", "plan",
-        "store", "suite",
+        "baselines", "budget_check", "cells", "full_checks", "member_statistics",
+        "pass_counter", "plan", "run", "store", "suite",
     )),
 )  # fmt: skip
 """The modules that determine the saved intermediate results of an evaluation."""

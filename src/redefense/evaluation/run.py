@@ -146,6 +146,7 @@ def _facts(job: Job, made: Mapping[str, Any], clean: Cell, mixture: Floats) -> d
         "mixture": mixture.tolist(),
         "randomized": subject.randomized,
         "attack_precision": "bf16" if subject.half else "fp32",
+        "attacked_copy": subject.copy is not None,
         "clean": {
             "expected": float(exact_expectation(clean.correct, mixture).mean()),
             "averaged": float(clean.averaged.mean()),

@@ -74,6 +74,11 @@ class Tried:
         self.add(cell)
         return cell
 
+    def judged(self, points: Images, rows: Bool[Tensor, " k"]) -> Bools:
+        """(M, j) correctness of the members on one point for each image of `rows`; no record."""
+        correct: Bools = judge(self._ensemble, points, self._x[rows], self._y[rows])["correct"]
+        return correct
+
     def offer_rounds(self, points: Images) -> Bools:
         """Record R rounds of points within the threat, all judged in one pass.
 
