@@ -18,6 +18,7 @@ from redefense.claims.recompute import recompute
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.suite import CellSpec, Suite
 from redefense.models.randomized import GaussianNoise
+from redefense.results.schema import digest
 from redefense.threat import Threat
 
 IMAGES = 24
@@ -200,7 +201,7 @@ def test_what_was_changed_is_refused_with_the_reason(
     edit(claim)
     if not hashed:
         rest = {key: value for key, value in claim.items() if key != "sha256"}
-        claim["sha256"] = format.digest(rest)
+        claim["sha256"] = digest(rest)
     path = tmp_path / "changed.json"
     path.write_text(json.dumps(claim))
     checked = command("claim", "check", path, "--json")
@@ -301,7 +302,7 @@ def test_an_attack_that_every_version_of_a_suite_has_may_not_be_missing(
     claim = json.loads((folder / "ensemble.json").read_text())
     claim["evaluations"][0]["suites"][0]["version"] = version
     attack(claim)
-    claim["sha256"] = format.digest({key: claim[key] for key in claim if key != "sha256"})
+    claim["sha256"] = digest({key: claim[key] for key in claim if key != "sha256"})
     path = tmp_path / "older.json"
     path.write_text(json.dumps(claim))
     checked = command("claim", "check", path)

@@ -23,6 +23,7 @@ from redefense.recipes import recipe
 from redefense.report.tables import percent
 from redefense.results.intervals import paired_difference
 from redefense.results.join import join
+from redefense.results.paired import NO_AWARE, NO_RECORDS
 from redefense.train.experiment import train
 
 ROOT = Path(redefense.__file__).resolve().parents[2]
@@ -335,7 +336,10 @@ def test_runs_that_met_other_attacks_are_compared_under_those_of_both(runs: Path
     np.testing.assert_array_equal(everything, whole)
     unkept = tuple(c.model_copy(update={"each": None}) for c in fewer)
     old = part.model_copy(update={"cells": unkept})
-    assert tables._paired(old, base) == "other attacks"
+    assert tables._paired(old, base) == NO_RECORDS
+    unaware = tuple(c for c in other.cells if not c.aware)
+    assert tables._paired(other.model_copy(update={"cells": unaware}), base) == NO_AWARE
+    assert tables._paired(other.model_copy(update={"eps": 2 * other.eps}), base) == ""
 
 
 def test_what_is_no_claim_is_named(runs: Path, tmp_path: Path) -> None:

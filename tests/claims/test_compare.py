@@ -67,6 +67,39 @@ def test_only_attacks_that_all_have_met_count(at: list[format.Claim]) -> None:
     assert not alone["red"].aware.any()
 
 
+def test_no_image_is_left_out_and_the_recorded_worst_case_is_for_equal_suites(
+    at: list[format.Claim],
+) -> None:
+    zero = np.zeros(N)
+    it = claim("red-0", np.ones(N), {"fgsm": np.ones(N), "hinge": np.ones(N)})
+    (found,) = it.evaluations
+    (base,) = at[0].evaluations
+    lower = found.model_copy(update={"lowest": format.packed(zero, deflate=False)})
+
+    def aware(plain: format.Evaluated, other: format.Evaluated) -> NDArray[np.float64]:
+        both = {
+            name: [it.model_copy(update={"evaluations": (e,)})]
+            for name, e in (("at", plain), ("red", other))
+        }
+        return compare.under_common(both)[0]["red"].aware
+
+    plan = format.Plan(
+        file="quick", suite="quick", norm="inf", eps=0.03, images=N, seed=0, seeds=1,
+        checks="quick", provenance={},
+    )  # fmt: skip
+    repeated = plan.model_copy(update={"seeds": 3})
+    alone = base.model_copy(update={"suites": (plan,)})
+    assert not aware(alone, lower.model_copy(update={"suites": (plan,)})).any()
+    assert aware(alone, lower.model_copy(update={"suites": (repeated,)})).all()
+    # an attack of this claim alone fooled images, which an attack of both then skipped
+    met = format.packed((np.arange(N) >= 30).astype(float))
+    fgsm, hinge = found.cells
+    arc = claim("", zero, {"arc": zero}).evaluations[0].cells
+    cells = (fgsm, hinge.model_copy(update={"met": met}), *arc)
+    with pytest.raises(DataError, match=r"red has no worst case .* on 30 images"):
+        aware(base, found.model_copy(update={"cells": cells}))
+
+
 def test_figures_are_means_over_seeds_and_differences_are_paired(
     at: list[format.Claim],
 ) -> None:

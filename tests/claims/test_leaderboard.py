@@ -13,6 +13,7 @@ from cli_tools import command
 from redefense.claims import format, leaderboard
 from redefense.evaluation.suite import SUITES, CellSpec
 from redefense.results.intervals import accuracy_interval
+from redefense.results.schema import suite_version
 
 N = 50
 
@@ -50,7 +51,7 @@ def claim(
     )  # fmt: skip
     plan = format.Plan(
         file=suite, suite=suite, norm="inf", eps=0.1, images=N, seed=0, seeds=1, checks="quick",
-        version=format.suite_version(definition), provenance={"commit": "a" * 40},
+        version=suite_version(definition), provenance={"commit": "a" * 40},
     )  # fmt: skip
     found = format.Evaluated(
         data={"name": "digits", "split": "test", "num_images": N, "sha256": "b" * 64},

@@ -23,11 +23,9 @@ from redefense.claims.format import (
     Evaluated,
     Figure,
     Plan,
-    digest,
     parse,
     unpacked,
 )
-from redefense.claims.format import suite_version as version_of
 from redefense.config import parse_run
 from redefense.defences import draws_member
 from redefense.errors import DataError, RedefenseError
@@ -43,7 +41,9 @@ from redefense.results.schema import (
     Data,
     Evaluation,
     Headline,
+    digest,
 )
+from redefense.results.schema import suite_version as version_of
 from redefense.train.loading import resolve
 
 TOLERANCE: Final = 3e-5

@@ -12,12 +12,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from redefense.claims.format import Claim, Evaluated, least, unpacked
+from redefense.claims.format import Claim, Evaluated, least, records_of, unpacked
 from redefense.claims.tables import read_whole, with_brackets
 from redefense.errors import ConfigError, DataError
 from redefense.report.tables import points, with_interval
 from redefense.results.intervals import difference_over_seeds, over_seeds
-from redefense.results.paired import Attack
+from redefense.results.paired import Attack, alike
 
 Values = NDArray[np.float64]
 
@@ -67,8 +67,8 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
     largest.
 
     Raises:
-        DataError: if the claims have different images or threats, no per-image correctness, or no
-            common attack of either kind.
+        DataError: if the claims have different images or threats, no per-image correctness, no
+            common attack of either kind, or images that a common attack skipped.
     """
     found = {
         name: [{e.subject: e for e in it.evaluations} for it in seeds]
@@ -88,18 +88,28 @@ def under_common(methods: Mapping[str, Sequence[Claim]]) -> tuple[dict[str, Row]
     # without both kinds a column of the table would be empty
     if not aware or aware == attacks:
         raise DataError("the claims must share at least one aware and one unaware attack")
+    # the recorded worst case is over further attacks, too, which must be the same for all
+    whole = alike(records_of(sets[chosen]) for sets in every)
     rows = {
-        name: _row([sets[chosen] for sets in seeds], attacks, attacks - aware)
+        name: _row([sets[chosen] for sets in seeds], attacks, attacks - aware, whole=whole)
         for name, seeds in found.items()
     }
-    # images that only other attacks fooled were not attacked by all common ones
-    known = ~np.isnan(np.concatenate([row.aware for row in rows.values()])).any(0)
-    return {name: Row(*(v[:, known] for v in row)) for name, row in rows.items()}, len(attacks)
+    for name, row in rows.items():
+        # without these images a method would seem stronger: another attack had fooled them
+        if skipped := int(np.isnan(row.aware).any(0).sum()):
+            raise DataError(
+                f"{name} has no worst case over the {len(attacks)} attacks of all claims on "
+                f"{skipped} images, which one of them skipped since another attack had fooled "
+                "them: compare claims of the same suites, or evaluate with --no-cascade"
+            )
+    return rows, len(attacks)
 
 
-def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) -> Row:
+def _row(
+    seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack], *, whole: bool
+) -> Row:
     # raises for claims without per-image correctness
-    aware = [_worst(e, common) for e in seeds]
+    aware = [_worst(e, common, whole=whole) for e in seeds]
     # for each seed the strongest attack: an attacker of one model chooses for this model
     kept = [
         {a: unpacked(c.each) for a, c in e.attacks().items() if c.each is not None} for e in seeds
@@ -111,10 +121,10 @@ def _row(seeds: Sequence[Evaluated], common: Set[Attack], unaware: Set[Attack]) 
     )
 
 
-def _worst(found: Evaluated, common: Set[Attack]) -> Values:
-    """Worst case over the common attacks; over all attacks if there are no others."""
-    whole = found.per_image() if common == found.attacks().keys() else None
-    return least(found, common) if whole is None else whole
+def _worst(found: Evaluated, common: Set[Attack], *, whole: bool) -> Values:
+    """Worst case over the common attacks; the recorded one for `whole`."""
+    recorded = found.per_image() if whole else None
+    return least(found, common) if recorded is None else recorded
 
 
 def table(methods: Mapping[str, Sequence[Claim]], against: str | None = None) -> str:

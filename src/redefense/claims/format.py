@@ -8,10 +8,8 @@ paired differences under matched attacks.
 """
 
 import base64
-import hashlib
-import json
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -25,7 +23,7 @@ from redefense.results import paired
 from redefense.results.intervals import Estimate
 from redefense.results.paired import Attack
 from redefense.results.records import read_json, valid
-from redefense.results.schema import Budget, Check, Data
+from redefense.results.schema import Budget, Check, Data, digest
 from redefense.runtime.files import write_json
 
 STEPS: Final = 65535
@@ -205,6 +203,16 @@ class Evaluated(_Data):
         """Accuracy of the best single member, or of the chosen one if only that is known."""
         return max(self.alone, key=lambda it: it.value, default=self.best_single_member)
 
+    @property
+    def protocol(self) -> list[list[Any]]:
+        """Name, version, seeds and checks of each suite, which decide what attacked besides cells.
+
+        Repeats of an attack and the full checks attack, too, and lower the worst case.
+        """
+        return sorted(
+            [p.name, p.version or digest(p.suite), p.seeds, p.checks] for p in self.suites
+        )
+
     def per_image(self) -> NDArray[np.float64] | None:
         """(n,) lowest expected correctness under any bounded attack."""
         return None if self.lowest is None else _of_levels(base64.urlsafe_b64decode(self.lowest))
@@ -352,20 +360,6 @@ def _of_levels(raw: bytes) -> NDArray[np.float64]:
     return levels / STEPS
 
 
-def digest(value: object) -> str:
-    """SHA-256 of data as JSON, independent of the order of its keys."""
-    # one way of writing equal data, or equal claims would have different hashes
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def suite_version(suite: Mapping[str, Any]) -> str:
-    """Version of a suite: 12 hexadecimal digits of the hash of its attacks and their settings."""
-    # name, summary and precision do not change which attacks are run
-    parts = {key: suite[key] for key in ("cells", "baseline_attacks", "measures") if key in suite}
-    return digest(parts)[:12]
-
-
 def dumped(it: Claim) -> dict[str, Any]:
     """The claim as JSON, with the hash of its content."""
     found = it.model_dump(mode="json", by_alias=True, exclude={"sha256"})
@@ -422,4 +416,5 @@ def records_of(found: Evaluated) -> paired.Records:
         },
         aware={key for key, c in attacks.items() if c.aware},
         lowest=found.per_image(),
+        protocol=found.protocol,
     )

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from redefense.audit.finding import Finding
 from redefense.claims.check import check, current
-from redefense.claims.format import Claim, Evaluated, Figure, Plan, digest, read, unpacked
+from redefense.claims.format import Claim, Evaluated, Figure, Plan, read, unpacked
 from redefense.config import parse_run
 from redefense.data import published
 from redefense.errors import DataError
 from redefense.evaluation.suite import fixes_threat
 from redefense.radius import eps_text
 from redefense.results.intervals import Estimate, over_seeds
+from redefense.results.schema import digest
 from redefense.train.loading import resolve
 
 Values = NDArray[np.float64]
@@ -237,15 +238,10 @@ def groups_of(entries: Iterable[Entry]) -> list[Group]:
 
 def _met(found: Evaluated) -> str:
     """Key of images, threat, suites and attacks: rows with equal keys may be ranked together."""
-    suites = sorted(
-        # repetitions and full checks attack, too, and lower the worst case
-        (plan.name, plan.version or digest(plan.suite), plan.seeds, plan.checks)
-        for plan in found.suites
-    )
     # older evaluations have no hash of their data; then all that is known of them must agree
     data = found.data.get("sha256") or found.data
     attacks = sorted(map(str, found.attacks()))
-    return digest([data, found.data["num_images"], found.norm, found.eps, suites, attacks])
+    return digest([data, found.data["num_images"], found.norm, found.eps, found.protocol, attacks])
 
 
 def _method(it: Claim) -> str:

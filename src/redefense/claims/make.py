@@ -13,7 +13,6 @@ from redefense.claims.format import (
     Training,
     figure,
     packed,
-    suite_version,
 )
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.suite import SUITES
@@ -21,6 +20,7 @@ from redefense.hub.pretrained import without_paths
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, results_of
 from redefense.results.records import Scored, Stored, load
+from redefense.results.schema import suite_version
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.cost import count
 from redefense.train.loading import Signature, find_final

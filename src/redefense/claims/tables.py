@@ -307,10 +307,10 @@ def gain(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
 
 def _paired(found: Evaluated, base: Evaluated) -> str:
     """Points gained over the base on the same images, under the common attacks."""
-    # paired differences need the same images
-    if found is base or found.lowest is None or base.lowest is None or found.data != base.data:
+    # paired differences need the same images and threat
+    if found is base or found.subject != base.subject:
         return ""
-    if (it := worst_case_gain(records_of(found), records_of(base))) is None:
-        return "other attacks"
-    note = "" if it.attacks is None else f", {it.attacks} attacks of both"
-    return points(it.estimate) + note + ("" if it.images is None else f", {it.images} images")
+    it = worst_case_gain(records_of(found), records_of(base))
+    if it.estimate is None:
+        return it.unknown
+    return points(it.estimate) + ("" if it.attacks is None else f", {it.attacks} attacks of both")

@@ -5,37 +5,33 @@ from typing import Final
 
 from rich.table import Table
 
-from redefense.report.tables import DASH, escape_markdown, labels_of, markdown_table, points
+from redefense.report.tables import escape_markdown, labels_of, markdown_table, points
 from redefense.results.join import Result
-from redefense.results.paired import Difference, differences
+from redefense.results.paired import Difference, attacks_of, differences
 
 HOW: Final = (
     "Accuracy of a run minus that of the first one given, in percentage points, on the same "
     "images, with 95 % intervals. Worst case: the strongest on each image of the attacks "
-    "that both met. An attack has a difference if both met it on all images."
+    "that both met, unknown if one of these skipped images that an attack of one run alone had "
+    "fooled. An attack has a difference if both met it on all images. The intervals are over "
+    "images: of networks that draw in their forward pass the draws are held fixed."
 )
 """What the table of differences shows."""
 
 
-def attacks_of(found: Sequence[Difference]) -> list[str]:
-    """Labels of the attacks with a difference, in the order of the evaluations."""
-    return list(dict.fromkeys(label for it in found for label in it.each))
-
-
 def met(it: Difference) -> str:
-    """The attacks of a worst case and its images, e.g. `the same` or `4 of both, 320 images`."""
-    if it.worst is None:
-        return DASH
-    attacks = "the same" if it.worst.attacks is None else f"{it.worst.attacks} of both"
-    return attacks + ("" if it.worst.images is None else f", {it.worst.images} images")
+    """The attacks of a worst case, `the same` or e.g. `4 of both`, or why it is unknown."""
+    if it.worst.estimate is None:
+        return it.worst.unknown
+    return "the same" if it.worst.attacks is None else f"{it.worst.attacks} of both"
 
 
 def _rows(results: Sequence[Result]) -> Iterator[tuple[Difference, list[str]]]:
     """Each difference with the first cells of its row."""
     names = dict(zip(results, labels_of(results), strict=True))
     for it in differences(results):
-        worst = None if it.worst is None else it.worst.estimate
-        yield it, [names[it.run], names[it.reference], points(it.clean), points(worst), met(it)]
+        figures = (points(it.clean), points(it.worst.estimate))
+        yield it, [names[it.run], names[it.reference], *figures, met(it)]
 
 
 HEADER: Final = ("run", "against", "clean", "worst case", "attacks")
@@ -64,6 +60,6 @@ def markdown_differences(results: Sequence[Result]) -> Iterator[str]:
     if not rows:
         return
     attacks = attacks_of([it for it, _ in rows])
-    header = [*HEADER, *map(escape_markdown, attacks)]
+    header = [*HEADER, *map(escape_markdown, attacks.values())]
     body = [row + [points(it.each.get(attack)) for attack in attacks] for it, row in rows]
     yield from ("## Differences between runs", "", HOW, "", markdown_table(header, body), "")

@@ -371,7 +371,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "curve_cost": list(_curve_cost(results)),
         "curves": list(_eps_curves(results)),
         "differences": (compared := paired.differences(results)),
-        "differing": differences.attacks_of(compared),
+        "differing": paired.attacks_of(compared),
         "how_differ": differences.HOW,
         "met": differences.met,
         "detail": dict(zip(results, details, strict=True)),

@@ -12,7 +12,7 @@ from redefense.results.certificates import Level, certificates_of
 from redefense.results.headline import estimate_of
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, join
-from redefense.results.paired import differences
+from redefense.results.paired import attacks_of, differences
 from redefense.results.records import Scored, Source
 
 COLUMNS: Mapping[str, str] = {
@@ -244,7 +244,7 @@ _CSV_COLUMNS = (
     "run", "data", "split", "num_images", "norm", "eps", "suite", "cell", "attack", "view",
     "aware", "bounded", "accuracy", "low", "high", "protocol", "protocol_sd", "averaged",
     "worst_member", "best_member", "any", "all", "unchanged", "l0", "l2", "linf", "forwards",
-    "backwards", "seconds", "met", "against",
+    "backwards", "seconds", "met", "against", "difference",
 )  # fmt: skip
 
 
@@ -256,7 +256,9 @@ def _plain(value: object) -> object:
     return value
 
 
-def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, object]:
+def _row(
+    result: Result, attack: str, estimate: Estimate | None, kind: str = "accuracy"
+) -> dict[str, object]:
     data = result.data
     row: dict[str, object] = {
         "run": result.name, "data": data.name, "split": data.split,
@@ -264,14 +266,15 @@ def _row(result: Result, attack: str, estimate: Estimate | None) -> dict[str, ob
     }  # fmt: skip
     if estimate is not None:
         scaled = [None if v is None else round(100 * v, 4) for v in estimate]
-        row |= dict(zip(("accuracy", "low", "high"), scaled, strict=True))
+        row |= dict(zip((kind, "low", "high"), scaled, strict=True))
     return row
 
 
 def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
     """One row per figure in percent: of each run the headlines, then every cell.
 
-    Last come paired differences, in points, with the name of the reference in `against`.
+    Last come paired differences over all images, in points in the column `difference`, with the
+    name of the reference in `against`. The columns `low` and `high` are the interval of either.
     """
     rows = []
     for result in results:
@@ -302,10 +305,15 @@ def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
             row["met"] = cell.met
             rows.append(row)
     names = dict(zip(results, labels_of(results), strict=True))
-    for it in differences(results):
-        worst = None if it.worst is None else it.worst.estimate
-        for attack, estimate in {"clean": it.clean, "worst case": worst, **it.each}.items():
-            row = _row(it.run, f"difference: {attack}", estimate)
+    called = attacks_of(compared := differences(results))
+    for it in compared:
+        each = {called[key]: estimate for key, estimate in it.each.items()}
+        for attack, estimate in {
+            "clean": it.clean,
+            "worst case": it.worst.estimate,
+            **each,
+        }.items():
+            row = _row(it.run, f"difference: {attack}", estimate, "difference")
             rows.append(row | {"against": names[it.reference]})
     # every row has every column, since readers of CSV count them
     return [{key: row.get(key) for key in _CSV_COLUMNS} for row in rows]
@@ -336,16 +344,17 @@ def to_json(results: Sequence[Result]) -> str:
         for row, r in zip(summary_rows(results), results, strict=True)
     ]
     names = dict(zip(results, labels_of(results), strict=True))
+    called = attacks_of(found := differences(results))
     compared = [
         {
             "run": names[it.run],
             "against": names[it.reference],
             "clean": it.clean._asdict(),
-            "worst_case": it.worst and it.worst.estimate._asdict(),
-            "common_attacks": it.worst and it.worst.attacks,
-            "common_images": it.worst and it.worst.images,
-            "attacks": {label: estimate._asdict() for label, estimate in it.each.items()},
+            "worst_case": it.worst.estimate and it.worst.estimate._asdict(),
+            "worst_case_unknown": it.worst.unknown or None,
+            "common_attacks": it.worst.attacks,
+            "attacks": {called[key]: estimate._asdict() for key, estimate in it.each.items()},
         }
-        for it in differences(results)
+        for it in found
     ]
     return json.dumps({"schema": 1, "results": rows, "differences": compared}, indent=1) + "\n"

@@ -1,8 +1,9 @@
 """Paired differences of two runs over the same images, under the attacks that both met."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from redefense.results.intervals import Estimate, paired_difference
 from redefense.results.join import Result
 from redefense.results.records import Scored
+from redefense.results.schema import suite_version
 
 Values = NDArray[np.float64]
 
@@ -31,26 +33,35 @@ class Records:
     Attributes:
         clean: (n,) expected correctness without an attack.
         attacks: the bounded attacks; `aware`, those that know how a member is drawn.
-        lowest: (n,) expected correctness in each image's worst case over everything that was run.
+        lowest: (n,) expected correctness in each image's worst case over everything that was run,
+            the repeats of attacks and the attacks of checks and baselines among it.
+        protocol: name, version, seeds and checks of each suite: of runs with the same ones `lowest`
+            is over the same kinds of further attacks. None if they are unknown.
     """
 
     clean: Values | None
     attacks: Mapping[Attack, Met]
     aware: Collection[Attack]
     lowest: Values | None
+    protocol: Sequence[object] | None
 
 
 class Gain(NamedTuple):
-    """A paired difference in the worst case.
+    """A paired difference in the worst case, over all images.
 
     Attributes:
+        estimate: None if it is unknown.
         attacks: number of common attacks; None if neither run met any other.
-        images: number of images on which both worst cases are known; None for all.
+        unknown: why there is no estimate, for a table.
     """
 
-    estimate: Estimate
-    attacks: int | None
-    images: int | None
+    estimate: Estimate | None
+    attacks: int | None = None
+    unknown: str = ""
+
+
+NO_AWARE: Final = "no aware attack of both"
+NO_RECORDS: Final = "no worst case of single images"
 
 
 def least(clean: Values | None, attacks: Sequence[Met]) -> Values | None:
@@ -71,29 +82,37 @@ def least(clean: Values | None, attacks: Sequence[Met]) -> Values | None:
     return np.where(known | (lowest == 0), lowest, np.nan)
 
 
-def worst_case_gain(one: Records, other: Records) -> Gain | None:
+def alike(runs: Iterable[Records]) -> bool:
+    """Whether runs met the same attacks under the same protocol, so that `lowest` is comparable."""
+    first, *others = runs
+    return first.protocol is not None and all(
+        it.attacks.keys() == first.attacks.keys() and it.protocol == first.protocol for it in others
+    )
+
+
+def worst_case_gain(one: Records, other: Records) -> Gain:
     """One run minus another in the worst case over the attacks that both met.
 
-    None if records are missing or no common attack is aware: without one the figure is no claim of
-    robustness.
+    It is unknown if no common attack is aware, since the figure would be no claim of robustness; if
+    records are missing or are those of draws; and if the worst case of some image is unknown. An
+    image is not left out: it is one on which an attack of one run alone had fooled every member, so
+    that without it this run would seem stronger.
     """
-    mine, theirs = one.lowest, other.lowest
-    if mine is None or theirs is None:
-        return None
     common = one.attacks.keys() & other.attacks.keys()
-    if one.attacks.keys() == other.attacks.keys():
-        return Gain(paired_difference(mine, theirs), None, None)
     if not common & set(one.aware):
-        return None
+        return Gain(None, unknown=NO_AWARE)
+    mine, theirs = one.lowest, other.lowest
+    # of a network that draws `lowest` is None: a minimum over its estimates would be biased down
+    if mine is None or theirs is None:
+        return Gain(None, unknown=NO_RECORDS)
+    if alike((one, other)):
+        return Gain(paired_difference(mine, theirs))
     mine, theirs = (least(it.clean, [it.attacks[key] for key in common]) for it in (one, other))
     if mine is None or theirs is None:
-        return None
-    # images that only other attacks fooled were not attacked by all common ones
-    known = ~np.isnan(mine) & ~np.isnan(theirs)
-    if not known.any():
-        return None
-    images = None if known.all() else int(known.sum())
-    return Gain(paired_difference(mine[known], theirs[known]), len(common), images)
+        return Gain(None, unknown=NO_RECORDS)
+    if skipped := int((np.isnan(mine) | np.isnan(theirs)).sum()):
+        return Gain(None, unknown=f"unknown: an attack of both skipped {skipped} images")
+    return Gain(paired_difference(mine, theirs), len(common))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -102,14 +121,14 @@ class Difference:
 
     Attributes:
         worst: in the worst case over the attacks that both met.
-        each: under every bounded attack that both met on all images, by its label.
+        each: under every bounded attack that both met on all images.
     """
 
     run: Result
     reference: Result
     clean: Estimate
-    worst: Gain | None
-    each: Mapping[str, Estimate]
+    worst: Gain
+    each: Mapping[Attack, Estimate]
 
 
 def differences(results: Iterable[Result]) -> list[Difference]:
@@ -127,9 +146,8 @@ def differences(results: Iterable[Result]) -> list[Difference]:
         reference, base = first.setdefault(key, (result, records))
         if reference is result:
             continue
-        labels = {_key(c): c.label for c in reference.bounded}
         each = {
-            labels[key]: paired_difference(mine.q, theirs.q)
+            key: paired_difference(mine.q, theirs.q)
             for key, mine in records.attacks.items()
             if (theirs := base.attacks.get(key)) is not None
             and mine.q is not None
@@ -151,6 +169,25 @@ def differences(results: Iterable[Result]) -> list[Difference]:
     return found
 
 
+def attacks_of(found: Sequence[Difference]) -> dict[Attack, str]:
+    """Distinct names of the attacks with a difference, in the order of the evaluations.
+
+    The suite, and if needed the settings, are given for attacks with equal labels.
+    """
+    cells = {
+        key: cell for it in found for cell in it.reference.bounded if (key := _key(cell)) in it.each
+    }
+    names = {key: cell.label for key, cell in cells.items()}
+    words = (lambda c: f"suite {c.suite}", lambda c: c.cell.repr, lambda c: c.cell.view)
+    for word in words:
+        count = Counter(names.values())
+        names = {
+            key: name if count[name] == 1 else f"{name}, {word(cells[key])}"
+            for key, name in names.items()
+        }
+    return names
+
+
 def records_of(result: Result) -> Records:
     """The records of a joined result."""
     # of an attack of several suites the records over all images, if there are any
@@ -160,7 +197,18 @@ def records_of(result: Result) -> Records:
         attacks={_key(c): _met(c) for c in cells},
         aware={_key(c) for c in cells if c.cell.aware},
         lowest=result.q_aware,
+        protocol=_protocol(result),
     )
+
+
+def _protocol(result: Result) -> Sequence[object] | None:
+    plans = [(stored.evaluation.suite, stored.plan) for stored in result.suites]
+    known = [
+        (name, suite_version(plan.suite), plan.seeds, plan.checks)
+        for name, plan in plans
+        if plan is not None
+    ]
+    return sorted(known) if len(known) == len(plans) else None
 
 
 def _met(scored: Scored) -> Met:

@@ -1,5 +1,8 @@
 """Schema 1 of a stored evaluation, `DIR/evaluation/SUITE.json`. Needs no torch."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -116,6 +119,20 @@ class Plan(_Record):
     weights: str | None = None
     parameters: int | None = None
     objects: dict[str, str] = {}
+
+
+def digest(value: object) -> str:
+    """SHA-256 of data as JSON, independent of the order of its keys."""
+    # one way of writing equal data, or equal claims would have different hashes
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def suite_version(suite: Mapping[str, Any]) -> str:
+    """Version of a suite: 12 hexadecimal digits of the hash of its attacks and their settings."""
+    # name, summary and precision do not change which attacks are run
+    parts = {key: suite[key] for key in ("cells", "baseline_attacks", "measures") if key in suite}
+    return digest(parts)[:12]
 
 
 class CurveCost(_Record):
