@@ -111,11 +111,11 @@ def has_no_values(x: Tensor) -> bool:
 
 
 def _channels_come_last(height: int, width: int, channels: int) -> bool:
-    """Whether the shape of an image can only be read as (H, W, channels).
+    """Whether the shape of an image looks like (H, W, channels).
 
     A network that flattens its images would take them in either order without an error.
     """
-    # (channels, length, 1) is a signal, unless both are equal
+    # signals are (channels, length, 1): with a single channel only square images are refused
     grey = channels == 1 and height == width
     return (grey or channels == 3) and min(height, width) > 4
 
@@ -123,7 +123,7 @@ def _channels_come_last(height: int, width: int, channels: int) -> bool:
 def check_images(x: object, what: str = "images") -> None:
     """Check for a non-empty float batch (B, ch, H, W) with finite values in [0, 1].
 
-    Batches that are clearly (B, H, W, ch), with 1 or 3 channels, are refused.
+    Batches that look like (B, H, W, ch), with 1 or 3 channels, are refused.
 
     Raises:
         InputError: naming the rule and the offending shape, type or value.
@@ -136,8 +136,9 @@ def check_images(x: object, what: str = "images") -> None:
         raise InputError(f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}")
     if _channels_come_last(*x.shape[1:]):
         raise InputError(
-            f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}, which is "
-            "(B, H, W, channels): permute them with permute(0, 3, 1, 2)"
+            f"{what} must have shape (B, channels, H, W), got {tuple(x.shape)}, which looks "
+            "like (B, H, W, channels): pass x.permute(0, 3, 1, 2), or if the channels do come "
+            "first, x.mT to a network that transposes it back"
         )
     if has_no_values(x) or x.layout is not torch.strided:
         raise InputError(f"{what} must be dense and hold values, got {x.layout} on {x.device}")

@@ -353,6 +353,13 @@ def test_nothing_touches_the_global_generators() -> None:
         ("cifar10", "cifar10 needs a path: cifar10:PATH"),
         ("cifar10:/no/such/place", "no such file or folder.*--download"),
         ("tiny-imagenet:/no/such/place", "no such file or folder.*tiny-imagenet-200.zip"),
+        ("cifr10:/data/cifar", r"unknown data set 'cifr10' \(did you mean cifar10\?\); choose"),
+        ("mnist:/data/x.npz", "unknown data set 'mnist'; choose"),
+        ("cifar-10-python.tar.gz", "write cifar10:cifar-10-python.tar.gz"),
+        ("data/cifar-100-python", "write cifar100:data/cifar-100-python"),
+        ("tiny-imagenet-200.zip", "write tiny-imagenet:tiny-imagenet-200.zip"),
+        ("photos.tar.gz", "write folder:photos.tar.gz"),
+        ("cifar10.parquet", "write parquet:cifar10.parquet"),
     ],
 )
 def test_wrong_specs_are_refused_in_one_line(spec: str, message: str) -> None:

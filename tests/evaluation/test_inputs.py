@@ -187,8 +187,10 @@ def test_channels_that_come_last_in_arrays_are_turned_and_said() -> None:
     with pytest.warns(UserWarning, match=re.escape("(30, 6, 5, 3) are read as (B, H, W,")):
         assert torch.equal(read_data((last.numpy(), LABELS))[0], IMAGES)
     # of a tensor the order is a rule, and no guess
-    with pytest.raises(InputError, match=re.escape("(30, 6, 5, 3), which is (B, H, W, channels)")):
+    with pytest.raises(InputError, match=re.escape("(30, 6, 5, 3), which looks like (B, H, W,")):
         read_data((last, LABELS))
+    # the way out that the message names, for channels that do come first
+    assert torch.equal(read_data((last.mT, LABELS))[0], last.mT)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,8 @@ def hinge_oracle(support: Support, y: Labels, norm: float, kappa: float) -> Orac
                 if not with_grad:
                     continue
                 slope = norms(grad, dual(norm)).clamp_min(TINY)
-                # members already fooled have weight 0: they dominate the gradient of the mean loss
+                # weight 0 for members already fooled, since otherwise they would dominate the
+                # gradient
                 unit = -grad * per_image(correct / slope, grad)
                 total += share * unit
                 distance = torch.where(correct, left / slope, math.inf)

@@ -308,7 +308,7 @@ class Square(Attack):
         none = torch.zeros_like(value, dtype=torch.bool)
         tenth = int(SEARCH_CHECK * self.queries)
         period = max(int(SEARCH_CHECK * tenth), 1)
-        # with fewer than 100 queries a period, a tenth of a tenth of them, has less than one
+        # with fewer than 100 queries the check period is shorter than one query
         if tenth < 10 or query == 0 or query % period:
             return none
         seen[query] = value.clone()

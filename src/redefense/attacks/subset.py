@@ -270,9 +270,8 @@ class Search:
         """List the minimal subsets more probable than those the best point fools, nearest first."""
         fooled = (1 - self.best.correct[rows].double().clamp(0, 1))[:, None]
         mass, least = self.mass[rows], self.least[rows]
-        # more probable than what is fooled, and minimal: without its least probable member it is
-        # not
-        # 1e-6, since `best.correct` is rounded to the precision of the images
+        # minimal: more probable than what is fooled, but not without its least probable member;
+        # the tolerance of 1e-6 allows for `best.correct`, which has the precision of the images
         wanted = (mass > fooled + 1e-6) & (mass - least <= fooled + 1e-6)
         never = (~self.erred[rows]).gather(1, self.members[rows]).double()
         # a member that no point fools alone is fooled in no subset either

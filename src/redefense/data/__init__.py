@@ -182,9 +182,16 @@ def parse(spec: str) -> Spec:
 
 def _as_a_path(spec: str) -> str:
     """The specification of a path that lacks its kind, for an error; empty if it is no path."""
+    if ":" in spec:
+        return ""
     path = Path(os.path.expanduser(spec))
     kind = path.suffix.removeprefix(".")
-    kind = kind if kind in ("npz", "parquet") else "folder"
+    if kind not in ("npz", "parquet"):
+        # archives and folders as published, such as `cifar-10-python.tar.gz`
+        name = path.name.lower().replace("-", "")
+        kinds = [k for k in DATASETS if DATASETS[k].origin and name.startswith(k.replace("-", ""))]
+        # the longest: a name of CIFAR-100 begins with that of CIFAR-10
+        kind = max(kinds, key=len, default="folder")
     named = len(path.parts) > 1 or path.suffix or spec in (".", "..")
     # names of files may be longer than the system allows
     return f" (of a path, write {kind}:{spec})" if named or os.path.exists(path) else ""

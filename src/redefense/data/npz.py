@@ -93,7 +93,8 @@ class _Arrays:
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.infolist():
                     size, packed = entry.file_size, entry.compress_size
-                    # sorted labels compress a thousandfold; the size itself has no limit here
+                    # arrays of any size are accepted, and up to 64 MiB with any ratio of
+                    # compression, since sorted labels compress a thousandfold
                     if fault := method_fault(entry) or size_fault(size, packed, size, free=2**26):
                         raise DataError(f"{path}: {entry.filename}: {fault}")
             with np.load(path, allow_pickle=False) as stored:
