@@ -20,7 +20,8 @@ INK, PAPER, GREY = "#1f2328", "#fefefe", "#818b98"
 BLUE, ORANGE = "#3b7dd8", "#d9822b"
 METHODS = ["vanilla-1", "gal-1", "adp-1", "dverge-1", "ps-red-1", "trs-0", "red-1", "mrboost-1",
            "red-at-0", "barre-1", "at-1", "swift-1", "swift-one-1"]  # fmt: skip
-CURRENT = ["vanilla-1", "at-1", "red-1", "swift-1", "swift-one-1", "fork-subset-1"]
+CURRENT = ["vanilla-1", "dverge-1", "mrboost-1", "ps-red-1", "trs-0", "red-1", "barre-1", "at-1",
+           "swift-1", "swift-one-1", "fork-subset-1"]  # fmt: skip
 EARLIER = ["long-at-0", "long-swift-0", "long-swift-one-0"]
 LABELS = {"vanilla": "undefended", "mrboost": "MRBoost", "swift": "one-step AT",
           "swift-one": "one-step AT, one network", "fork-subset": "late fork"}  # fmt: skip
@@ -155,6 +156,14 @@ def cost() -> None:
                 passes, value, yerr=[[value - low], [high - value]], color=color, fmt=marker,
                 capsize=2, **style,
             )  # fmt: skip
+            # a band over the seeds, where a training was repeated
+            method = name.rpartition("-")[0]
+            seeds = [
+                100 * headline(path.stem, 500)["aware"]["value"]
+                for path in sorted((ROOT / "claims").glob(f"{prefix}{method}-[0-9].json"))
+            ]
+            if len(seeds) > 1:
+                axes.vlines(passes, min(seeds), max(seeds), color=color, alpha=0.35, linewidth=9)
             # the marker shows that it is one network
             labels.append((label_of(name).removesuffix(", one network"), passes, value))
     for label, passes, value in labels:
