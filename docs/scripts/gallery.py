@@ -167,7 +167,13 @@ def cost() -> None:
             # the marker shows that it is one network
             labels.append((label_of(name).removesuffix(", one network"), passes, value))
     for label, passes, value in labels:
-        beside = any(1 < other / passes < 1.07 for other in drawn)
+        if label == "BARRE":  # the labels of its neighbours are on both sides
+            axes.annotate(label, (passes, value), (0, -28), textcoords="offset points",
+                          ha="center", va="center", fontsize=9)  # fmt: skip
+            continue
+        beside = any(1 < other / passes < 1.07 for other in drawn) and (label, value < 24) != (
+            "one-step AT", True,
+        )  # fmt: skip
         axes.annotate(
             label, (passes, value), (-7 if beside else 7, 0), textcoords="offset points",
             ha="right" if beside else "left", va="center", fontsize=9,
