@@ -1,6 +1,7 @@
 """Attacks in bfloat16: they see the verdicts of single precision, and are judged in it."""
 
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -33,16 +34,41 @@ def network(seed: int, scale: float = 1.0) -> nn.Module:
     return module.eval()
 
 
-class Offset(nn.Module):
-    """Logits whose differences bfloat16 rounds away."""
+class Changed(nn.Module):
+    """A network with another answer: a function of the network and the images."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(
+        self, network: nn.Module, answer: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.answer = network, answer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(x)
-        return logits + torch.tensor(3000.0).to(logits.dtype)
+        return self.answer(self.network, x)
+
+
+def offset(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Logits whose differences bfloat16 rounds away."""
+    logits: torch.Tensor = network(x)
+    return logits + torch.tensor(3000.0).to(logits.dtype)
+
+
+def branching(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Code that torch cannot trace, since it depends on the images."""
+    logits: torch.Tensor = network(x)
+    return logits if bool((x >= 0).all()) else -logits
+
+
+def scaled_when_traced(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Other logits in the traced code."""
+    logits: torch.Tensor = network(x)
+    return logits if isinstance(x, torch.Tensor) else logits + logits * logits
+
+
+def failing_when_traced(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Traced code that fails, since it expects a mapping."""
+    logits: torch.Tensor = network(x if isinstance(x, torch.Tensor) else x["image"])
+    return logits
 
 
 def members() -> Independent:
@@ -96,7 +122,7 @@ def test_an_attack_returns_points_in_the_precision_of_the_images() -> None:
 
 
 def test_bfloat16_is_taken_on_request_and_warned_of_where_it_differs() -> None:
-    x, rounded = images(), Independent([Offset(network(0))])
+    x, rounded = images(), Independent([Changed(network(0), offset)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert attack_copy("bf16", members(), x) is not None
@@ -117,18 +143,6 @@ def test_an_average_near_its_boundary_is_that_of_single_precision() -> None:
     assert torch.equal(given.argmax(1), exact.argmax(1))
 
 
-class Branching(nn.Module):
-    """A network that torch cannot trace, since its code depends on the images."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(x)
-        return logits if bool((x >= 0).all()) else -logits
-
-
 def normalised(seed: int) -> nn.Module:
     """A convolutional network whose batch norms have statistics and weights of their own."""
     rng = stream(seed, "norms")
@@ -147,7 +161,7 @@ def normalised(seed: int) -> nn.Module:
 
 @pytest.mark.parametrize("size", [None, 7])
 def test_batch_norms_become_part_of_the_convolutions(size: int | None) -> None:
-    ensemble = in_batches(Independent([normalised(0), Branching(normalised(1))]), size)
+    ensemble = in_batches(Independent([normalised(0), Changed(normalised(1), branching)]), size)
     before = deepcopy(ensemble.state_dict())
     x = images(20).requires_grad_()
     folded = attack_copy("auto", ensemble, x.detach())
@@ -163,35 +177,11 @@ def test_batch_norms_become_part_of_the_convolutions(size: int | None) -> None:
     assert all(torch.equal(values, before[name]) for name, values in ensemble.state_dict().items())
 
 
-class Scaled(nn.Module):
-    """Answers differently when torch traces it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(x)
-        return logits if isinstance(x, torch.Tensor) else logits + logits * logits
-
-
-class Failing(nn.Module):
-    """Fails when torch has traced it, since the traced code expects a mapping."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(x if isinstance(x, torch.Tensor) else x["image"])
-        return logits
-
-
-@pytest.mark.parametrize("other", [Scaled, Failing])
+@pytest.mark.parametrize("answer", [scaled_when_traced, failing_when_traced])
 def test_a_copy_that_answers_differently_is_not_used(
-    other: type[nn.Module], capfd: pytest.CaptureFixture[str]
+    answer: Callable[[nn.Module, torch.Tensor], torch.Tensor], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert attack_copy("auto", Independent([other(network(0))]), images()) is None
+    assert attack_copy("auto", Independent([Changed(network(0), answer)]), images()) is None
     assert capfd.readouterr().err == ""
 
 
