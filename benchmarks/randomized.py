@@ -6,11 +6,13 @@ Measured are the five wrappers of `redefense.stochastic` around member 0 of each
 clean images, under PGD-10 that sees one draw a step (`unaware`), under TorchAttacks' PGD, under the
 two attacks of AutoAttack's `rand` mode (20 draws a gradient), and the worst case of each image over
 all of these and over attacks on many draws (`aware`). The same fresh draws judge all. With the
-default steps an image takes about 8,000 passes forward and backward in each row; with
-`--steps 20 --rand-steps 25` it takes 2,300.
+default steps an image takes up to 8,000 passes forward and backward in each row; with
+`--steps 20 --rand-steps 25` up to 2,300. An image takes fewer once an attack has found a point that
+32 draws, of which none judges, all answer wrongly: AutoAttack's second attack and those on many
+draws then leave it out, as a cascade does.
 
-Images are measured in blocks of ten, each block in all rows before the next. A measurement that
-was stopped goes on where it was. The table is made of the blocks that are complete in all rows.
+Images are measured in blocks, each block in all rows before the next. A measurement that was
+stopped goes on where it was. The table is made of the blocks that are complete in all rows.
 """
 
 import argparse
@@ -23,15 +25,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import redefense
 from redefense.attacks import APGD, ATTACKS, Attack
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.config import ThreatConfig
 from redefense.data import load_dataset, test_indices
+from redefense.ensembles import Independent
 from redefense.evaluation.cells import Subject, as_threat
-from redefense.evaluation.stochastic.cells import Draws, attack_drawn, scored
+from redefense.evaluation.inputs.precision import attack_copy
+from redefense.evaluation.stochastic.cells import (
+    Draws,
+    attack_drawn,
+    ratings,
+    scored,
+    undecided,
+)
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.results.draws import interval, worst_per_image
 from redefense.rng import stream
@@ -46,7 +56,6 @@ from redefense.stochastic import (
 )
 from redefense.stochastic.certificates import certificate
 
-BLOCK = 10
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Gaussian noise 0.05": lambda net: GaussianNoise(net, sigma=0.05),
     "noise layers 0.05, 0.05": lambda net: NoiseLayers(net, first=0.05, inner=0.05),
@@ -71,29 +80,56 @@ def attacks(rand_steps: int, steps: int) -> dict[str, tuple[Attack, str]]:
 def measure(
     network: Stochastic, base: nn.Module, block: Subject, seed: int, options: argparse.Namespace
 ) -> dict[str, np.ndarray]:
-    """(S, n) correctness under every attack, and seconds of each."""
+    """(S, n) correctness under every attack, and seconds of each.
+
+    An attack that leaves an image out has the correctness of the clean image there.
+    """
     threat, found = ThreatConfig(eps=options.eps), {}
     draws = Draws(score=options.score, attack=options.draws)
+    judge = network.at(seeds_of(seed, "lost", draws.select))
+
+    def survives(x: Tensor) -> np.ndarray:
+        return undecided(ratings(judge, x, block.y)).cpu().numpy()
+
     numbers = seeds_of(seed, "score", draws.score)
     found["clean"] = scored(network, block.x, block.x, block.y, numbers)["correct"]
     begun = time.perf_counter()
     point = APGD(steps=100)(base, block.x, block.y, as_threat(threat), rng=stream(seed, "base"))
     found["base seconds"] = np.array(time.perf_counter() - begun)
     found["base"] = scored(network, point, block.x, block.y, numbers)["correct"]
+    left = survives(point)  # images that some draw still answers correctly under all attacks
+    left_by_rand = np.ones_like(left)
     for name, (attack, view) in attacks(options.rand_steps, options.steps).items():
-        cell = attack_drawn(block, network, attack, threat, view, draws, seed=seed, name=name)
-        found |= {name: cell.correct, f"{name} seconds": np.array(cell.seconds)}
+        rows = np.flatnonzero(left if view == "members" else left_by_rand)
+        if not len(rows):
+            found |= {name: found["clean"], f"{name} seconds": np.zeros(())}
+            continue
+        points = block.x.clone()
+
+        def keep(_: slice, part: np.ndarray, x: Tensor, *__: object) -> None:
+            points[rows[part]] = x  # noqa: B023 - called within this pass of the loop
+
+        cell = attack_drawn(
+            block.some(rows), network, attack, threat, view, draws, seed=seed, name=name, keep=keep
+        )
+        found |= {name: found["clean"].copy(), f"{name} seconds": np.array(cell.seconds)}
+        found[name][:, rows] = cell.correct
+        kept = survives(points)
+        left &= kept
+        if name == "rand ce":
+            left_by_rand = kept
     return found
 
 
-def table(out: Path, rows: list[tuple[str, str]], blocks: int, eps: float, pixels: int) -> str:
+def table(out: Path, rows: list[tuple[str, str]], sizes: list[int], eps: float, pixels: int) -> str:
     """The table as Markdown, from the blocks that every row has."""
-    stored = [[out / f"{run}-{name}-{k}.npz" for k in range(blocks)] for run, name in rows]
-    whole = [k for k in range(blocks) if all(files[k].exists() for files in stored)]
+    stored = [[out / f"{run}-{name}-{k}.npz" for k in range(len(sizes))] for run, name in rows]
+    whole = [k for k in range(len(sizes)) if all(files[k].exists() for files in stored)]
     if not whole:
         return "no block is complete in all rows yet"
     lines = [
-        f"{BLOCK * len(whole)} images, percent [95 % interval over images and draws], eps {eps:g}",
+        f"{sum(sizes[k] for k in whole)} images, eps {eps:g}, percent [95 % interval over images "
+        "and draws]",
         "",
         "| network | wrapper | clean | unaware | TorchAttacks PGD | AutoAttack rand | aware "
         "| certified | minutes | lowest attack |",
@@ -136,44 +172,51 @@ def main() -> None:
     parser.add_argument("--score", type=int, default=64, help="fresh draws that judge every attack")
     parser.add_argument("--steps", type=int, default=50, help="steps of the aware attacks")
     parser.add_argument("--rand-steps", type=int, default=100, help="steps of AutoAttack's rand")
+    parser.add_argument("--block", type=int, default=50, help="images measured together")
+    parser.add_argument("--wrappers", nargs="+", choices=WRAPPERS, default=list(WRAPPERS))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     until, rows, found = time.monotonic() + 60 * options.minutes, [], {}
+    bases: dict[str, nn.Module] = {}
     for run in options.runs:
         loaded = redefense.load(run)
         assert loaded.origin is not None
-        base, spec = loaded.member(0).eval(), loaded.origin.run.data.spec
-        for name, wrapper in WRAPPERS.items():
-            network = Stochastic(wrapper(base), draws=options.draws)
-            rows.append((run.name, name))
-            found[rows[-1]] = (network, base)
+        bases[run.name], spec = loaded.member(0).eval(), loaded.origin.run.data.spec
     data = load_dataset(spec)
     index = test_indices(len(data.test), options.images)
     x, y = data.test.float(index), data.test.labels[index]
     x = x.contiguous(memory_format=torch.channels_last)
-    blocks = -(-len(x) // BLOCK)
+    blocks = [slice(start, start + options.block) for start in range(0, len(x), options.block)]
+    for run_name, network in bases.items():
+        folded = attack_copy("auto", Independent([network]), x)
+        base = network if folded is None else folded.member(0)
+        for name in options.wrappers:
+            wrapped = Stochastic(WRAPPERS[name](base), draws=options.draws)
+            rows.append((run_name, name))
+            found[rows[-1]] = (wrapped, base)
     checked: set[tuple[str, str]] = set()
-    for k in range(blocks):
+    for k, part in enumerate(blocks):
         for row in rows:
             place = options.out / f"{row[0]}-{row[1]}-{k}.npz"
             if place.exists() or time.monotonic() > until:
                 continue
             network, base = found[row]
             if row not in checked:
-                check_draws(network, x[:BLOCK])
+                check_draws(network, x[:10])
                 checked.add(row)
-            part = slice(k * BLOCK, (k + 1) * BLOCK)
             block = Subject(network, x[part], y[part], np.arange(len(x[part])), data.name)
             begun = time.perf_counter()
             values = measure(network, base, block, k, options)
             np.savez(place.with_suffix(".tmp.npz"), allow_pickle=False, **values)
             place.with_suffix(".tmp.npz").rename(place)
             seconds = time.perf_counter() - begun
-            sys.stderr.write(f"images {k * BLOCK} on, {' '.join(row)}: {seconds:.0f} s\n")
-    sys.stdout.write(table(options.out, rows, blocks, options.eps, x[0].numel()) + "\n")
+            sys.stderr.write(f"images {part.start} on, {' '.join(row)}: {seconds:.0f} s\n")
+    sys.stdout.write(
+        table(options.out, rows, [len(x[b]) for b in blocks], options.eps, x[0].numel()) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Several draws in one call: where copies of an image are independent, and the same figures."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from scipy.special import ndtr
 from torch import Tensor, nn
 
+import redefense
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
@@ -127,6 +129,13 @@ def test_noise_that_depends_on_the_place_or_the_batch_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="alone and in a batch of 32"):
         check_draws(Stochastic(Scaled(sigma)), X)
+
+
+def test_a_refused_network_leaves_neither_files_nor_folders(tmp_path: Path) -> None:
+    model = Scaled(lambda place, size: 0.5 * (place == 0))
+    with pytest.raises(InputError, match="alone and in a batch of 32"):
+        redefense.evaluate(model, (X, Y), stochastic="on", out=tmp_path / "new" / "one")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [*TOGETHER, *APART])

@@ -32,7 +32,7 @@ from redefense.evaluation.inputs.objects import (
 from redefense.evaluation.inputs.precision import computed_in
 from redefense.evaluation.inputs.radii import over, read_radii
 from redefense.evaluation.inputs.subjects import drift_of, subject_of
-from redefense.evaluation.plan import Log, check_plan
+from redefense.evaluation.plan import Log
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import code, joined, place_of
 from redefense.evaluation.report_object import Report
@@ -173,9 +173,6 @@ def evaluate(
             plan = all_aware(plan)
     with evaluating(ensemble):
         subject = replace(subject, x=in_fastest_format(ensemble, subject.x))
-        if out is not None:
-            # here as well as in the run, so that a refused plan writes nothing
-            check_plan(subject, plan, allowed)
         # all that determines the records: a call that resumes them must have the same
         settings = {
             "suite": plan.model_dump(mode="json"), "objects": fingerprints(plan),
@@ -286,7 +283,6 @@ def evaluate_run(
     if isinstance(measured, Stochastic):
         subject = replace(subject, ensemble=measured, randomized=True)
     settings |= noise_of(subject)
-    check_plan(subject, plan, threat)  # before anything is written, as in `evaluate`
     if (eps, norm) != (None, None) and fixes_threat(plan.model_dump()):
         raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
     store = target.with_suffix("")

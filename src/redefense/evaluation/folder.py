@@ -3,14 +3,14 @@
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from redefense.errors import ConfigError, DataError, Interrupted
+from redefense.errors import ConfigError, DataError, InputError, Interrupted
 from redefense.evaluation.cells import Subject
 from redefense.evaluation.plan import Log
 from redefense.evaluation.progress import SILENT, Progress, shown
@@ -21,6 +21,9 @@ from redefense.evaluation.suite import Suite
 from redefense.runtime.files import locked, write_json, write_text
 from redefense.runtime.signals import handled
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
+
+PLAN: Final = "plan.json"
+"""File of an evaluation's settings, in the folder of its records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,17 +51,35 @@ class Kept:
 def exclusive(team: Workers, store: Path, target: Path) -> Iterator[None]:
     """Lock an evaluation against other processes.
 
+    An evaluation that is refused before its first result leaves no file and no new folder.
+
     Raises:
         ConfigError: on every process of the team, if another process is working on it.
     """
-    with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
-        # gathered, so that no process waits for one that has raised
-        if not all(team.gather([free])):
-            raise ConfigError(
-                f"another process is working on {target}: wait until it ends, or choose another "
-                "file with --out"
-            )
-        yield
+    missing = [folder for folder in (store, *store.parents) if not folder.exists()]
+    try:
+        with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
+            # gathered, so that no process waits for one that has raised
+            if not all(team.gather([free])):
+                raise ConfigError(
+                    f"another process is working on {target}: wait until it ends, or choose "
+                    "another file with --out"
+                )
+            try:
+                yield
+            except (ConfigError, InputError):
+                # the plan of an earlier call stays, though this one is refused
+                if team.first and store in missing and _only_planned(store):
+                    (store / PLAN).unlink(missing_ok=True)
+                raise
+    finally:
+        for folder in missing if team.first else ():
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _only_planned(store: Path) -> bool:
+    return all(file.name in (PLAN, ".lock") for file in store.glob("*"))
 
 
 @contextmanager
@@ -122,7 +143,7 @@ def begin_or_resume(
         The start date of the evaluation, which is kept when it is resumed, and all machines that
         worked on it.
     """
-    plan = store / "plan.json"
+    plan = store / PLAN
     if plan.is_file():
         stored = read_object(plan)
         if stored is None:
