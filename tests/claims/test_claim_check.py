@@ -65,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 model, "digits", threat=Threat(eps=0.1), images=IMAGES, out=home / name,
                 suite=suites.get(name, "quick"),
                 stochastic="on" if name == "stochastic" else "off",
+                batch_size=5 if name == "stochastic" else None,
             )  # fmt: skip
         (report,) = (home / name / "evaluation").glob("*.json")
         made = command(
@@ -265,6 +266,19 @@ def test_other_weights_are_refused_and_the_same_ones_agree(folder: Path, tmp_pat
         recompute(it, "digits", tmp_path / "other", weights=network(1))
     with pytest.raises(ConfigError, match="pass their folder with --weights"):
         recompute(it, "digits", tmp_path / "none")
+
+
+@pytest.mark.filterwarnings("ignore::redefense.errors.RedCheckWarning")  # so weak are the attackers
+def test_random_outputs_are_recomputed_to_the_digit_with_their_batch_size(
+    folder: Path, tmp_path: Path
+) -> None:
+    it = format.read(folder / "stochastic.json")
+    assert recompute(it, "digits", tmp_path, weights=GaussianNoise(network(0), sigma=0.1)) == []
+    (again,) = tmp_path.rglob("evaluation/fast.json")
+    (before,) = (folder / "stochastic").rglob("evaluation/fast.json")
+    first, other = (json.loads(file.read_text()) for file in (before, again))
+    assert first["plan"]["batch_size"] == other["plan"]["batch_size"] == 5
+    assert first["headline"] == other["headline"]
 
 
 def test_a_claim_of_own_weights_says_who_made_them(folder: Path, tmp_path: Path) -> None:

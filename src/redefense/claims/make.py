@@ -228,6 +228,6 @@ def planned(stored: Stored) -> Plan:
         file=file.stem, suite=name if ours else plan.suite,
         norm="2" if plan.threat.norm == "2" else "inf",
         eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
-        checks=plan.checks, cascade=chosen, stochastic=plan.stochastic,
+        checks=plan.checks, cascade=chosen, stochastic=plan.stochastic, batch_size=plan.batch_size,
         version=suite_version(plan.suite), provenance=stored.evaluation.provenance,
     )  # fmt: skip

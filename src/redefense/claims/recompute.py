@@ -138,7 +138,7 @@ def _check_name(it: Claim, data: str) -> None:
 def _settings(plan: Plan) -> dict[str, Any]:
     return {
         "images": plan.images, "seed": plan.seed, "seeds": plan.seeds, "checks": plan.checks,
-        "cascade": plan.cascade, "stochastic": plan.stochastic,
+        "cascade": plan.cascade, "stochastic": plan.stochastic, "batch_size": plan.batch_size,
     }  # fmt: skip
 
 
