@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from redefense.report import sentences
 from redefense.report.differences import format_differences, markdown_differences
+from redefense.report.latex import to_latex
 from redefense.report.page import write_report
 from redefense.report.tables import escape_markdown, points
 from redefense.results.intervals import paired_difference
@@ -156,6 +157,7 @@ def test_runs_without_a_common_aware_attack_or_common_images_are_not_compared(
     assert differences(joined(runs, "one", "fewer", "larger")) == []
     assert format_differences(joined(runs, "one", "fewer")) is None
     assert list(markdown_differences(joined(runs, "one"))) == []
+    assert to_latex(joined(runs, "one")).count(r"\toprule") == 1
 
 
 def test_the_first_run_with_records_is_the_reference(runs: Path) -> None:
@@ -185,6 +187,9 @@ def test_every_form_of_the_report_has_the_differences(runs: Path) -> None:
     assert float(row["low"]) == pytest.approx(100 * worst.low, abs=1e-4)
     (stored,) = json.loads(page.with_suffix(".json").read_text())["differences"]
     assert stored["worst_case"] == worst._asdict()
+    (row,) = to_latex(joined(runs, "one", "two")).partition("llrrl")[2].splitlines()[4:-2]
+    latex = [points(end).replace("-", "$-$") for end in (found.clean, worst)]
+    assert row == rf"two & one & {latex[0]} & {latex[1]} & the same \\"
     table = format_differences(joined(runs, "one", "two"))
     assert table is not None
     assert points(worst) in table.columns[3]._cells

@@ -1,4 +1,4 @@
-"""Paired differences between the runs of a report, for the terminal and Markdown."""
+"""Paired differences between the runs of a report: terminal, Markdown and LaTeX."""
 
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -26,8 +26,8 @@ def met(it: Difference) -> str:
     return "the same" if it.worst.attacks is None else f"{it.worst.attacks} of both"
 
 
-def _rows(results: Sequence[Result]) -> Iterator[tuple[Difference, list[str]]]:
-    """Each difference with the first cells of its row."""
+def rows_of(results: Sequence[Result]) -> Iterator[tuple[Difference, list[str]]]:
+    """Each difference with the cells of its row under `HEADER`."""
     names = dict(zip(results, labels_of(results), strict=True))
     for it in differences(results):
         figures = (points(it.clean), points(it.worst.estimate))
@@ -39,7 +39,7 @@ HEADER: Final = ("run", "against", "clean", "worst case", "attacks")
 
 def format_differences(results: Sequence[Result]) -> Table | None:
     """A table for the terminal; None if no runs can be compared."""
-    rows = [row for _, row in _rows(results)]
+    rows = [row for _, row in rows_of(results)]
     if not rows:
         return None
     table = Table(
@@ -56,7 +56,7 @@ def format_differences(results: Sequence[Result]) -> Table | None:
 
 def markdown_differences(results: Sequence[Result]) -> Iterator[str]:
     """The parts of a section; none if no runs can be compared."""
-    rows = list(_rows(results))
+    rows = list(rows_of(results))
     if not rows:
         return
     attacks = attacks_of([it for it, _ in rows])

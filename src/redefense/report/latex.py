@@ -1,15 +1,16 @@
-"""The report's summary as a LaTeX table for the package booktabs."""
+"""The report's summary and paired differences as LaTeX tables for the package booktabs."""
 
 from collections.abc import Sequence
 
-from redefense.report.tables import COLUMNS, figures, interval, labels, percent, summary_rows
+from redefense.report import differences
+from redefense.report.tables import COLUMNS, DASH, figures, interval, labels, percent, summary_rows
 from redefense.results.escaping import escape_latex
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result
 
 
 def to_latex(results: Sequence[Result]) -> str:
-    """One row per run, threat and set of images, in percent with 95 % intervals."""
+    """A row per run, threat and set of images; then one per pair of runs that can be compared."""
     rows = summary_rows(results)
     threats = ", ".join(dict.fromkeys(str(row["threat"]) for row in rows))
     images = ", ".join(dict.fromkeys(str(row["num_images"]) for row in rows))
@@ -18,15 +19,32 @@ def to_latex(results: Sequence[Result]) -> str:
     lines = [
         f"% Accuracy in percent with 95 % intervals; {escape_latex(threats)}; {images} images.",
         "% Needs \\usepackage{booktabs}.",
-        rf"\begin{{tabular}}{{l{'r' * len(COLUMNS)}}}",
+        *_table("l" + "r" * len(COLUMNS), ["run", *COLUMNS.values()], body),
+    ]
+    pairs = [
+        [escape_latex(run), escape_latex(other), *map(_signed, points), escape_latex(met)]
+        for _, (run, other, *points, met) in differences.rows_of(results)
+    ]
+    if pairs:
+        lines += ["", f"% {differences.HOW}", *_table("llrrl", differences.HEADER, pairs)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(align: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
-        " & ".join(["run", *COLUMNS.values()]) + r" \\",
+        " & ".join(header) + r" \\",
         r"\midrule",
         *(" & ".join(cells) + r" \\" for cells in body),
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _signed(text: str) -> str:
+    """A difference with minus signs in place of hyphens."""
+    return text.replace("-", "$-$").replace(DASH, "--")
 
 
 def _figure(estimate: Estimate | None) -> str:
