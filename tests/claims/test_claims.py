@@ -306,8 +306,8 @@ def test_the_table_of_one_number_of_images_leaves_others_out(runs: Path, tmp_pat
     shown = table("--images", "30", "--against", "tiny-0")
     assert (shown.code, shown.out) == (0, tables.table(both, against="tiny-0") + "\n")
     for options, message in (
-        (("--images", "31"), "no claim was measured on --images 31"),
-        (("--against", "tiny-2"), "must be the name of a claim in the table, got tiny-2"),
+        (("--images", "31"), "no claim was measured on --images 31; there are results on 30"),
+        (("--against", "tiny-2"), "(tiny-0, tiny-1), got tiny-2"),
         (("--draw", "--against", "tiny-0"), "remove --against"),
         (("--draw", "--attacks"), "use one of them"),
     ):

@@ -364,7 +364,7 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
         ),
         (
             '{"name": "quick", "cells": [{"attack": "pgd", "view": "sampled"}]}',
-            "plain, unused name",
+            "must have letters, digits, - and _ only",
         ),
     ],
 )

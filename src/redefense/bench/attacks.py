@@ -160,7 +160,9 @@ def run(
     """
     chosen = list(ATTACKS) if names is None else list(names)
     if unknown := set(chosen) - set(ATTACKS):
-        raise ConfigError(f"no attack named {', '.join(sorted(unknown))}")
+        raise ConfigError(
+            f"no attack named {', '.join(sorted(unknown))}; choose from {', '.join(ATTACKS)}"
+        )
     if single and all(ATTACKS[name].adaptive for name in chosen):
         raise ConfigError(f"--single leaves out the table of {', '.join(chosen)}")
     at_least(1, train_images=1 if train_images is None else train_images)

@@ -53,7 +53,11 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
     # not decimal: of another method, as `red-at-0.json` is for `red`
     numbers = sorted(int(seed) for seed in seeds if seed.isdecimal())
     if not numbers:
-        raise ConfigError(f"there is no claim {folder / name}-SEED.json")
+        known = sorted({path.stem.rpartition("-")[0] for path in folder.glob("*-*.json")})
+        raise ConfigError(
+            f"there is no claim {folder / name}-SEED.json; methods in {folder}: "
+            f"{', '.join(known) or 'none'}; --claims names another folder"
+        )
     found = [read_whole(folder / f"{name}-{seed}.json") for seed in numbers]
     if not (parts := [part for it in found if (part := it.on(images)) is not None]):
         raise ConfigError(f"no claim {folder / name}-SEED.json was measured on {images} images")

@@ -65,9 +65,15 @@ def chosen(
     """
     shown = [part for it in claims if (part := it.on(images)) is not None]
     if not shown:
-        raise ConfigError(f"no claim was measured on --images {images}")
-    if against not in (None, *(it.name for it in shown)):
-        raise ConfigError(f"--against must be the name of a claim in the table, got {against}")
+        sizes = sorted({e.data["num_images"] for it in claims for e in it.evaluations})
+        raise ConfigError(
+            f"no claim was measured on --images {images}; there are results on "
+            f"{', '.join(map(str, sizes))}"
+        )
+    if against not in (None, *(names := [it.name for it in shown])):
+        raise ConfigError(
+            f"--against must be one of the claims in the table ({', '.join(names)}), got {against}"
+        )
     if kind == "draw" and against is not None:
         raise ConfigError("--draw compares each claim with its own members: remove --against")
     if kind == "draw":

@@ -284,7 +284,9 @@ def evaluate_run(
         subject = replace(subject, ensemble=measured, randomized=True)
     settings |= noise_of(subject)
     if (eps, norm) != (None, None) and fixes_threat(plan.model_dump()):
-        raise ConfigError(f"suite {plan.name} fixes its threat: --eps and --norm cannot change it")
+        raise ConfigError(
+            f"suite {plan.name} fixes its threat: remove --eps and --norm, or choose another suite"
+        )
     store = target.with_suffix("")
     with workers() as team, exclusive(team, store, target):
         here = team.gather([place_of(subject.x.device)])

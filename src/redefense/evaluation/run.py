@@ -82,7 +82,9 @@ def run_suite(
     subject = replace(subject, copy=copy, half=copy is not None and suite.precision == "bf16")
     # attacked points and measurements of one process are read from its files by the others
     if subject.workers.count > 1 and store is None:
-        raise ConfigError("an evaluation on several processes needs a store")
+        raise ConfigError(
+            "an evaluation on several processes must save its results: use redefense evaluate"
+        )
     mixture = ensemble.probabilities()
     plan = plan_of(suite, threat, subject.randomized)
     # the baselines and the measures are compared with the headline: at its threat

@@ -276,5 +276,8 @@ def suite_named(name: str | PathLike[str]) -> Suite:
     except (*BAD_JSON, TypeError) as error:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"a user's suite needs a plain, unused name, got {suite.name!r}")
+        raise ConfigError(
+            f'"name" in {path} must have letters, digits, - and _ only, and not be one of '
+            f"{', '.join(SUITES)}; got {suite.name!r}"
+        )
     return suite

@@ -132,7 +132,9 @@ def find_final(path: Path) -> Checkpoint:
     if not (folder / "manifest.json").is_file():
         if (path / "checkpoints").is_dir():
             raise CheckpointError(f"{path} is not fully trained; continue with train --resume")
-        raise CheckpointError(f"no trained run at {path}")
+        raise CheckpointError(
+            f"there is no trained run at {path}: train one with redefense train RECIPE --out {path}"
+        )
     return read(folder)
 
 

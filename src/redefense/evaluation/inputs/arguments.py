@@ -64,7 +64,10 @@ def read_ensemble(
     one_of("outputs", outputs, ("logits", "probabilities"))
     # ensembles have a mixture of their own
     if mixture is not None and not isinstance(model, Sequence | nn.ModuleList):
-        raise InputError("mixture requires a list of networks, with one probability each")
+        raise InputError(
+            "mixture requires a list of networks, with one probability each, got a "
+            f"{type(model).__name__}"
+        )
     if outputs == "probabilities":
         # others, as `Hyper`, do not have networks that could be wrapped one by one
         if type(ensemble) is not Independent:
