@@ -187,9 +187,9 @@ def test_every_form_of_the_report_has_the_differences(runs: Path) -> None:
     assert float(row["low"]) == pytest.approx(100 * worst.low, abs=1e-4)
     (stored,) = json.loads(page.with_suffix(".json").read_text())["differences"]
     assert stored["worst_case"] == worst._asdict()
-    (row,) = to_latex(joined(runs, "one", "two")).partition("llrrl")[2].splitlines()[4:-2]
+    (line,) = to_latex(joined(runs, "one", "two")).partition("llrrl")[2].splitlines()[4:-2]
     latex = [points(end).replace("-", "$-$") for end in (found.clean, worst)]
-    assert row == rf"two & one & {latex[0]} & {latex[1]} & the same \\"
+    assert line == rf"two & one & {latex[0]} & {latex[1]} & the same \\"
     table = format_differences(joined(runs, "one", "two"))
     assert table is not None
     assert points(worst) in table.columns[3]._cells
