@@ -268,7 +268,7 @@ def test_other_weights_are_refused_and_the_same_ones_agree(folder: Path, tmp_pat
         recompute(it, "digits", tmp_path / "none")
 
 
-@pytest.mark.filterwarnings("ignore::redefense.errors.RedCheckWarning")  # so weak are the attackers
+@pytest.mark.filterwarnings("ignore::redefense.errors.RedCheckWarning")  # weak attacks
 def test_random_outputs_are_recomputed_to_the_digit_with_their_batch_size(
     folder: Path, tmp_path: Path
 ) -> None:
