@@ -8,7 +8,7 @@ attacks of the evaluation had together, times `--times`, and prints what this ta
 case. Each round draws settings for each image: a subset of members that are to be fooled by one
 point, no target, one for all or one each, a temperature, a step size, a start (a random point, a
 corner of the ball, or the best point so far); and for the round one of three losses, the number of
-steps and the momentum. Of the attacks in `redefense.attacks` it uses nothing.
+steps and the momentum. It shares no code with `redefense.attacks`. L-inf only.
 """
 
 import argparse
@@ -168,17 +168,21 @@ def main() -> None:
     assert loaded.origin is not None
     loaded.requires_grad_(requires_grad=False)
     (stored,) = load(options.run / "evaluation" / f"{options.suite}.json")
-    headline = stored.evaluation.headline
-    assert headline is not None
+    threat = loaded.origin.run.threat
+    if threat.norm != "inf":
+        parser.error(f"the run's threat must be L-inf, got norm {threat.norm}")
+    folder = options.run / "evaluation" / options.suite
+    if not list(folder.glob("*.images.npz")):
+        parser.error(f"{folder} has no attacked images: evaluate with --save-images")
     data = load_dataset(options.data or loaded.origin.run.data.spec)
     index = test_indices(len(data.test), stored.evaluation.data.num_images)
     x, y = data.test.float(index), data.test.labels[index]
     x = x.contiguous(memory_format=torch.channels_last)
-    rows, eps = torch.arange(len(x)), loaded.origin.run.threat.eps
+    rows, eps = torch.arange(len(x)), threat.eps
     fast = attack_copy("auto", loaded, x) or loaded
     victim = Victim(loaded, fast, x, y, eps, x.clone(), torch.full((len(x),), math.inf).double())
     victim.offer(x, rows)
-    passes = stored_points(victim, options.run / "evaluation" / options.suite)
+    passes = stored_points(victim, folder)
     before = victim.low.clone()
     sys.stderr.write(f"{passes / len(x):.0f} passes per image; {100 * before.mean():.2f} % left\n")
     with torch.no_grad():

@@ -105,20 +105,26 @@ def measure(
             found |= {name: found["clean"], f"{name} seconds": np.zeros(())}
             continue
         points = block.x.clone()
-
-        def keep(_: slice, part: np.ndarray, x: Tensor, *__: object) -> None:
-            points[rows[part]] = x  # noqa: B023 - called within this pass of the loop
-
         cell = attack_drawn(
-            block.some(rows), network, attack, threat, view, draws, seed=seed, name=name, keep=keep
-        )
+            block.some(rows), network, attack, threat, view, draws,
+            seed=seed, name=name, keep=kept_in(points, rows),
+        )  # fmt: skip
         found |= {name: found["clean"].copy(), f"{name} seconds": np.array(cell.seconds)}
         found[name][:, rows] = cell.correct
-        kept = survives(points)
-        left &= kept
+        now = survives(points)
+        left &= now
         if name == "rand ce":
-            left_by_rand = kept
+            left_by_rand = now
     return found
+
+
+def kept_in(points: Tensor, rows: np.ndarray) -> Callable[..., None]:
+    """A callback of attacks on some rows, which writes what they find into `points`."""
+
+    def keep(_: slice, part: np.ndarray, found: Tensor, *__: object) -> None:
+        points[rows[part]] = found
+
+    return keep
 
 
 def table(out: Path, rows: list[tuple[str, str]], sizes: list[int], eps: float, pixels: int) -> str:
