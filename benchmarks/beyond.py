@@ -162,6 +162,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     options = parser.parse_args()
+    folder = options.run / "evaluation" / options.suite
+    if not list(folder.glob("*.images.npz")):
+        parser.error(f"{folder} has no attacked images: evaluate with --save-images")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     loaded = redefense.load(options.run)
@@ -171,9 +174,6 @@ def main() -> None:
     threat = loaded.origin.run.threat
     if threat.norm != "inf":
         parser.error(f"the run's threat must be L-inf, got norm {threat.norm}")
-    folder = options.run / "evaluation" / options.suite
-    if not list(folder.glob("*.images.npz")):
-        parser.error(f"{folder} has no attacked images: evaluate with --save-images")
     data = load_dataset(options.data or loaded.origin.run.data.spec)
     index = test_indices(len(data.test), stored.evaluation.data.num_images)
     x, y = data.test.float(index), data.test.labels[index]
