@@ -25,7 +25,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "apgdt": {"steps": 10},
     "autoattack": {"steps": 10, "queries": 50},
     "eotpgd": {"draws": 2},
-    "fab": {"steps": 3},  # after more steps rounding decides between points equally near
+    "fab": {"steps": 10},
     "meanprob_apgd": {"steps": 25},
     "square": {"queries": 300},
     "subset": {"steps": 25},
@@ -54,9 +54,15 @@ def images(count: int = 4, classes: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    name: str, victim: nn.Module, x: Tensor, y: Tensor, norm: float = math.inf, eps: float = EPS
+    name: str,
+    victim: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: float = math.inf,
+    eps: float = EPS,
+    **settings: Any,
 ) -> Tensor:
-    attack = ATTACKS[name](**QUICK.get(name, {}))
+    attack = ATTACKS[name](**QUICK.get(name, {}) | settings)
     return attack(victim, x, y, Threat(norm=norm, eps=eps), rng=stream(0, name))
 
 
@@ -261,7 +267,10 @@ def test_copies_of_one_member_change_nothing(name: str) -> None:  # S28
     net = small_net(0)
     copies = Independent([net, small_net(0), small_net(0)])
     victim = copies if ATTACKS[name].adaptive else copies.averaged()
-    torch.testing.assert_close(run(name, victim, x, y), plain(name))
+    # later steps of FAB start on a decision boundary, where rounding of the average decides
+    few = {"steps": 3} if name == "fab" else {}
+    one = run(name, net, x, y, **few) if few else plain(name)
+    torch.testing.assert_close(run(name, victim, x, y, **few), one)
 
 
 def plane(weight: Tensor, offset: float) -> nn.Module:
