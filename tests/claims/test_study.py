@@ -103,9 +103,10 @@ def test_dry_runs_list_what_is_left_or_refuse_in_a_line_what_a_study_lacks(tmp_p
         (STUDY / "digits.yaml").read_text().replace("data: digits,", "data: digit,")
     )
     profile = str(STUDY / "profiles" / "local")
-    begun, nothing, wrong = dry_runs(
+    begun, choice, nothing, wrong = dry_runs(
         tmp_path,
         ["--configfile", str(STUDY / "digits.yaml"), "--profile", profile, "-p"],
+        ["--configfile", str(STUDY / "ingredients.yaml"), "-p"],
         [],
         ["--configfile", "study.yaml"],
     )
@@ -117,6 +118,11 @@ def test_dry_runs_list_what_is_left_or_refuse_in_a_line_what_a_study_lacks(tmp_p
     }  # fmt: skip
     assert "redefense train digits-vanilla --data digits  --seed 0 --device cpu" in said
     assert not any(tmp_path.rglob("claims"))
+    assert choice[0] == 0, choice[1]
+    listed = Counter(re.findall(r"^rule (\w+):$", choice[1], re.MULTILINE))
+    # validation images are compared in a report: there are no claims of them
+    assert listed == {"train": 11, "evaluate": 11, "validation": 1, "all": 1}
+    assert "--suite quick --images 1000 --split validation" in choice[1]
     assert nothing[0] != 0
     assert "the study lacks accelerator, data, evaluations, out, runs" in nothing[1]
     assert wrong[0] != 0

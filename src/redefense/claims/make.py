@@ -29,6 +29,8 @@ from redefense.train.loading import Signature, find_final
 def claim(sources: Sequence[Path], name: str | None = None, **about: str | None) -> Claim:
     """The claim of an evaluated run, or of evaluations of one set of weights.
 
+    Evaluations of validation images are left out, since settings may have been chosen on them.
+
     Args:
         sources: one run directory; or files of evaluations, next to the folders of their records.
         name: of the claim; default: that of the run.
@@ -37,9 +39,16 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
 
     Raises:
         ConfigError: if a required statement is missing.
-        DataError: if a source is not trained, not evaluated, damaged or of other weights.
+        DataError: if a source is not trained, not evaluated on test images, damaged or of other
+            weights.
     """
-    stored = [it for source in sources for it in load(source)]
+    found = [it for source in sources for it in load(source)]
+    stored = [it for it in found if it.evaluation.data.split != "validation"]
+    if not stored:
+        raise DataError(
+            f"{found[0].file} is of validation images, and a claim is of test images: evaluate "
+            "without --split validation"
+        )
     homes = {_home(source) for source in sources}
     # evaluations from several places have no common run whose settings could be stated
     home = homes.pop() if len(homes) == 1 else None

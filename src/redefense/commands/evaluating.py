@@ -18,8 +18,12 @@ def evaluate(
     data: DataSpec = None,
     images: Annotated[
         int | None,
-        typer.Option(min=1, help="The first N of a fixed permutation of the test split."),
+        typer.Option(min=1, help="The first N of a fixed permutation of the split."),
     ] = None,
+    split: Annotated[
+        str,
+        typer.Option(help="test, or validation to choose settings on; a claim is of test images."),
+    ] = "test",
     eps: Annotated[
         str | None,
         typer.Option(help="Radius of the threat, or several: 2/255,8/255; by default the run's."),
@@ -80,8 +84,8 @@ def evaluate(
     from redefense.results.schema import OF_DEFENCE
 
     report, target = evaluate_run(
-        path, suite=suite, data=data, images=images, eps=eps, norm=norm, seed=seed, seeds=seeds,
-        device=device, out=out, checks=checks,
+        path, suite=suite, data=data, images=images, split=split, eps=eps, norm=norm, seed=seed,
+        seeds=seeds, device=device, out=out, checks=checks,
         # None: as the suite says
         cascade=False if no_cascade else None,
         precision=precision, stochastic=stochastic, keep_images=save_images, replay=replay,

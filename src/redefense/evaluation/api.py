@@ -31,7 +31,7 @@ from redefense.evaluation.inputs.objects import (
 )
 from redefense.evaluation.inputs.precision import computed_in
 from redefense.evaluation.inputs.radii import over, read_radii
-from redefense.evaluation.inputs.subjects import drift_of, subject_of
+from redefense.evaluation.inputs.subjects import SPLITS, drift_of, subject_of
 from redefense.evaluation.plan import Log
 from redefense.evaluation.progress import SILENT, shown
 from redefense.evaluation.provenance import code, joined, place_of
@@ -220,9 +220,10 @@ def evaluate_run(
     keep_images: bool = False,
     replay: str = "auto",
     batch_size: int | None = None,
+    split: str = "test",
     log: Log | None = None,
 ) -> tuple[Report, Path]:
-    """Evaluate a trained run on its test split and write `DIR/evaluation/SUITE.json`.
+    """Evaluate a trained run and write `DIR/evaluation/SUITE.json`.
 
     Results are saved after each cell and every 100 images; the same call resumes an interrupted
     evaluation.
@@ -230,6 +231,8 @@ def evaluate_run(
     Args (beyond those of `evaluate`):
         replay: "auto" records the passes of members on a CUDA device and replays them in attacks,
             with bit-identical results (see `recorded_passes`); "off" computes every pass anew.
+        split: "test"; or "validation", the images that the training held out, on which settings may
+            be chosen: then the file is `DIR/evaluation/SUITE-validation.json`.
         log: called with each log line; the remaining time is a log line unless stderr is a
             terminal, which shows a bar. By default nothing is logged.
 
@@ -248,19 +251,26 @@ def evaluate_run(
     check_choices(checks=checks, precision=precision, stochastic=stochastic)
     plan = plan.computing(cast("AttackPrecision | None", precision))
     one_of("--replay", replay, REPLAY)
+    one_of("--split", split, SPLITS)
     checkpoint = find_final(path)
     run = checkpoint.run
     threat = _override(run.threat, eps, norm)
-    target = out if out is not None else path / "evaluation" / f"{plan.name}.json"
+    target = out if out is not None else _target(path, plan.name, split)
     if target.suffix != ".json":
         raise ConfigError(f"--out must name a .json file, got {target}")
     ensemble = load_checkpoint(checkpoint, device=device)
     dataset, own = data_of(checkpoint, data)
     input_check(dataset, checkpoint)
+    if split == "validation" and not own:
+        raise ConfigError(
+            f"--split validation is of the data of the training, got --data {data}: remove --data, "
+            "or evaluate on the test split"
+        )
     settings = {
         "suite": plan.model_dump(mode="json"),
         "threat": threat.model_dump(mode="json"),
         "data": dataset.checksum(),
+        "split": split,
         "images": images,
         "seed": seed,
         "seeds": seeds,
@@ -272,7 +282,7 @@ def evaluate_run(
         **plugins_of(plan, dataset.name),
     }
     record = {"name": path.resolve().name, **run.model_dump(mode="json")}
-    subject = subject_of(ensemble, dataset, images, record, run if own else None, device)
+    subject = subject_of(ensemble, dataset, images, record, run if own else None, device, split)
     subject = bounded(
         replace(subject, randomized=draws_member(run.defence.get("name"))), batch_size
     )
@@ -298,7 +308,8 @@ def evaluate_run(
         subject = replace(subject, workers=team)
         shared = log if team.first else None
         log = shared or silent
-        log(f"{plan.name}: {len(subject.x)} test images of {dataset.name}, {_words(plan, threat)}")
+        what = f"{len(subject.x)} {split} images of {dataset.name}"
+        log(f"{plan.name}: {what}, {_words(plan, threat)}")
         if found:
             log(found)
         # `per_image` names files in the folder of --out, which may differ from the suite's name
@@ -339,11 +350,17 @@ def _run_of(subject: Subject) -> Callable[..., Report]:
     return run_drawn if isinstance(subject.ensemble, Stochastic) else run_suite
 
 
+def _target(path: Path, suite: str, split: str) -> Path:
+    """The file of an evaluation in the run's folder."""
+    return path / "evaluation" / f"{suite}{'' if split == 'test' else f'-{split}'}.json"
+
+
 def _over_radii(
-    radii: Sequence[float], *, path: Path, suite: str, out: Path | None, **settings: Any
+    radii: Sequence[float], *, path: Path, suite: str, out: Path | None, split: str, **settings: Any
 ) -> tuple[Report, Path]:
     """`evaluate_run` at each radius; smaller radii are saved in the folder of the largest."""
-    target = out or path / "evaluation" / f"{suite_named(suite).name}.json"
+    target = out or _target(path, suite_named(suite).name, split)
+    settings["split"] = split
 
     def at(radius: float, name: str) -> Report:
         place = target if not name else target.with_suffix("") / f"{name}.json"

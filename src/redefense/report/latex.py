@@ -13,11 +13,11 @@ def to_latex(results: Sequence[Result]) -> str:
     """A row per run, threat and set of images; then one per pair of runs that can be compared."""
     rows = summary_rows(results)
     threats = ", ".join(dict.fromkeys(str(row["threat"]) for row in rows))
-    images = ", ".join(dict.fromkeys(str(row["num_images"]) for row in rows))
+    images = ", ".join(dict.fromkeys(row["images"] for row in rows))
     body = [[name, *map(_figure, figures(row))]
             for name, row in zip(map(escape_latex, labels(rows)), rows, strict=True)]  # fmt: skip
     lines = [
-        f"% Accuracy in percent with 95 % intervals; {escape_latex(threats)}; {images} images.",
+        f"% Accuracy in percent with 95 % intervals; {escape_latex(threats)}; {images}.",
         "% Needs \\usepackage{booktabs}.",
         *_table("l" + "r" * len(COLUMNS), ["run", *COLUMNS.values()], body),
     ]

@@ -51,7 +51,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         markdown_table(
             ["run", "data", "threat", "images", *COLUMNS.values()],
             [
-                [row["run"], row["data"], row["threat"], str(row["num_images"])]
+                [row["run"], row["data"], row["threat"], row["images"].removesuffix(" images")]
                 + [with_interval(figure) for figure in figures(row)]
                 for row in rows
             ],

@@ -17,11 +17,13 @@ SHOWN: Final = ("clean", "unaware", "aware", "best_member_alone", "averaged")
 
 
 def foremost(results: Sequence[Result]) -> list[Result]:
-    """The main result of each run: under most attacks, then on most images."""
+    """The main result of each run: on test images, under most attacks, then on most images."""
 
-    # a headline first: without one a result cannot be compared
-    def weight(result: Result) -> tuple[bool, int, int]:
-        return result.aware is not None, len(result.bounded), result.num_images
+    def weight(result: Result) -> tuple[bool, bool, int, int]:
+        # settings may have been chosen on validation images
+        chosen_on = result.data.split == "validation"
+        # then a headline: without one a result cannot be compared
+        return not chosen_on, result.aware is not None, len(result.bounded), result.num_images
 
     runs = dict.fromkeys(result.name for result in results)
     return [max((r for r in results if r.name == run), key=weight) for run in runs]

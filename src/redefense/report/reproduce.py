@@ -44,6 +44,8 @@ def command(stored: Stored) -> str | None:
     if isinstance(spec := evaluation.provenance.get("data"), str):
         kind, _, place = spec.partition(":")
         words += ["--data", f"{kind}:{shown(Path(place))}" if place else kind]
+    if evaluation.data.split == "validation":
+        words += ["--split", "validation"]
     images = evaluation.data.num_images if plan is None else plan.images
     words += [] if images is None else ["--images", str(images)]
     norm, eps = stored.budget if plan is None else (plan.threat.norm, plan.threat.eps)

@@ -79,6 +79,7 @@ def summary_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "data": result.data.name,
                 "threat": result.threat,
                 "num_images": result.num_images,
+                "images": result.images,
                 "suites": [stored.evaluation.suite for stored in result.suites],
                 "clean": result.clean,
                 "fgsm": fgsm.expected if fgsm else None,
@@ -104,9 +105,10 @@ def figures(row: Mapping[str, Any]) -> list[Estimate | None]:
 def summary_table(run_dirs: Iterable[Source]) -> list[dict[str, Any]]:
     """One row for each run, threat and set of images.
 
-    Keys are `run`, `data`, `threat`, `num_images`, `suites`, those of `COLUMNS`, `num_members`
-    (None for a stochastic network), and `best_single_member`, the member chosen beforehand. Each
-    figure is an `Estimate` (fractions in [0, 1]), or None if it is unknown.
+    Keys are `run`, `data`, `threat`, `num_images`, `images` (e.g. `500 validation images`),
+    `suites`, those of `COLUMNS`, `num_members` (None for a stochastic network), and
+    `best_single_member`, the member chosen beforehand. Each figure is an `Estimate` (fractions in
+    [0, 1]), or None if it is unknown.
 
     Raises:
         DataError: if a run has no evaluation or a file is damaged.
@@ -124,7 +126,7 @@ def details(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     values = [[str(row[key]) for key in several] for row in rows]
     # one after the other: the second only for names that are still equal after the first
     for words in (
-        [f"{row['num_images']} images" for row in rows],
+        [row["images"] for row in rows],
         [f"suite {' + '.join(row['suites'])}" for row in rows],
     ):
         called = [(row["run"], *known) for row, known in zip(rows, values, strict=True)]
@@ -161,10 +163,10 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str | None:
 def format_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of `summary_table` as a rich table for the terminal."""
     threats = sorted({str(row["threat"]) for row in rows})
-    images = sorted({int(row["num_images"]) for row in rows})
+    images = dict.fromkeys(row["images"] for row in sorted(rows, key=lambda row: row["num_images"]))
     table = Table(
         title=f"Accuracy in percent with 95 % intervals · {', '.join(threats)} · "
-        f"{', '.join(map(str, images))} images",
+        f"{', '.join(images)}",
         title_justify="left",
         title_style="bold",
         pad_edge=False,

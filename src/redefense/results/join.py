@@ -82,6 +82,12 @@ class Result:
         return self.data.num_images
 
     @property
+    def images(self) -> str:
+        """The number of images in words, e.g. `500 images` or `500 validation images`."""
+        kind = "validation " * (self.data.split == "validation")
+        return f"{self.num_images} {kind}images"
+
+    @property
     def stochastic(self) -> Headline | None:
         """The stored headline of a stochastic network; None for other models."""
         return estimated_headline(self.suites)

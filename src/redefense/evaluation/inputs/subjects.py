@@ -1,9 +1,9 @@
-"""Images of a data set for an evaluation: test images, and validation images for selection."""
+"""Images of a data set for an evaluation, and validation images for selection."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from torch import Tensor
 from redefense.config import Run
 from redefense.data import Dataset, Split, test_indices, train_validation
 from redefense.ensembles import Ensemble
+from redefense.errors import ConfigError
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
 from redefense.train.session import accuracy
+
+SPLITS: Final = ("test", "validation")
 
 
 def drift_of(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> float | None:
@@ -37,23 +40,37 @@ def subject_of(
     run_json: Mapping[str, Any],
     run: Run | None = None,
     device: str = "cpu",
+    split: str = "test",
 ) -> Subject:
-    total = len(dataset.test)
-    # always in the published random order, so that its first images are a fair sample
-    index = test_indices(total, total if images is None else images)
-    fraction = run.data.validation if run is not None else 0.1
-    _, validation, _ = train_validation(dataset, fraction)
+    """The first `images` of a split, all by default.
+
+    Raises:
+        ConfigError: if there are fewer images.
+    """
+    _, validation, held = train_validation(dataset, 0.1 if run is None else run.data.validation)
+    source = dataset.test if split == "test" else validation
+    count = len(source) if images is None else images
+    if split == "test":
+        # always in the published random order, so that its first images are a fair sample
+        chosen = at = test_indices(len(source), count)
+        rest = torch.arange(len(validation))
+    else:
+        if not 1 <= count <= len(source):
+            raise ConfigError(
+                f"the number of validation images must lie in [1, {len(source)}], got {count}"
+            )
+        chosen, rest = torch.arange(len(source)).tensor_split([count])
+        at = held[chosen]
+    rest = rest[:SELECTION_IMAGES]
     return Subject(
         ensemble,
-        *_images(dataset.test, index, device),
-        index.numpy(),
+        *_images(source, chosen, device),
+        at.numpy(),
         dataset.name,
-        "test",
+        split,
         run_json,
         # a model that was not trained here may have been trained on these images
-        _images(validation, torch.arange(min(SELECTION_IMAGES, len(validation))), device)
-        if run is not None
-        else None,
+        _images(validation, rest, device) if run is not None and len(rest) else None,
     )
 
 
