@@ -82,6 +82,7 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         (f"epochs={'9' * 400}", "less than or equal to 1000000000"),
         ("threat.eps=" + "[" * 100_000, "threat.eps: eps must be a finite number"),
         ("epochs=true", "valid integer"),
+        ("optim.milestones=[30,60]", "optim.milestones.0 should be less than 1, got 30"),
         ("optim.lr=fast", "optim.lr should be a valid number, got 'fast'"),
         ("data.spec.path=x", "data.spec is a value"),
         ("epochs", "PATH=VALUE"),

@@ -117,7 +117,7 @@ class OptimConfig(_Frozen):
     eps: float = Field(default=1e-8, gt=0)
     schedule: Literal["constant", "one-cycle", "cosine", "steps"] = "one-cycle"
     warmup: float = Field(default=0.3, ge=0, lt=1)
-    milestones: tuple[float, ...] = (0.5, 0.75)
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
     gamma: float = Field(default=0.1, gt=0, le=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     clip: float | None = Field(default=None, gt=0)
@@ -264,7 +264,9 @@ def choose(mapping: Mapping[str, type[T]], settings: Mapping[str, Any], where: s
         ConfigError: for an unknown name or setting, or a value of the wrong type.
     """
     rest = dict(settings)
-    name = rest.pop("name", None)
+    if "name" not in rest:
+        raise ConfigError(f'{where} needs a "name"; there are {", ".join(mapping)}')
+    name = rest.pop("name")
     if not isinstance(name, str) or name not in mapping:
         raise ConfigError(
             f"unknown {where} {name!r}{suggestion(str(name), list(mapping))}; "

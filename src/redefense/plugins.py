@@ -77,8 +77,8 @@ class Registry(Mapping[str, T]):
         """
         if not _PLAIN.fullmatch(name):
             raise ConfigError(
-                f"{self.kind}: a name must consist of letters, digits, '_', '-' and '.', "
-                f"got {name!r}"
+                f"{self.kind}: a name must begin with a letter or digit and consist of letters, "
+                f"digits, '_', '-' and '.', got {name!r}"
             )
         if name in self.own:
             raise ConfigError(f"{self.kind}: {name!r} is redefense's own; choose another name")

@@ -60,9 +60,14 @@ def eps_text(eps: float) -> str:
     return f"{levels}/255" if long and levels and abs(eps * 255 - levels) < 1e-5 else f"{eps:g}"
 
 
+def norm_text(norm: object) -> str:
+    """A norm as text, "L-inf" or "L2"; it is inf or 2, as text or number."""
+    return "L2" if read_norm(norm) == "2" else "L-inf"
+
+
 def budget_text(norm: object, eps: float) -> str:
     """A threat as text, such as "L-inf eps 8/255"; the norm is inf or 2, as text or number."""
-    return f"{'L2' if read_norm(norm) == '2' else 'L-inf'} eps {eps_text(eps)}"
+    return f"{norm_text(norm)} eps {eps_text(eps)}"
 
 
 Eps = Annotated[float, BeforeValidator(read_eps)]

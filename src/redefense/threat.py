@@ -36,6 +36,20 @@ def steepest(grad: Tensor, norm: float) -> Tensor:
     return scaled / per_image(norms(scaled, 2.0).clamp_min(TINY), scaled)
 
 
+def checked_threat(threat: object) -> "Threat":
+    """A threat given by a user.
+
+    Raises:
+        ConfigError: for another object.
+    """
+    if not isinstance(threat, Threat):
+        raise ConfigError(
+            "threat must be a redefense.Threat, such as Threat(norm='linf', eps='8/255'), "
+            f"got {threat!r}"
+        )
+    return threat
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, init=False)
 class Threat:
     """The adversary may move an image at most `eps` in `norm`, within [0, 1].

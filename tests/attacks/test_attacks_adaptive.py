@@ -14,8 +14,10 @@ from redefense.attacks.adaptive import Hinge, MeanProbPGD, Support, Transfer
 from redefense.attacks.apgd import APGD, APGDT
 from redefense.attacks.arc import ARC, member_orders, nearest_boundary
 from redefense.attacks.gradient import PGD
+from redefense.attacks.minimal import DeepFool
 from redefense.config import construct
 from redefense.ensembles import Independent
+from redefense.errors import ConfigError
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -222,3 +224,13 @@ def test_a_random_start_that_fools_all_members_is_kept(name: str) -> None:
     attack = construct(ATTACKS[name], {"steps": 1, "restarts": 50}, name)
     x_adv = attack(Pocket(), x, y, Threat(eps=0.2), rng=stream(0, "attack"))
     assert (Pocket()(x_adv).argmax(1) != y).all()
+
+
+def test_transfer_takes_bounded_attacks_alone() -> None:
+    with pytest.raises(ConfigError, match=r"attack must be a bounded attack, e\.g\. PGD\(\), got"):
+        Transfer(attack=DeepFool())
+
+
+def test_transfer_needs_the_classes_that_its_attack_needs() -> None:
+    assert Transfer(attack=PGD()).least_classes == 2
+    assert Transfer(attack=APGDT(loss="targeted_dlr")).least_classes == 4

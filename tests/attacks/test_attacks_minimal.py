@@ -196,6 +196,7 @@ def test_sparsefool_reads_channels_last_images() -> None:
         (DeepFool, {"steps": 0}),
         (DeepFool, {"overshoot": -0.1}),
         (DeepFool, {"preset": "autoattack-official"}),
+        (DeepFool, {"preset": PRESET, "num_targets": 3}),
         (SparseFool, {"lam": 0.5}),
         (SparseFool, {"inner_steps": 0}),
     ],

@@ -156,6 +156,11 @@ def radius(claim: dict[str, Any]) -> None:
     claim["evaluations"][0]["eps"] *= 2
 
 
+def unreadable(claim: dict[str, Any]) -> None:
+    """Of an attack without accuracies, which ran only on images that others had left right."""
+    claim["evaluations"][0]["cells"][-1] |= {"each": None, "expected": None, "met": "eA=="}
+
+
 def flag(key: str) -> Edit:
     def edit(claim: dict[str, Any]) -> None:
         cell = claim["evaluations"][0]["cells"][-1]
@@ -182,6 +187,7 @@ CHANGES: dict[str, tuple[Edit, str, str]] = {
     "attack": (attack, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
     "steps": (steps, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
     "images": (images, "records-damaged", "are of 24 images, expected 400"),
+    "unreadable": (unreadable, "records-damaged", "met are of 0 images, expected 24"),
     "gain": (gain, "difference", "over_averaged is not the aware figure minus"),
     "radius": (radius, "budget", "is of another budget than the claim's"),
     "aware": (flag("aware"), "attack-kind", "aware=False, but its attack is aware=True"),

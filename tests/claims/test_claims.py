@@ -146,6 +146,23 @@ def test_a_claim_under_a_suite_that_fixes_its_threat_is_recomputed(
     )
 
 
+@pytest.mark.parametrize("option", [{"precision": "auto"}, {"cascade": True}], ids=str)
+def test_options_of_an_evaluation_make_no_other_suite(
+    runs: Path, tmp_path: Path, option: dict[str, Any]
+) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(runs / "tiny-0", run, ignore=shutil.ignore_patterns("evaluation"))
+    evaluate_run(run, images=10, **option)
+    it = make.claim([run])
+    (found,) = it.evaluations
+    (plan,) = found.suites
+    assert (plan.suite, plan.cascade, plan.precision) == (
+        "quick", option.get("cascade"), option.get("precision"),
+    )  # fmt: skip
+    assert ("--precision auto" in evaluate_command(plan)) == ("precision" in option)
+    assert recompute(it, "digits", tmp_path / "again", weights=run) == []
+
+
 def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) -> None:
     it = claim_of(runs)
     path = format.write(it, tmp_path / "claim.json")

@@ -1,8 +1,9 @@
 """The harness: hand-made ensembles whose every figure is known are scored exactly."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS
-from redefense.attacks.gradient import FGSM
+from redefense.attacks.gradient import FGSM, PGD
 from redefense.audit.audit import audit
 from redefense.config import ThreatConfig
 from redefense.ensembles import Independent
@@ -119,7 +120,7 @@ def test_a_report_is_saved_again_but_never_over_a_run_of_the_command_line(tmp_pa
     assert target.read_text() == second.to_json()
     assert join([tmp_path])[0].eps == 0.4
     (tmp_path / "evaluation" / "quick" / "plan.json").write_text("{}")
-    with pytest.raises(ConfigError, match="made by `redefense evaluate` and is not replaced"):
+    with pytest.raises(ConfigError, match=r"can be resumed .* and is not replaced"):
         first.save(tmp_path)
     assert target.read_text() == second.to_json()
 
@@ -318,7 +319,7 @@ def test_projected_points_of_any_size_are_inside_and_a_breach_is_not(size: int) 
 
 def test_a_breach_of_the_ball_is_an_error_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = images([0.1, 0.2])
-    with pytest.raises(InputError, match=r"left the ball: 0\.3"):
+    with pytest.raises(InputError, match=r"left the ball: a point has an L-inf distance of 0\.3"):
         verify_ball(x - 0.3, x, Threat(eps=EPS), "greedy")
     with pytest.raises(InputError, match="greedy"):
         verify_ball(x + 5, x, Threat(eps=EPS), "greedy")
@@ -449,6 +450,47 @@ def test_a_deterministic_method_is_attacked_by_its_average() -> None:
         data = run_suite(subject, suite, ThreatConfig(eps=EPS)).data
         assert data["cells"][0]["view"] == view
         assert data["headline"]["unaware"] is None  # no aware attack, no headline
+
+
+class Counted(nn.Module):
+    """Right while fewer than three of the pixels are brighter than one half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = (x.flatten(1) > 0.5).sum(1).float() + x.flatten(1).sum(1) / 1000
+        return torch.stack([3 - bright, bright - 3], 1)
+
+
+@pytest.mark.parametrize("pixels", [1, 3, 5])
+def test_onepixel_is_scored_at_the_pixels_that_it_may_change(pixels: int) -> None:
+    x, y = torch.zeros(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
+    settings = {"pixels": pixels, "steps": 30, "popsize": 20}
+    cells = (CellSpec(attack="onepixel", view="averaged", settings=settings),)
+    suite, subject = Suite(name="few", cells=cells), Subject(
+        Independent([Counted()]), x, y, np.arange(4), "made up"
+    )  # fmt: skip
+    (cell,) = run_suite(subject, suite, ThreatConfig(eps=EPS)).data["cells"]
+    assert cell["stated"]["limit"] == pixels
+    # every point that it finds is within the limit
+    assert cell["stated"]["accuracy"] == cell["accuracy"]["expected"]
+    assert (cell["accuracy"]["expected"] == 1) == (pixels < 3)
+
+
+def test_a_norm_that_an_attack_lacks_is_refused_before_the_first_attack() -> None:
+    x, y = images([0.1])
+    subject = Subject(Independent([Ramp()]), x, y, np.arange(1), "made up")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Euclidean(PGD):
+        norms: ClassVar[tuple[float, ...]] = (2.0,)
+
+    cells = (
+        CellSpec(attack="pgd", view="averaged"),
+        CellSpec(attack="mine", view="averaged").with_attack(Euclidean()),
+    )
+    log: list[str] = []
+    with pytest.raises(ConfigError, match="Euclidean attacks within L2, not L-inf"):
+        run_suite(subject, Suite(name="two", cells=cells), ThreatConfig(eps=EPS), log=log.append)
+    assert log == []
 
 
 def test_unbounded_attacks_are_scored_at_a_stated_distortion_and_enter_no_headline() -> None:

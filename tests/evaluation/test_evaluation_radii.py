@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 import redefense
 from redefense.attacks import FGSM, PGD
+from redefense.config import ThreatConfig
 from redefense.errors import ConfigError, Interrupted, RedCheckWarning
 from redefense.evaluation.api import evaluate_run
 from redefense.evaluation.inputs.radii import over, read_radii
+from redefense.evaluation.suite import CellSpec, Suite
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -49,6 +51,23 @@ def test_a_curve_is_the_evaluations_at_its_radii() -> None:
     drawn = np.asarray(line.get_ydata(), dtype=float)
     np.testing.assert_allclose(drawn, [100 * point["aware"] for point in report.curve])
     plt.close(axes.figure)
+
+
+def test_the_stored_evaluation_has_the_curve(tmp_path: Path) -> None:
+    report = redefense.evaluate(linear(), images(), [FGSM()], eps=[0.01, 0.02], out=tmp_path)
+    stored = json.loads((tmp_path / "evaluation" / "custom.json").read_text())
+    assert stored == report.data
+    assert [point["eps"] for point in stored["eps_curve"]] == [0.01, 0.02]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"eps": 0.01}, {"eps": [0.01, 0.02]}, {"threat": Threat(eps=0.01)}], ids=str
+)
+def test_a_suite_with_a_threat_for_each_attack_takes_no_other(asked: dict[str, Any]) -> None:
+    cell = CellSpec(attack="fgsm", view="sampled", threat=ThreatConfig(eps=0.05))
+    suite = Suite(name="fixed", cells=(cell,))
+    with pytest.raises(ConfigError, match="has a threat for each attack: omit eps and threat"):
+        redefense.evaluate(linear(), images(), suite, **asked)
 
 
 def test_a_curve_never_rises_and_weak_attacks_at_a_larger_radius_are_told() -> None:

@@ -242,6 +242,14 @@ def test_points_with_nan_are_refused_and_do_not_count_as_fooling(stochastic: str
         evaluate(Plane(), X[:8], suite=[without_values], stochastic=stochastic)
 
 
+def test_full_checks_are_said_not_to_apply() -> None:
+    found = checks(evaluate(Plane(), X[:8], stochastic="on", checks="full"))
+    exact = checks(evaluate(Plane(), X[:8], stochastic="off", checks="full"))
+    further = exact.keys() - checks(evaluate(Plane(), X[:8], stochastic="off")).keys()
+    assert {"S23", "S24", "S25", "S26", "S27", "S44"} <= further
+    assert {found[name] for name in further} == {None}
+
+
 def test_a_stated_distortion_scores_draws_as_it_scores_members() -> None:
     x = X[:10].clone()
     x[:, 0, 0] = torch.linspace(0.45, 1.0, 10)[:, None]  # the last is farther than the limit

@@ -19,8 +19,10 @@ from redefense.ensembles.configs import IndependentConfig
 from redefense.errors import CheckpointError, ConfigError, DataError, InputError
 from redefense.evaluation.api import evaluate_run
 from redefense.hub import to_art, to_foolbox, to_robustbench
+from redefense.hub.pretrained import save_pretrained
 from redefense.recipes import recipe
 from redefense.rng import stream
+from redefense.train.api import TrainedRun
 from redefense.train.experiment import train
 
 TINY = ["epochs=1", "data.images=64", "ensemble.width=16"]
@@ -149,6 +151,17 @@ def test_what_does_not_fit_is_refused_by_name(run: Path, tmp_path: Path) -> None
     refused(tmp_path / "nowhere", "there is no folder")
     with pytest.raises(ConfigError, match="has no revision"):
         redefense.from_pretrained(saved, revision="main")
+
+
+def test_a_trained_run_is_saved_as_its_ensemble(run: Path, tmp_path: Path) -> None:
+    ensemble = redefense.load(run)
+    assert ensemble.origin is not None
+    trained = TrainedRun(ensemble, ensemble.origin.run, run)
+    for name, it in (("run", trained), ("ensemble", ensemble)):
+        save_pretrained(it, tmp_path / name, name="me/robust")
+    for file in ("config.json", "README.md", "model.safetensors"):
+        one, other = ((tmp_path / name / file).read_bytes() for name in ("run", "ensemble"))
+        assert one == other
 
 
 def test_networks_put_together_by_hand_cannot_be_described(tmp_path: Path) -> None:

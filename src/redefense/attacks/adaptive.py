@@ -21,6 +21,7 @@ from redefense.attacks.early_stop import reuse_unmoved
 from redefense.attacks.gradient import check_steps, climb, random_starts
 from redefense.attacks.objectives import margin
 from redefense.ensembles import Ensemble, MemberOf, as_ensemble
+from redefense.errors import ConfigError
 from redefense.limits import not_negative, within
 from redefense.threat import TINY, Threat, norms, per_image
 from redefense.types import Float, Images, Labels, Logits, correct
@@ -133,6 +134,11 @@ class MeanProbPGD(Attack):
 
     Its gradient weights members by their probability of the true class, so members that are not
     fooled yet dominate. Returns the point of lowest exact expected accuracy.
+
+    Attributes:
+        steps: gradients of each start.
+        step_size: length of a step as a fraction of eps.
+        restarts: random starts.
     """
 
     steps: int = 20
@@ -228,7 +234,7 @@ class Hinge(Attack):
     Attributes:
         steps: gradients per restart.
         step_size: length of the first step, as a fraction of eps.
-        shrink: ratio of the last step's length to the first one's, in (0, 1].
+        shrink: factor in (0, 1] by which the steps shrink over all `steps`, geometrically.
         restarts: independent random starts.
         kappa: members count as fooled only beyond this logit gap, >= 0.
     """
@@ -272,6 +278,14 @@ class Transfer(Attack):
 
     adaptive: ClassVar[bool] = True
     summary: ClassVar[str] = "best of the attacks on single members, scored on all"
+
+    @property
+    def least_classes(self) -> int:
+        return self.attack.least_classes
+
+    def check(self) -> None:
+        if not isinstance(self.attack, Attack) or not self.attack.bounded:
+            raise ConfigError(f"attack must be a bounded attack, e.g. PGD(), got {self.attack!r}")
 
     def perturb(
         self, victim: nn.Module, x: Images, y: Labels, threat: Threat, *, rng: torch.Generator

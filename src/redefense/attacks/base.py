@@ -32,8 +32,9 @@ from redefense.ensembles import as_ensemble, frozen_statistics, frozen_weights
 from redefense.ensembles.precision import cast_input, rounded
 from redefense.errors import ConfigError, InputError, RedefenseError
 from redefense.networks import check_values, differentiating
+from redefense.radius import norm_text
 from redefense.rng import system_stream
-from redefense.threat import Threat, norms
+from redefense.threat import Threat, checked_threat, norms
 from redefense.types import Bool, Float, Images, Int, Labels, check_images, check_labels, correct
 
 Presets = Mapping[str, Mapping[str, object]]
@@ -109,6 +110,11 @@ class Attack(ABC):
             object.__setattr__(self, key, value)
 
     @property
+    def scored_at(self) -> Distortion | None:
+        """`stated`, where a setting of the attack does not change it."""
+        return self.stated
+
+    @property
     def least_classes(self) -> int:
         """Smallest number of classes that these settings support; fewer raise ConfigError."""
         return LEAST_CLASSES.get(getattr(self, "loss", ""), 2)
@@ -119,6 +125,21 @@ class Attack(ABC):
         Raises:
             ConfigError: naming the field, the rule and the value.
         """
+
+    @final
+    def check_threat(self, threat: Threat) -> None:
+        """Check that the attack can be used at a threat.
+
+        Raises:
+            ConfigError: if it does not support the norm, or for another object.
+        """
+        checked_threat(threat)
+        if threat.norm not in self.norms:
+            known = " or ".join(norm_text(n) for n in self.norms)
+            raise ConfigError(
+                f"{type(self).__name__} attacks within {known}, not {norm_text(threat.norm)}: "
+                "choose another attack or another norm"
+            )
 
     @final
     def __call__(
@@ -153,11 +174,7 @@ class Attack(ABC):
         check_images(x)
         check_labels(y, len(x))
         rng = system_stream() if rng is None else rng
-        if not isinstance(threat, Threat):
-            raise ConfigError(f"threat must be a redefense.Threat, got {threat!r}")
-        if threat.norm not in self.norms:
-            known = ", ".join(f"{n:g}" for n in self.norms)
-            raise ConfigError(f"{type(self).__name__} knows norm {known}, not {threat.norm:g}")
+        self.check_threat(threat)
         if not isinstance(victim, nn.Module):
             victim = cast(nn.Module, as_ensemble(victim))
         # otherwise a network without values fails inside the attack, with a message of torch

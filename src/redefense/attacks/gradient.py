@@ -92,7 +92,7 @@ def climb(
         threat: the ball.
         steps: number of gradients.
         step_size: length of the first step in the threat's norm.
-        shrink: ratio of the last step to the first; steps fall geometrically. 1: constant steps.
+        shrink: factor by which the steps shrink over all `steps`, geometrically; 1: constant steps.
         decay: momentum factor, over gradients of unit mean magnitude (Dong et al., 2018); None: no
             momentum.
         best: records the best point visited. The last point costs one more forward pass; None skips

@@ -22,6 +22,7 @@ from redefense.attacks.base import (
     input_gradient,
 )
 from redefense.attacks.objectives import margin
+from redefense.errors import ConfigError
 from redefense.limits import at_least, not_negative
 from redefense.threat import Threat, per_image
 from redefense.types import Float, Images, Int, Labels, Logits, Victim, correct
@@ -188,6 +189,11 @@ class DeepFool(Attack):
 
     def check(self) -> None:
         at_least(1, steps=self.steps, num_targets=self.num_targets)
+        if self.preset is not None and self.num_targets != 9:
+            raise ConfigError(
+                f"preset {self.preset!r} linearises all classes: omit num_targets, got "
+                f"{self.num_targets}"
+            )
         not_negative(overshoot=self.overshoot)
 
     def perturb(

@@ -250,6 +250,10 @@ class OnePixel(Attack):
     summary: ClassVar[str] = "few pixels of any colour by differential evolution, black box"
     presets: ClassVar[Presets] = {TORCHATTACKS: {"steps": 10, "popsize": 10}}
 
+    @property
+    def scored_at(self) -> Distortion:
+        return "l0", float(self.pixels)
+
     def check(self) -> None:
         at_least(1, pixels=self.pixels)
         at_least(0, steps=self.steps)

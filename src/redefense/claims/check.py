@@ -137,8 +137,8 @@ def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
     # attacks that are no cells of a suite count in the headline, too
     every = (*found.cells, *(found.further or ()))
     for cell in every:
+        _images(cell.met, n, f"{cell.id}, met")
         if (q := _images(cell.each, n, cell.id)) is not None:
-            _images(cell.met, n, f"{cell.id}, met")
             yield from _mean(cell.id, cell.expected, q, found.exact)
             left.append(q)
         # unbounded attacks do not count in a headline, so their records are not stored

@@ -125,6 +125,7 @@ class Plan(_Data):
         file: name of the evaluation in the run's folder.
         suite: its name, or its whole definition if it is not a built-in suite.
         cascade: whether fooled images were skipped, if that differs from the suite's setting.
+        precision: of aware attacks' queries, if that differs from the suite's setting.
         batch_size: images per call, where random numbers depend on it; else None.
         version: hash of the suite's definition; None in claims made before suites had one.
     """
@@ -138,6 +139,7 @@ class Plan(_Data):
     seeds: int
     checks: str
     cascade: bool | None = None
+    precision: Literal["fp32", "auto", "bf16"] | None = None
     stochastic: Literal["auto", "on", "off"] = "auto"
     batch_size: int | None = None
     version: str | None = None

@@ -204,6 +204,7 @@ def evaluate_command(plan: Plan) -> str:
     words += ["--seeds", str(plan.seeds)] if plan.seeds > 1 else []
     words += ["--checks", plan.checks] if plan.checks != "quick" else []
     words += ["--no-cascade"] if plan.cascade is False else []
+    words += [] if plan.precision is None else ["--precision", plan.precision]
     return shlex.join(words)
 
 

@@ -229,14 +229,15 @@ def planned(stored: Stored) -> Plan:
             "others cannot run: register them under names in a plug-in, and evaluate again"
         )
     name = plan.suite["name"]
-    # whether the cascade was on may be chosen by an option and makes no other suite
-    whole = {**plan.suite, "cascade": name in SUITES and SUITES[name].cascade}
-    ours = name in SUITES and SUITES[name].model_dump(mode="json") == whole
-    chosen = None if whole == plan.suite or not ours else bool(plan.suite.get("cascade"))
+    known = SUITES[name].model_dump(mode="json") if name in SUITES else {}
+    # these two may be chosen by an option and make no other suite
+    options = {key: plan.suite.get(key) for key in ("cascade", "precision")}
+    ours = bool(known) and {**known, **options} == plan.suite
+    chosen = {key: value for key, value in options.items() if ours and value != known[key]}
     return Plan(
         file=file.stem, suite=name if ours else plan.suite,
         norm="2" if plan.threat.norm == "2" else "inf",
         eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
-        checks=plan.checks, cascade=chosen, stochastic=plan.stochastic, batch_size=plan.batch_size,
+        checks=plan.checks, **chosen, stochastic=plan.stochastic, batch_size=plan.batch_size,
         version=suite_version(plan.suite), provenance=stored.evaluation.provenance,
     )  # fmt: skip

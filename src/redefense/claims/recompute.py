@@ -138,7 +138,8 @@ def _check_name(it: Claim, data: str) -> None:
 def _settings(plan: Plan) -> dict[str, Any]:
     return {
         "images": plan.images, "seed": plan.seed, "seeds": plan.seeds, "checks": plan.checks,
-        "cascade": plan.cascade, "stochastic": plan.stochastic, "batch_size": plan.batch_size,
+        "cascade": plan.cascade, "precision": plan.precision, "stochastic": plan.stochastic,
+        "batch_size": plan.batch_size,
     }  # fmt: skip
 
 
@@ -154,8 +155,9 @@ def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, log: Log |
         suite = plan.suite
         named = SUITES[suite] if isinstance(suite, str) else Suite.model_validate(suite)
         evaluate(
-            model, data, suite=named, threat=Threat(norm=plan.norm, eps=plan.eps),
-            out=folder / plan.file, progress=log is not None, **_settings(plan),
+            model, data, suite=named, out=folder / plan.file, progress=log is not None,
+            threat=None if fixes_threat(suite) else Threat(norm=plan.norm, eps=plan.eps),
+            **_settings(plan),
         )  # fmt: skip
         stored += load(folder / plan.file / "evaluation" / f"{named.name}.json")
         found = stored[-1].plan

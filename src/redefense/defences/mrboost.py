@@ -185,7 +185,9 @@ def check_alike(ensemble: Ensemble, source: int, target: int) -> None:
     shapes = ([value.shape for value in _tensors(ensemble, m)] for m in (source, target))
     if next(shapes) != next(shapes):
         raise ConfigError(
-            f"member {target + 1} cannot start from member {source + 1}: shapes differ"
+            f"this method starts member {target + 1} as a copy of member {source + 1}, but their "
+            "tensors have other shapes: give networks of one architecture, or choose "
+            "another method, e.g. at"
         )
 
 

@@ -1,11 +1,13 @@
 """Views of an ensemble as one network: averaged, or a member drawn at random."""
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redefense.ensembles.base import Ensemble
-from redefense.errors import ConfigError
+from redefense.limits import one_of
 from redefense.networks import mode_of
 from redefense.rng import draw_members
 from redefense.types import Float, Images, Logits, Per
@@ -41,8 +43,7 @@ class Sampled(nn.Module):
 
     def __init__(self, ensemble: Ensemble, *, rng: torch.Generator | None, per: Per) -> None:
         super().__init__()
-        if per not in ("call", "image"):
-            raise ConfigError(f'a member is drawn per "call" or per "image", got {per!r}')
+        one_of("per", per, get_args(Per))
         self.ensemble, self.rng, self.per = ensemble, rng, per
         self.training = ensemble.training
 

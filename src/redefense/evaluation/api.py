@@ -98,13 +98,15 @@ def evaluate(
             call resumes an interrupted evaluation. The report is written to
             `OUT/evaluation/SUITE.json`.
         progress: show progress and the estimated remaining time on stderr.
-        checks: "quick" or "full".
+        checks: "quick"; or "full" for checks that run further attacks, which do not apply to
+            models with random outputs.
         cascade: whether aware attacks skip images on which an earlier attack fooled every member;
             default: the suite's setting. The headline is the same either way if attacks do not
-            start from points of others.
+            start from points of others. Without effect for models with random outputs.
         precision: how aware attacks query the ensemble: "fp32" as it is, "auto" as a copy with
             folded batch norms, "bf16" as such a copy in bfloat16; default: the suite's setting.
-            Points are judged by the ensemble itself.
+            Points are judged by the ensemble itself. Models with random outputs are queried as they
+            are, and "bf16" is refused.
         stochastic: "auto" detects models with random outputs and measures them by fresh draws, with
             a warning; "on" measures every model so; "off" refuses models with random outputs. The
             layers stay in the given modes: active dropout stays active.
@@ -122,11 +124,13 @@ def evaluate(
 
     Warns:
         RedCheckWarning: for each self-check that finds that the figures may be too high.
-        UserWarning: if random outputs were detected.
+        UserWarning: if random outputs were detected, where networks in bfloat16 answer otherwise
+            than in float32, and for images that are transposed from (B, H, W, channels).
 
     Raises:
         InputError: for models, images or labels that break the input contract.
-        ConfigError: for an unknown suite or setting, or a suite that needs more classes.
+        ConfigError: for an unknown suite or setting, a suite that needs more classes, or eps or
+            threat with a suite that has a threat for each attack.
         DataError: if the data cannot be read.
         Interrupted: on SIGINT or SIGTERM, if results are saved in `out`.
     """
@@ -137,9 +141,17 @@ def evaluate(
         def at(radius: float, name: str) -> Report:
             return evaluate(**given | {"eps": radius, "out": None if home is None else home / name})
 
-        return over(radii, at)
+        curve = over(radii, at)
+        if home is not None:
+            write_text(home / "evaluation" / f"{curve.data['suite']}.json", curve.to_json())
+        return curve
     check_choices(checks=checks, precision=precision, stochastic=stochastic)
     plan = suite_of(suite).cascading(cascade).computing(cast("AttackPrecision | None", precision))
+    if (radii or threat is not None) and fixes_threat(plan.model_dump()):
+        raise ConfigError(
+            f"suite {plan.name} has a threat for each attack: omit eps and threat, or choose "
+            "another suite"
+        )
     seed, seeds = whole(seed, "seed", 0), whole(seeds, "seeds", 1)
     images = None if images is None else whole(images, "images", 1)
     batch_size = None if batch_size is None else whole(batch_size, "batch_size", 1)

@@ -22,6 +22,7 @@ from redefense.evaluation.inputs.precision import InBfloat16
 from redefense.evaluation.pass_counter import Meter, Metered
 from redefense.evaluation.progress import SILENT, Progress
 from redefense.evaluation.store import chunk_size, in_chunks, read_arrays, write_arrays
+from redefense.radius import norm_text
 from redefense.results.accuracy import Bools, Floats
 from redefense.rng import stream
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
@@ -303,7 +304,10 @@ def verify_ball(x_adv: Tensor, x: Tensor, threat: Threat, name: str) -> None:
     # in double precision, so that the check itself adds no rounding
     furthest = float(norms(x_adv.double() - x.double(), threat.norm).max())
     if furthest > threat.eps + slack_of(threat, x):
-        raise InputError(f"{name} left the ball: {furthest:.8f} > eps = {threat.eps}")
+        raise InputError(
+            f"{name} left the ball: a point has an {norm_text(threat.norm)} distance of "
+            f"{furthest:.8f} > eps = {threat.eps}; end the attack with threat.project(x_adv, x)"
+        )
 
 
 def slack_of(threat: Threat, x: Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from redefense.errors import ConfigError, DataError, InputError, Interrupted
 from redefense.evaluation.cells import Subject
@@ -18,12 +18,10 @@ from redefense.evaluation.provenance import UNKNOWN, place_of
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
+from redefense.results.records import PLAN
 from redefense.runtime.files import locked, write_json, write_text
 from redefense.runtime.signals import handled
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
-
-PLAN: Final = "plan.json"
-"""File of an evaluation's settings, in the folder of its records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +61,7 @@ def exclusive(team: Workers, store: Path, target: Path) -> Iterator[None]:
             if not all(team.gather([free])):
                 raise ConfigError(
                     f"another process is working on {target}: wait until it ends, or choose "
-                    "another file with --out"
+                    "another out"
                 )
             try:
                 yield
@@ -156,11 +154,11 @@ def begin_or_resume(
                 raise ConfigError(
                     f"{store} was begun by another version of the code, and their figures must not "
                     f"be mixed: resume with that version, remove {store} and {target.name}, or "
-                    "choose another file with --out"
+                    "choose another out"
                 )
             raise ConfigError(
                 f"{target if target.exists() else store} holds an evaluation with other settings "
-                f"({', '.join(keys)}); choose another file with --out, or remove {store} and "
+                f"({', '.join(keys)}); choose another out, or remove {store} and "
                 f"{target.name} to start over"
             )
         # a finished evaluation is read only: this machine has no part in it
@@ -169,9 +167,7 @@ def begin_or_resume(
             _write_plan(plan, settings, started, places)
         return started, places
     if target.exists():
-        raise ConfigError(
-            f"{target} exists and is not an evaluation; choose another file with --out"
-        )
+        raise ConfigError(f"{target} exists and is not an evaluation; choose another out")
     store.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     places = _distinct(here)

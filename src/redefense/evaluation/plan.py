@@ -142,9 +142,9 @@ class Planned:
         Its accuracy is that where larger perturbations are replaced by the clean image. `shares`
         has the probabilities of the rows of `correct`.
         """
-        if self.attack.stated is None:
+        if self.attack.scored_at is None:
             return {}
-        norm, limit = self.attack.stated
+        norm, limit = self.attack.scored_at
         allowed = getattr(cell, norm) <= limit + BUDGET_SLACK
         q = exact_expectation(np.where(allowed, cell.correct, clean.correct), shares)
         return {"stated": {"norm": norm, "limit": limit, "accuracy": float(q.mean())}}
@@ -184,9 +184,16 @@ def check_plan(subject: Subject, suite: Suite, threat: ThreatConfig) -> None:
     """
     check_images(subject.x)
     check_labels(subject.y, len(subject.x))
-    attacks = [planned.attack for planned in plan_of(suite, threat, subject.randomized)]
+    plan = plan_of(suite, threat, subject.randomized)
     # these run last: a wrong name or setting is found before hours of work
-    attacks += [attack_of(spec) for spec in suite.baseline_attacks]
+    baselines = [attack_of(spec) for spec in suite.baseline_attacks]
+    attacks = [*(planned.attack for planned in plan), *baselines]
+    headline = threat_of(plan) or threat
+    for attack, at in [
+        *((planned.attack, planned.threat) for planned in plan),
+        *((attack, headline) for attack in baselines),
+    ]:
+        attack.check_threat(as_threat(at))
     drawn = isinstance(subject.ensemble, Stochastic)
     if drawn and suite.precision == "bf16":
         raise ConfigError("stochastic networks are attacked in fp32: remove precision bf16")

@@ -24,6 +24,7 @@ from redefense.radius import budget_text
 from redefense.results.accuracy import Bools
 from redefense.results.escaping import escape_latex
 from redefense.results.examples import Examples
+from redefense.results.records import PLAN
 from redefense.runtime.files import write_text, writing
 from redefense.threat import Threat
 
@@ -313,17 +314,17 @@ class Report:
             The JSON file.
 
         Raises:
-            ConfigError: if the folder has an evaluation by `redefense evaluate`.
+            ConfigError: if the folder has an evaluation that can be resumed.
             WriteError: if a file cannot be written.
         """
         home = Path(folder) / "evaluation"
         target = home / f"{self.data['suite']}.json"
         records = home / self.data["clean"]["per_image"]
-        # only `redefense evaluate` writes a plan, to resume from the records beside it
-        if (records.parent / "plan.json").exists():
+        # a plan is written to resume from the records beside it
+        if (records.parent / PLAN).exists():
             raise ConfigError(
-                f"{target} was made by `redefense evaluate` and is not replaced; "
-                "choose another folder"
+                f"{target} belongs to an evaluation that can be resumed (by `redefense evaluate`, "
+                "or with out) and is not replaced: choose another folder"
             )
         with writing(target):
             target.unlink(missing_ok=True)  # an old report must not remain with new records

@@ -277,7 +277,8 @@ def suite_named(name: str | PathLike[str]) -> Suite:
         raise ConfigError(f"cannot read the suite {path}: {error}") from None
     if suite.name in SUITES or not suite.name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(
-            f'"name" in {path} must have letters, digits, - and _ only, and not be one of '
-            f"{', '.join(SUITES)}; got {suite.name!r}"
+            f'the name of the suite {path} ("name" in it, else that of the file) must have '
+            f"letters, digits, - and _ only, and not be one of {', '.join(SUITES)}; "
+            f"got {suite.name!r}"
         )
     return suite

@@ -31,6 +31,7 @@ from redefense.errors import (
 from redefense.hub.published import from_file
 from redefense.report.card import card, unmeasured_card
 from redefense.runtime.files import write_bytes, write_json, write_text
+from redefense.train.api import TrainedRun
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import checked_path, find_final, load_checkpoint
 
@@ -40,7 +41,11 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 def save_pretrained(
-    ensemble: Ensemble, folder: str | Path, *, license_name: str = "mit", name: str | None = None
+    ensemble: Ensemble | TrainedRun,
+    folder: str | Path,
+    *,
+    license_name: str = "mit",
+    name: str | None = None,
 ) -> Path:
     """Write `config.json`, `model.safetensors` and the model card `README.md` into a folder.
 
@@ -60,6 +65,7 @@ def save_pretrained(
         InputError: for an ensemble of networks that redefense did not build.
         ConfigError: if the licence is not a plain identifier.
     """
+    ensemble = _of_run(ensemble)
     origin = _origin(ensemble)
     target = Path(folder)
     weights = {
@@ -145,7 +151,7 @@ def from_pretrained(
 
 
 def push_to_hub(
-    ensemble: Ensemble,
+    ensemble: Ensemble | TrainedRun,
     repo_id: str,
     *,
     private: bool = False,
@@ -175,6 +181,7 @@ def push_to_hub(
     """
     hub = _client()
     # refused before a repository is created
+    ensemble = _of_run(ensemble)
     _origin(ensemble)
     api = hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,6 +196,10 @@ def push_to_hub(
         except (OSError, ValueError) as error:  # base classes of the client's errors
             raise DataError(f"cannot upload to {repo_id}: {one_line(error)[:200]}") from None
     return str(getattr(done, "commit_url", done))
+
+
+def _of_run(ensemble: Ensemble | TrainedRun) -> Ensemble:
+    return ensemble.ensemble if isinstance(ensemble, TrainedRun) else ensemble
 
 
 def _origin(ensemble: Ensemble) -> Origin:

@@ -32,7 +32,7 @@ class GaussianNoise(nn.Module):
 
     def __init__(self, model: nn.Module, *, sigma: float = 0.25) -> None:
         super().__init__()
-        _check(sigma, lambda v: v >= 0, "sigma must not be negative")
+        _check(sigma, lambda v: v >= 0, "sigma must be a number >= 0")
         self.model, self.sigma = model, sigma
 
     def forward(self, x: Images) -> Logits:
@@ -86,7 +86,7 @@ class NoiseLayers(_Hooked):
     def __init__(self, model: nn.Module, *, first: float = 0.2, inner: float = 0.1) -> None:
         super().__init__(model, MIXING, "a convolution or a fully connected layer")
         for sigma in (first, inner):
-            _check(sigma, lambda v: v >= 0, "noise must not be negative")
+            _check(sigma, lambda v: v >= 0, "noise must be a number >= 0")
         self.first, self.inner = first, inner
 
     def changed(self, place: int, inputs: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class TestTimeDropout(_Hooked):
 
     def __init__(self, model: nn.Module, *, p: float = 0.5) -> None:
         super().__init__(model, (nn.Linear,), "a fully connected layer")
-        _check(p, lambda v: 0 <= v < 1, "p must lie in [0, 1)")
+        _check(p, lambda v: 0 <= v < 1, "p must be a number in [0, 1)")
         self.p = p
 
     def changed(self, place: int, inputs: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ActivationPruning(_Hooked):
 
     def __init__(self, model: nn.Module, *, share: float = 1.0) -> None:
         super().__init__(model, MIXING, "a convolution or a fully connected layer")
-        _check(share, lambda v: v > 0, "share must be positive")
+        _check(share, lambda v: v > 0, "share must be a number > 0")
         self.share = share
 
     def changed(self, place: int, inputs: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class ResizeAndPad(nn.Module):
 
     def __init__(self, model: nn.Module, *, largest: float = 331 / 299) -> None:
         super().__init__()
-        _check(largest, lambda v: v >= 1, "largest must be at least 1")
+        _check(largest, lambda v: v >= 1, "largest must be a number >= 1")
         self.model, self.largest = model, largest
 
     def forward(self, x: Images) -> Logits:
@@ -191,4 +191,4 @@ def _noise(x: Tensor) -> Tensor:
 def _check(value: Any, holds: Callable[[float], bool], rule: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not holds(value):
-        raise ConfigError(f"{rule} and be a finite number, got {value!r}")
+        raise ConfigError(f"{rule}, and finite, got {value!r}")

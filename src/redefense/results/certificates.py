@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from redefense.errors import DataError
-from redefense.results.records import Stored, read_json
+from redefense.results.records import Stored, read_json, valid
 
 
 class Level(BaseModel):
@@ -40,11 +39,7 @@ def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
     homes = dict.fromkeys(home for stored in suites if (home := _home(stored)) is not None)
     found = []
     for path in (p for home in homes for p in sorted((home / "certificates").glob("*.json"))):
-        try:
-            document = _Document.model_validate(read_json(path))
-        except ValidationError as error:
-            key = ".".join(str(part) for part in error.errors()[0]["loc"])
-            raise DataError(f"{path} is not a valid certificate: {key}") from None
+        document = valid(_Document, read_json(path), f"{path} is not a valid certificate")
         data = document.data
         message = f"{data.get('num_images')} {data.get('split')} images of {data.get('name')}"
         found += [(message, level) for level in document.certificates]

@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from redefense.config import first_fault
 from redefense.errors import BAD_JSON, DataError
 from redefense.results.examples import Examples
 from redefense.results.intervals import Estimate, accuracy_interval, exact_expectation
@@ -33,6 +34,9 @@ BAD_ARRAYS = (
     struct.error,
 )  # fmt: skip
 """Exceptions of numpy and zipfile for damaged npz files."""
+
+PLAN: Final = "plan.json"
+"""File of an evaluation's settings, in the folder of its records."""
 
 AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
 
@@ -161,14 +165,12 @@ def valid(kind: type[_Kind], document: object, wrong: str) -> _Kind:
     """A record from decoded JSON.
 
     Raises:
-        DataError: that begins with `wrong` and names the first key without a valid value.
+        DataError: that begins with `wrong`, with the first wrong key, the rule and the value.
     """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{wrong}: {key}: {first['msg']}") from None
+        raise DataError(f"{wrong}: {first_fault(error)}") from None
 
 
 def read_json(path: Path) -> object:
@@ -238,7 +240,7 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
 
 def _plan(file: Path | None) -> Plan | None:
     """The plan stored with an evaluation; None if there is none."""
-    if file is None or not (path := file.with_suffix("") / "plan.json").is_file():
+    if file is None or not (path := file.with_suffix("") / PLAN).is_file():
         return None
     return valid(Plan, read_json(path), f"{path} is not a valid plan")
 
@@ -311,6 +313,8 @@ def load(source: Source, position: int = 1) -> list[Stored]:
         run = source.parent.parent if source.parent.name == "evaluation" else source
         # without a run around it the file itself gives the name
         return [_stored(run.resolve().stem, evaluation, source, source)]
+    if not source.exists() and source.suffix == ".json":
+        raise DataError(f"there is no evaluation {source}: write it with `redefense evaluate DIR`")
     if not source.exists():
         raise DataError(
             f"there is no run at {source}: run `redefense train RECIPE --out {source}` first"

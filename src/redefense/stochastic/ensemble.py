@@ -5,6 +5,7 @@ the network's draws, so points found on some seeds must be scored on others.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import torch
 from scipy.special import betainc
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from redefense.ensembles import Ensemble, as_ensemble, device_of
-from redefense.errors import ConfigError, InputError
-from redefense.limits import within
+from redefense.errors import InputError
+from redefense.limits import one_of, within
 from redefense.networks import query
 from redefense.rng import draw_members, draw_seed, seeded, stream, system_stream
 from redefense.types import Float, Images, Logits, Per, whole
@@ -157,8 +158,7 @@ class Stochastic(Ensemble):
 
         Without `rng` the seeds are drawn from the operating system's entropy.
         """
-        if per not in ("call", "image"):
-            raise ConfigError(f'per must be "call" or "image", got {per!r}')
+        one_of("per", per, get_args(Per))
         return FreshDraw(self, rng=rng, per=per)
 
     def vote(self, *, alpha: float = 0.001) -> "Vote":

@@ -21,7 +21,7 @@ from redefense.models import MODELS
 from redefense.networks import check_values
 from redefense.plugins import GIVEN, Registry
 from redefense.recipes import RECIPES, recipe
-from redefense.threat import Threat
+from redefense.threat import Threat, checked_threat
 from redefense.train.experiment import train as train_run
 
 
@@ -69,25 +69,27 @@ def train(
         data: a specification, a `redefense.data.Dataset`, or ((x_train, y_train),
             (x_test, y_test)); the test images are never read by the training.
         out: the run directory; `runs/RECIPE` by default.
-        epochs: passes over the training images; 10 unless given.
-        batch_size: images of a step; 128 unless given.
-        optim: optimizer and schedule; those of `OptimConfig` unless given.
+        epochs: passes over the training images; default: those of the recipe or `Run`, else 10.
+        batch_size: images of a step; default: that of the recipe or `Run`, else 128.
+        optim: an `OptimConfig`, or settings that replace those of the recipe or `Run`, else of
+            `OptimConfig`.
         threat: norm and radius against which the run is evaluated; the radius of a defence's own
             adversary is its setting `adversary.eps`.
-        seed: seed of all random numbers; 0 unless given.
+        seed: seed of all random numbers; default: that of the recipe or `Run`, else 0.
         device: torch device.
         resume: continue an interrupted run.
         quiet: show no progress on stderr.
 
     Raises:
         ConfigError: for an invalid name, object or setting.
+        InputError: for an ensemble that cannot be trained as an object.
         ModelError: if a member does not accept the images, or has not the classes of the data.
         DataError: if the data cannot be read.
         TrainingError: if the loss is not finite or a parameter gets no gradient.
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
-    if threat is not None and not isinstance(threat, Threat):
-        raise InputError(f"threat must be a redefense.Threat, got {threat!r}")
+    if threat is not None:
+        checked_threat(threat)
     base = _base(ensemble)
     settings: dict[str, Any] = (
         {"ensemble": _members(ensemble), "epochs": 10, "batch_size": 128}
@@ -104,7 +106,9 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
-        "optim": optim.model_dump(mode="json") if isinstance(optim, OptimConfig) else optim,
+        "optim": optim.model_dump(mode="json")
+        if isinstance(optim, OptimConfig)
+        else optim and settings.get("optim", {}) | dict(optim),
         "threat": threat and ThreatConfig.of(threat.norm, threat.eps).model_dump(mode="json"),
     }
     settings |= {key: value for key, value in changed.items() if value is not None}

@@ -11,7 +11,7 @@ from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.defences import Defence
 from redefense.ensembles import Ensemble, Origin, channels_last
 from redefense.ensembles.configs import EnsembleConfig
-from redefense.errors import BAD_JSON, CheckpointError, ConfigError, DataError
+from redefense.errors import BAD_JSON, CheckpointError, ConfigError
 from redefense.limits import one_of
 from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_json, write_text
@@ -35,6 +35,7 @@ from redefense.train.loading import (
     load_checkpoint,
     load_weights,
     loader_of,
+    not_of,
     resolve,
 )
 from redefense.train.loop import Position, Start
@@ -211,6 +212,13 @@ def _loaded(final: Checkpoint, out: Path, device: str, quiet: bool) -> Ensemble:
     return load_checkpoint(final, device=device)
 
 
+def _another(out: Path, differs: str) -> str:
+    return (
+        f"{out} holds another run (it differs in {differs}): repeat the settings that it was begun "
+        "with, or choose another out"
+    )
+
+
 def _check_data(
     run: Run, out: Path, stored: str | None, checkpoint: Checkpoint | None, signature: Signature
 ) -> None:
@@ -225,13 +233,13 @@ def _check_data(
     """
     if checkpoint is None:
         if stored != run.data.spec:
-            raise ConfigError(f"{out} holds another run (it differs in data, which is {stored})")
+            raise ConfigError(_another(out, f"data, which is {stored}"))
         return
     if checkpoint.state["data"]["checksum"] == signature.checksum:
         return
     if stored != run.data.spec:
         raise ConfigError(f"{out} holds another run: {run.data.spec} is not its data, {stored}")
-    raise DataError(f"{run.data.spec} is not the data that {out} was trained on")
+    raise not_of(checkpoint)
 
 
 def _load_data(run: Run, team: Mesh, download: bool, progress: bool) -> Dataset:
@@ -307,7 +315,7 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
             return None
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
     if not resume:
-        raise ConfigError(f"{out} already holds a run; use --resume or another --out")
+        raise ConfigError(f"{out} already holds a run: resume it, or choose another out")
     try:
         record = json.loads((out / "run.json").read_text())
     except BAD_JSON:
@@ -324,7 +332,7 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
             del settings["start"]["path"]
     if stored != wanted:
         keys = [k for k in wanted if stored.get(k) != wanted[k]]
-        raise ConfigError(f"{out} holds another run (it differs in {', '.join(keys)})")
+        raise ConfigError(_another(out, ", ".join(keys)))
     return spec
 
 

@@ -245,7 +245,9 @@ def data_of(checkpoint: Checkpoint, given: str | None = None) -> tuple[Dataset, 
 def not_of(checkpoint: Checkpoint, given: str | None = None) -> DataError:
     """The error for data that are not those of a run."""
     spec = given or checkpoint.run.data.spec
-    return DataError(f"{spec} is not the data that {checkpoint.run_dir} was trained on")
+    return DataError(
+        f"{spec} is not the data that {checkpoint.run_dir} was trained on: give them with --data"
+    )
 
 
 def materialise(path: Path, out: Path) -> None:

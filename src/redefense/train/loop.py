@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from redefense.config import OptimConfig
 from redefense.defences import Stage
 from redefense.ensembles import Ensemble, kernels_kept
-from redefense.errors import ConfigError, Interrupted, TrainingError
+from redefense.errors import ConfigError, Interrupted, TrainingError, first_of
 from redefense.networks import differentiating
 from redefense.rng import draw_seed, seeded, stream
 from redefense.runtime.mesh import Mesh, Tally
@@ -270,7 +270,8 @@ def take_step(
     # value - value is 0 for every finite number, NaN for all others
     bad = [f"{name} = {value}" for name, value in terms.items() if value - value != 0]
     if bad:
-        raise mesh.mark_reported(TrainingError(f"non-finite loss {where}: {', '.join(bad)}"))
+        message = f"non-finite loss {where}: {', '.join(bad)}; lower optim.lr, or set optim.clip"
+        raise mesh.mark_reported(TrainingError(message))
     if first:
         with mesh.agreed():
             check_gradients(ensemble, params, where)
@@ -342,10 +343,16 @@ def check_gradients(ensemble: nn.Module, params: Sequence[nn.Parameter], where: 
     names = {p: name for name, p in ensemble.named_parameters()}
     missing = [names.get(p, "?") for p in params if p.grad is None]
     if missing:
-        raise TrainingError(f"no gradient {where} for {', '.join(missing[:5])}")
+        raise TrainingError(
+            f"no gradient {where} for {first_of(missing, 5)}: use these parameters in the forward "
+            "pass, or freeze them with requires_grad_(False)"
+        )
     broken = [names.get(p, "?") for p in params if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]  # checked above
     if broken:
-        raise TrainingError(f"non-finite gradient {where} for {', '.join(broken[:5])}")
+        raise TrainingError(
+            f"non-finite gradient {where} for {first_of(broken, 5)}; lower optim.lr, or set "
+            "optim.clip"
+        )
 
 
 def epoch_number(stages: Sequence[Stage], index: int, epoch: int) -> int:

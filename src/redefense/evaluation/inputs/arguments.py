@@ -12,7 +12,7 @@ from redefense.evaluation.stochastic.recognise import Choice
 from redefense.evaluation.suite import AttackPrecision
 from redefense.limits import one_of
 from redefense.networks import FromProbabilities, check_values
-from redefense.threat import Threat
+from redefense.threat import Threat, checked_threat
 from redefense.train.api import TrainedRun
 
 
@@ -34,12 +34,7 @@ def read_threat(threat: object) -> ThreatConfig:
     Raises:
         ConfigError: for anything else.
     """
-    given = Threat() if threat is None else threat
-    if not isinstance(given, Threat):
-        raise ConfigError(
-            f"threat must be a redefense.Threat, such as Threat(norm='linf', eps='8/255'), "
-            f"got {threat!r}"
-        )
+    given = Threat() if threat is None else checked_threat(threat)
     return ThreatConfig.of(given.norm, given.eps)
 
 

@@ -42,10 +42,10 @@ def read_data(data: Any, images: int | None = None) -> tuple[Images, Labels, Ind
     else:
         pair = data
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        got = f"{len(pair)} of them" if isinstance(pair, tuple | list) else type(pair).__name__
+        got = type(pair).__name__ + (f" of {len(pair)}" if isinstance(pair, tuple | list) else "")
         raise InputError(
             "data must be a specification, a pair (images, labels) of tensors or arrays, a torch "
-            f"Dataset with a length, or a DataLoader, got {got}"
+            f"Dataset with a length, or a DataLoader, got a {got}"
         )
     x, y = _checked(_channels_first(pair[0]), as_tensor(pair[1]))
     index = _chosen(len(x), images)

@@ -47,31 +47,32 @@ def subject_of(
     Raises:
         ConfigError: if there are fewer images.
     """
-    _, validation, held = train_validation(dataset, 0.1 if run is None else run.data.validation)
-    source = dataset.test if split == "test" else validation
-    count = len(source) if images is None else images
+    test = len(dataset.test)
+    if run is None:
+        # a model that was not trained here may have been trained on any other images
+        index = test_indices(test, test if images is None else images)
+        x, y = _images(dataset.test, index, device)
+        return Subject(ensemble, x, y, index.numpy(), dataset.name, "test", run_json)
+    _, validation, held = train_validation(dataset, run.data.validation)
     if split == "test":
         # always in the published random order, so that its first images are a fair sample
-        chosen = at = test_indices(len(source), count)
+        index = test_indices(test, test if images is None else images)
+        x, y = _images(dataset.test, index, device)
         rest = torch.arange(len(validation))
     else:
-        if not 1 <= count <= len(source):
+        count = len(validation) if images is None else images
+        if not 1 <= count <= len(validation):
             raise ConfigError(
-                f"the number of validation images must lie in [1, {len(source)}], got {count}"
+                f"the number of validation images must lie in [1, {len(validation)}], got {count}"
             )
-        chosen, rest = torch.arange(len(source)).tensor_split([count])
-        at = held[chosen]
+        first, rest = torch.arange(len(validation)).tensor_split([count])
+        x, y = _images(validation, first, device)
+        index = held[:count]
     rest = rest[:SELECTION_IMAGES]
     return Subject(
-        ensemble,
-        *_images(source, chosen, device),
-        at.numpy(),
-        dataset.name,
-        split,
-        run_json,
-        # a model that was not trained here may have been trained on these images
-        _images(validation, rest, device) if run is not None and len(rest) else None,
-    )
+        ensemble, x, y, index.numpy(), dataset.name, split, run_json,
+        _images(validation, rest, device) if len(rest) else None,
+    )  # fmt: skip
 
 
 def _images(split: Split, index: Tensor, device: str) -> tuple[Tensor, Tensor]:

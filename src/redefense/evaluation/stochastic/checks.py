@@ -33,6 +33,8 @@ EXACT: Final = (
     "S42", "S43", "B1",
 )  # fmt: skip
 """Checks that need exact expectations, enumerable members or deterministic outputs."""
+FULL: Final = ("S23", "S24", "S25", "S26", "S27", "S44")
+"""Checks of `checks="full"`, which need these too."""
 
 
 def before(network: Stochastic, subject: Subject) -> list[Check]:
@@ -46,12 +48,15 @@ def before(network: Stochastic, subject: Subject) -> list[Check]:
     return [*found, Check("D1", network.governed, detail)]
 
 
-def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Check]:
+def after(
+    data: Mapping[str, Any], records: Mapping[str, DrawnCell], *, full: bool = False
+) -> list[Check]:
     """Checks of the records.
 
     Args:
         data: the evaluation so far.
         records: of every cell and "clean".
+        full: whether the checks that run further attacks were asked for.
     """
     cells = data["cells"]
     # only images that were attacked can show an attack that changes nothing
@@ -65,7 +70,7 @@ def after(data: Mapping[str, Any], records: Mapping[str, DrawnCell]) -> list[Che
         gap_of_headlines(data["headline"], len(records["clean"].correct)),
         *(
             Check(name, None, "does not apply: the draws of a network cannot be listed")
-            for name in EXACT
+            for name in (*EXACT, *(FULL if full else ()))
         ),
     ]
 

@@ -100,7 +100,7 @@ def run_drawn(
     if proven := _certified(job, network, records["clean"]):
         data["certificate"] = proven.as_dict()
         done.append(drawn_checks.below_attack(proven, data["headline"]))
-    done += drawn_checks.after(data, records)
+    done += drawn_checks.after(data, records, full=checks == "full")
     data["checks"] = [check.as_dict() for check in sorted(done, key=lambda check: check.id)]
     name_images(data, runner.attacked, examples)
     return Report(
