@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redefense.threat import TINY
 from redefense.types import Float, Labels
-
-TINY = 1e-12
 
 
 def _full(grads: Tensor) -> Tensor:

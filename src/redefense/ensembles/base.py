@@ -65,7 +65,11 @@ class Ensemble(nn.Module):
         self.register_buffer("mixture", check_mixture(mixture, num_members))
 
     def set_mixture(self, mixture: Sequence[float] | Tensor) -> None:
-        """Replace the sampling probabilities, in place."""
+        """Replace the sampling probabilities, in place.
+
+        Raises:
+            ConfigError: if they are not M probabilities that sum to 1.
+        """
         # recorded passes read this memory
         self.mixture.copy_(check_mixture(mixture, self.num_members))
 

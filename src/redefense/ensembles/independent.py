@@ -18,6 +18,10 @@ class Independent(Ensemble):
     Args:
         members: networks from images in [0, 1] to logits; may differ in architecture.
         mixture: M probabilities, uniform unless given.
+
+    Raises:
+        InputError: for members that are not a list of networks.
+        ConfigError: without members, or for a mixture that is not M probabilities with sum 1.
     """
 
     def __init__(

@@ -64,6 +64,7 @@ def save_pretrained(
     Raises:
         InputError: for an ensemble of networks that redefense did not build.
         ConfigError: if the licence is not a plain identifier.
+        WriteError: if a file cannot be written.
     """
     ensemble = _of_run(ensemble)
     origin = _origin(ensemble)
@@ -120,7 +121,8 @@ def from_pretrained(
 
     Raises:
         CheckpointError: if a file is missing, damaged, of another format or does not fit.
-        ConfigError: if a repository is named and huggingface_hub is not installed.
+        ConfigError: for a file without `model`, a folder with `revision`, an unknown model or an
+            unavailable device, and if a repository is named and huggingface_hub is not installed.
         DataError: if the hub cannot be reached or has no such repository; or if a file cannot be
             read, would execute code, or does not hold all tensors of the model.
         InputError: if the folder is not a path.

@@ -95,7 +95,8 @@ def surface_of(path: Path, *, image: int | None = None, data: str | None = None)
 
     Raises:
         ConfigError: if there is no such image.
-        DataError: if the data are missing, or are not those of the run.
+        DataError: if the data are missing or not those of the run, or if no image is classified
+            correctly by both members.
     """
     checkpoint = find_final(path)
     ensemble = load_checkpoint(checkpoint)
