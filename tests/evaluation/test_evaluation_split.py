@@ -17,6 +17,7 @@ from redefense.evaluation.api import evaluate_run
 from redefense.evaluation.cells import image_digest
 from redefense.recipes import recipe
 from redefense.report import ranking, reproduce
+from redefense.report.sentences import on_validation
 from redefense.report.tables import labels_of
 from redefense.results.join import join
 
@@ -80,6 +81,8 @@ def test_a_report_names_them_and_shows_test_images_first(run: Path) -> None:
     results = join([run])
     assert set(labels_of(results)) == {"run (40 images)", "run (60 validation images)"}
     assert ranking.best(results).images == "40 images"
+    assert "quote figures of test images" in str(on_validation(results))
+    assert on_validation([ranking.best(results)]) is None
     commands = {result.images: reproduce.command(result.suites[0]) for result in results}
     assert "--split validation --images 60" in str(commands["60 validation images"])
     assert "--split" not in str(commands["40 images"])

@@ -59,6 +59,7 @@ def markdown(results: Sequence[Result], commands: Sequence[str]) -> str:
         "",
         wording.HOW_COMPARED,
         "",
+        *([note, ""] if (note := wording.on_validation(results)) else []),
     ]
     for name, result in zip(labels(rows), results, strict=True):
         for message in (wording.members_alone(result), wording.weak_of(result)):

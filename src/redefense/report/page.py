@@ -389,6 +389,7 @@ def html(results: Sequence[Result], commands: Sequence[str]) -> str:
         "pictured": _pictured(results),
         "results": results,
         "baselines": wording.HOW_COMPARED,
+        "validation": wording.on_validation(results),
         "said_heading": wording.SAID,
         "bars": _bars,
         "sd_text": ranking.sd_text,

@@ -19,6 +19,16 @@ HOW_COMPARED = (
 )
 """Note on the baselines of the draw."""
 
+
+def on_validation(results: Sequence[Result]) -> str | None:
+    """Note on figures that cannot be quoted; None if all are of test or given images."""
+    if all(result.data.split != "validation" for result in results):
+        return None
+    return (
+        "Validation images were held out in training, but settings may have been chosen on them: "
+        "quote figures of test images."
+    )
+
 PERCENT = "\u00a0%"
 """The percent sign with a non-breaking space."""
 
