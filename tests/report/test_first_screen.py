@@ -129,7 +129,9 @@ def test_the_first_screen_compares_what_is_about_the_same_data_and_budget(tmp_pa
     assert "easy" not in sentence
     assert "small" not in sentence
     assert f", and {8 - 1 - answers.MOST_OTHERS} more below" in sentence
-    assert "Not compared: 2 runs on other data or within another budget." in sentence
+    assert "Not compared: 2 runs on other images or within another budget." in sentence
+    # one of two runs cannot be ranked
+    assert answers.title(join(runs[:2])) == "How robust is mine under attack?"
 
 
 def test_runs_that_differ_by_their_seed_alone_are_quoted_by_their_mean(tmp_path: Path) -> None:

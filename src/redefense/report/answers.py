@@ -13,8 +13,8 @@ def title(results: Sequence[Result]) -> str:
     """The question that the page answers."""
     groups = repeats(results)
     (name, *_) = names(groups, results)
-    if len({result.name for result in results}) == 1:
-        return f"How robust is {results[0].name} under attack?"
+    if len(groups) == len(groups[0]) == 1:
+        return f"How robust is {groups[0][0].name} under attack?"
     if len(groups) == 1:
         return f"How robust is {name} under attack, over {len(groups[0])} seeds?"
     runs = sum(map(len, groups))
@@ -124,7 +124,7 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
     elsewhere = len({r.name for r in results}) - len(ranked(results))
     if elsewhere > 0:
         runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"
-        message += f" Not compared: {runs} on other data or within another budget."
+        message += f" Not compared: {runs} on other images or within another budget."
     return Answer(question="How robust is it?", lead=lead, text=message)
 
 
