@@ -1,4 +1,4 @@
-"""The shape of the house: imports point downhill, and what is public is a decision."""
+"""The layers of the package: no module imports from a higher one, and public names are listed."""
 
 import ast
 import importlib
@@ -62,17 +62,17 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_imports_point_downhill() -> None:
-    uphill = []
+def test_no_module_imports_from_a_higher_layer() -> None:
+    wrong = []
     for path in SRC.rglob("*.py"):
         here = path.relative_to(SRC).with_suffix("").parts[0]
         if here != "__init__":
-            uphill += [
+            wrong += [
                 f"{path.relative_to(SRC)} imports {target}"
                 for target in imported(path)
                 if RANK[target] > RANK[here]
             ]
-    assert uphill == []
+    assert wrong == []
 
 
 def test_public_names_exist_and_are_sorted() -> None:

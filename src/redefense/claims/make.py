@@ -21,6 +21,7 @@ from redefense.results.intervals import Estimate
 from redefense.results.join import Result, results_of
 from redefense.results.records import Scored, Stored, load
 from redefense.results.schema import suite_version
+from redefense.runtime.folders import FINAL
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.cost import count
 from redefense.train.loading import Signature, find_final
@@ -52,7 +53,7 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
     homes = {_home(source) for source in sources}
     # evaluations from several places have no common run whose settings could be stated
     home = homes.pop() if len(homes) == 1 else None
-    if home is None or not (home / "final").is_dir():
+    if home is None or not (home / FINAL).is_dir():
         return of_weights(stored, name, about)
     return of_run(find_final(home), stored, name or home.name, about)
 

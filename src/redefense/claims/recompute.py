@@ -18,6 +18,7 @@ from redefense.evaluation.suite import SUITES, Suite, fixes_threat
 from redefense.hub.pretrained import CONFIG, from_pretrained
 from redefense.report.tables import with_interval
 from redefense.results.records import load
+from redefense.runtime.folders import EVALUATION
 from redefense.threat import Threat
 from redefense.train.experiment import train
 from redefense.train.loading import find_final, load_checkpoint
@@ -113,7 +114,7 @@ def _of_run(
         # `evaluate_run` refuses a threat for a suite that has its own
         eps, norm = (None, None) if fixes_threat(plan.suite) else (plan.eps, plan.norm)
         _, target = evaluate_run(
-            path, data=data, suite=suite, out=folder / "evaluation" / f"{plan.file}.json",
+            path, data=data, suite=suite, out=folder / EVALUATION / f"{plan.file}.json",
             eps=eps, norm=norm, device=device, log=log, **_settings(plan),
         )  # fmt: skip
         stored += load(target)
@@ -159,7 +160,7 @@ def _of_weights(it: Claim, data: str, folder: Path, model: nn.Module, log: Log |
             threat=None if fixes_threat(suite) else Threat(norm=plan.norm, eps=plan.eps),
             **_settings(plan),
         )  # fmt: skip
-        stored += load(folder / plan.file / "evaluation" / f"{named.name}.json")
+        stored += load(folder / plan.file / EVALUATION / f"{named.name}.json")
         found = stored[-1].plan
         # the evaluation computes the hash of a network in memory
         _require(it, "" if found is None else str(found.weights), "the network")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redefense.runtime.folders import RUN
+
 if TYPE_CHECKING:  # commands import these when they run, so that --help is fast
     from redefense.config import Run
 
@@ -76,8 +78,8 @@ def resolve_run(what: str, changes: list[str] | None, data: str | None, seed: in
     from redefense.recipes import RECIPES, recipe
 
     path = Path(what)
-    if (path / "run.json").is_file():
-        run = read_run(path / "run.json")
+    if (path / RUN).is_file():
+        run = read_run(path / RUN)
     elif path.suffix == ".json":
         run = read_run(path)
     # a path was meant, so the known recipes would be no help

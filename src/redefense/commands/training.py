@@ -20,6 +20,7 @@ from redefense.commands.options import (
     show,
 )
 from redefense.errors import RedefenseError
+from redefense.runtime.folders import METRICS
 
 
 def train(
@@ -77,7 +78,7 @@ def train(
         profile=profile, mesh=mesh, replay=replay,
     )  # fmt: skip
     if as_json:
-        lines = (target / "metrics.jsonl").read_text().splitlines()
+        lines = (target / METRICS).read_text().splitlines()
         last = json.loads(lines[-1]) if lines else {}
         summary = {"run": str(target), "recipe": run.recipe, "seed": run.seed, "last": last}
         show(summary, as_json=True)

@@ -45,6 +45,7 @@ from redefense.radius import budget_text, read_eps, read_norm
 from redefense.results.schema import OF_DEFENCE
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_text
+from redefense.runtime.folders import EVALUATION
 from redefense.runtime.recording import REPLAY, recorder_for
 from redefense.runtime.workers import own_device, workers
 from redefense.stochastic.ensemble import Stochastic
@@ -143,7 +144,7 @@ def evaluate(
 
         curve = over(radii, at)
         if home is not None:
-            write_text(home / "evaluation" / f"{curve.data['suite']}.json", curve.to_json())
+            write_text(home / EVALUATION / f"{curve.data['suite']}.json", curve.to_json())
         return curve
     check_choices(checks=checks, precision=precision, stochastic=stochastic)
     plan = suite_of(suite).cascading(cascade).computing(cast("AttackPrecision | None", precision))
@@ -364,7 +365,7 @@ def _run_of(subject: Subject) -> Callable[..., Report]:
 
 def _target(path: Path, suite: str, split: str) -> Path:
     """The file of an evaluation in the run's folder."""
-    return path / "evaluation" / f"{suite}{'' if split == 'test' else f'-{split}'}.json"
+    return path / EVALUATION / f"{suite}{'' if split == 'test' else f'-{split}'}.json"
 
 
 def _over_radii(

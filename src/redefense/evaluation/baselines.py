@@ -26,6 +26,7 @@ from redefense.evaluation.store import forget, in_chunks, own_images, read_array
 from redefense.evaluation.suite import CellSpec
 from redefense.results.accuracy import Bools
 from redefense.rng import stream
+from redefense.runtime.folders import BASELINES
 
 SELECTION_IMAGES: Final = 200
 """Number of validation images on which the best single member is chosen."""
@@ -115,7 +116,7 @@ def baselines(runner: Runner) -> Baselines | None:
         best=int(np.argmax(chosen.mean(1))),
         chosen_on=on,
     )
-    if (place := job.save(job.place("baselines.npz"))) is not None:
+    if (place := job.save(job.place(BASELINES))) is not None:
         found.save(place)
     return found
 

@@ -18,8 +18,8 @@ from redefense.evaluation.provenance import UNKNOWN, place_of
 from redefense.evaluation.report_object import Report
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
-from redefense.results.records import PLAN
 from redefense.runtime.files import locked, write_json, write_text
+from redefense.runtime.folders import EVALUATION, PLAN
 from redefense.runtime.signals import handled
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
 
@@ -100,7 +100,7 @@ def keeping(
     # the lock is taken first and released last
     with ExitStack() as stack:
         if out is not None:
-            target = Path(out) / "evaluation" / f"{plan.name}.json"
+            target = Path(out) / EVALUATION / f"{plan.name}.json"
             store, here = target.with_suffix(""), [place_of(subject.x.device)]
             stack.enter_context(exclusive(SINGLE_PROCESS, store, target))
             started, _ = begin_or_resume(store, target, settings, here)

@@ -24,8 +24,8 @@ from redefense.radius import budget_text
 from redefense.results.accuracy import Bools
 from redefense.results.escaping import escape_latex
 from redefense.results.examples import Examples
-from redefense.results.records import PLAN
 from redefense.runtime.files import write_text, writing
+from redefense.runtime.folders import BASELINES, EVALUATION, PLAN
 from redefense.threat import Threat
 
 
@@ -317,7 +317,7 @@ class Report:
             ConfigError: if the folder has an evaluation that can be resumed.
             WriteError: if a file cannot be written.
         """
-        home = Path(folder) / "evaluation"
+        home = Path(folder) / EVALUATION
         target = home / f"{self.data['suite']}.json"
         records = home / self.data["clean"]["per_image"]
         # a plan is written to resume from the records beside it
@@ -337,7 +337,7 @@ class Report:
         if self.examples is not None:
             write_arrays(home / self.data["examples"], self.examples.arrays())
         if self.baselines is not None:
-            self.baselines.save(records.with_name("baselines.npz"))
+            self.baselines.save(records.with_name(BASELINES))
         write_text(target, self.to_json())  # last, when all that it names is there
         return target
 

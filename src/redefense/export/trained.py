@@ -17,6 +17,7 @@ from redefense.limits import one_of
 from redefense.report.card import card, unmeasured_card
 from redefense.rng import stream
 from redefense.runtime.device import computing
+from redefense.runtime.folders import evaluation_files
 from redefense.threat import Threat
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import Signature, data_of, find_final, load_checkpoint, not_of, resolve
@@ -116,7 +117,7 @@ def _card(path: Path, name: str, checkpoint: Checkpoint, license_name: str, prec
     """The card with the run's evaluations; without figures if none is of these members."""
     run = checkpoint.run
     # hidden files are incomplete ones, see `runtime.files.UNFINISHED`
-    if precision == "fp32" and any((path / "evaluation").glob("[!.]*.json")):
+    if precision == "fp32" and any(evaluation_files(path)):
         text = card(path, license_name=license_name, name=name)
     else:
         text = unmeasured_card(

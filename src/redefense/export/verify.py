@@ -20,6 +20,7 @@ from redefense.export.draws import NUM_DRAWS, draw_faults, seed_faults
 from redefense.export.rules import graph_faults
 from redefense.export.runner import Bundle, BundleError, Floats
 from redefense.export.signing import SignatureError, trust_in
+from redefense.runtime.folders import WEIGHTS
 
 SHOWN = 3
 
@@ -77,7 +78,7 @@ def verify(
     if not (folder / runner.MANIFEST).is_file():
         raise DataError(f"no bundle at {folder}: it lacks {runner.MANIFEST}")
     # a checkpoint has a manifest.json, too
-    if (folder / "weights.safetensors").is_file() and not (folder / "config.json").is_file():
+    if (folder / WEIGHTS).is_file() and not (folder / "config.json").is_file():
         raise DataError(
             f"{folder} is a checkpoint, not a bundle: make one of its run with `export`"
         )

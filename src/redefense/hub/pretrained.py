@@ -31,6 +31,7 @@ from redefense.errors import (
 from redefense.hub.published import from_file
 from redefense.report.card import card, unmeasured_card
 from redefense.runtime.files import write_bytes, write_json, write_text
+from redefense.runtime.folders import evaluation_files
 from redefense.train.api import TrainedRun
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import checked_path, find_final, load_checkpoint
@@ -225,7 +226,7 @@ def without_paths(run: Run) -> Run:
 def _card(origin: Origin, weights: Mapping[str, Tensor], name: str, license_name: str) -> str:
     run, folder = origin.run, origin.path
     # hidden files are incomplete ones, or those of a file manager
-    measured = any((folder / "evaluation").glob("[!.]*.json"))
+    measured = any(evaluation_files(folder))
     if measured and _same(weights, find_final(folder).weights):
         return card(folder, license_name=license_name, opened_by="from_pretrained", name=name)
     if all((folder / file).is_file() for file in (CARD, WEIGHTS)) and _same(

@@ -13,6 +13,7 @@ from typing import Any, Final
 from redefense.evaluation.suite import SUITES, fixes_threat
 from redefense.results.join import Result
 from redefense.results.records import Stored
+from redefense.runtime.folders import EVALUATION
 
 PAGE: Final = Path("report.html")
 """Default output file of `redefense report`."""
@@ -93,7 +94,7 @@ def _run(stored: Stored) -> str | None:
 
 
 def _in_run(file: Path) -> bool:
-    return file.parent.resolve().name == "evaluation"
+    return file.parent.resolve().name == EVALUATION
 
 
 def _out(stored: Stored, run: str) -> list[str]:
@@ -101,7 +102,7 @@ def _out(stored: Stored, run: str) -> list[str]:
     file = stored.file
     if file is None:
         return []
-    folder = Path(run, "evaluation")
+    folder = Path(run, EVALUATION)
     place = folder / file.name if _in_run(file) else Path(shown(file))
     usual = folder / f"{stored.evaluation.suite}.json"
     return [] if place == usual else ["--out", str(place)]

@@ -29,6 +29,7 @@ def on_validation(results: Sequence[Result]) -> str | None:
         "quote figures of test images."
     )
 
+
 PERCENT = "\u00a0%"
 """The percent sign with a non-breaking space."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from redefense.results.records import Stored, read_json, valid
+from redefense.runtime.folders import CERTIFICATES, EVALUATION
 
 
 class Level(BaseModel):
@@ -38,7 +39,7 @@ def certificates_of(suites: Iterable[Stored]) -> list[tuple[str, Level]]:
     # once for each run, however many suites it has
     homes = dict.fromkeys(home for stored in suites if (home := _home(stored)) is not None)
     found = []
-    for path in (p for home in homes for p in sorted((home / "certificates").glob("*.json"))):
+    for path in (p for home in homes for p in sorted((home / CERTIFICATES).glob("*.json"))):
         document = valid(_Document, read_json(path), f"{path} is not a valid certificate")
         data = document.data
         message = f"{data.get('num_images')} {data.get('split')} images of {data.get('name')}"
@@ -50,4 +51,4 @@ def _home(stored: Stored) -> Path | None:
     """The run's directory."""
     # a file that was given alone has no run around it
     file = stored.file
-    return None if file is None or file.parent.name != "evaluation" else file.parent.parent
+    return None if file is None or file.parent.name != EVALUATION else file.parent.parent

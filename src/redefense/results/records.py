@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,6 +23,7 @@ from redefense.errors import BAD_JSON, DataError
 from redefense.results.examples import Examples
 from redefense.results.intervals import Estimate, accuracy_interval, exact_expectation
 from redefense.results.schema import Accuracy, Budget, Cell, Evaluation, Plan
+from redefense.runtime.folders import BASELINES, EVALUATION, PLAN, RUN, evaluation_files
 
 Source = Path | Mapping[str, Any]
 """A run's directory, one evaluation file, or an evaluation already loaded from JSON."""
@@ -34,9 +35,6 @@ BAD_ARRAYS = (
     struct.error,
 )  # fmt: skip
 """Exceptions of numpy and zipfile for damaged npz files."""
-
-PLAN: Final = "plan.json"
-"""File of an evaluation's settings, in the folder of its records."""
 
 AGREE = 1e-4  # a stored mean differs from that of its per-image records by rounding only
 
@@ -263,7 +261,7 @@ def _stored(
     plan = evaluation.plan or _plan(file)
     clean = _arrays(folder, clean_file)
     # the folder of the records has the name of the evaluation's file
-    baselines_file = str(PurePosixPath(clean_file).with_name("baselines.npz"))
+    baselines_file = str(PurePosixPath(clean_file).with_name(BASELINES))
     baselines = _arrays(folder, baselines_file)
     indices = [a["index"] for a in [clean, *arrays] if "index" in a]
     # a worst case per image needs the same image in each row
@@ -310,7 +308,7 @@ def load(source: Source, position: int = 1) -> list[Stored]:
         return [_stored(str(evaluation.run.get("name") or f"run {position}"), evaluation)]
     if source.is_file():
         evaluation = parse(read_json(source), str(source))
-        run = source.parent.parent if source.parent.name == "evaluation" else source
+        run = source.parent.parent if source.parent.name == EVALUATION else source
         # without a run around it the file itself gives the name
         return [_stored(run.resolve().stem, evaluation, source, source)]
     if not source.exists() and source.suffix == ".json":
@@ -331,8 +329,7 @@ def evaluations_of(run: Path) -> dict[Path, object]:
     Raises:
         DataError: if there is none, or a file cannot be read.
     """
-    # hidden files are incomplete ones, see `runtime.files.UNFINISHED`
-    found = {path: read_json(path) for path in sorted((run / "evaluation").glob("[!.]*.json"))}
+    found = {path: read_json(path) for path in evaluation_files(run)}
     evaluations = {path: document for path, document in found.items() if _is_evaluation(document)}
     if not evaluations:
         raise DataError(f"{run} holds no evaluation: run `redefense evaluate {run}` first")
@@ -346,7 +343,7 @@ def runs_in(source: Source) -> list[Source]:
     """
     if not isinstance(source, Path) or not source.is_dir():
         return [source]
-    if (source / "evaluation").is_dir() or (source / "run.json").is_file():
+    if (source / EVALUATION).is_dir() or (source / RUN).is_file():
         return [source]
     found = sorted({path.parent.parent for path in source.rglob("evaluation/[!.]*.json")})
     return list(found) or [source]

@@ -22,6 +22,7 @@ from torch import Tensor
 from redefense.config import Run, first_fault, parse_run, to_json
 from redefense.errors import BAD_JSON, CheckpointError, TrainingError, WriteError
 from redefense.runtime.files import is_full, reason, sha256_of
+from redefense.runtime.folders import FINAL, MANIFEST, RUN, STATE, WEIGHTS
 
 FORMAT = 1
 KEEP = 2  # the last one and, should it be damaged, the one before it
@@ -49,13 +50,13 @@ class Checkpoint:
 
     def weights_sha256(self) -> str:
         """SHA-256 of the file of weights, as in the manifest, by which claims name them."""
-        manifest = json.loads((self.path / "manifest.json").read_text())
-        return str(manifest["sha256"]["weights.safetensors"])
+        manifest = json.loads((self.path / MANIFEST).read_text())
+        return str(manifest["sha256"][WEIGHTS])
 
     @property
     def run_dir(self) -> Path:
         """The run directory of a final checkpoint; the folder itself of any other."""
-        return self.path.parent if self.path.name == "final" else self.path
+        return self.path.parent if self.path.name == FINAL else self.path
 
 
 class _Data(BaseModel):
@@ -107,13 +108,13 @@ def save(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _tensors(aside / "weights.safetensors", weights)
+        _tensors(aside / WEIGHTS, weights)
         if optimizer is not None:
             _tensors(aside / "optimizer.safetensors", optimizer)
-        (aside / "run.json").write_text(to_json(run))
-        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
+        (aside / RUN).write_text(to_json(run))
+        (aside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1) + "\n")
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps({"sha256": files}, indent=1) + "\n")
+        (aside / MANIFEST).write_text(json.dumps({"sha256": files}, indent=1) + "\n")
         # on disk before the rename, or a power failure could leave a renamed folder of empty files
         for path in aside.iterdir():
             _flush(path)
@@ -170,20 +171,20 @@ def _non_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor], dict[str, Tensor]]:
     """State, run, weights and optimizer of a folder, with hashes verified."""
-    manifest = json.loads((path / "manifest.json").read_text())["sha256"]
-    if not {"weights.safetensors", "run.json", "state.json"} <= set(manifest):
+    manifest = json.loads((path / MANIFEST).read_text())["sha256"]
+    if not {WEIGHTS, RUN, STATE} <= set(manifest):
         raise CheckpointError(f"checkpoint {path} is not complete: {sorted(manifest)}")
     for name, expected in manifest.items():
         # a manifest must not name files elsewhere
         if Path(name).name != name or sha256_of(path / name) != expected:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} has another hash")
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / STATE).read_text())
     if not 1 <= state["format"] <= FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {state['format']}, not {FORMAT}")
-    run = json.loads((path / "run.json").read_text())
+    run = json.loads((path / RUN).read_text())
     stored = path / "optimizer.safetensors"
     optimizer = load_file(stored) if stored.name in manifest else {}
-    return state, run, load_file(path / "weights.safetensors"), optimizer
+    return state, run, load_file(path / WEIGHTS), optimizer
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:

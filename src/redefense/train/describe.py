@@ -10,6 +10,7 @@ from redefense.data import published
 from redefense.ensembles import Ensemble, Hyper
 from redefense.ensembles.configs import EnsembleConfig
 from redefense.errors import ConfigError
+from redefense.runtime.folders import WEIGHTS
 from redefense.train.checkpoint import Checkpoint
 from redefense.train.loading import Signature, find_final
 
@@ -46,7 +47,7 @@ def count_parameters(what: str, run: Run, kind: EnsembleConfig) -> dict[str, Any
     ensemble = kind.build(num_classes=num_classes, shape=shape, seed=0)
     sizes = _sizes(ensemble)
     if checkpoint is not None:
-        sizes["bytes on disk"] = (checkpoint.path / "weights.safetensors").stat().st_size
+        sizes["bytes on disk"] = (checkpoint.path / WEIGHTS).stat().st_size
     return sizes
 
 

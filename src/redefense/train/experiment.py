@@ -15,6 +15,7 @@ from redefense.errors import BAD_JSON, CheckpointError, ConfigError
 from redefense.limits import one_of
 from redefense.runtime.device import computing
 from redefense.runtime.files import UNFINISHED, write_json, write_text
+from redefense.runtime.folders import CHECKPOINTS, FINAL, RUN
 from redefense.runtime.mesh import Mesh, processes
 from redefense.runtime.progress import note
 from redefense.runtime.recording import REPLAY, Recorder, recorder_for
@@ -110,7 +111,7 @@ def _train(
         return _loaded(final, out, device, quiet)
     dataset = _load_data(run, team, download, progress=not quiet)
     checkpoint = team.first_does(
-        lambda: latest(out / "checkpoints", note) if begun is not None and final is None else None
+        lambda: latest(out / CHECKPOINTS, note) if begun is not None and final is None else None
     )
     if checkpoint is not None:
         dataset = as_in_training(dataset, Signature.stored(checkpoint.state))
@@ -149,7 +150,7 @@ def _train(
                 if started is not None:
                     write_json(out / "start.json", started)
                 # last: without it a folder is that of a run which has not begun
-                write_text(out / "run.json", to_json(run))
+                write_text(out / RUN, to_json(run))
             if started is not None and not quiet:
                 note(summary_of_start(started))
     session = Session(
@@ -193,14 +194,14 @@ def _finished(out: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: if it and all earlier ones are damaged.
     """
-    folder = out / "final"
+    folder = out / FINAL
     # a workflow engine creates the folders of the files that a command is to write
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
     try:
         return read(folder)
     except CheckpointError as error:
-        if latest(out / "checkpoints", note) is None:
+        if latest(out / CHECKPOINTS, note) is None:
             raise
         note(f"{error}; trying the one before it")
         return None
@@ -310,14 +311,14 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
     # remains of a write that was killed are no contents
     if not out.exists() or all(path.name.startswith(UNFINISHED) for path in out.iterdir()):
         return None
-    if not (out / "run.json").is_file():
+    if not (out / RUN).is_file():
         if resume:  # killed before it started: the contents are not of a run
             return None
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
     if not resume:
         raise ConfigError(f"{out} already holds a run: resume it, or choose another out")
     try:
-        record = json.loads((out / "run.json").read_text())
+        record = json.loads((out / RUN).read_text())
     except BAD_JSON:
         raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
     # parsed as a run, an old record gets the defaults of newer settings
@@ -337,6 +338,6 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
 
 
 def _finish(run: Run, out: Path, ensemble: Ensemble, signature: Signature) -> None:
-    save(out / "final", run=run, weights=ensemble.state_dict(), state={"data": signature.as_dict()})
+    save(out / FINAL, run=run, weights=ensemble.state_dict(), state={"data": signature.as_dict()})
     for left in out.glob(f"{ASIDE}final-*"):  # left by a killed process
         shutil.rmtree(left, ignore_errors=True)

@@ -28,6 +28,7 @@ from redefense.plugins import check_known, origins
 from redefense.rng import seeded
 from redefense.runtime.device import check_device
 from redefense.runtime.files import write_text
+from redefense.runtime.folders import CHECKPOINTS, FINAL, MANIFEST, RUN
 from redefense.train.checkpoint import Checkpoint, read, save
 
 
@@ -123,14 +124,14 @@ def find_final(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if there is none, or it is damaged.
     """
-    folder = path / "final" if (path / "final").is_dir() else path
+    folder = path / FINAL if (path / FINAL).is_dir() else path
     if (folder / "config.json").is_file():  # checkpoints have no such file
         raise CheckpointError(
             f"{path} is a bundle or a folder for a model hub, not a run: give the directory of the "
             "run that it was made from"
         )
-    if not (folder / "manifest.json").is_file():
-        if (path / "checkpoints").is_dir():
+    if not (folder / MANIFEST).is_file():
+        if (path / CHECKPOINTS).is_dir():
             raise CheckpointError(f"{path} is not fully trained; continue with train --resume")
         raise CheckpointError(
             f"there is no trained run at {path}: train one with redefense train RECIPE --out {path}"
@@ -269,6 +270,6 @@ def materialise(path: Path, out: Path) -> None:
     written = load_checkpoint(checkpoint)
     plain = Independent([written.member(m) for m in range(written.num_members)], written.mixture)
     run = run.model_copy(update={"ensemble": settings_of(ENSEMBLES, kind.plain())})
-    write_text(out / "run.json", to_json(run))
+    write_text(out / RUN, to_json(run))
     state = {"data": checkpoint.state["data"]}
-    save(out / "final", run=run, weights=plain.state_dict(), state=state)
+    save(out / FINAL, run=run, weights=plain.state_dict(), state=state)

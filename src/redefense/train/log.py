@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from redefense.runtime.files import append_line, write_text
+from redefense.runtime.folders import METRICS
 
 
 class Metrics:
     """Appends to `metrics.jsonl`, and to TensorBoard if it is installed."""
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         kept: list[str] = []
         if resume_step and self.path.exists():
             # lines after the resumed checkpoint will be written again

@@ -18,6 +18,7 @@ from redefense.ensembles import Ensemble, evaluating, kernels_kept
 from redefense.errors import Interrupted, RedefenseError
 from redefense.results.accuracy import degenerate_members
 from redefense.rng import draw_seed, seeded, stream
+from redefense.runtime.folders import CHECKPOINTS
 from redefense.runtime.mesh import Mesh
 from redefense.runtime.progress import Counter, note
 from redefense.runtime.recording import Recorder
@@ -128,7 +129,7 @@ class Session:
     ) -> None:
         """Write a checkpoint, and remove all older than the previous one."""
         save(
-            step_folder(self.out / "checkpoints", position.total),
+            step_folder(self.out / CHECKPOINTS, position.total),
             run=self.run,
             weights=self.ensemble.state_dict(),
             optimizer=optimizer,
@@ -140,7 +141,7 @@ class Session:
             },
         )
         # afterwards, so that a failed save removes nothing
-        prune(self.out / "checkpoints")
+        prune(self.out / CHECKPOINTS)
 
     def _log(self, event: EpochEnded, metrics: Metrics | None) -> None:
         """Measure on validation images, and write the record of an epoch."""

@@ -14,6 +14,7 @@ from redefense.ensembles import Ensemble
 from redefense.errors import ConfigError
 from redefense.evaluation.baselines import SELECTION_IMAGES
 from redefense.evaluation.cells import Subject
+from redefense.runtime.folders import METRICS
 from redefense.train.session import accuracy
 
 SPLITS: Final = ("test", "validation")
@@ -21,7 +22,7 @@ SPLITS: Final = ("test", "validation")
 
 def drift_of(path: Path, ensemble: Ensemble, dataset: Dataset, run: Run) -> float | None:
     """Clean validation accuracy minus that of the training log; None without a log."""
-    log = path / "metrics.jsonl"
+    log = path / METRICS
     lines = log.read_text().splitlines() if log.is_file() else []
     try:
         logged = [json.loads(line).get("validation_accuracy") for line in lines]

@@ -20,6 +20,7 @@ from redefense.limits import at_least
 from redefense.models.randomized import GaussianNoise
 from redefense.runtime.device import computing
 from redefense.runtime.files import write_json
+from redefense.runtime.folders import CERTIFICATES
 from redefense.stochastic.certificates import certificate
 from redefense.stochastic.ensemble import Drawn, Stochastic, seeds_of
 from redefense.train.loading import data_of, find_final, input_check, load_checkpoint
@@ -81,7 +82,7 @@ def certify_run(
         DataError: if the run or its data is missing, damaged or does not fit.
     """
     # all checked before anything is computed
-    target = out if out is not None else path / "certificates" / f"sigma-{sigma:g}.json"
+    target = out if out is not None else path / CERTIFICATES / f"sigma-{sigma:g}.json"
     if target.suffix != ".json":
         raise ConfigError(f"--out must name a .json file, got {target}")
     if target.exists() and (read_object(target) or {}).get("kind") != "certificate":
