@@ -93,7 +93,12 @@ def test_a_claim_is_of_test_images(run: Path) -> None:
     with pytest.raises(DataError, match=r"is of validation images, and a claim is of test images"):
         make.claim([run])
     evaluated(run, images=40)
-    claim = make.claim([run])
+    said: list[str] = []
+    claim = make.claim([run], log=said.append)
+    assert said == [
+        f"{run}/evaluation/mine-validation.json is of validation images and left out: "
+        "a claim is of test images"
+    ]
     assert [e.data["split"] for e in claim.evaluations] == ["test"]
 
 

@@ -1,6 +1,6 @@
 """Makes a claim from an evaluated run, or from evaluations of other weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from redefense.train.cost import count
 from redefense.train.loading import Signature, find_final
 
 
-def claim(sources: Sequence[Path], name: str | None = None, **about: str | None) -> Claim:
+def claim(
+    sources: Sequence[Path],
+    name: str | None = None,
+    *,
+    log: Callable[[str], None] | None = None,
+    **about: str | None,
+) -> Claim:
     """The claim of an evaluated run, or of evaluations of one set of weights.
 
     Evaluations of validation images are left out, since settings may have been chosen on them.
@@ -35,6 +41,7 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
     Args:
         sources: one run directory; or files of evaluations, next to the folders of their records.
         name: of the claim; default: that of the run.
+        log: called with a line for each evaluation that is left out.
         about: authors, link and licence; required, with the name, for weights that are not of a
             run.
 
@@ -50,6 +57,9 @@ def claim(sources: Sequence[Path], name: str | None = None, **about: str | None)
             f"{found[0].file} is of validation images, and a claim is of test images: evaluate "
             "without --split validation"
         )
+    for it in found:
+        if log is not None and it not in stored:
+            log(f"{it.file} is of validation images and left out: a claim is of test images")
     homes = {_home(source) for source in sources}
     # evaluations from several places have no common run whose settings could be stated
     home = homes.pop() if len(homes) == 1 else None

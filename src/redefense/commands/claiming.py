@@ -45,7 +45,10 @@ def make(
     from redefense.claims.format import read, write
     from redefense.claims.make import claim
 
-    made = claim(sources, name, link=link, authors=authors, licence=licence)
+    made = claim(
+        sources, name, link=link, authors=authors, licence=licence,
+        log=lambda line: echo(line, quiet),
+    )  # fmt: skip
     if out.is_file():
         made = made.keeping(read(out))
     for plan in (plan for each in made.evaluations for plan in each.suites):
