@@ -13,15 +13,19 @@ draws then leave it out, as a cascade does.
 
 Images are measured in blocks, each block in all rows before the next. A measurement that was
 stopped goes on where it was. The table is made of the blocks that are complete in all rows.
+`settings.json` in the folder says what its blocks were measured with, and others are refused; more
+runs and wrappers may be added.
 """
 
 import argparse
+import json
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ from redefense.attacks import APGD, ATTACKS, Attack
 from redefense.attacks.adaptive import Hinge, MeanProbAPGD
 from redefense.config import ThreatConfig
 from redefense.data import load_dataset, test_indices
-from redefense.ensembles import Independent
+from redefense.ensembles import Independent, Origin
 from redefense.evaluation.cells import Subject, as_threat
 from redefense.evaluation.inputs.precision import attack_copy
 from redefense.evaluation.stochastic.cells import (
@@ -45,6 +49,7 @@ from redefense.evaluation.stochastic.cells import (
 from redefense.evaluation.stochastic.recognise import check_draws
 from redefense.results.draws import interval, worst_per_image
 from redefense.rng import stream
+from redefense.runtime.files import write_json
 from redefense.stochastic import (
     ActivationPruning,
     GaussianNoise,
@@ -55,6 +60,7 @@ from redefense.stochastic import (
     seeds_of,
 )
 from redefense.stochastic.certificates import certificate
+from redefense.train.api import weights_digest
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "Gaussian noise 0.05": lambda net: GaussianNoise(net, sigma=0.05),
@@ -63,6 +69,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "dropout 0.5": TestTimeDropout,
     "activation pruning": ActivationPruning,
 }
+
+SETTINGS: Final = "settings.json"
+OPTIONS: Final = ("images", "eps", "draws", "score", "steps", "rand_steps", "block")
+"""Those that change what a block holds."""
 
 
 def attacks(rand_steps: int, steps: int) -> dict[str, tuple[Attack, str]]:
@@ -127,6 +137,36 @@ def kept_in(points: Tensor, rows: np.ndarray) -> Callable[..., None]:
     return keep
 
 
+def kept_settings(out: Path) -> dict[str, Any] | None:
+    """What the blocks of a folder were measured with; None if it has no such file."""
+    place = out / SETTINGS
+    return json.loads(place.read_text()) if place.exists() else None
+
+
+def conflict(out: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> str | None:
+    """Why blocks of the settings `new` must not join those of the folder; None if they may."""
+    if old is None:
+        if not any(out.glob("*.npz")):
+            return None
+        return f"{out} has blocks but no {SETTINGS} that says what of: choose another --out"
+    for name, value in new["options"].items():
+        if (had := old["options"].get(name)) != value:
+            option = "--" + name.replace("_", "-")
+            return f"{out} is for {option} {had}, not {value}: choose another --out"
+    if (had := old["data"])["checksum"] != new["data"]["checksum"]:
+        return (
+            f"{out} is for other data ({had['spec']}, SHA-256 {had['checksum'][:12]}; now "
+            f"{new['data']['spec']}, {new['data']['checksum'][:12]}): choose another --out"
+        )
+    for name, digest in new["runs"].items():
+        if (had := old["runs"].get(name, digest)) != digest:
+            return (
+                f"{out} is for another run named {name} (member 0 has SHA-256 {had[:12]}, "
+                f"now {digest[:12]}): choose another --out, or rename the run"
+            )
+    return None
+
+
 def table(out: Path, rows: list[tuple[str, str]], sizes: list[int], eps: float, pixels: int) -> str:
     """The table as Markdown, from the blocks that every row has."""
     stored = [[out / f"{run}-{name}-{k}.npz" for k in range(len(sizes))] for run, name in rows]
@@ -184,15 +224,32 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     until, rows, found = time.monotonic() + 60 * options.minutes, [], {}
     bases: dict[str, nn.Module] = {}
+    origins: dict[str, Origin] = {}
     for run in options.runs:
+        name = run.absolute().name  # that of . is empty
+        if name in bases:
+            parser.error(f"two runs are named {name}, and so would be their blocks: rename one")
         loaded = redefense.load(run)
         assert loaded.origin is not None
-        bases[run.name], spec = loaded.member(0).eval(), loaded.origin.run.data.spec
+        bases[name], origins[name] = loaded.member(0).eval(), loaded.origin
+    spec = next(iter(origins.values())).run.data.spec
     data = load_dataset(spec)
+    for origin in origins.values():
+        if origin.data["checksum"] != data.checksum():
+            parser.error(f"{origin.path} was not trained on {spec}: give runs of one data set")
     index = test_indices(len(data.test), options.images)
+    settings = {
+        "options": {name: getattr(options, name) for name in OPTIONS},
+        "data": {"spec": spec, "checksum": data.checksum()},
+        "runs": {name: weights_digest([network], 64) for name, network in bases.items()},
+    }
+    kept = kept_settings(options.out)
+    if (reason := conflict(options.out, kept, settings)) is not None:
+        parser.error(reason)
+    runs = ({} if kept is None else kept["runs"]) | settings["runs"]
+    write_json(options.out / SETTINGS, settings | {"runs": runs})
     x, y = data.test.float(index), data.test.labels[index]
     x = x.contiguous(memory_format=torch.channels_last)
     blocks = [slice(start, start + options.block) for start in range(0, len(x), options.block)]

@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,9 +32,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from redefense.errors import DataError
 from redefense.export.summary import summary
-from redefense.serve.audit.channels import Replica
-from redefense.serve.audit.children import child, options_of, url_in
+from redefense.serve.audit.children import options_of, url_in
 from redefense.serve.audit.client import Client, tensor_request
 from redefense.serve.model import Model
 from redefense.serve.settings import Mode, Settings
@@ -42,6 +43,53 @@ Figures = dict[str, Any]
 MODES: tuple[Mode, ...] = ("member", "sampled", "averaged")
 CLIENTS = (1, 8, 64)
 ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: its process, URL and log."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+    log: Path
+
+    def megabytes(self) -> float | None:
+        """Resident memory; None where there is no /proc to read it from.
+
+        Raises:
+            DataError: the server has ended.
+        """
+        # from the kernel: the server's own metrics leave out its process, on purpose
+        status = Path("/proc") / str(self.process.pid) / "status"
+        if not Path("/proc/self/status").exists():
+            return None
+        # one that ended is still listed until it is waited for, without this line
+        found = re.search(r"^VmRSS:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found is None:
+            ended = f"the server has ended (exit code {self.process.poll()}); its log ends in"
+            raise DataError(f"{ended} {self.log.read_text().strip()[-500:]}")
+        return round(int(found[1]) / 1024, 1)
+
+
+@contextmanager
+def served(bundle: Path, settings: Settings) -> Iterator[Server]:
+    """A server of the bundle, a process of its own, on a free local port.
+
+    Raises:
+        DataError: it does not start, with its output.
+    """
+    words = [sys.executable, "-m", "redefense", "serve", str(bundle), "--port", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [*words, *options_of(settings)], stdout=subprocess.DEVNULL, stderr=stream
+            )
+        try:
+            yield Server(process, url_in(process, log), log)
+        finally:
+            process.terminate()
+            process.wait()
 
 
 class Wire:
@@ -81,16 +129,17 @@ def beside(bundles: list[Path], settings: Settings) -> Figures:
     Disk: `member_bytes` are those of the members, `bundle_bytes` with probes, records and runner.
     """
     seconds: dict[Path, list[float]] = {bundle: [] for bundle in bundles}
-    memory: dict[Path, list[float]] = {bundle: [] for bundle in bundles}
+    memory: dict[Path, list[float | None]] = {bundle: [] for bundle in bundles}
     for _ in range(ROUNDS):
         for bundle in bundles:
             started = time.perf_counter()
-            with child(bundle, replace(settings, grace=0.0)) as server:
+            with served(bundle, replace(settings, grace=0.0)) as server:
                 seconds[bundle].append(time.perf_counter() - started)
-                memory[bundle].append(megabytes(server.url))
+                memory[bundle].append(server.megabytes())
     figures: Figures = {}
     for bundle in bundles:
         found = summary(bundle)
+        known = [value for value in memory[bundle] if value is not None]
         figures[str(bundle)] = {
             "kind": found.kind,
             "precision": found.precision,
@@ -98,7 +147,7 @@ def beside(bundles: list[Path], settings: Settings) -> Figures:
             "member_bytes": found.member_bytes,
             "bundle_bytes": found.total_bytes,
             "start_seconds": round(statistics.median(seconds[bundle]), 2),
-            "resident_mb": statistics.median(memory[bundle]),
+            "resident_mb": statistics.median(known) if known else None,
         }
     return figures
 
@@ -139,27 +188,18 @@ async def closed_loop(url: str, message: bytes, clients: int, requests: int) -> 
     }
 
 
-def megabytes(url: str) -> float:
-    """Resident memory of a server."""
-    with Client(url) as client:
-        text = client.request("GET", "/metrics").body.decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-    return round(float(found[1]) / 2**20, 1) if found else float("nan")
-
-
 def latency(bundle: Path, settings: Settings, image: Any, requests: int) -> Figures:
     """Modes take turns, round by round, so that the machine's moods meet all of them."""
     figures: Figures = {"start": {}, "clients": {}}
     with ExitStack() as stack:
-        servers: dict[Mode, Replica] = {}
+        servers: dict[Mode, Server] = {}
         for mode in MODES:
             started = time.perf_counter()
             # only who draws has anything to group
             own = replace(settings, mode=mode, grouped=settings.grouped and mode == "sampled")
-            servers[mode] = stack.enter_context(child(bundle, own))
+            servers[mode] = stack.enter_context(served(bundle, own))
             ready = round(time.perf_counter() - started, 2)
-            megabyte = megabytes(servers[mode].url)
-            figures["start"][mode] = {"seconds": ready, "resident_mb": megabyte}
+            figures["start"][mode] = {"seconds": ready, "resident_mb": servers[mode].megabytes()}
         for clients in CLIENTS:
             rounds: dict[Mode, list[Figures]] = {mode: [] for mode in MODES}
             for _ in range(ROUNDS):
@@ -194,21 +234,21 @@ def compared(rounds: dict[Mode, list[Figures]]) -> Figures:
 
 def soak(bundle: Path, settings: Settings, image: Any, requests: int) -> Figures:
     """Resident memory over many requests."""
-    with child(bundle, settings) as server:
+    with served(bundle, settings) as server:
         message = message_of(server.url, image)
-        memory = [megabytes(server.url)]
+        memory = [server.megabytes()]
         statuses: Counter[int] = Counter()
         for _ in range(10):
             done = asyncio.run(closed_loop(server.url, message, 16, max(1, requests // 10)))
             statuses.update(done["statuses"])
-            memory.append(megabytes(server.url))
+            memory.append(server.megabytes())
     return {"requests": requests, "statuses": dict(statuses), "resident_mb": memory}
 
 
 def overload(bundle: Path, settings: Settings, image: Any) -> Figures:
     """Many more clients than the queue takes."""
     tight = replace(settings, max_batch=8, max_queue=16, deadline=1.0)
-    with child(bundle, tight) as server:
+    with served(bundle, tight) as server:
         message = message_of(server.url, image)
         figures = asyncio.run(closed_loop(server.url, message, 200, 4000))
     return {"clients": 200, "queue": tight.max_queue, "deadline_s": tight.deadline} | figures
@@ -235,15 +275,10 @@ def terminated(bundle: Path, settings: Settings, image: Any) -> Figures:
         process.terminate()
         await asyncio.gather(*tasks)
 
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        words = [sys.executable, "-m", "redefense", "serve", str(bundle), "--port", "0"]
-        with log.open("wb") as stream:
-            process = subprocess.Popen([*words, *options_of(settings)], stderr=stream)
-        url = url_in(process, log)
-        asyncio.run(loaded(url, message_of(url, image), process))
-        exit_code = process.wait()
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    with served(bundle, settings) as server:
+        asyncio.run(loaded(server.url, message_of(server.url, image), server.process))
+        exit_code = server.process.wait()
+        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     answered = sum(line.get("route") == "infer" and line["status"] == 200 for line in lines)
     return {"clients_got": dict(seen), "server_answered": answered, "exit_code": exit_code}
 
@@ -263,7 +298,7 @@ def fuzz(bundle: Path, settings: Settings, image: Any, bodies: int) -> Figures:
     rng = random.Random(0)
     statuses: Counter[int] = Counter()
     seeds = [tensor_request(image), tensor_request(image, "json"), *pictures(image)]
-    with child(bundle, settings) as server, Client(server.url) as client:
+    with served(bundle, settings) as server, Client(server.url) as client:
         path = client.model_path()
         for i in range(bodies):
             body, headers = seeds[i % len(seeds)]
@@ -274,7 +309,7 @@ def fuzz(bundle: Path, settings: Settings, image: Any, bodies: int) -> Figures:
                 at = rng.randrange(reach)
                 mutant[at : at + rng.randint(0, 4)] = rng.randbytes(rng.randint(0, 4))
             statuses[client.request("POST", f"{path}/infer", bytes(mutant), headers).status] += 1
-        log = server.log()
+        log = server.log.read_text()
     return {"statuses": dict(statuses), "defects": log.count('"defect"') + log.count("Traceback")}
 
 
@@ -282,11 +317,13 @@ def beside_table(figures: Figures) -> str:
     lines = [
         "kind     precision  members  member bytes  bundle bytes  start s  resident MB  bundle"
     ]
-    lines += [
-        f"{row['kind']:<9}{row['precision']:<9}{row['num_members']:>9}{row['member_bytes']:>14,}"
-        f"{row['bundle_bytes']:>14,}{row['start_seconds']:>9.2f}{row['resident_mb']:>13.1f}  {name}"
-        for name, row in figures["bundles"].items()
-    ]
+    for name, row in figures["bundles"].items():
+        memory = "-" if row["resident_mb"] is None else f"{row['resident_mb']:.1f}"
+        lines.append(
+            f"{row['kind']:<9}{row['precision']:<9}{row['num_members']:>9}"
+            f"{row['member_bytes']:>14,}{row['bundle_bytes']:>14,}{row['start_seconds']:>9.2f}"
+            f"{memory:>13}  {name}"
+        )
     return "\n".join(lines)
 
 

@@ -194,7 +194,9 @@ def load_file(path: Path) -> dict[str, list[str]]:
 
 
 def _run(path: Path, origin: Origin) -> None:
-    name = f"redefense_plugin_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
+    # with the place, since files of one name must not share a module
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"redefense_plugin_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}_{place}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"the plug-in {path} must be a Python file, FILE.py")

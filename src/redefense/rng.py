@@ -221,6 +221,8 @@ def seeded(seed: int, device: str | torch.device = "cpu") -> Iterator[None]:
 
 def system_uniform(count: int) -> Tensor:
     """(count,) float64 in [0, 1) from the operating system's entropy, for secret draws."""
+    if count == 0:  # which `frombuffer` refuses
+        return torch.empty(0, dtype=torch.float64)
     raw = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
     return _shift(raw, 11).double() * 2.0**-53
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
@@ -15,14 +16,17 @@ import redefense
 from cli_tools import Result, command
 from redefense import plugins
 from redefense.attacks import ATTACKS, FGSM, PGD, foreign
+from redefense.config import override
 from redefense.conformance import check_file
 from redefense.data import load_dataset
 from redefense.errors import ConfigError, DataError, InputError, RedCheckWarning
 from redefense.evaluation.inputs.objects import suite_of
 from redefense.evaluation.suite import SUITES
 from redefense.models import build
+from redefense.recipes import recipe
 from redefense.rng import stream
 from redefense.threat import Threat, norms
+from redefense.train.loading import resolve
 
 EXAMPLE = Path(__file__).parents[1] / "tools" / "plugin_example.py"
 NAMES = {
@@ -137,7 +141,7 @@ def test_an_error_in_a_plugin_is_told_from_one_of_ours(tmp_path: Path) -> None:
 
 
 def test_nothing_is_registered_unless_all_can_be() -> None:
-    with pytest.raises(ConfigError, match="a name must consist of"):
+    with pytest.raises(ConfigError, match="a name must begin with a letter or digit"):
         redefense.register(attacks={"fine": FGSM, "not fine": FGSM})
     assert "fine" not in ATTACKS
     with pytest.raises(ConfigError, match="unknown attack 'missing'"):
@@ -290,3 +294,42 @@ def test_data_of_ones_own_are_rounded_to_bytes_and_checked() -> None:
     assert (data.name, data.num_classes, len(data.test)) == ("half", 2, 2)
     with pytest.raises(DataError, match=r"wrong: x_train: images as floats must lie in \[0, 1\]"):
         load_dataset("wrong")
+
+
+def test_a_run_is_not_resumed_with_an_edited_plugin(tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "mine.py"
+    file.write_text(EXAMPLE.read_text())
+    words = ("train", "stripes-smoothed", "--plugin", file, "--out", run, "--quiet")
+    assert anew(*words).code == 0
+    assert anew(*words, "--resume").code == 0
+    shutil.rmtree(run / "final")
+    file.write_text(file.read_text() + "\n# edited\n")
+    refused = anew(*words, "--resume")
+    assert refused.code == 2
+    assert "holds another run (it differs in plugins)" in refused.err
+
+
+def test_files_of_one_name_are_modules_of_their_own(tmp_path: Path) -> None:
+    hinted = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar
+import redefense
+from redefense.defences import Vanilla
+Weight = float
+@dataclass(frozen=True, kw_only=True)
+class Mine(Vanilla):
+    summary: ClassVar[str] = "hints are looked up in the module"
+    weight: Weight = 1.0
+redefense.register(defences={"NAME": Mine})
+"""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        text = hinted.replace("NAME", name)
+        (tmp_path / name / "my.py").write_text(
+            text if name == "one" else text.replace("Weight", "Other")
+        )
+        plugins.load_file(tmp_path / name / "my.py")
+    for name in ("one", "two"):
+        run = override(recipe("digits-vanilla"), [f"defence.name={name}", "defence.weight=2"])
+        assert resolve(run)[0].defence["weight"] == 2.0

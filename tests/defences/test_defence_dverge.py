@@ -141,7 +141,8 @@ def test_a_network_without_taps_is_refused() -> None:
     ("settings", "says"),
     [
         ({"weight": -1.0}, "weight must be"),
-        ({"weight": 0.0}, "weight must be positive without adversarial_training"),
+        ({"weight": 0.0}, "weight balances two losses"),
+        ({"weight": 0.1}, "without adversarial_training: omit it, got 0.1"),
         ({"eps": 2.0}, "eps must lie"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"start": 1.0}, "start must lie"),

@@ -262,3 +262,10 @@ def test_no_images_have_no_answers(per: Per) -> None:
     some = torch.rand(2, 1, 3, 3)
     for view in (ensemble.sampled(per=per), ensemble.averaged()):
         assert view(some[:0]).shape == (0, view(some).shape[1])
+
+
+@pytest.mark.parametrize("mixture", [None, [0.3, 0.7]])
+def test_an_empty_batch_of_a_fresh_draw_has_no_answers(mixture: list[float] | None) -> None:
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(4, 3)) for _ in range(2)]
+    view = Independent(nets, mixture).eval().sampled(per="image")
+    assert view(torch.zeros(0, 1, 2, 2)).shape == (0, 3)

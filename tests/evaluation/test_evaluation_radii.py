@@ -2,6 +2,8 @@
 
 import json
 import signal
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from redefense.config import ThreatConfig
 from redefense.errors import ConfigError, Interrupted, RedCheckWarning
 from redefense.evaluation.api import evaluate_run
 from redefense.evaluation.inputs.radii import over, read_radii
-from redefense.evaluation.suite import CellSpec, Suite
+from redefense.evaluation.suite import SUITES, CellSpec, Suite
 from redefense.rng import stream
 from redefense.threat import Threat
 
@@ -165,3 +167,82 @@ def test_the_reports_are_made_in_rising_order() -> None:
 
     over([0.01, 0.02], at)
     assert asked == [(0.01, "eps-0.01"), (0.02, "")]
+
+
+class Step:
+    """One step of PGD, or several: the same class with other settings."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        return PGD(steps=self.steps)(model, x, y, Threat(eps=eps), rng=stream(0, "step"))
+
+
+def bound(steps: int) -> Any:
+    def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+        return Step(steps)(model, x, y, eps)
+
+    return attack
+
+
+@pytest.mark.parametrize(
+    "made",
+    [Step, bound, lambda steps: partial(Step(steps)), lambda steps: partial(bound, steps)()],
+    ids=["instance", "closure", "partial", "call"],
+)
+def test_saved_records_are_those_of_equal_attacks_alone(tmp_path: Path, made: Any) -> None:
+    def measured(steps: int) -> Any:
+        return redefense.evaluate(
+            linear(), images(), made(steps), Threat(eps=0.02), out=tmp_path
+        ).headline
+
+    assert measured(1) == measured(1)
+    with pytest.raises(ConfigError, match=r"other settings \(objects\)"):
+        measured(40)
+
+
+class Rounded(nn.Module):
+    """Its number of bits is in no state dict."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits, self.net = bits, linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = 2**self.bits - 1
+        answer: Tensor = self.net((x * levels).round() / levels)
+        return answer
+
+
+def test_saved_records_are_those_of_equal_models_alone(tmp_path: Path) -> None:
+    x, y = images()
+
+    def measured(bits: int) -> Any:
+        return redefense.evaluate(Rounded(bits), (x, y), [FGSM()], Threat(eps=0.02), out=tmp_path)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RedCheckWarning)  # rounding has no gradient
+        assert measured(1).headline == measured(1).headline
+        with pytest.raises(ConfigError, match=r"other settings \(attributes\)"):
+            measured(8)
+
+
+def test_a_suite_of_other_attacks_cannot_have_the_name_of_a_built_in_one() -> None:
+    weak = Suite(name="aware", cells=(CellSpec(attack="fgsm", view="sampled"),))
+    with pytest.raises(ConfigError, match="'aware' is a built-in suite with other attacks"):
+        redefense.evaluate(linear(), images(), weak)
+    same = SUITES["quick"].model_copy(update={"cascade": True})
+    assert redefense.evaluate(linear(), images(8), same).data["suite"] == "quick"
+
+
+def test_full_checks_of_a_model_in_its_own_precision_are_left_open() -> None:
+    single = linear()
+
+    def model(x: Tensor) -> Tensor:  # whose weights nobody else can convert
+        answer: Tensor = single(x)
+        return answer
+
+    report = redefense.evaluate(model, images(24), [PGD()], Threat(eps=0.02), checks="full")
+    found = {check["id"]: check["passed"] for check in report.data["checks"]}
+    assert (found["S08"], found["S10"]) == (None, None)

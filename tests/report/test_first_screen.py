@@ -52,7 +52,14 @@ def test_baselines_without_a_draw_get_wilson_intervals_and_a_paired_verdict(tmp_
 
 
 def test_a_member_that_was_not_chosen_but_is_better_here_takes_the_yes_away(tmp_path: Path) -> None:
-    build_run(tmp_path / "red", single=0.1, averaged=0.05, alone=(0.1, 0.6, 0.0))
+    document = build_run(tmp_path / "red", single=0.1, averaged=0.05, alone=(0.1, 0.6, 0.0))
+    # the others err where member 1 does not
+    folder, cell = tmp_path / "red" / "evaluation", document["cells"][-1]
+    arrays = dict(np.load(folder / cell["per_image"]))
+    arrays["correct"][[0, 2]] = False
+    np.savez(folder / cell["per_image"], **arrays)
+    cell["accuracy"]["expected"] = float(arrays["correct"].mean())
+    (folder / "quick.json").write_text(json.dumps(document))
     (result,) = join([tmp_path / "red"])
     assert result.alone[1] == max(result.alone)
     verdict = wording.verdict(result)
@@ -129,7 +136,8 @@ def test_the_first_screen_compares_what_is_about_the_same_data_and_budget(tmp_pa
     assert "easy" not in sentence
     assert "small" not in sentence
     assert f", and {8 - 1 - answers.MOST_OTHERS} more below" in sentence
-    assert "Not compared: 2 runs on other images or within another budget." in sentence
+    left = "2 runs on other images, under other attacks or within another budget."
+    assert f"Not compared: {left}" in sentence
     # one of two runs cannot be ranked
     assert answers.title(join(runs[:2])) == "How robust is mine under attack?"
 

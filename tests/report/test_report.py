@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from redefense.errors import ConfigError, DataError
-from redefense.report import answers, charts, tables
+from redefense.report import answers, charts, ranking, tables
 from redefense.report import sentences as wording
 from redefense.report.card import card
 from redefense.report.latex import to_latex
@@ -185,7 +185,11 @@ def test_members_alone_stand_where_they_stand_in_every_suite(tmp_path: Path) -> 
     members = [
         np.load(run / "evaluation" / f"{s}/baselines.npz")["members"] for s in ("quick", "aware")
     ]
-    assert [e.value for e in result.alone] == np.logical_and(*members).mean(1).tolist()
+    # points of attacks on the draw count for the members, too
+    points = [cell.correct for cell in (*result.cells, *(s.clean for s in result.suites))]
+    lowest = np.min([*members, *points], axis=0)
+    assert [e.value for e in result.alone] == lowest.mean(1).tolist()
+    assert lowest.sum() < np.logical_and(*members).sum()
 
 
 def test_what_was_run_besides_counts_and_cells_that_met_few_images_have_no_figure(
@@ -581,3 +585,42 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_the_report_does_not_import_torch() -> None:
     code = "import redefense.report.page, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_points_of_one_suite_count_for_the_baselines_of_another(tmp_path: Path) -> None:
+    easy = {("pgd", "sampled", False): 0.9, ("hinge", "members", True): 0.85}
+    hard = {("pgd", "sampled", False): 0.5, ("hinge", "members", True): 0.3}
+    build_run(tmp_path / "run", easy, suite="one", alone=(0.95, 0.95, 0.95), single=0.95)
+    (before,) = join([tmp_path / "run"])
+    build_run(tmp_path / "run", hard, suite="two", alone=())
+    (tmp_path / "run" / "evaluation" / "two" / "baselines.npz").unlink()
+    (after,) = join([tmp_path / "run"])
+    records = [
+        np.load(tmp_path / "run" / "evaluation" / cell.cell.per_image)["correct"]
+        for cell in after.cells
+        if cell.cell.per_image is not None
+    ]
+    clean = np.load(tmp_path / "run" / "evaluation" / "one" / "clean.npz")["correct"]
+    members = np.load(tmp_path / "run" / "evaluation" / "one" / "baselines.npz")["members"]
+    expected = np.min([*records, clean, members], axis=0).mean(1)
+    assert [it.value for it in after.alone] == pytest.approx(expected)
+    assert after.single is not None
+    assert after.single.value == pytest.approx(expected[1])
+    assert max(it.value for it in after.alone) < max(it.value for it in before.alone)
+
+
+def test_suites_of_different_weights_are_not_joined(tmp_path: Path) -> None:
+    for suite, weights in (("one", "a" * 64), ("two", "b" * 64)):
+        threat = {"norm": "inf", "eps": 0.2}
+        plan = {"suite": {"name": suite, "cells": []}, "threat": threat, "weights": weights}
+        build_run(tmp_path / "run", suite=suite, extra={"plan": plan})
+    with pytest.raises(DataError, match=r"two\.json is an evaluation of other weights than"):
+        join([tmp_path / "run"])
+
+
+def test_runs_under_other_attacks_are_not_ranked_together(tmp_path: Path) -> None:
+    weak = {("pgd", "sampled", False): 0.7, ("hinge", "members", True): 0.6}
+    build_run(tmp_path / "many", {**QUICK, ("arc", "members", True): 0.2})
+    build_run(tmp_path / "few", weak)
+    results = join([tmp_path / "many", tmp_path / "few"])
+    assert [result.name for result in ranking.ranked(results)] == ["many"]

@@ -20,8 +20,9 @@ from torch import Tensor
 from redefense.config import Run, override, read_run
 from redefense.data import load_dataset
 from redefense.defences import Stage, barre
-from redefense.errors import Interrupted, RedefenseError, WriteError
+from redefense.errors import ConfigError, Interrupted, RedefenseError, WriteError
 from redefense.recipes import recipe
+from redefense.runtime.files import locked
 from redefense.train import checkpoint
 from redefense.train import session as session_module
 from redefense.train.checkpoint import latest
@@ -236,3 +237,26 @@ def test_kills_at_any_moment_lead_to_the_same_bits(tmp_path: Path, whole: Path) 
         if deaths >= 3:
             break
     assert deaths >= 3
+
+
+def test_checkpoints_without_a_record_of_their_run_are_refused(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "run.json").unlink()
+    for resume in (True, False):
+        with pytest.raises(ConfigError, match=r"has checkpoints but no run\.json"):
+            train(BARRE, out, resume=resume, quiet=True)
+
+
+def test_two_trainings_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with locked(out / ".lock", wait=False) as free:
+        assert free
+        with pytest.raises(ConfigError, match="another process is training in"):
+            train(BARRE, out, quiet=True)
+    assert not out.exists()
+    # what a killed process left does not count
+    out.mkdir()
+    (out / ".lock").touch()
+    train(tiny("vanilla", "epochs=1"), out, quiet=True)
+    assert not (out / ".lock").exists()

@@ -14,7 +14,7 @@ from plugin_example import Smoothed, flat, stripes
 from redefense import plugins
 from redefense.config import OptimConfig
 from redefense.defences import Defence, Vanilla
-from redefense.ensembles import Ensemble, Hyper
+from redefense.ensembles import Ensemble, Hyper, Independent
 from redefense.ensembles.configs import IndependentConfig
 from redefense.errors import ConfigError, DataError, InputError, ModelError
 from redefense.recipes import recipe
@@ -172,7 +172,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path: Path) -> None:
     [
         ("adp", "adp needs fewer members than classes, got 2 members for 2 classes"),
         ("dverge", "dverge needs networks with feature taps, Sequential has none"),
-        *((name, "member 2 cannot start from member 1: shapes differ")
+        *((name, "starts member 2 as a copy of member 1, but their tensors have other shapes")
           for name in ({"name": "mrboost", "persistent": True}, "barre", "fork", "snapshots")),
     ],
 )  # fmt: skip
@@ -195,3 +195,21 @@ def test_members_that_a_method_cannot_train_are_refused_before_anything_is_writt
 def test_what_is_no_path_is_refused(value: Any) -> None:
     with pytest.raises(InputError, match="expected the path of a folder"):
         checked_path(value)
+
+
+def test_settings_of_the_optimizer_change_those_of_a_recipe_alone(tmp_path: Path) -> None:
+    for number, (given, changed) in enumerate([({}, {}), ({"lr": 0.05}, {"lr": 0.05})]):
+        run = redefense.train("digits-vanilla", optim=given, out=tmp_path / str(number), **BUDGET)
+        base = recipe("digits-vanilla").optim
+        assert run.config.optim == base.model_copy(update=changed)
+
+
+def test_a_mixture_is_not_dropped_without_a_word(tmp_path: Path) -> None:
+    nets = networks()
+    with pytest.raises(InputError, match=r"equal probabilities, got the mixture \[0\.9"):
+        redefense.train(
+            Independent(nets, [0.9, 0.1]), "vanilla", stripes(), out=tmp_path / "run", **BUDGET
+        )
+    assert not (tmp_path / "run").exists()
+    even = redefense.train(Independent(nets), "vanilla", stripes(), out=tmp_path / "run", **BUDGET)
+    assert even.ensemble.shares() == [0.5, 0.5]

@@ -165,14 +165,21 @@ def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
         names = {p: n for n, p in ensemble.named_parameters()}
         params = [p for m in own for p in ensemble.parameters_of(m)]
         # given examples: the images themselves
-        still = ["defence.adversary.eps=0.0"] if "adversary" in run.defence else []
-        given = resolve(override(run, still))[2]
+        given = resolve(override(run, _unattacked(run)))[2]
         with spread_over(team, ensemble):
-            _steps(run, given.stages(kind.num_members, 1)[-1], ensemble, loader, team, params, 1)
+            _steps(
+                run,
+                given.stages(kind.num_members, run.epochs)[-1],
+                ensemble,
+                loader,
+                team,
+                params,
+                1,
+            )
             grads = team.collect({names[p]: p.grad for p in params if p.grad is not None})
             # traffic is reported for the timed steps only
             team.traffic.clear()
-            stage = defence.stages(kind.num_members, 1)[-1]
+            stage = defence.stages(kind.num_members, run.epochs)[-1]
             seconds = _steps(run, stage, ensemble, loader, team, params, steps)
         sent = {what: total // steps for what, total in team.traffic.items()}
         record = team.gathered({"seconds": seconds, "bytes": sent})
@@ -180,6 +187,13 @@ def measure(settings: Run, mesh: str, folder: Path, steps: int) -> None:
             save_file(grads, folder / "gradients.safetensors")
             _write(folder, record)
         train(run, folder / "run", mesh=mesh, quiet=True)
+
+
+def _unattacked(run: Run) -> list[str]:
+    """Settings with which the adversary returns the images themselves."""
+    radii = ["smallest_eps"] if "smallest_eps" in run.defence else []
+    radii += ["adversary.eps"] if "adversary" in run.defence else []
+    return [f"defence.{name}=0.0" for name in radii]
 
 
 def _write(folder: Path, record: list[dict[str, Any]]) -> None:

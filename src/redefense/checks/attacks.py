@@ -23,6 +23,7 @@ from redefense.checks.draws import copies, expectation, pinned, planes
 from redefense.checks.gradients import active, climbed, stability
 from redefense.checks.sample import PIXELS, Sample
 from redefense.ensembles import Ensemble, Independent
+from redefense.errors import RedefenseError
 from redefense.networks import copied
 from redefense.rng import CHUNK, generators_kept, stream
 
@@ -40,9 +41,25 @@ def zero_budget(sample: Sample) -> Check:
     return Check("S02", same, f"eps = 0 {'gives the clean' if same else 'changes'} answers")
 
 
+NO_DOUBLE: Final = "the model cannot be computed in double precision"
+
+
+def _in_double(sample: Sample) -> Ensemble | None:
+    """The ensemble in double precision; None if it keeps a precision of its own."""
+    ensemble = cast(Ensemble, copied(sample.ensemble)).double()
+    try:
+        with torch.no_grad():
+            found = ensemble.member_logits(sample.x[:1].double())
+    except (RedefenseError, RuntimeError, TypeError):
+        return None
+    return ensemble if found.dtype == torch.float64 else None
+
+
 def batch_mates(sample: Sample) -> Check:
     """S08, in double precision, where it must be exact."""
-    ensemble = copied(sample.ensemble).double()
+    ensemble = _in_double(sample)
+    if ensemble is None:
+        return Check("S08", None, NO_DOUBLE)
     x, y, attack = sample.x.double(), sample.y, ATTACKS["hinge"]()
 
     def run(rows: Tensor) -> Tensor:
@@ -67,7 +84,9 @@ def repeats(sample: Sample) -> Check:
 def precision(sample: Sample) -> Check:
     """S10: accuracy on attacked images in the evaluation's precision and in double."""
     x_adv = sample.run(ATTACKS["hinge"](), "S10")
-    exact = cast(Ensemble, copied(sample.ensemble)).double()
+    exact = _in_double(sample)
+    if exact is None:
+        return Check("S10", None, NO_DOUBLE)
     gap = float((sample.q(x_adv) - sample.q(x_adv.double(), exact)).mean())
     return Check("S10", abs(gap) <= 0.002, f"double precision changes {100 * gap:+.1f} points")
 

@@ -69,8 +69,11 @@ class DVERGE(CrossEntropyDefence):
 
     def __post_init__(self) -> None:
         not_negative(weight=self.weight)
-        if self.weight == 0 and not self.adversarial_training:
-            raise ConfigError("weight must be positive without adversarial_training, got 0")
+        if self.weight != 1 and not self.adversarial_training:
+            raise ConfigError(
+                "weight balances two losses, of which there is one without adversarial_training: "
+                f"omit it, got {self.weight}"
+            )
         within("[0, 1]", eps=self.eps)
         check_steps(self.steps, self.step_size)
         within("[0, 1)", start=self.start)

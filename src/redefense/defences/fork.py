@@ -115,11 +115,13 @@ class Fork(CrossEntropyDefence):
 
     def _subsets(self, ensemble: Ensemble, batch: Batch, rng: torch.Generator) -> Iterator[Loss]:
         x, y, count = batch.x, batch.y, ensemble.num_members
+        # for the whole batch, of which this process may have a part
+        size, rows = ensemble.spread.rows(len(x))
 
         def subsets(rng: torch.Generator) -> Bool[Tensor, "B M"]:
             # one number for each subset: bit k tells whether member k is in it; 0 would be the
             # empty one
-            code = torch.randint(1, 2**count, (len(x), 1), generator=rng, device=rng.device)
+            code = torch.randint(1, 2**count, (size, 1), generator=rng, device=rng.device)[rows]
             return (code >> torch.arange(count, device=rng.device)) % 2 == 1
 
         chosen = drawn(rng, subsets, x.device)

@@ -23,6 +23,7 @@ from redefense.evaluation.inputs.batches import bounded, in_batches, noise_of
 from redefense.evaluation.inputs.data import read_data
 from redefense.evaluation.inputs.objects import (
     all_aware,
+    attributes_digest,
     fingerprints,
     function_digest,
     outside_lines,
@@ -193,7 +194,8 @@ def evaluate(
             "seeds": seeds, "checks": checks, "stochastic": str(stochastic),
             "data": image_digest(subject.x, subject.y), "weights": weights_digest([own]),
             "version": redefense.__version__, "code": code(),
-            **plugins_of(plan, subject.data_name), **function_digest(ensemble, subject.x),
+            "attributes": attributes_digest(own), **plugins_of(plan, subject.data_name),
+            **function_digest(ensemble, subject.x),
             **noise_of(subject),
         }  # fmt: skip
         with keeping(out, plan, settings, subject, progress=progress) as kept:

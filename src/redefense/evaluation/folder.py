@@ -19,7 +19,7 @@ from redefense.evaluation.report_object import Report
 from redefense.evaluation.store import read_object
 from redefense.evaluation.suite import Suite
 from redefense.runtime.files import locked, write_json, write_text
-from redefense.runtime.folders import EVALUATION, PLAN
+from redefense.runtime.folders import EVALUATION, LOCK, PLAN
 from redefense.runtime.signals import handled
 from redefense.runtime.workers import SINGLE_PROCESS, Workers
 
@@ -56,7 +56,7 @@ def exclusive(team: Workers, store: Path, target: Path) -> Iterator[None]:
     """
     missing = [folder for folder in (store, *store.parents) if not folder.exists()]
     try:
-        with locked(store / ".lock", wait=False) if team.first else nullcontext(True) as free:
+        with locked(store / LOCK, wait=False) if team.first else nullcontext(True) as free:
             # gathered, so that no process waits for one that has raised
             if not all(team.gather([free])):
                 raise ConfigError(
@@ -77,7 +77,7 @@ def exclusive(team: Workers, store: Path, target: Path) -> Iterator[None]:
 
 
 def _only_planned(store: Path) -> bool:
-    return all(file.name in (PLAN, ".lock") for file in store.glob("*"))
+    return all(file.name in (PLAN, LOCK) for file in store.glob("*"))
 
 
 @contextmanager

@@ -217,7 +217,8 @@ def curve(
                 tried.offer(points, left).correct[:, rows] if within else tried.judged(points, left)
             )
             lowest[rows] = np.minimum(lowest[rows], exact_expectation(hits, mixture))
-        if eps >= threat.eps:
+        # a larger threat than the box has the same points
+        if eps >= min(threat.eps, largest):
             lowest = np.minimum(lowest, exact_expectation(worst[:, : len(x)], mixture))
         estimate = accuracy_interval(lowest)
         table.append([float(v) for v in (eps, *estimate) if v is not None])

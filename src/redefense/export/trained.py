@@ -91,7 +91,10 @@ def export_run(
         classes=signature.classes,
         data=signature.name,
         threat=Threat(norm=float(run.threat.norm), eps=run.threat.eps),
-        settings=settings_of(ENSEMBLES, kind),
+        # others cannot build networks that were given as objects or by a plug-in
+        settings=None
+        if any(name.startswith("models.") for name in run.plugins)
+        else settings_of(ENSEMBLES, kind),
         card=lambda name: _card(path, name, checkpoint, license_name, precision),
     )
     return export(ensemble, out, about, probes=probes, int8=int8, sign=signature_by)

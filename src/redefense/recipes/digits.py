@@ -66,5 +66,5 @@ DIGITS: Final[Mapping[str, Callable[[], Run]]] = {
     "digits-trs-printed": partial(_run, {**_TRS, "preset": "printed"}),
     "digits-mrboost": partial(_run, {"name": "mrboost", "adversary": ADVERSARY}),
     "digits-barre": partial(_run, _BARRE),
-    **closing("digits", _run, ADVERSARY, _HYPER, similarity=0.1, lipschitz=0.5),
+    **closing("digits", _run, ADVERSARY, _HYPER),
 }

@@ -124,7 +124,9 @@ def _how(results: Sequence[Result], top: Result) -> Answer:
     elsewhere = len({r.name for r in results}) - len(ranked(results))
     if elsewhere > 0:
         runs = "1 run" if elsewhere == 1 else f"{elsewhere} runs"
-        message += f" Not compared: {runs} on other images or within another budget."
+        message += (
+            f" Not compared: {runs} on other images, under other attacks or within another budget."
+        )
     return Answer(question="How robust is it?", lead=lead, text=message)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from redefense.report.tables import labels_of, summary_rows
 from redefense.results.intervals import Estimate, accuracy_interval
 from redefense.results.join import Result
+from redefense.results.paired import protocol
 
 SHOWN: Final = ("clean", "unaware", "aware", "best_member_alone", "averaged")
 """Figures of a group, by the keys of a summary row."""
@@ -32,8 +33,8 @@ def foremost(results: Sequence[Result]) -> list[Result]:
 def ranked(results: Sequence[Result]) -> list[Result]:
     """The comparable main results, highest aware accuracy first.
 
-    They have the data and the threat of the first result with an aware accuracy; accuracies on
-    other data or within another budget are not comparable.
+    They have the images, the attacks and the threat of the first result with an aware accuracy:
+    accuracies on other images, under other attacks or within another budget are not comparable.
     """
     known = foremost(results)
     first = next((r for r in known if r.aware is not None), known[0])
@@ -41,8 +42,10 @@ def ranked(results: Sequence[Result]) -> list[Result]:
     return sorted(alike, key=lambda r: -1.0 if r.aware is None else r.aware.value, reverse=True)
 
 
-def _about(result: Result) -> tuple[str, str, str, float | None]:
-    return result.data.name, result.data.split, result.norm, result.eps
+def _about(result: Result) -> tuple[object, ...]:
+    attacks = sorted((c.cell.attack, c.cell.view, c.cell.repr) for c in result.bounded)
+    # without stored settings the attacks themselves must agree
+    return result.suites[0].images, result.norm, result.eps, protocol(result) or attacks
 
 
 def repeats(results: Sequence[Result]) -> list[list[Result]]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from redefense.errors import DataError
 from redefense.radius import eps_text
 from redefense.results.headline import TRIES, Pair, estimate_of, estimated_headline, joined_headline
 from redefense.results.intervals import (
@@ -168,7 +169,11 @@ def _budget_of(scored: Scored, stored: Stored) -> tuple[str, float | None]:
 
 
 def results_of(run: Sequence[Stored]) -> list[Result]:
-    """One result for each threat and set of images of the suites of one run."""
+    """One result for each threat and set of images of the suites of one run.
+
+    Raises:
+        DataError: if suites on the same images are of different weights.
+    """
     groups: dict[tuple[object, ...], tuple[Budget, list[Stored], list[Scored]]] = {}
     for stored in run:
         # a suite may have cells at several threats, and one without cells has clean images
@@ -177,7 +182,21 @@ def results_of(run: Sequence[Stored]) -> list[Result]:
             _, suites, cells = groups.setdefault((stored.images, budget), (budget, [], []))
             suites.append(stored)
             cells.extend(c for c in stored.cells if _budget_of(c, stored) == budget)
+    for _, suites, _ in groups.values():
+        _check_weights(suites)
     return [_result(*group) for group in groups.values()]
+
+
+def _check_weights(suites: Sequence[Stored]) -> None:
+    # older evaluations did not record their weights
+    of = {s.plan.weights: s for s in suites if s.plan is not None and s.plan.weights is not None}
+    if len(of) > 1:
+        one, other, *_ = of.values()
+        raise DataError(
+            f"{other.file or other.name} is an evaluation of other weights than "
+            f"{one.file or one.name}: their worst cases cannot be joined; give one of them, or "
+            "keep them in folders of their own"
+        )
 
 
 def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -> Result:
@@ -187,9 +206,10 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
     # a suite with another threat of its own may have single cells at this one
     pair = joined_headline(suites, at_threat, cells, further)
     q_aware, q_unaware = pair.q_aware, pair.q_unaware
-    single, single_q, single_from = _baseline(at_threat, "single")
-    averaged, averaged_q, _ = _baseline(at_threat, "averaged")
-    alone = _alone(at_threat)
+    points = [c for c in (*(s.clean for s in at_threat), *cells, *further) if c.cell.bounded]
+    alone = _alone(at_threat, points)
+    single, single_q, single_from = _baseline(at_threat, "single", alone, points)
+    averaged, averaged_q, _ = _baseline(at_threat, "averaged", alone, points)
     clean = next((s.clean for s in suites if s.clean.expected is not None), first.clean)
     chosen = single_from.headline if single_from is not None else None
     return Result(
@@ -224,9 +244,15 @@ def _result(budget: Budget, suites: Sequence[Stored], cells: Sequence[Scored]) -
 
 
 def _baseline(
-    at_threat: Sequence[Stored], which: str
+    at_threat: Sequence[Stored],
+    which: str,
+    alone: Sequence[NDArray[np.float64]],
+    points: Sequence[Scored],
 ) -> tuple[Estimate | None, NDArray[np.float64] | None, Evaluation | None]:
-    """The lowest accuracy of the best single member or the averaged ensemble in any suite."""
+    """The lowest accuracy of the chosen single member or the averaged ensemble in any suite.
+
+    The points that any suite found count for them as they do for the draw.
+    """
     found: list[tuple[Estimate, NDArray[np.float64] | None, Evaluation]] = []
     key = {"single": "best_single_member", "averaged": "averaged"}[which]
     for stored in at_threat:
@@ -234,6 +260,12 @@ def _baseline(
         headline = stored.evaluation.headline or Headline()
         summary = estimate_of(getattr(headline, key), getattr(headline, f"{key}_interval"))
         if per_image is not None:
+            index = headline.best_single_member_index
+            if which == "averaged":
+                each = [_answered(c, c.averaged) for c in points if c.averaged is not None]
+                per_image = np.min([per_image, *each], axis=0)
+            elif index is not None and index < len(alone):
+                per_image = np.minimum(per_image, alone[index])
             found.append((accuracy_interval(per_image), per_image, stored.evaluation))
         elif summary is not None:
             found.append((summary, None, stored.evaluation))
@@ -241,10 +273,25 @@ def _baseline(
     return min(found, key=lambda entry: entry[0].value, default=(None, None, None))
 
 
-def _alone(at_threat: Sequence[Stored]) -> Sequence[NDArray[np.float64]]:
-    """(n,) correctness of every single member over all suites that attacked all members."""
+def _answered(scored: Scored, right: NDArray[Any]) -> NDArray[np.float64]:
+    """Correctness at the points of an attack; 1 on images that it skipped, which say nothing."""
+    met = True if scored.met is None else scored.met
+    found: NDArray[np.float64] = np.where(met, right, 1.0).astype(np.float64)
+    return found
+
+
+def _alone(at_threat: Sequence[Stored], points: Sequence[Scored]) -> Sequence[NDArray[np.float64]]:
+    """(n,) correctness of every member over all points, if a suite attacked all members alone."""
     found = [stored.alone for stored in at_threat if stored.alone is not None]
-    return list(np.stack(found).min(0)) if found else []
+    if not found:
+        return []
+    # draws of a network are no members
+    found += [
+        _answered(c, c.correct)
+        for c in points
+        if c.correct is not None and c.correct.shape == found[0].shape
+    ]
+    return list(np.min(found, axis=0))
 
 
 def _members(

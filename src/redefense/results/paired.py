@@ -197,11 +197,12 @@ def records_of(result: Result) -> Records:
         attacks={_key(c): _met(c) for c in cells},
         aware={_key(c) for c in cells if c.cell.aware},
         lowest=result.q_aware,
-        protocol=_protocol(result),
+        protocol=protocol(result),
     )
 
 
-def _protocol(result: Result) -> Sequence[object] | None:
+def protocol(result: Result) -> Sequence[object] | None:
+    """Name, version, seeds and checks of each suite; None if one has no stored settings."""
     plans = [(stored.evaluation.suite, stored.plan) for stored in result.suites]
     known = [
         (name, suite_version(plan.suite), plan.seeds, plan.checks)

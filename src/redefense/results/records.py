@@ -48,6 +48,7 @@ class Scored:
         q: (n,) exact expected correctness, the mixture-weighted mean of `correct`.
         met: (n,) the images that were attacked; None for all, or if unknown. The others have their
             earlier worst case.
+        averaged: (n,) correctness of the averaged ensemble; None without records.
     """
 
     cell: Cell
@@ -56,6 +57,7 @@ class Scored:
     q: NDArray[np.float64] | None
     met: NDArray[np.bool_] | None = None
     num_images: int | None = None
+    averaged: NDArray[Any] | None = None
 
     @property
     def whole(self) -> bool:
@@ -233,7 +235,14 @@ def _scored(evaluation: Evaluation, cell: Cell, arrays: Mapping[str, NDArray[Any
     met = arrays["met"].astype(bool) if "met" in arrays else None
     if met is not None and met.shape != (n,):
         raise DataError(f"records of {cell.id}: met has shape {met.shape}, expected ({n},)")
-    return Scored(cell=cell, suite=suite, correct=correct, q=q, met=met, num_images=n)
+    averaged = arrays.get("averaged")
+    if averaged is not None and averaged.shape != (n,):
+        raise DataError(
+            f"records of {cell.id}: averaged has shape {averaged.shape}, expected ({n},)"
+        )
+    return Scored(
+        cell=cell, suite=suite, correct=correct, q=q, met=met, num_images=n, averaged=averaged
+    )
 
 
 def _plan(file: Path | None) -> Plan | None:

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+LOCK: Final = ".lock"
+"""File that a process holds a lock on while it writes to a folder."""
+
 RUN: Final = "run.json"
 """All settings, in a run and in each of its checkpoints."""
 METRICS: Final = "metrics.jsonl"

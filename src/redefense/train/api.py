@@ -108,7 +108,9 @@ def train(
         "seed": seed,
         "optim": optim.model_dump(mode="json")
         if isinstance(optim, OptimConfig)
-        else optim and settings.get("optim", {}) | dict(optim),
+        else None
+        if optim is None
+        else settings.get("optim", {}) | dict(optim),
         "threat": threat and ThreatConfig.of(threat.norm, threat.eps).model_dump(mode="json"),
     }
     settings |= {key: value for key, value in changed.items() if value is not None}
@@ -135,6 +137,11 @@ def _members(value: Any) -> dict[str, Any]:
     if isinstance(value, EnsembleConfig) and type(value) in ENSEMBLES.values():
         return settings_of(ENSEMBLES, value)
     if isinstance(value, Independent):
+        if len(set(value.shares())) > 1:
+            raise InputError(
+                f"training begins with equal probabilities, got the mixture {value.shares()}: give "
+                "the list of networks, and call set_mixture on the trained ensemble"
+            )
         nets = [value.member(m) for m in range(value.num_members)]
     elif isinstance(value, Ensemble):
         raise InputError(

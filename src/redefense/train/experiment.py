@@ -3,19 +3,20 @@
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from redefense.config import Run, parse_run, to_json
+from redefense.config import Run, StartConfig, parse_run, to_json
 from redefense.data import Dataset, Split, load_dataset, train_validation
 from redefense.defences import Defence
 from redefense.ensembles import Ensemble, Origin, channels_last
 from redefense.ensembles.configs import EnsembleConfig
-from redefense.errors import BAD_JSON, CheckpointError, ConfigError
+from redefense.errors import BAD_JSON, CheckpointError, ConfigError, RedefenseError
 from redefense.limits import one_of
 from redefense.runtime.device import computing
-from redefense.runtime.files import UNFINISHED, write_json, write_text
-from redefense.runtime.folders import CHECKPOINTS, FINAL, RUN
+from redefense.runtime.files import UNFINISHED, locked, write_json, write_text
+from redefense.runtime.folders import CHECKPOINTS, FINAL, LOCK, MANIFEST, RUN
 from redefense.runtime.mesh import Mesh, processes
 from redefense.runtime.progress import note
 from redefense.runtime.recording import REPLAY, Recorder, recorder_for
@@ -79,11 +80,13 @@ def train(
         Interrupted: on SIGINT or SIGTERM, after saving.
     """
     one_of("--replay", replay, REPLAY)
-    with processes(mesh, device) as team:
+    with processes(mesh, device) as team, contextlib.ExitStack() as held:
         # a replayed step is not divided into phases, and collectives are not recorded
         records = replay == "auto" and team.size == 1 and not profile
         recorder = recorder_for(team.device) if records else None
-        return _train(run, out, team, resume, quiet or not team.first, download, profile, recorder)
+        return _train(
+            run, out, team, resume, quiet or not team.first, download, profile, recorder, held
+        )
 
 
 def _train(
@@ -95,11 +98,13 @@ def _train(
     download: bool,
     profile: bool,
     recorder: Recorder | None,
+    held: contextlib.ExitStack,
 ) -> Ensemble:
+    """See `train`; `held` keeps the lock of the directory until the training has ended."""
     device = str(team.device)
     with team.agreed():
         run, kind, defence = resolve(run)
-        run = _with_start(run)
+        run = _with_start(run, out)
         stages = defence.stages(kind.num_members, run.epochs)
         check_apart(kind, stages)
         _check_mesh(team, run, defence, kind.num_members)
@@ -120,6 +125,7 @@ def _train(
         with team.agreed():
             _check_data(run, out, begun, final, signature)
         return _loaded(final, out, device, quiet)
+    held.enter_context(_alone(team, out))
     train_split, validation, _ = train_validation(dataset, run.data.validation)
     with team.agreed():
         loader = loader_of(run, train_split, device, rank=team.row, world_size=team.shape[0])
@@ -161,6 +167,25 @@ def _train(
     team.first_does(lambda: _finish(run, out, ensemble, signature))
     ensemble.origin = Origin(run, signature.as_dict(), out)
     return ensemble.eval()
+
+
+@contextlib.contextmanager
+def _alone(team: Mesh, out: Path) -> Iterator[None]:
+    """Lock a run directory against other trainings.
+
+    Raises:
+        ConfigError: on every process of the team, if another training is writing to it.
+    """
+    lock = locked(out / LOCK, wait=False) if team.first else contextlib.nullcontext(True)
+    with lock as free:
+        if not all(team.gathered(free)):
+            raise team.mark_reported(
+                ConfigError(
+                    f"another process is training in {out}: wait until it ends, or choose "
+                    "another out"
+                )
+            )
+        yield
 
 
 def _check_mesh(team: Mesh, run: Run, defence: Defence, num_members: int) -> None:
@@ -264,12 +289,28 @@ def _say_resumed(checkpoint: Checkpoint, team: Mesh) -> None:
         )
 
 
-def _with_start(run: Run) -> Run:
+def _with_start(run: Run, out: Path) -> Run:
     """The run with the checksum of its initial weights, if it names any."""
     # with a checksum it was recorded before, and `_start` verifies it
     if run.start is None or run.start.sha256 is not None:
         return run
-    return run.model_copy(update={"start": recorded(run.start, open_source(Path(run.start.path)))})
+    try:
+        start = recorded(run.start, open_source(Path(run.start.path)))
+    except RedefenseError:
+        # a run that has begun has its members in checkpoints and does not need them any more
+        known = _begun_from(out)
+        if known is None:
+            raise
+        start = known
+    return run.model_copy(update={"start": start})
+
+
+def _begun_from(out: Path) -> StartConfig | None:
+    """The initial weights of the run in `out`, if it has a record of them."""
+    try:
+        return parse_run(json.loads((out / RUN).read_text()), f"{out}/{RUN}").start
+    except (OSError, *BAD_JSON, ConfigError):
+        return None
 
 
 def _start(
@@ -309,9 +350,14 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out must name a folder, and {out} is a file")
     # remains of a write that was killed are no contents
-    if not out.exists() or all(path.name.startswith(UNFINISHED) for path in out.iterdir()):
+    if not out.exists() or all(path.name.startswith((UNFINISHED, LOCK)) for path in out.iterdir()):
         return None
     if not (out / RUN).is_file():
+        if any((out / CHECKPOINTS).glob("step-*")) or (out / FINAL / MANIFEST).is_file():
+            raise ConfigError(
+                f"{out} has checkpoints but no {RUN}, which says of what run: restore it, or "
+                "choose another out"
+            )
         if resume:  # killed before it started: the contents are not of a run
             return None
         raise ConfigError(f"{out} exists and holds no run; choose another --out")
@@ -322,9 +368,10 @@ def _check_folder(run: Run, out: Path, resume: bool) -> str | None:
     except BAD_JSON:
         raise CheckpointError(f"{out}/run.json is damaged; choose another --out") from None
     # parsed as a run, an old record gets the defaults of newer settings
-    stored, wanted = (
-        json.loads(to_json(it)) for it in (resolve(parse_run(record, f"{out}/run.json"))[0], run)
-    )
+    begun = parse_run(record, f"{out}/run.json")
+    stored, wanted = (json.loads(to_json(it)) for it in (resolve(begun)[0], run))
+    # as recorded at the start: to resolve it again finds the plug-ins of today
+    stored["plugins"] = begun.plugins
     spec = str(stored["data"]["spec"])
     # data and initial weights may have moved: checksums are compared
     for settings in (stored, wanted):

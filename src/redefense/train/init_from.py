@@ -77,7 +77,11 @@ def _from_file(
         # members in turn: a file of one network starts all of them
         nets.append(copy.deepcopy(like.member(m % like.num_members)))
         fits.append(fit(nets[-1], state))
-    fresh, unused = fits[0].fresh, fits[0].unused
+    # each name once: networks of a file may lack different tensors
+    fresh, unused = (
+        tuple(dict.fromkeys(name for fitted in fits for name in getattr(fitted, key)))
+        for key in ("fresh", "unused")
+    )
     if not all(fitted.taken for fitted in fits):
         raise DataError(
             f"nothing in {path} fits a {kind.plain().model}: it holds {', '.join(unused[:5])} ..."

@@ -30,7 +30,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             # its records after the resumed checkpoint will be written again, too
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one record."""

@@ -1,15 +1,19 @@
 """Suites from objects: a name, a `Suite`, or the attacks themselves."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Final
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redefense.attacks import ATTACKS, Attack
 from redefense.attacks.foreign import Foreign, as_attack, name_of
@@ -19,6 +23,8 @@ from redefense.evaluation.suite import SUITES, CellSpec, Suite, suite_named
 from redefense.networks import Function
 from redefense.plugins import Origin, origins
 from redefense.radius import eps_text
+from redefense.results.schema import suite_version
+from redefense.train.api import weights_digest
 
 CUSTOM: Final = "custom"
 """Name of a suite that is a list of attacks."""
@@ -41,6 +47,14 @@ def suite_of(value: Any, name: str | None = None) -> Suite:
             raise ConfigError(f"{value!r} is an attack and not a suite: use suite=[{value!r}]")
         return suite_named(value)
     if isinstance(value, Suite):
+        known = SUITES.get(value.name, value)
+        one, other = (suite_version(suite.model_dump(mode="json")) for suite in (known, value))
+        # a claim of it would seem to be of the built-in one
+        if one != other:
+            raise ConfigError(
+                f"{value.name!r} is a built-in suite with other attacks: choose another name than "
+                f"{', '.join(SUITES)}"
+            )
         return value if name is None else value.model_copy(update={"name": name})
     labelled: list[tuple[str | None, Any]]
     if isinstance(value, Mapping):
@@ -111,20 +125,64 @@ def outside_lines(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def fingerprints(suite: Suite) -> dict[str, str]:
-    """SHA-256 of the source of users' attacks, by cell; of their repr without a source."""
+    """SHA-256 of users' attacks, by cell: of their source, settings and what they refer to."""
     # saved records of an attack must not be mixed with those of other code
     found = {}
     for number, spec in enumerate(suite.cells):
         if spec.made is None:
             continue
         code = type(spec.made).function if isinstance(spec.made, Foreign) else type(spec.made)
-        try:
-            source = inspect.getsource(code)
-        except (OSError, TypeError):  # typed in an interpreter, or compiled
-            source = name_of(code)
-        text = f"{spec.made!r}\n{source}"
+        text = f"{spec.made!r}\n{_described(code)}"
         found[f"{number} {spec.attack}"] = hashlib.sha256(text.encode()).hexdigest()
     return found
+
+
+def _described(value: object, inside: tuple[int, ...] = ()) -> str:
+    """Text that is equal for equal code and values, whatever their place in memory."""
+    if isinstance(value, bool | int | float | complex | str | bytes | type(None)):
+        return repr(value)
+    if id(value) in inside:  # a function that refers to itself
+        return "..."
+
+    def each(values: Iterable[object]) -> str:
+        return ", ".join(_described(it, (*inside, id(value))) for it in values)
+
+    if isinstance(value, Mapping):
+        return f"{{{each(value.keys())}: {each(value.values())}}}"
+    if isinstance(value, tuple):
+        return f"({each(value)})"
+    if isinstance(value, list | set):  # an attack may note its calls there
+        return type(value).__name__
+    if isinstance(value, torch.Tensor | np.ndarray):
+        values = torch.as_tensor(value).detach().cpu().numpy()
+        digest = hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+        return f"{values.dtype} {values.shape} {digest}"
+    if isinstance(value, nn.Module):
+        return weights_digest([value])
+    if isinstance(value, functools.partial):
+        return f"partial {each((value.func, value.args, value.keywords))}"
+    if isinstance(value, types.MethodType):
+        return f"method {each((value.__func__, value.__self__))}"
+    try:
+        source = inspect.getsource(value if isinstance(value, type) else _code(value))
+    except (OSError, TypeError):  # typed in an interpreter, or compiled
+        source = name_of(value)
+    if isinstance(value, types.FunctionType):
+        return f"{source} {each((_closed_over(value), value.__defaults__, value.__kwdefaults__))}"
+    if isinstance(value, type):
+        return source
+    return f"{source} {each([vars(value)] if hasattr(value, '__dict__') else [])}"
+
+
+def _closed_over(function: types.FunctionType) -> dict[str, object]:
+    with contextlib.suppress(ValueError):  # a name that is not bound yet
+        return dict(inspect.getclosurevars(function).nonlocals)
+    return {}
+
+
+def _code(value: Any) -> Any:
+    """What has a source: a function, or the class of an object."""
+    return value if isinstance(value, types.FunctionType) else type(value)
 
 
 def function_digest(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
@@ -137,6 +195,21 @@ def function_digest(ensemble: Ensemble, x: Tensor) -> dict[str, str]:
     # numpy has no bfloat16
     raw = torch.stack(answers).cpu().double().numpy().tobytes()
     return {"answers": hashlib.sha256(raw).hexdigest()}
+
+
+def attributes_digest(ensemble: Ensemble) -> str:
+    """SHA-256 of the plain attributes of all modules, such as a number of bits or a temperature.
+
+    They are in no state dict, and networks that differ by them answer differently.
+    """
+    plain = bool, int, float, str
+    found = [
+        f"{name}.{key}={value!r}"
+        for name, module in ensemble.named_modules()
+        for key, value in sorted(vars(module).items())
+        if not key.startswith("_") and key != "training" and isinstance(value, plain)
+    ]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def plugins_of(suite: Suite, data: str) -> dict[str, dict[str, Origin]]:

@@ -47,7 +47,10 @@ def average_and_vote(
     tried = list(cells)
     for number, spec in enumerate(job.suite.baseline_attacks):
         attack = attack_of(spec)
-        if any(planned.attack == attack and planned.spec.view == "averaged" for planned in plan):
+        if any(
+            (planned.attack, planned.spec.view, planned.threat) == (attack, "averaged", job.threat)
+            for planned in plan
+        ):
             continue  # it is among the cells
         answers = np.stack([cell.averaged_halves | cell.vote_halves for cell in tried])
         rows = np.flatnonzero(answers.any(1).all(0))
