@@ -137,15 +137,20 @@ def fingerprints(suite: Suite) -> dict[str, str]:
     return found
 
 
-def _described(value: object, inside: tuple[int, ...] = ()) -> str:
+def _described(value: object, known: dict[int, object] | None = None) -> str:
     """Text that is equal for equal code and values, whatever their place in memory."""
     if isinstance(value, bool | int | float | complex | str | bytes | type(None)):
         return repr(value)
-    if id(value) in inside:  # a function that refers to itself
-        return "..."
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    # each object once: objects refer to each other, and some to themselves
+    known = {} if known is None else known
+    if id(value) in known:
+        return f"#{list(known).index(id(value))}"
+    known[id(value)] = value  # kept, so that no other object gets its number
 
     def each(values: Iterable[object]) -> str:
-        return ", ".join(_described(it, (*inside, id(value))) for it in values)
+        return ", ".join(_described(it, known) for it in values)
 
     if isinstance(value, Mapping):
         return f"{{{each(value.keys())}: {each(value.values())}}}"
