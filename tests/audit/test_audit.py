@@ -320,6 +320,21 @@ def test_an_honest_evaluation_holds(tmp_path: Path) -> None:
     assert {f.id for f in findings} == {"unbounded-attack"}
 
 
+def test_attacks_at_another_threat_than_that_of_the_headline_do_not_count(tmp_path: Path) -> None:
+    document = evaluation()
+    for radius, unaware in ((8 / 255, 0.46), (0.02, 0.26)):
+        threat = {"norm": "inf", "eps": radius}
+        accuracy = {"expected": unaware}
+        cell = {**document["cells"][0], "id": str(radius), "threat": threat, "accuracy": accuracy}
+        found = audit_of(tmp_path, {**document, "cells": [*document["cells"], cell]})
+        # 8/255 counts as the 0.03 of the aware attack
+        assert not errors(found) & {"headline-mismatch", "headline-above-attack", "unaware-only"}
+    # without a stated threat it is that of the others
+    unstated = {**cell, "threat": None}
+    found = audit_of(tmp_path, {**document, "cells": [*document["cells"], unstated]})
+    assert errors(found) == {"headline-mismatch", "headline-above-attack"}
+
+
 def test_members_that_learnt_next_to_nothing_are_a_note(tmp_path: Path) -> None:
     def silent(**changes: Any) -> list[Finding]:
         clean = {"expected": 0.9, "per_member": [0.9, 0.1, 0.9]}

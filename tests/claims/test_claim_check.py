@@ -12,9 +12,11 @@ import torch
 
 import redefense
 from cli_tools import command
+from redefense.audit.audit import audit
 from redefense.claims import format
 from redefense.claims.check import _drawn, check
 from redefense.claims.recompute import recompute
+from redefense.config import ThreatConfig
 from redefense.errors import ConfigError, DataError
 from redefense.evaluation.suite import CellSpec, Suite
 from redefense.models.randomized import GaussianNoise
@@ -122,6 +124,21 @@ def interval(claim: dict[str, Any]) -> None:
     claim["evaluations"][0]["aware"]["low"] += 0.02
 
 
+def unaware(claim: dict[str, Any]) -> None:
+    claim["evaluations"][0]["unaware"]["low"] -= 0.02
+
+
+def around(key: str) -> Edit:
+    """Moves an interval past its figure."""
+
+    def edit(claim: dict[str, Any]) -> None:
+        found = claim["evaluations"][0][key]
+        found = found[1] if isinstance(found, list) else found
+        found["low"], found["high"] = found["value"] + 0.01, found["value"] + 0.02
+
+    return edit
+
+
 def record(claim: dict[str, Any]) -> None:
     cell = claim["evaluations"][0]["cells"][0]
     q = format.unpacked(cell["each"])
@@ -142,6 +159,12 @@ def attack(claim: dict[str, Any]) -> None:
 def steps(claim: dict[str, Any]) -> None:
     cell = claim["evaluations"][0]["cells"][-1]
     cell["repr"] = cell["repr"].replace("steps=20", "steps=2")
+
+
+def default(claim: dict[str, Any]) -> None:
+    """A setting that the suite does not give."""
+    cell = claim["evaluations"][0]["cells"][-1]
+    cell["repr"] = cell["repr"].replace("restarts=1", "restarts=9")
 
 
 def images(claim: dict[str, Any]) -> None:
@@ -186,6 +209,11 @@ CHANGES: dict[str, tuple[Edit, str, str]] = {
     "swapped": (swapped, "aware-records", "is not the worst attack's on"),
     "attack": (attack, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
     "steps": (steps, "missing-attack", "hinge(steps=20) on view members belongs to suite quick"),
+    "default": (default, "missing-attack", "its result is missing or of other settings"),
+    "unaware": (unaware, "interval", "The low end of the interval of unaware is stated as"),
+    "single": (around("over_single"), "interval", "outside its interval"),
+    "averaged": (around("averaged"), "interval", "averaged is"),
+    "alone": (around("alone"), "interval", "alone, member 1 is"),
     "images": (images, "records-damaged", "are of 24 images, expected 400"),
     "unreadable": (unreadable, "records-damaged", "met are of 0 images, expected 24"),
     "gain": (gain, "difference", "over_averaged is not the aware figure minus"),
@@ -328,6 +356,71 @@ def test_an_attack_that_every_version_of_a_suite_has_may_not_be_missing(
     checked = command("claim", "check", path)
     assert checked.code == 1
     assert "hinge on view members belongs to suite quick" in checked.out
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path) -> Path:
+    """A claim under a suite with attacks at the threat of the evaluation, and at 8/255."""
+    fixed = ThreatConfig(eps=8 / 255)
+    cells = (
+        *FAST.cells,
+        CellSpec(attack="fgsm", view="averaged", threat=fixed),
+        CellSpec(attack="deepfool", view="averaged", threat=fixed),
+    )
+    with warnings.catch_warnings():  # so weak attackers leave a check red
+        warnings.simplefilter("ignore", redefense.errors.RedCheckWarning)
+        redefense.evaluate(
+            [network(0), network(1)], "digits", threat=Threat(eps=0.03), images=IMAGES,
+            out=folder / "mixed", suite=Suite(name="mixed", cells=cells), stochastic="off",
+        )  # fmt: skip
+    report = folder / "mixed" / "evaluation" / "mixed.json"
+    path = folder / "mixed.json"
+    made = command("claim", "make", report, "--out", path, "--licence", "MIT", *ABOUT)
+    assert made.code == 0, made.err
+    return path
+
+
+def test_each_evaluation_of_a_suite_of_several_threats_has_its_attacks(
+    mixed: Path, tmp_path: Path
+) -> None:
+    report = mixed.with_suffix("") / "evaluation" / "mixed.json"
+    # the audit takes both radii for one, and the headline is still that of one of them
+    assert [f for f in (*check(mixed), *audit(report)) if f.severity == "error"] == []
+    claim = json.loads(mixed.read_text())
+    own, fixed = claim["evaluations"]
+    assert (own["eps"], fixed["eps"]) == (0.03, pytest.approx(8 / 255))
+    assert [cell["attack"] for cell in own["cells"]] == ["fgsm", "hinge", "deepfool"]
+    path = tmp_path / "fewer.json"
+    # the radius of the suite has more decimals than that of the evaluation
+    for found, index in ((fixed, 0), (own, 0), (own, 1), (own, 2)):
+        cell = found["cells"].pop(index)
+        path.write_text(json.dumps(claim))
+        found["cells"].insert(index, cell)
+        missing = [f.why for f in check(path) if f.id == "missing-attack"]
+        assert len(missing) == 1
+        assert missing[0].startswith(cell["attack"])
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil", "../../evil", "..", "", ".evil", "C:evil", "a\\b"])
+def test_names_that_become_files_lie_in_no_other_folder(folder: Path, name: str) -> None:
+    claim = json.loads((folder / "cascade.json").read_text())
+    (plan,) = claim["evaluations"][0]["suites"]
+    for part in (claim, plan["suite"]):
+        before, part["name"] = part["name"], name
+        with pytest.raises(DataError, match="must be printable text without / and"):
+            format.parse(claim, Path("x.json"))
+        part["name"] = before
+    plan["file"] = name
+    with pytest.raises(DataError, match="file: a name in a claim must be"):
+        format.parse(claim, Path("x.json"))
+
+
+def test_a_claim_is_made_under_no_such_name(folder: Path, tmp_path: Path) -> None:
+    report = folder / "single" / "evaluation" / "quick.json"
+    words = ("claim", "make", report, "--out", tmp_path / "x.json", "--licence", "MIT")
+    made = command(*words, *ABOUT[2:], "--name", "a/b")
+    assert made.code == 2
+    assert "got 'a/b'; choose another name" in made.err
 
 
 def test_the_protocol_of_a_deterministic_method_is_the_average(folder: Path) -> None:

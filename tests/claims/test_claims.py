@@ -116,6 +116,16 @@ def test_a_changed_figure_is_noticed_and_an_equal_one_is_not(runs: Path) -> None
     better = found.model_copy(update={"aware": format.Figure(value=0.99, low=0.98, high=1.0)})
     (line,) = differences(claim.model_copy(update={"evaluations": (better,)}), claim)
     assert line.startswith("tiny-0, 30 images, aware: 99.0 [98.0, 100.0], now ")
+    far = format.Figure(value=0.99, low=0.98, high=1.0)
+    alone = (found.alone[0], far)
+    other = found.model_copy(update={"over_single": far, "over_averaged": None, "alone": alone})
+    lines = differences(claim.model_copy(update={"evaluations": (other,)}), claim)
+    assert [line.split(":")[0].split(", ")[-1] for line in lines] == [
+        "over_single", "over_averaged", "member 1 alone",
+    ]  # fmt: skip
+    # in older claims the members were under other attacks
+    older = other.model_copy(update={"further": None})
+    assert differences(claim.model_copy(update={"evaluations": (older,)}), claim) == []
 
 
 def test_a_claim_is_not_trained_again_on_data_of_another_name(runs: Path, tmp_path: Path) -> None:
@@ -184,6 +194,22 @@ def test_a_claim_is_recomputed_from_the_named_run(runs: Path, tmp_path: Path) ->
     other = command(*words, "--weights", runs / "tiny-1", "--quiet")
     assert other.code == 3
     assert "the claim is of" in other.err
+
+
+@pytest.mark.parametrize("part", ["lowest", "further"])
+def test_a_claim_is_whole_with_its_worst_case_and_all_attacks(
+    runs: Path, tmp_path: Path, part: str
+) -> None:
+    it = claim_of(runs)
+    (found,) = it.evaluations
+    cell = found.cells[0].model_copy(update={"each": format.packed(np.zeros(3))})
+    change = {"lowest": found.lowest[:-5] if found.lowest else None, "further": (cell,)}[part]
+    damaged = found.model_copy(update={part: change})
+    path = tmp_path / "tiny-0.json"
+    format.write(it.model_copy(update={"evaluations": (damaged,)}), path)
+    named = {"lowest": "the worst case", "further": cell.id}[part]
+    with pytest.raises(DataError, match=f"the records of {named} are damaged"):
+        tables.read_whole(path)
 
 
 @pytest.mark.parametrize("records", ["", "broken", None])
@@ -308,6 +334,13 @@ def test_attackers_who_know_are_counted_on_the_same_images_of_a_larger_evaluatio
     joined = whole.model_copy(update={"evaluations": (part, found)})
     row = next(r for r in tables.attacks_table([joined], 20).splitlines() if "who know" in r)
     assert row == f"| with attackers who know | {100 * q[:20].mean():.1f} |"
+    # other images: of another name, or given in another call
+    for data in ({"name": "numbers"}, {"split": "given", "sha256": "0" * 64}):
+        larger = found.model_copy(update={"data": {**found.data, **data}})
+        given = part.model_copy(update={"data": {**part.data, "split": larger.data["split"]}})
+        both = whole.model_copy(update={"evaluations": (given, larger)})
+        row = next(r for r in tables.attacks_table([both], 20).splitlines() if "who know" in r)
+        assert row == f"| with attackers who know | {percent(None)} |"
     alone = whole.model_copy(update={"evaluations": (part,)})
     row = next(r for r in tables.attacks_table([alone], 20).splitlines() if "who know" in r)
     assert row == f"| with attackers who know | {percent(None)} |"

@@ -37,7 +37,7 @@ def claim(name: str, clean: NDArray[np.float64], left: Left, eps: float = 0.03) 
         best_single_member=None, averaged=None, over_single=None, over_averaged=None,
         cells=cells, red_checks=(), untouched=format.packed(clean), lowest=None,
     )  # fmt: skip
-    training = format.Training(epochs=1, images=1, passes=1, minutes=None, weights="")
+    training = format.Training(epochs=1, images=1, passes=1, minutes=None, weights=name)
     return format.Claim(schema=1, name=name, run=RUN, training=training, evaluations=(found,))
 
 
@@ -94,7 +94,7 @@ def test_no_image_is_left_out_and_the_recorded_worst_case_is_for_equal_suites(
     # an attack of this claim alone fooled images, which an attack of both then skipped
     met = format.packed((np.arange(N) >= 30).astype(float))
     fgsm, hinge = found.cells
-    arc = claim("", zero, {"arc": zero}).evaluations[0].cells
+    arc = claim("x", zero, {"arc": zero}).evaluations[0].cells
     cells = (fgsm, hinge.model_copy(update={"met": met}), *arc)
     with pytest.raises(DataError, match=r"red has no worst case .* on 30 images"):
         aware(base, found.model_copy(update={"cells": cells}))
@@ -124,9 +124,9 @@ def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
     def on(images: int) -> format.Evaluated:
         left = {"fgsm": np.full(images, 0.5), "hinge": np.full(images, images / 1000)}
         if images == 900:  # the only set without the third attack
-            return claim("", np.ones(images), left).evaluations[0]
+            return claim("x", np.ones(images), left).evaluations[0]
         left["arc"] = np.ones(images)
-        return claim("", np.ones(images), left).evaluations[0]
+        return claim("x", np.ones(images), left).evaluations[0]
 
     def measured(*images: int) -> format.Claim:
         return at[0].model_copy(update={"evaluations": tuple(map(on, images))})
@@ -139,7 +139,8 @@ def test_the_images_under_most_attacks_are_compared_and_of_these_the_most(
     with pytest.raises(DataError, match="different images"):
         compare.under_common({"at": [measured(300)], "red": [measured(500)]})
     format.write(measured(300, 500), tmp_path / "at-0.json")
-    format.write(measured(300), tmp_path / "at-7.json")
+    second = at[1].model_copy(update={"evaluations": (on(300),)})
+    format.write(second, tmp_path / "at-7.json")
     only = compare.seeds_of("at", tmp_path, 500)
     assert [[e.data["num_images"] for e in it.evaluations] for it in only] == [[500]]
     shown = command("claim", "compare", "at", "--images", 300, "--claims", tmp_path)
@@ -155,7 +156,7 @@ def test_a_claim_made_anew_keeps_what_other_images_said_of_the_same_weights(
 ) -> None:
     (found,) = at[0].evaluations
     better = found.model_copy(update={"unaware": format.Figure(value=0.5)})
-    fewer = claim("", np.ones(9), {"hinge": np.ones(9)}).evaluations[0]
+    fewer = claim("x", np.ones(9), {"hinge": np.ones(9)}).evaluations[0]
     new = at[0].model_copy(update={"evaluations": (better,)})
     older = at[0].model_copy(update={"evaluations": (found, fewer)})
     assert new.keeping(older).evaluations == (fewer, better)
@@ -189,6 +190,12 @@ def test_a_method_is_all_its_seeds_and_a_missing_one_is_named(
     assert compare.seeds_of("at", tmp_path) == written[:2]
     with pytest.raises(ConfigError, match="gal-SEED"):
         compare.seeds_of("gal", tmp_path)
+    format.write(at[0].model_copy(update={"name": "at-9"}), tmp_path / "at-9.json")
+    # no second training, whose spread would count
+    again = command("claim", "compare", "at", "--claims", tmp_path)
+    assert again.code == 3
+    assert f"{tmp_path / 'at-0.json'} and {tmp_path / 'at-9.json'} are claims of the" in again.err
+    (tmp_path / "at-9.json").unlink()
     missing = command("claim", "compare", "at", "gal", "--claims", tmp_path)
     assert missing.code == 2
     assert "there is no claim" in missing.err

@@ -10,7 +10,9 @@ import pytest
 
 from browser import opened
 from cli_tools import command
+from redefense.attacks import ATTACKS
 from redefense.claims import format, leaderboard
+from redefense.config import construct
 from redefense.evaluation.suite import SUITES, CellSpec
 from redefense.results.intervals import accuracy_interval
 from redefense.results.schema import suite_version
@@ -19,7 +21,7 @@ N = 50
 
 
 def call_of(spec: CellSpec) -> str:
-    return f"{spec.attack}({', '.join(f'{k}={v!r}' for k, v in spec.settings.items())})"
+    return repr(construct(ATTACKS[spec.attack], spec.settings, spec.attack))
 
 
 def claim(
@@ -50,8 +52,8 @@ def claim(
         for spec in SUITES[suite].cells
     )  # fmt: skip
     plan = format.Plan(
-        file=suite, suite=suite, norm="inf", eps=0.1, images=N, seed=0, seeds=1, checks="quick",
-        version=suite_version(definition), provenance={"commit": "a" * 40},
+        file=suite, suite=suite, norm="inf", eps=changes.get("eps", 0.1), images=N, seed=0,
+        seeds=1, checks="quick", version=suite_version(definition), provenance={"commit": "a" * 40},
     )  # fmt: skip
     found = format.Evaluated(
         data={"name": "digits", "split": "test", "num_images": N, "sha256": "b" * 64},
@@ -62,7 +64,7 @@ def claim(
     ).model_copy(update=changes)  # fmt: skip
     training = format.Training(
         epochs=None, images=100, passes=share / members, minutes=None, parameters=members * 1000,
-        weights="c" * 64,
+        weights=f"{seed}" * 64,
     )  # fmt: skip
     run = {
         "seed": seed, "data": {"spec": "digits"}, "defence": {"name": name},
@@ -72,6 +74,13 @@ def claim(
         schema=1, name=f"{name}-{seed}", authors="A. Author", link="https://example.org",
         licence="MIT", run=run, training=training, evaluations=(found,),
     )  # fmt: skip
+
+
+def trained(name: str, share: float, *, seed: int = 0) -> format.Claim:
+    """A claim of a run, whose other seeds are the same method."""
+    it = claim(name, share, seed=seed)
+    training = it.training.model_copy(update={"epochs": 1})
+    return it.model_copy(update={"training": training})
 
 
 def groups(folder: Path, *claims: format.Claim) -> list[leaderboard.Group]:
@@ -117,7 +126,7 @@ def test_other_images_attacks_suites_and_threats_are_ranked_apart(tmp_path: Path
 def test_seeds_of_one_method_are_one_row_with_the_luck_of_the_training_in_its_interval(
     tmp_path: Path,
 ) -> None:
-    one, other = claim("red", 0.3), claim("red", 0.5, seed=1)
+    one, other = trained("red", 0.3), trained("red", 0.5, seed=1)
     (group,) = groups(tmp_path, one, other, claim("at", 0.4))
     row = next(row for row in group.rows if row.name == "red")
     assert row.seeds == 2
@@ -128,6 +137,27 @@ def test_seeds_of_one_method_are_one_row_with_the_luck_of_the_training_in_its_in
     assert row.aware.low is not None
     assert alone.low is not None
     assert row.aware.low < alone.low  # two trainings that differ so much say little of a third
+
+
+def test_one_training_under_two_names_is_one_seed_with_its_lowest_figure(tmp_path: Path) -> None:
+    one, other = trained("red", 0.3), trained("red", 0.5, seed=1)
+    again = trained("red", 0.4, seed=2).model_copy(update={"training": other.training})
+    (group,) = groups(tmp_path, one, other, again)
+    (row,) = group.rows
+    assert [entry.claim.name for entry in row.entries] == ["red-0", "red-2"]
+    assert row.aware is not None
+    assert row.aware.value == pytest.approx(0.35, abs=1e-4)
+
+
+def test_a_suite_of_a_user_is_not_the_whole_one_whatever_its_name(tmp_path: Path) -> None:
+    (found,) = claim("x", 0.5).evaluations
+    (plan,) = found.suites
+    own = plan.model_copy(update={"suite": {"name": "aware", "cells": []}})
+    for number, (suites, whole) in enumerate(
+        [((own,), False), ((plan,), False), ((plan.model_copy(update={"suite": "aware"}),), True)]
+    ):
+        (group,) = groups(tmp_path / str(number), claim("x", 0.5, suites=suites))
+        assert group.whole is whole
 
 
 def test_what_no_aware_attacker_met_has_no_rank(tmp_path: Path) -> None:
@@ -171,7 +201,7 @@ def test_nothing_is_written_over_the_claims_or_without_any(tmp_path: Path) -> No
 
 
 def test_what_a_claim_says_is_text_on_the_page(tmp_path: Path) -> None:
-    it = claim("<script>alert(1)</script>", 0.4)
+    it = claim("<script>alert(1)<script>", 0.4)
     format.write(it, tmp_path / "x.json")
     assert command("leaderboard", tmp_path, "--out", tmp_path / "site").code == 0
     for page in (tmp_path / "site").rglob("*.html"):

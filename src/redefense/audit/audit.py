@@ -104,7 +104,13 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
         for cell in (*evaluation.cells, *evaluation.further_cells)
         if cell.accuracy.expected is not None
     ]
-    bounded = [(cell, value) for cell, value in expected if cell.bounded]
+    # a suite may attack at other threats, too; its headline is at that of its aware attacks
+    threats = {_budget(cell) for cell in evaluation.cells if cell.bounded and cell.aware} - {None}
+    bounded = [
+        (cell, value)
+        for cell, value in expected
+        if cell.bounded and (len(threats) != 1 or _budget(cell) in {None, *threats})
+    ]
     if headline is None or not bounded:
         return
     lowest, floor = min(bounded, key=lambda pair: pair[1])
@@ -132,6 +138,14 @@ def _headline(evaluation: Evaluation) -> Iterator[Finding]:
             yield _about(
                 evaluation, "headline-mismatch", why, unaware=unaware, lowest=min(unaware_values)
             )
+
+
+def _budget(cell: Cell) -> tuple[str, float] | None:
+    """The threat of a cell, with a radius rounded as in a joined result; None if unstated."""
+    threat = cell.threat
+    if threat is None or threat.eps is None:
+        return None
+    return threat.norm, round(threat.eps, 9)
 
 
 def _cell(evaluation: Evaluation, cell: Cell) -> Iterator[Finding]:

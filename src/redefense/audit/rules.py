@@ -226,7 +226,11 @@ def unaware_only(group: Group) -> Iterator[Finding]:
     bounded = [c for c in group.attacks if c.bounded]
     # an aware attack covers its own budget and smaller ones; an unstated budget counts as equal
     aware = [a for a in bounded if a.aware]
-    attacks = [c for c in bounded if not any(None in (a.eps, c.eps) or a.covers(c) for a in aware)]
+
+    def known(c: Claim) -> bool:
+        return any(None in (a.eps, c.eps) or a.same_budget(c) or a.covers(c) for a in aware)
+
+    attacks = [c for c in bounded if not known(c)]
     if not group.randomized or not attacks:
         return
     # a row without an eps, where others state one, does not count as an aware attack

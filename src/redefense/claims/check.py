@@ -6,8 +6,9 @@ pass; only `recompute` detects them.
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -26,9 +27,9 @@ from redefense.claims.format import (
     parse,
     unpacked,
 )
-from redefense.config import parse_run
+from redefense.config import construct, parse_run
 from redefense.defences import draws_member
-from redefense.errors import DataError, RedefenseError
+from redefense.errors import ConfigError, DataError, RedefenseError
 from redefense.evaluation.suite import SUITES
 from redefense.results.intervals import accuracy_interval
 from redefense.results.records import read_json
@@ -50,6 +51,8 @@ TOLERANCE: Final = 3e-5
 """Tolerance between a figure and the mean of its records, which are rounded."""
 INTERVAL_TOLERANCE: Final = 3e-3
 """Tolerance between an interval and that of the records, which are rounded and resampled."""
+SAME_EPS: Final = 1e-8
+"""Tolerance between the radius of a suite and that of a claim, which has 9 decimals."""
 ADDED: Final = frozenset({"subset"})
 """Attacks that earlier versions of the built-in suites lack; they have all the others."""
 
@@ -159,6 +162,7 @@ def _sums(found: Evaluated) -> Iterator[tuple[str, str]]:
             yield "aware-records", f"The aware figure is not the worst attack's on {wrong} images."
     yield from _unaware(found)
     yield from _differences(found)
+    yield from _around(found)
 
 
 def _members(it: Claim, found: Evaluated) -> Iterator[tuple[str, str]]:
@@ -197,8 +201,12 @@ def _mean(
         # an interval around another mean cannot agree either, so it is not compared
         yield "records-contradict", f"{message}."
         return
-    if not exact:  # the interval covers the draws, too
-        return
+    if exact:  # else the interval covers the draws, too
+        yield from _ends(what, stated, q)
+
+
+def _ends(what: str, stated: Figure, q: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
+    """Compare the interval of a figure with that of its records."""
     _, low, high = accuracy_interval(q)
     for end, mine, other in (("low", stated.low, low), ("high", stated.high, high)):
         if mine is None or other is None or abs(mine - other) > INTERVAL_TOLERANCE:
@@ -213,15 +221,17 @@ def _percent(value: float) -> str:
 
 def _unaware(found: Evaluated) -> Iterator[tuple[str, str]]:
     """Check the unaware headline, unless it is estimated from draws."""
-    strongest = found.strongest_unaware()
-    if strongest is None or found.unaware is None or found.aware is None or not found.exact:
+    records = found.unaware_records()
+    if not records or found.unaware is None or found.aware is None or not found.exact:
         return
-    lowest = float(strongest.mean())
-    if abs(found.unaware.value - lowest) > TOLERANCE:
-        message = (
-            f"{_percent(found.unaware.value)}, the lowest of its attacks is {_percent(lowest)}"
-        )
+    stated, lowest = found.unaware, min(float(q.mean()) for q in records)
+    if abs(stated.value - lowest) > TOLERANCE:
+        message = f"{_percent(stated.value)}, the lowest of its attacks is {_percent(lowest)}"
         yield "unaware-records", f"unaware is stated as {message}."
+        return
+    # rounded records do not tell which of equally strong attacks the interval is of
+    tied = [q for q in records if q.mean() <= lowest + TOLERANCE]
+    yield from min((tuple(_ends("unaware", stated, q)) for q in tied), key=len)
 
 
 def _differences(found: Evaluated) -> Iterator[tuple[str, str]]:
@@ -238,6 +248,22 @@ def _differences(found: Evaluated) -> Iterator[tuple[str, str]]:
             continue
         if abs(stated.value - (found.aware.value - other.value)) > TOLERANCE:
             yield "difference", f"{what} is not the aware figure minus its baseline."
+
+
+def _around(found: Evaluated) -> Iterator[tuple[str, str]]:
+    """Check that every interval contains its figure."""
+    figures: dict[str, Any] = {
+        **{key: getattr(found, key) for key in Evaluated.model_fields},
+        **{f"alone, member {m}": each for m, each in enumerate(found.alone)},
+        **{cell.id: cell.expected for cell in (*found.cells, *(found.further or ()))},
+    }
+    for what, it in figures.items():
+        if not isinstance(it, Figure):
+            continue
+        low, high = (it.value if end is None else end for end in (it.low, it.high))
+        if not low <= it.value <= high:
+            range_ = f"{_percent(low)} to {_percent(high)}"
+            yield "interval", f"{what} is {_percent(it.value)}, outside its interval {range_}."
 
 
 def _definition(plan: Plan) -> dict[str, Any] | None:
@@ -259,6 +285,31 @@ def _cells(plan: Plan) -> list[dict[str, Any]]:
     return [cell for cell in plain if cell["attack"] not in ADDED]
 
 
+def _threats(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> list[Budget | None]:
+    """The threat of each cell; unbounded attacks count as at the threat of the suite's headline."""
+    own = Budget(norm=plan.norm, eps=plan.eps)
+    each = [Budget.model_validate(spec.get("threat") or own) for spec in cells]
+    kinds = [ATTACKS.own.get(spec["attack"]) for spec in cells]
+    bounded = [kind is None or kind.bounded for kind in kinds]
+    # as `results.join` does: aware attacks first; None without a bounded attack
+    order = sorted(range(len(cells)), key=lambda i: not _knows(cells[i]))
+    headline = next((each[i] for i in order if bounded[i]), None)
+    return [at if inside else headline for at, inside in zip(each, bounded, strict=True)]
+
+
+def _knows(spec: Mapping[str, Any]) -> bool:
+    """Whether the attack of a suite is aware of the draw."""
+    return bool(spec["view"] == "members" if spec.get("aware") is None else spec["aware"])
+
+
+def _at(threat: Budget | None, found: Evaluated) -> bool:
+    """Whether an attack at this threat is part of the evaluation."""
+    if threat is None:
+        return True
+    same = threat.eps is not None and abs(threat.eps - found.eps) < SAME_EPS
+    return same and threat.norm == found.norm
+
+
 def current(plan: Plan) -> bool:
     """Whether the suite's version is the present one; always true for a user's suite."""
     return _definition(plan) is not None
@@ -267,7 +318,7 @@ def current(plan: Plan) -> bool:
 def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
     """Check that every attack of a suite has records and the suite's settings."""
     left = list(found.cells)
-    demanded: list[tuple[str, str, dict[str, Any], str, bool | None]] = []
+    demanded: list[tuple[str, str, dict[str, Any], Plan, bool | None]] = []
     for plan in found.suites:
         if isinstance(plan.suite, str) and plan.suite not in SUITES:
             why = f"Suite {plan.name} is unknown, so that its list of attacks cannot be checked."
@@ -279,18 +330,26 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
                 "checked, without their settings."
             )
             yield _finding(_subject(it, found), "suite-version", why, severity="note")
-        for spec in _cells(plan):
-            threat = spec.get("threat")
-            # cells at another threat are part of another evaluation of the claim
-            if threat is None or (threat["norm"], threat["eps"]) == (found.norm, found.eps):
-                view = spec["view"]
-                if view == "protocol":
-                    view = "sampled" if _drawn(it, found) else "averaged"
-                settings, aware = spec.get("settings", {}), spec.get("aware")
-                demanded.append((spec["attack"], view, settings, plan.name, aware))
+        cells = _cells(plan)
+        here = [
+            spec for spec, at in zip(cells, _threats(plan, cells), strict=True) if _at(at, found)
+        ]
+        if cells and not here:
+            norm = {"inf": "linf", "2": "l2"}[found.norm]
+            why = f"Suite {plan.name} is of another budget than the claim's, {norm} {found.eps:g}."
+            yield _finding(_subject(it, found), "budget", why)
+        # cells at another threat are part of another evaluation of the claim
+        for spec in here:
+            view = spec["view"]
+            if view == "protocol":
+                view = "sampled" if _drawn(it, found) else "averaged"
+            settings, aware = spec.get("settings", {}), spec.get("aware")
+            demanded.append((spec["attack"], view, settings, plan, aware))
     # entries with the most settings first: their results would match entries without, too
-    for attack, view, settings, name, aware in sorted(demanded, key=lambda it: -len(it[2])):
-        fits = [c for c in left if (c.attack, c.view) == (attack, view) and _ran(c.repr, settings)]
+    for attack, view, settings, plan, aware in sorted(demanded, key=lambda it: -len(it[2])):
+        # defaults may differ between versions
+        ran = partial(_ran, attack, settings, whole=plan.version is not None and current(plan))
+        fits = [c for c in left if (c.attack, c.view) == (attack, view) and ran(c.repr)]
         # the first of equal ones: each result answers one entry of the suite
         if fits:
             left.remove(fits[0])
@@ -298,8 +357,8 @@ def _attacks(it: Claim, found: Evaluated) -> Iterator[Finding]:
             continue
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         why = (
-            f"{attack}{f'({given})' if given else ''} on view {view} belongs to suite {name}, and "
-            "its result is missing."
+            f"{attack}{f'({given})' if given else ''} on view {view} belongs to suite {plan.name}, "
+            "and its result is missing or of other settings."
         )
         yield _finding(_subject(it, found), "missing-attack", why)
 
@@ -318,7 +377,9 @@ def _described(
     # the whole number, so that 0.03 does not match 0.031
     budget = re.search(r"-(linf|l2)-(\d+(?:\.\d+)?)(?![\d.])", cell.id)
     norm = {"inf": "linf", "2": "l2"}[found.norm]
-    if budget and (budget[1] != norm or abs(float(budget[2]) - found.eps) > 1e-6):
+    other = budget and (budget[1] != norm or abs(float(budget[2]) - found.eps) > 1e-6)
+    # unbounded attacks belong to the evaluation at the headline's threat, whatever theirs is
+    if cell.bounded and other:
         why = f"{cell.id} is of another budget than the claim's, {norm} {found.eps:g}."
         yield _finding(_subject(it, found), "budget", why)
 
@@ -332,11 +393,17 @@ def _drawn(it: Claim, found: Evaluated) -> bool:
     return draws_member(it.run["defence"]["name"])
 
 
-def _ran(call: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the repr of an attack has these settings."""
+def _ran(attack: str, settings: Mapping[str, Any], call: str, *, whole: bool) -> bool:
+    """Whether the repr of an attack has these settings; for `whole` the defaults of others, too."""
+    # built-in attacks only: a plug-in may not be there, or be another on this machine
+    if whole and (kind := ATTACKS.own.get(attack)) is not None:
+        try:
+            return call == repr(construct(kind, settings, attack))
+        except ConfigError:  # settings that the attack does not have
+            return False
     return all(
         # up to the comma or bracket, so that steps=10 does not match steps=100
-        re.search(rf"\b{key}={re.escape(repr(value))}(?=[,)])", call)
+        re.search(rf"\b{re.escape(key)}={re.escape(repr(value))}(?=[,)])", call)
         for key, value in settings.items()
     )
 

@@ -48,6 +48,7 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
 
     Raises:
         ConfigError: if there is no claim.
+        DataError: as `read_whole`, and if two claims are of the same weights.
     """
     seeds = [path.stem.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*.json")]
     # not decimal: of another method, as `red-at-0.json` is for `red`
@@ -58,7 +59,16 @@ def seeds_of(name: str, folder: Path, images: int | None = None) -> list[Claim]:
             f"there is no claim {folder / name}-SEED.json; methods in {folder}: "
             f"{', '.join(known) or 'none'}; --claims names another folder"
         )
-    found = [read_whole(folder / f"{name}-{seed}.json") for seed in numbers]
+    paths = [folder / f"{name}-{seed}.json" for seed in numbers]
+    found = [read_whole(path) for path in paths]
+    of: dict[str, Path] = {}
+    for path, it in zip(paths, found, strict=True):
+        # as two seeds they would hide the spread between trainings
+        if (other := of.setdefault(it.training.weights, path)) != path:
+            raise DataError(
+                f"{other} and {path} are claims of the same weights, and each seed must be another "
+                "training: remove one of them"
+            )
     if not (parts := [part for it in found if (part := it.on(images)) is not None]):
         raise ConfigError(f"no claim {folder / name}-SEED.json was measured on {images} images")
     return parts

@@ -10,15 +10,22 @@ paired differences under matched attacks.
 import base64
 import zlib
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any, Final, Literal
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from redefense.config import first_fault
-from redefense.errors import DataError
+from redefense.errors import ConfigError, DataError
 from redefense.results import paired
 from redefense.results.intervals import Estimate
 from redefense.results.paired import Attack
@@ -28,6 +35,26 @@ from redefense.runtime.files import write_json
 
 STEPS: Final = 65535
 """Number of quantisation levels of an image's correctness."""
+
+
+def file_name(value: str) -> str:
+    """The unchanged name, if it is one part of a path, on any system.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    # Windows knows all separators, and drives
+    one = value.isprintable() and PureWindowsPath(value).parts == (value,)
+    if not one or value.startswith("."):
+        raise ConfigError(
+            "a name in a claim must be printable text without / and \\, and not begin with '.', "
+            f"got {value!r}; choose another name"
+        )
+    return value
+
+
+# a claim may come from anybody, and recomputing it writes files of these names
+_FileName = Annotated[str, AfterValidator(file_name)]
 
 
 class _Data(BaseModel):
@@ -76,7 +103,7 @@ class _Suite(BaseModel):
         settings: dict[str, Any] = {}
         threat: Budget | None = None
 
-    name: str
+    name: _FileName
     cells: tuple[Cell, ...]
 
 
@@ -130,7 +157,7 @@ class Plan(_Data):
         version: hash of the suite's definition; None in claims made before suites had one.
     """
 
-    file: str
+    file: _FileName
     suite: str | dict[str, Any]
     norm: Literal["inf", "2"]
     eps: float
@@ -219,12 +246,15 @@ class Evaluated(_Data):
 
     def per_image(self) -> NDArray[np.float64] | None:
         """(n,) lowest expected correctness under any bounded attack."""
-        return None if self.lowest is None else _of_levels(base64.urlsafe_b64decode(self.lowest))
+        return None if self.lowest is None else unpacked(self.lowest, deflated=False)
+
+    def unaware_records(self) -> list[NDArray[np.float64]]:
+        """(n,) expected correctness under each bounded unaware attack of which it is known."""
+        return [unpacked(c.each) for c in self.cells if c.bounded and not c.aware and c.each]
 
     def strongest_unaware(self) -> NDArray[np.float64] | None:
         """(n,) expected correctness under the strongest unaware attack; None if unknown."""
-        left = [unpacked(c.each) for c in self.cells if c.bounded and not c.aware and c.each]
-        return min(left, key=lambda q: float(q.mean()), default=None)
+        return min(self.unaware_records(), key=lambda q: float(q.mean()), default=None)
 
     def attacks(self) -> dict[Attack, Attacked]:
         """The bounded attacks by key, to find the common ones of two runs."""
@@ -262,7 +292,7 @@ class Claim(_Data):
 
     # an attribute `schema` would hide a method of pydantic
     version: Literal[1] = Field(default=1, alias="schema")
-    name: str
+    name: _FileName
     authors: str | None = None
     # the site links to it: no other scheme, such as javascript
     link: str | None = Field(default=None, pattern=r"^https?://\S+$")
@@ -349,19 +379,17 @@ def packed(
     return base64.urlsafe_b64encode(zlib.compress(raw, 9) if deflate else raw).decode()
 
 
-def unpacked(text: str) -> NDArray[np.float64]:
+def unpacked(text: str, *, deflated: bool = True) -> NDArray[np.float64]:
     """Inverse of `packed`, up to half a level."""
     raw = base64.urlsafe_b64decode(text)
-    return _of_levels(zlib.decompressobj().decompress(raw, _MOST_BYTES))
+    if deflated:
+        raw = zlib.decompressobj().decompress(raw, _MOST_BYTES)
+    levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
+    return levels / STEPS
 
 
 _MOST_BYTES: Final = 2**26
 """Limit of the unpacked records of one attack, since claims may come from untrusted sources."""
-
-
-def _of_levels(raw: bytes) -> NDArray[np.float64]:
-    levels: NDArray[np.uint16] = np.frombuffer(raw, dtype="<u2")
-    return levels / STEPS
 
 
 def dumped(it: Claim) -> dict[str, Any]:

@@ -172,7 +172,9 @@ class Group:
     @property
     def whole(self) -> bool:
         """Whether all attacks of the suite `aware` were run."""
-        return not {"aware", "full"}.isdisjoint(self.suites)
+        # a definition in the claim is a user's suite, whatever its name; in a group attacks match
+        plans = (plan for row in self.rows for found in row.found for plan in found.suites)
+        return any(plan.suite in ("aware", "full") for plan in plans)
 
     @property
     def ranked(self) -> bool:
@@ -255,11 +257,20 @@ def _method(it: Claim) -> str:
 def _ordered(rows: Mapping[str, Sequence[tuple[Entry, Evaluated]]]) -> tuple[Row, ...]:
     made = [
         Row(entries=tuple(e for e, _ in pairs), found=tuple(f for _, f in pairs))
-        for pairs in rows.values()
+        for pairs in map(_distinct, rows.values())
     ]
     return tuple(
         sorted(made, key=lambda row: (row.aware is None, -row.aware.value if row.aware else 0))
     )
+
+
+def _distinct(pairs: Sequence[tuple[Entry, Evaluated]]) -> list[tuple[Entry, Evaluated]]:
+    """One pair for each training, that of the lowest aware figure."""
+    kept: dict[str, tuple[Entry, Evaluated]] = {}
+    # as two seeds the same weights would hide the spread between trainings
+    for pair in sorted(pairs, key=lambda it: it[1].aware.value if it[1].aware else 1.0):
+        kept.setdefault(pair[0].claim.training.weights, pair)
+    return [pair for pair in pairs if kept[pair[0].claim.training.weights] is pair]
 
 
 def _unpacked(text: str | None) -> Values | None:

@@ -12,6 +12,7 @@ from redefense.claims.format import (
     Plan,
     Training,
     figure,
+    file_name,
     packed,
 )
 from redefense.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from redefense.evaluation.suite import SUITES
 from redefense.hub.pretrained import without_paths
 from redefense.results.intervals import Estimate
 from redefense.results.join import Result, results_of
-from redefense.results.records import Scored, Stored, load
+from redefense.results.records import Scored, Stored, load, valid
 from redefense.results.schema import suite_version
 from redefense.runtime.folders import FINAL
 from redefense.train.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def claim(
             run.
 
     Raises:
-        ConfigError: if a required statement is missing.
+        ConfigError: if a required statement is missing, or the name cannot be that of a file.
         DataError: if a source is not trained, not evaluated on test images, damaged or of other
             weights.
     """
@@ -64,8 +65,8 @@ def claim(
     # evaluations from several places have no common run whose settings could be stated
     home = homes.pop() if len(homes) == 1 else None
     if home is None or not (home / FINAL).is_dir():
-        return of_weights(stored, name, about)
-    return of_run(find_final(home), stored, name or home.name, about)
+        return of_weights(stored, name and file_name(name), about)
+    return of_run(find_final(home), stored, file_name(name or home.name), about)
 
 
 def _home(source: Path) -> Path:
@@ -245,10 +246,11 @@ def planned(stored: Stored) -> Plan:
     options = {key: plan.suite.get(key) for key in ("cascade", "precision")}
     ours = bool(known) and {**known, **options} == plan.suite
     chosen = {key: value for key, value in options.items() if ours and value != known[key]}
-    return Plan(
-        file=file.stem, suite=name if ours else plan.suite,
-        norm="2" if plan.threat.norm == "2" else "inf",
-        eps=plan.threat.eps, images=plan.images, seed=plan.seed, seeds=plan.seeds,
-        checks=plan.checks, **chosen, stochastic=plan.stochastic, batch_size=plan.batch_size,
-        version=suite_version(plan.suite), provenance=stored.evaluation.provenance,
-    )  # fmt: skip
+    settings = {
+        "file": file.stem, "suite": name if ours else plan.suite,
+        "norm": "2" if plan.threat.norm == "2" else "inf", "eps": plan.threat.eps,
+        "images": plan.images, "seed": plan.seed, "seeds": plan.seeds, "checks": plan.checks,
+        **chosen, "stochastic": plan.stochastic, "batch_size": plan.batch_size,
+        "version": suite_version(plan.suite), "provenance": stored.evaluation.provenance,
+    }  # fmt: skip
+    return valid(Plan, settings, f"{file} cannot be part of a claim")

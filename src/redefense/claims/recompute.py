@@ -184,13 +184,24 @@ def differences(one: Claim, other: Claim) -> list[str]:
             )
             found.append(f"{one.name}: the claim has no results on these {message}")
             continue
-        for key in ("clean", "unaware", "aware", "best_single_member", "averaged"):
-            a, b = getattr(mine, key), getattr(theirs, key)
-            if (a is None) != (b is None) or (a is not None and not _agree(a, b)):
+        now = _figures(theirs)
+        for key, a in _figures(mine).items():
+            b = now.get(key)
+            if not (a == b or (a is not None and b is not None and _agree(a, b))):
                 shown = [with_interval(estimate_of(f)) for f in (a, b)]
                 images = mine.data["num_images"]
                 found.append(f"{one.name}, {images} images, {key}: {shown[0]}, now {shown[1]}")
     return found
+
+
+def _figures(found: Evaluated) -> dict[str, Figure | None]:
+    """The headlines, and those of the members and the gains of the draw, by name."""
+    keys = ["clean", "unaware", "aware", "best_single_member", "averaged"]
+    if found.further is None:  # in older claims the attacks of members were not matched
+        return {key: getattr(found, key) for key in keys}
+    keys += ["over_single", "over_averaged", "over_alone"]
+    alone = {f"member {m} alone": figure for m, figure in enumerate(found.alone)}
+    return {key: getattr(found, key) for key in keys} | alone
 
 
 def _about(found: Evaluated) -> tuple[object, ...]:

@@ -35,14 +35,18 @@ def read_whole(path: Path) -> Claim:
     it = read(path)
     # before the first figure is shown: it may need any of the records
     for found in it.evaluations:
-        texts = [("clean", (found.untouched,)), *((c.id, (c.each, c.met)) for c in found.cells)]
-        for name, some in texts:
+        every = (*found.cells, *(found.further or ()))
+        texts = [(c.id, text, True) for c in every for text in (c.each, c.met)]
+        texts += [("clean", found.untouched, True), ("the worst case", found.lowest, False)]
+        for name, text, deflated in texts:
+            if text is None:
+                continue
             try:
-                sizes = {len(unpacked(text)) for text in some if text is not None}
+                size = len(unpacked(text, deflated=deflated))
             except (ValueError, zlib.error):
                 # no number of images, so the records count as damaged
-                sizes = {-1}
-            if sizes - {found.data["num_images"]}:
+                size = -1
+            if size != found.data["num_images"]:
                 raise DataError(
                     f"{path}: the records of {name} are damaged; see `redefense claim check {path}`"
                 )
@@ -292,12 +296,13 @@ def _least_with_aware(it: Claim, found: Evaluated) -> NDArray[np.float64] | None
     permutation, so that larger sets contain smaller ones.
     """
     n = found.data["num_images"]
-    others = [
-        e
-        for e in it.evaluations
-        if (e.norm, e.eps, e.data["split"]) == (found.norm, found.eps, found.data["split"])
-        and e.data["num_images"] >= n
-    ]
+
+    def about(e: Evaluated) -> tuple[object, ...]:
+        # given images are those of a call, not the first ones of a permutation
+        given = e.data.get("sha256") if e.data["split"] == "given" else None
+        return e.norm, e.eps, e.data["name"], e.data["split"], given
+
+    others = [e for e in it.evaluations if about(e) == about(found) and e.data["num_images"] >= n]
     if not any(e.aware is not None for e in others):
         return None
     each = [q[:n] for e in others if (q := _worst(e)) is not None]
