@@ -1,6 +1,7 @@
 """Fork and snapshots: who trains when, what parts copies, and the subset attack in training."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -21,6 +22,7 @@ from redefense.ensembles import Independent
 from redefense.errors import ConfigError
 from redefense.penalties import gradient_similarity
 from redefense.rng import drawn, stream
+from redefense.runtime.spread import SingleProcess
 from redefense.train.loop import StepDone, fit
 from redefense.types import Batch
 
@@ -150,6 +152,26 @@ def test_members_learn_from_the_images_whose_subset_they_are_in(
             F.cross_entropy(members.logits_of(m, data.x[rows]), data.y[rows]).backward()
 
     assert_same(found, gradients_of(members, expected))
+
+
+def test_rows_of_processes_have_parts_of_one_batch_of_subsets() -> None:
+    members, data = identical(3), batch(16)
+    defence = Fork(adversary=Adversary(eps=0.0, steps=1), apart="subset")
+
+    def losses(rows: slice) -> list[Tensor]:
+        class Part(SingleProcess):
+            def rows(self, size: int) -> tuple[int, slice]:
+                return 16, rows
+
+        members.spread = Part()
+        part = replace(data, x=data.x[rows], y=data.y[rows])
+        return [it.value.detach() for it in defence.loss(members, part, stream(0, "step"))]
+
+    whole = losses(slice(None))
+    parts = [losses(slice(0, 8)), losses(slice(8, 16))]
+    torch.testing.assert_close(
+        [torch.stack(pair).mean() for pair in zip(*parts, strict=True)], whole
+    )
 
 
 def test_snapshots_are_one_network_at_the_ends_of_its_cycles() -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
+import redefense
 from cli_tools import command
 from export_tools import trained
+from redefense import plugins
 from redefense.config import override
 from redefense.data import load_dataset, train_validation
 from redefense.export.runner import logits_of, open_bundle, write_records
 from redefense.export.trained import export_run
 from redefense.recipes import recipe
+from redefense.rng import stream
 from redefense.train.experiment import train
 from report_tools import build_run
 
@@ -162,3 +167,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert len(done.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
     assert sorted(run.parent.rglob("*")) == before
+
+
+def test_a_bundle_of_given_networks_answers_where_nobody_can_build_them(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nets = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) for _ in range(2)]
+    run = redefense.train(
+        nets, "vanilla", "digits", epochs=1, out=tmp_path / "run", quiet=True
+    )  # fmt: skip
+    out = export_run(run.path, tmp_path / "bundle")
+    for kind in plugins.MODULES:
+        plugins.registry(kind)._added.clear()
+    x = torch.rand(5, 1, 8, 8, generator=stream(0, "x"))
+    with torch.no_grad():
+        found = redefense.load(out).member_logits(x)
+        torch.testing.assert_close(found, run.ensemble.member_logits(x), atol=1e-5, rtol=1e-4)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 import mesh_tools
 from mesh_tools import MESHES, STEPS, given_examples, one_step, step_ensemble, work
-from redefense.bench.scaling import meshes, table
-from redefense.config import read_run
+from redefense.bench.scaling import _unattacked, meshes, table
+from redefense.config import override, read_run
 from redefense.errors import ConfigError, WriteError
+from redefense.recipes import RECIPES, recipe
 from redefense.runtime.mesh import Mesh, parse_mesh, processes
 from redefense.train.experiment import train
-from redefense.train.loading import load
+from redefense.train.loading import load, resolve
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format-1"
 
@@ -210,3 +211,12 @@ def test_a_world_that_cannot_be_joined_is_one_line(monkeypatch: pytest.MonkeyPat
         processes(None, "cpu"),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES.own if n.startswith("digits-")])
+def test_the_comparison_of_meshes_attacks_nothing_in_any_recipe(name: str) -> None:
+    run = resolve(recipe(name))[0]
+    defence = resolve(override(run, _unattacked(run)))[2]
+    assert defence.stages(int(run.ensemble["num_members"]), run.epochs)
+    if "adversary" in run.defence:
+        assert vars(defence)["adversary"].eps == 0

@@ -303,9 +303,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits_without_its_source(
             train(starting(source_copy), tmp_path / "parts", quiet=True)
     with pytest.raises(ConfigError, match="differs in start"):
         train(starting(source, start=None), tmp_path / "parts", quiet=True, resume=True)
-    # the same weights, at another place
+    # the same weights, at another place, and then nowhere
     place.rename(tmp_path / "elsewhere")
-    parts = train(starting(source), tmp_path / "parts", quiet=True, resume=True)
+    train(starting(source), tmp_path / "parts", quiet=True, resume=True)
+    parts = train(starting(source_copy), tmp_path / "parts", quiet=True, resume=True)
     expected = whole.state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in parts.state_dict().items())
 

@@ -118,13 +118,14 @@ class Fork(CrossEntropyDefence):
         # for the whole batch, of which this process may have a part
         size, rows = ensemble.spread.rows(len(x))
 
-        def subsets(rng: torch.Generator) -> Bool[Tensor, "B M"]:
+        def subsets(rng: torch.Generator) -> Bool[Tensor, "S M"]:
             # one number for each subset: bit k tells whether member k is in it; 0 would be the
             # empty one
-            code = torch.randint(1, 2**count, (size, 1), generator=rng, device=rng.device)[rows]
+            code = torch.randint(1, 2**count, (size, 1), generator=rng, device=rng.device)
             return (code >> torch.arange(count, device=rng.device)) % 2 == 1
 
-        chosen = drawn(rng, subsets, x.device)
+        everyone = drawn(rng, subsets, x.device)
+        chosen, share = everyone[rows], size / len(x)
         # attacks expect one output; the objective separates the members again
         view = _Stacked(ensemble)
 
@@ -138,8 +139,9 @@ class Fork(CrossEntropyDefence):
                 ensemble.logits_of(m, point), y, reduction="none",
                 label_smoothing=self.label_smoothing,
             )  # fmt: skip
-            # the mean over the images of this member; a small batch may have none
-            ce = (each * weight).sum() / weight.sum().clamp_min(1)
+            # the mean over the images of this member in the whole batch, of which the processes
+            # average their parts; a small batch may have none
+            ce = share * (each * weight).sum() / everyone[:, m].sum().clamp_min(1)
             yield Loss(ce, terms(ce=ce / count, total=ce))
 
 
