@@ -164,8 +164,8 @@ def test_rows_of_processes_have_parts_of_one_batch_of_subsets() -> None:
                 return 16, rows
 
         members.spread = Part()
-        part = replace(data, x=data.x[rows], y=data.y[rows])
-        return [it.value.detach() for it in defence.loss(members, part, stream(0, "step"))]
+        part = replace(data, x=data.x[rows], y=data.y[rows], index=data.index[rows])
+        return [it.total.detach() for it in defence.loss(members, part, stream(0, "step"))]
 
     whole = losses(slice(None))
     parts = [losses(slice(0, 8)), losses(slice(8, 16))]
