@@ -87,7 +87,7 @@ def test_another_kind_of_ensemble_keeps_what_all_kinds_share() -> None:
         ("data.spec.path=x", "data.spec is a value"),
         ("epochs", "PATH=VALUE"),
         ("=3", "PATH=VALUE"),
-        ("similarity=1", "unknown setting 'similarity' (did you mean defence.similarity?)"),
+        ("similarity=1", "; if it is the method's own: defence.similarity"),
         ("eps=0.1", "(did you mean defence.adversary.eps or threat.eps or optim.eps?)"),
         ("smoothness=1", "; if it is the method's own: defence.smoothness"),
         ("threat.norm=1", "threat.norm: norm must be 'inf' or '2' (or 'linf', 'l2'), got 1"),

@@ -21,10 +21,11 @@ BLUE, ORANGE = "#3b7dd8", "#d9822b"
 METHODS = ["vanilla-1", "gal-1", "adp-1", "dverge-1", "ps-red-1", "trs-0", "red-1", "mrboost-1",
            "red-at-0", "barre-1", "at-1", "swift-1", "swift-one-1"]  # fmt: skip
 CURRENT = ["vanilla-1", "dverge-1", "mrboost-1", "ps-red-1", "trs-0", "red-1", "barre-1", "at-1",
-           "swift-1", "swift-one-1", "fork-subset-1", "red-at-1"]  # fmt: skip
+           "swift-1", "swift-one-1", "fork-subset-1", "red-at-1", "one-24-1", "fork-20-1"]  # fmt: skip
 EARLIER = ["long-at-0", "long-swift-0", "long-swift-one-0"]
 LABELS = {"vanilla": "undefended", "mrboost": "MRBoost", "swift": "one-step AT",
           "swift-one": "one-step AT, one network", "fork-subset": "late fork",
+          "one-24": "one-step AT, one network", "fork-20": "late fork",
           "red-at": "RED and AT"}  # fmt: skip
 VARIABLES = {INK: "--color-foreground-primary", PAPER: "--color-background-primary"}
 
