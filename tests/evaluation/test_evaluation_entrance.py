@@ -132,8 +132,8 @@ def test_outputs_that_are_no_logits_of_equal_classes_are_one_line() -> None:
 REFUSED = {
     # data
     "evaluate(net, DataLoader(TensorDataset(x, y), shuffle=True))": "shuffle=False",
-    "evaluate(net, (x,))": "got a tuple of 1",
-    "evaluate(net, (x, y, y))": "got a tuple of 3",
+    "evaluate(net, (x,))": "got tuple of 1",
+    "evaluate(net, (x, y, y))": "got tuple of 3",
     "evaluate(net, None)": "got NoneType",
     "evaluate(net, (x.numpy().astype(str), y))": "images must be a torch.Tensor, got ndarray",
     "evaluate(net, (x, list('abcabc')))": "labels must be a vector of integers, got list",

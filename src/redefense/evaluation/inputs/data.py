@@ -45,7 +45,7 @@ def read_data(data: Any, images: int | None = None) -> tuple[Images, Labels, Ind
         got = type(pair).__name__ + (f" of {len(pair)}" if isinstance(pair, tuple | list) else "")
         raise InputError(
             "data must be a specification, a pair (images, labels) of tensors or arrays, a torch "
-            f"Dataset with a length, or a DataLoader, got a {got}"
+            f"Dataset with a length, or a DataLoader, got {got}"
         )
     x, y = _checked(_channels_first(pair[0]), as_tensor(pair[1]))
     index = _chosen(len(x), images)
