@@ -181,7 +181,7 @@ REFUSED = {
     "attack(None)": "got NoneType",
     "attack(lambda x: x)": "members must give (B, C) logits",
     "attack(Linear(lambda z: {'logits': z}))": "got a dict for B = 6",
-    "attack(net, threat=None)": "threat must be a redefense.Threat, got None",
+    "attack(net, threat=None)": "threat must be a redefense.Threat",
     "attack(net, y=y.float())": "of torch.float32",
     "attack(net, y=y + 1)": "labels must lie in [0, 3), found 3",
     "attack(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))": "has no values",
