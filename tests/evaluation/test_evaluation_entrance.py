@@ -219,7 +219,7 @@ REFUSED = {
     "Stochastic(net, draws=2.5)": "got 2.5",
     "Stochastic(net, draws='4')": "got '4'",
     "Stochastic(net, seed=None)": "seed must be a whole number of at least 0, got None",
-    "GaussianNoise(net, sigma='x')": "must not be negative and be a finite number, got 'x'",
+    "GaussianNoise(net, sigma='x')": "sigma must be a number >= 0, and finite, got 'x'",
     "NoiseLayers(net, inner=math.nan)": "got nan",
     "ResizeAndPad(net, largest=math.inf)": "got inf",
     "Threat(eps=-0.1)": "not negative, got -0.1",
