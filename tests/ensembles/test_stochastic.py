@@ -276,11 +276,11 @@ def test_resizing_moves_the_image_about_within_its_frame() -> None:
 
 def test_wrappers_refuse_what_makes_no_sense() -> None:
     for make, said in (
-        (lambda: GaussianNoise(linear(), sigma=-1.0), "sigma must not be negative"),
-        (lambda: NoiseLayers(linear(), inner=-1.0), "noise must not be negative"),
-        (lambda: TestTimeDropout(linear(), p=1.0), r"p must lie in \[0, 1\)"),
-        (lambda: ActivationPruning(linear(), share=0.0), "share must be positive"),
-        (lambda: ResizeAndPad(linear(), largest=0.5), "largest must be at least 1"),
+        (lambda: GaussianNoise(linear(), sigma=-1.0), "sigma must be a number >= 0"),
+        (lambda: NoiseLayers(linear(), inner=-1.0), "noise must be a number >= 0"),
+        (lambda: TestTimeDropout(linear(), p=1.0), r"p must be a number in \[0, 1\)"),
+        (lambda: ActivationPruning(linear(), share=0.0), "share must be a number > 0"),
+        (lambda: ResizeAndPad(linear(), largest=0.5), "largest must be a number >= 1"),
         (lambda: TestTimeDropout(nn.Flatten()), "needs a fully connected layer, Flatten has none"),
     ):
         with pytest.raises((ConfigError, InputError), match=said):
