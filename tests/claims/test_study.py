@@ -121,7 +121,7 @@ def test_dry_runs_list_what_is_left_or_refuse_in_a_line_what_a_study_lacks(tmp_p
     assert choice[0] == 0, choice[1]
     listed = Counter(re.findall(r"^rule (\w+):$", choice[1], re.MULTILINE))
     # validation images are compared in a report: there are no claims of them
-    assert listed == {"train": 11, "evaluate": 11, "validation": 1, "all": 1}
+    assert listed == {"train": 9, "evaluate": 9, "validation": 1, "all": 1}
     assert "--suite quick --images 1000 --split validation" in choice[1]
     assert nothing[0] != 0
     assert "the study lacks accelerator, data, evaluations, out, runs" in nothing[1]
