@@ -21,7 +21,8 @@ BLUE, ORANGE = "#3b7dd8", "#d9822b"
 METHODS = ["vanilla-1", "gal-1", "adp-1", "dverge-1", "ps-red-1", "trs-0", "red-1", "mrboost-1",
            "red-at-0", "barre-1", "at-1", "swift-1", "swift-one-1"]  # fmt: skip
 CURRENT = ["vanilla-1", "dverge-1", "mrboost-1", "ps-red-1", "trs-0", "red-1", "barre-1", "at-1",
-           "swift-1", "swift-one-1", "fork-subset-1", "red-at-1", "one-24-1", "fork-20-1"]  # fmt: skip
+           "swift-1", "swift-one-1", "fork-subset-1", "red-at-1", "one-24-1",
+           "fork-20-1"]  # fmt: skip
 EARLIER = ["long-at-0", "long-swift-0", "long-swift-one-0"]
 LABELS = {"vanilla": "undefended", "mrboost": "MRBoost", "swift": "one-step AT",
           "swift-one": "one-step AT, one network", "fork-subset": "late fork",
@@ -169,13 +170,14 @@ def cost() -> None:
             # the marker shows that it is one network
             labels.append((label_of(name).removesuffix(", one network"), passes, value))
     for label, passes, value in labels:
-        if label == "BARRE":  # the labels of its neighbours are on both sides
-            axes.annotate(label, (passes, value), (0, -28), textcoords="offset points",
+        # the labels of their neighbours are on both sides
+        below = {("BARRE", True): (0, -28), ("late fork", False): (0, -34)}
+        if (place := below.get((label, passes < 4))) is not None:
+            axes.annotate(label, (passes, value), place, textcoords="offset points",
                           ha="center", va="center", fontsize=9)  # fmt: skip
             continue
-        beside = any(1 < other / passes < 1.07 for other in drawn) and (label, value < 24) != (
-            "one-step AT", True,
-        )  # fmt: skip
+        free = label == "one-step AT" and (value < 24 or passes > 8)
+        beside = not free and any(1 < other / passes < 1.07 for other in drawn)
         axes.annotate(
             label, (passes, value), (-7 if beside else 7, 0), textcoords="offset points",
             ha="right" if beside else "left", va="center", fontsize=9,
