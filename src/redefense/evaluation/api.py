@@ -158,6 +158,8 @@ def evaluate(
     images = None if images is None else whole(images, "images", 1)
     batch_size = None if batch_size is None else whole(batch_size, "batch_size", 1)
     ensemble = read_ensemble(model, mixture, outputs)
+    # before the first query: networks may count them in an attribute
+    attributes = attributes_digest(ensemble)
     run = None if ensemble.origin is None else ensemble.origin.run
     allowed = run.threat if run is not None and threat is None else read_threat(threat)
     if radii:
@@ -194,7 +196,7 @@ def evaluate(
             "seeds": seeds, "checks": checks, "stochastic": str(stochastic),
             "data": image_digest(subject.x, subject.y), "weights": weights_digest([own]),
             "version": redefense.__version__, "code": code(),
-            "attributes": attributes_digest(own), **plugins_of(plan, subject.data_name),
+            "attributes": attributes, **plugins_of(plan, subject.data_name),
             **function_digest(ensemble, subject.x),
             **noise_of(subject),
         }  # fmt: skip

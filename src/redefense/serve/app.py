@@ -289,6 +289,4 @@ def create_service(model: Model, settings: Settings, draw: Draw) -> tuple[Starle
         exception_handlers={HTTPException: _explain},
         lifespan=service.lifespan,
     )
-    # a redirect would name whatever host the request names
-    app.router.redirect_slashes = False
     return app, service
