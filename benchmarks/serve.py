@@ -19,12 +19,10 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,7 +32,8 @@ from PIL import Image
 
 from redefense.errors import DataError
 from redefense.export.summary import summary
-from redefense.serve.audit.children import options_of, url_in
+from redefense.serve.audit.channels import Replica
+from redefense.serve.audit.children import child
 from redefense.serve.audit.client import Client, tensor_request
 from redefense.serve.model import Model
 from redefense.serve.settings import Mode, Settings
@@ -45,51 +44,29 @@ CLIENTS = (1, 8, 64)
 ROUNDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running server: its process, URL and log."""
-
-    process: "subprocess.Popen[bytes]"
-    url: str
-    log: Path
-
-    def megabytes(self) -> float | None:
-        """Resident memory; None where there is no /proc to read it from.
-
-        Raises:
-            DataError: the server has ended.
-        """
-        # from the kernel: the server's own metrics leave out its process, on purpose
-        status = Path("/proc") / str(self.process.pid) / "status"
-        if not Path("/proc/self/status").exists():
-            return None
-        # one that ended is still listed until it is waited for, without this line
-        found = re.search(r"^VmRSS:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is None:
-            ended = f"the server has ended (exit code {self.process.poll()}); its log ends in"
-            raise DataError(f"{ended} {self.log.read_text().strip()[-500:]}")
-        return round(int(found[1]) / 1024, 1)
+def process_of(server: Replica) -> "subprocess.Popen[bytes]":
+    """The process of a server, which `child` has started."""
+    assert server.process is not None
+    return server.process
 
 
-@contextmanager
-def served(bundle: Path, settings: Settings) -> Iterator[Server]:
-    """A server of the bundle, a process of its own, on a free local port.
+def megabytes(server: Replica) -> float | None:
+    """Resident memory of a server; None where there is no /proc to read it from.
 
     Raises:
-        DataError: it does not start, with its output.
+        DataError: the server has ended.
     """
-    words = [sys.executable, "-m", "redefense", "serve", str(bundle), "--port", "0"]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [*words, *options_of(settings)], stdout=subprocess.DEVNULL, stderr=stream
-            )
-        try:
-            yield Server(process, url_in(process, log), log)
-        finally:
-            process.terminate()
-            process.wait()
+    # from the kernel: the server's own metrics leave out its process, on purpose
+    process = process_of(server)
+    if not Path("/proc/self/status").exists():
+        return None
+    status = Path("/proc") / str(process.pid) / "status"
+    # one that ended is still listed until it is waited for, without this line
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+    if found is None:
+        ended = f"the server has ended (exit code {process.poll()}); its log ends in"
+        raise DataError(f"{ended} {server.log().strip()[-500:]}")
+    return round(int(found[1]) / 1024, 1)
 
 
 class Wire:
@@ -133,9 +110,9 @@ def beside(bundles: list[Path], settings: Settings) -> Figures:
     for _ in range(ROUNDS):
         for bundle in bundles:
             started = time.perf_counter()
-            with served(bundle, replace(settings, grace=0.0)) as server:
+            with child(bundle, replace(settings, grace=0.0)) as server:
                 seconds[bundle].append(time.perf_counter() - started)
-                memory[bundle].append(server.megabytes())
+                memory[bundle].append(megabytes(server))
     figures: Figures = {}
     for bundle in bundles:
         found = summary(bundle)
@@ -192,14 +169,14 @@ def latency(bundle: Path, settings: Settings, image: Any, requests: int) -> Figu
     """Modes take turns, round by round, so that the machine's moods meet all of them."""
     figures: Figures = {"start": {}, "clients": {}}
     with ExitStack() as stack:
-        servers: dict[Mode, Server] = {}
+        servers: dict[Mode, Replica] = {}
         for mode in MODES:
             started = time.perf_counter()
             # only who draws has anything to group
             own = replace(settings, mode=mode, grouped=settings.grouped and mode == "sampled")
-            servers[mode] = stack.enter_context(served(bundle, own))
+            servers[mode] = stack.enter_context(child(bundle, own))
             ready = round(time.perf_counter() - started, 2)
-            figures["start"][mode] = {"seconds": ready, "resident_mb": servers[mode].megabytes()}
+            figures["start"][mode] = {"seconds": ready, "resident_mb": megabytes(servers[mode])}
         for clients in CLIENTS:
             rounds: dict[Mode, list[Figures]] = {mode: [] for mode in MODES}
             for _ in range(ROUNDS):
@@ -234,21 +211,21 @@ def compared(rounds: dict[Mode, list[Figures]]) -> Figures:
 
 def soak(bundle: Path, settings: Settings, image: Any, requests: int) -> Figures:
     """Resident memory over many requests."""
-    with served(bundle, settings) as server:
+    with child(bundle, settings) as server:
         message = message_of(server.url, image)
-        memory = [server.megabytes()]
+        memory = [megabytes(server)]
         statuses: Counter[int] = Counter()
         for _ in range(10):
             done = asyncio.run(closed_loop(server.url, message, 16, max(1, requests // 10)))
             statuses.update(done["statuses"])
-            memory.append(server.megabytes())
+            memory.append(megabytes(server))
     return {"requests": requests, "statuses": dict(statuses), "resident_mb": memory}
 
 
 def overload(bundle: Path, settings: Settings, image: Any) -> Figures:
     """Many more clients than the queue takes."""
     tight = replace(settings, max_batch=8, max_queue=16, deadline=1.0)
-    with served(bundle, tight) as server:
+    with child(bundle, tight) as server:
         message = message_of(server.url, image)
         figures = asyncio.run(closed_loop(server.url, message, 200, 4000))
     return {"clients": 200, "queue": tight.max_queue, "deadline_s": tight.deadline} | figures
@@ -275,10 +252,10 @@ def terminated(bundle: Path, settings: Settings, image: Any) -> Figures:
         process.terminate()
         await asyncio.gather(*tasks)
 
-    with served(bundle, settings) as server:
-        asyncio.run(loaded(server.url, message_of(server.url, image), server.process))
-        exit_code = server.process.wait()
-        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    with child(bundle, settings) as server:
+        asyncio.run(loaded(server.url, message_of(server.url, image), process_of(server)))
+        exit_code = process_of(server).wait()
+        lines = [json.loads(line) for line in server.log().splitlines()]
     answered = sum(line.get("route") == "infer" and line["status"] == 200 for line in lines)
     return {"clients_got": dict(seen), "server_answered": answered, "exit_code": exit_code}
 
@@ -298,7 +275,7 @@ def fuzz(bundle: Path, settings: Settings, image: Any, bodies: int) -> Figures:
     rng = random.Random(0)
     statuses: Counter[int] = Counter()
     seeds = [tensor_request(image), tensor_request(image, "json"), *pictures(image)]
-    with served(bundle, settings) as server, Client(server.url) as client:
+    with child(bundle, settings) as server, Client(server.url) as client:
         path = client.model_path()
         for i in range(bodies):
             body, headers = seeds[i % len(seeds)]
@@ -309,7 +286,7 @@ def fuzz(bundle: Path, settings: Settings, image: Any, bodies: int) -> Figures:
                 at = rng.randrange(reach)
                 mutant[at : at + rng.randint(0, 4)] = rng.randbytes(rng.randint(0, 4))
             statuses[client.request("POST", f"{path}/infer", bytes(mutant), headers).status] += 1
-        log = server.log.read_text()
+        log = server.log()
     return {"statuses": dict(statuses), "defects": log.count('"defect"') + log.count("Traceback")}
 
 

@@ -144,3 +144,13 @@ def test_a_card_without_an_evaluation_claims_nothing() -> None:
     assert "model-index" not in text
     assert "metrics" not in text
     assert not re.search(r"\d %", text)
+
+
+def test_figures_of_validation_images_are_not_those_of_a_hub(tmp_path: Path) -> None:
+    document = build(tmp_path / "red")
+    document["data"]["split"] = "validation"
+    (tmp_path / "red" / "evaluation" / "quick.json").write_text(json.dumps(document))
+    text = card(tmp_path / "red")
+    assert "model-index" not in head_of(text)
+    assert "300 validation" in text
+    assert "quote figures of test images" in text

@@ -80,8 +80,11 @@ def card(
     data = first.data.name
     method = _settings(first, "defence", "name")
     title = " ".join(first.name.split())  # a line of dashes would end the YAML header
-    index = [{"name": title, "results": [_index(r) for r in results]}]
-    head = _head(data, method, license_name) | {"metrics": ["accuracy"], "model-index": index}
+    head = _head(data, method, license_name)
+    # settings may have been chosen on validation images: a hub must not rank by them
+    if measured := [_index(r) for r in results if r.data.split != "validation"]:
+        index = [{"name": title, "results": measured}]
+        head |= {"metrics": ["accuracy"], "model-index": index}
     return _page(head, _body(results, _use(opened, opened_by)))
 
 

@@ -102,15 +102,12 @@ def train(
         settings["data"] = settings.get("data", {}) | {"spec": _data(data)}
     if missing := [key for key in ("defence", "data") if key not in settings]:
         raise ConfigError(f"train needs {' and '.join(missing)}, unless a recipe or a Run has them")
+    given = optim.model_dump(mode="json") if isinstance(optim, OptimConfig) else optim
     changed = {
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
-        "optim": optim.model_dump(mode="json")
-        if isinstance(optim, OptimConfig)
-        else None
-        if optim is None
-        else settings.get("optim", {}) | dict(optim),
+        "optim": None if given is None else settings.get("optim", {}) | dict(given),
         "threat": threat and ThreatConfig.of(threat.norm, threat.eps).model_dump(mode="json"),
     }
     settings |= {key: value for key, value in changed.items() if value is not None}

@@ -5,6 +5,7 @@ Identical requests are sent; any difference other than the answer and the time i
 
 import json
 import re
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,10 +27,11 @@ _PAUSE: Final = 0.2  # seconds; a line is written after its answer
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A running server: its URL, and its log so far."""
+    """A running server: its URL, its log so far, and its process if we started one."""
 
     url: str
     log: Callable[[], str]
+    process: "subprocess.Popen[bytes] | None" = None
 
 
 def leaks_in_channels(replica: Replica, image: Floats, requests: int) -> list[str]:

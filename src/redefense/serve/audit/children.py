@@ -48,7 +48,8 @@ def child(bundle: Path, settings: Settings, *more: str) -> Iterator[Replica]:
                 [*words, *options_of(settings), *more], stdout=subprocess.DEVNULL, stderr=stream
             )
         try:
-            yield Replica(url_in(process, log), lambda: log.read_text(encoding="utf-8"))
+            url = url_in(process, log)
+            yield Replica(url, lambda: log.read_text(encoding="utf-8"), process)
         finally:
             process.terminate()
             process.wait()
